@@ -1,15 +1,21 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
-A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes nodes of the graph. A replay copies
-values to staged memory, in line, and all that is staged, beside its further work, to kept memory; the next replay begins with the copy
-of what is kept to pinned host memory, beside its work too, and a host node says that it is there. The driver's own functions are called,
-through ctypes: they are the same whatever framework captures, and their binary interface does not change.
+A captured stream computes nothing, and its replays call nothing of ours. So a checkpoint becomes a kernel of the graph, which copies
+the value to the replay's place in a ring of device memory; each replay begins, beside its work, with the copy of the ring's counts to
+pinned host memory. A thread of ours looks at those and brings complete replays to the host, beside the graph, which waits for nothing
+but room in the ring. (It waits ten seconds at most. An engine that has launched so many replays ahead that the driver makes it wait
+can hold the driver's lock meanwhile, which our thread needs: then what finds no room is lost, and that is an error.) The driver's own
+functions are called, through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
 
 import ctypes
 import functools
+import mmap
+import os
 import sys
+import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,35 +23,208 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_RELAXED, _SET_DEPENDENCIES, _LEGACY_STREAM, _HOST, _DEVICE = 2, 1, 1, 1, 2  # of cuda.h
+_RELAXED, _LEGACY_STREAM, _NON_BLOCKING, _HOST, _DEVICE = 2, 1, 1, 1, 2  # of cuda.h
 _ACTIVE, _INVALIDATED, _IMPLICIT = 1, 2, 906
-_ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has an arena or two
-_WAITING = 1 << 30  # bytes of replays that may wait to be written; then replays wait
+_KERNEL_NODE, _MAJOR, _OVERLAPS, _SET_DEPENDENCIES = 0, 75, 6, 1
+_THREADS, _CHUNK = 256, 16  # of a block of the kernel, and the bytes that one of them copies
+_TOGETHER = 8  # rows that one kernel can copy
+_RING = 32 << 20  # bytes of device memory that a graph's replays take turns in, at most, unless eight of them need more
+_WAITING = 1 << 30  # bytes of replays that wait in memory to be written; what comes then waits in temporary files
 _QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
-_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_BUSY, _IDLE = 0.002, 0.005  # seconds between two looks at the counts
 _KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
+# Copies rows to the present replay's place, 16 bytes a thread. Its blocks may start when those of the kernel before it end
+# (griddepcontrol, on devices that have it), and look up the place meanwhile. The first kernel of a replay waits where the ring is
+# full, ten seconds at most, and counts the replay when all of its blocks have read the count.
+_PTX = """
+.version 7.8
+.target sm_90
+.address_size 64
+.visible .entry parity_record(.param .align 8 .b8 rows[144]) {
+.reg .pred %p, %q, %whole, %first;
+.reg .b16 %h;
+.reg .b32 %a, %b, %i, %at, %bytes, %begun, %room, %slots, %looks, %thread, %v<4>;
+.reg .b64 %x, %y, %control, %from, %to, %now, %size;
+ld.param.u64 %control, [rows];
+ld.param.u32 %a, [rows+8];
+ld.param.u32 %b, [rows+12];
+setp.ne.u32 %first, %a, 0;
+mov.u32 %a, %ctaid.x;
+mov.u32 %thread, %tid.x;
+mad.lo.u32 %i, %a, 256, %thread;
+mov.b64 %x, rows;
+ROW:
+ld.param.u64 %from, [%x+16];
+ld.param.u32 %at, [%x+24];
+ld.param.u32 %bytes, [%x+28];
+add.u32 %a, %bytes, 15;
+shr.u32 %a, %a, 4;
+setp.lt.u32 %p, %i, %a;
+@%p bra HERE;
+sub.u32 %i, %i, %a;
+add.u64 %x, %x, 16;
+sub.u32 %b, %b, 1;
+setp.ne.u32 %p, %b, 0;
+@%p bra ROW;
+mov.u32 %bytes, 0;
+HERE:
+shl.b32 %i, %i, 4;
+ld.volatile.global.u64 %now, [%control+32];
+@!%first bra WAIT;
+ld.volatile.global.u32 %begun, [%control];
+ld.volatile.global.u32 %room, [%control+4];
+ld.volatile.global.u32 %slots, [%control+8];
+ld.volatile.global.u32 %size, [%control+12];
+ld.volatile.global.u64 %now, [%control+24];
+WAIT:
+griddepcontrol.wait;
+cvt.u64.u32 %y, %i;
+add.u64 %from, %from, %y;
+cvt.u64.u32 %to, %at;
+add.u64 %to, %to, %y;
+cvt.u64.u32 %y, %bytes;
+or.b64 %y, %y, %from;
+and.b64 %y, %y, 15;
+setp.eq.u64 %whole, %y, 0;
+setp.lt.u32 %p, %i, %bytes;
+and.pred %whole, %whole, %p;
+@%whole ld.global.v4.u32 {%v0, %v1, %v2, %v3}, [%from];
+@!%first bra STORE;
+mov.u32 %looks, 0;
+ROOM:
+setp.eq.u32 %q, %slots, 0;
+@%q bra CLOSED;
+sub.u32 %a, %begun, %room;
+setp.lt.s32 %q, %a, 0;
+@%q bra FOUND;
+nanosleep.u32 2000;
+ld.volatile.global.u32 %room, [%control+4];
+add.u32 %looks, %looks, 1;
+setp.ne.u32 %q, %looks, 5000000;
+@%q bra ROOM;
+mov.u32 %a, 1;
+st.volatile.global.u32 [%control+20], %a;
+CLOSED:
+mov.u64 %now, 0;
+bra STORE;
+FOUND:
+rem.u32 %a, %begun, %slots;
+cvt.u64.u32 %y, %a;
+mad.lo.u64 %now, %y, %size, %now;
+STORE:
+setp.eq.u64 %q, %now, 0;
+@%q bra END;
+add.u64 %to, %to, %now;
+@%whole st.global.v4.u32 [%to], {%v0, %v1, %v2, %v3};
+@%whole bra END;
+add.u32 %b, %i, 16;
+min.u32 %b, %b, %bytes;
+NEXT:
+setp.ge.u32 %q, %i, %b;
+@%q bra END;
+ld.global.u16 %h, [%from];
+st.global.u16 [%to], %h;
+add.u64 %from, %from, 2;
+add.u64 %to, %to, 2;
+add.u32 %i, %i, 2;
+bra NEXT;
+END:
+@!%first bra DONE;
+bar.sync 0;
+setp.ne.u32 %q, %thread, 0;
+@%q bra DONE;
+mov.u32 %a, %nctaid.x;
+sub.u32 %a, %a, 1;
+setp.eq.u32 %q, %a, 0;
+@%q bra COUNT;
+atom.global.inc.u32 %b, [%control+16], %a;
+setp.ne.u32 %q, %b, %a;
+@%q bra DONE;
+COUNT:
+st.volatile.global.u64 [%control+32], %now;
+setp.eq.u64 %q, %now, 0;
+add.u32 %begun, %begun, 1;
+@!%q st.volatile.global.u32 [%control], %begun;
+mov.u32 %a, 0;
+@%q st.volatile.global.u32 [%control+8], %a;
+DONE:
+ret;
+}
+"""
 
 
-def _side(name: str) -> "list[tuple[str, Any]]":
-    """The fields of one side of a copy, "src" or "dst"."""
-    return [
-        *((name + field, ctypes.c_size_t) for field in ("XInBytes", "Y", "Z", "LOD")),
-        (name + "MemoryType", ctypes.c_int),
-        *((name + field, ctypes.c_void_p) for field in ("Host", "Device", "Array", "Reserved")),
-        *((name + field, ctypes.c_size_t) for field in ("Pitch", "Height")),
+class _Control(ctypes.Structure):
+    """What a graph's kernels read and write in device memory. Without places nothing is recorded."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("begun", "room", "places", "size", "ticket", "lost")),
+        *((name, ctypes.c_uint64) for name in ("ring", "now")),
+    ]
+
+
+class _Segment(ctypes.Structure):
+    """A row to copy: from where, where to in the replay's place, and its bytes."""
+
+    _fields_ = [("source", ctypes.c_uint64), ("at", ctypes.c_uint32), ("bytes", ctypes.c_uint32)]
+
+
+class _Segments(ctypes.Structure):
+    """The kernel's argument; the first kernel of a replay finds its place."""
+
+    _fields_ = [
+        ("control", ctypes.c_uint64),
+        ("first", ctypes.c_uint32),
+        ("n", ctypes.c_uint32),
+        ("of", _Segment * _TOGETHER),
     ]
 
 
 class _Copy(ctypes.Structure):
     """CUDA_MEMCPY3D."""
 
-    _fields_ = [*_side("src"), *_side("dst"), *((name, ctypes.c_size_t) for name in ("WidthInBytes", "Height", "Depth"))]
+    _fields_ = [
+        *((f"src{field}", ctypes.c_size_t) for field in ("XInBytes", "Y", "Z", "LOD")),
+        ("srcMemoryType", ctypes.c_int),
+        *((f"src{field}", ctypes.c_void_p) for field in ("Host", "Device", "Array", "Reserved")),
+        *((f"src{field}", ctypes.c_size_t) for field in ("Pitch", "Height")),
+        *((f"dst{field}", ctypes.c_size_t) for field in ("XInBytes", "Y", "Z", "LOD")),
+        ("dstMemoryType", ctypes.c_int),
+        *((f"dst{field}", ctypes.c_void_p) for field in ("Host", "Device", "Array", "Reserved")),
+        *((f"dst{field}", ctypes.c_size_t) for field in ("Pitch", "Height")),
+        *((name, ctypes.c_size_t) for name in ("WidthInBytes", "Height", "Depth")),
+    ]
 
 
-class _HostCall(ctypes.Structure):
-    """CUDA_HOST_NODE_PARAMS."""
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
 
-    _fields_ = [("function", _HOST_FUNCTION), ("argument", ctypes.c_void_p)]
+    _fields_ = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    ]
+
+
+class _NodeParams(ctypes.Structure):
+    """The first CUDA_KERNEL_NODE_PARAMS."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("extra", ctypes.c_void_p),
+    ]
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,123 +298,195 @@ class _Row:
         return flat.reshape(self.shape)
 
 
-class _Arena:
-    """Staged, kept and pinned memory of a graph's checkpoints, and the nodes between them: one of each, whatever it holds."""
-
-    def __init__(self, graph: Any, hand_over: Any, size: int) -> None:
-        self.capacity, self.used = max(size, _ARENA), size
-        self.staged, self.kept, self.pinned = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
-        for memory in (self.staged, self.kept):
-            _call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
-        _call("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
-        to_host, on_device = self._copies()
-        self._bring = _copy_node(graph, to_host, [])
-        self.keep = _copy_node(graph, on_device, [self._bring])
-        _follows(graph, self._bring, hand_over)
-
-    def _copies(self) -> "tuple[_Copy, _Copy]":
-        to_host = _Copy(
-            srcMemoryType=_DEVICE, srcDevice=self.kept.value, dstMemoryType=_HOST, dstHost=self.pinned.value,
-            WidthInBytes=self.used, Height=1, Depth=1,
-        )  # fmt: skip
-        return to_host, _on_device(self.staged.value, self.kept.value, self.used)
-
-    def take(self, size: int) -> int:
-        """Where so many bytes begin; all that is taken is brought."""
-        start, self.used = self.used, self.used + size
-        self._resize()
-        return start
-
-    def _resize(self) -> None:
-        for node, copy in zip((self._bring, self.keep), self._copies(), strict=True):
-            _call("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
+@functools.lru_cache(maxsize=64)
+def _overlaps(_context: int) -> bool:
+    """Whether the current device's kernels can start before the one that they follow has ended."""
+    device, major = ctypes.c_int(), ctypes.c_int()
+    _call("cuCtxGetDevice", ctypes.byref(device))
+    _call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
+    return major.value >= 9 and hasattr(_driver(), "cuLaunchKernelEx")
 
 
-def _on_device(source: int, target: int, size: int) -> _Copy:
-    return _Copy(
-        srcMemoryType=_DEVICE, srcDevice=source, dstMemoryType=_DEVICE, dstDevice=target, WidthInBytes=size, Height=1, Depth=1,
+@functools.lru_cache(maxsize=64)
+def _kernel(context: int) -> int:
+    """The kernel in the current context."""
+    text = _PTX if _overlaps(context) else _PTX.replace("sm_90", "sm_70").replace("griddepcontrol.wait;", "")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _call("cuModuleLoadData", ctypes.byref(module), text.encode())
+    _call("cuModuleGetFunction", ctypes.byref(function), module, b"parity_record")
+    return function.value or 0
+
+
+def _captured(stream: Any) -> "tuple[int, Any, list[int]]":
+    """Of a stream that is being captured: the capture's number, its graph, and the nodes that the next one follows."""
+    state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
+    before = ctypes.POINTER(ctypes.c_void_p)()
+    _call(
+        "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
+        ctypes.byref(before), ctypes.byref(count),
     )  # fmt: skip
-
-
-def _copy_node(graph: Any, copy: _Copy, after: "list[Any]") -> Any:
-    """A new node of the graph that makes this copy after those nodes."""
-    node, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(context))
-    _call("cuGraphAddMemcpyNode", ctypes.byref(node), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context)
-    return node.value
-
-
-def _follows(graph: Any, before: Any, node: Any) -> None:
-    sources, targets = (ctypes.c_void_p * 1)(before), (ctypes.c_void_p * 1)(node)
-    _call("cuGraphAddDependencies", graph, sources, targets, ctypes.c_size_t(1))
+    return number.value, graph, [before[i] or 0 for i in range(count.value)]
 
 
 class _Slot:
-    """One checkpoint of one graph, or, without a name, the position of its pass: where it stands in an arena."""
+    """One checkpoint of one graph, or, without a name, the position of its pass: where it stands among a replay's rows."""
 
-    def __init__(self, point: str, row: _Row, place: "_Slot | None", arena: _Arena, at: int) -> None:
-        self.point, self.row, self.place, self.arena, self.at = point, row, place, arena, at
+    def __init__(self, point: str, row: _Row, place: "_Slot | None", at: int) -> None:
+        self.point, self.row, self.place, self.at = point, row, place, at
 
-    def stage(self, graph: Any, before: "list[Any]") -> Any:
-        """The node that copies it in line."""
-        node = _copy_node(graph, _on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
-        _follows(graph, node, self.arena.keep)
-        return node
-
-    def brought(self) -> bytes:
-        """What stands in pinned memory."""
-        return ctypes.string_at((self.arena.pinned.value or 0) + self.at, self.row.size)
+    def of(self, rows: "NDArray[np.uint8]") -> bytes:
+        """Its bytes among those of a replay."""
+        return rows[self.at : self.at + self.row.size].tobytes()
 
 
 class _Replayed:
     """A value and the place of its pass as a replay left them."""
 
-    def __init__(self, slot: _Slot, place: _Slot) -> None:
-        self.slot, self.place, self.value, self.position = slot, place, slot.brought(), place.brought()
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return len(self.value)
+    def __init__(self, slot: _Slot, place: _Slot, rows: "NDArray[np.uint8]") -> None:
+        self.slot, self.place, self._rows, self.size = slot, place, rows, slot.row.size
 
     def rows(self) -> "tuple[NDArray[np.float32], list[int]]":
         """The value, and its positions: as they are, or one after the other from the only one that there is."""
-        value = self.slot.row.read(self.value).astype(np.float32)
-        positions = self.place.row.read(self.position).ravel()
+        value = self.slot.row.read(self.slot.of(self._rows)).astype(np.float32)
+        positions = self.place.row.read(self.place.of(self._rows)).ravel()
         rows = 1 if value.ndim < 2 else value.shape[-2]
         at = positions if positions.size == rows else positions[0] + np.arange(rows)
         return value, [int(position) for position in at]
 
 
-class _Graph:
-    """What one capture made: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
+def _in_memory(size: int) -> "NDArray[np.uint8]":
+    return np.empty(size, np.uint8)
 
-    def __init__(self, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
+
+def _in_file(size: int) -> "NDArray[np.uint8]":
+    """Memory whose pages the system may write to a temporary file, which is gone with it."""
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+        return np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
+
+
+class _Graph:
+    """What one capture made: its slots, and the ring that its replays take turns in."""
+
+    def __init__(self, graph: Any) -> None:
         self.slots: list[_Slot] = []
-        self.arenas: list[_Arena] = []
         self.place: _Slot | None = None  # of the pass that is being captured
-        self.replays, self.written = 0, 0
-        self.node = ctypes.c_void_p()
-        self._function = _HOST_FUNCTION(lambda _: hand_over(self))
-        call = _HostCall(self._function, None)
-        _call("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
+        self.size, self.places, self.collected = 0, 0, 0
+        self._context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._control, self._ring, self._capacity = ctypes.c_uint64(), ctypes.c_uint64(), 0
+        self._first = self._last = 0  # its kernels
+        self._first_stream: int | None = None
+        self._rows = _Segments()  # of the last kernel
+        _call("cuCtxGetCurrent", ctypes.byref(self._context))
+        _call("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(_NON_BLOCKING))
+        _call("cuMemAlloc_v2", ctypes.byref(self._control), ctypes.c_size_t(ctypes.sizeof(_Control)))
+        seen = ctypes.c_void_p()
+        _call("cuMemHostAlloc", ctypes.byref(seen), ctypes.c_size_t(ctypes.sizeof(_Control)), 0)
+        self._seen = _Control.from_address(seen.value or 0)
+        self._seen.begun = 0
+        # Beside the kernels, and lets them overlap: in a graph that is one line they would not.
+        copy, node = _Copy(
+            srcMemoryType=_DEVICE, srcDevice=self._control.value, dstMemoryType=_HOST, dstHost=seen.value,
+            WidthInBytes=ctypes.sizeof(_Control), Height=1, Depth=1,
+        ), ctypes.c_void_p()  # fmt: skip
+        _call("cuGraphAddMemcpyNode", ctypes.byref(node), graph, None, ctypes.c_size_t(0), ctypes.byref(copy), self._context)
         _KEPT.append(self)
 
-    def slot(self, graph: Any, point: str, row: _Row, place: "_Slot | None") -> _Slot:
-        """A new one, in an arena with room for it."""
-        size = -(-row.size // 8) * 8
-        if self.arenas and self.arenas[-1].capacity - self.arenas[-1].used >= size:
-            arena = self.arenas[-1]
-            at = arena.take(size)
-        else:
-            arena, at = _Arena(graph, self.node.value, size), 0
-            self.arenas.append(arena)
-        self.slots.append(_Slot(point, row, place, arena, at))
+    def slot(self, point: str, row: _Row, place: "_Slot | None") -> _Slot:
+        """A new one, for which the ring is made to fit: a power of two of places, of which none is in use yet."""
+        self.slots.append(_Slot(point, row, place, self.size))
+        self.size += -(-row.size // 16) * 16
+        self.places = 64
+        while self.places > 8 and self.places * self.size > _RING:
+            self.places //= 2
+        if self._capacity < self.places * self.size:
+            if self._ring:
+                _call("cuMemFree_v2", self._ring)
+            self._capacity = max(1 << 20, 1 << (self.places * self.size - 1).bit_length())
+            _call("cuMemAlloc_v2", ctypes.byref(self._ring), ctypes.c_size_t(self._capacity))
+        self._set(_Control(room=self.places, places=self.places, size=self.size, ring=self._ring.value), 0)
         return self.slots[-1]
 
-    def brought(self) -> "list[_Replayed]":
-        """What stands in pinned memory."""
-        return [_Replayed(slot, slot.place) for slot in self.slots if slot.place is not None]
+    def _set(self, value: Any, at: int) -> None:
+        """Write to the control, beside everything else, and wait for that."""
+        target, size = ctypes.c_uint64((self._control.value or 0) + at), ctypes.c_size_t(ctypes.sizeof(value))
+        _call("cuMemcpyHtoDAsync_v2", target, ctypes.byref(value), size, self.stream)
+        _call("cuStreamSynchronize", self.stream)
+
+    def put_in_line(self, slots: "list[_Slot]", stream: Any) -> None:
+        """Copy these rows behind what the stream has captured so far: by the last kernel, where nothing came behind it."""
+        _, graph, before = _captured(stream)
+        joins = before == [self._last] and self._rows.n + len(slots) <= _TOGETHER
+        if not joins:
+            self._rows = _Segments(control=self._control.value, first=not self._first)
+        for slot in slots:
+            self._rows.of[self._rows.n] = _Segment(slot.row.pointer, slot.at, slot.row.size)
+            self._rows.n += 1
+        chunks = sum(-(-self._rows.of[i].bytes // _CHUNK) for i in range(self._rows.n))
+        grid, block = (ctypes.c_uint * 3)(-(-chunks // _THREADS), 1, 1), (ctypes.c_uint * 3)(_THREADS, 1, 1)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._rows))
+        kernel = ctypes.c_void_p(_kernel(self._context.value or 0))
+        if joins:
+            params = _NodeParams(kernel, grid, block, 0, arguments, None)
+            _call("cuGraphKernelNodeSetParams", ctypes.c_void_p(self._last), ctypes.byref(params))
+            return
+        kind = ctypes.c_int(-1)
+        if len(before) == 1 and before[0] != self._last:
+            _call("cuGraphNodeGetType", ctypes.c_void_p(before[0]), ctypes.byref(kind))
+        in_order = self._first_stream in (None, stream.value)
+        attribute = _Attribute(id=_OVERLAPS, value=(ctypes.c_int * 16)(1))
+        if kind.value == _KERNEL_NODE and in_order and _overlaps(self._context.value or 0):
+            config = _Config(grid, block, 0, stream, ctypes.pointer(attribute), 1)
+            _call("cuLaunchKernelEx", ctypes.byref(config), kernel, arguments, None)
+        else:
+            _call("cuLaunchKernel", kernel, *map(ctypes.c_uint, (*grid, *block, 0)), stream, arguments, None)
+        self._last = _captured(stream)[2][0]
+        if not self._first:
+            self._first, self._first_stream = self._last, stream.value
+        elif not in_order and self._first not in before:  # a branch that may be ahead of the first kernel
+            pair = (ctypes.c_void_p * 1)(self._first), (ctypes.c_void_p * 1)(self._last)
+            _call("cuGraphAddDependencies", graph, *pair, ctypes.c_size_t(1))
+
+    def complete(self) -> int:
+        """How many replays have ended, by the counts as a replay began with them: the last one may be under way."""
+        begun = (int(self._seen.begun) - self.collected) % (1 << 32)
+        return self.collected + begun - 1 if 1 < begun <= self.places + 1 else self.collected
+
+    def begun(self) -> int:
+        """How many replays have begun, by the device; the context must be current.
+
+        Raises:
+            RuntimeError: the device has waited for room for ten seconds, and gave up.
+        """
+        now = _Control()
+        size = ctypes.c_size_t(ctypes.sizeof(now))
+        _call("cuMemcpyDtoHAsync_v2", ctypes.byref(now), self._control, size, self.stream)
+        _call("cuStreamSynchronize", self.stream)
+        if now.lost:
+            raise RuntimeError("a replay found no room for its rows for ten seconds; they are lost")
+        return self.collected + (int(now.begun) - self.collected) % (1 << 32)
+
+    def collect(self, complete: int, in_file: bool) -> "list[_Replayed]":
+        """The rows of the next replays before number `complete`, of which their places are then free.
+
+        Raises:
+            OSError: there is no room for a temporary file.
+        """
+        start = self.collected % self.places
+        count = min(complete - self.collected, self.places - start, max(1, self.places // 4))
+        rows = (_in_file if in_file else _in_memory)(count * self.size).reshape(count, self.size)
+        _call("cuCtxSetCurrent", self._context)
+        source, size = ctypes.c_uint64((self._ring.value or 0) + start * self.size), ctypes.c_size_t(rows.nbytes)
+        _call("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(rows.ctypes.data), source, size, self.stream)
+        _call("cuStreamSynchronize", self.stream)
+        self.collected += count
+        self._set(ctypes.c_uint32((self.collected + self.places) % (1 << 32)), _Control.room.offset)
+        return [_Replayed(slot, slot.place, one) for one in rows for slot in self.slots if slot.place is not None]
+
+    def end(self) -> None:
+        """Record no replay that comes later."""
+        _call("cuCtxSetCurrent", self._context)
+        self._set(ctypes.c_uint32(0), _Control.places.offset)
 
 
 class Graphs:
@@ -247,6 +498,7 @@ class Graphs:
         self._waiting: deque[_Replayed] = deque()
         self._size, self._busy, self._closing, self._hurried = 0, False, False, False
         self._change = threading.Condition()
+        self._collecting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -275,56 +527,59 @@ class Graphs:
 
     def _put_in_line(self, point: str, row: _Row, position: Any, stream: Any) -> None:
         """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
-        state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
-        before = ctypes.POINTER(ctypes.c_void_p)()
-        _call(
-            "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
-            ctypes.byref(before), ctypes.byref(count),
-        )  # fmt: skip
-        so_far = [before[i] for i in range(count.value)]
-        captured = self._graphs.get(number.value)
-        if captured is None:
-            captured = self._graphs[number.value] = _Graph(graph, self._replayed)
-        # A point that comes again is of another pass in the same graph, which has a position of its own.
-        if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
-            captured.place = captured.slot(graph, "", _Row(position), None)
-            staged = [captured.place.stage(graph, so_far)]
-        else:
-            staged = []
-        staged.append(captured.slot(graph, point, row, captured.place).stage(graph, so_far))
-        last = (ctypes.c_void_p * len(staged))(*staged)
-        _call("cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(_SET_DEPENDENCIES))
+        number, graph, _ = _captured(stream)
+        with self._collecting:
+            captured = self._graphs.get(number)
+            if captured is None:
+                captured = self._graphs[number] = _Graph(graph)
+            # A point that comes again is of another pass in the same graph, which has a position of its own.
+            slots = []
+            if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
+                captured.place = captured.slot("", _Row(position), None)
+                slots.append(captured.place)
+            slots.append(captured.slot(point, row, captured.place))
+            captured.put_in_line(slots, stream)
 
-    def _replayed(self, graph: _Graph) -> None:
-        """Called by the driver's thread, once a replay."""
-        self._hand_over(graph)
-        graph.replays += 1
+    def _collect(self) -> bool:
+        """Bring complete replays to the host, some of each graph; whether there were any."""
+        found = False
+        with self._collecting:
+            for graph in list(self._graphs.values()):
+                complete = graph.complete()
+                if complete > graph.collected:
+                    self._wait_with(graph.collect(complete, self._size >= _WAITING))
+                    found = True
+        return found
 
-    def _hand_over(self, graph: _Graph) -> None:
-        if self._closing or graph.written >= graph.replays:
-            return
-        graph.written = graph.replays
-        brought = graph.brought()
-        size = sum(replayed.size for replayed in brought)
+    def _wait_with(self, replayed: "list[_Replayed]") -> None:
         with self._change:
-            if self._size and self._size + size > _WAITING:
-                self._hurried = True
-                self._change.notify_all()
-                self._change.wait_for(lambda: self._closing or not self._size or self._size + size <= _WAITING)
-            self._waiting.extend(brought)
-            self._size += size
-            self._change.notify_all()
+            self._waiting.extend(replayed)
+            self._size += sum(one.size for one in replayed)
 
     def _run(self) -> None:
-        """Write when no replay came for a while, when memory runs short, or when everything must be written."""
+        """Bring replays to the host, and write them when none came for a while, or when everything must be written."""
+        mode = ctypes.c_int(_RELAXED)  # others may be capturing
+        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        last = time.monotonic()
+        pause = _BUSY
         while True:
+            found = False
+            try:
+                found = self._collect()
+            except BaseException as error:
+                self._failure = self._failure or error
+                self._end()
+            if found:
+                last, pause = time.monotonic(), _BUSY
             with self._change:
-                while not (self._waiting and (self._hurried or self._closing)):
-                    before = len(self._waiting)
-                    if self._closing:
+                self._hurried = self._hurried and bool(self._waiting)
+                rests = time.monotonic() - last > _QUIET
+                if not self._waiting or not (rests or self._hurried or self._closing):
+                    if self._closing and not self._waiting:
                         return
-                    if not self._change.wait(_QUIET) and self._waiting and len(self._waiting) == before:
-                        break
+                    self._change.wait(pause)
+                    pause = min(2 * pause, _IDLE)
+                    continue
                 replayed = self._waiting.popleft()
                 self._busy = True
             try:
@@ -335,8 +590,14 @@ class Graphs:
             with self._change:
                 self._busy = False
                 self._size -= replayed.size
-                self._hurried = self._hurried and bool(self._waiting)
                 self._change.notify_all()
+
+    def _end(self) -> None:
+        """Record no further replays, and let those go on that wait for room."""
+        with self._collecting:
+            graphs, self._graphs = self._graphs, {}
+            for graph in graphs.values():
+                graph.end()
 
     def check(self) -> None:
         """Raise what has failed in the thread."""
@@ -344,15 +605,15 @@ class Graphs:
             raise self._failure
 
     def flush(self) -> None:
-        """Wait for the device, and until what the last replay of each graph staged is written."""
+        """Wait for the device, and until what all replays so far have left is written."""
         if self._thread is None:
             return
         _call("cuCtxSynchronize")
-        for graph in self._graphs.values():
-            if graph.written < graph.replays:
-                for arena in graph.arenas:
-                    _call("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
-                self._hand_over(graph)
+        for graph in list(self._graphs.values()):
+            with self._collecting:
+                begun = graph.begun()
+                while graph.collected < begun:
+                    self._wait_with(graph.collect(begun, self._size >= _WAITING))
         with self._change:
             self._hurried = bool(self._waiting)
             self._change.notify_all()
@@ -360,7 +621,7 @@ class Graphs:
         self.check()
 
     def close(self) -> None:
-        """Flush; replays that come later are not recorded. Their memory stays: the graphs still copy to it."""
+        """Flush; replays that come later are not recorded. Their memory stays: the graphs still read it."""
         if self._thread is None:
             return
         try:
@@ -371,3 +632,4 @@ class Graphs:
                 self._change.notify_all()
             self._thread.join()
             self._thread = None
+            self._end()
