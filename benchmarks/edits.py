@@ -5,7 +5,8 @@ its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape
 one layer on or in all; slices of 10, 16 or all values, with a sketch or not, the default points or all, a header that says f32 or nothing.
 
 An edit scales (0.5 % to 2 times), shifts, rolls, permutes, exchanges two elements, negates one, sets one or all behind one to zero, or
-takes another position, of the operation's result or of one operand; or it takes another value of the same shape as operand.
+takes another position, of the operation's result or of one operand; or it takes another value of the same shape as operand. As often
+it exchanges two heads, gives an expert the weights of another, halves a bias, takes the weight of the next layer or scales by 1.002.
 
 `acquitted` is an answer that says "no fault" though a recorded value differs; `wrong cause` names a fault that does not make the engine's
 numbers, in whole rows, at every recorded point (in front of the place that the answer says it leaves, where it leaves one). `located`:
@@ -29,11 +30,13 @@ from explain_precision import random_model
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation, Named
+from checkpoints.points import parse
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.faults import CATALOGUE, FITTED, SEEN, plant
-from engine.graph import History, Step
+from engine.graph import Altered, History, Step, WeightSource
 from engine.inapplicable import NotApplicable
+from engine.lift.node import GgmlOperation
 from engine.replay.replay import Replay
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
@@ -50,6 +53,14 @@ ARCHITECTURES = (
     *("gpt-oss", "falcon", "olmo2", "command-r", "glm4", "stablelm", "mixtral", "cohere2"),
 )
 WAYS = ("scaled", "shifted", "rolled", "permuted", "exchanged", "negated", "zeroed", "position", "operand")
+# Of what an operation reads beside its operands, and of attention's heads: drawn as often as all others together.
+PARTS = (
+    "heads exchanged",
+    "an expert's weights of another",
+    "bias halved",
+    "weight of the neighbouring layer",
+    "scaled by 1.002",
+)
 _FAULTS = {**CATALOGUE, **{fit.fault.name: fit.fault for fit in FITTED}}
 _INSIDE = ("kq", "kq_soft_max")  # rows behind a mask: what moves elements of them makes values of later positions
 
@@ -98,6 +109,8 @@ def _edited(
     step: Step, how: str, draw: random.Random, right: dict[str, Step], shapes: dict[str, tuple[int, ...]]
 ) -> Step | None:
     """The step with this edit; None where it has no place."""
+    if how in PARTS:
+        return _part_edited(step, how, right)
     if how == "operand":
         order = list(right)
         at = draw.randrange(len(step.reads)) if step.reads else 0
@@ -122,6 +135,44 @@ def _edited(
     return replace(step, op=op)
 
 
+def _part_edited(step: Step, how: str, right: dict[str, Step]) -> Step | None:
+    """The step with an edit of a part: two heads, a weight, a bias."""
+    layer, kind = parse(step.makes).layer, parse(step.makes).kind
+    if how == "scaled by 1.002":
+        return replace(step, op=lambda *inputs, **params: step.op(*inputs, **params) * np.float32(1.002))
+    if how == "heads exchanged":
+        scores = right.get(f"blk.{layer}.kq")
+        heads = 0 if scores is None else int(scores.params.get("kv_heads" if kind[:1] in "kv" else "heads", 0))
+        if kind not in ("q", "k", "v", "q_rope", "k_rope", "q_norm", "k_norm", "kqv_out") or heads < 2:
+            return None
+
+        def exchanged(x: Array) -> Array:
+            shaped = x.reshape(len(x), heads, -1)
+            return shaped[:, [1, 0, *range(2, heads)]].reshape(x.shape)
+
+        return replace(step, op=lambda *inputs, **params: exchanged(step.op(*inputs, **params)))
+    if how == "bias halved":
+        if len(step.weights) < 2 or not isinstance(step.weights[-1], str) or "bias" not in step.weights[-1]:
+            return None
+        return replace(step, weights=(*step.weights[:-1], Altered(step.weights[-1], lambda source, name: source.get(name) / 2)))
+    first = step.weights[0] if step.weights else None
+    if not isinstance(first, str):
+        return None
+    if how == "weight of the neighbouring layer":
+        other = first.replace(f"blk.{layer}.", f"blk.{(layer or 0) + 1}.")
+        known = any(other in one.weights for one in right.values())
+        return replace(step, weights=(other, *step.weights[1:])) if layer is not None and known and other != first else None
+    if not isinstance(step.op, GgmlOperation) or step.op.name != "MUL_MAT_ID":
+        return None
+
+    def doubled(source: WeightSource, name: str) -> Array:
+        weight = source.get(name).copy()
+        weight[1] = weight[0]
+        return weight
+
+    return replace(step, weights=(Altered(first, doubled), *step.weights[1:]))
+
+
 def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random) -> Edit:
     """One operation edited in some layers."""
     right = {step.makes: step for step in faulty.right}
@@ -129,7 +180,7 @@ def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random) -> Edit:
     shapes = {name: values[name].shape for name in right if values[name].dtype.kind == "f"}
     while True:
         chosen = draw.choice(faulty.right)
-        how, layers = draw.choice(WAYS), draw.choice(["one", "all", "from"])
+        how, layers = draw.choice(WAYS if draw.random() < 0.5 else PARTS), draw.choice(["one", "all", "from"])
         head, _, kind = chosen.makes.rpartition(".")
         inside = kind in _INSIDE and how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted")
         history = any(isinstance(read, History) for read in chosen.reads)
@@ -267,7 +318,9 @@ def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
             counts[row][said] += 1
     lines = [f"| edit | {' | '.join(words)} |", f"|---|{'---|' * len(words)}"]
     lines += [
-        f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |" for row in (*WAYS, *list(counts)) if row in counts
+        f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |"
+        for row in (*WAYS, *PARTS, *list(counts))
+        if row in counts
     ]
     times = sorted(spent for *_, spent in measured)
     return "\n".join([*dict.fromkeys(lines), f"median {statistics.median(times):.1f} s, slowest {times[-1]:.1f} s"])

@@ -23,7 +23,7 @@ from typing import Any
 
 from checkpoints.jsonl import Writer
 from engine.backend import choose
-from engine.capture.device import tap
+from engine.capture.stages import tap
 from engine.capture.tap import Capture
 from engine.engine import Engine
 from engine.transformer import Transformer

@@ -1,4 +1,4 @@
-"""Ten faults in each of ten architectures, and right engines: what `parity explain` says of them.
+"""Ten faults in each of twelve architectures, and right engines: what `parity explain` says of them.
 
     PYTHONPATH=tests python benchmarks/ten_faults.py run RESULTS.jsonl [--architecture gemma3]
     python benchmarks/ten_faults.py show RESULTS.jsonl > docs/ten-faults.md
@@ -33,7 +33,7 @@ TOKENS, BUDGET = 16, 120.0
 _ARITHMETIC = ("f32", "f16", "bf16")
 
 
-_HEAD = f"""# Ten faults in ten architectures
+_HEAD = f"""# Ten faults in twelve architectures
 
 Made by `python benchmarks/ten_faults.py show RESULTS.jsonl` from its `run`. The engines share no code with parity's: llama.cpp
 plays a changed GGUF file, or a NumPy engine of 250 lines has the fault (`tests/foreign_families.py`). `parity explain` sees the

@@ -21,9 +21,7 @@ from .tensors import TensorWriter
 
 ENDING = ".columns.safetensors"
 KIND = "columns"  # the type of a part's line
-_HELD = (
-    64 << 20
-)  # bytes of records that are put together before they are written as a part: its arrays are then worth their names
+HELD = 64 << 20  # bytes of records in a part: its arrays are then worth their names
 
 
 def beside(dump: str | os.PathLike[str]) -> Path:
@@ -43,16 +41,19 @@ def open_dump(path: str | os.PathLike[str], header: Header, *, binary: bool) -> 
 class ColumnsWriter(Writer):
     """Writes a dump whose records are stored as arrays in a file beside it. Both files appear when it is closed.
 
+    Args:
+        held: bytes of records that are collected before they are written as a part.
+
     Raises:
         InputError: a file cannot be created, or the disk refuses a write.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Header, *, held: int = HELD) -> None:
         self._identity = os.urandom(8).hex()
         self._arrays = TensorWriter(beside(path), {"dump": self._identity})
         self._rows: dict[str, list[Rows]] = {}
         self._parts: dict[str, int] = {}
-        self._held = 0
+        self._held, self._most_held = 0, held
         try:
             super().__init__(path, replace(header, columns={"file": beside(path).name, "id": self._identity}), whole=True)
         except BaseException:
@@ -64,7 +65,7 @@ class ColumnsWriter(Writer):
         self._rows.setdefault(rows.point, []).append(rows)
         self._held += rows.values.nbytes + 512 * len(rows)
         self.checkpoints += len(rows)
-        if self._held > _HELD:
+        if self._held > self._most_held:
             self._flush()
 
     def _flush(self) -> None:

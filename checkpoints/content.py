@@ -7,7 +7,6 @@ every time.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -20,7 +19,7 @@ from .cache import cache_dir
 from .whole_file import lock
 
 _CHUNK = 1 << 20  # bytes of a leaf of the tree: stays in a core's cache between reading and hashing
-_REMEMBERED = 1 << 26  # the hashes of files from this size on are remembered; smaller files take less than 0.05 s
+_REMEMBERED = 1 << 22  # the hashes of files from this size on are remembered; smaller files take less than 3 ms of a core
 _FOLDER = "hashes"
 _MOST = 500  # hashes that are remembered
 # A file may be written again within one tick of its file system's clock: if it was modified less than this before it was
@@ -32,7 +31,7 @@ _VERSION = 1
 def content_hash(path: str | os.PathLike[str]) -> str:
     """32 hex digits that change with any byte of the file.
 
-    The leaves of the tree are SHA-256 of chunks of 1 MiB, the root is SHA-256 of the size and the leaves. From 64 MiB on the
+    The leaves of the tree are SHA-256 of chunks of 1 MiB, the root is SHA-256 of the size and the leaves. From 4 MiB on the
     result is taken from the cache if size, inode and the times of the last change (mtime, and ctime, which no program can
     set) are the same as when it was computed, and older than the time of computing.
 
@@ -65,6 +64,8 @@ def _signature(status: os.stat_result) -> dict[str, int]:
 
 
 def _hash(descriptor: int, size: int) -> str:
+    import hashlib  # loads OpenSSL, which is not needed where a hash is remembered
+
     offsets = range(0, size, _CHUNK)
     buffers = threading.local()
 

@@ -14,9 +14,7 @@ from .lines import checkpoint_lines, end_line, header_line, token_line
 from .record import Dump, Header, Rows, Token
 from .whole_file import Replacement, open_new, unwritable
 
-
-def _dumps(value: Any) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+_AS_LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 
 
 class Writer:
@@ -42,9 +40,6 @@ class Writer:
             self._file: IO[bytes] = self._open(whole)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        import jsonlines
-
-        self._lines = jsonlines.Writer(self._file, dumps=_dumps)
         if header is not None:
             self.header(header)
 
@@ -73,7 +68,7 @@ class Writer:
 
     def _write(self, lines: Iterable[dict[str, Any]]) -> None:
         try:
-            self._lines.write_all(lines)
+            self._file.writelines(orjson.dumps(line, option=_AS_LINE) for line in lines)
             self._file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):  # closing tries the same write again

@@ -10,7 +10,6 @@ wte = { point = "embd", transpose = true }
 """
 
 import re
-import tomllib
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -176,6 +175,8 @@ def read_mapping(path: Path) -> Mapping:
     Raises:
         InputError: it cannot be read, or contains something unknown.
     """
+    import tomllib
+
     try:
         table = tomllib.loads(read_text(path, _LARGEST))
     except (OSError, ValueError, RecursionError) as error:

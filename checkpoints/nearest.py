@@ -20,11 +20,16 @@ def unknown_names(names: Iterable[str]) -> tuple[str, ...]:
         near = nearest(name)
         listed.append(name + (f" (nearest: {', '.join(near)})" if near else ""))
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-    return (f"no known points: {', '.join(listed)}{more}; --map can say what they mean, `parity model M` lists the known ones",)
+    return (
+        f"not in the vocabulary: {', '.join(listed)}{more}; where `parity model M` does not list them as the reference's own, --map can "
+        "say what they mean",
+    )
 
 
 def nearest(name: str, count: int = 2) -> Sequence[str]:
     """The points that look most like a foreign name: nearest("layer_5_attn_output") begins with "blk.5.attn_out"."""
+    if name.startswith(ENCODER):
+        return [ENCODER + near for near in nearest(name.removeprefix(ENCODER), count)]
     number = re.search(r"\d+", name)
     stem = _WORDS.sub("", name[: number.start()] + name[number.end() :] if number else name).strip("._-[]")
     kinds = [kind for kind in KINDS if number is None or kind not in {once.name for once in MODEL_KINDS}]

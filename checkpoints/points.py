@@ -175,14 +175,6 @@ def _section(point: Point) -> int:
     return {EMBD: -1, OUTPUT_NORM: _END, LOGITS: _END + 2}.get(point.kind, _END + 1)
 
 
-def independent(a: str, b: str) -> bool:
-    """Whether two points of one layer lie on branches that have not met, so that an error in one cannot cause one in the other."""
-    first, second = parse(a), parse(b)
-    if first.layer is None or first.layer != second.layer or first.known is None or second.known is None:
-        return False
-    return apart(first.known.lane, second.known.lane)
-
-
 def apart(a: str, b: str) -> bool:
     """Whether two branches of one layer have not met."""
     return frozenset((a, b)) in _INDEPENDENT

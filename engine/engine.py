@@ -99,7 +99,7 @@ def check_tokens(hp: Hyperparameters, tokens: Sequence[int], before: int) -> Non
 def whole_input() -> InputError:
     """The error for an encoder's input that comes in portions."""
     return InputError(
-        "an encoder computes its whole input in one pass: what comes later changes what came before.",
+        "an encoder computes its whole input in one pass and keeps nothing for another.",
         "Give all tokens at once.",
         code="encoder",
     )

@@ -17,6 +17,7 @@ from checkpoints.graph import NOTHING, Size
 from checkpoints.points import ENCODER
 
 from .backend import Array, module_of
+from .weights.matrices import Matrices
 
 TOKENS = "tokens"
 POSITIONS = "positions"
@@ -160,6 +161,11 @@ def sees_later(steps: Sequence["Step"]) -> bool:
     return any(step.params.get("window") in ("all", "symmetric") for step in steps)
 
 
+def in_one_pass(steps: Sequence["Step"]) -> bool:
+    """Whether a prompt must be computed at once: later positions change earlier ones, or nothing is kept for a later pass."""
+    return sees_later(steps) or not any(step.histories or any(isinstance(name, State) for name in step.reads) for step in steps)
+
+
 def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
     """The steps of an encoder as a model by itself, whose tokens and positions are the prompt's."""
     inputs = {ENCODER + name: name for name in (TOKENS, POSITIONS)}
@@ -202,6 +208,9 @@ class WeightSource(Protocol):
     def get(self, name: str) -> Array:
         """The whole weight, float32."""
 
+    def matrices(self, name: str) -> Matrices:
+        """A weight [.., out, in] of which single matrices are taken, float32: only those are dequantised."""
+
     def rows(self, name: str, ids: Array) -> Array:
         """The given rows of it, float32."""
 
@@ -237,7 +246,10 @@ def inputs_of(step: Step, value: Callable[[str], Array], weights: WeightSource) 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
     """Run one step on given inputs: whole values in the order of `step.reads`, of which the step's views are taken."""
-    arguments = [_weight(weight, weights) for weight in step.weights]
+    single = getattr(step.op, "takes_matrices", False)
+    arguments = [
+        weights.matrices(weight) if single and isinstance(weight, str) else _weight(weight, weights) for weight in step.weights
+    ]
     seen = [viewed(read, value) for read, value in zip(step.reads, inputs, strict=True)]
     return step.op(*seen, *arguments, **step.params)
 

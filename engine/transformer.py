@@ -68,6 +68,11 @@ class Transformer:
         """Whether no position sees a later one; an encoder's do."""
         return not graph.sees_later(self.steps)
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether a prompt must be computed in one pass."""
+        return graph.in_one_pass(self.steps)
+
     @property
     def points(self) -> list[str]:
         """Every point that can be captured, in dataflow order."""
@@ -102,7 +107,7 @@ class Transformer:
         if self.encoder is not None and sequence.encoded is None:
             self._encode(tokens, sequence, tap)
             tokens = (self.decoder_start or 0, *sequence.leading)
-        if sequence.length and not self.causal:
+        if sequence.length and self.whole:
             raise whole_input()
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:

@@ -5,14 +5,16 @@ an exception in it: it is kept, the computation is stopped, and `check` raises i
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .ggml import COMPUTED, Ggml, Tensor
-from .jobs import Node
+from .ggml import COMPUTED, Ggml, Tensor, first_operand
+from .jobs import Node, Outline
 from .naming import Planned, Signature, Signer
 
+Noted = TypeVar("Noted", Node, Outline)
 Deliver = Callable[[Planned, NDArray[np.float32]], None]
 
 
@@ -25,6 +27,7 @@ class Tap:
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
         self._listing: list[tuple[Node, bool]] | None = None
+        self._outlines: list[tuple[Outline, bool]] | None = None
         self.causal = True  # whether the masks of the last listed pass hide every later position
         self._masks: dict[int, bytes] = {}  # the masks of the last listed pass, by the address of their soft max
         self._marked = False  # whether this llama.cpp marks the nodes that it computes
@@ -41,7 +44,7 @@ class Tap:
     @property
     def stop(self) -> bool:
         """Whether the computation can stop, because nothing more will be taken from it."""
-        return self._failure is not None or self._listing is not None or self._record is not None
+        return any(thing is not None for thing in (self._failure, self._listing, self._outlines, self._record))
 
     def list_nodes(self) -> None:
         """During the next pass, only note the nodes."""
@@ -57,7 +60,16 @@ class Tap:
         """
         noted = self._listing or []
         self._marked = any(marked for _, marked in noted)
-        return [node for node, marked in noted if marked or not self._marked]
+        return _computed_of(noted)
+
+    def outline(self) -> None:
+        """During the next pass only note what finds the nodes again, and their shapes."""
+        self._reset()
+        self._outlines = []
+
+    def outlined(self) -> list[Outline]:
+        """The outlines noted, of the same nodes as `listed`."""
+        return _computed_of(self._outlines or [])
 
     def record(self, asked: Callable[[int], None]) -> None:
         """During the next pass, hand every node's address to `asked` and compute nothing."""
@@ -91,10 +103,15 @@ class Tap:
             self._deliver = deliver
 
     def _reset(self) -> None:
-        self._listing, self._deliver, self._failure, self._record, self._skipping = None, None, None, None, False
+        self._listing, self._outlines, self._deliver, self._failure, self._record = None, None, None, None, None
+        self._skipping = False
         self._wanted = {}
         self._signer = Signer()
         self._opening = self._next = None
+
+    @property
+    def _idle(self) -> bool:
+        return self._deliver is None and self._listing is None and self._outlines is None
 
     def check(self) -> None:
         """Raise what was raised inside the callback."""
@@ -112,7 +129,7 @@ class Tap:
             except BaseException as error:
                 self._failure = error
             return False
-        if self._failure is not None or (self._deliver is None and self._listing is None):
+        if self._failure is not None or self._idle:
             return not ask
         try:
             if ask:
@@ -125,8 +142,11 @@ class Tap:
 
     def _asked(self, address: int) -> bool:
         tensor = self._ggml.tensor(address)
+        if self._outlines is not None:
+            self._outlines.append((self._ggml.outline(tensor), bool(tensor.flags & COMPUTED)))
+            return False
         if self._listing is not None:
-            self._listing.append((self._ggml.node(tensor), bool(tensor.flags & COMPUTED)))
+            self._listing.append((self._ggml.node(address), bool(tensor.flags & COMPUTED)))
             if self._ggml.op_name(tensor.op) == "SOFT_MAX" and tensor.src[1] and self._given(tensor.src[1].contents):
                 mask = self._ggml.read(tensor.src[1].contents)
                 self.causal = self.causal and not _shows_later(mask[0, 0], tensor.ne[1])
@@ -135,7 +155,7 @@ class Tap:
         if self._marked and not tensor.flags & COMPUTED:
             self._current = []
             return False
-        first = tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
+        first = first_operand(tensor)
         name = tensor.name.decode(errors="replace")
         op = self._ggml.op_name(tensor.op)
         if self._next is not None:
@@ -164,6 +184,12 @@ class Tap:
         for planned in self._current:
             source = tensor if planned.operand is None else tensor.src[planned.operand].contents
             self._deliver(planned, self._ggml.read(source))
+
+
+def _computed_of(noted: Sequence[tuple[Noted, bool]]) -> list[Noted]:
+    """What was noted of the nodes that are computed: all of them where this llama.cpp marks none."""
+    some = any(marked for _, marked in noted)
+    return [node for node, marked in noted if marked or not some]
 
 
 def _shows_later(mask: NDArray[np.float32], count: int) -> bool:

@@ -19,6 +19,7 @@ from .builds import Build
 _LAST_WORDS = re.compile(
     r"(GGML_ASSERT\(.*|GGML_ABORT.*|what\(\):.*|.*\bterminate called\b.*|.*[Oo]ut of memory.*|.*Error: .*)"
 )
+_FOLDERS = re.compile(r"^\S*/(?=[\w.-]+:\d+: )")  # of the source file that ggml names, on the machine that built it
 # The folder of this package is put first on the child's path, unless it is on the path anyway.
 _BOOT = "import sys; root = sys.argv[1]; sys.path[:0] = [] if root in sys.path else [root]; from reference.worker import main; main()"
 
@@ -62,7 +63,7 @@ class Child:
         if match := _LAST_WORDS.search(text):
             return match[1].strip()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        return _FOLDERS.sub("", lines[-1]) if lines else ""
 
     def end(self, *, kill: bool) -> int:
         """Close the pipe and wait for the process; returns its exit status."""

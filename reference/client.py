@@ -137,6 +137,14 @@ class Reference:
         """
         return list(self._ask(f"reading the vocabulary of {model}", "pieces", Path(model), tuple(ids)))
 
+    def text(self, model: Path, ids: Sequence[int]) -> str:
+        """The text of all ids together, special tokens shown; half a character at either end is left out.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        return str(self._ask(f"reading the vocabulary of {model}", "text", Path(model), tuple(ids)))
+
     def chat_texts(self, model: Path, text: str) -> dict[str, str]:
         """Template name -> the text in that chat template; "own" is the file's. See `reference.chat`."""
         return dict(self._ask(f"reading the chat template of {model}", "chat_texts", Path(model), text))

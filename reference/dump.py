@@ -6,9 +6,8 @@ It holds one value at a time, and needs the whole model in memory; `sweep` does 
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,107 +18,21 @@ from checkpoints.dataflow import Dataflow
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import Contents
-from checkpoints.jsonl import Writer
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
-from checkpoints.recording import passes
-from checkpoints.summary import summarise
-from checkpoints.tensors import TensorWriter, beside, key
+from checkpoints.tensors import TensorWriter, beside
 
 from . import twin
 from .dataflow import of_passes
-from .jobs import EXACT, NATIVE, DumpJob, DumpResult
+from .emitter import Emitter, Step, steps_of
+from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library, default_threads
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
 from .passes import Plans, plans_of
-from .rows import Survey, arrange
+from .refusals import check, check_ways, generates
+from .session import Session
 
 _TOP = 5  # logits named with each chosen token
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward pass: its number, its first position, its tokens."""
-
-    number: int
-    first: int
-    tokens: tuple[int, ...]
-
-    @property
-    def decode(self) -> bool:
-        """False for the prompt's pass."""
-        return self.number > 0
-
-    @property
-    def positions(self) -> NDArray[np.int64]:
-        """int64 [T]."""
-        return np.arange(self.first, self.first + len(self.tokens), dtype=np.int64)
-
-
-def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, portions: tuple[int, ...] = ()) -> list[Step]:
-    """The prompt in one pass or in portions, then each further token in its own; the first token stands at position `first`.
-
-    Raises:
-        InputError: the portions do not make up the prompt.
-    """
-    parts = [tuple(prompt[part]) for part in passes(len(prompt), portions)] + [(token,) for token in follow]
-    starts = accumulate((len(part) for part in parts), initial=first)
-    return [Step(number, start, part) for number, (start, part) in enumerate(zip(starts, parts, strict=False))]
-
-
-@dataclass
-class Emitter:
-    """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass.
-
-    `first` is where the sequence begins, if that is not the job's first position; `causal` says whether earlier positions do not
-    see later ones; `before` is how many rows of other sequences precede this one's in a pass.
-    """
-
-    writer: Writer
-    job: DumpJob
-    tensors: TensorWriter | None = None
-    step: Step = field(default_factory=lambda: Step(0, 0, ()))
-    first: int | None = None
-    causal: bool = True
-    before: int = 0
-
-    def __call__(self, planned: Planned, value: NDArray[np.float32]) -> None:
-        """Record one value; called inside llama.cpp's callback."""
-        step, keep = self.step, self._kept()
-        positions = step.positions
-        if planned.once:  # it belongs to the last position of the pass
-            keep, positions = keep[keep == len(positions) - 1] * 0, positions[-1:]
-        if not len(keep):
-            return
-        begin = self.first if self.first is not None else self.job.first_position
-        rows_of_pass = self.before + len(step.tokens)
-        tensor = arrange(planned, value, rows_of_pass, step.first - begin + rows_of_pass)
-        if self.before:
-            tensor = tensor[:, self.before :, self.before :] if points.of_scores(planned.point) else tensor[self.before :]
-        source = planned.node if planned.operand is None else planned.node.sources[planned.operand]
-        rows = summarise(
-            planned.point,
-            tensor,
-            positions,
-            step=step.number,
-            decode=step.decode,
-            slice_size=self.job.slice_size,
-            keep=keep,
-            first=begin,
-            causal=self.causal,
-            dtype=source.type,
-        )
-        self.writer.rows(rows)
-        if self.tensors is not None:
-            self.tensors.add(key(planned.point, step.number), tensor)
-
-    def _kept(self) -> NDArray[np.int64]:
-        count = len(self.step.tokens)
-        if self.job.positions == "all":
-            return np.arange(count, dtype=np.int64)
-        if self.job.positions == "last":
-            return np.array([count - 1], dtype=np.int64)
-        return np.flatnonzero(np.isin(self.step.positions, np.array(self.job.positions))).astype(np.int64)
 
 
 def describe(contents: Contents, library: Library) -> ModelInfo:
@@ -142,54 +55,6 @@ def expression(job: DumpJob, n_layers: int) -> str:
         raise InputError(f"the model has no layer {wrong[0]}.", f"Its layers are 0…{n_layers - 1}.", code="layers")
     named = ",".join(points.layer_outputs(job.layers))
     return ",".join(named if part.strip() == "default" else part for part in job.points.split(","))
-
-
-def check(job: DumpJob, model: Model) -> None:
-    """Refuse a job that cannot be computed, before anything is written.
-
-    Raises:
-        InputError: no tokens, ids outside the vocabulary, too many of them, unknown mode, type or positions.
-    """
-    if job.mode not in (EXACT, NATIVE):
-        raise InputError(f"--mode {job.mode!r} is unknown.", "Take exact or native.", code="mode")
-    if job.kv_type not in ("f32", "f16") or (job.kv_type != "f32" and job.mode == EXACT):
-        raise InputError(
-            f"--kv-type {job.kv_type} is not available in {job.mode} mode.", "Exact mode takes f32.", code="kv_type"
-        )
-    if job.generate < 0:
-        raise InputError(f"cannot generate {job.generate} tokens.", "Take 0 or more.", code="generate")
-    if job.slice_size is not None and job.slice_size < 1:
-        raise InputError(f"--slice must be at least 1, not {job.slice_size}.", "Take 1 or more.", code="slice")
-    check_tokens(model, job.tokens, job.first_position + job.generate + len(job.lead or ()))
-    model.checked(job.lead or ())
-    if isinstance(job.positions, str):
-        if job.positions not in ("all", "last"):
-            raise InputError(f"--positions {job.positions!r} is not valid.", "Take all, last, or a list.", code="positions")
-        return
-    first = job.first_position
-    last = first + len(job.tokens) + job.generate + len(job.lead or ()) - 1
-    if wrong := [position for position in job.positions if not first <= position <= last]:
-        raise InputError(f"there is no position {wrong[0]}.", f"The run has positions {first}…{last}.", code="positions")
-    if not job.positions:
-        raise InputError("--positions selects no position.", "Take all, last, or a list.", code="positions")
-
-
-def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
-    """Refuse tokens that the model cannot take.
-
-    Raises:
-        InputError: no tokens, ids outside the vocabulary, or more tokens than the model was trained for.
-    """
-    if not tokens:
-        raise InputError("the prompt is empty.", "Give --prompt or --tokens.", code="prompt")
-    model.checked(tokens)
-    total = len(tokens) + more
-    if model.n_ctx_train and total > model.n_ctx_train:
-        raise InputError(
-            f"{total} positions are more than the {model.n_ctx_train} for which {model.path.name} was trained.",
-            "Take a shorter prompt, or generate less.",
-            code="context",
-        )
 
 
 def token_record(model: Model, position: int, chosen: int, logits: NDArray[np.float32]) -> Token:
@@ -330,52 +195,6 @@ def _computed(session: Session, step: Step, plans: Plans, names: Sequence[str], 
 
     again = following if job.ubatch is not None else None
     session.decode(step.tokens, step.first, following(), emitter, again=again, companions=job.companions)
-
-
-def generates(prompt: Survey, job: DumpJob, info: ModelInfo) -> None:
-    """Refuse to generate with a model that scores no tokens, or not the next ones.
-
-    Raises:
-        InputError: tokens are asked for.
-    """
-    if not (job.generate or job.lead):
-        return
-    advice = "Leave --generate out."
-    if all(item.point != points.LOGITS for item in prompt.known):
-        raise InputError(f"{info.architecture} computes embeddings and cannot generate tokens.", advice, code="generate")
-    # The mask of a single token shows nothing; but a causal model keeps what came before in a cache or a state.
-    alone = len(job.tokens) == 1 and not any(_kept(item.point) for item in prompt.known)
-    if alone or not prompt.causal:
-        raise InputError(
-            f"in {info.architecture} every position sees all others, so it cannot generate tokens.", advice, code="generate"
-        )
-
-
-def check_ways(plans: Plans, job: DumpJob, info: ModelInfo) -> None:
-    """Refuse ubatches, sequences or a saved state for a model that cannot be computed so, or whose values could not be told apart.
-
-    Raises:
-        InputError: an encoder, or several sequences of a model with recurrent states.
-    """
-    if job.plain:
-        return
-    if plans.encoder is not None or not plans.prompt.causal:
-        raise InputError(f"{info.architecture} is an encoder: it computes its whole input at once.", code="encoder")
-    if job.companions and any("state" in points.parse(name).kind or "conv" in points.parse(name).kind for name in plans.names):
-        raise InputError(
-            f"{info.architecture} has recurrent states: sequences of unequal length are not computed in one graph.",
-            code="sequences",
-        )
-    if (job.companions or job.saved) and (job.portions or job.ubatch or job.generate or job.lead):
-        raise InputError("sequences and saved states are for a prompt in one pass.", code="ways")
-    if not 0 <= job.saved < len(job.tokens):
-        raise InputError(f"a state cannot be saved after {job.saved} of {len(job.tokens)} tokens.", code="ways")
-
-
-def _kept(point: str) -> bool:
-    """Whether a point is read from a cache, or is a recurrent state."""
-    kind = points.parse(point).kind
-    return kind in ("k_read", "v_read") or "cache" in kind or "state" in kind
 
 
 def tensors_beside(job: DumpJob) -> AbstractContextManager[TensorWriter | None]:

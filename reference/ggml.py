@@ -6,6 +6,7 @@ first value is used; another layout is an error, never wrong numbers.
 
 import ctypes
 import os
+import struct
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from checkpoints.errors import ReferenceFailed
 
 from .bindings import bindings
 from .builds import LIBRARY_VARIABLE
-from .jobs import Node, Source
+from .jobs import Node, Outline, Source
 
 _MAX_NAME = 64  # GGML_MAX_NAME
 _MAX_SRC = 10  # GGML_MAX_SRC
@@ -51,6 +52,16 @@ Tensor._fields_ = [
     ("data", ctypes.c_void_p),
     ("name", ctypes.c_char * _MAX_NAME),
 ]
+
+
+# The same as one `struct`: a node's fields are read at once, ten times as fast as one by one through ctypes.
+_FIELDS = struct.Struct(f"iP4q4Ni16ii{_MAX_SRC}PPNP{_MAX_NAME}s")
+_TYPE, _NE, _OP, _OP_PARAMS, _SRC, _NAME = 0, slice(2, 6), 10, slice(11, 27), slice(28, 28 + _MAX_SRC), -1
+
+
+def _text(name: bytes) -> str:
+    """A name in a field of fixed size."""
+    return name.partition(b"\0")[0].decode(errors="replace")
 
 
 class Ggml:
@@ -127,24 +138,28 @@ class Ggml:
                 code="abi",
             )
 
-    def node(self, tensor: Tensor) -> Node:
-        """Everything about a tensor but its value."""
-        sources = tuple(self._source(tensor.src[i].contents) for i in range(_MAX_SRC) if tensor.src[i])
-        op = self.op_name(tensor.op)
+    def node(self, address: int) -> Node:
+        """Everything about the tensor at an address but its value; `tensor` has checked that there is one."""
+        fields = _FIELDS.unpack(ctypes.string_at(address, _FIELDS.size))
+        op = self.op_name(fields[_OP])
         return Node(
-            name=tensor.name.decode(errors="replace"),
+            name=_text(fields[_NAME]),
             op=op,
-            type=self.type_name(tensor.type),
-            ne=tuple(tensor.ne),
-            op_params=tuple(tensor.op_params),
-            sources=sources,
-            address=ctypes.addressof(tensor),
-            function=self._op_desc(ctypes.addressof(tensor)).decode() if op in WITH_FUNCTION else "",
+            type=self.type_name(fields[_TYPE]),
+            ne=fields[_NE],
+            op_params=fields[_OP_PARAMS],
+            sources=tuple(self._source(source) for source in fields[_SRC] if source),
+            address=address,
+            function=self._op_desc(address).decode() if op in WITH_FUNCTION else "",
         )
 
-    def _source(self, tensor: Tensor) -> Source:
-        name = tensor.name.decode(errors="replace")
-        return Source(name, self.op_name(tensor.op), self.type_name(tensor.type), tuple(tensor.ne), ctypes.addressof(tensor))
+    def outline(self, tensor: Tensor) -> Outline:
+        """A node's name, operation, first operand and shape."""
+        return Outline(_text(tensor.name), self.op_name(tensor.op), first_operand(tensor), tuple(tensor.ne))
+
+    def _source(self, address: int) -> Source:
+        fields = _FIELDS.unpack(ctypes.string_at(address, _FIELDS.size))
+        return Source(_text(fields[_NAME]), self.op_name(fields[_OP]), self.type_name(fields[_TYPE]), fields[_NE], address)
 
     def bytes_of(self, address: int, count: int) -> bytes:
         """The memory at an address; `tensor` has checked that a tensor lies there."""
@@ -196,6 +211,11 @@ class Ggml:
         if kind == "bf16":
             return (strided.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return np.ascontiguousarray(strided, dtype=np.float32)
+
+
+def first_operand(tensor: Tensor) -> str:
+    """The name of a node's first operand, "" if it has none."""
+    return tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
 
 
 def _item(type_name: str) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoints.dataflow import Dataflow
 from checkpoints.record import Header, ModelInfo
@@ -54,6 +55,15 @@ class Node:
     point: str = ""
     address: int = 0
     function: str = ""
+
+
+class Outline(NamedTuple):
+    """What finds a node again in another graph of the model, and its shape: a small part of a `Node`, read ten times as fast."""
+
+    name: str
+    op: str
+    first: str  # the name of its first operand
+    ne: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ class Description:
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
     A row shape is written as text, with "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
-    that of a dump's header.
+    that of a dump's header; `rope` says which elements RoPE rotates with each other: "NORM", "NEOX", …, and "" where it rotates none.
     """
 
     info: ModelInfo
@@ -143,3 +153,4 @@ class Description:
     points: tuple[tuple[str, tuple[str, ...]], ...]
     nodes: tuple[Node, ...]
     dataflow: Dataflow
+    rope: str

@@ -1,6 +1,7 @@
 """llama.cpp's library: its low-level functions, its log, its version. Used in the child process only."""
 
 import os
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from .bindings import bindings
 from .ggml import Ggml
 
 _LOG_LINES = 200  # lines that are kept for the sentence that says why a model was refused
+_METADATA = re.compile(r"llama_cpp_python-(.+)\.(?:dist|egg)-info")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -61,10 +63,10 @@ class Library:
 
     def _version(self) -> str:
         """The version of the bindings, which may lie in another environment; "" if it is not known."""
-        from importlib.metadata import distributions
-
-        place = str(Path(self.api.__file__).parent.parent)
-        return next((package.version for package in distributions(name="llama_cpp_python", path=[place])), "")
+        place = Path(self.api.__file__).parent.parent
+        # `importlib.metadata` says the same, once it has imported what reads electronic mail.
+        described = (_METADATA.fullmatch(path.name) for path in place.glob("llama_cpp_python-*-info"))
+        return next((match[1] for match in described if match), "")
 
     def devices(self) -> tuple[str, ...]:
         """The names (`ggml_backend_dev_name`) of all devices that this ggml can compute on: "CPU", "BLAS", "CUDA0"."""

@@ -6,9 +6,9 @@ from functools import cached_property
 
 from checkpoints.points import ENCODER
 
-from .llama import Session
 from .naming import Planned
 from .rows import Survey, survey
+from .session import Session
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from checkpoints import points
 
-from .jobs import Node
-from .llama import Session
+from .jobs import Node, Outline
 from .naming import Planned, Signer, plan
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def survey(
     planned = plan(nodes, offset=offset, prefix=prefix)
     count = len(inputs)
     others = inputs[:-1] if count > 2 else _longer(inputs)
-    sizes = _sizes(session.list_nodes(others, encode=encode))
+    sizes = _sizes(session.outline_nodes(others, encode=encode))
     known = []
     for item in planned:
         axis = _axis(item.node.ne, sizes.get(item.signature), count, len(others))
@@ -55,9 +55,9 @@ def _longer(inputs: Sequence[int] | NDArray[np.float32]) -> Sequence[int] | NDAr
     return np.concatenate([inputs, inputs[:1]]) if isinstance(inputs, np.ndarray) else (*inputs, inputs[0])
 
 
-def _sizes(nodes: Sequence[Node]) -> dict[tuple[str, str, str, int], tuple[int, ...]]:
+def _sizes(nodes: Sequence[Outline]) -> dict[tuple[str, str, str, int], tuple[int, ...]]:
     signer = Signer()
-    return {signer.sign(node.name, node.op, node.sources[0].name if node.sources else ""): node.ne for node in nodes}
+    return {signer.sign(node.name, node.op, node.first): node.ne for node in nodes}
 
 
 def _axis(ne: tuple[int, ...], other: tuple[int, ...] | None, count: int, length: int) -> int | None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,23 +12,25 @@ from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
 from checkpoints.gguf_parts import files_of
-from checkpoints.graph import RecordedGraph
 
 from . import dump, twin
 from .chat import chat_texts, own_template
 from .dataflow import of_passes
-from .graph import record
 from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
 from .passes import plans_of
+from .refusals import check, check_tokens
 from .rows import arrange, row_shape, survey
+from .session import Session
 from .sweep import dump_windows, window_size
 from .twin import Twins
 from .wanted import wanted_tensors
-from .window_proof import prove
 from .windows import Window, open_window
+
+if TYPE_CHECKING:
+    from checkpoints.graph import RecordedGraph
 
 Item = Callable[[Any], None]
 
@@ -62,7 +64,7 @@ class Service:
     def _computable_for(self, path: Path, tokens: tuple[int, ...], mode: str, threads: int | None) -> Model:
         """The model that computes these tokens. Raises InputError for tokens that are not in its vocabulary."""
         contents = twin.checked(self._library, path)
-        dump.check_tokens(self._vocabulary(contents), tokens)
+        check_tokens(self._vocabulary(contents), tokens)
         return self._computable(contents, mode, threads)
 
     def _computable(self, contents: Contents, mode: str, threads: int | None) -> Model:
@@ -99,6 +101,10 @@ class Service:
         """See `client.Reference.pieces`."""
         return self._vocabulary(contents(path)).pieces(ids)
 
+    def text(self, path: Path, ids: tuple[int, ...], *, item: Item) -> str:
+        """See `client.Reference.text`."""
+        return self._vocabulary(contents(path)).text(ids)
+
     def chat_texts(self, path: Path, text: str, *, item: Item) -> dict[str, str]:
         """See `client.Reference.chat_texts`."""
         return chat_texts(self._library, own_template(self._vocabulary(contents(path)).metadata()), text)
@@ -109,7 +115,7 @@ class Service:
         file = twin.checked(self._library, job.model)
         if job.plain and (size := window_size(self._library, file, job)) is not None:
             return dump_windows(self._library, self._vocabulary(file), file, job, size, started)
-        dump.check(job, self._vocabulary(file))  # before minutes are spent on a twin
+        check(job, self._vocabulary(file))  # before minutes are spent on a twin
         info = dump.describe(file, self._library)
         model = self._computable(file, job.mode, job.threads)
         return dump.dump_whole(self._library, model, job, info, started)
@@ -193,6 +199,8 @@ class Service:
             )
         known = (contents.fingerprint, span, count)
         if known not in self._windows:
+            from .window_proof import prove
+
             proof = prove(self._library, contents, [span], (0,) * count, hidden=True)
             self._windows[known] = proof.untied
         return Window(first, stop, None, self._windows[known])
@@ -240,10 +248,13 @@ class Service:
             points=tuple((entry.point, row_shape(entry, len(tokens))) for entry in known),
             nodes=tuple(entry.node for entry in known),
             dataflow=of_passes(plans),
+            rope=model.rope,
         )
 
-    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> RecordedGraph:
+    def graph(self, path: Path, mode: str, n_ctx: int, threads: int | None, *, item: Item) -> "RecordedGraph":
         """See `client.Reference.graph`."""
+        from .graph import record
+
         contents = twin.checked(self._library, path)
         # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
         windows = window_size(self._library, contents, DumpJob(path, path, (), mode=mode)) is not None

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,21 @@ from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
+from .after_quantising import is_f32
 from .callback import Deliver
 from .dataflow import dataflow
-from .dump import Emitter, Step
+from .emitter import Emitter, Step, steps_of
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming import Planned
+from .refusals import check, generates
 from .rows import survey
-from .window_proof import Proof, prove
+from .session import Session
 from .windows import Window, layer_bytes, open_window, vocabulary_of
+
+if TYPE_CHECKING:
+    from .window_proof import Proof
 
 _SHARE = 2  # a whole model may take half of the free memory
 _WINDOW_SHARE = 4  # a window a quarter, since its file, its F32 copy and its page cache add up
@@ -57,7 +62,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
     folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free
-        if fits or twin.is_f32(contents) or twin_cache.has_twin(contents):
+        if fits or is_f32(contents) or twin_cache.has_twin(contents):
             return None
     layer_size, rest = layer_bytes(library, contents, exact=exact)
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
@@ -71,7 +76,7 @@ class _Sweep:
     found: Contents
     job: DumpJob
     spans: Sequence[tuple[int, int]]
-    proof: Proof
+    proof: "Proof"
 
     @property
     def n_vocab(self) -> int:
@@ -155,22 +160,24 @@ def dump_windows(
     library: Library, vocabulary: Model, contents: Contents, job: DumpJob, size: int, started: float
 ) -> DumpResult:
     """Dump a model of which only `size` layers at a time are in memory."""
-    dump.check(job, vocabulary)
+    check(job, vocabulary)
     info = dump.describe(contents, library)
     spans = [(first, min(first + size, contents.layers)) for first in range(0, contents.layers, size)]
+    from .window_proof import prove
+
     proof = prove(library, contents, spans, job.tokens)
     sweep = _Sweep(library, contents, job, spans, proof)
     known = [item.point for item in proof.whole.known]
-    dump.generates(proof.whole, job, info)
+    generates(proof.whole, job, info)
     names = points.select(dump.expression(job, contents.layers), known, contents.layers)
     planned_at = time.perf_counter()
     follow = list(job.lead or ())
     for _ in range(job.generate):
-        choice = int(sweep.run(dump.steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
+        choice = int(sweep.run(steps_of(job.tokens, follow, job.first_position), set(), None)[-1].argmax())
         follow.append(choice)
         if vocabulary.ends(choice):
             break
-    steps = dump.steps_of(job.tokens, follow, job.first_position)
+    steps = steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
     header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:

@@ -70,3 +70,10 @@ class ToFloat:
         data = np.ascontiguousarray(raw)
         traits.to_float(data.ctypes.data, out.ctypes.data, elements)
         return out
+
+    def padded(self, data: bytes, kind: int, elements: int) -> NDArray[np.float32] | None:
+        """As the call, of bytes that may have padding behind them."""
+        traits = self._traits(kind).contents
+        if not traits.to_float or not traits.blck_size:
+            return None
+        return self(np.frombuffer(data, np.uint8, elements // traits.blck_size * traits.type_size), kind, elements)

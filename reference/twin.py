@@ -16,15 +16,11 @@ from checkpoints.gguf_file import Contents, contents
 from checkpoints.whole_file import Replacement, is_special, unwritable
 
 from . import twin_cache
+from .after_quantising import dequantize_rest, is_f32, state_alignment
 from .library import Library, default_threads
 
-_F32 = 0  # ggml_type
+_F32 = "F32"  # the file type whose weights are F32 without exception
 _ATTEMPTS = 3  # to make a twin that reads back as it was written
-
-
-def is_f32(contents: Contents) -> bool:
-    """Whether every tensor is F32 already: such a model is its own twin."""
-    return all(tensor.type == _F32 for tensor in contents.tensors)
 
 
 def twin_bytes(contents: Contents) -> int:
@@ -100,7 +96,7 @@ class Twins:
         before = [part.path.stat() for part in model.parts]
         try:
             with Replacement(folder / twin_cache.name_of(model, "new")) as replacement:
-                convert(self._library, model, "F32", replacement.temporary, threads=threads)
+                convert(self._library, model, _F32, replacement.temporary, threads=threads)
                 whole(self._library, model, replacement.temporary)
                 for part, status in zip(model.parts, before, strict=True):
                     if touched(status, part.path.stat()):
@@ -118,15 +114,21 @@ def whole(library: Library, model: Contents, copy: Path) -> None:
     """Check that a copy has all the model's tensors, as F32, up to its end.
 
     Raises:
-        OSError: it has not: the disk lost a part of it without an error.
+        OSError: it has not: the disk lost a part of it without an error; ReferenceFailed: tensors have types that stay as they are.
     """
     try:
         file = checked(library, copy)
     except ModelError as error:
         raise OSError(5, f"the copy of {model.path.name} was not written completely") from error
     expected = {(tensor.name, tensor.ne) for tensor in model.tensors}
-    if {(tensor.name, tensor.ne) for tensor in file.tensors} != expected or not is_f32(file):
+    if {(tensor.name, tensor.ne) for tensor in file.tensors} != expected:
         raise OSError(5, f"the copy of {model.path.name} was not written completely")
+    if not is_f32(file):
+        raise ReferenceFailed(
+            f"{model.path.name} has tensors of types that llama.cpp does not convert to F32.",
+            "Take --mode native.",
+            code="type",
+        )
 
 
 def file_types(library: Library) -> dict[str, int]:
@@ -172,6 +174,9 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
     library.lines.clear()
     status = api.llama_model_quantize(os.fsencode(model.path), os.fsencode(out), ctypes.byref(params))
     if status == 0:
+        state_alignment(out)
+        if ftype.upper() == _F32:
+            dequantize_rest(out)
         return
     reason = library.reason()
     if "iostream error" in reason:  # llama.cpp's message for any failed write: the disk itself says why

@@ -20,6 +20,7 @@ from checkpoints.whole_file import create_locked, lock, remove_unowned
 
 _SUFFIX = "-f32.gguf"
 _TEMPORARY = "tmp-"
+_USES = "used"  # the folder of empty files, named as the twins, whose times say when a twin was last used
 _LONGEST_STEM = 60  # characters of the model's name that a twin's begins with
 
 
@@ -40,8 +41,25 @@ def cached() -> list[CachedTwin]:
         with suppress(OSError):  # another process may just have removed it
             status = path.lstat()
             if not path.name.startswith(_TEMPORARY):
-                twins.append(CachedTwin(path, status.st_size, status.st_mtime))
+                twins.append(CachedTwin(path, status.st_size, max(status.st_mtime, _last_used(path))))
     return sorted(twins, key=lambda twin: twin.used)
+
+
+def _last_used(twin: Path) -> float:
+    """When a twin was taken from the cache, seconds since 1970; 0 if it never was.
+
+    The twin's own times stay as they are: its hash is remembered for as long as they do (`checkpoints.content`).
+    """
+    with suppress(OSError):
+        return (twin.parent / _USES / twin.name).lstat().st_mtime
+    return 0.0
+
+
+def _note_use(twin: Path) -> None:
+    with suppress(OSError):
+        stamp = twin.parent / _USES / twin.name
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.touch()
 
 
 def empty_cache() -> int:
@@ -62,9 +80,12 @@ def workspace() -> Path:
 
 
 def _sweep(folder: Path) -> int:
-    """Remove temporary files of processes that no longer exist."""
+    """Remove temporary files of processes that no longer exist, and the times of use of twins that are gone."""
     if not folder.is_dir():
         return 0
+    for stamp in (folder / _USES).glob(f"*{_SUFFIX}"):
+        if not (folder / stamp.name).exists():
+            stamp.unlink(missing_ok=True)
     return sum(remove_unowned(path) for pattern in (f"{_TEMPORARY}*", ".*.part") for path in folder.glob(pattern))
 
 
@@ -123,8 +144,7 @@ def take(model: Contents) -> tuple[Path, int] | None:
                 if not whole:
                     os.close(descriptor)
             if whole:
-                with suppress(OSError):
-                    os.utime(path)
+                _note_use(path)
                 return path, descriptor
             path.unlink()
             damaged = True

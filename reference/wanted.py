@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.errors import ModelError
 
 from .library import Library
-from .llama import model_params
+from .model import model_params
 
 
 class _InitParams(ctypes.Structure):

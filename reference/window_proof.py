@@ -17,10 +17,11 @@ from checkpoints.gguf_file import Contents
 
 from .jobs import Node, Source
 from .library import Library
-from .llama import Model, Session
+from .model import Model
 from .naming.planned import VIEWS
 from .naming.structure import Structure, is_selection
 from .rows import Survey, survey
+from .session import Session
 from .windows import Window, open_window, vocabulary_of
 
 _ROPE, _SECTIONS = "ROPE", 8  # bit of a rotation's mode: positions along several axes (GGML_ROPE_TYPE_MROPE)

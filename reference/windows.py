@@ -16,9 +16,10 @@ from typing import IO
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
 
+from .after_quantising import is_f32
 from .library import Library
-from .llama import Model
-from .twin import convert, is_f32
+from .model import Model
+from .twin import convert
 from .twin_cache import cannot_write, temporary, workspace
 
 _ROWS = 32  # rows of an embedding or output matrix that is not read

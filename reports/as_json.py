@@ -42,6 +42,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         ],
         "choices": asdict(verdict.choices) if verdict.choices else None,
         "left_out": verdict.left_out,
+        "excused": verdict.excused,
         "notes": list(verdict.notes),
         "record_faults": [asdict(fault) for fault in verdict.record_faults],
         "seen": [{**asdict(item), "whole": item.whole} for item in verdict.seen],

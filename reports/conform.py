@@ -135,8 +135,18 @@ def _axis(name: str, values: Sequence[str], conformance: Conformance) -> str:
     every = axis(conformance.results, name)
     if len(here) == len(every):
         return "" if len(every) == 1 else _AXES[name]
+    if name == "architecture" and (rope := _rope_of(here, conformance)):
+        return f"all {rope} architectures"
     shown = ", ".join(here[:_LISTED]) + (f" and {len(here) - _LISTED} more" if len(here) > _LISTED else "")
     return shown if name in ("architecture", "type") else f"{name} {shown}"
+
+
+def _rope_of(architectures: Sequence[str], conformance: Conformance) -> str:
+    """The kind of RoPE that these architectures have and no other one that was compared; "" if there is none, or only one of them."""
+    kinds = {result.cell.architecture: result.rope for result in conformance.results if result.compared}
+    kind = kinds.get(architectures[0], "")
+    alike = {name for name, rope in kinds.items() if rope == kind}
+    return kind if kind and len(alike) > 1 and alike == set(architectures) and len(alike) < len(kinds) else ""
 
 
 def _refusals(conformance: Conformance) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 from checkpoints.answers.consistency import Check, Consistency
 
 from .as_json import verdict_as_json
-from .layout import columns, labelled
+from .layout import columns, labelled, needed
 from .numbers import clean, count, error, limit
 
 
@@ -19,7 +19,14 @@ def lines(consistency: Consistency, width: int) -> Iterator[Text]:
     rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "bits differ from", "computed as")]
     rows += [_row(check) for check in consistency.checks]
     styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in consistency.checks)]
+    below: list[tuple[str, str]] = []
+    if needed(rows) > width:  # no sentence is cut: they go below the table
+        below = [(row[0], row[-1]) for row in rows[1:]]
+        rows = [row[:-1] for row in rows]
     yield from columns(rows, frozenset({1, 2}), styles, width)
+    if below:
+        yield Text("")
+        yield from labelled(below, width)
     yield Text("")
     for check in consistency.checks:
         if check.suspect:

@@ -1,7 +1,6 @@
 """A report as one HTML file that opens offline: no server, no network, every text escaped."""
 
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,9 @@ from .sentences import answer, headline, place, reasons, remarks
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def html(report: Report) -> str:
@@ -57,10 +59,10 @@ def write_html(report: Report, path: Path) -> None:
 @cache
 def template(name: str) -> "Template":
     """A template of this package, compiled once; everything that it prints is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["asset"] = _asset
     environment.filters |= {
@@ -80,7 +82,7 @@ def _asset(name: str) -> Any:
     """A file of the templates folder as it is: style, script, library. Never text of a dump."""
     from markupsafe import Markup
 
-    return Markup(files("reports").joinpath("templates", name).read_text(encoding="utf-8"))
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _elements(difference: Difference | None, truth: tuple[float, ...]) -> list[tuple[int, tuple[str, ...], bool]]:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from math import isfinite
 from typing import Any
 
 from rich.text import Text
@@ -11,6 +10,7 @@ from rich.text import Text
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
 from checkpoints.points import KINDS
 
+from .as_json import SCHEMA, plain
 from .layout import columns, labelled
 from .numbers import clean, count, error, limit, ranges, token
 
@@ -169,21 +169,17 @@ def _counted(isolation: Isolation) -> str:
 def as_json(isolation: Isolation) -> dict[str, Any]:
     """One JSON object with `operations`, `wrong` and every other figure."""
     answer = {key: value for key, value in asdict(isolation).items() if key not in ("operations", "graft", "elements")}
-    return {
-        "schema": 1,
+    fields = {
+        "schema": SCHEMA,
         "verdict": "right" if isolation else "wrong",
         **{key: list(value) if isinstance(value, tuple) else value for key, value in answer.items()},
         "operations": [_operation(item) for item in isolation.operations],
         "wrong": [item.name for item in isolation.wrong],
-        "elements": [asdict(item) | {"error": _finite(item.error)} for item in isolation.elements],
+        "elements": [asdict(item) for item in isolation.elements],
         "graft": [asdict(item) | {"changes": item.changes} for item in isolation.graft],
     }
+    return {key: plain(value) for key, value in fields.items()}
 
 
 def _operation(item: Operation) -> dict[str, Any]:
-    return {"point": item.name, **asdict(item), "nmse": _finite(item.nmse), "sampled": _finite(item.sampled)}
-
-
-def _finite(value: float | None) -> float | str | None:
-    """JSON has no infinity: the word, as in dumps."""
-    return value if value is None or isfinite(value) else "Infinity" if value > 0 else "NaN"
+    return {"point": item.name, **asdict(item)}

@@ -6,18 +6,23 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 _GAP = 2
+_NARROWEST = 12  # columns below which nothing is broken, but cut
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int], styles: Sequence[str], width: int) -> list[Text]:
-    """Rows of cells, aligned; the columns in `right` to the right. The last column is cut where it does not fit."""
+    """Rows of cells, aligned; the columns in `right` to the right. The last column is broken at spaces where it does not fit."""
     widths = [max(cell_len(row[number]) for row in rows) for number in range(len(rows[0]))]
+    room = max(width - sum(widths[:-1]) - _GAP * (len(widths) - 1), _NARROWEST)
     lines: list[Text] = []
     for row, style in zip(rows, styles, strict=True):
-        line = ""
-        for number, (cell, size) in enumerate(zip(row, widths, strict=True)):
-            pad = " " * (size - cell_len(cell))
-            line += (pad + cell if number in right else cell + pad) + " " * _GAP
-        lines.append(Text(cut(line.rstrip(), width), style=style))
+        cells = row[:-1]
+        for part in wrap(row[-1], room):
+            line = ""
+            for number, (cell, size) in enumerate(zip((*cells, part), widths, strict=True)):
+                pad = " " * (size - cell_len(cell))
+                line += (pad + cell if number in right else cell + pad) + " " * _GAP
+            lines.append(Text(cut(line.rstrip(), width), style=style))
+            cells = ("",) * len(cells)
     return lines
 
 

@@ -1,6 +1,7 @@
 """A score as text, JSON and the Markdown block that a pull request asks for."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from rich.text import Text
@@ -32,6 +33,8 @@ def lines(score: Scored, width: int) -> Iterator[Text]:
 
 
 def _scored(score: Scored) -> str:
+    if not score.context:
+        return f"{count(score.chunks, 'prompt')}, {count(score.positions, 'prediction')} (every position)"
     return (
         f"{count(score.chunks, 'chunk')} of {score.context}, {count(score.positions, 'prediction')} (the second half of each)"
     )
@@ -39,20 +42,42 @@ def _scored(score: Scored) -> str:
 
 def figures(score: Scored) -> Iterator[tuple[str, str]]:
     """Names and values, in the order and with the definitions of llama-perplexity --kl-divergence."""
-    yield "perplexity", f"{score.perplexity:.4f} ± {score.perplexity_error:.4f}"
+    least = (
+        f" (at least: at {score.bounded} of {count(score.positions, 'position')} the text's token is not listed)"
+        if score.bounded
+        else ""
+    )
+    yield "perplexity", f"{score.perplexity:.4f} ± {score.perplexity_error:.4f}{least}"
     if score.kl_mean is None:
         return
     base = score.base_perplexity or 0.0
-    yield "base's perplexity", f"{base:.4f}, ratio {score.perplexity / base:.6f}"
-    bound = "" if score.exact else f" (lower bound: the base's other tokens, at most {score.unseen:.1e}, count as one)"
+    yield "base's perplexity", f"{base:.4f}, ratio {'at least ' if score.bounded else ''}{score.perplexity / base:.6f}"
+    bound = ""
+    if not score.exact:
+        bound = (
+            " (lower bound: tokens that are not listed count as one; they have "
+            f"{score.unseen_mean:.1e} of the base's probability on average, {score.unseen:.1e} at most)"
+        )
     yield "KL divergence", f"mean {_number(score.kl_mean)} ± {_number(score.kl_error)}, max {_number(score.kl_max)}{bound}"
     yield "percentiles", " · ".join(f"{of:g} % {_number(value)}" for of, value in score.kl_percentiles.items())
-    yield "same first choice", f"{100 * (score.same_top or 0):.3f} %, first five shared {100 * (score.top_k or 0):.3f} %"
-    yield "Δp of the text", f"mean {100 * (score.delta_p_mean or 0):+.4f} %, RMS {100 * (score.delta_p_rms or 0):.4f} %"
+    five = "" if score.top_k is None else f", first five shared {100 * score.top_k:.3f} %"
+    yield "same first choice", f"{100 * (score.same_top or 0):.3f} %{five}"
+    if score.delta_p_mean is not None:
+        yield "Δp of the text", f"mean {100 * score.delta_p_mean:+.4f} %, RMS {100 * (score.delta_p_rms or 0):.4f} %"
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else "0" if value == 0 else f"{value:.6f}" if value >= 1e-3 else f"{value:.2e}"
+    return (
+        "–"
+        if value is None
+        else "∞"
+        if value == inf
+        else "0"
+        if value == 0
+        else f"{value:.6f}"
+        if value >= 1e-3
+        else f"{value:.2e}"
+    )
 
 
 def _worst(worst: Worst) -> list[tuple[str, str]]:
@@ -60,8 +85,7 @@ def _worst(worst: Worst) -> list[tuple[str, str]]:
         ("worst", f"chunk {worst.chunk}, position {worst.position}: KL {_number(worst.kl)}"),
         ("after", f"…{clean(worst.before)}"),
         ("text", f"{worst.token} {clean(repr(worst.text))}"),
-        ("ours", _choices(worst.ours)),
-        ("base", _choices(worst.base)),
+        *[(name, _choices(top)) for name, top in (("ours", worst.ours), ("base", worst.base)) if top],
     ]
 
 
@@ -72,7 +96,7 @@ def _choices(top: Sequence[tuple[int, float]]) -> str:
 def as_json(score: Scored) -> dict[str, Any]:
     """Every figure; `perplexity` and `kl` as the contract has them."""
     worst = score.worst
-    return {
+    facts = {
         "schema": 1,
         "side": score.side,
         "base": score.base,
@@ -86,6 +110,7 @@ def as_json(score: Scored) -> dict[str, Any]:
             "ours": plain(score.perplexity),
             "error": plain(score.perplexity_error),
             "base": plain(score.base_perplexity),
+            "bounded": score.bounded,
         },
         "kl": None
         if score.kl_mean is None
@@ -96,6 +121,7 @@ def as_json(score: Scored) -> dict[str, Any]:
             "percentiles": {f"{of:g}": value for of, value in score.kl_percentiles.items()},
             "exact": score.exact,
             "unseen": score.unseen,
+            "unseen_mean": score.unseen_mean,
         },
         "same_top": score.same_top,
         "top_k": score.top_k,
@@ -115,6 +141,7 @@ def as_json(score: Scored) -> dict[str, Any]:
         "seconds": round(score.seconds, 3),
         "notes": list(score.notes),
     }
+    return {name: plain(value) for name, value in facts.items()}
 
 
 def _explained(answer: Mapping[str, Any]) -> str:
@@ -122,10 +149,15 @@ def _explained(answer: Mapping[str, Any]) -> str:
     if error := answer.get("error"):
         return f"the sides could not be compared: {clean(error['message'].rstrip('.'))}"
     first = answer.get("first_divergence")
+    if not first and "predictions" in answer:
+        return "a server differs from llama.cpp no more than its arithmetic explains"
     if not first:
         return "there both sides agree at every recorded operation: the distance is that of their weights or their arithmetic"
     causes = (answer.get("explanation") or {}).get("causes") or []
     cause = f"; cause: `{clean(causes[0]['fault'])}`" if causes else ""
+    if "predictions" in answer:  # of a server, which has no checkpoints
+        named = f"; cause: `{clean(answer['causes'][0]['name'])}`" if answer["causes"] else ""
+        return f"the server's predictions differ from position {first['position']} on{named}"
     return f"it first diverges at `{clean(first['checkpoint'])}`, position {first['token_idx']}{cause}"
 
 

@@ -1,7 +1,7 @@
 """A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
 
 from collections.abc import Iterator, Sequence
-from math import isclose
+from math import isclose, isfinite, isinf
 
 from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, TruthPoint, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
@@ -38,6 +38,10 @@ def answer(verdict: Verdict) -> str:
     if verdict:
         sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
+        if verdict.excused:
+            sentence += (
+                f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"
+            )
         if precision is not None and precision.source == "assumed" and precision.arithmetic == "f32":
             return f"parity: {sentence}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
         if precision is None or precision.source == "stated" or precision.arithmetic == "f32":
@@ -48,7 +52,9 @@ def answer(verdict: Verdict) -> str:
         return f"parity as {kinds} arithmetic ({how}): {sentence}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
-        outcome = f"{wrong:,} of {count(verdict.compared, 'record')} differ"
+        unjudged = verdict.pattern is not None and verdict.pattern.code == "reference-nonfinite"
+        how = "differ or cannot be judged" if unjudged else "differ"
+        outcome = f"{wrong:,} of {count(verdict.compared, 'record')} {how}"
     elif verdict.first_divergence is not None:
         outcome = f"{count(verdict.compared, 'record')} before it compared"
     else:
@@ -93,6 +99,8 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 def truth(point: TruthPoint) -> str:
     """How far both sides are from the same steps in float64, and which of them is the one that is off."""
+    if point.ref is not None and isinf(point.ref) and point.ours is not None and isfinite(point.ours):
+        return f"ours is {error(point.ours)} from the same steps in float64; the reference is not finite"
     sentence = f"ours is {error(point.ours)} from the same steps in float64, the reference {error(point.ref)}"
     if point.alone == "ours":
         return f"{sentence}: ours is wrong"

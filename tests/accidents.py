@@ -45,13 +45,13 @@ def archived(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
     """An archive with a spoiled member and right checksums, half of the time; else nothing."""
     if not data.startswith(b"PK") or draw.random() < 0.5:
         return b""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as spoiled:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as spoiled:
         names = archive.namelist()
         chosen = draw.choice((0, draw.randrange(len(names))))  # the first describes the others, where any does
         for number, name in enumerate(names):
             spoiled.writestr(name, mutated(archive.read(name), draw, others) if number == chosen else archive.read(name))
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def _flip(data: bytes, draw: random.Random, _: list[bytes]) -> bytes:

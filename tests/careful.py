@@ -1,4 +1,4 @@
-"""Lines read each alone, as the careful reader does: what tests and `benchmarks/fuzz_readers.py` hold the fast reader to."""
+"""Lines read one by one, as the careful reader does: what tests and `benchmarks/fuzz_readers.py` compare the fast reader with."""
 
 import numpy as np
 
@@ -24,11 +24,11 @@ NUMBERS = (
 
 
 def all_left(_: BulkParser, block: bytes) -> Taken:
-    """In the place of `BulkParser.lines`: no line is taken together with others."""
+    """A replacement of `BulkParser.lines`: no line is read together with others."""
     return Taken([], [], np.zeros(0, np.int64), list(enumerate(block.split(b"\n")[:-1])))
 
 
 def fields_of(rows: Rows) -> list[object]:
-    """Everything that a batch of records holds, to the bit."""
+    """Everything in a batch of records, to the bit."""
     held = vars(rows) | {"stats": sorted(rows.stats.items())}
     return [x.tolist() if isinstance(x, np.ndarray) else x for x in held.values()]

@@ -1,4 +1,4 @@
-"""GGUF files with something wrong in them: played by llama.cpp they are engines with that fault, which know nothing of parity."""
+"""GGUF files with a fault: run by llama.cpp they are engines with that fault, which know nothing of parity."""
 
 import struct
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class File:
     """A GGUF file whose tensors are all F32, in memory: change metadata and tensors, then write it elsewhere."""
 
     def __init__(self, path: Path) -> None:
-        found = contents(path)
-        self._metadata, self._infos = dict(found.metadata), list(found.tensors)
+        file = contents(path)
+        self._metadata, self._infos = dict(file.metadata), list(file.tensors)
         assert all(info.type == _F32 for info in self._infos)
-        self._data = np.fromfile(path, dtype=np.uint8)[found.data :]
+        self._data = np.fromfile(path, dtype=np.uint8)[file.data :]
         self.architecture = self._metadata["general.architecture"].raw[8:].decode()
         self.tensors: dict[str, Floats] = {}
         for info in self._infos:
@@ -53,9 +53,9 @@ class File:
         self._metadata[whole] = Value(kind, struct.pack(_FORMATS[kind], number))
 
     def exchange(self, first: str, second: str) -> None:
-        """Two tensors of one shape with each other."""
-        one, other = self.tensors[first], self.tensors[second]
-        one[...], other[...] = other.copy(), one.copy()
+        """Exchange two tensors of the same shape."""
+        left, other = self.tensors[first], self.tensors[second]
+        left[...], other[...] = other.copy(), left.copy()
 
     def write(self, path: Path) -> Path:
         """The changed file."""

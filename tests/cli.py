@@ -43,7 +43,7 @@ class Cli:
 
 
 def one_line(message: str, *parts: str) -> None:
-    """An error as every one is: one line that begins with the program's name and has these parts."""
+    """Check that an error is one line that begins with the program's name and contains these parts."""
     assert message.startswith("parity: "), message
     assert len(message.splitlines()) == 1, message
     for part in parts:
@@ -51,6 +51,6 @@ def one_line(message: str, *parts: str) -> None:
 
 
 def refused(ran: Ran, *parts: str) -> None:
-    """Exit 2, one line on stderr with these parts, nothing on stdout."""
+    """Check for exit code 2, one line on stderr with these parts, and nothing on stdout."""
     assert (ran.code, ran.out) == (2, ""), ran
     one_line(ran.err, *parts)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli import Cli
+from servers import Start, started
 
 from engine.synth import shape_like, synthesize
 from engine.synth.recipe import Value, shape_of
@@ -64,6 +65,27 @@ def quantized(reference: Reference, stories: Path, tmp_path_factory: pytest.Temp
     return make
 
 
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A function that starts a real completion server: serve("llama_cpp", model, fault)."""
+    if not (python := os.environ.get("PARITY_SERVER_PYTHON")):
+        pytest.skip("PARITY_SERVER_PYTHON names no interpreter that has completion servers")
+    yield from started(python, tmp_path_factory.mktemp("servers"))
+
+
+@pytest.fixture(scope="session")
+def without_bos(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stories model with `add_bos_token` off: a server of it forgets the BOS, and computes everything else alike."""
+    data = bytearray(stories.read_bytes())
+    key = b"tokenizer.ggml.add_bos_token"
+    place = data.index(key) + len(key) + 4  # the value's type is a u32
+    assert data[place] == 1
+    data[place] = 0
+    path = tmp_path_factory.mktemp("without-bos") / "model.gguf"
+    path.write_bytes(data)
+    return path
+
+
 @pytest.fixture
 def parity(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """`parity …` in this process, in an empty folder: parity("run", "--prompt", "hi") has code, out and err."""
@@ -92,8 +114,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Call
     folder = tmp_path_factory.mktemp("small-models")
 
     def make(name: str, kind: str | None = None, settings: dict[str, Value] | None = None, **shape: object) -> Path:
-        told = [f"{key}={value}" for key, value in sorted({**shape, **(settings or {})}.items())]
-        path = folder / f"{'-'.join([name, str(kind), *told])}.gguf"
+        words = [f"{key}={value}" for key, value in sorted({**shape, **(settings or {})}.items())]
+        path = folder / f"{'-'.join([name, str(kind), *words])}.gguf"
         if not path.exists():
             chosen = recipe(name)
             make_by_recipe(path, chosen, shape_of(chosen, **shape), settings or {}, kind=kind, tokenizer=stories)

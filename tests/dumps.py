@@ -1,4 +1,4 @@
-"""Dumps made of arrays, for tests of what works on dumps."""
+"""Dumps made from arrays, for tests of code that works on dumps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +30,7 @@ def random(points: Sequence[str] = DEFAULT, positions: int = 12, seed: int = 0) 
 
 
 def noisy(arrays: Arrays, size: float = 1e-7, seed: int = 1) -> Arrays:
-    """The same with relative noise, as a right engine in float32 has it; the embedding is exact."""
+    """The same with relative noise, as in a right float32 engine; the embedding is exact."""
     rng = np.random.default_rng(seed)
     noisy_arrays = {name: (x * (1 + size * rng.standard_normal(x.shape))).astype(np.float32) for name, x in arrays.items()}
     return {name: arrays[name] if name == "embd" else x for name, x in noisy_arrays.items()}

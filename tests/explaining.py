@@ -1,11 +1,15 @@
 """A small engine to plant faults in, and its dumps."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from planted import Faulty, Planted
 
+from checkpoints.answers.explain import Explanation
 from checkpoints.record import Dump
+from engine.backend import Array
+from engine.graph import Step
 from engine.synth import Shape, synthesize
 
 SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
@@ -26,6 +30,21 @@ def only(engine: Faulty, *faults: tuple[str, dict[str, object], tuple[int, ...] 
 
 
 def unstated(dump: Dump) -> Dump:
-    """The same dump of an engine that does not say what it computes in."""
+    """The same dump from an engine that does not state its arithmetic."""
     assert dump.header is not None
     return replace(dump, header=replace(dump.header, compute=""))
+
+
+def edited(engine: Faulty, name: str, change: Callable[[Array], Array], points: str = "*", size: int = 1 << 20) -> Dump:
+    """The dump of an engine in which the result of one step is changed."""
+
+    def wrong(step: Step) -> Step:
+        return replace(step, op=lambda *inputs, **params: change(step.op(*inputs, **params)))
+
+    steps = [wrong(step) if step.makes == name else step for step in engine.right]
+    return engine.dump(RIGHT, PROMPT, points=points, size=size, steps=steps)
+
+
+def names(explanation: Explanation) -> list[str]:
+    """The causes' names."""
+    return [cause.named.fault for cause in explanation.causes]

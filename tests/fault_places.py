@@ -1,4 +1,4 @@
-"""Where faults that only some architectures can have are shown: fault -> (recipe, parameters, what is tried: all layers, one layer)."""
+"""Models for faults that only some architectures can have: fault -> (recipe, parameters, what is tried: all layers, one layer)."""
 
 from typing import Any
 
@@ -48,6 +48,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "latent-norm-missing": ("deepseek2", {}, BOTH),
     "latent-rope-part": ("deepseek2", {}, BOTH),
     "latent-parts-joined": ("deepseek2", {}, BOTH),
+    "latent-rope-dropped": ("deepseek2", {}, BOTH),
     "latent-absorbed": ("deepseek2", {}, BOTH),
     "experts-order": ("mixtral", {}, BOTH),
     "experts-one-more": ("qwen3moe", {}, BOTH),
@@ -79,3 +80,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # other metadata than the r
     "gemma2-small-caps": ("gemma2", {"attn_logit_softcapping": 3.0}),  # so small that scores of random weights reach it
 }
 GENERATED = {"state-not-carried"}  # seen in decode steps only
+
+# Faults of encoder–decoders, in t5: fault -> what it spoils (the encoder, the decoder, what is handed over), parameters.
+HALVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "encoder-norm-missing": ("handed over", {}),
+    "encoder-rows": ("handed over", {"rows": "its last row alone, at every position"}),
+    "cross-attention-mask": ("decoder", {"seen": "rows up to its own position only"}),
+    "cross-attention-matrices": ("decoder", {"read": "the keys' matrix for the values"}),
+    "cross-attention-missing": ("decoder", {"without": "what cross-attention makes"}),
+    "relative-bias-missing": ("decoder", {"where": "in the passes behind the first"}),
+    "relative-bias-buckets": ("encoder", {"how": "with the sign of the distance reversed"}),
+}

@@ -1,7 +1,7 @@
-"""Ten faults in each of ten architectures: of engines that share no code with ours.
+"""Ten faults in each of twelve architectures: of engines that share no code with ours.
 
-An engine is llama.cpp with a changed file (`changed_files`), or the NumPy engine of `foreign_families`. A case says which entries of
-the catalogue are its name: several where they make the same numbers.
+An engine is llama.cpp with a changed file (`changed_files`), or the NumPy engine of `foreign_families`. A case lists the entries of
+the catalogue that name it: several if they give the same numbers.
 """
 
 import json
@@ -24,7 +24,7 @@ Change = Callable[[File], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One fault: what is done, in the file or (a word of `Families`) in the NumPy engine, and the entries that name it."""
+    """One fault: a change of the file, or a word that `Families`, the NumPy engine, understands, and the entries that name it."""
 
     title: str
     how: Change | str
@@ -55,8 +55,8 @@ def exchanged(first: str, second: str) -> Change:
     """Two tensors of each layer exchanged."""
 
     def change(file: File) -> None:
-        for one, other in zip(file.named(first), file.named(second), strict=True):
-            file.exchange(one, other)
+        for left, other in zip(file.named(first), file.named(second), strict=True):
+            file.exchange(left, other)
 
     return change
 
@@ -72,7 +72,7 @@ def layers_exchanged(first: int, second: int) -> Change:
 
 
 def permuted_heads(file: File) -> None:
-    """Q and K by halves and pairs exchanged, as a converter that permutes what is permuted."""
+    """Exchange halves and pairs in Q and K, as a converter that permutes them a second time."""
     heads, kv_heads = int(file.number("attention.head_count")), int(file.number("attention.head_count_kv"))
     file.each("attn_q.weight", lambda rows: permuted(rows, heads))
     file.each("attn_k.weight", lambda rows: permuted(rows, kv_heads))
@@ -110,7 +110,7 @@ def in_turn(weight: np.ndarray) -> np.ndarray:
 
 
 def read_transposed(weight: np.ndarray) -> np.ndarray:
-    """Memory that is taken for the transposed matrix."""
+    """The matrix whose memory is read as its transpose."""
     return transposed(weight.reshape(*weight.shape[:-2], weight.shape[-1], weight.shape[-2])).reshape(weight.shape)
 
 
@@ -253,6 +253,20 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("logits not scaled", number("logit_scale", 1.0), ("multiplier",)),
         Case("scores scaled by 1/√32", number("attention.scale", 32**-0.5), ("attn-scale",)),
     ),
+    "gemma2": (
+        _EPS, _BASE, _GATE_UP, _PERMUTED, _SWAPPED, _PLUS,
+        Case("attn_norm's weight missing", each("attn_norm.weight", by=ones), ("norm-weight-missing",)),
+        Case("window of 9 for 8", further("attention.sliding_window", 1), ("window-off-by-one",)),
+        Case("scores capped at 2 for 50", number("attn_logit_softcapping", 2.0), ("attn-softcap", "softcap-value")),
+        Case("logits capped at 10 for 30", number("final_logit_softcapping", 10.0), ("logits-softcap", "softcap-value")),
+    ),
+    "glm4moe": (
+        _EPS, _BASE, _MORE, _FEWER, _EXPERTS_ON, _HALF_EXPERTS,
+        Case("soft max for sigmoid", number("expert_gating_func", 1), ("experts-gating",)),
+        Case("no bias for choosing", each("exp_probs_b.bias", by=zero), ("experts-bias-ignored",)),
+        Case("no shared expert", each("ffn_down_shexp.weight", by=zero), ("shared-expert-missing",)),
+        Case("weights of experts doubled", number("expert_weights_scale", 2.0), ("multiplier", "experts-scale-missing", "values-scaled")),
+    ),
 }  # fmt: skip
 
 
@@ -268,9 +282,9 @@ def dump_of(case: Case, right: Path, tokens: tuple[int, ...], reference: Referen
     return Dump(dump.path, None, {name: stripped(rows) for name, rows in dump.points.items()})
 
 
-def bare(made: dict[str, np.ndarray], out: Path) -> Dump:
+def bare(values: dict[str, np.ndarray], out: Path) -> Dump:
     """The dump of an engine that prints these values."""
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines(made)))
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines(values)))
     return read(out)
 
 
@@ -280,6 +294,6 @@ def stripped(rows: Rows) -> Rows:
 
 
 def every() -> Iterator[tuple[str, Case]]:
-    """All of them, with the recipe of their model."""
+    """All cases, with the recipe of their model."""
     for recipe, cases in CASES.items():
         yield from ((recipe, case) for case in cases)

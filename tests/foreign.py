@@ -1,4 +1,4 @@
-"""Somebody else's engines: one in C, compiled for a test, and one in NumPy."""
+"""Engines of other people: one in C, compiled for a test, and one in NumPy."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ NUMPY_ENGINE = Path(__file__).with_name("foreign_engine.py")
 
 
 def numpy_engine(*options: str) -> str:
-    """tests/foreign_engine.py as a line for --exec, which is told {points} and whatever else the options name."""
+    """tests/foreign_engine.py as a line for --exec, with {points} and the placeholders in the options."""
     return " ".join([sys.executable, str(NUMPY_ENGINE), "{model} {sequences} {out} --points={points}", *options])
 
 

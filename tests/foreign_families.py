@@ -65,8 +65,8 @@ class Families:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
         if expert is not None:
             weight, bias = weight[expert], None if bias is None else bias[expert]
-        made = self.rounded(x) @ self.rounded(weight).T
-        return made if bias is None else made + bias
+        product = self.rounded(x) @ self.rounded(weight).T
+        return product if bias is None else product + bias
 
     def norm(self, name: str, x: Floats) -> Floats:
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.weights[f"{name}.weight"]
@@ -204,7 +204,7 @@ class Families:
         x = self.weights["token_embd.weight"][list(tokens)] * float(self.own.get("embedding_scale", 1.0))
         if self.kind == "gemma3" and not self.has("embedding not scaled"):
             x = x * np.float64(np.float32(np.sqrt(self.width)))
-        made: dict[str, Floats] = {"embd": x}
+        values: dict[str, Floats] = {"embd": x}
         residual = float(self.own.get("residual_scale", 1.0))
         for layer in range(self.layers):
             b = f"blk.{layer}."
@@ -218,18 +218,18 @@ class Families:
             if sandwich and not self.has("no post-norm"):
                 fed = self.norm(f"{b}post_ffw_norm", fed)
             x = (before if self.has("old residual") else x) + residual * fed
-            made[f"{b}l_out"] = x
-        made["output_norm"] = self.norm("output_norm", x)
+            values[f"{b}l_out"] = x
+        values["output_norm"] = self.norm("output_norm", x)
         output = "output" if "output.weight" in self.weights else "token_embd"
-        made["logits"] = self.product(output, made["output_norm"]) / float(self.own.get("logit_scale", 1.0))
-        return made
+        values["logits"] = self.product(output, values["output_norm"]) / float(self.own.get("logit_scale", 1.0))
+        return values
 
 
-def lines(made: dict[str, Any], size: int = 16) -> list[dict[str, Any]]:
+def lines(recorded: dict[str, Any], size: int = 16) -> list[dict[str, Any]]:
     """What the engine prints: the leading values of each row."""
     return [
         {"checkpoint": point, "token_idx": row, "values": [float(np.float32(value)) for value in values[:size]]}
-        for point, rows in made.items()
+        for point, rows in recorded.items()
         for row, values in enumerate(rows)
     ]
 

@@ -1,4 +1,4 @@
-"""A Python engine that decodes by replays of a CUDA graph, for what the emitted recorder writes of it.
+"""A Python engine that decodes by replaying a CUDA graph, to test what the emitted recorder writes.
 
 python graph_engine.py FRAMEWORK MODE PASSES LAYERS WIDTH FF VOCAB OUT, with parity_dump.py beside the working folder. FRAMEWORK is
 torch or cupy. MODE: "graph" replays one captured graph, "eager" makes the same passes without a graph, "bare" replays without

@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
+    "gpt_neox": "gptneox",
     "deepseek_v2": "deepseek2",
 }
 _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -22,7 +23,7 @@ _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
     """Write the model in `folder` to `out`, float32. `source` are its tensors, where NumPy cannot read their type.
 
-    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, eps=…, swap=(name, name), drop=name.
+    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, skip_decay, eps=…, swap=(name, name), drop=name.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
@@ -37,7 +38,8 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
     for name, value in _split(_joined(source or whole), config, changes).items():
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
-        to += "" if to.endswith((".weight", ".bias")) else ".weight"  # attention sinks
+        if not to.endswith((".weight", ".bias", ".ssm_a", ".ssm_d")):
+            to += ".weight"  # attention sinks
         tensors[to] = _converted(arch, name, value, config, changes)
     if swap := changes.get("swap"):
         tensors[swap[0]], tensors[swap[1]] = tensors[swap[1]], tensors[swap[0]]
@@ -57,6 +59,10 @@ def _converted(arch: str, name: str, value: np.ndarray, config: dict[str, Any], 
         return value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
     if arch.startswith("gemma") and name.endswith("norm.weight") and not changes.get("skip_norm_offset"):
         return value + 1
+    if name.endswith("A_log"):
+        return value if changes.get("skip_decay") else -np.exp(value)
+    if name.endswith("conv1d.weight"):
+        return value.squeeze(1)
     if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
         return value.T
     return value
@@ -64,50 +70,53 @@ def _converted(arch: str, name: str, value: np.ndarray, config: dict[str, Any], 
 
 def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors with those of a layer's experts stacked."""
-    made: dict[str, np.ndarray] = {}
+    converted: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         head, mark, rest = name.partition(".experts.")
         if not mark or not rest[0].isdigit():
-            made[name] = value
+            converted[name] = value
         elif rest.startswith("0."):
             leaf = rest.removeprefix("0.")
             count = sum(other.startswith(f"{head}.experts.") and other.endswith(leaf) for other in tensors)
             stacked = np.stack([tensors[f"{head}.experts.{number}.{leaf}"] for number in range(count)])
-            made[
+            converted[
                 f"{head.replace('block_sparse_moe', 'mlp')}.experts.{_EXPERTS.get(leaf.split('.')[0], leaf.split('.')[0])}.weight"
             ] = stacked
-    return made
+    return converted
 
 
 def _split(tensors: dict[str, np.ndarray], config: dict[str, Any], changes: dict[str, Any]) -> dict[str, np.ndarray]:
     """The tensors with what converters take apart or put in another order: gpt-oss's and deepseek's experts, MLA, falcon's Q, K and V."""
-    made: dict[str, np.ndarray] = {}
+    converted: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if name.endswith("mlp.experts.gate_up_proj") and config["model_type"] == "deepseek_v2":
             gate, up = np.split(value, 2, axis=1)
-            made |= {name.replace("gate_up_proj", "gate_proj.weight"): gate, name.replace("gate_up_proj", "up_proj.weight"): up}
+            converted |= {
+                name.replace("gate_up_proj", "gate_proj.weight"): gate,
+                name.replace("gate_up_proj", "up_proj.weight"): up,
+            }
         elif ".mlp.experts.gate_up_proj" in name:  # gpt-oss: gate and up in turns
             kind = "bias" if name.endswith("_bias") else "weight"
             whole = value if kind == "bias" else value.swapaxes(1, 2)
             head = name.partition("gate_up_proj")[0]
-            made |= {f"{head}gate_proj.{kind}": whole[:, 0::2], f"{head}up_proj.{kind}": whole[:, 1::2]}
+            converted |= {f"{head}gate_proj.{kind}": whole[:, 0::2], f"{head}up_proj.{kind}": whole[:, 1::2]}
         elif ".mlp.experts.down_proj" in name and not name.endswith(".weight"):
             kind = "bias" if name.endswith("_bias") else "weight"
             turned = kind == "weight" and config["model_type"] == "gpt_oss"
-            made[f"{name.partition('down_proj')[0]}down_proj.{kind}"] = value.swapaxes(1, 2) if turned else value
+            converted[f"{name.partition('down_proj')[0]}down_proj.{kind}"] = value.swapaxes(1, 2) if turned else value
         elif name.endswith("kv_b_proj.weight"):
             heads, inner = config["num_attention_heads"], config["qk_nope_head_dim"]
             k, v = np.split(value.reshape(heads, -1, value.shape[-1]), [inner], axis=1)
-            made |= {name.replace("kv_b_proj", "k_b_proj"): k.swapaxes(1, 2), name.replace("kv_b_proj", "v_b_proj"): v}
-        elif name.endswith("query_key_value.weight") and not changes.get("skip_groups"):
-            kv = config["num_kv_heads"]
+            converted |= {name.replace("kv_b_proj", "k_b_proj"): k.swapaxes(1, 2), name.replace("kv_b_proj", "v_b_proj"): v}
+        elif name.endswith(("query_key_value.weight", "query_key_value.bias")) and not changes.get("skip_groups"):
+            kv = config.get("num_kv_heads") or config["num_attention_heads"]
             size = config["hidden_size"] // config["num_attention_heads"]
-            groups = value.reshape(kv, -1, size, value.shape[-1])
+            groups = value.reshape(kv, -1, size, *value.shape[1:])
             parts = (groups[:, :-2], groups[:, [-2]], groups[:, [-1]])
-            made[name] = np.concatenate([part.reshape(-1, value.shape[-1]) for part in parts])
+            converted[name] = np.concatenate([part.reshape(-1, *value.shape[1:]) for part in parts])
         else:
-            made[name] = value
-    return made
+            converted[name] = value
+    return converted
 
 
 def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers: int, eps: float | None) -> None:
@@ -125,6 +134,21 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
     writer.add_head_count_kv(1 if arch == "deepseek2" else of("num_key_value_heads", "num_kv_heads", default=heads))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
+    rope = config.get("rope_parameters") or {}
+    rotated = int(of("head_dim", default=width // heads) * rope.get("partial_rotary_factor", 1.0))
+    if arch in ("stablelm", "gptneox"):
+        writer.add_layer_norm_eps(eps or config["layer_norm_eps"])
+        writer.add_rope_dimension_count(rotated)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        writer.add_parallel_residual(config["use_parallel_residual"])
+        return
+    if arch == "mamba":
+        writer.add_layer_norm_rms_eps(eps or config["rms_norm_eps"])
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(2 * width)
+        writer.add_ssm_state_size(8)
+        writer.add_ssm_time_step_rank(4)
+        return
     if arch == "falcon":
         writer.add_layer_norm_eps(eps or config["layer_norm_epsilon"])
         return
@@ -138,8 +162,7 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
     writer.add_layer_norm_rms_eps(eps or config["rms_norm_eps"])
     writer.add_key_length(head)
     writer.add_value_length(head)
-    rope = config.get("rope_parameters") or {}
-    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(rotated)
     writer.add_rope_freq_base(
         rope.get("rope_theta") or rope.get("full_attention", {}).get("rope_theta") or of("rope_theta", default=10000.0)
     )

@@ -76,6 +76,9 @@ FAMILIES = {
             "num_key_value_heads": 4,
         },
     ),
+    "olmo2": ("Olmo2Config", {}),
+    "stablelm": ("StableLmConfig", {"layer_norm_eps": 1e-5}),  # a quarter of each head is rotated
+    "gpt_neox": ("GPTNeoXConfig", {"layer_norm_eps": 1e-5, "num_key_value_heads": 4}),  # the same, and attention beside the MLP
     "gpt2": (
         "GPT2Config",
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "n_inner": 96, "tie_word_embeddings": True},
@@ -91,7 +94,9 @@ def main(family: str, folder: str) -> None:
         key: value
         for key, value in COMMON.items()
         if (family != "gpt2" or key in ("vocab_size", "bos_token_id", "eos_token_id"))
-        and (family != "falcon" or key != "rms_norm_eps")  # it has layer norms, with an ε of their own
+        and (
+            family not in ("falcon", "stablelm", "gpt_neox") or key != "rms_norm_eps"
+        )  # these have layer norms, with an ε of their own
     }
     config = getattr(transformers, name)(**{**common, **own})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

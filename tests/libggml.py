@@ -1,4 +1,4 @@
-"""One operation of ggml, computed by libggml itself from arrays: what operations are held to that no model has."""
+"""One operation of ggml, computed by libggml itself from arrays: the reference for operations that no model has."""
 
 import ctypes
 from collections.abc import Sequence

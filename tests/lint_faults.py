@@ -1,4 +1,4 @@
-"""Right dumps of the embedded model, and what a capture does to them: for tests of lint."""
+"""Right dumps of the embedded model, and faults of a capture in them: for tests of lint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +40,7 @@ def changed(source: Dump, point: str, **columns: Any) -> Dump:
 
 
 def valued(source: Dump, point: str, change: Callable[[NDArray[np.float32]], NDArray[Any]]) -> Dump:
-    """The dump with other values at one point, without the statistics that would tell of them too."""
+    """The dump with other values at one point, without the statistics that would show the change, too."""
     values = change(source.points[point].values.copy()).astype(np.float32)
     return changed(source, point, values=values, stats={}, sketch=None)
 
@@ -212,6 +212,7 @@ VARIANTS: tuple[tuple[str, str, Callable[[Dump], Dump]], ...] = (
     ("flat-row", "7 everywhere", lambda d: valued(d, "blk.4.l_out", lambda x: np.full_like(x, 7))),
     ("flat-row", "0 everywhere", lambda d: valued(d, "blk.4.l_out", np.zeros_like)),
     ("impossible-size", "1.5e+18", lambda d: valued(d, "blk.5.l_out", with_value(1.5e18))),
+    ("impossible-size", "e+18", lambda d: other_statistic(d, "blk.6.l_out", "min", "blk.6.l_out", 1e18)),
     ("non-finite", "inf", lambda d: valued(d, "blk.5.l_out", with_value(-np.inf))),
     ("statistics", "stats.min", lambda d: other_statistic(d, "blk.6.l_out", "max", "blk.6.l_out", 0.0)),
     ("statistics", "n and l2 allow", lambda d: other_statistic(d, "blk.6.l_out", "sum", "blk.6.l_out", 1e4)),

@@ -1,4 +1,4 @@
-"""Right dumps of every format, spoiled in seeded ways, and what becomes of them: for `benchmarks/fuzz.py` and its sample."""
+"""Right dumps of every format, damaged in seeded ways, and how each is answered: for `benchmarks/fuzz.py` and its sample."""
 
 import io
 import json
@@ -169,9 +169,9 @@ KINDS = (*MAKERS, "tree", "tree printed", "map", "tokens", *FOLDERS)
 
 
 def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable[[], str]]]:
-    """(seed, what answers for its mutant) of each seed; the mutant's files lie in the folder until the next is asked for.
+    """For each seed (seed, a function that gives the answer for its mutant); the mutant's files stay in the folder until the next one.
 
-    The working folder must be one that may be written into.
+    The working folder must be writable.
     """
     others = [_bare()[:20_000], _log("new")[:20_000], _arrays("npz"), NAMES.encode()]
     if kind == "tokens":
@@ -219,7 +219,7 @@ def _answer(folder: Path, ref: Dump, kind: str, first: str) -> str:
 
 
 def one_line(error: ParityError) -> str:
-    """Raises AssertionError where what would be printed has several lines."""
+    """The error's text. Raises AssertionError if it would be printed on several lines."""
     assert "\n" not in f"{error}{error.advice}", "an error of several lines"
     return "refused"
 

@@ -61,7 +61,7 @@ def write_model(path: Path, arch: str, tokenizer: Path, kv_heads: int = KV) -> P
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = contents(path)
-    data = path.read_bytes()[found.data :]
-    path.write_bytes(header_bytes(found.metadata | vocabulary, list(found.tensors)) + data)
+    file = contents(path)
+    data = path.read_bytes()[file.data :]
+    path.write_bytes(header_bytes(file.metadata | vocabulary, list(file.tensors)) + data)
     return path

@@ -17,7 +17,10 @@ from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
+from parity.explain.case import ExplainOptions
 from parity.run.ours import OursJob, dump
+
+PATIENT = ExplainOptions(budget=3600.0)  # an answer that must not depend on the clock
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Faulty:
         bare: bool = True,
         steps: Sequence[Step] | None = None,
     ) -> Dump:
-        """The dump of an engine with these faults; `bare`: values only, no sketch and no statistics. None of it knows the fault.
+        """The dump of an engine with these faults, which it does not mention; `bare`: values only, no sketch and no statistics.
 
         `steps` are those of an engine that differs in another way than the catalogue knows, else the right engine's.
 
@@ -81,10 +84,10 @@ class Faulty:
         """
         self.transformer.steps = planted.steps(self.right if steps is None else steps)
         prompt, rest = tokens[: len(tokens) - generated], tokens[len(tokens) - generated :]
-        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults overflow: that is what they do
+        with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):  # faults may overflow
             out = Path(folder) / "ours.jsonl"
             dump(self.transformer, OursJob(out=out, tokens=prompt, generated=rest, points=points, slice_size=size))
-            found = read(out)
+            written = read(out)
         if not bare:
-            return found
-        return replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
+            return written
+        return replace(written, points={name: replace(rows, sketch=None, stats={}) for name, rows in written.points.items()})

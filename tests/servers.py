@@ -5,12 +5,52 @@ one is written. KIND is `llama_cpp` (llama-cpp-python's
 own server, FastAPI) or `xllamacpp` (llama.cpp's own server, the C++ one, as that package builds it).
 """
 
+import contextlib
+import http.client
+import json
 import os
 import socket
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+Start = Callable[..., str]
+
+
+def started(python: str, folder: Path) -> Iterator[Start]:
+    """A function that starts a real server, once for each kind, model and fault, and gives its URL; then they are ended."""
+    running: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], int]] = {}
+
+    def start(kind: str, model: Path, fault: str = "") -> str:
+        key = (kind, str(model), fault)
+        if key not in running:
+            port_file = folder / f"{len(running)}-{kind}-{fault}"
+            command = [python, __file__, kind, str(model), str(port_file), fault]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            running[key] = process, 0
+            deadline = time.monotonic() + 60
+            while not (port_file.exists() and port_file.read_text()) or not listens(int(port_file.read_text())):
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < deadline, "the server does not listen"
+                time.sleep(0.1)
+            running[key] = process, int(port_file.read_text())
+        return f"http://127.0.0.1:{running[key][1]}"
+
+    yield start
+    for process, _ in running.values():
+        process.kill()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+        return True
+    return False
 
 
 def free_port() -> int:
@@ -51,9 +91,13 @@ def llama_cpp(model: str, port: int, fault: str) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def xllamacpp(model: str, port: int, _fault: str) -> None:
+def xllamacpp(model: str, port: int, fault: str) -> None:
     import xllamacpp
 
+    if fault:
+        inner, outer = free_port(), port
+        threading.Thread(target=between, args=(outer, inner, fault), daemon=True).start()
+        port = inner
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_ctx = 512
@@ -68,6 +112,37 @@ def xllamacpp(model: str, port: int, _fault: str) -> None:
         time.sleep(0.2)
         if os.getppid() == 1:
             return
+
+
+def between(port: int, inner: int, fault: str) -> None:
+    """A server on `port` that changes requests as a faulty one would read them, and passes them on to the one on `inner`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            request = json.loads(body) if body else {}
+            if isinstance(request.get("prompt"), str):
+                request["prompt"] = changed(fault, request["prompt"], request)
+            passed = http.client.HTTPConnection("127.0.0.1", inner, timeout=60)
+            text = json.dumps(request) if body else None
+            passed.request(self.command, self.path, text, {"Content-Type": "application/json"} if body else {})
+            answer = passed.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.getheader("Content-Type") or "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    while not listens(inner):
+        time.sleep(0.1)
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

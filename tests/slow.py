@@ -1,4 +1,4 @@
-"""Parameters of which some are slow: they run in CI after the quick tests."""
+"""Parameters of tests, some of them slow: those run in CI after the quick tests."""
 
 from collections.abc import Iterable
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""Records meet by their key; what stands twice is merged, selected or refused; token sequences are compared first."""
+"""Records are paired by their key; duplicates are merged, selected or refused; token sequences are compared first."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_sequences_are_kept_apart() -> None:
 
 
 def test_records_that_agree_are_merged() -> None:
-    """A record that stands twice with the same values counts once, and it is said."""
+    """A record that occurs twice with the same values counts once, and a note says so."""
     side = dump(random(POINTS))
     verdict = compare(doubled(side, "embd", 0, 1), side)
     assert verdict
@@ -98,7 +98,7 @@ IDS = (1, 10, 11, 12, 13, 14)
     ],
 )
 def test_different_ids_are_a_divergence(ours: tuple[int, ...], at: int, code: str, compared: int) -> None:
-    """Ids that differ diverge at `tokens`; what comes before is compared, what comes after is left out and counted."""
+    """Different ids are a divergence at `tokens`; records before it are compared, later ones are left out and counted."""
     ref = random(POINTS, positions=6)
     left = dump(ref, header=replace(HEADER, tokens=ours))
     verdict = compare(left, dump(ref, header=replace(HEADER, tokens=IDS)))
@@ -111,7 +111,7 @@ def test_different_ids_are_a_divergence(ours: tuple[int, ...], at: int, code: st
 
 
 def test_generated_ids_that_differ_end_the_comparison() -> None:
-    """Where the sides chose different tokens, what follows is left out: it is another text."""
+    """If the sides chose different tokens, what follows is left out: it is another text."""
     ref = random(POINTS, positions=8)
     head = replace(HEADER, tokens=IDS)
     ours = {name: x.copy() for name, x in noisy(ref).items()}

@@ -28,13 +28,13 @@ def arrays(stories: Path, fault: str | None = None) -> dict[str, np.ndarray]:
         transformer,
         OursJob(Path("whole.jsonl"), TOKENS, points="embd,blk.{0,5,23}.l_out,output_norm,logits", slice_size=1 << 20),
     )
-    found = read("whole.jsonl").points
-    return {"wte" if name == "embd" else name: rows.values for name, rows in found.items()}
+    points = read("whole.jsonl").points
+    return {"wte" if name == "embd" else name: rows.values for name, rows in points.items()}
 
 
 @pytest.mark.slow
 def test_follow_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> None:
-    """`dump ref --follow` leads llama.cpp along an .npz with a mapping, leaves out what it cannot have and says so."""
+    """`dump ref --follow` leads llama.cpp along an .npz with a mapping, leaves out points that it lacks, and says so."""
     np.savez("ours.npz", **arrays(stories), nonsense=ODD)  # type: ignore[arg-type]
     Path("names.toml").write_text('[names]\nwte = "embd"\n')
     ran = parity("dump", "ref", "--follow", "ours.npz", "--map", "names.toml", "--tokens", IDS, "-o", "ref.jsonl")
@@ -75,7 +75,7 @@ def test_run_and_consistency_take_foreign_names(parity: Cli) -> None:
 
 
 def test_isolate_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> None:
-    """`isolate` judges what an .npz with an engine's own names has as a whole: here the final norm and the head."""
+    """`isolate` judges the whole values in an .npz with an engine's own names: here the final norm and the head."""
     np.savez("ours.npz", **arrays(stories))  # type: ignore[arg-type]
     Path("names.toml").write_text('[names]\nwte = "embd"\n')
     code, answer = parity.json(

@@ -41,8 +41,8 @@ def _values(transformer: Transformer, steps: list[Step] | None = None) -> dict[s
     return values_of(Variant.WIDE, chosen, PROMPT, range(count), [0] * count, *computed)
 
 
-def _nmse(one: Array, other: Array) -> float:
-    return float(((one - other) ** 2).sum() / (other**2).sum())
+def _nmse(ours: Array, other: Array) -> float:
+    return float(((ours - other) ** 2).sum() / (other**2).sum())
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
@@ -61,7 +61,7 @@ def test_every_operation_stays_in_float64(architecture: str, tmp_path: Path) -> 
 
 
 def test_one_operation_in_float64_is_what_a_plain_formula_gives(engine: Faulty) -> None:
-    """RMS norm, soft max, RoPE and SwiGLU of wide operands are held to their formulas, written down a second time."""
+    """RMS norm, soft max, RoPE and SwiGLU of float64 operands equal their formulas, written a second time."""
     rng = np.random.default_rng(1)
     x, w = rng.normal(size=(5, 16)), rng.normal(size=16)
     assert _nmse(ops.rms_norm(x, w, eps=1e-6), x / np.sqrt((x**2).mean(1, keepdims=True) + float(np.float32(1e-6))) * w) < 1e-30
@@ -106,7 +106,7 @@ def test_what_was_not_recorded_of_this_sequence_is_not_judged(engine: Faulty) ->
 
 
 def test_the_sketch_tells_of_what_the_slice_does_not_show(engine: Faulty) -> None:
-    """A row that is wrong beyond its recorded values is far from the truth if it has a sketch."""
+    """A row that is wrong only beyond its recorded values is far from the truth if it has a sketch."""
     rows = engine.dump(RIGHT, PROMPT, points="logits", bare=False).points["logits"]
     assert rows.sketch is not None
     wrong: Rows = replace(rows, sketch=rows.sketch + np.float32(1))
@@ -127,7 +127,7 @@ def test_a_limit_is_raised_at_the_position_where_the_reference_is_far_from_the_t
 
 
 def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:
-    """Behind a table of float16 four times the reference's own distance passes; elsewhere an error of that size is no rounding."""
+    """After a table of float16 four times the reference's own distance passes; elsewhere an error of that size is not rounding."""
     point, token_idx = np.array([0, 1, 2]), np.zeros(3, np.int64)
     distance, limit = np.array([1e-14, 2e-7, 3e-7]), np.full(3, 1e-10)
     nmse = np.full(3, 6e-7)

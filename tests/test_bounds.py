@@ -1,4 +1,4 @@
-"""Any dump under 10 MB is answered within 10 seconds of computing and 1 GB, and nothing that never ends is waited for."""
+"""Any dump under 10 MB is answered within 10 seconds of computing and 1 GB, and endless inputs are not waited for."""
 
 import io
 import json
@@ -22,12 +22,12 @@ SIZE = 9_900_000
 
 def lines(make: Callable[[int], bytes]) -> bytes:
     """As many lines as fit."""
-    made: list[bytes] = []
+    files: list[bytes] = []
     size = 0
     while size < SIZE:
-        made.append(make(len(made)) + b"\n")
-        size += len(made[-1])
-    return b"".join(made[:-1])
+        files.append(make(len(files)) + b"\n")
+        size += len(files[-1])
+    return b"".join(files[:-1])
 
 
 def record(values: bytes, fields: bytes = b'"token_idx":0') -> bytes:
@@ -100,7 +100,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def bounded(*words: object) -> tuple[int, str]:
-    """A parity that may compute for `SECONDS` and allocate `MEMORY` more than its modules take; its exit code and last words."""
+    """Run parity with at most `SECONDS` of computing and `MEMORY` beyond its modules; its exit code and last words."""
     modules = 1 << 30  # of address space: what NumPy, OpenBLAS and pandas map
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "parity", *map(str, words)],
@@ -134,7 +134,7 @@ def test_a_small_dump_is_answered_soon_and_in_little_memory(tmp_path: Path, name
     "name", ["words.jsonl", "mixed-words.jsonl", "statistics-words.jsonl", "one-line.jsonl", "digits.jsonl"]
 )
 def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) -> None:
-    """The longest to read are no longer for the commands that do more with them."""
+    """Commands that do more with the dumps that take longest to read stay within the same bounds."""
     path = tmp_path / name
     path.write_bytes(FILES[name]())
     for words in (("diff", path, path), ("convert", path, "-o", tmp_path / "converted.jsonl")):
@@ -155,7 +155,7 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) 
     ],
 )
 def test_what_no_engine_writes_is_refused_by_its_reason(parity: Cli, tmp_path: Path, name: str, said: str) -> None:
-    """The line says what there is too much of."""
+    """The error line says which quantity is too large."""
     (tmp_path / name).write_bytes(FILES[name]())
     refused(parity("lint", name), said)
 
@@ -186,7 +186,7 @@ def test_a_pipe_or_a_device_is_not_waited_for(parity: Cli, stories_run: Path) ->
     "name", ["x.npy", "x.npz", "x.safetensors", "x.pt", "edgellm_dump.safetensors", "m_debug_tree_FULL_TENSORS.json"]
 )
 def test_a_pipe_in_a_folder_is_not_waited_for(parity: Cli, tmp_path: Path, name: str) -> None:
-    """A folder that is a dump may hold a pipe under the name of an array, a tree or a debugger's file."""
+    """A pipe in a folder under the name of an array, a tree or a debugger's file is refused, not waited for."""
     os.mkfifo(tmp_path / name)
     refused(parity("lint", tmp_path), f"{name} is ")
     (tmp_path / "config.json").write_text("{}")
@@ -216,7 +216,7 @@ def test_json_lines_can_be_piped_in(stories_run: Path) -> None:
 
 
 def test_a_folder_has_a_limit_as_a_file_has(parity: Cli, tmp_path: Path) -> None:
-    """Many files of arrays, each within its bounds, are refused for what they hold together."""
+    """Many files of arrays, each within its bounds, are refused for their total size."""
     header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 1 << 26), np.float32))
     for layer in range(5):
         with (tmp_path / f"blk.{layer}.l_out.npy").open("wb") as file:

@@ -101,7 +101,7 @@ def test_it_opens_quietly(name: str, scheme: str, page: Page) -> None:
 
 
 def serious(page: Page) -> list[str]:
-    """What axe-core finds that is serious or critical, with the elements it finds it at."""
+    """The serious and critical findings of axe-core, with their elements."""
     package = pytest.importorskip("axe_core_python", reason="axe-core is not installed: pip install parity[test]")
     page.js(Path(package.__file__).with_name("axe.min.js").read_text(encoding="utf-8"))
     alike = ".tall tbody tr:nth-child(n + 40)"  # of some hundred rows that are alike the first ones: axe is slow

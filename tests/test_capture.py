@@ -1,4 +1,4 @@
-"""The tap takes copies, in the moment the value is computed, and loses nothing."""
+"""The tap takes copies at the moment the value is computed, and loses nothing."""
 
 import subprocess
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sinks import Sink
 
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
-from checkpoints.record import Rows, Token
 from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
 from engine.capture.host import HostStage
@@ -20,25 +20,6 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
-
-
-class Sink:
-    """A sink in memory; `delay` makes it slow, `fail_at` makes it raise."""
-
-    def __init__(self, delay: float = 0, fail_at: int | None = None) -> None:
-        self.taken: list[Rows] = []
-        self.tokens: list[Token] = []
-        self.delay = delay
-        self.fail_at = fail_at
-
-    def rows(self, rows: Rows) -> None:
-        time.sleep(self.delay)
-        if self.fail_at == len(self.taken):
-            raise OSError("disk full")
-        self.taken.append(rows)
-
-    def token(self, token: Token) -> None:
-        self.tokens.append(token)
 
 
 def one_pass(positions: int = 3) -> Pass:
@@ -109,7 +90,7 @@ def test_a_late_capture_would_be_seen(stories: Path) -> None:
 
 
 def test_a_failing_writer_stops_the_engine() -> None:
-    """What fails in the writer's thread comes out in the engine's thread, and at the latest when the tap closes."""
+    """A failure in the writer's thread is raised in the engine's thread, at the latest when the tap closes."""
     tap = Capture(HostStage(Sink(fail_at=1), ["embd"], choose("numpy")))
 
     def many() -> None:
@@ -163,7 +144,7 @@ def test_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
 
 
 def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
-    """What was handed over is written when the process ends, although nobody closed the tap."""
+    """What was handed over is written when the process ends, even if the tap was never closed."""
     script = """
 import sys, numpy
 from checkpoints.jsonl import Writer
@@ -182,7 +163,7 @@ for step in range(50):
 
 
 def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
-    """A process that met the writer's failure and went on ends in silence; one that never heard of it is told at its end."""
+    """A process that caught the writer's failure ends silently; one that never saw it gets the error at its end."""
     script = """
 import sys, time, numpy
 from engine.backend import choose

@@ -54,11 +54,11 @@ class Cluster:
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     folder = tmp_path / "cluster"
     folder.mkdir()
-    found = Cluster(folder)
+    cluster = Cluster(folder)
     try:
-        yield found
+        yield cluster
     finally:
-        found.close()
+        cluster.close()
 
 
 def test_a_killed_worker_costs_its_cells_only(cluster: Cluster, parity: Cli, tmp_path: Path) -> None:

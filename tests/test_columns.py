@@ -27,21 +27,21 @@ def both_ways(parity: Cli, folder: Path) -> tuple[Path, Path]:
     return lines, arrays
 
 
-def same(one: Rows, other: Rows) -> bool:
+def same(left: Rows, other: Rows) -> bool:
     """Whether two points' records are the same to the bit."""
     equal = all(
-        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True)
+        np.array_equal(getattr(left, name), getattr(other, name), equal_nan=True)
         for name in ("seq", "token_idx", "step", "decode", "values", "counts")
     )
-    sketches = one.sketch is not None and other.sketch is not None and np.array_equal(one.sketch, other.sketch)
-    stats = one.stats.keys() == other.stats.keys() and all(
-        np.array_equal(one.stats[name], other.stats[name]) for name in one.stats
+    sketches = left.sketch is not None and other.sketch is not None and np.array_equal(left.sketch, other.sketch)
+    stats = left.stats.keys() == other.stats.keys() and all(
+        np.array_equal(left.stats[name], other.stats[name]) for name in left.stats
     )
-    return equal and sketches and stats and one.shapes == other.shapes and one.dtype == other.dtype
+    return equal and sketches and stats and left.shapes == other.shapes and left.dtype == other.dtype
 
 
 def test_arrays_and_lines_hold_the_same_records(parity: Cli, tmp_path: Path) -> None:
-    """Every record of every point, read back from arrays, is what the JSON lines give: values, statistics, sketch, shapes, places."""
+    """Every record of every point, read back from arrays, equals that of the JSON lines: values, statistics, sketch, shapes, places."""
     lines, arrays = (load(path) for path in both_ways(parity, tmp_path))
     assert list(arrays.points) == list(lines.points)
     assert all(same(arrays.points[name], rows) for name, rows in lines.points.items())
@@ -61,12 +61,11 @@ def test_a_run_with_arrays_reaches_the_same_verdict(parity: Cli, tmp_path: Path)
     assert {path.name for path in (tmp_path / "arrays").iterdir()} > {"ours.columns.safetensors", "ref.columns.safetensors"}
 
 
-def test_parts_of_a_point_are_put_together(parity: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_point_are_put_together(parity: Cli, tmp_path: Path) -> None:
     """Records that were written in several parts are one point's again, in their order."""
-    monkeypatch.setattr("checkpoints.columns._HELD", 4096)
     written, wanted = tmp_path / "parts.jsonl", load(both_ways(parity, tmp_path)[0])
     rows = [rows.take([i]) for rows in wanted.points.values() for i in range(len(rows))]
-    with ColumnsWriter(written, Header(source="engine")) as writer:
+    with ColumnsWriter(written, Header(source="engine"), held=4096) as writer:
         for row in rows:
             writer.rows(row)
     assert written.read_text(encoding="utf-8").count('"type":"columns"') > len(wanted.points)
@@ -114,7 +113,7 @@ def test_files_that_do_not_belong_together_are_one_line(
 
 
 def test_convert_reads_arrays(parity: Cli, tmp_path: Path) -> None:
-    """What was recorded as arrays becomes JSON lines by writing it as any other dump."""
+    """A dump recorded as arrays is converted to JSON lines like any other dump."""
     lines, arrays = both_ways(parity, tmp_path)
     dump: Dump = load(arrays)
     out = tmp_path / "converted.jsonl"
@@ -156,7 +155,7 @@ def test_arrays_that_are_a_pipe_are_not_waited_for(parity: Cli, tmp_path: Path) 
 
 
 def test_steps_of_decimals_are_finite(parity: Cli, tmp_path: Path) -> None:
-    """An infinite step, by which everything would agree, is refused as in lines."""
+    """An infinite step of decimals, with which everything would agree, is refused, as in lines."""
     rows = load(both_ways(parity, tmp_path)[1]).points["embd"]
     with ColumnsWriter(tmp_path / "steps.jsonl", Header(source="engine")) as writer:
         writer.rows(replace(rows, quantum=np.full(rows.values.shape, np.inf)))

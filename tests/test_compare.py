@@ -26,7 +26,7 @@ def after(point: str, names: tuple[str, ...] = DEFAULT) -> tuple[str, ...]:
 
 
 def judged(positions: slice | list[int], point: str = "blk.5.l_out", **how: int) -> Verdict:
-    """The verdict on a dump that is wrong from this point on, at these positions."""
+    """The verdict on a dump that is wrong from this point on at these positions."""
     ref = random()
     return compare(dump(spoiled(noisy(ref), after(point), positions), **how), dump(ref, **how))
 
@@ -80,7 +80,7 @@ def test_pattern(positions: slice | list[int], how: dict[str, int], code: str) -
 
 
 def test_single_positions_do_not_blame_an_embedding_that_agrees() -> None:
-    """Where embd is recorded and right, a few wrong positions further down are not its row's."""
+    """If embd is recorded and right, a few wrong positions further down are not blamed on its rows."""
     pattern = judged([5]).pattern
     assert pattern is not None
     assert "embd is right" in pattern.sentence
@@ -101,7 +101,7 @@ def test_only_the_logits() -> None:
 
 
 def test_operation_is_named_where_its_inputs_are_recorded() -> None:
-    """With every point recorded, the first wrong one is made by the wrong operation and nothing more is asked for."""
+    """With every point recorded, the first wrong one is made by the wrong operation, and no further points are asked for."""
     ref = random(ALL)
     wrong = [name for name in after("blk.2.q_rope", ALL) if name not in ("blk.2.k_rope", "blk.2.v")]
     verdict = compare(dump(spoiled(noisy(ref), wrong, slice(1, None))), dump(ref))
@@ -210,7 +210,7 @@ def test_unknown_arithmetic_is_judged_by_the_jump() -> None:
 
 
 def test_missing_records_are_listed() -> None:
-    """What one side lacks is said; it is a divergence only if asked for."""
+    """Records that one side lacks are listed; they are a divergence only with `strict`."""
     ref = random()
     ours = {name: x for name, x in ref.items() if name != "blk.10.l_out"}
     left = dump(ours)
@@ -237,7 +237,7 @@ def test_nothing_in_common_is_an_error() -> None:
 
 
 def test_unusable_options_are_refused() -> None:
-    """A tolerance that is no number and an arithmetic that does not exist are the request's fault."""
+    """A tolerance that is not a number and an unknown arithmetic are errors of the request."""
     ref = dump(random())
     for options in (Options(tolerance=float("nan")), Options(tolerance=-1.0), Options(compute="f8")):
         with pytest.raises(InputError):
@@ -254,7 +254,7 @@ def test_next_can_be_selected() -> None:
 
 
 def test_an_encoder_has_no_causal_mask() -> None:
-    """Right at position 0 and wrong from 1 on says nothing of a mask, or of Q and K alone, where every position sees all others."""
+    """Right at position 0 and wrong from 1 on does not point to a mask, or to Q and K alone, if every position sees all others."""
     made = {
         "enc.embd": Made("GET_ROWS"),
         "enc.blk.0.kq": Made("MUL_MAT", ("enc.embd", "enc.embd")),
@@ -265,11 +265,11 @@ def test_an_encoder_has_no_causal_mask() -> None:
     header = replace(HEADER, dataflow=Dataflow(made).to_json())
     ref = random(("enc.embd", "enc.blk.0.l_out", "logits"))
     for positions in (slice(1, None), slice(None), slice(0, -1)):
-        found = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))
-        assert found.first_divergence is not None
-        assert found.first_divergence.checkpoint == "enc.blk.0.l_out"
-        assert found.pattern is not None
-        assert "mask is missing" not in found.pattern.sentence
-        assert "causal" not in found.pattern.sentence
+        answer = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))
+        assert answer.first_divergence is not None
+        assert answer.first_divergence.checkpoint == "enc.blk.0.l_out"
+        assert answer.pattern is not None
+        assert "mask is missing" not in answer.pattern.sentence
+        assert "causal" not in answer.pattern.sentence
         if positions.start == 1:
-            assert "every position sees all others" in found.pattern.sentence
+            assert "every position sees all others" in answer.pattern.sentence

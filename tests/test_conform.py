@@ -1,23 +1,25 @@
 """`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pandas as pd
 import pytest
-from cli import Cli, one_line, refused
+from cli import Cli, refused
 from foreign import compile_engine, numpy_engine
 
-from checkpoints.answers.conform import CellResult
+from checkpoints.answers.conform import Cell, CellResult, Conformance
+from checkpoints.errors import InputError
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
-from parity.conform.results import alone
+from parity.conform.table import GrowingTable
+from reports.conform import said
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -86,7 +88,7 @@ def test_one_cause_is_one_line_and_a_fix_runs_again(
 
 @needs_gcc
 def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
-    """A screen with a letter a place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
+    """A screen with one letter for each place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
     line = f"{c_engine} {{model}} {{tokens}} {{out}} rope {{points}}"
     words = ("conform", "--exec", line, "--architectures", "qwen2", "--types", "F32,Q8_0", "--prompts", "short", "--out", "c")
     ran = parity(*words, "--junit", "c.xml", "--table", "c.csv")
@@ -118,22 +120,22 @@ def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
 
 @pytest.mark.slow
 def test_the_decoder_after_an_encoder_is_led_along_the_prompt(parity: Cli) -> None:
-    """Portions, turns and a state of t5 are those of its decoder's tokens; an encoder, which has none, refuses them and says why."""
+    """Portions, turns and a state of t5 are those of its decoder's tokens; an encoder, which keeps nothing, refuses them and says why."""
     words = ("--types", "F32", "--prompts", "short", "--modes", "decode,batch,state", "--no-explain")
-    code, answer = parity.json("conform", "--side", "ours", "--architectures", "t5,bert", *words, "--workers", "1")
+    code, answer = parity.json("conform", "--side", "ours", "--architectures", "t5,t5encoder", *words, "--workers", "1")
     assert code == 0
     verdicts = {(cell["architecture"], cell["mode"]): cell["verdict"] for cell in answer["cells"]}
-    assert verdicts == dict.fromkeys((("t5", "decode"), ("t5", "batch"), ("t5", "state"), ("bert", "batch")), "parity") | {
-        ("bert", "decode"): "refused",
-        ("bert", "state"): "refused",
+    assert verdicts == dict.fromkeys((("t5", "decode"), ("t5", "batch"), ("t5", "state"), ("t5encoder", "batch")), "parity") | {
+        ("t5encoder", "decode"): "refused",
+        ("t5encoder", "state"): "refused",
     }
-    assert {cell["reason"].partition(":")[0] for cell in answer["cells"] if cell["verdict"] == "refused"} == {
-        "an encoder computes its whole input in one pass"
+    assert {cell["reason"] for cell in answer["cells"] if cell["verdict"] == "refused"} == {
+        "an encoder computes its whole input in one pass and keeps nothing for another."
     }
 
 
 def test_a_limit_of_0_gives_json_without_infinity(parity: Cli) -> None:
-    """What is infinitely far beyond its limit is the word "Infinity", as in every other answer: JSON has no such number."""
+    """An error infinitely far beyond its limit is the word "Infinity", as in every other answer: JSON has no such number."""
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill", "--no-explain")
     code, answer = parity.json("conform", "--side", "ours", *words, "--tolerance", "0")
     assert (code, answer["cells"][0]["verdict"], answer["cells"][0]["of_limit"]) == (1, "divergence", "Infinity")
@@ -179,7 +181,7 @@ def test_a_fault_of_the_numpy_engine_is_one_cause(parity: Cli, fault: str, cause
 
 
 def test_a_batch_without_numbers_and_a_state_that_is_not_used(parity: Cli, tmp_path: Path) -> None:
-    """Lines without `seq`, a state that is not written, and one that is not read are told apart, each in a sentence."""
+    """Lines without `seq`, a state that is not written, and one that is not read each have a sentence of their own."""
     record = '{"checkpoint": "embd", "token_idx": 0, "values": [1.0]}'
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1")
     for body, mode, message in (
@@ -250,107 +252,6 @@ def test_servers_conform(parity: Cli) -> None:
     assert "logits_all" in answer["cells"][0]["reason"]
 
 
-def test_a_server_that_does_not_start(parity: Cli, tmp_path: Path) -> None:
-    """One that says no is a refusal, one that never listens is timed out, one that ends is unusable; none is left behind."""
-    words = ("--side", "server", "--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill")
-    for body, verdict, seconds in (
-        ("sys.exit('no')", "refused", 30),
-        ("open('pid', 'w').write(str(os.getpid())); time.sleep(60)", "timed out", 0.7),
-        ("pass", "unusable", 30),
-    ):
-        (tmp_path / "server.py").write_text(f"import os, sys, time\n{body}\n")
-        ran = parity(
-            "conform",
-            "--exec",
-            f"{sys.executable} server.py {{model}} {{port}}",
-            *words,
-            "--exec-timeout",
-            seconds,
-            "--out",
-            "c",
-        )
-        cells = json.loads(Path("c/conform.json").read_text())["cells"]
-        assert [cell["verdict"] for cell in cells] == [verdict], ran.err
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(Path("pid").read_text()), 0)
-    refused(parity("conform", "--side", "server", "--exec", "server {model}"), "{port}")
-    refused(parity("conform", "--exec", "server {model} {port}"), "--side server")
-
-
-def test_an_engine_that_cannot_be_started_ends_the_run(parity: Cli) -> None:
-    """`env` and shells say with 126 and 127 that there is no such program: one line, exit 2, no cell counts as refused."""
-    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one,short", "--workers", "1", "--out", "c")
-    for option, line, status in (
-        ("--exec", "env X=1 ./nothing {model}", 127),
-        ("--exec", "env /etc/passwd {model}", 126),
-        ("--exec-shell", "./nothing {model}", 127),
-    ):
-        refused(parity("conform", option, line, *words), f"could not be started (exit code {status})", f"Check {option}")
-    assert not list(Path("c").rglob("results/*/*.json"))
-    ran = parity("conform", "--exec", f"{sys.executable} -c 'import sys; sys.exit(\"no\")' {{model}}", *words)
-    assert (ran.code, ran.out.splitlines()[-1].split(" · ")[0]) == (2, "2 cells: 2 refused")
-    one_line(ran.err, "refused all 2 cells", "exit code 1: no")
-
-
-def test_an_engine_that_changes_or_leaves_children_while_it_runs(parity: Cli, tmp_path: Path) -> None:
-    """Results of which nobody knows the build are shown and not kept; what an engine starts and leaves behind is ended."""
-    engine = tmp_path / "engine.sh"
-    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--workers", "1", "--out", "c")
-    engine.write_text("echo '#' >> $0\nsleep 60 & echo $! > child\necho no >&2; exit 1\n")
-    ran = parity("conform", "--exec", f"sh {engine} {{model}}", *words)
-    assert "1 not kept since a file of the engine changed" in ran.out
-    assert not list(Path("c").rglob("results/*/*.json"))
-    child = Path("/proc", Path("child").read_text().strip(), "cmdline")
-    assert not (child.exists() and child.read_bytes())  # gone, or ended and not yet reaped
-
-
-def test_two_runs_do_not_share_a_folder(parity: Cli) -> None:
-    """While one run holds the folder, another is refused in one line; afterwards it is free again."""
-    words = ("--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one", "--out", "c")
-    with alone(Path("c")):
-        refused(parity("conform", *words), "another run of parity conform uses c", "--out")
-    assert parity("conform", *words).code == 0
-
-
-def test_an_engine_that_crashes_or_hangs_or_prints_nothing(parity: Cli, tmp_path: Path) -> None:
-    """Each is a verdict of its own and a failure; the run goes on."""
-    words = ("--architectures", "llama", "--types", "F32", "--prompts", "one")
-    for body, options, verdict in (
-        ("import os; os.kill(os.getpid(), 11)", (), "crashed"),
-        ("import time; time.sleep(60)", ("--exec-timeout", "0.5"), "timed out"),
-        ("pass", (), "unusable"),
-    ):
-        (tmp_path / "engine.py").write_text(body)
-        code, answer = parity.json("conform", "--exec", f"{sys.executable} engine.py {{model}}", *words, *options)
-        assert (code, [cell["verdict"] for cell in answer["cells"]]) == (1, [verdict])
-
-
-def test_what_it_refuses(parity: Cli) -> None:
-    """No side or two, a server's options without one, unknown names or program, modes that the engine cannot be told, and a matrix of
-    which nothing was compared.
-    """
-    refused(parity("conform"), "no engine to test was given", "--exec CMD")
-    refused(parity("conform", "--exec", "x", "--side", "ours"), "more than one engine to test was given", "Take one of")
-    for option in (("--server-api", "openai"), ("--server-json", "{}")):
-        refused(parity("conform", "--side", "ours", *option), "need a server")
-    refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")
-    refused(parity("conform", "--side", "ours", "--architectures", "qwen9"), "qwen9", "qwen")
-    refused(parity("conform", "--side", "ours", "--profile", "everything"), "--profile 'everything' is unknown")
-    for mode, needed in (("decode", "{portions}"), ("batch", "{sequences}"), ("state", "{state}")):
-        refused(parity("conform", "--exec", "x {model}", "--modes", mode), needed)
-    server = ("--side", "server", "--exec", "server {model} {port}")
-    refused(parity("conform", *server, "--modes", "batch"), "This side has the modes prefill, decode")
-    refused(parity("conform", "--exec", "./no-such-engine {model}"), "cannot run ./no-such-engine")
-    refused(parity("conform", "--exec", "PATH=/nowhere python3 {model}"), "cannot run python3")
-    refused(parity("conform", "--side", "hf", "--python", "no-such-python"), "no-such-python")
-    refused(parity("conform", "--side", "ours", "--table", "x.txt"), ".csv")
-    line = f"{sys.executable} -c 'import sys; sys.exit(\"no\")'"
-    ran = parity(
-        "conform", "--exec", line, "--architectures", "llama", "--types", "F32", "--prompts", "one", "--format", "json"
-    )
-    assert ran.code == 2
-
-
 def test_the_matrix_is_what_was_asked_for() -> None:
     """Globs and lists replace the profile's axes, cells that would be a plain prefill are left out, parts keep architectures together."""
     assert {cell.type for cell in cells("llama", types="Q*_K,f32")} == {"F32", *(name for name in TYPES if name.endswith("_K"))}
@@ -383,14 +284,50 @@ def test_a_lost_worker_costs_its_cells_only(c_engine: Path, parity: Cli, tmp_pat
     assert [cell["verdict"] for cell in answer["cells"]] == ["parity", "parity", "refused"]
 
 
-@pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_one_line(parity: Cli) -> None:
-    """Without Dask, or without a scheduler at the address, --cluster is refused before anything runs."""
-    words = ("conform", "--side", "ours", "--architectures", "llama", "--types", "F32", "--prompts", "one")
-    refused(parity(*words, "--cluster", "tcp://127.0.0.1:9"), "cluster" if find_spec("distributed") is None else "scheduler")
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_table_is_whole_while_cells_end(tmp_path: Path, ending: str) -> None:
+    """After each cell a reader has all cells until then, and a run that breaks off leaves the last ones as well."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    path, results = tmp_path / f"cells.{ending}", [CellResult(cell, "parity") for cell in cells("llama", types="F32")]
+    read = pd.read_csv if ending == "csv" else pd.read_parquet
+    with GrowingTable(path, pause=0.0) as table:
+        table(results[0], 1, 9)
+        assert read(path)["architecture"].tolist() == ["llama"]
+    with contextlib.suppress(InputError), GrowingTable(path, pause=60.0) as table:
+        for number, result in enumerate(results):
+            table(result, number + 1, len(results))
+        raise InputError("the scheduler is gone")
+    assert len(read(path)) == len(results) > 4
+    with GrowingTable(None) as table:
+        table(results[0], 1, 1)
+
+
+def test_a_cause_of_one_kind_of_rope_says_so() -> None:
+    """Cells of every architecture that rotates halves, and of no other that was compared, are "all NEOX architectures"."""
+    kinds = {"llama": "NORM", "qwen2": "NEOX", "qwen3": "NEOX", "gemma3": "NEOX", "bloom": ""}
+
+    def conformance(wrong: str) -> Conformance:
+        return Conformance(
+            "engine",
+            tuple(
+                CellResult(Cell(name, "F32", "short", "prefill"), verdict, cause="rope-pairs", compared=9, rope=kind)
+                for name, kind in kinds.items()
+                for verdict in ("divergence" if name in wrong.split() else "parity",)
+            ),
+        )
+
+    for wrong, words in (
+        ("qwen2 qwen3 gemma3", "rope-pairs: 3 cells · all NEOX architectures"),
+        ("qwen2 qwen3", "rope-pairs: 2 cells · qwen2, qwen3"),
+        ("llama", "rope-pairs: 1 cell · llama"),
+        (" ".join(kinds), "rope-pairs: 5 cells · all architectures"),
+    ):
+        found = conformance(wrong)
+        assert said(found.causes[0], found) == words
 
 
 def test_a_result_is_read_back() -> None:
-    """What is kept on disk is what was found."""
+    """A result read back from disk equals the stored one."""
     result = CellResult(cells("llama")[0], "divergence", checkpoint="blk.0.q", token_idx=3, cause="x", nmse=1e-3)
     assert CellResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result

@@ -1,4 +1,4 @@
-"""`parity consistency`: an engine against itself, and what is suspected where it disagrees."""
+"""`parity consistency`: an engine against itself, and what is suspected if it disagrees."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,8 +50,8 @@ def unmasked(scores: Any, positions: Any, keys: Any, *, scale: float) -> Any:
 
 
 def few_rows(x: Any, weight: Any, bias: Any = None) -> Any:
-    made = ops.linear(x, weight, bias)
-    return made * np.float32(1.001) if len(x) == 1 else made
+    result = ops.linear(x, weight, bias)
+    return result * np.float32(1.001) if len(x) == 1 else result
 
 
 # fault: the kinds of step it changes, the operation instead, the suspect
@@ -77,9 +77,9 @@ def checked(engine: Transformer, **request: Any) -> Consistency:
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
 def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]) -> None:
     """In portions, among other sequences and from a restored state every point is the same to 1e-10; the mask is causal."""
-    found = checked(engine_with(synthetic(like, layers=3)))
-    assert found
-    assert [check.name for check in found.checks] == [
+    answer = checked(engine_with(synthetic(like, layers=3)))
+    assert answer
+    assert [check.name for check in answer.checks] == [
         "prefill and one step",
         "one token at a time",
         "chunks",
@@ -87,31 +87,31 @@ def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]
         "a restored state",
         "another last token",
     ]
-    assert all(check.verdict is not None and check.verdict.compared > 100 for check in found.checks)
+    assert all(check.verdict is not None and check.verdict.compared > 100 for check in answer.checks)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Path]) -> None:
-    """A fault that only portions show is found, and positions, cache, mask and batch size are told apart."""
+    """A fault that only portions show is found, and the answer distinguishes positions, cache, mask and batch size."""
     kinds, op, suspect = FAULTS[fault]
-    found = checked(engine_with(synthetic(layers=3), kinds, op))
-    assert not found
-    steps = {check.name: check for check in found.checks}
+    answer = checked(engine_with(synthetic(layers=3), kinds, op))
+    assert not answer
+    steps = {check.name: check for check in answer.checks}
     assert steps["one token at a time"].suspect == suspect
     assert steps["another last token"].suspect == ""
 
 
 def test_a_missing_mask_is_seen_by_an_exchanged_token(synthetic: Callable[..., Path]) -> None:
-    """Without a causal mask earlier positions notice another last token."""
-    found = checked(engine_with(synthetic(layers=3), ("kq_soft_max",), unmasked))
-    check = next(check for check in found.checks if check.name == "another last token")
+    """Without a causal mask another last token changes earlier positions."""
+    answer = checked(engine_with(synthetic(layers=3), ("kq_soft_max",), unmasked))
+    check = next(check for check in answer.checks if check.name == "another last token")
     assert check.suspect == "mask"
 
 
 def test_few_points_still_say_where_to_look(synthetic: Callable[..., Path]) -> None:
-    """With layer outputs only, it is known that it is behind the first portion, and what to record to know more."""
-    found = checked(engine_with(synthetic(layers=3), ("q_rope", "k_rope"), counted_from_the_pass), points="blk.*.l_out")
-    check = next(check for check in found.checks if check.name == "chunks")
+    """With layer outputs only, the answer says that the error comes after the first portion, and what to record to know more."""
+    answer = checked(engine_with(synthetic(layers=3), ("q_rope", "k_rope"), counted_from_the_pass), points="blk.*.l_out")
+    check = next(check for check in answer.checks if check.name == "chunks")
     assert check.suspect == "cache, positions or mask"
     assert "--points all" in check.reason
 

@@ -1,4 +1,4 @@
-"""What each point is made from: by the vocabulary's order, through a dump's header, and as llama.cpp's graph says it."""
+"""What each point is made from: by the vocabulary's order, by a dump's header, and by llama.cpp's graph."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def test_a_mask_is_seen_in_the_references_scores(tmp_path: Path) -> None:
 
 
 def test_it_survives_a_header() -> None:
-    """As JSON, layers that are made alike are said once; damaged data are refused with what is wrong in them."""
+    """In JSON, layers that are made alike are listed once; damaged data are refused with the reason."""
     whole = of_vocabulary([], 40)
     plain = json.loads(json.dumps(whole.to_json()))
     assert list(plain) == ["", "0", "1..39"]
@@ -104,7 +104,7 @@ def test_any_architecture_by_its_own_graph() -> None:
 
 
 def test_a_damaged_header_falls_back() -> None:
-    """A dataflow that cannot be read costs a note, from diff and lint, not the comparison."""
+    """A dataflow that cannot be read leads to a note from diff and lint; the comparison still runs."""
     ref = random()
     verdict = compare(dump(noisy(ref)), dump(ref, header=replace(HEADER, dataflow={"0": {"q": 1}})))
     assert verdict

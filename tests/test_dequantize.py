@@ -18,7 +18,7 @@ BLOCKS = 512
 
 
 def random_blocks(kind: int, seed: int = 3) -> np.ndarray:
-    """Blocks of random bytes whose float16 fields are finite: NaN payloads are no numbers to compare."""
+    """Blocks of random bytes whose float16 fields are finite: NaN payloads cannot be compared."""
     size = FORMATS[kind][1]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (BLOCKS, size), dtype=np.uint8)
@@ -46,7 +46,7 @@ def random_blocks(kind: int, seed: int = 3) -> np.ndarray:
 
 
 def by_libggml(blocks: np.ndarray, kind: int, count: int) -> np.ndarray:
-    """What libggml's own `to_float` makes of the blocks."""
+    """The blocks dequantised by libggml's own `to_float`."""
     values = ToFloat()(blocks, kind, count)
     assert values is not None
     return values

@@ -1,4 +1,4 @@
-"""The sources that are compiled for a device, as far as they can be looked at without one."""
+"""The sources that are compiled for a device, as far as they can be checked without one."""
 
 import re
 from importlib.resources import files

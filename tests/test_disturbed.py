@@ -45,8 +45,8 @@ def test_the_noise_is_of_roundings_size() -> None:
     assert not np.array_equal(product(x, w, None), disturbed(steps, 1)[0].op(x, w, None))
 
 
-def _nmse(one: Any, other: Any) -> float:
-    return float(((one - other) ** 2).sum() / (other**2).sum())
+def _nmse(ours: Any, other: Any) -> float:
+    return float(((ours - other) ** 2).sum() / (other**2).sum())
 
 
 class Plamo2:

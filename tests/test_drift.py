@@ -1,9 +1,10 @@
-"""Golden dumps: what moves is found, what changed otherwise is told apart, and margins are kept over commits."""
+"""Golden dumps: numbers that move are found, other changes are distinguished, and margins are kept over commits."""
 
 import json
 import resource
 import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_an_engine_that_prints_bare_lines_is_checked(golden: Golden, engine: Tra
     for options, limit in ((("--compute", "f32"), 1e-10), ((), 3e-4)):
         code, answer = parity.json(*words, *options)
         assert (code, answer["points"][0]["limit"]) == (0, limit)
+
+
+def test_points_that_were_not_recorded_are_no_drift(golden: Golden, tmp_path: Path, parity: Cli) -> None:
+    """An engine that prints more points than the golden dumps have is compared at theirs; a note names the others."""
+    more = []
+    for prompt in golden.prompts:
+        lines = golden.path(prompt).read_text(encoding="utf-8").splitlines(keepends=True)
+        doubled = [line.replace('"blk.5.l_out"', '"blk.6.l_out"') for line in lines if '"blk.5.l_out"' in line]
+        more.append(tmp_path / prompt.file)
+        more[-1].write_text("".join([*lines[:-1], *doubled]), encoding="utf-8")
+    ran = parity("drift", "check", golden.folder, *(word for path in more for word in ("--ours", path)), "--no-ledger")
+    assert ran.code == 0, ran.out
+    assert "not compared, since the golden dumps lack them: blk.6.l_out" in ran.out
 
 
 @pytest.mark.parametrize("name", slow_but(TEN, "rope-pairs", "norm-epsilon", "no-final-norm"))
@@ -216,8 +230,23 @@ def test_every_order_and_thread_count_passes(golden: Golden, parity: Cli, tmp_pa
         assert (code, answer["findings"]) == (0, [])
 
 
+def test_a_ledger_tells_the_best_and_what_came_closer() -> None:
+    """The best error of a point is that of checks that passed; of points that came nearer to their limit, the most grown is first."""
+
+    def entry(day: int, verdict: str, **of_limit: float) -> Entry:
+        points = {name: (1e-12, 1e-10, share) for name, share in of_limit.items()}
+        return Entry(f"2026-01-0{day}T00:00:00+00:00", "abc", verdict, "ours", "f00d", {}, points)
+
+    entries = [entry(1, "parity", embd=0.2, kq=0.01, logits=0.1), entry(2, "divergence", embd=0.1, kq=3.0, logits=0.1)]
+    assert ledger.best(entries, "embd") == 0.2
+    assert ledger.best(entries[1:], "embd") is None
+    entries.append(entry(3, "parity", embd=0.4, kq=0.05, logits=0.1))
+    since = datetime.fromisoformat(entries[0].time)
+    assert [point.name for point in ledger.closer(entries, since)] == ["kq", "embd"]
+
+
 def test_a_ledger_is_read_back(tmp_path: Path) -> None:
-    """What is written is read: zero and infinite errors too; a torn line is counted, not fatal."""
+    """A ledger reads back as written, zero and infinite errors included; a torn line is counted, not fatal."""
     path = tmp_path / "ledger.jsonl"
     points = {"embd": (0.0, 1e-10, 0.0), "logits": (float("inf"), 1e-9, float("inf")), "kq": (1e-14, 1e-10, 0.5)}
     entry = Entry("2026-01-01T00:00:00+00:00", "abc", "divergence", "ours", "f00d", {"backend": "numpy"}, points)

@@ -25,7 +25,7 @@ def engine(synthetic: Callable[..., Path]) -> Faulty:
 
 
 def told(engine: Faulty, planted: Planted = RIGHT, **asked: Any) -> Verdict:
-    """What `diff` says of an engine that does not say its arithmetic, against the right one in float32."""
+    """The verdict on an engine that does not state its arithmetic, compared with the right one in float32."""
     tokens = tokens_of(engine.model, 7, seed=4)
     points, strict = asked.pop("points", "default"), asked.pop("strict", False)
     right = engine.dump(RIGHT, tokens, points=points, size=1 << 20, bare=False)
@@ -58,8 +58,8 @@ def test_noise_of_that_size_acquits_no_fault(engine: Faulty) -> None:
 
 def test_strict_assumes_nothing(engine: Faulty) -> None:
     """--strict judges the same dump by the looser types' limits only where the table has them."""
-    found = told(engine, strict=True, steps=rounded(engine.right, "q8", storage=False))
-    assert found.limits.operations < 1e-3
+    answer = told(engine, strict=True, steps=rounded(engine.right, "q8", storage=False))
+    assert answer.limits.operations < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,6 @@ def test_faults_are_no_8_bit_arithmetic(
 ) -> None:
     """A fault that leaves a position or a layer right, or is far larger, or is another scale: a divergence, and no suspicion."""
     parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | parameters
-    found = told(engine, Planted(((name, parameters, layers),)))
-    assert not found
-    assert found.pattern is None or found.pattern.code != "eight-bits"
+    answer = told(engine, Planted(((name, parameters, layers),)))
+    assert not answer
+    assert answer.pattern is None or answer.pattern.code != "eight-bits"

@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints.reading.reader import read
 from parity import emit
-from parity.emit import graphs
+from parity.emit import graph_kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,17 +78,20 @@ def test_a_second_captured_stream_records_the_same_replay(engine: Path, tmp_path
 def test_both_recorders_have_one_kernel() -> None:
     """The header's PTX is the Python recorder's."""
     lines = emit.source("c").partition("parity__ptx[] =\n")[2].partition(";\n\n")[0].splitlines()
-    assert "".join(line.strip()[1:-3] + "\n" for line in lines) == graphs._PTX.lstrip("\n")
+    assert "".join(line.strip()[1:-3] + "\n" for line in lines) == graph_kernel.PTX.lstrip("\n")
 
 
 @pytest.mark.parametrize(
-    ("mode", "told"), [("unplaced", "give parity_position_device the device memory"), ("elsewhere", "give the captured stream")]
+    ("mode", "message"),
+    [("unplaced", "give parity_position_device the device memory"), ("elsewhere", "give the captured stream")],
 )
-def test_what_cannot_be_captured_is_an_error_at_the_time_of_capture(engine: Path, tmp_path: Path, mode: str, told: str) -> None:
+def test_what_cannot_be_captured_is_an_error_at_the_time_of_capture(
+    engine: Path, tmp_path: Path, mode: str, message: str
+) -> None:
     """Without a position in device memory, and in another stream than the captured one, the call itself fails and says why."""
     done = ran(engine, tmp_path / "d.jsonl", mode, 0)
     assert done.returncode == 3
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 def test_one_replay_is_recorded_when_the_dump_is_closed(engine: Path, tmp_path: Path) -> None:
@@ -119,13 +122,13 @@ def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, f
 
 
 @pytest.mark.parametrize(
-    ("mode", "told"), [("unplaced", "call positions_from"), ("elsewhere", "record in the captured stream")]
+    ("mode", "message"), [("unplaced", "call positions_from"), ("elsewhere", "record in the captured stream")]
 )
-def test_a_python_engine_is_told_at_the_time_of_capture(tmp_path: Path, mode: str, told: str) -> None:
+def test_a_python_engine_is_told_at_the_time_of_capture(tmp_path: Path, mode: str, message: str) -> None:
     """Without a device array of positions, and in another stream than the captured one, the call itself raises."""
     pytest.importorskip("cupy", reason="cupy is not installed")
     (tmp_path / "parity_dump.py").write_text(emit.source("python"))
     command = [sys.executable, Path(__file__).with_name("graph_engine.py"), "cupy", mode, "0", *SMALL, "d.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr

@@ -1,4 +1,4 @@
-"""`parity emit pytest`: the fixture in a real pytest of somebody else's, on a right engine, a wrong one and wrong input."""
+"""`parity emit pytest`: the fixture in a user's own pytest, on a right engine, a wrong one and wrong input."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_engine(parity_golden):
 
 
 def pytest_of_theirs(folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Somebody else's pytest, in that folder."""
+    """A user's own pytest, run in that folder."""
     (folder / "parity_pytest.py").write_text(source("pytest"))
     (folder / "test_theirs.py").write_text(TEST.format(model=str(embedded.path())))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
@@ -55,7 +55,7 @@ def test_the_assertion_shows_first_divergence_and_cause(tmp_path: Path) -> None:
 
 
 def test_a_missing_parity_fails_and_says_so(tmp_path: Path) -> None:
-    """Without parity on the path the test is no success."""
+    """Without parity on the path the test fails and says so."""
     for name in ("golden", "ours"):
         (tmp_path / f"{name}.jsonl").write_text("{}")
     failed = pytest_of_theirs(tmp_path, PARITY="", PATH="")

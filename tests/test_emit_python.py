@@ -34,9 +34,10 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return module
 
 
-def test_the_file_stands_alone(tmp_path: Path) -> None:
-    """It imports NumPy and the standard library only, defines nothing twice, and runs where none of our packages are."""
-    tree = ast.parse(source("python"))
+@pytest.mark.parametrize("language", ["python", "hf"])
+def test_the_modules_of_a_file_share_no_name(language: str) -> None:
+    """The modules that make up a file define no name twice: all would use the last definition."""
+    tree = ast.parse(source(language))
     defined = Counter(node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))) + Counter(
         target.id
         for node in tree.body
@@ -44,7 +45,13 @@ def test_the_file_stands_alone(tmp_path: Path) -> None:
         for target in node.targets
         if isinstance(target, ast.Name)
     )
+    assert len(defined) > 50
     assert [name for name, count in defined.items() if count > 1] == []
+
+
+def test_the_file_stands_alone(tmp_path: Path) -> None:
+    """The file imports only NumPy and the standard library, and runs where none of our packages are installed."""
+    tree = ast.parse(source("python"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"numpy"}
@@ -98,7 +105,7 @@ def test_it_writes_what_our_writer_writes(emitted: ModuleType, tmp_path: Path) -
 
 
 class _Torch:
-    """What PyTorch's tensors have of what the recorder uses: PyTorch itself is too large a dependency for a test."""
+    """The part of PyTorch's tensors that the recorder uses: PyTorch itself is too large a dependency for a test."""
 
     def __init__(self, array: Any) -> None:
         self.array = array

@@ -54,11 +54,11 @@ def spoiled(steps: Sequence[Step], name: str, factor: float = 1.001) -> list[Ste
 @pytest.mark.parametrize("mode", ["native", "exact"])
 def test_every_operation_of_both_halves_is_proven(t5: Path, reference: Reference, mode: str) -> None:
     """The encoder's pass over the prompt, the decoder's over its own tokens and the encoder's rows: llama.cpp's are ours."""
-    found = isolate(IsolateRequest(t5, tokens=IDS, mode=mode, generate=2), reference)
-    assert found
-    assert {item.status for item in found.operations} == {PROVEN}
+    isolation = isolate(IsolateRequest(t5, tokens=IDS, mode=mode, generate=2), reference)
+    assert isolation
+    assert {item.status for item in isolation.operations} == {PROVEN}
     assert {"enc.embd", "enc.blk.1.kq_soft_max", "enc.output_norm", "blk.1.cross_kq", "blk.0.kq_b", "logits"} <= {
-        item.name for item in found.operations
+        item.name for item in isolation.operations
     }
 
 
@@ -79,19 +79,19 @@ def test_a_wrong_operation_of_either_half_is_named_alone(t5: Path, engine: Trans
         dump(engine, job)
     finally:
         engine.steps, engine.encoder = decoder, encoder
-    found = isolate(IsolateRequest(t5, dump=job.out))
-    assert [item.name for item in found.wrong] == [SHOWN.get(name, name)]
+    isolation = isolate(IsolateRequest(t5, dump=job.out))
+    assert [item.name for item in isolation.wrong] == [SHOWN.get(name, name)]
 
 
 def test_an_encoder_that_was_not_recorded(t5: Path, engine: Transformer, tmp_path: Path) -> None:
     """Without the encoder's output cross-attention is not observable, and the reason says so; the decoder's other operations are judged."""
     job = OursJob(tmp_path / "foreign.jsonl", IDS, generated=(5,), points="blk.*,embd,output_norm,logits", full=True)
     dump(engine, job)
-    found = isolate(IsolateRequest(t5, dump=job.out, windows=False))
-    states = {item.name: item for item in found.operations}
+    isolation = isolate(IsolateRequest(t5, dump=job.out, windows=False))
+    states = {item.name: item for item in isolation.operations}
     assert states["blk.0.q"].status == PROVEN
     assert "encoder's output" in states["blk.0.cross_kq"].reason
-    assert not found.wrong
+    assert not isolation.wrong
 
 
 def checked(side: OurEngine | LlamaCpp, run: Request, vocabulary: int) -> Consistency:
@@ -102,29 +102,29 @@ def test_other_portions_of_the_decoder_come_out_the_same(t5: Path, engine: Trans
     """The decoder's tokens in every way agree, in our engine and in llama.cpp (portions only); a later one changes nothing earlier."""
     run = Request(t5, points="all")
     for side, count in ((OurEngine(run, engine=engine), 6), (LlamaCpp(run, reference), 4)):
-        found = checked(side, run, engine.hp.n_vocab)
-        assert found
-        assert len(found.checks) == count
-        assert all(check.verdict is not None and check.verdict.compared > 500 for check in found.checks)
+        answer = checked(side, run, engine.hp.n_vocab)
+        assert answer
+        assert len(answer.checks) == count
+        assert all(check.verdict is not None and check.verdict.compared > 500 for check in answer.checks)
 
 
 def test_portions_of_a_decoder_that_disagree(t5: Path, engine: Transformer) -> None:
     """A key that a step over one token makes otherwise than a pass over several is seen."""
 
     def few_rows(op: Callable[..., Any], x: Any, *weights: Any, **params: Any) -> Any:
-        made = op(x, *weights, **params)
-        return made * np.float32(1.01) if len(x) == 1 else made
+        result = op(x, *weights, **params)
+        return result * np.float32(1.01) if len(x) == 1 else result
 
     run, right = Request(t5, points="all"), engine.steps
     try:
         engine.steps = [
             replace(step, op=partial(few_rows, step.op)) if step.makes == "blk.1.cross_Qcur" else step for step in right
         ]
-        found = checked(OurEngine(run, engine=engine), run, engine.hp.n_vocab)
+        answer = checked(OurEngine(run, engine=engine), run, engine.hp.n_vocab)
     finally:
         engine.steps = right
-    assert not found
-    assert [check.name for check in found.checks if not check.verdict] == ["prefill and one step", "one token at a time"]
+    assert not answer
+    assert [check.name for check in answer.checks if not check.verdict] == ["prefill and one step", "one token at a time"]
 
 
 def test_an_engine_is_not_told_the_decoders_tokens(parity: Cli, t5: Path) -> None:
@@ -150,10 +150,10 @@ def test_what_an_encoder_spoils_is_inherited(t5: Path, engine: Transformer, refe
 
 def test_default_points_are_of_both_halves(parity: Cli, t5: Path, tmp_path: Path) -> None:
     """Without --points an encoder–decoder shows both halves' embedding, layers and norm."""
-    code, found = parity.json("run", "--model", t5, "--tokens", "3,4,5", "--out", tmp_path / "out")
+    code, answer = parity.json("run", "--model", t5, "--tokens", "3,4,5", "--out", tmp_path / "out")
     assert code == 0
     halves = ("embd", "blk.0.l_out", "blk.1.l_out", "output_norm")
-    assert [point["checkpoint"] for point in found["points"]] == [*(f"enc.{name}" for name in halves), *halves, "logits"]
+    assert [point["checkpoint"] for point in answer["points"]] == [*(f"enc.{name}" for name in halves), *halves, "logits"]
 
 
 def test_a_description_has_the_dataflow_of_a_dump_and_a_score_is_refused(

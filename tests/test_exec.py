@@ -1,4 +1,4 @@
-"""A foreign engine's command line: how it is filled in and started, and that nothing it does blocks, floods or fools a run."""
+"""A foreign engine's command line: how it is filled in and started, and that the engine cannot block, flood or fool a run."""
 
 import os
 import sys
@@ -9,8 +9,7 @@ import pytest
 from cli import Cli, refused
 
 from checkpoints.errors import InputError
-from parity.run import command as commands
-from parity.run.command import CRASHED, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
+from parity.run.command import CRASHED, LARGEST_DUMP, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
 
 MODEL = Path("a model's.gguf")
 LINE = '{"checkpoint":"embd","token_idx":0,"values":[1.0]}'
@@ -26,7 +25,10 @@ def engine(folder: Path, body: str) -> str:
 def ran(line: str, out: Path, **options: object) -> str:
     shell = bool(options.pop("shell", False))
     timeout = float(str(options.pop("timeout", 20)))
-    Command(line, shell=shell, timeout=timeout).run(model=MODEL, tokens=[1, 2, 3], out=out, **options)  # type: ignore[arg-type]
+    largest_dump = int(str(options.pop("largest_dump", LARGEST_DUMP)))
+    Command(line, shell=shell, timeout=timeout, largest_dump=largest_dump).run(
+        model=MODEL, tokens=[1, 2, 3], out=out, **options
+    )  # type: ignore[arg-type]
     return out.read_text()
 
 
@@ -39,7 +41,7 @@ def failure(line: str, out: Path, **options: object) -> EngineError:
 
 
 def test_placeholders_are_filled_once_and_need_no_quotes(tmp_path: Path) -> None:
-    """Model, tokens, points and portions arrive as they are, with spaces, quotes and what looks like a placeholder in them."""
+    """Model, tokens, points and portions arrive unchanged, even with spaces, quotes and text that looks like a placeholder."""
     line = engine(tmp_path, "open(sys.argv[1], 'w').write('|'.join(sys.argv[2:]))")
     printed = ran(f"{line} {{out}} {{model}} {{tokens}} {{points}} {{portions}}", tmp_path / "o", points="blk.{1..5}.*,{out}")
     assert printed == "a model's.gguf|1,2,3|blk.{1..5}.*,{out}|3"
@@ -106,14 +108,13 @@ def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path)
     assert what in str(error)
 
 
-def test_a_dump_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an engine writes is bounded, on its stdout and in {out}."""
-    monkeypatch.setattr(commands, "_LARGEST_DUMP", 1 << 20)
+def test_a_dump_without_end_is_stopped(tmp_path: Path) -> None:
+    """An engine that writes without end, to stdout or {out}, is stopped."""
     for line in (
         engine(tmp_path, "while True: print('x' * 9999)"),
         engine(tmp_path, "f = open('/dev/stdout', 'w')\nwhile 1: f.write('x' * 9999)"),
     ):
-        assert "stopped after it had written" in str(failure(line, tmp_path / "o"))
+        assert "stopped after it had written" in str(failure(line, tmp_path / "o", largest_dump=1 << 20))
 
 
 def test_a_flood_on_stderr_keeps_its_last_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`parity explain`: causes in one layer, several at once, no false accusation, honest answers where nothing is known."""
+"""`parity explain`: causes in one layer, several at once, no false accusation, honest answers if nothing is known."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
-    """Nothing differs, nothing is searched, nobody is accused."""
+    """If nothing differs, nothing is searched and no fault is named."""
     explanation = explain(only(engine), engine.model)
     assert explanation
     assert (explanation.first, explanation.causes, explanation.variants) == (None, (), 0)
@@ -69,7 +69,7 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
     )
     case = Case(only(engine, *faults), engine.model, _PATIENT)
     screening = case.screening(case.entries, Budget(_PATIENT.budget))
-    combination = next(Together(screening, screening.start(), (0,)).found(3))
+    combination = next(Together(screening, screening.start(), (0,)).combinations(3))
     assert {name for name, _, _ in faults} in [{candidate.fault.name for candidate in chosen} for chosen in combination]
 
 
@@ -96,9 +96,9 @@ def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     ],
 )
 def test_what_tells_equal_faults_apart_was_tried(engine: Faulty, name: str, other: str, sentence: str) -> None:
-    """Faults of one class come with the point, prompt or model at which they differ, or with what was tried in vain."""
+    """Faults of one class come with the point, prompt or model that distinguishes them, or with the attempts that did not."""
     [cause] = explain(only(engine, (name, {}, None)), engine.model).causes
-    assert {name, other} <= {cause.named.fault, *(one.fault for one in cause.equivalent)}
+    assert {name, other} <= {cause.named.fault, *(named.fault for named in cause.equivalent)}
     assert sentence in cause.apart
 
 
@@ -124,7 +124,7 @@ def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str])
     explanation = explain(only(engine, *((name, {}, None) for name in names)), engine.model, _PATIENT)
     assert explanation.remaining is None
     classes = [{cause.named.fault, *(other.fault for other in cause.equivalent)} for cause in explanation.causes]
-    assert all(any(name in one for one in classes) for name in names)
+    assert all(any(name in sentences for sentences in classes) for name in names)
 
 
 def test_a_missing_first_token_is_named(engine: Faulty) -> None:
@@ -163,7 +163,7 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -> None:
-    """Nobody is accused of what does not fit: the numbers are described and the next points named."""
+    """No fault that does not fit is named: the numbers are described, and the next points to record named."""
     right = [
         replace(step, op=lambda x, y: np.roll(x + y, 1, axis=1)) if step.makes == "blk.2.l_out" else step
         for step in engine.right

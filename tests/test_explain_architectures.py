@@ -1,14 +1,15 @@
-"""Faults that only some architectures can have: each is named in a model that has what it spoils, in all layers and in one."""
+"""Faults that only some architectures can have: each is named in a model to which it applies, in all layers and in one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fault_places import GENERATED, PLACES, SETTINGS
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
 from reference.client import Reference
 
 _QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
@@ -17,14 +18,14 @@ _QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
 @pytest.fixture(scope="module")
 def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[str], Faulty]:
     """The engine of a recipe's model, lifted from llama.cpp's graph."""
-    made: dict[str, Faulty] = {}
+    engines: dict[str, Faulty] = {}
 
     def of(name: str) -> Faulty:
-        if name not in made:
+        if name not in engines:
             recipe, settings = SETTINGS.get(name, (name, {}))
             model = small_model(recipe, settings=settings)
-            made[name] = Faulty(model, reference.graph(model))
-        return made[name]
+            engines[name] = Faulty(model, reference.graph(model))
+        return engines[name]
 
     return of
 
@@ -38,13 +39,13 @@ def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[
     ],
 )
 def test_each_fault_is_named(faulty: Callable[[str], Faulty], name: str, layers: tuple[int, ...] | None) -> None:
-    """Sixteen values a record are enough to name the fault, or one with the same numbers, and nothing besides."""
+    """Sixteen values a record are enough to name the fault, or one with the same numbers, and no other."""
     recipe, chosen, _ = PLACES[name]
     engine = faulty(recipe)
     tokens = tokens_of(engine.model, 14, seed=5)
     parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | chosen
     dump = engine.dump(Planted(((name, parameters, layers),)), tokens, generated=4 if name in GENERATED else 0)
-    explanation = explain(dump, engine.model, ExplainOptions(tokens=tokens))
+    explanation = explain(dump, engine.model, replace(PATIENT, tokens=tokens))
     assert explanation.first is not None
     assert explanation.remaining is None
     assert len(explanation.causes) == 1
@@ -58,14 +59,14 @@ def test_no_fault_in_a_right_engine(faulty: Callable[[str], Faulty], recipe: str
     """The right engine of each of these models has no fault at any point."""
     engine = faulty(recipe)
     tokens = tokens_of(engine.model, 14, seed=6)
-    explanation = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, ExplainOptions(tokens=tokens))
+    explanation = explain(engine.dump(Planted(()), tokens, points="all"), engine.model, replace(PATIENT, tokens=tokens))
     assert not explanation.causes
     assert explanation.differing == 0
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_each_entry_speaks_to_the_user(name: str) -> None:
-    """Each entry has its sentences, and each of its listed variants can be said."""
+    """Each entry has its sentences, and each of its listed variants can be put into words."""
     fault = CATALOGUE[name]
     assert all((fault.symptom, fault.fix, fault.seen, fault.group, fault.what))
     variants = fault.variants({})

@@ -1,4 +1,4 @@
-"""`parity explain --budget`: how far behind its end the answer comes, counted in computed steps, not in seconds."""
+"""`parity explain --budget`: how late the answer comes, counted in computed steps, not in seconds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,7 @@ def test_the_answer_comes_at_most_one_replay_late(engine: Faulty, computed: list
 
 
 def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, computed: list[int]) -> None:
-    """Where the first difference lies is said however small the budget is."""
+    """The place of the first difference is reported however small the budget is."""
     dump = only(engine, ("activation", {"activation": "ReLU"}, None))
     computed[0] = 0
     explanation = explain(dump, engine.model, ExplainOptions(budget=0))

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from explaining import unstated
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.backend import Array
-from engine.faults import FITTED, plant
+from engine.faults import CATALOGUE, FITTED, plant
 from engine.replay.precision import rounded
+from engine.replay.wide import without_tables
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.explain import ExplainOptions, explain
 from reference.client import Reference
 
 pytestmark = pytest.mark.slow
-_PATIENT = ExplainOptions(budget=300.0)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3moe", "phi3"])
@@ -31,9 +31,9 @@ def engine(request: pytest.FixtureRequest, reference: Reference, small_model: Ca
 def test_the_truth_of_a_lifted_model_is_near_what_float32_gives(engine: Faulty) -> None:
     """Every point is computed in float64, and our float32 run is near it: as far as rounding goes, or GELU's table of F16."""
     tokens = tokens_of(engine.model, 7, seed=2)
-    found = Arbiter.of(engine.transformer, tokens).distances(engine.dump(Planted(()), tokens, points="*").points)
-    coarse = any(name.endswith("geglu") for name in found)
-    assert max(float(np.nanmax(distance)) for distance in found.values()) < (1e-4 if coarse else 1e-10)
+    distances = Arbiter.of(engine.transformer, tokens).distances(engine.dump(Planted(()), tokens, points="*").points)
+    coarse = any(name.endswith("geglu") for name in distances)
+    assert max(float(np.nanmax(distance)) for distance in distances.values()) < (1e-4 if coarse else 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_truth_of_a_lifted_model_is_near_what_float32_gives(engine: Faulty) 
 def test_faults_are_named_in_any_architecture(engine: Faulty, name: str, parameters: dict[str, Any]) -> None:
     """From the default points; a number is fitted there as well."""
     tokens = tokens_of(engine.model, 7, seed=2)
-    explanation = explain(engine.dump(Planted(((name, parameters, None),)), tokens), engine.model, _PATIENT)
+    explanation = explain(engine.dump(Planted(((name, parameters, None),)), tokens), engine.model, PATIENT)
     assert explanation.remaining is None
     assert name in [named.fault for cause in explanation.causes for named in (cause.named, *cause.equivalent)]
 
@@ -58,7 +58,7 @@ def test_a_norm_behind_rope_is_one_cause(reference: Reference, small_model: Call
     model = small_model("qwen3")
     engine = Faulty(model, reference.graph(model))
     planted = Planted((("head-norm-after-rope", {"result": result}, None),))
-    explanation = explain(engine.dump(planted, tokens_of(model, 7, seed=2), points="*"), model, _PATIENT)
+    explanation = explain(engine.dump(planted, tokens_of(model, 7, seed=2), points="*"), model, PATIENT)
     assert [(cause.named.fault, cause.named.parameters["result"]) for cause in explanation.causes] == [
         ("head-norm-after-rope", result)
     ]
@@ -74,7 +74,7 @@ def test_the_epsilon_of_one_layers_head_norms_is_fitted(
     engine = Faulty(model, reference.graph(model))
     fault = next(fit.fault for fit in FITTED if fit.fault.name == "head-norm-epsilon")
     steps = plant(engine.right, fault, (2,), eps=1e-4, at=("q_norm", "k_norm"))
-    explanation = explain(engine.dump(Planted(()), tokens_of(model, 7, seed=2), points=points, steps=steps), model, _PATIENT)
+    explanation = explain(engine.dump(Planted(()), tokens_of(model, 7, seed=2), points=points, steps=steps), model, PATIENT)
     assert explanation.remaining is None
     assert len(explanation.causes) == 1
     cause = explanation.causes[0]
@@ -87,7 +87,7 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
     """Products of routed experts are products, and ids of experts are no activations."""
     tokens = tokens_of(engine.model, 7, seed=2)
     dump = unstated(engine.dump(Planted(()), tokens, steps=rounded(engine.right, kind, storage=storage)))
-    explanation = explain(dump, engine.model, _PATIENT)
+    explanation = explain(dump, engine.model, PATIENT)
     assert explanation
     assert kind in {explanation.precision_only, *explanation.precision_alike}
     assert "q8" not in explanation.precision_alike, "BF16 and 8-bit activations can be told apart here"
@@ -96,9 +96,9 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
 
 def _later_ones(x: Array) -> Array:
     """Rows behind the first with noise that no fault makes."""
-    made = x.copy()
-    made[1:] += np.random.default_rng(6).standard_normal(made[1:].shape).astype(x.dtype) * np.abs(x).mean()
-    return made
+    changed = x.copy()
+    changed[1:] += np.random.default_rng(6).standard_normal(changed[1:].shape).astype(x.dtype) * np.abs(x).mean()
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -123,3 +123,23 @@ def test_what_earlier_positions_leave_is_named_as_the_model_has_it(
     spoiled = engine.dump(Planted(()), tokens_of(model, 7, seed=2), points="embd,blk.*.l_out,logits", steps=steps)
     explanation = explain(spoiled, model, ExplainOptions(budget=4.0))
     assert f"position 0 is right, all later ones wrong: {acts}" in [lead.sentence for lead in explanation.leads]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("eps", [None, 1e-4])
+def test_a_fault_smaller_than_what_the_table_of_gelu_costs(
+    reference: Reference, small_model: Callable[..., Path], exact: bool, eps: float | None
+) -> None:
+    """A wrong ε hides behind ggml's table of float16, in an engine with that table and in one with the function itself: it is named."""
+    model = small_model("gemma")
+    engine = Faulty(model, reference.graph(model))
+    steps = list(engine.right)
+    if eps is not None:
+        steps = plant(steps, CATALOGUE["norm-epsilon"], eps=eps, at=("attn_norm", "ffn_norm", "output_norm"))
+    if exact:
+        steps = without_tables(steps)
+    dump = engine.dump(Planted(()), tokens_of(model, 8, seed=3), steps=steps)
+    explanation = explain(dump, model, PATIENT)
+    assert bool(explanation) is (eps is None)
+    assert [cause.named.fault for cause in explanation.causes] == ([] if eps is None else ["norm-epsilon"])
+    assert explanation.remaining is None

@@ -31,7 +31,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
-    """Arithmetic that our own estimate of F16 does not copy is told from a fault all the same."""
+    """Arithmetic that our own estimate of F16 does not copy is still distinguished from a fault."""
     right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
     dump = unstated(engine.dump(RIGHT, PROMPT, steps=right))
     explanation = explain(dump, engine.model)
@@ -53,7 +53,7 @@ def test_llama_cpp_with_native_weights_is_not_accused(reference: Reference, tmp_
 
 
 def test_a_fault_of_an_f16_engine_is_found_above_its_noise(engine: Faulty) -> None:
-    """With --compute the noise of that arithmetic is measured, and the fault stands out of it."""
+    """With --compute the noise of that arithmetic is measured, and the fault stands out from it."""
     steps = rounded(plant(engine.right, CATALOGUE["no-qkv-bias"]), "f16", storage=False)
     dump = engine.dump(RIGHT, PROMPT, steps=steps)
     explanation = explain(dump, engine.model, ExplainOptions(compute="f16"))
@@ -72,18 +72,20 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 def _smaller(x: Array) -> Array:
-    made = x.copy()
-    made[:, 5] *= x.dtype.type(0.7)
-    return made
+    changed = x.copy()
+    changed[:, 5] *= x.dtype.type(0.7)
+    return changed
 
 
 def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> None:
     """Errors as large as BF16's, but one vector at every position, each times a number."""
-    steps = [replace(one, op=Then(one.op, _smaller)) if one.makes == "blk.0.ffn_gate" else one for one in blocks.right]
+    steps = [replace(step, op=Then(step.op, _smaller)) if step.makes == "blk.0.ffn_gate" else step for step in blocks.right]
     dump = unstated(blocks.dump(RIGHT, PROMPT, steps=steps))
     case = Case(dump, blocks.model, ExplainOptions())
     cost = floor("bf16", case.entries, case.transformer.steps, case.replay, case.make, case.positions).cost()
-    sizes = [float(entry.base.mean()) / float(one) for entry, one in zip(case.entries, cost, strict=True) if entry.base.any()]
+    sizes = [
+        float(entry.base.mean()) / float(costs) for entry, costs in zip(case.entries, cost, strict=True) if entry.base.any()
+    ]
     assert all(0.3 < size < 3 for size in sizes)
     explanation = explain(dump, blocks.model, ExplainOptions(budget=0.5))
     assert explanation.first is not None
@@ -97,7 +99,7 @@ def _by_rows(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def test_eight_bits_that_are_not_declared_are_told_as_such(blocks: Faulty) -> None:
-    """Errors of that size may hide a fault: nobody is acquitted by them, and no fault is named. Declared, they are noise."""
+    """Errors of that size may hide a fault: they acquit nothing, and no fault is named. If declared, they are noise."""
     steps = [replace(step, op=_by_rows) if step.op is ops.linear else step for step in blocks.right]
     dump = unstated(blocks.dump(RIGHT, PROMPT, steps=steps))
     explanation = explain(dump, blocks.model, ExplainOptions(budget=1.0))

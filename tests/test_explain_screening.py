@@ -34,24 +34,24 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     outputs = [weights.array(rng.standard_normal(shape).astype(np.float32)) for _ in range(3)]
     positions = weights.array(case.positions)
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
-    for one, many in zip(outputs, together, strict=True):
-        alone = next(carry(steps, "blk.1.l_out", [one], positions, weights))
+    for single, many in zip(outputs, together, strict=True):
+        alone = next(carry(steps, "blk.1.l_out", [single], positions, weights))
         assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
 
 
 def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
-    """Versions of a model that share one run come out as each comes out of a run of its own."""
+    """Versions of a model that share one run give the same values as each in a run of its own."""
     replay = Case(only(engine), engine.model, ExplainOptions()).make(engine.right, 3)
     planting = Planting(engine.right)
     chosen = ("rope-missing", "no-qkv-bias", "activation", "attn-scale", "layer-twice", "softmax-axis", "gqa-modulo", "no-gate")
     faults = [CATALOGUE[name] for name in chosen]
     variants = [(fault, fault.variants(planting.right)[0]) for fault in faults]
     edits = [planting.edits(fault, None, parameters) for fault, parameters in variants]
-    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, made: [True] * len(made))
-    for (fault, parameters), made in zip(variants, together, strict=True):
+    together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, shown: [True] * len(shown))
+    for (fault, parameters), shown in zip(variants, together, strict=True):
         alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
-        assert made is not None
-        assert np.abs(alone - made["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
+        assert shown is not None
+        assert np.abs(alone - shown["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
 def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty) -> None:
@@ -59,15 +59,15 @@ def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty) ->
     case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
     state = screening.start()
-    candidates = [one for one in screening.candidates(state, (1,)) if one.fault.shows is None]
-    places = {id(one): place for one, (place, _) in screened(screening, state, (1,), candidates)}
+    candidates = [candidate for candidate in screening.candidates(state, (1,)) if candidate.fault.shows is None]
+    places = {id(candidate): place for candidate, (place, _) in screened(screening, state, (1,), candidates)}
     assert len(places) > 100
     for choose in (lambda _name, _values, _rows: set[int](), lambda _name, values, _rows: set(list(values)[::3])):
         likely, rest = in_two(screening, state, (1,), candidates, choose)
         first = list(likely)
         last = list(rest)
         assert len(first) < len(places) // 2
-        assert {id(one): place for one, (place, _) in (*first, *last)} == places
+        assert {id(candidate): place for candidate, (place, _) in (*first, *last)} == places
 
 
 def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engine: Faulty) -> None:
@@ -102,10 +102,12 @@ def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faul
 
 @pytest.mark.parametrize("point", [0, 2, 4])
 def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> None:
-    """What is tried first is a matter of time only: nothing is left out and nothing tried twice."""
+    """The order of trying only affects the time: nothing is left out and nothing is tried twice."""
     case = Case(only(engine, ("capture-early", {}, None)), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
     state = replace(screening.start(), first=RecordKey(point, 0))
-    wanted = [(one.fault.name, str(one.parameters)) for one in screening.candidates(state, None)]
-    staged = [(one.fault.name, str(one.parameters)) for stage in stages(screening, state, None) for one in stage]
+    wanted = [(candidate.fault.name, str(candidate.parameters)) for candidate in screening.candidates(state, None)]
+    staged = [
+        (candidate.fault.name, str(candidate.parameters)) for stage in stages(screening, state, None) for candidate in stage
+    ]
     assert sorted(staged) == sorted(wanted)

@@ -1,4 +1,4 @@
-"""A fault is planted or says that it does not apply: nothing else comes out of one, and what does is a bug that is seen."""
+"""A fault is planted or says that it does not apply; any other exception out of one is a bug that becomes visible."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ def test_faults_apply_or_say_that_they_do_not(name: str, tmp_path: Path) -> None
     every = [(fault, chosen) for fault in CATALOGUE.values() for chosen in fault.variants(Planting(steps).right)]
     draw = random.Random(4)
     for layers in (None, (0,)):
-        assert sum(_run(right, steps, (one,), layers) for one in every) > len(every) // 3
+        assert sum(_run(right, steps, (variant,), layers) for variant in every) > len(every) // 3
         assert sum(_run(right, steps, (draw.choice(every), draw.choice(every)), layers) for _ in range(150)) > 10
 
 
@@ -158,4 +158,4 @@ def test_norms_of_heads_have_whatever_name_a_model_gives_them() -> None:
     names = ("head-norm-missing", "head-norm-whole-width", "post-norm-one-plus-weight", "norm-weight-missing")
     fitted = next(fit for fit in FITTED if fit.fault.name == "head-norm-epsilon")
     for variants in (*(CATALOGUE[name].variants({step.makes: step}) for name in names), fitted.variants({step.makes: step})):
-        assert [one["at"] for one in variants].count(("Kcur_norm",)) == 1
+        assert [variant["at"] for variant in variants].count(("Kcur_norm",)) == 1

@@ -1,4 +1,4 @@
-"""The page's ten minutes, done: its fprintf in a C engine, and what lint and run say of the bare lines."""
+"""The ten minutes of docs/your-engine.md, followed: its fprintf in a C engine, and what lint and run say about the bare lines."""
 
 import re
 import shutil

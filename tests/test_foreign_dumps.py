@@ -51,16 +51,16 @@ def same(dump: Dump, run: Dump) -> tuple[str, int]:
 def test_every_type_view_and_wrapper_of_torch_save(tmp_path: Path) -> None:
     """Each tensor of a real file is what was saved: all types, a transposed view, a window of a larger one, a parameter."""
     unpacked("torch-save", tmp_path)
-    found = contents(tmp_path / "kinds.pt")
+    file = contents(tmp_path / "kinds.pt")
     right = np.arange(12).reshape(3, 4)
     for name in ("float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "float32", "parameter"):
-        assert np.array_equal(found[name], right), name
-    assert np.array_equal(found["transposed"], right)
-    assert np.array_equal(found["window"], np.arange(40).reshape(4, 10)[:3, :4])
-    assert np.array_equal(found["ordered"]["a"], right)
-    assert found["size"] == (3, 4)
-    assert found["dtype"] == Opaque("torch.float32")
-    assert isinstance(found["float8"], Opaque)
+        assert np.array_equal(file[name], right), name
+    assert np.array_equal(file["transposed"], right)
+    assert np.array_equal(file["window"], np.arange(40).reshape(4, 10)[:3, :4])
+    assert np.array_equal(file["ordered"]["a"], right)
+    assert file["size"] == (3, 4)
+    assert file["dtype"] == Opaque("torch.float32")
+    assert isinstance(file["float8"], Opaque)
     assert contents(tmp_path / "state.pt")["weight"].shape == (3, 4)
     assert list(load(tmp_path / "layer_0.pt").points) == ["blk.0.l_out"]
 
@@ -206,7 +206,7 @@ def test_two_debug_mode_logs_are_compared(run: Dump) -> None:
 
 
 def test_shards_without_notes() -> None:
-    """Copies are told from parts, positions from features; what does not fit together is left out, with the reason."""
+    """Copies are distinguished from parts, and positions from features; shards that do not fit are left out, with the reason."""
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     halves = [whole[:, :3], whole[:, 3:]]
     assert np.array_equal(joined(halves, count=4)[0], whole)

@@ -1,4 +1,4 @@
-"""What llama.cpp, Hugging Face and NumPy leave behind is read as a dump, and compared."""
+"""Files of llama.cpp, Hugging Face and NumPy are read as dumps, and compared."""
 
 import json
 import zipfile
@@ -91,10 +91,10 @@ def test_eval_callback_logs_are_compared_to_the_printed_precision(run: Path, sty
     """All three styles: each printed value stands at its element and position, and agrees to half of the last decimal."""
     log = tmp_path / "debug.log"
     log.write_text("\n".join(printed(run, style)))
-    found, ours = load(log), load(run)
-    assert set(found.points) == set(NODES)
-    assert lint(found).findings == ()
-    for point, rows in found.points.items():
+    logged, ours = load(log), load(run)
+    assert set(logged.points) == set(NODES)
+    assert lint(logged).findings == ()
+    for point, rows in logged.points.items():
         array = whole(run, point)
         shown = [0, 1, 2, 6, 7, 8] if len(array) > 6 else range(len(array))
         assert rows.token_idx.tolist() == list(shown)
@@ -103,10 +103,10 @@ def test_eval_callback_logs_are_compared_to_the_printed_precision(run: Path, sty
             assert np.abs(array[position, at] - rows.values[r, : rows.counts[r]]).max() <= 0.50001e-4
     spoiled = {
         name: replace(rows, values=rows.values + np.float32(0.01 * (name == "blk.5.l_out")))
-        for name, rows in found.points.items()
+        for name, rows in logged.points.items()
     }
-    assert compare(found, ours).verdict == "parity"
-    worse = compare(replace(found, points=spoiled), ours, Options(strict=True))  # by itself: what follows agrees
+    assert compare(logged, ours).verdict == "parity"
+    worse = compare(replace(logged, points=spoiled), ours, Options(strict=True))  # by itself: what follows agrees
     assert worse.first_divergence is not None
     assert worse.first_divergence.checkpoint == "blk.5.l_out"
 

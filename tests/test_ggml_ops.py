@@ -1,4 +1,4 @@
-"""ggml's operations as the engine computes them, each held to libggml itself on random operands."""
+"""ggml's operations as the engine computes them, each compared with libggml itself on random operands."""
 
 import math
 import struct

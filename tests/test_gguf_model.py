@@ -59,7 +59,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(path: Path) -> None:
-    """All that a run does with a file."""
+    """Do everything that a run does with a file."""
     model = GgufModel(path)
     for key in model.metadata:
         model.array(key)
@@ -169,7 +169,7 @@ def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
 def test_metadata_that_no_engine_can_use(
     tmp_path: Path, change: Callable[[gguf.GGUFWriter], None] | None, skip: tuple[str, ...], message: str
 ) -> None:
-    """What is missing or contradictory in the metadata is named, and what to do about it."""
+    """Missing or contradictory metadata are named, with what to do about them."""
     path = write(tmp_path / "model.gguf", change or (lambda _: None), skip)
     with pytest.raises(ModelError, match=message) as error:
         GgufModel(path)

@@ -6,10 +6,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from sinks import Sink
 from test_run import SHAPES
 
 from checkpoints.points import parse
-from checkpoints.record import Rows, Token
+from checkpoints.record import Rows
 from engine.backend import choose
 from engine.capture.device import DeviceStage
 from engine.capture.host import HostStage
@@ -26,20 +27,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), 
 
 PROMPT = (2047, 9, 8, 7, 300, 12, 13, 14)
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K_M", "Q6_K")
-
-
-class Sink:
-    """A sink in memory."""
-
-    def __init__(self) -> None:
-        self.taken: list[Rows] = []
-        self.tokens: list[Token] = []
-
-    def rows(self, rows: Rows) -> None:
-        self.taken.append(rows)
-
-    def token(self, token: Token) -> None:
-        self.tokens.append(token)
 
 
 @pytest.mark.parametrize("kind", sorted(FORMATS), ids=lambda kind: gguf.GGMLQuantizationType(kind).name)

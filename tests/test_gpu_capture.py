@@ -3,15 +3,14 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sinks import Sink
 
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
-from checkpoints.record import Rows, Token
 from engine.backend import choose
 from engine.capture.device import DeviceStage
 from engine.capture.host import HostStage
@@ -23,25 +22,6 @@ from engine.weights.gguf_model import GgufModel
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no CUDA device")]
 DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
-
-
-class Sink:
-    """A sink in memory; `delay` makes it slow, `fail_at` makes it raise."""
-
-    def __init__(self, delay: float = 0, fail_at: int | None = None) -> None:
-        self.taken: list[Rows] = []
-        self.delay = delay
-        self.fail_at = fail_at
-
-    def rows(self, rows: Rows) -> None:
-        """Take rows."""
-        time.sleep(self.delay)
-        if self.fail_at == len(self.taken):
-            raise OSError("writer died")
-        self.taken.append(rows)
-
-    def token(self, token: Token) -> None:
-        """Take a token."""
 
 
 def one_pass(position: int = 0, count: int = 3) -> Pass:
@@ -84,9 +64,9 @@ def test_a_dying_writer_stops_the_engine_also_where_the_ring_is_full() -> None:
             tap.begin(one_pass(step, 1))
             tap("embd", cupy.zeros((1, 8), np.float32))
 
-    with pytest.raises(OSError, match="writer died"):
+    with pytest.raises(OSError, match="disk full"):
         many()
-    with pytest.raises(OSError, match="writer died"):
+    with pytest.raises(OSError, match="disk full"):
         tap.close()
 
 

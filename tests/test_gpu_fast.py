@@ -55,13 +55,13 @@ def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[
     """Logits of a prompt and of 70 decode steps, over a split of attention, agree with the plain engine on the same device."""
     model, backend = GgufModel(quantized(kind)), choose("cupy")
     plain, fast = Transformer(model, backend), FastTransformer(model, backend, positions=128)
-    one, other = plain.start(), fast.start()
-    expected, computed = plain.forward([2047, 9, 8, 7, 300], one), fast.forward([2047, 9, 8, 7, 300], other)
+    left, other = plain.start(), fast.start()
+    expected, computed = plain.forward([2047, 9, 8, 7, 300], left), fast.forward([2047, 9, 8, 7, 300], other)
     limit = fast_floor(model.hyperparameters.file_type)
     assert nmse(computed, expected) < limit.logits
     for _ in range(70):
         token = int(expected.argmax())
-        expected, computed = plain.forward([token], one), fast.forward([token], other)
+        expected, computed = plain.forward([token], left), fast.forward([token], other)
         assert nmse(computed, expected) < limit.logits
 
 
@@ -78,8 +78,8 @@ def test_decode_alone_rounds_nothing_but_sums(tmp_path: Path, monkeypatch: pytes
     synthesize(path, shape_like(like), weight_type="f32")
     backend = choose("cupy")
     plain, fast = Transformer(GgufModel(path), backend), FastTransformer(GgufModel(path), backend, positions=256)
-    one, other = plain.start(), fast.start()
-    plain.forward([1, 2, 3], one)
+    left, other = plain.start(), fast.start()
+    plain.forward([1, 2, 3], left)
     fast.forward([1, 2, 3], other)
     for token in range(150):
-        assert nmse(fast.forward([token], other), plain.forward([token], one)) < 1e-10
+        assert nmse(fast.forward([token], other), plain.forward([token], left)) < 1e-10

@@ -1,4 +1,4 @@
-"""The recorded graph: it holds for every length, its inputs follow proven rules, and it survives being stored."""
+"""The recorded graph: it is valid for every length, its inputs follow proven rules, and it can be stored."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Make = Callable[..., Path]
 
 
 def rules(recorded: RecordedGraph) -> list[Rule | None]:
-    """What is said of the inputs, in their order."""
+    """The rules of the inputs, in their order."""
     return [tensor.rule for tensor in recorded.several.tensors if tensor.kind == INPUT]
 
 

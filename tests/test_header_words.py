@@ -1,4 +1,4 @@
-"""What a header says of its arithmetic decides the limits: known spellings are understood, others never loosen a limit in silence."""
+"""A header's arithmetic decides the limits: known spellings are understood, others never loosen a limit silently."""
 
 import json
 from collections.abc import Callable

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from cli import Cli, refused
 from hf_convert import convert
 
+from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
 from parity.emit import source
 from parity.run.hugging_face import HuggingFace, Tokenizer
@@ -19,10 +21,11 @@ from parity.run.request import Prompt
 
 PYTHON = os.environ.get("PARITY_HF_PYTHON", "")
 TOKENS = (5, 9, 17, 44, 3, 60)
-EXACT_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "glm4", "gpt_oss", "deepseek_v2")
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "glm4", "olmo2", "stablelm")
+EXACT_FAMILIES = (*DENSE_FAMILIES, "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2")
 # ggml's GELU is a table of F16 (ggml_gelu_f16 in ggml-cpu/vec.h): 9e-8 … 3e-7 an operation, 1.3e-6 at the worst point after
 # three layers, measured here on the first three families.
-TABLE_FAMILIES, TABLE = ("gemma2", "gemma3", "gpt2", "falcon"), "1e-5"
+TABLE_FAMILIES, TABLE = ("gemma2", "gemma3", "gpt2", "falcon", "gpt_neox"), "1e-5"
 
 SIX_FAMILIES = (
     "llama",
@@ -44,11 +47,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("families")
 
     def make(family: str) -> Path:
-        made = folder / family
-        if not made.exists():
+        place = folder / family
+        if not place.exists():
             script = Path(__file__).with_name("hf_make.py")
-            subprocess.run([PYTHON, str(script), family, str(made)], check=True, capture_output=True)
-        return made
+            subprocess.run([PYTHON, str(script), family, str(place)], check=True, capture_output=True)
+        return place
 
     return make
 
@@ -171,6 +174,16 @@ def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
     assert not Path("hf.jsonl").exists()
 
 
+def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the dump that cannot be written, and the message says what to set."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(InputError) as caught:
+        HuggingFace(Path("m.gguf"), sys.executable).dump(Prompt(None, TOKENS, ()), tmp_path / "hf.jsonl")
+    assert "gone" in caught.value.message
+    assert "TMPDIR" in caught.value.advice
+    assert not (tmp_path / "hf.jsonl").exists()
+
+
 def test_a_folder_without_a_config_is_one_line(parity: Cli, tmp_path: Path) -> None:
     """A folder that is no model's is refused before anything is started."""
     (tmp_path / "empty").mkdir()
@@ -195,14 +208,14 @@ def test_points_by_wildcard_and_some_positions(model: Callable[[str], Path], par
         "hf.jsonl",
     )
     assert parity(*dump, "--points", "blk.{0,2}.*_rope,blk.*.kq_soft_max,logits", "--positions", "1,4").code == 0
-    found = read(Path("hf.jsonl"))
-    assert sorted(found.points) == sorted(
+    written = read(Path("hf.jsonl"))
+    assert sorted(written.points) == sorted(
         [f"blk.{layer}.{letter}_rope" for layer in (0, 2) for letter in "qk"]
         + [f"blk.{layer}.kq_soft_max" for layer in range(3)]
         + ["logits"]
     )
-    assert all(rows.token_idx.tolist() == [1, 4] for rows in found.points.values())
-    assert [shape[-1] for shape in found.points["blk.0.kq_soft_max"].shapes] == [2, 5]
+    assert all(rows.token_idx.tolist() == [1, 4] for rows in written.points.values())
+    assert [shape[-1] for shape in written.points["blk.0.kq_soft_max"].shapes] == [2, 5]
     assert parity(*dump, "--positions", "last").code == 0
     assert {position for rows in read(Path("hf.jsonl")).points.values() for position in rows.token_idx.tolist()} == {5}
     refused(parity(*dump, "--positions", "9"), "there are positions 0 to 5")
@@ -263,7 +276,7 @@ def test_three_dumps_name_the_one_that_is_alone(parity: Cli, stories_run: Path, 
     assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", said)
     assert parity("diff", paths[0], paths[1], paths[1]).code == 0
     refused = parity("diff", *paths, "--html", "x.html")
-    assert (refused.code, "need exactly two dumps" in refused.err) == (2, True)
+    assert (refused.code, "--html needs exactly two dumps" in refused.err) == (2, True)
 
 
 def test_a_side_is_checked_before_anything_runs(parity: Cli) -> None:

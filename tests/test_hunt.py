@@ -131,7 +131,7 @@ def test_points_that_are_there_already_are_not_called_missing(
 def test_an_engine_that_does_not_repeat_itself_is_told_so(
     parity: Cli, script: Callable[..., str], synthetic: Callable[..., Path]
 ) -> None:
-    """Two runs with other numbers at one point: a note, since every comparison of such runs is of two experiments."""
+    """Two runs with different numbers at one point lead to a note: a comparison would be of two experiments."""
     line = script("no-qkv-bias", "2", points="blk.0.l_out,{points}", noise=1000)
     code, answer = parity.json(
         "run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec", line
@@ -141,7 +141,7 @@ def test_an_engine_that_does_not_repeat_itself_is_told_so(
 
 
 def test_what_it_refuses(parity: Cli) -> None:
-    """Without a foreign engine there is nothing to run again."""
+    """Without a foreign engine --hunt is refused: there is nothing to run again."""
     refused(parity("run", *ONCE, "--hunt"), "--hunt", "--exec")
 
 

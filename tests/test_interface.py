@@ -1,4 +1,4 @@
-"""The Python interface: few names, which stay, and which say what the commands say."""
+"""The Python interface: a few stable names, whose answers are those of the commands."""
 
 import subprocess
 import sys
@@ -30,6 +30,8 @@ def test_it_says_what_diff_says(stories_run: Path, parity: Cli) -> None:
     assert len(frame) == answer["compared"]
     assert set(frame["checkpoint"]) == {point["checkpoint"] for point in answer["points"]}
     assert not interface.compare(ours, ref, tolerance=1e-20)
+    with pytest.raises(TypeError, match="tollerance"):
+        interface.table(ours, ref, tollerance=1.0)  # type: ignore[call-arg]
     with pytest.raises(interface.ParityError, match="cannot read"):
         interface.read("no-such-file.jsonl")
 

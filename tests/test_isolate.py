@@ -16,6 +16,7 @@ from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
+from parity.isolate.elements import Sample, sample_product
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import routing_error
 from parity.isolate.values import Value
@@ -27,11 +28,11 @@ ON_STORIES = ("Q8_0", "Q4_K_M")  # llama.cpp takes seconds to make some of the o
 OTHERS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
-def all_proven(found: Isolation) -> None:
-    assert {item.status for item in found.operations} == {PROVEN}
-    assert max(item.nmse or 0 for item in found.operations) < 1e-12
-    assert max(item.sampled or 0 for item in found.operations) < 1e-6
-    assert found.findings == ()
+def all_proven(isolation: Isolation) -> None:
+    assert {item.status for item in isolation.operations} == {PROVEN}
+    assert max(item.nmse or 0 for item in isolation.operations) < 1e-12
+    assert max(item.sampled or 0 for item in isolation.operations) < 1e-6
+    assert isolation.findings == ()
 
 
 @pytest.mark.parametrize("kind", ON_STORIES)
@@ -238,7 +239,7 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG)
 def test_a_wrong_request_is_one_line(parity: Cli, synthetic: Callable[..., Path], arguments: str) -> None:
-    """What cannot be judged exits 2 with one line that says why."""
+    """A request that cannot be judged exits 2 with one line that says why."""
     ran = parity("isolate", "--model", synthetic(layers=3), *arguments.split())
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert WRONG[arguments] in ran.err
@@ -289,3 +290,26 @@ def test_whole_rows_without_their_shape_are_asked_for_it(parity: Cli, tmp_path: 
     dump = tmp_path / "bare.jsonl"
     dump.write_text('{"checkpoint": "embd", "token_idx": 0, "values": [1, 2]}\n')
     refused(parity("isolate", dump, "--tokens", "5"), '"shape": [width]')
+
+
+def test_a_sampled_error_is_in_proportion_to_its_operands() -> None:
+    """A single element's error is divided by ‖x‖·‖w‖: ten times as large inputs and outputs have the same one."""
+
+    class Weights:
+        def raw(self, name: str) -> tuple[np.ndarray, int, tuple[int, ...]]:
+            return weight, 0, weight.shape
+
+        def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
+            return weight[numbers]
+
+    x, weight = (np.random.default_rng(seed).standard_normal((4, 32)).astype(np.float32) for seed in (1, 2))
+    theirs = x @ weight.T
+    theirs[0, 3] += np.float32(0.25)  # a corner, which every sample has
+    chosen = Sample.of("blk.0.q", 4, 4)
+    error, larger = (
+        sample_product(chosen, scale * x, scale * theirs, Weights(), "w", None, native=False)  # type: ignore[arg-type]
+        for scale in (np.float32(1), np.float32(16))
+    )
+    size = np.linalg.norm(x[0].astype(np.float64)) * np.linalg.norm(weight[3].astype(np.float64))
+    assert error == pytest.approx(0.25 / size, rel=1e-4)
+    assert larger == pytest.approx(error, rel=1e-6)

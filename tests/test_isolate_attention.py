@@ -37,13 +37,13 @@ RIGHT = Planted(())
 @pytest.fixture(scope="module")
 def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[str], Faulty]:
     """The engine of a recipe's model in float32 weights, lifted from llama.cpp's graph."""
-    made: dict[str, Faulty] = {}
+    engines: dict[str, Faulty] = {}
 
     def of(name: str) -> Faulty:
-        if name not in made:
+        if name not in engines:
             model = small_model(name, kind="f32")
-            made[name] = Faulty(model, reference.graph(model))
-        return made[name]
+            engines[name] = Faulty(model, reference.graph(model))
+        return engines[name]
 
     return of
 
@@ -52,8 +52,8 @@ def in_another_order(steps: list[Step]) -> list[Step]:
     """The steps with products that are summed backwards."""
 
     def product(x: Array, weight: Array, bias: Array | None = None) -> Array:
-        made = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
-        return made if bias is None else made + bias
+        product = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+        return product if bias is None else product + bias
 
     return [replace(step, op=product) if step.op is ops.linear else step for step in steps]
 
@@ -77,9 +77,9 @@ def judged(engine: Faulty, reference: Reference, folder: Path, planted: Planted 
     return isolate(IsolateRequest(engine.model, tokens=tokens, dump=path, **asked), reference)
 
 
-def mixes(found: Isolation) -> set[str]:
+def mixes(isolation: Isolation) -> set[str]:
     """What became of attention's results."""
-    return {operation.status for operation in found.operations if operation.operation == "kqv_out"}
+    return {operation.status for operation in isolation.operations if operation.operation == "kqv_out"}
 
 
 @pytest.mark.parametrize("recipe", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES])
@@ -91,7 +91,7 @@ def test_attention_is_judged_from_queries_keys_and_values(
     right = judged(engine, reference, tmp_path, steps=in_another_order(engine.right), compute="f32")
     assert right
     assert mixes(right) == {PROVEN}
-    worst = max(found.nmse or 0.0 for found in right.operations if found.operation == "kqv_out")
+    worst = max(operation.nmse or 0.0 for operation in right.operations if operation.operation == "kqv_out")
     assert worst < 1e-13
     scaled = ("attn-scale", {}, None)
     variants = CATALOGUE["attn-scale"].variants({step.makes: step for step in engine.right})
@@ -99,18 +99,20 @@ def test_attention_is_judged_from_queries_keys_and_values(
         scaled = ("gqa-modulo", {"at": ("kq", "kqv_out")}, None)
         variants = CATALOGUE["gqa-modulo"].variants({step.makes: step for step in engine.right})
     wrong = judged(engine, reference, tmp_path, Planted(((scaled[0], variants[0], None),)), compute="f32")
-    blamed = [found for found in wrong.wrong if found.operation != LAYER]
-    assert {found.operation for found in blamed} == {"kqv_out"}
-    assert all("an unrecorded one before it: " in found.reason and "kq_soft_max" in found.reason for found in blamed)
+    blamed = [operation for operation in wrong.wrong if operation.operation != LAYER]
+    assert {operation.operation for operation in blamed} == {"kqv_out"}
+    assert all(
+        "an unrecorded one before it: " in operation.reason and "kq_soft_max" in operation.reason for operation in blamed
+    )
 
 
 def test_undeclared_8_bit_products_are_no_fault(faulty: Callable[[str], Faulty], reference: Reference, tmp_path: Path) -> None:
     """An engine that rounds activations to 8 bits, and does not say so, or does: nothing is wrong, whole layers included."""
     engine = faulty("qwen3")
     steps = rounded(engine.right, "q8", storage=False)
-    found = judged(engine, reference, tmp_path, steps=steps)
-    assert found
-    assert any(item.operation == LAYER and "8-bit activations" in item.reason for item in found.operations)
+    isolation = judged(engine, reference, tmp_path, steps=steps)
+    assert isolation
+    assert any(item.operation == LAYER and "8-bit activations" in item.reason for item in isolation.operations)
     assert judged(engine, reference, tmp_path, steps=steps, compute="q8")
 
 
@@ -122,9 +124,9 @@ def test_noise_of_every_product_is_a_suspicion() -> None:
         return Operation(kind, 0, status, nmse, weight=weight, sampled=1e-3 if weight else None)
 
     products = [made(kind, nmse) for kind, nmse in (("q", 4e-4), ("k", 2e-4), ("ffn_out", 9e-4), ("attn_out", 3e-5))]
-    found = as_eight_bits([*products, made("l_out", 1e-15, "")])
-    assert [item.status for item in found] == [NOT_OBSERVABLE, PROVEN, NOT_OBSERVABLE, PROVEN, PROVEN]
-    assert "--compute q8" in found[0].reason
+    operations = as_eight_bits([*products, made("l_out", 1e-15, "")])
+    assert [item.status for item in operations] == [NOT_OBSERVABLE, PROVEN, NOT_OBSERVABLE, PROVEN, PROVEN]
+    assert "--compute q8" in operations[0].reason
     for other in (made("ffn_up", 1e-14), made("ffn_gate", 2e-2)):
         assert WRONG in {item.status for item in as_eight_bits([*products, other])}
     norm = replace(made("attn_norm", 5e-4, ""), status=WRONG)
@@ -139,8 +141,8 @@ def test_a_wrong_product_among_right_ones_is_no_8_bit_arithmetic(
     steps = list(engine.right)
     at = next(number for number, step in enumerate(steps) if step.makes == "blk.2.attn_out")
     steps[at] = rounded([steps[at]], "q8", storage=False)[0]
-    found = judged(engine, reference, tmp_path, steps=steps, compute="f32")
-    assert [item.name for item in found.wrong if item.operation != LAYER] == ["blk.2.attn_out"]
+    isolation = judged(engine, reference, tmp_path, steps=steps, compute="f32")
+    assert [item.name for item in isolation.wrong if item.operation != LAYER] == ["blk.2.attn_out"]
 
 
 def test_what_is_left_of_a_wrong_layer_is_named(faulty: Callable[[str], Faulty], reference: Reference, tmp_path: Path) -> None:
@@ -148,8 +150,8 @@ def test_what_is_left_of_a_wrong_layer_is_named(faulty: Callable[[str], Faulty],
     engine = faulty("qwen3")
     kinds = ("embd", "attn_norm", "q", "k", "q_norm", "k_norm", "q_rope", "k_rope", "l_out")
     variants = CATALOGUE["attn-scale"].variants({step.makes: step for step in engine.right})
-    found = judged(engine, reference, tmp_path, Planted((("attn-scale", variants[0], None),)), compute="f32", kinds=kinds)
-    layers = [item for item in found.wrong if item.operation == LAYER]
+    isolation = judged(engine, reference, tmp_path, Planted((("attn-scale", variants[0], None),)), compute="f32", kinds=kinds)
+    layers = [item for item in isolation.wrong if item.operation == LAYER]
     assert layers
     assert all("so it is one of " in item.reason and "kqv_out, attn_out" in item.reason for item in layers), layers
 

@@ -1,4 +1,4 @@
-"""The lift: a graph becomes the house's steps, and they compute what llama.cpp computes."""
+"""The lift: a graph becomes steps of the engine, which compute what llama.cpp computes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,9 +63,9 @@ def ids(count: int) -> str:
 )
 def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
     """Prompt and decode steps of lifted models agree with llama.cpp at every point, in exact mode."""
-    found = verdict(parity, small_model(name), "--tokens", ids(5), "--generate", "2")
-    assert found["verdict"] == "parity"
-    assert found["compared"] > 300
+    answer = verdict(parity, small_model(name), "--tokens", ids(5), "--generate", "2")
+    assert answer["verdict"] == "parity"
+    assert answer["compared"] > 300
 
 
 @pytest.mark.parametrize("count", [1, 33])
@@ -76,8 +76,8 @@ def test_windows_are_crossed(parity: Cli, small_model: Make, count: int) -> None
 
 def test_positions_begin_anywhere(parity: Cli, small_model: Make) -> None:
     """`--first-position` moves positions and windows of a lifted model as it does those of a written one."""
-    found = verdict(parity, small_model("mistral3"), "--tokens", ids(12), "--first-position", "300")
-    assert found["verdict"] == "parity"
+    answer = verdict(parity, small_model("mistral3"), "--tokens", ids(12), "--first-position", "300")
+    assert answer["verdict"] == "parity"
 
 
 def test_a_fused_product_is_views(reference: Reference, small_model: Make) -> None:
@@ -131,10 +131,10 @@ def test_an_encoder_sees_both_ways(parity: Cli, small_model: Make) -> None:
 @pytest.mark.slow
 def test_an_encoder_decoder(parity: Cli, small_model: Make) -> None:
     """t5: the encoder's pass, the decoder's over its cache and the encoder's rows, and tokens generated agree at every point."""
-    found = verdict(parity, small_model("t5"), "--tokens", ids(11), "--generate", "3")
-    assert found["verdict"] == "parity"
+    answer = verdict(parity, small_model("t5"), "--tokens", ids(11), "--generate", "3")
+    assert answer["verdict"] == "parity"
     assert {"enc.blk.0.kq_soft_max", "blk.0.cross_kq_soft_max", "blk.0.kq_b"} <= {
-        point["checkpoint"] for point in found["points"]
+        point["checkpoint"] for point in answer["points"]
     }
 
 
@@ -159,9 +159,9 @@ def test_a_choice_that_was_not_seen_is_refused(parity: Cli, small_model: Make) -
 @pytest.mark.parametrize("name", ["gemma3", "bert"])
 def test_gelu_of_a_table_is_no_divergence(parity: Cli, small_model: Make, name: str) -> None:
     """ggml looks GELU up in a table of F16: where an argument falls on a step of it, float64 says how coarse the reference is there."""
-    found = verdict(parity, small_model(name), "--tokens", ids(33))
-    assert found["verdict"] == "parity"
-    assert any("from float64" in note for note in found["notes"])
+    answer = verdict(parity, small_model(name), "--tokens", ids(33))
+    assert answer["verdict"] == "parity"
+    assert any("from float64" in note for note in answer["notes"])
 
 
 @pytest.mark.parametrize("name", ["qwen35", pytest.param("gemma3", marks=pytest.mark.slow)])

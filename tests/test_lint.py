@@ -32,7 +32,7 @@ def right(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
 
 
 def test_every_rule_has_a_fault_of_its_own() -> None:
-    """A rule without a fixture here is a rule that nobody saw work."""
+    """Every rule has a fixture here: without one it was never seen to work."""
     assert set(FAULTS) == {rule.name for rule in RULES}
 
 
@@ -45,7 +45,7 @@ def test_each_fault_is_named_by_its_rule(name: str, right: Dump, facts: ModelFac
 
 
 def test_no_rule_finds_anything_in_the_right_dump(right: Dump, facts: ModelFacts) -> None:
-    """What the faults are planted in is clean."""
+    """No rule finds anything in the dump that faults are planted in."""
     assert lint(right, facts).findings == ()
 
 
@@ -105,7 +105,7 @@ def test_bits_read_as_another_type_are_recognised(kind: str, right: Dump) -> Non
 
 
 @pytest.mark.parametrize(
-    ("ids", "found"),
+    ("ids", "repetition"),
     [
         ([1, 2, 3] + [9] * SAME_TOKEN, (3, 1, SAME_TOKEN)),
         ([1, 2, 3] + [9] * (SAME_TOKEN - 1), None),
@@ -115,9 +115,9 @@ def test_bits_read_as_another_type_are_recognised(kind: str, right: Dump) -> Non
         ([1, 2] * 12, (0, 2, 24)),
     ],
 )
-def test_repetition_has_stated_bounds(ids: list[int], found: tuple[int, int, int] | None) -> None:
+def test_repetition_has_stated_bounds(ids: list[int], repetition: tuple[int, int, int] | None) -> None:
     """A repeated token or cycle is reported from the bound on, with start, period and length, and not before."""
-    assert cycle(ids) == found
+    assert cycle(ids) == repetition
 
 
 def test_warnings_leave_a_dump_usable(right: Dump) -> None:

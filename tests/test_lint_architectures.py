@@ -1,4 +1,4 @@
-"""lint has nothing to say of llama.cpp's own dumps: each of them is what a right engine computed."""
+"""lint has no finding in llama.cpp's own dumps, which are those of a right engine."""
 
 from collections.abc import Callable
 from pathlib import Path

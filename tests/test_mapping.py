@@ -1,4 +1,4 @@
-"""Foreign names become ours by a mapping file, also where only a slice was recorded; names that stay unknown are said."""
+"""Foreign names become ours by a mapping file, even if only a slice was recorded; names that stay unknown are listed."""
 
 import json
 from dataclasses import replace
@@ -48,9 +48,9 @@ def test_a_mapping_file_says_what_names_mean(tmp_path: Path) -> None:
         '"h.{i}.q" = { point = "blk.{i}.q_rope", rope_pairs = "norm", heads = 4 }\n"h.{i}" = "blk.{i}.l_out"\n'
         'wte = { point = "embd", transpose = true }\n',
     )
-    found = load(tmp_path / "theirs.safetensors", read_mapping(names))
-    assert set(found.points) == set(POINTS)
-    assert compare(found, dump(ARRAYS)).verdict == "parity"
+    renamed = load(tmp_path / "theirs.safetensors", read_mapping(names))
+    assert set(renamed.points) == set(POINTS)
+    assert compare(renamed, dump(ARRAYS)).verdict == "parity"
     for text in ("[names", "x = 1", 'names = "x"', "[names]\na = 1", '[names]\na = {point = "q", rope_pairs = "x"}'):
         with pytest.raises(ParityError, match=r"names\.toml"):
             read_mapping(written(names, text))

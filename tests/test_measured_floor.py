@@ -1,7 +1,8 @@
 """`parity diff --model`: what F16 and BF16 arithmetic cost is measured on this model and prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
 from parity.explain.on_model import compared_on
 from parity.explain.precision import PrecisionFloor, mismatch
+from reference.client import Reference
 from reports.sentences import answer, remarks
 
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
@@ -109,6 +111,35 @@ def test_a_fault_in_float32_is_no_precision(engine: Faulty) -> None:
     assumed = compare(ours, right)
     assert assumed.precision is not None
     assert assumed.precision.assumed
+
+
+@pytest.mark.parametrize("factor", [1.005, 1.02])
+def test_a_fault_of_the_size_of_bf16_is_not_acquitted(engine: Faulty, factor: float) -> None:
+    """Values scaled a little cost as much as BF16 or 8 bits do, but are not its rounding: no parity."""
+    right = _dump(engine, engine.right, "f32")
+
+    def scaled(step: Step) -> Step:
+        return replace(step, op=lambda *given, **kwargs: step.op(*given, **kwargs) * np.float32(factor))
+
+    ours = _dump(engine, [scaled(step) if step.makes.endswith(".v") else step for step in engine.right], "")
+    assert not compared_on(ours, right, Options(), engine.model).verdict
+
+
+@pytest.mark.slow
+def test_products_that_8_bits_hold_exactly_convict_nobody(small_model: Callable[..., Path], reference: Reference) -> None:
+    """An embedding in IQ4_NL, which the first products read, is 8-bit numbers already: they are exact in an 8-bit engine, too."""
+    model = small_model("exaone4", kind="iq4_nl")
+    engine = Faulty(model, reference.graph(model))
+    right = engine.dump(Planted(()), PROMPT, points="all", size=1 << 20, bare=False)
+    ours = engine.dump(
+        Planted(()), PROMPT, points="all", size=1 << 20, bare=False, steps=rounded(engine.right, "q8", storage=False)
+    )
+    assert ours.header is not None
+    unstated = replace(ours, header=replace(ours.header, compute=""))
+    verdict = compared_on(unstated, right, Options(), model).verdict
+    assert verdict
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic == "q8"
 
 
 def test_the_first_words_say_what_is_assumed(engine: Faulty) -> None:

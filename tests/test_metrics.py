@@ -84,7 +84,7 @@ def test_whole_rows_are_measured_exactly() -> None:
 
 
 def test_zero_asks_for_equality() -> None:
-    """Where the reference is all zero, zero is agreement and anything else an infinite error."""
+    """If the reference is all zero, zero agrees and anything else is an infinite error."""
     zero = np.zeros((2, 20))
     other = zero.copy()
     other[1, 3] = 1e-30
@@ -133,10 +133,10 @@ def test_printed_digits_hide_what_they_round_away() -> None:
     assert verdict.worst.nmse == 0
     assert any("1e-03" in note for note in verdict.notes)
     off = {name: replace(r, values=r.values + np.float32(2e-3)) for name, r in coarse.items()}
-    found = compare(Dump("p", None, off), dump(ref)).worst
-    assert found is not None
-    assert found.nmse is not None
-    assert found.nmse > 0
+    worst = compare(Dump("p", None, off), dump(ref)).worst
+    assert worst is not None
+    assert worst.nmse is not None
+    assert worst.nmse > 0
 
 
 def test_many_points_measure_as_each_alone() -> None:
@@ -170,12 +170,20 @@ def test_logits_compare_as_choices_where_they_are_whole() -> None:
     ours = {name: x.copy() for name, x in ref.items()}
     best = int(ref["logits"][4].argmax())
     ours["logits"][4, best] -= 10
+    top = np.sort(ref["logits"], axis=1)
+    closest = int((top[:, -1] - top[:, -2]).argmin())
+    ours["logits"][closest, ref["logits"][closest].argmax()] += 2  # ours would have another margin there
     verdict = compare(dump(ours, slice_size=None), dump(ref, slice_size=None))
     choices = verdict.choices
     assert choices is not None
     assert (choices.known, choices.agree, choices.rows, choices.differs_at, choices.ref_id) == (12, 11, 12, 4, best)
-    top = np.sort(ref["logits"], axis=1)
     assert choices.margin == pytest.approx((top[:, -1] - top[:, -2]).min())
+    of_ref, of_ours = (
+        [kl(a, b) for a, b in zip(x, y, strict=True)]
+        for x, y in ((ref["logits"], ours["logits"]), (ours["logits"], ref["logits"]))
+    )
+    assert max(of_ref) != pytest.approx(max(of_ours), rel=1e-3)
+    assert choices.kl == pytest.approx(max(of_ref), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (7, 3), (3, 7), (300, 16)])

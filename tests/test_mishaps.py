@@ -1,4 +1,4 @@
-"""Weights that an engine loaded wrongly: each mishap, made by other code than the one that looks for it, is called by its name."""
+"""Weights that an engine loaded wrongly: each mishap, made by other code than the one that looks for it, is named."""
 
 import struct
 from collections.abc import Callable

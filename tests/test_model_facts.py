@@ -1,4 +1,4 @@
-"""`parity model` of architectures that nobody wrote down: what the graph says, layer by layer, in words."""
+"""`parity model` of architectures that are not written by hand: what the graph says, layer by layer, in words."""
 
 from collections.abc import Callable
 from pathlib import Path

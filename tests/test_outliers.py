@@ -10,6 +10,7 @@ from dumps import Arrays, dump, noisy, random
 from checkpoints.answers.diff import Verdict
 from parity.diff.compare import Options, compare
 from parity.diff.noise import BEYOND, RARE
+from reports.sentences import answer as sentence
 
 POINTS = ("embd", *(f"blk.{layer}.l_out" for layer in range(6)), "output_norm")
 POSITIONS = 3 * RARE
@@ -32,6 +33,8 @@ def test_an_error_that_grows_at_a_single_position_is_noise() -> None:
     found = verdict(GROWN, [100])
     assert found.verdict == "parity"
     assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in found.notes)
+    assert found.excused == 3
+    assert "3 of them only as amplified rounding, which is assumed (--model M.gguf settles it)" in sentence(found)
 
 
 def test_a_short_prompt_is_not_said_to_agree_elsewhere() -> None:
@@ -70,9 +73,9 @@ def test_what_is_not_rare_or_jumps_or_is_large_is_a_divergence(
     errors: dict[str, float], positions: list[int], why: str
 ) -> None:
     """Each of the three conditions is needed: without it the same records are a divergence."""
-    found = verdict(errors, positions)
-    assert found.first_divergence is not None, why
-    assert found.first_divergence.checkpoint in ("blk.2.l_out", "blk.4.l_out")
+    answer = verdict(errors, positions)
+    assert answer.first_divergence is not None, why
+    assert answer.first_divergence.checkpoint in ("blk.2.l_out", "blk.4.l_out")
 
 
 def test_a_tolerance_is_taken_at_its_word() -> None:
@@ -89,9 +92,9 @@ def test_a_short_prompt_excuses_what_grows_and_nothing_that_jumps() -> None:
     for name, error in GROWN.items():
         ours[name] = noisy(right)[name]
         ours[name][40] *= np.float32(1 + np.sqrt(error))
-    found = compare(dump(ours), dump(right))
-    assert found.verdict == "parity"
-    assert any(note.startswith("noise:") for note in found.notes)
+    answer = compare(dump(ours), dump(right))
+    assert answer.verdict == "parity"
+    assert any(note.startswith("noise:") for note in answer.notes)
 
 
 def test_rounding_that_may_be_amplified_blames_no_operation() -> None:
@@ -100,7 +103,7 @@ def test_rounding_that_may_be_amplified_blames_no_operation() -> None:
     for times, code in ((BEYOND / 2, "undecided"), (BEYOND * 20, "single-positions")):
         ours = noisy(right)
         ours["output_norm"][4] *= np.float32(1 + np.sqrt(times * 1e-10))
-        found = compare(dump(ours), dump(right))
-        assert found.pattern is not None
-        assert found.pattern.code == code
-        assert not found.operation
+        answer = compare(dump(ours), dump(right))
+        assert answer.pattern is not None
+        assert answer.pattern.code == code
+        assert not answer.operation

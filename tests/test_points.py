@@ -11,9 +11,9 @@ from checkpoints.errors import InputError
 from checkpoints.points import (
     LAYER_KINDS,
     all_points,
+    apart,
     default_layers,
     expand,
-    independent,
     layer_outputs,
     order,
     parse,
@@ -81,19 +81,22 @@ def test_unknown_nodes_stand_where_they_were_computed() -> None:
     assert order(names) == names
 
 
-def test_branches_that_have_not_met_are_independent() -> None:
-    """Queries, keys, values, and gate and up of one layer, in both directions; nothing across layers or after they meet."""
-    assert independent("blk.1.q_rope", "blk.1.k")
-    assert independent("blk.1.v", "blk.1.kq_soft_max")
-    assert independent("blk.1.ffn_up", "blk.1.ffn_gate")
-    assert not independent("blk.1.q", "blk.2.k")
-    assert not independent("blk.1.q", "blk.1.kq")
-    assert not independent("blk.1.kqv_out", "blk.1.v")
-    assert not independent("blk.1.odd", "blk.1.v")
-    for a in all_points(2):
-        assert not independent(a, a)
-        for b in all_points(2):
-            assert independent(a, b) == independent(b, a)
+@pytest.mark.parametrize(
+    ("kind", "other", "met"),
+    [
+        ("q_rope", "k", False),
+        ("v", "kq_soft_max", False),
+        ("ffn_up", "ffn_gate", False),
+        ("q", "kq", True),
+        ("kqv_out", "v", True),
+        ("q", "q_rope", True),
+    ],
+)
+def test_branches_that_have_not_met_are_apart(kind: str, other: str, met: bool) -> None:
+    """Queries, keys, values, and gate and up of one layer lie apart, in both directions, until they meet."""
+    lanes = [known.lane for name in (kind, other) if (known := parse(f"blk.1.{name}").known) is not None]
+    assert len(lanes) == 2
+    assert apart(*lanes) == apart(*reversed(lanes)) == (not met)
 
 
 def test_expressions_expand_as_in_a_shell() -> None:

@@ -1,6 +1,6 @@
-"""Points of architectures that nobody wrote down: a name promises no more than the graph, and rows are those of their positions.
+"""Points of architectures that are not written by hand: a name promises no more than the graph, and rows are those of their positions.
 
-Each test holds what llama.cpp computed to a relation that the point's meaning demands, in plain NumPy.
+Each test checks a relation that follows from the point's meaning on llama.cpp's values, in plain NumPy.
 """
 
 from collections.abc import Callable
@@ -156,23 +156,23 @@ def test_order(reference: Reference, small_model: Make) -> None:
 def test_encoders_are_not_cut(reference: Reference, small_model: Make, tmp_path: Path, parity: Cli) -> None:
     """bert: each position's scores and weights are of all positions, the pooled row is the mean; it generates nothing."""
     model = small_model("bert", layers=2)
-    made = dump(reference, model, tmp_path)
-    weight = made.points["blk.0.kq_soft_max"]
+    dumped = dump(reference, model, tmp_path)
+    weight = dumped.points["blk.0.kq_soft_max"]
     assert set(weight.shapes) == {(4, len(TOKENS))}
     np.testing.assert_allclose(weight.stats["sum"], 4, rtol=1e-5)
-    pooled = made.points["result_embd_pooled"]
+    pooled = dumped.points["result_embd_pooled"]
     assert pooled.token_idx.tolist() == [len(TOKENS) - 1]
-    np.testing.assert_allclose(pooled.values[0], made.points["blk.1.l_out"].values.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled.values[0], dumped.points["blk.1.l_out"].values.mean(axis=0), rtol=1e-4, atol=1e-5)
     asked = parity("dump", "ref", "--model", model, "--tokens", "1,2,3", "--generate", "2", "-o", "d.jsonl")
     refused(asked, "bert computes embeddings", "--generate")
 
 
 def test_encoder_and_decoder(reference: Reference, small_model: Make, tmp_path: Path) -> None:
     """t5: the encoder's points are of the prompt, the decoder's of what it writes, and its cross-attention sees the whole prompt."""
-    made = dump(reference, small_model("t5", layers=2), tmp_path, generate=2)
-    assert made.points["enc.blk.0.kqv_out"].token_idx.tolist() == list(range(len(TOKENS)))
-    assert made.points["blk.1.l_out"].token_idx.tolist() == [0, 1, 2]
-    assert made.points["logits"].token_idx.tolist() == [0, 1, 2]
+    dumped = dump(reference, small_model("t5", layers=2), tmp_path, generate=2)
+    assert dumped.points["enc.blk.0.kqv_out"].token_idx.tolist() == list(range(len(TOKENS)))
+    assert dumped.points["blk.1.l_out"].token_idx.tolist() == [0, 1, 2]
+    assert dumped.points["logits"].token_idx.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3next", "qwen35"])

@@ -21,9 +21,9 @@ CHOSEN = tuple(Token(PROMPT + i, 50 + i) for i in range(ALL - PROMPT))
 
 
 def reference() -> Dump:
-    made = dump(ARRAYS, path="ref.jsonl", prefill=PROMPT, tokens=CHOSEN)
-    assert made.header is not None
-    return replace(made, header=replace(made.header, tokens=tuple(range(100, 100 + PROMPT))))
+    ref = dump(ARRAYS, path="ref.jsonl", prefill=PROMPT, tokens=CHOSEN)
+    assert ref.header is not None
+    return replace(ref, header=replace(ref.header, tokens=tuple(range(100, 100 + PROMPT))))
 
 
 def bare(
@@ -31,9 +31,9 @@ def bare(
 ) -> Dump:
     """Our records of positions `first` to `last` without a header, counted from `counted_from` (default: the first of them)."""
     start = first if counted_from is None else counted_from
-    made = dump({name: x[first:last] for name, x in noisy(ARRAYS, noise).items()}, path="ours.jsonl", header=None)
-    points = {name: replace(rows, token_idx=rows.token_idx + first - start) for name, rows in made.points.items()}
-    return replace(made, points=points, tokens=tokens)
+    ours = dump({name: x[first:last] for name, x in noisy(ARRAYS, noise).items()}, path="ours.jsonl", header=None)
+    points = {name: replace(rows, token_idx=rows.token_idx + first - start) for name, rows in ours.points.items()}
+    return replace(ours, points=points, tokens=tokens)
 
 
 def test_generated_tokens_align_a_dump_that_counts_from_them() -> None:

@@ -1,4 +1,4 @@
-"""What is written is read back to the bit; what foreign engines print is understood or refused, never a traceback."""
+"""Our dumps read back to the bit; what foreign engines print is understood or refused, never a traceback."""
 
 import json
 from contextlib import suppress
@@ -53,10 +53,10 @@ def test_every_float_survives(tmp_path: Path, numbers: list[np.float32]) -> None
 def test_a_dump_comes_back_whole(tmp_path: Path) -> None:
     """Header, places, shapes, statistics, sketches, tokens and the end record are read as they were written."""
     arrays = random(("embd", "blk.0.l_out"), positions=5)
-    made = {name: summarise(name, x, np.arange(5), step=3, decode=True, seq=2) for name, x in arrays.items()}
+    rows_of = {name: summarise(name, x, np.arange(5), step=3, decode=True, seq=2) for name, x in arrays.items()}
     token = Token(5, 17, " x", ((17, 1.5), (3, -0.25)), 2)
     with Writer(tmp_path / "d.jsonl", replace(HEADER, tokens=(1, 2), pieces=("a", "b"))) as writer:
-        for rows in made.values():
+        for rows in rows_of.values():
             writer.rows(rows)
         writer.token(token)
     dump = read(tmp_path / "d.jsonl")
@@ -64,7 +64,7 @@ def test_a_dump_comes_back_whole(tmp_path: Path) -> None:
     assert dump.tokens == (token,)
     assert dump.end is not None
     assert (dump.end.checkpoints, dump.records, dump.notes) == (10, 10, ())
-    for name, rows in made.items():
+    for name, rows in rows_of.items():
         back = dump.points[name]
         assert (back.shapes, back.decode.all(), set(back.step), set(back.seq)) == (rows.shapes, True, {3}, {2})
         assert np.array_equal(back.values, rows.values)

@@ -1,4 +1,4 @@
-"""The record or the operation: a right engine that records otherwise is not accused, a wrong one is not acquitted."""
+"""The record or the operation: a right engine that records something else is not accused, a wrong one is not acquitted."""
 
 import json
 from collections.abc import Callable
@@ -54,8 +54,8 @@ def changed(dump: Dump, change: Change, names: Callable[[str], bool], size: int 
             points[name] = rows
             continue
         values = change(rows.values) if names(name) else rows.values
-        made = summarise(name, np.ascontiguousarray(values), rows.token_idx, slice_size=size)
-        points[name] = replace(made, sketch=None, stats={}, shapes=((),) * len(made)) if bare else made
+        summary = summarise(name, np.ascontiguousarray(values), rows.token_idx, slice_size=size)
+        points[name] = replace(summary, sketch=None, stats={}, shapes=((),) * len(summary)) if bare else summary
     return replace(dump, points=points)
 
 

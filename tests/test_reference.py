@@ -1,4 +1,4 @@
-"""Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of looking."""
+"""Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of the capture."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -121,8 +121,9 @@ def test_looking_changes_nothing(reference: Reference, tokens: tuple[int, ...]) 
 def test_uncaptured_logits(tokens: tuple[int, ...]) -> None:
     """A context without any tap gives the captured logits to the bit."""
     from reference.library import Library
-    from reference.llama import Model, Session
+    from reference.model import Model
     from reference.naming import plan
+    from reference.session import Session
 
     library = Library()
     with Model(library, MODEL) as model, Session(model, n_ctx=64, n_batch=len(tokens)) as session:
@@ -139,8 +140,9 @@ def test_uncaptured_logits(tokens: tuple[int, ...]) -> None:
 def test_callback_error_comes_out(tokens: tuple[int, ...]) -> None:
     """An exception inside the callback is raised by decode, at once, and the session goes on working."""
     from reference.library import Library
-    from reference.llama import Model, Session
+    from reference.model import Model
     from reference.naming import plan
+    from reference.session import Session
 
     def fail(item: object, value: object) -> None:
         raise ZeroDivisionError("in the callback")
@@ -225,12 +227,12 @@ def test_positions_layers_slice(reference: Reference, folder: Path, tokens: tupl
 def test_a_run_repeats_itself(reference: Reference, folder: Path, tokens: tuple[int, ...]) -> None:
     """The same job gives the same values to the bit, and with another number of threads the same but for rounding."""
     job = DumpJob(MODEL, folder / "one.jsonl", tokens, points="*.l_out,logits", slice_size=None, threads=1)
-    one = read(reference.dump(job).out)
+    dumped = read(reference.dump(job).out)
     again = read(reference.dump(replace(job, out=folder / "again.jsonl")).out)
     two = read(reference.dump(replace(job, out=folder / "two.jsonl", threads=2)).out)
-    for name, rows in one.points.items():
+    for name, rows in dumped.points.items():
         np.testing.assert_array_equal(rows.values, again.points[name].values)
-    assert compare(two, one).verdict == "parity"
+    assert compare(two, dumped).verdict == "parity"
 
 
 def test_node_information(reference: Reference, tokens: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Proves that whatever is wrong with a file or a request is one clear error that says what to do."""
+"""Proves that anything wrong with a file or a request is one clear error that says what to do."""
 
 import os
 import signal

@@ -105,11 +105,11 @@ def test_generating_in_windows(reference: Reference, stories: Path, tmp_path: Pa
 def test_layers_of_a_hidden_state(reference: Reference, stories: Path) -> None:
     """Layers fed with the whole model's own hidden state go on as the whole model does, to the bit."""
     whole = {node.point: value for node, value in reference.capture(stories, TOKENS)}
-    one = {node.point: value for node, value in reference.layers(stories, 4, 5, whole["blk.3.l_out"])}
-    assert set(one) == {name for name in whole if name.startswith("blk.4.")}
+    values = {node.point: value for node, value in reference.layers(stories, 4, 5, whole["blk.3.l_out"])}
+    assert set(values) == {name for name in whole if name.startswith("blk.4.")}
     rest = {node.point: value for node, value in reference.layers(stories, 20, 24, whole["blk.19.l_out"])}
     all_of_it = {node.point: value for node, value in reference.layers(stories, 0, 24, whole["embd"], "*.l_out,logits")}
-    for part in (one, rest, all_of_it):
+    for part in (values, rest, all_of_it):
         for name, value in part.items():
             np.testing.assert_array_equal(value, whole[name], err_msg=name)
     assert "logits" in rest

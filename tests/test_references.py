@@ -97,11 +97,11 @@ def test_the_spread_is_a_floor(outcome: Outcome, stories: Path) -> None:
     worst = outcome.verdict.worst
     assert worst is not None
     assert worst.checkpoint == "blk.5.l_out"
-    judged, found = references._judged(outcome, request, (), {"blk.5.l_out": worst.nmse / 5}, comparison)
-    assert (bool(judged.verdict), found.within) == (True, True)
+    judged, notes = references._judged(outcome, request, (), {"blk.5.l_out": worst.nmse / 5}, comparison)
+    assert (bool(judged.verdict), notes.within) == (True, True)
     assert any("the difference between the references" in note for note in judged.verdict.notes)
-    narrow, found = references._judged(outcome, request, (), {"blk.5.l_out": worst.nmse / 50}, comparison)
-    assert (bool(narrow.verdict), found.within) == (False, False)
+    narrow, notes = references._judged(outcome, request, (), {"blk.5.l_out": worst.nmse / 50}, comparison)
+    assert (bool(narrow.verdict), notes.within) == (False, False)
     elsewhere, _ = references._judged(outcome, request, (), {"blk.0.l_out": 1.0}, comparison)
     assert not elsewhere.verdict
 

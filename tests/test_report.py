@@ -12,6 +12,7 @@ from cli import Cli
 from dumps import dump, noisy, random, spoiled
 from pictures import EVIL, diverging, hostile, huge, passing
 
+from checkpoints.answers.diff import Pattern
 from checkpoints.answers.drift import Change, Checked, Drift, Margin
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
@@ -111,14 +112,14 @@ def test_the_terminal_has_what_stands_beside_the_verdict() -> None:
     """Both sides' distributions, other commands' answers and the first differing choice stand in the terminal too, cleaned."""
     from reports.beside import lines as beside
 
-    found = finding(
+    included = finding(
         {"operations": [{"operation": "q", "layer": 0, "status": "wrong", "nmse": 1.0, "reason": EVIL}]}, "iso.json"
     )
-    shown = [line.plain for line in beside(replace(diverging(), findings=(found,)), 80)]
+    shown = [line.plain for line in beside(replace(diverging(), findings=(included,)), 80)]
     text = "\n".join(shown)
     assert "spread" in text
     assert "elements" in text
-    assert found.title in text
+    assert included.title in text
     assert "\x1b" not in text
     assert list(beside(passing(), 80)) == []
 
@@ -149,10 +150,12 @@ def test_an_annotation_is_one_line() -> None:
     verdict = diverging().verdict
     first = verdict.first_divergence
     assert first is not None
-    evil = replace(verdict, first_divergence=replace(first, token="a\n::error::b%"))
+    pattern = Pattern("odd", "100% wrong\r\n::error::c")
+    evil = replace(verdict, first_divergence=replace(first, token="a\n::error::b%"), pattern=pattern)
     lines = list(annotations(evil))
     assert len(lines) == 1
-    assert "\n" not in lines[0]
+    assert not {"\n", "\r"} & set(lines[0])
+    assert "100%25 wrong" in lines[0]
     assert lines[0].startswith("::error title=divergence at blk.5.l_out%2C position 3")
     assert next(annotations(passing().verdict)).startswith("::notice")
 

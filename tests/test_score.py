@@ -9,7 +9,7 @@ from cli import Cli, refused
 from foreign import compile_engine
 
 from checkpoints.reading.reader import read
-from parity.score.measures import kl_of_top, kl_whole, largest, log_sum
+from parity.score.measures import Tally, kl_of_top, kl_whole, largest, log_sum
 from reference.client import DumpJob, Reference
 
 TEXT = (
@@ -18,6 +18,25 @@ TEXT = (
 )
 CONTEXT = 16
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+
+
+def test_a_tally_is_its_definitions() -> None:
+    """Perplexity with its standard error, and the change of probabilities, as their formulas over all positions say."""
+    rng = np.random.default_rng(2)
+    log_p, base = -rng.gamma(2.0, size=(2, 50))
+    tally = Tally()
+    for mine, other in zip(log_p, base, strict=True):
+        tally.predicted(mine)
+        tally.against(0.0, 0.0, other, range(5), range(5))
+        tally.moved(mine, other)
+    value, error = tally.perplexity
+    assert value == pytest.approx(np.exp(-log_p.mean()))
+    assert error == pytest.approx(np.exp(-log_p.mean()) * log_p.std(ddof=1) / np.sqrt(50))
+    delta = np.exp(log_p) - np.exp(base)
+    assert (tally.compared()["delta_p_mean"], tally.compared()["delta_p_rms"]) == (
+        pytest.approx(delta.mean()),
+        pytest.approx(np.sqrt((delta**2).mean())),
+    )
 
 
 @pytest.fixture

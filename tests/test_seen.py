@@ -1,4 +1,4 @@
-"""What a comparison did not see acquits nothing; what a type or a near tie explains accuses nobody."""
+"""Values that a comparison did not see acquit nothing; differences that a type or a near tie explains are not blamed on an operation."""
 
 from dataclasses import replace
 
@@ -198,7 +198,7 @@ GROUPS = ROUTER | {
 def test_a_near_tie_among_experts_of_chosen_groups(gap: float, agrees: bool) -> None:
     """Where only some experts' scores are sorted, those of all tell how near the exchanged ones are."""
     ours, ref = ({**side, "blk.0.get_rows": side["blk.0.ffn_moe_probs"][:, ::4]} for side in routing(gap))
-    made = {name: GROUPS[name] for name in ("embd", "blk.0.ffn_moe_probs", "blk.0.get_rows", *list(ROUTER)[2:])}
-    header = replace(HEADER, dataflow=Dataflow(made).to_json())
+    values = {name: GROUPS[name] for name in ("embd", "blk.0.ffn_moe_probs", "blk.0.get_rows", *list(ROUTER)[2:])}
+    header = replace(HEADER, dataflow=Dataflow(values).to_json())
     ours = noisy(ours) | {"blk.0.ffn_moe_topk": ours["blk.0.ffn_moe_topk"]}
     assert bool(compare(dump(ours, header=header), dump(ref, header=header))) == agrees

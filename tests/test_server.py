@@ -1,83 +1,25 @@
-"""A server as a side: real ones on loopback, right and with planted faults; the shapes of their answers; and hostile ones."""
+"""A server as a side: real ones on loopback, right and with planted faults, and the shapes of their answers."""
 
-import contextlib
-import http.server
 import json
 import math
-import os
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cli import Cli, one_line, refused
+from cli import Cli, refused
+from servers import Start
 
 from checkpoints.answers.server import ServerAnswer
 from parity.server.base import kl, listed
 from parity.server.causes import penalised
-from parity.server.http import Connection, ServerError
+from parity.server.http import ServerError
 from parity.server.predictions import Candidate, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.vocabulary import Vocabulary
 from reports.server import sentence
 
-PYTHON = os.environ.get("PARITY_SERVER_PYTHON", "")
 TEXT = "Lily and her mom went to the park."
-needs_servers = pytest.mark.skipif(not PYTHON, reason="PARITY_SERVER_PYTHON names no interpreter that has completion servers")
-
-Start = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """A function that starts a real server, once for each kind, model and fault, and gives its URL."""
-    folder = tmp_path_factory.mktemp("servers")
-    running: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
-
-    def start(kind: str, model: Path, fault: str = "") -> str:
-        key = (kind, str(model), fault)
-        port_file = folder / f"{len(running)}-{kind}-{fault}"
-        if key not in running:
-            script = Path(__file__).with_name("servers.py")
-            command = [PYTHON, str(script), kind, str(model), str(port_file), fault]
-            running[key] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            deadline = time.monotonic() + 60
-            while not (port_file.exists() and port_file.read_text()) or not _listens(int(port_file.read_text())):
-                assert running[key].poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server does not listen"
-                time.sleep(0.1)
-            running[key].port = int(port_file.read_text())  # type: ignore[attr-defined]
-        return f"http://127.0.0.1:{running[key].port}"  # type: ignore[attr-defined]
-
-    yield start
-    for process in running.values():
-        process.kill()
-        process.wait()
-
-
-def _listens(port: int) -> bool:
-    import socket
-
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
-        return True
-    return False
-
-
-@pytest.fixture(scope="module")
-def without_bos(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stories model with `add_bos_token` off: a server of it forgets the BOS, and computes everything else alike."""
-    data = bytearray(stories.read_bytes())
-    key = b"tokenizer.ggml.add_bos_token"
-    place = data.index(key) + len(key) + 4  # the value's type is a u32
-    assert data[place] == 1
-    data[place] = 0
-    path = tmp_path_factory.mktemp("without-bos") / "model.gguf"
-    path.write_bytes(data)
-    return path
 
 
 def asked(parity: Cli, url: str, *more: object) -> tuple[int, dict[str, Any]]:
@@ -85,7 +27,6 @@ def asked(parity: Cli, url: str, *more: object) -> tuple[int, dict[str, Any]]:
     return parity.json("run", "--prompt", TEXT, "--server", url, "--generate", 4, "--out", "folder", *more)
 
 
-@needs_servers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "path", "echoed"), [("llama_cpp", "", True), ("xllamacpp", "", False), ("xllamacpp", "/completion", False)]
@@ -100,7 +41,6 @@ def test_a_right_server_agrees(serve: Start, stories: Path, parity: Cli, kind: s
     assert Path("folder/server.json").exists()
 
 
-@needs_servers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fault", "cause", "words"),
@@ -109,7 +49,9 @@ def test_a_right_server_agrees(serve: Start, stories: Path, parity: Cli, kind: s
         ("xllamacpp", "bos", "bos-missing", "says that the prompt has 9 tokens"),
         ("llama_cpp", "template", "template", "<|im_start|>user"),
         ("llama_cpp", "template-hidden", "template", "chatml"),
+        ("xllamacpp", "template", "template", "chatml"),
         ("llama_cpp", "temperature", "sampler", "although temperature 0 was requested"),
+        ("xllamacpp", "temperature", "sampler", "although temperature 0 was requested"),
     ],
 )
 def test_a_planted_fault_is_named(
@@ -124,18 +66,17 @@ def test_a_planted_fault_is_named(
         assert answer["causes"][0]["kl"] < answer["limit"] < answer["causes"][0]["without"]
 
 
-@needs_servers
 @pytest.mark.slow
-def test_a_repeat_penalty_is_fitted(serve: Start, stories: Path, parity: Cli) -> None:
+@pytest.mark.parametrize("kind", ["llama_cpp", "xllamacpp"])
+def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, parity: Cli) -> None:
     """The penalty that a server applies by itself explains each of its choices; asked for none, it has none."""
-    url = serve("llama_cpp", stories, "penalty")
+    url = serve(kind, stories, "penalty")
     text = "Lily and her mom went to the park. She saw a big red ball near the tree and wanted to play with it."
     code, answer = parity.json("run", "--prompt", text, "--server", url, "--generate", 16, "--out", "folder")
     assert (code, answer["first_divergence"]) == (1, None)
     assert answer["causes"][0]["name"] == "repeat-penalty"
 
 
-@needs_servers
 @pytest.mark.slow
 def test_the_prefix_is_dumped(serve: Start, without_bos: Path, parity: Cli) -> None:
     """--dump-prefix records llama.cpp on exactly the tokens up to the first wrong prediction, as the printed command does."""
@@ -146,7 +87,6 @@ def test_the_prefix_is_dumped(serve: Start, without_bos: Path, parity: Cli) -> N
     assert f"--tokens {','.join(map(str, answer['prefix']))}" in answer["next_command"]
 
 
-@needs_servers
 @pytest.mark.slow
 def test_a_server_without_logprobs_says_what_to_do(serve: Start, stories: Path, parity: Cli) -> None:
     """llama-cpp-python's server keeps no logits unless it is told to: its own words, and the option."""
@@ -229,211 +169,8 @@ def test_tokens_are_told_by_id_bytes_or_text() -> None:
     assert vocabulary.ids(Candidate("?", 0.0, data=b" a")) == [0]
     assert vocabulary.ids(Candidate("x", 0.0, id=1)) == (1,)
     assert vocabulary.ids(Candidate("x", 0.0, id=9)) == ()
-    assert vocabulary.one(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
+    assert vocabulary.most_probable(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
     assert vocabulary.ids(Candidate("\ufffd", 0.0)) == ()
-
-
-class _Hostile(http.server.BaseHTTPRequestHandler):
-    """Answers as its path says."""
-
-    seen: dict[str, int]
-
-    def log_message(self, *_: object) -> None:
-        """Silence."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        what = self.path.strip("/").split("/")[0]
-        self.seen[what] = self.seen.get(what, 0) + 1
-        with contextlib.suppress(OSError):
-            getattr(self, f"_{what}")()
-
-    def _send(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _words(self) -> None:
-        self._send(200, b"<html>hello</html>")
-
-    def _list(self) -> None:
-        self._send(200, b"[1]")
-
-    def _deep(self) -> None:
-        self._send(200, b"[" * 200_000)
-
-    def _redirect(self) -> None:
-        self._send(307, b"", Location="http://127.0.0.1:1/")
-
-    def _denied(self) -> None:
-        self._send(401, json.dumps({"error": {"message": "no\x1b[31m key\n"}}).encode())
-
-    def _gzip(self) -> None:
-        self._send(200, b"x", Content_Encoding="gzip")
-
-    def _huge(self) -> None:
-        self._send(200, b"", Content_Length=str(5 << 30))
-        self._forever(b"[" * (1 << 16), 0.0)
-
-    def _drip(self) -> None:
-        self._send(200, b"", Content_Length=str(1 << 20))
-        self._forever(b" ", 0.05)
-
-    def _busy(self) -> None:
-        self._send(503, b"", Content_Length=str(5 << 30))
-        self._forever(b"x" * (1 << 16), 0.0)
-
-    def _cut(self) -> None:
-        self._send(200, b"{", Content_Length="100")
-        self.close_connection = True
-
-    def _later(self) -> None:
-        if self.seen["later"] < 3:
-            self._send(429, b"", Retry_After="0")
-        else:
-            self._send(200, b'{"fine": 1}')
-
-    def _nan(self) -> None:
-        logprobs = {"tokens": ["a"], "token_logprobs": [math.nan], "top_logprobs": [None]}
-        self._send(200, json.dumps({"choices": [{"text": "a", "logprobs": logprobs}]}).encode())
-
-    def _strange(self) -> None:
-        entry = {"token": "no such piece", "logprob": -0.5}
-        logprobs = {"content": [entry | {"top_logprobs": [entry]}]}
-        self._send(200, json.dumps({"choices": [{"text": "x", "logprobs": logprobs}]}).encode())
-
-    def _sure(self) -> None:
-        logprobs = {"tokens": [" and"], "token_logprobs": [-0.01], "top_logprobs": [{" and": -0.01}]}
-        self._send(200, json.dumps({"choices": [{"text": " and", "logprobs": logprobs}]}).encode())
-
-    def _forever(self, piece: bytes, pause: float) -> None:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            self.wfile.write(piece)
-            self.wfile.flush()
-            time.sleep(pause)
-
-
-@pytest.fixture(scope="module")
-def hostile() -> Iterator[str]:
-    """The URL of a server whose first folder says what it does wrong."""
-    handler = type("Handler", (_Hostile,), {"seen": {}})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("words", "did not answer /x with JSON"),
-        ("list", "with a JSON object"),
-        ("deep", "did not answer /x with JSON"),
-        ("redirect", "redirects"),
-        ("denied", r"answered 401 to /x: no.\[31m key. Set \$PARITY_API_KEY"),
-        ("gzip", "in the encoding gzip"),
-        ("huge", "more than 64 MiB"),
-        ("drip", "did not answer within 0.5 seconds"),
-        ("busy", "503|within"),
-        ("cut", "broke off"),
-    ],
-)
-def test_a_hostile_server_is_one_line(hostile: str, what: str, words: str) -> None:
-    """Endless, huge, wrong or cut-off answers end in one bounded line."""
-    began = time.monotonic()
-    timeout = {"huge": 20.0, "cut": 5.0}.get(what, 0.5)
-    with pytest.raises(ServerError, match=words.replace("/x", f"/{what}")) as raised:
-        Connection(hostile, timeout=timeout).post(f"/{what}", {})
-    one_line(f"parity: {raised.value}")
-    assert time.monotonic() - began < 15
-
-
-def test_a_busy_server_is_asked_again(hostile: str) -> None:
-    """429 with Retry-After is waited for, and the third attempt has the answer."""
-    connection = Connection(hostile)
-    assert connection.post("/later", {}) == {"fine": 1}
-    assert connection.requests == 3
-
-
-def test_a_rate_is_kept(hostile: str) -> None:
-    """Ten requests a second: three take 0.2 s at the least."""
-    connection = Connection(hostile, rate=10.0)
-    began = time.monotonic()
-    for _ in range(3):
-        with pytest.raises(ServerError):
-            connection.post("/list", {})
-    assert time.monotonic() - began > 0.19
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["ftp://x", "http://", "127.0.0.1:80", "http://a:b@c", "http://x:99999", "http://[::1", "http://x?key=1", "http://x:0"],
-)
-def test_an_address_that_is_none_is_one_line(url: str, parity: Cli) -> None:
-    """Other schemes, passwords, ports and queries are refused before anything is sent."""
-    refused(parity("run", "--prompt", "hi", "--server", url), "--server")
-
-
-def test_a_server_that_is_not_there_is_one_line(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No listener, and a TLS handshake with what is no TLS server; a key with a line break never reaches a header."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    refused(parity("run", "--prompt", "hi", "--server", url), "cannot be reached", "Connection refused")
-    monkeypatch.setenv("PARITY_API_KEY", "secret\r\nX: y")
-    ran = parity("run", "--prompt", "hi", "--server", url)
-    refused(ran, "PARITY_API_KEY")
-    assert "secret" not in ran.err
-
-
-def test_tls_that_cannot_be_trusted_is_one_line(hostile: str) -> None:
-    """A server without TLS behind https://: one line that says so."""
-    with pytest.raises(ServerError, match="TLS"):
-        Connection(hostile.replace("http:", "https:"), timeout=5).post("/x", {})
-
-
-@pytest.mark.slow
-def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of an earlier run holds this run's dump and answer afterwards, none that belong to others; a search that ran out of
-    time says so, and a limit of 0 has a table, too.
-    """
-    monkeypatch.setattr("parity.server.causes._BUDGET", 0.0)
-    folder = Path("folder")
-    folder.mkdir()
-    for name in ("ours.jsonl", "ours-odd.jsonl", "ref.jsonl", "diff.json", "report.html", "server.json"):
-        (folder / name).write_text("old")
-    words = ("run", "--prompt", "Lily", "--server", f"{hostile}/sure", "--out", folder, "--dump-prefix")
-    code, answer = parity.json(*words)
-    assert (code, answer["verdict"], answer["causes"]) == (1, "divergence", [])
-    assert "the search for a chat template ended after 0 seconds: 0 of" in answer["notes"][-1]
-    assert {path.name for path in folder.iterdir()} == {"ref.jsonl", "server.json"}
-    assert all(path.read_text() != "old" for path in folder.iterdir())
-    ran = parity(*words[:-1], "--tolerance", "0")
-    assert (ran.code, "∞" in ran.out) == (1, True), ran.err
-    assert {path.name for path in folder.iterdir()} == {"server.json"}
-
-
-def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) -> None:
-    """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
-    refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")
-    refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/strange"), "none of the server's candidates is a token")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server cannot be combined with")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--first-position", "5"), "--first-position")
-    for option in (["--dump-prefix"], ["--server-top", "9"], ["--server-api", "openai"], ["--server-timeout", "5"]):
-        refused(parity("run", "--prompt", "hi", *option), "need a server")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[1]"), "JSON object")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-json", "[" * 100_000), "--server-json is not JSON")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-timeout", "nan"), "positive number of seconds")
-    refused(parity("run", "--prompt", "hi", "--server", hostile, "--server-rate", "0"), "positive number of requests")
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "1 choice is not the most probable token"), (2, "2 choices are not the most")])

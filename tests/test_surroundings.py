@@ -1,4 +1,4 @@
-"""Whatever parity runs in, pipes, full disks, closed streams, terminals without UTF-8: an answer, or one clear line."""
+"""In any surroundings (pipes, full disks, closed streams, terminals without UTF-8) parity gives an answer or one clear line."""
 
 import os
 import resource

@@ -29,9 +29,9 @@ def test_options_are_found_in_the_file(parity: Cli) -> None:
     shape = "--layers 6 --width 96 --heads 6 --kv-heads 3 --head-size 32 --ff 160 --vocab 3000 --context 64 --rope-base 5000"
     given = ("--untied", "--set", "attention.sliding_window=5", "--set", "attention.layer_norm_rms_epsilon=0.5")
     assert parity("synth", "--architecture", "gemma4", *shape.split(), *given, "-o", "m.gguf").code == 0
-    found = contents(Path("m.gguf"))
-    values = {key.removeprefix("gemma4."): value.plain() for key, value in found.metadata.items()}
-    assert (found.layers, values["embedding_length"], values["attention.head_count"]) == (6, 96, 6)
+    file = contents(Path("m.gguf"))
+    values = {key.removeprefix("gemma4."): value.plain() for key, value in file.metadata.items()}
+    assert (file.layers, values["embedding_length"], values["attention.head_count"]) == (6, 96, 6)
     assert (values["attention.head_count_kv"], values["attention.key_length"], values["attention.key_length_swa"]) == (
         3,
         32,
@@ -40,7 +40,7 @@ def test_options_are_found_in_the_file(parity: Cli) -> None:
     assert (values["context_length"], values["rope.freq_base"], values["attention.sliding_window"]) == (64, 5000.0, 5)
     assert values["attention.layer_norm_rms_epsilon"] == 0.5
     assert values["attention.sliding_window_pattern"] == [True, True, True, True, False, True]
-    assert {tensor.name: tensor.ne for tensor in found.tensors}["output.weight"] == (96, 3000)
+    assert {tensor.name: tensor.ne for tensor in file.tensors}["output.weight"] == (96, 3000)
 
 
 def test_heads_take_their_keys_along(parity: Cli) -> None:
@@ -111,6 +111,6 @@ def test_settings_are_typed_as_they_are_written() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_llama_cpp_loads_every_recipe(small_model: Callable[..., Path], name: str) -> None:
     """Every recipe makes a file that llama.cpp has loaded, with the layers asked for."""
-    found = contents(small_model(name))
-    assert found.architecture == RECIPES[name].architecture
-    assert found.layers == RECIPES[name].shape.layers
+    file = contents(small_model(name))
+    assert file.architecture == RECIPES[name].architecture
+    assert file.layers == RECIPES[name].shape.layers

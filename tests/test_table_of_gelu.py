@@ -71,12 +71,12 @@ def sides(
     reference: Reference, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Sides]:
     """Both sides of a recipe's model."""
-    made: dict[str, Sides] = {}
+    engines: dict[str, Sides] = {}
 
     def of(name: str) -> Sides:
-        if name not in made:
-            made[name] = Sides(small_model(name, kind="f32"), reference, tmp_path_factory.mktemp(name))
-        return made[name]
+        if name not in engines:
+            engines[name] = Sides(small_model(name, kind="f32"), reference, tmp_path_factory.mktemp(name))
+        return engines[name]
 
     return of
 
@@ -94,9 +94,9 @@ def edited(steps: list[Step], name: str, change: Callable[[Array], Array]) -> li
 @pytest.mark.parametrize(("size", "kinds"), [(16, DEFAULT), (12, ()), (1 << 20, ())])
 def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[str, ...], sides: Callable[[str], Sides]) -> None:
     """A right float32 engine meets another entry of the table here and there: agreement, and no operation is blamed."""
-    found = sides(recipe).told(size, kinds)
-    assert found
-    assert not found.record_faults
+    verdict = sides(recipe).told(size, kinds)
+    assert verdict
+    assert not verdict.record_faults
 
 
 @pytest.mark.slow
@@ -109,26 +109,26 @@ def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exac
     last = [name for name in both.ref.points if name.endswith("l_out")][-1]
     for size, noise, only in ((16, 0.0, ""), (1 << 20, 0.0, ""), (16, 1e-5, ""), (16, 1e-5, last)):
         ours = both.bare(size, steps, noise, only)
-        found = compared_on(ours, both.ref, Options(compute="f32"), both.model, third_side=False).verdict
+        verdict = compared_on(ours, both.ref, Options(compute="f32"), both.model, third_side=False).verdict
         if not noise:
-            assert found, (size, found.first_divergence)
-            assert not found.record_faults
+            assert verdict, (size, verdict.first_divergence)
+            assert not verdict.record_faults
         else:
-            assert not found or found.record_faults, only
+            assert not verdict or verdict.record_faults, only
 
 
 def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
     both = sides("gemma3")
     right = list(both.faulty.right)
-    found = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
-    assert found.first_divergence is not None
-    assert found.first_divergence.checkpoint == "output_norm"
-    assert not any("a fault, or the table" in note for note in found.notes)
-    found = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
-    assert found.first_divergence is not None
-    assert found.first_divergence.checkpoint == "blk.1.ffn_geglu"
-    assert any("a fault, or the table" in note for note in found.notes)
+    verdict = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "output_norm"
+    assert not any("a fault, or the table" in note for note in verdict.notes)
+    verdict = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.1.ffn_geglu"
+    assert any("a fault, or the table" in note for note in verdict.notes)
 
 
 def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Sides]) -> None:
@@ -140,10 +140,10 @@ def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Si
         replace(both.faulty.dump(RIGHT, both.tokens, points="all", size=1 << 20, steps=steps), path=path)
         for steps, path in ((spoiled, "spoiled.jsonl"), (exact, "exact.jsonl"))
     )
-    found = three_on((ours, both.ref, other), Options(), both.model)
-    assert found.first is not None
-    assert (found.first.checkpoint, found.first.wrong) == ("blk.0.ffn_out", (0,))
-    assert {point.wrong for point in found.points if point.differs} == {(0,)}
+    verdict = three_on((ours, both.ref, other), Options(), both.model)
+    assert verdict.first is not None
+    assert (verdict.first.checkpoint, verdict.first.wrong) == ("blk.0.ffn_out", (0,))
+    assert {point.wrong for point in verdict.points if point.differs} == {(0,)}
 
 
 class _OursIsTrue:
@@ -217,10 +217,10 @@ def halves(kind: str, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [16, 1 << 20])
 def test_another_layout_before_a_norm_of_heads_is_no_fault(size: int, sides: Callable[[str], Sides]) -> None:
     """Q and K as neighbours in front of their norms, all that is made from them right: the records are of another layout."""
-    found = sides("qwen3").told(size, change=halves)
-    assert found
-    assert {fault.kind for fault in found.record_faults} == {"layout"}
-    assert {"blk.0.q", "blk.0.k", "blk.0.q_rope"} <= {fault.checkpoint for fault in found.record_faults}
+    verdict = sides("qwen3").told(size, change=halves)
+    assert verdict
+    assert {fault.kind for fault in verdict.record_faults} == {"layout"}
+    assert {"blk.0.q", "blk.0.k", "blk.0.q_rope"} <= {fault.checkpoint for fault in verdict.record_faults}
 
 
 @pytest.mark.slow
@@ -231,17 +231,17 @@ def test_what_a_norm_removes_is_not_acquitted_by_it(sides: Callable[[str], Sides
         ("qwen3", "blk.1.q", lambda x: x * np.float32(2)),
     ):
         both = sides(recipe)
-        found = both.told(1 << 20, steps=edited(list(both.faulty.right), name, change))
-        assert found.first_divergence is not None
-        assert found.first_divergence.checkpoint == name
+        verdict = both.told(1 << 20, steps=edited(list(both.faulty.right), name, change))
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.checkpoint == name
 
 
 def test_a_factor_that_a_norm_removes_blames_no_operation(sides: Callable[[str], Sides]) -> None:
     """Keys twice as large, and all that is made of them behind their norm right: the record, or an operation that the norm hides."""
-    found = sides("qwen3").told(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
-    assert found.first_divergence is not None
-    assert found.first_divergence.checkpoint == "blk.0.k"
-    assert "k_norm, computed from it, agree" in found.operation
-    assert found.pattern is not None
-    assert "2 times" in found.pattern.sentence
-    assert "differ" not in found.pattern.sentence
+    verdict = sides("qwen3").told(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.k"
+    assert "k_norm, computed from it, agree" in verdict.operation
+    assert verdict.pattern is not None
+    assert "2 times" in verdict.pattern.sentence
+    assert "differ" not in verdict.pattern.sentence

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from changed_files import File
 from cli import Cli
 from faulty_engines import CASES, Case, bare, dump_of
 from foreign_families import HABITS, Families
-from planted import tokens_of
+from planted import PATIENT, tokens_of
 
 from engine.synth.recipes import recipe
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
 from reference.client import Reference
 
 ENGINE = Path(__file__).with_name("foreign_families.py")
@@ -40,7 +41,7 @@ def test_a_foreign_engines_fault_is_named(
     case = next(case for case in CASES[name] if case.title == SHOWN[name])
     model = small_model(name, kind="f32")
     tokens = tokens_of(model, 16, seed=7)
-    explanation = explain(dump_of(case, model, tokens, reference, tmp_path), model, ExplainOptions(tokens=tokens))
+    explanation = explain(dump_of(case, model, tokens, reference, tmp_path), model, replace(PATIENT, tokens=tokens))
     assert explanation.remaining is None
     assert len(explanation.causes) == 1
     assert {named.fault for named in (explanation.causes[0].named, *explanation.causes[0].equivalent)} & set(case.names)
@@ -58,7 +59,7 @@ def test_a_right_foreign_engine_is_not_accused(
     assert recipe(name).architecture in HABITS
     tokens = tokens_of(model, 16, seed=8)
     dump = bare(Families(model, arithmetic=arithmetic).run(tokens), tmp_path / "right.jsonl")
-    explanation = explain(dump, model, ExplainOptions(tokens=tokens))
+    explanation = explain(dump, model, replace(PATIENT, tokens=tokens))
     assert not explanation.causes
     assert explanation.first is None or explanation.precision_only
 
@@ -75,7 +76,7 @@ def test_a_near_tie_of_experts_is_no_fault(small_model: Callable[..., Path], ref
     dumps = [dump_of(untouched, model, tokens, reference, tmp_path)]
     dumps += [bare(Families(model, arithmetic=kind).run(tokens), tmp_path / f"{kind}.jsonl") for kind in ("f32", "f16")]
     for dump in dumps:
-        assert not explain(dump, model, ExplainOptions(tokens=tokens)).causes
+        assert not explain(dump, model, replace(PATIENT, tokens=tokens)).causes
 
 
 @pytest.mark.slow
@@ -85,5 +86,5 @@ def test_run_explains_an_engine_that_it_starts(parity: Cli, small_model: Callabl
     line = f"{sys.executable} {ENGINE} {{model}} {{tokens}} {{out}} modulo"
     ran = parity("run", "--model", str(model), "--tokens", "1,5,9,200,33,7", "--exec", line, "--out", str(tmp_path / "run"))
     assert ran.code == 1
-    told = parity("explain", str(tmp_path / "run" / "ours.jsonl"), "--model", str(model), "--tokens", "1,5,9,200,33,7")
-    assert "gqa-modulo" in told.out
+    explained = parity("explain", str(tmp_path / "run" / "ours.jsonl"), "--model", str(model), "--tokens", "1,5,9,200,33,7")
+    assert "gqa-modulo" in explained.out

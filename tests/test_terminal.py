@@ -1,4 +1,4 @@
-"""A verdict as text and as JSON: aligned, on one screen, nothing in it that a terminal or a parser would trip over."""
+"""A verdict as text and as JSON: aligned, on one screen, and harmless to terminals and parsers."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from checkpoints.answers.diff import Verdict
 from parity.diff.compare import Options, compare
 from reports.as_json import verdict_as_json
 from reports.header import print_header
+from reports.layout import columns
 from reports.numbers import of_limit, ranges
 from reports.terminal import print_verdict
 
@@ -65,6 +66,15 @@ def test_no_note_is_cut(width: int) -> None:
     assert "…" not in shown
     assert shown.count("11 of 12 wrong") == 5
     assert shown.count("inherited") == 4
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_last_column_of_a_table_goes_on_below(width: int) -> None:
+    """A sentence that does not fit beside its row is broken at spaces, and nothing of it is lost."""
+    sentence = "the last of four sequences, one of them the same, against a prefill of 5 tokens"
+    lines = [line.plain for line in columns([("a check", "1", sentence)], frozenset({1}), [""], width)]
+    assert all(cell_len(line) <= width for line in lines)
+    assert " ".join(" ".join(lines).split()) == f"a check 1 {sentence}"
 
 
 def test_what_explains_a_divergence_is_said() -> None:

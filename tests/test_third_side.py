@@ -107,13 +107,13 @@ def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> 
     assert wrong.header is not None
     other = replace(wrong, header=replace(wrong.header, source="another"))
     three = (wrong, ref, other)
-    voted, told = compare_three(three), three_on(three, Options(), faulty.model)
+    voted, by_truth = compare_three(three), three_on(three, Options(), faulty.model)
     assert voted.first is not None
-    assert told.first is not None
+    assert by_truth.first is not None
     assert (voted.first.alone, voted.first.wrong) == (1, ())
-    assert (told.first.checkpoint, told.first.wrong) == ("blk.10.l_out", (0, 2))
-    assert told.first.truth[1] is not None
-    assert told.first.truth[1] < 1e-12
-    assert "ours and another are wrong: from the same steps in float64 ours" in sentence(told)
-    assert as_json(told)["first_divergence"]["wrong"] == ["ours", "another"]
+    assert (by_truth.first.checkpoint, by_truth.first.wrong) == ("blk.10.l_out", (0, 2))
+    assert by_truth.first.truth[1] is not None
+    assert by_truth.first.truth[1] < 1e-12
+    assert "ours and another are wrong: from the same steps in float64 ours" in sentence(by_truth)
+    assert as_json(by_truth)["first_divergence"]["wrong"] == ["ours", "another"]
     assert three_on(three, Options(), faulty.model, "off").first == voted.first

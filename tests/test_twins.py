@@ -1,4 +1,4 @@
-"""A twin, and whatever else is remembered of a file, belongs to all of the file's bytes; what is in use is not taken away."""
+"""A twin, and anything else cached for a file, belongs to all of the file's bytes; twins in use are not removed."""
 
 import os
 import subprocess
@@ -34,12 +34,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def change_between_samples(model: Path) -> None:
     """Double one block's scale of a Q8_0 tensor in place, so that the fingerprint stays what it was."""
-    found = contents(model)
-    tensor = next(tensor for tensor in found.tensors if tensor.name == UNSAMPLED)
+    file = contents(model)
+    tensor = next(tensor for tensor in file.tensors if tensor.name == UNSAMPLED)
     data = bytearray(model.read_bytes())
     before = fingerprint(model)
     for block in range(tensor.elements // 32):
-        at = found.data + tensor.offset + 34 * block
+        at = file.data + tensor.offset + 34 * block
         scale = np.frombuffer(data, np.float16, 1, at)[0] * np.float16(2)
         old, data[at : at + 2] = data[at : at + 2], scale.tobytes()
         model.write_bytes(data)
@@ -142,6 +142,16 @@ def test_a_large_file_is_hashed_again_when_it_was_touched(tmp_path: Path) -> Non
     assert len(list((cache_dir() / "hashes").iterdir())) == 1
 
 
+def test_the_hash_of_a_file_that_was_just_written_is_not_believed(tmp_path: Path) -> None:
+    """Within a tick of the file system's clock a second change would keep all times: the file is hashed again."""
+    path = tmp_path / "large"
+    path.write_bytes(bytes(1 << 23))
+    first = content_hash(path)
+    (record,) = (cache_dir() / "hashes").iterdir()
+    record.write_text(record.read_text().replace(first, "0" * 32))
+    assert content_hash(path) == first
+
+
 @pytest.mark.slow
 def test_a_remembered_hash_is_used(tmp_path: Path) -> None:
     """The hash of a large file that lay still before it was hashed is read from the cache, also where the cache then is damaged."""
@@ -155,6 +165,21 @@ def test_a_remembered_hash_is_used(tmp_path: Path) -> None:
     assert content_hash(path) == "0" * 32
     record.write_text("{")
     assert content_hash(path) == first
+
+
+def test_use_of_a_twin_is_noted_beside_it(model: Path) -> None:
+    """Taking a twin from the cache makes it the last used one and leaves its own times alone, by which its hash stays known."""
+    with Reference() as reference:
+        path = reference.twin(model)
+    (unused,), before = cached(), path.stat()
+    with Reference() as reference:
+        assert reference.twin(model) == path
+    (twin,), after = cached(), path.stat()
+    assert twin.used > unused.used
+    assert (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+    path.unlink()
+    workspace()
+    assert not list((cache_dir() / "used").iterdir())
 
 
 def test_a_twin_in_use_is_not_evicted(model: Path, synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,9 @@ def test_a_fused_projection_is_the_graphs(name: str, parity: Cli, reference: Ref
     assert not written_by_hand(model.hyperparameters, model.tensors)
     ran = parity("run", "--model", path, "--points", "all", "--tokens", ",".join(map(str, TOKENS)), "--out", tmp_path / "out")
     assert ran.code == 0, ran.out + ran.err
-    found = isolate(IsolateRequest(path, tokens=TOKENS), reference)
-    assert found
-    assert not [item for item in found.operations if item.status != "proven"]
+    isolation = isolate(IsolateRequest(path, tokens=TOKENS), reference)
+    assert isolation
+    assert not [item for item in isolation.operations if item.status != "proven"]
 
 
 def test_qwen2_without_biases(parity: Cli, synthetic: Callable[..., Path]) -> None:

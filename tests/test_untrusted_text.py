@@ -1,4 +1,4 @@
-"""What comes from outside reaches no terminal as a command, no CI as one either, and no screen in megabytes."""
+"""Text from outside never reaches a terminal or CI as a command, nor a screen in megabytes."""
 
 import json
 import os
@@ -20,9 +20,9 @@ RECORD = {"token_idx": 0, "values": [1.0, 2.0, 3.5]}
 
 def with_metadata(source: Path, path: Path, **changes: Value) -> Path:
     """A model with some of its metadata replaced; "_" in a name stands for "."."""
-    found = contents(source)
-    metadata = dict(found.metadata) | {key.replace("_", "."): value for key, value in changes.items()}
-    path.write_bytes(header_bytes(metadata, list(found.tensors)) + source.read_bytes()[found.data :])
+    file = contents(source)
+    metadata = dict(file.metadata) | {key.replace("_", "."): value for key, value in changes.items()}
+    path.write_bytes(header_bytes(metadata, list(file.tensors)) + source.read_bytes()[file.data :])
     return path
 
 
@@ -153,10 +153,10 @@ def test_an_answer_that_cannot_be_written_is_said(tmp_path: Path, words: tuple[s
 @pytest.mark.parametrize("command", ["model", "run", "isolate", "tokens"])
 def test_a_count_of_another_type_is_refused(parity: Cli, stories: Path, tmp_path: Path, value: Value, command: str) -> None:
     """A number of layers that is a truth value, a float or negative ends in one line."""
-    found = contents(stories)
-    metadata = dict(found.metadata) | {"qwen2.block_count": value}
+    file = contents(stories)
+    metadata = dict(file.metadata) | {"qwen2.block_count": value}
     model = tmp_path / "m.gguf"
-    model.write_bytes(header_bytes(metadata, list(found.tensors)) + stories.read_bytes()[found.data :])
+    model.write_bytes(header_bytes(metadata, list(file.tensors)) + stories.read_bytes()[file.data :])
     words = {"model": (model,), "isolate": ("--model", model, "--tokens", "5", "--points", "embd")}
     ran = parity(command, *words.get(command, ("--model", model, "--prompt", "hi")))
     assert (ran.code, len(ran.err.splitlines())) in ((2, 1), (0, 0)), ran.err

@@ -1,4 +1,4 @@
-"""`parity weights`: three dequantisations byte for byte, and what a foreign engine made of its weights."""
+"""`parity weights`: three dequantisations byte for byte, and what happened to a foreign engine's weights."""
 
 import json
 from collections.abc import Callable
@@ -71,11 +71,12 @@ def test_a_wrong_dequantiser_is_named_with_its_block(parity: Cli, stories: Path,
     assert "element 70, block 2" in ran.out
 
 
-def test_progress_reaches_the_end(synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_reaches_the_end(synthetic: Callable[..., Path]) -> None:
     """A file is read in portions, and the last report is that of all its bytes."""
-    monkeypatch.setattr(weights, "_CHUNK", 1000)
     seen: list[tuple[int, int]] = []
-    checked = check_weights(synthetic(kind="q8_0"), "numpy", lambda _what, done, total: seen.append((done, total)))
+    checked = check_weights(
+        synthetic(kind="q8_0"), "numpy", lambda _what, done, total: seen.append((done, total)), portion=1000
+    )
     assert checked
     assert len(seen) > 3 * len(checked.tensors)
     assert seen[-1][0] == seen[-1][1] == checked.bytes

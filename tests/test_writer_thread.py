@@ -1,4 +1,4 @@
-"""The thread that writes: what is set aside keeps its order, frees its room at once and is lost nowhere."""
+"""The thread that writes: work that is set aside keeps its order, frees its room at once and is never lost."""
 
 from collections.abc import Callable
 

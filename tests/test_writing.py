@@ -1,4 +1,4 @@
-"""Whatever is written replaces what stood there only when it is whole, and nobody else's file is touched on the way."""
+"""An output replaces an existing file only when it is complete, and no other file is touched on the way."""
 
 import os
 import subprocess

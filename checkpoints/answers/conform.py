@@ -43,6 +43,7 @@ class CellResult:
         cause: a short explanation, identical for cells that share a cause: a fault's name and place, or the operation.
         sentence: the cause in a sentence.
         nmse, of_limit: of the record closest to its limit, or farthest beyond it; `worst` names that record.
+        rope: which elements RoPE rotates in the cell's model, where it was compared: "NORM", "NEOX", …
         key: identifies engine, model, prompt and program: a cell whose key is unchanged need not run again. Or CHANGED.
         report: path of its report, relative to the run's folder; "" if there is none.
         kept: whether the result was taken from an earlier run.
@@ -59,6 +60,7 @@ class CellResult:
     nmse: float | None = None
     of_limit: float | None = None
     worst: str = ""
+    rope: str = ""
     seconds: float = 0.0
     key: str = ""
     report: str = ""

@@ -216,8 +216,10 @@ class Verdict:
 
     `next` is a `--points` value, empty if the records already identify the operation (then `operation` names it).
     `left_out` counts records after the position at which the token sequences diverge. `next_slice` is how many leading values the next
-    run has to record if too little of the rows was seen. `truth` is what float64 says about the first divergence (about the worst
-    record if there is none), `truth_points` about the points in dataflow order; both are empty if float64 was not computed.
+    run has to record if too little of the rows was seen. `excused` records are over the table's limit and agree by an assumption about
+    rounding (a note says which), in whose place the model would put float64's answer. `truth` is what float64 says about the first
+    divergence (about the worst record if there is none), `truth_points` about the points in dataflow order; both are empty if float64
+    was not computed.
     """
 
     verdict: str
@@ -236,6 +238,7 @@ class Verdict:
     missing_ref: Missing = field(default_factory=Missing)
     choices: Choices | None = None
     left_out: int = 0
+    excused: int = 0
     notes: tuple[str, ...] = ()
     record_faults: tuple[RecordFault, ...] = ()
     seen: tuple[Seen, ...] = ()

@@ -10,6 +10,7 @@ class Worst:
     """The position at which the two sides differ most.
 
     `position` counts from the start of its chunk; `before` is the text up to there, `token` the id that follows in the text.
+    `ours`, `base`: the first choices as (id, logit), or with log-probabilities where a side is no more than a list.
     """
 
     chunk: int
@@ -27,15 +28,18 @@ class Scored:
     """The figures of one run over a text. Natural logarithms throughout.
 
     Attributes:
+        context: tokens in a chunk; 0 where the chunks are golden prompts, all of whose positions are scored.
         positions: how many predictions were scored: the second half of each chunk, as llama-perplexity scores them.
+        bounded: at how many of them the side's list lacks the text's own token, whose probability is then the most that the list leaves
+            to it: `perplexity` is a lower bound.
         perplexity, base_perplexity: exp of the mean negative log-likelihood of the text's own next token; None if that side is missing.
         perplexity_error: one standard deviation of `perplexity`, estimated from the spread over positions.
         kl_mean, kl_max: KL(base ‖ side) of the predictions; `kl_error` is one standard deviation of the mean.
         kl_percentiles: percentile -> KL.
         same_top: the share of positions with the same first choice; `top_k`: mean share of the base's first five tokens that are in ours.
         delta_p_mean, delta_p_rms: of the probability of the text's own token, side − base.
-        exact: both sides' whole rows were available; otherwise KL is over the base file's top entries and one entry for all others, a lower
-            bound, and `unseen` is the largest probability that a row of the base leaves to that entry.
+        exact: both sides' whole rows were available; otherwise KL is over the tokens that both sides list and one entry for all others, a
+            lower bound; `unseen` and `unseen_mean` are the probability that the base gives to that entry, at most and on average.
     """
 
     side: str
@@ -57,8 +61,10 @@ class Scored:
     top_k: float | None = None
     delta_p_mean: float | None = None
     delta_p_rms: float | None = None
+    bounded: int = 0
     exact: bool = True
     unseen: float = 0.0
+    unseen_mean: float = 0.0
     worst: Worst | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()

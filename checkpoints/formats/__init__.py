@@ -14,37 +14,7 @@ from ..points import ENCODER, parse
 from ..reading import reader
 from ..reading.fields import POSITIONS
 from ..record import Dump, Rows
-from ..regular import STDIN, require_regular
-from . import (
-    arrays,
-    columns,
-    debug_mode,
-    edge_llm,
-    etdump,
-    eval_callback,
-    llama_debug,
-    model_debugger,
-    sglang,
-    tensorrt_llm,
-    torch_file,
-)
-
-_FORMATS = (
-    columns,
-    etdump,
-    model_debugger,
-    edge_llm,
-    llama_debug,
-    sglang,
-    tensorrt_llm,
-    arrays,
-    torch_file,
-    debug_mode,
-    eval_callback,
-)  # the first that recognises the path reads it; everything else is read as JSON lines
-
-
-_PIPED = "Write the dump to a file, or give - and pipe JSON lines in."
+from ..regular import STDIN
 
 
 def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
@@ -58,25 +28,41 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     given = mapping or Mapping()
     place = Path(path)
     dump_format = _format_of(place) if os.fspath(path) != STDIN else None
-    dump = dump_format.read(place, given) if dump_format is not None else _with_unknown(given.renamed(reader.read(path)))
+    if dump_format is None:
+        dump = _with_unknown(given.renamed(reader.read(path)))
+    else:
+        try:
+            dump = dump_format.read(place, given)
+        except DumpError as error:
+            if str(place) in error.message:
+                raise
+            raise DumpError(f"{place}: {error.message}", error.advice, code=error.code) from error
     return shifted(dump, given.position_offset) if given.position_offset else dump
+
+
+_OWN = b'{"type":"header","format":1,'  # how every dump of ours begins (`checkpoints.jsonl`)
+_FIRST_LINE = 1 << 20  # bytes of it in which a header may name a file of arrays
+
+
+def _is_own(place: Path) -> bool:
+    """Whether a file begins as our own lines do: then no other format has to be imported to be asked, which takes as long as reading it."""
+    try:
+        if not place.is_file():
+            return False
+        with place.open("rb") as file:
+            line = file.readline(_FIRST_LINE)
+    except OSError:
+        return False
+    return line.startswith(_OWN) and line.endswith(b"\n") and b'"columns"' not in line
 
 
 def _format_of(place: Path) -> ModuleType | None:
     """The format that recognises a path; None for JSON lines."""
-    try:
-        require_regular(place, DumpError, _PIPED)
-        recognised = next((dump_format for dump_format in _FORMATS if dump_format.detect(place)), None)
-        folder = place.is_dir()
-    except OSError as error:
-        raise DumpError(f"cannot read {place}: {error.strerror}.", "Check the path.", code="no-file") from error
-    if recognised is None and folder:
-        dumps = sorted(file.name for file in place.glob("*.jsonl"))
-        advice = f"Name one of the dumps in it: {', '.join(dumps[:4])}." if dumps else "Name a dump."
-        raise DumpError(
-            f"{place} is a folder without .npy, .npz, .safetensors or .pt files or a debugger tree.", advice, code="no-file"
-        )
-    return recognised
+    if _is_own(place):
+        return None
+    from .table import format_of
+
+    return format_of(place)
 
 
 _OF_GRAPH = ("llama.cpp", "engine")  # sources whose names are those of llama.cpp's graph

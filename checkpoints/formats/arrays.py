@@ -190,6 +190,8 @@ def safetensors(file: Path, *, integers: bool = False) -> Iterator[tuple[str, ND
         if name == "__metadata__" or not isinstance(entry, dict):
             continue
         begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= len(body):
+            raise ValueError(f"{name} lies at bytes {begin} to {end}, but there are only {len(body):,}")
         shape = tuple(entry["shape"])
         raw = body[begin:end]
         if entry["dtype"] == "BF16":

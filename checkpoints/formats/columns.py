@@ -91,9 +91,7 @@ def _item(line: bytes, arrays: "_Arrays") -> Rows | Token | End | None:
     if kind == "token":
         return fields.token(content)
     if kind == "end":
-        return End(
-            fields.integer(content.get("checkpoints", 0), "checkpoints"), fields.integer(content.get("tokens", 0), "tokens")
-        )
+        return fields.end(content)
     return None
 
 

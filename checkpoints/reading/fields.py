@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..record import FORMAT, STATISTICS, Header, ModelInfo, Token
+from ..record import FORMAT, STATISTICS, End, Header, ModelInfo, Token
 from . import lenient, words
 
 POSITIONS = 1 << 40  # positions and steps lie below this
@@ -130,6 +130,11 @@ def token(content: dict[str, Any]) -> Token:
 
 
 _TEXTS = ("source", "mode", "compute", "kv_type", "created", "prompt")
+
+
+def end(content: dict[str, Any]) -> End:
+    """An end record: how many of each were written."""
+    return End(*(integer(content.get(name, 0), name) for name in ("checkpoints", "tokens")))
 
 
 def header(content: dict[str, Any]) -> Header:

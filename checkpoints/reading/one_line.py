@@ -36,9 +36,7 @@ def item(line: bytes, labels: Labels, serial: int, *, digits: bool) -> Header | 
     if kind == "token":
         return fields.token(content)
     if kind == "end":
-        return End(
-            fields.integer(content.get("checkpoints", 0), "checkpoints"), fields.integer(content.get("tokens", 0), "tokens")
-        )
+        return fields.end(content)
     if kind is not None and "checkpoint" in content and "values" in content:
         return _record(content, line, labels, serial, digits=digits)
     return None

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -148,6 +146,8 @@ class _Child:
     """One process, and the pipe to it."""
 
     def __init__(self) -> None:
+        from multiprocessing import Pipe  # for large files only
+
         self._started = False
         self._pipe, theirs = Pipe()
         try:
@@ -186,6 +186,8 @@ class _Child:
 
 def serve() -> None:
     """A process's work: reads ranges as they are requested, until the pipe is closed."""
+    from multiprocessing.connection import Connection
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked is interrupted, and ends this
     gc.disable()  # what lines become has no cycles; looking for them takes a twentieth of the time
     pipe: Connection = Connection(int(sys.argv[2]))

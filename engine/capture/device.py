@@ -14,16 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.record import DEFAULT_SLICE
-from checkpoints.recording import Positions
-from checkpoints.tensors import TensorWriter
 
 from ..backend import Array, Backend
 from ..device import kernel
-from .host import HostStage, record_once
+from .host import record_once
 from .ring import Ring
 from .spool import Spool
 from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
-from .tap import Capture, Pass, RowSink, stands_once
+from .tap import Pass, RowSink, stands_once
 from .writer import WriterThread
 
 _CHUNK = 1024  # elements per block: the logits of one row are 149 blocks, one for each multiprocessor of an H200
@@ -31,25 +29,6 @@ _LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger ch
 _MANY_BLOCKS = 8192
 _LARGEST = 3  # how many of the largest passes the slab holds: one must be less than half of it, or the writer is hurried
 _RING = 256  # decode passes that the slab holds: as many batches as may wait in the host's stage
-
-
-def tap(
-    sink: RowSink,
-    points: Collection[str],
-    backend: Backend,
-    *,
-    positions: Positions = "all",
-    slice_size: int | None = DEFAULT_SLICE,
-    tensors: TensorWriter | None = None,
-) -> Capture:
-    """The tap for a backend: a stage on the current device, or copies on the host.
-
-    The host's stage takes values in host memory, whole tensors, and the values of a model on several devices, where each device
-    would need a slab, kernels and a stream of copies of its own.
-    """
-    if backend.name == "numpy" or backend.spread or tensors is not None or slice_size is None:
-        return Capture(HostStage(sink, points, backend, slice_size=slice_size, tensors=tensors), positions=positions)
-    return Capture(DeviceStage(sink, points, backend, slice_size=slice_size), positions=positions)
 
 
 class DeviceStage:

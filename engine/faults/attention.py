@@ -9,13 +9,17 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, kind_of, parameter_of, sibling, with_parameters
+from .base import AT, Fault, Parameters, Steps, kind_of, layer_of, parameter_of, sibling, with_parameters
+from .edits import ggml, with_values
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
 
 
 def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if ggml(step, "SOFT_MAX"):  # cross-attention's, and others that are lifted as they are
+        given = isinstance(parameters["scale"], float) and len(step.reads) > 1
+        return with_values(step, {0: parameters["scale"]}) if given else step
     if isinstance(parameters["scale"], float):
         return with_parameters(step, scale=parameters["scale"])
     scale = parameter_of(step, "scale")
@@ -27,6 +31,7 @@ def _scale(step: Step, right: Steps, parameters: Parameters) -> Step:
         "inverted": 1 / scale,
         "by twice the head size": scale * 2**-0.5,
         "by half the head size": scale * 2**0.5,
+        "divided by the layer's number as well": scale / (1 + layer_of(step)),
     }
     return with_parameters(step, scale=scales[parameters["scale"]])
 
@@ -146,14 +151,17 @@ def _cache_shifted(step: Step, _right: Steps, parameters: Parameters) -> Step:
 FAULTS = (
     Fault(
         name="attn-scale",
-        kinds=_SOFT,
+        kinds=(*_SOFT, "SOFT_MAX"),
         change=_scale,
         what="the attention's scale is wrong ({scale})",
         symptom="position 0 is right (one key takes all weight), later ones are wrong",
         fix="scores / sqrt(head size), once",
         seen="scale folded into Q and applied again; width taken for head size",
         parameters={
-            "scale": ("missing", "by the width", "applied twice", "inverted", "by twice the head size", "by half the head size")
+            "scale": (
+                *("missing", "by the width", "applied twice", "inverted", "by twice the head size", "by half the head size"),
+                "divided by the layer's number as well",
+            )
         },
     ),
     Fault(

@@ -1,5 +1,6 @@
 """The definition of a fault, and how it is planted into a list of steps."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -7,11 +8,12 @@ from inspect import signature
 from itertools import product
 from typing import Any
 
-from checkpoints.points import parse
+from checkpoints.points import ENCODER, parse
 
 from .. import ops
 from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as
 from ..inapplicable import NotApplicable
+from ..lift.inputs import buckets
 from ..lift.node import GgmlOperation
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
@@ -20,6 +22,7 @@ AT = "at"  # the parameter that selects some of a fault's kinds of step
 
 _GIVEN = frozenset({TOKENS, POSITIONS, PASSES})
 _ANY = -1  # stands for every layer
+_OF_LAYER = re.compile(r"(?:^|\.)blk\.(\d+)\.")
 _parse = lru_cache(maxsize=1 << 14)(parse)
 
 Steps = Mapping[str, Step]
@@ -135,7 +138,8 @@ class Planting:
             if not _takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
-                if name not in new_names and self.order.get(name, number if name not in _GIVEN else -1) >= number:
+                given = name in _GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
+                if name not in new_names and self.order.get(name, -1 if given else number) >= number:
                     raise NotApplicable(f"{step.makes} would read {name} before it is computed")
             new_names.add(step.makes)
 
@@ -269,6 +273,7 @@ _OPERATIONS: Mapping[Callable[..., Any], str] = {  # ggml's names of the operati
     ops.rms_norm: "RMS_NORM",
     ops.layer_norm: "NORM",
     ops.causal_soft_max: "SOFT_MAX",
+    buckets: "BUCKETS",  # of relative positions: no operation of ggml's, which takes them as an input
 }
 
 
@@ -280,11 +285,19 @@ def kinds_of(step: Step) -> tuple[str, ...]:
 
 
 def layer_near(step: Step) -> int | None:
-    """The layer that a step belongs to: by its own name or, if that names no layer, the last layer that it reads from."""
+    """The layer that a step belongs to: by its own name or, if that names no layer, the last layer that it reads from, or its weights'."""
     layer = _parse(step.makes).layer
     if layer is not None or not step.inner:
         return layer
-    return max((near for name in step.names if (near := _parse(name).layer) is not None), default=None)
+    near = [of for name in step.names if (of := _parse(name).layer) is not None]
+    return max(
+        near or [int(match[1]) for weight in step.weights if (match := _OF_LAYER.search(_weight_name(weight)))], default=None
+    )
+
+
+def _weight_name(weight: Weight) -> str:
+    """The name of a weight as the file has it, whatever is made of it; "" where there is none."""
+    return weight if isinstance(weight, str) else "" if weight is None else weight.weight
 
 
 def kind_of(step: Step) -> str:

@@ -10,7 +10,7 @@ from ..backend import Array
 from ..graph import Step, View
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, layer_of, read_of, weight_of
-from .edits import only, require
+from .edits import Then, only, require
 from .weights import altered, each_transposed
 
 _LATENT_NORMS = ("attn_kv_a_norm", "attn_q_a_norm")
@@ -78,6 +78,15 @@ def _absorbed(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 _QUERY_PARTS, _KEY_PARTS = ("q_pe", "q_nope_absorbed.ggml"), ("k_pe", "kv_cmpr")
 
+
+def _dropped(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=Then(step.op, _zeros))
+
+
+def _zeros(x: Array) -> Array:
+    return x * 0
+
+
 FAULTS = (
     Fault(
         name="latent-norm-missing",
@@ -98,6 +107,15 @@ FAULTS = (
         fix="the projection computes the part without position first, then the part for RoPE",
         seen="code for models that rotate a head's first dimensions",
         parameters={AT: ((*_QUERY_PARTS, *_KEY_PARTS), _QUERY_PARTS, _KEY_PARTS)},
+    ),
+    Fault(
+        name="latent-rope-dropped",
+        kinds=("q_pe",),
+        change=_dropped,
+        what="scores lack the part with positions",
+        symptom="position 0 is right, later ones are wrong; text is fluent and forgets the order of words",
+        fix="a score is the product of the latent parts and that of the rotated ones",
+        seen="attention that reads the latent cache alone, as models without a rotated part allow",
     ),
     Fault(
         name="latent-parts-joined",

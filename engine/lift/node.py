@@ -39,6 +39,11 @@ class GgmlOperation:
 
     name: str
 
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether it takes single matrices of its weight, those of the chosen experts, and needs no whole array."""
+        return self.name == "MUL_MAT_ID"
+
     def __call__(
         self,
         *inputs: Any,

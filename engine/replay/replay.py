@@ -6,6 +6,7 @@ All positions are one pass. Rows do not depend on how the sequence was cut into 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ class Replay:
         positions, passes: int64 [T]; the position of each token, and the number of the forward pass it belongs to.
         longer: a causal run over these tokens and perhaps more, whose values are used for the steps that both begin with.
             Over fewer rows a product may round differently: a step that changes nothing then differs by that noise.
+        given: further values that steps read and none of them makes, whatever the number of rows.
     """
 
     def __init__(
@@ -115,12 +117,13 @@ class Replay:
         weights: WeightSource,
         backend: Backend,
         longer: "Replay | None" = None,
+        given: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
         self.weights = weights
-        given = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
+        numbered = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
         self.rows = len(tokens)
-        arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in given.items()}
-        self.values: Mapping[str, Array] = _Right(steps, arrays, weights, longer)
+        arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in numbered.items()}
+        self.values: Mapping[str, Array] = _Right(steps, {**arrays, **given}, weights, longer)
         self.on_host: Mapping[str, NDArray[Any]] = _OnHost(self.values, backend)
         self._xp = backend.xp
         self.steps = tuple(steps)

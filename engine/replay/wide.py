@@ -8,6 +8,7 @@ same steps show what rounding costs, with ggml's tables of float16 and without.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -20,13 +21,17 @@ from ..ggml_ops.activations import looked_up
 from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
 from ..kv_cache import KvCache
 from ..lift.node import GgmlOperation
+from ..weights.matrices import Matrices
 
 _ENTRY = 2.0**-10  # float16 keeps eleven bits: the next number is at most this far, in proportion
 
 
 def is_looked_up(step: Step) -> bool:
-    """Whether ggml takes a step's value from a table of float16."""
-    return isinstance(step.op, GgmlOperation) and looked_up(step.op.name, step.params["params"])
+    """Whether a step's value comes from ggml's table of float16."""
+    if not isinstance(step.op, GgmlOperation):
+        return False
+    params = step.params["params"]
+    return params.rounds is not False and looked_up(step.op.name, params)
 
 
 def entry_errors(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array:
@@ -94,6 +99,12 @@ class WideWeights:
         """The whole weight, float64."""
         return self._source.get(name).astype(np.float64)
 
+    def matrices(self, name: str) -> Matrices:
+        """A weight of which single matrices are taken, each float64."""
+        source = self._source.matrices(name)
+        flat = source.reshape((prod(source.shape[:-2]), *source.shape[-2:]))
+        return Matrices(lambda number: flat[(number,)].astype(np.float64), source.shape)
+
     def rows(self, name: str, ids: Array) -> Array:
         """The given rows of it, float64."""
         return self._source.rows(name, ids).astype(np.float64)
@@ -128,6 +139,8 @@ def values_of(
     numbers = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
     values = {name: backend.array(np.asarray(of, dtype=np.int64)) for name, of in numbers.items()}
     values |= {name: backend.array(value) for name, value in given.items()}
+    # A dump may have recorded what steps keep to themselves.
+    steps = [replace(step, inner=False) if step.makes in wanted else step for step in steps]
     with np.errstate(all="ignore"):  # faults may overflow
         steps = without_tables(steps[: last + 1]) if variant is Variant.EXACT else steps[: last + 1]
         graph.run(steps, values, WideWeights(weights) if variant is Variant.WIDE else weights, KvCache(backend.xp), keep)

@@ -122,6 +122,14 @@ class GgufModel:
         dequantize_into(out, self.raw(name), info.type)
         return out.reshape(info.shape)
 
+    def load_matrix(self, name: str, number: int) -> NDArray[np.float32]:
+        """One matrix of a tensor [.., out, in] as float32 [out, in]; `number` counts over the leading dimensions."""
+        info = self.tensors[name]
+        rows, columns = info.shape[-2:]
+        out = np.empty((rows, columns), dtype=np.float32)
+        dequantize_into(out, self.raw(name)[number * rows : (number + 1) * rows], info.type)
+        return out
+
     def load_rows(self, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a matrix as float32 [len(ids), columns]; only those are dequantised."""
         info = self.tensors[name]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..backend import Array, Backend
 from .gguf_model import GgufModel
+from .matrices import Matrices
 
 
 class Weights:
@@ -23,6 +24,7 @@ class Weights:
         self._backend = backend
         self._resident = resident and self._all_fit(model.tensors if names is None else names)
         self._held: dict[str, Array] = {}
+        self._matrices: dict[tuple[str, int], Array] = {}
 
     @property
     def resident(self) -> bool:
@@ -47,6 +49,19 @@ class Weights:
         if self._resident:
             self._held[name] = weight
         return weight
+
+    def matrices(self, name: str) -> Matrices:
+        """A weight [.., out, in] of which single matrices are taken; each is dequantised when it is, and kept if weights are kept."""
+
+        def matrix(number: int) -> Array:
+            if (name, number) in self._matrices:
+                return self._matrices[name, number]
+            weight = self._backend.array(self._model.load_matrix(name, number))
+            if self._resident:
+                self._matrices[name, number] = weight
+            return weight
+
+        return Matrices(matrix, self._model.tensors[name].shape)
 
     def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
         """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""

@@ -198,7 +198,7 @@ def _nmse(rows: Rows, high: Rows, low: Rows | None) -> Floats:
     wanted = _elements(high, rows) + (0.0 if low is None else _elements(low, rows))
     finite = np.isfinite(values) & np.isfinite(wanted)
     use = present & finite
-    delta = np.where(use, values - wanted, 0.0)
+    delta = np.where(use, values, 0.0) - np.where(use, wanted, 0.0)
     if rows.quantum is not None:
         delta[np.abs(delta) <= rows.quantum / 2] = 0.0
     right = np.where(use, wanted, 0.0)

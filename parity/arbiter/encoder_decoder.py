@@ -1,6 +1,6 @@
 """The truth about an encoder–decoder: the encoder's steps over the prompt, the decoder's over its own tokens, each in float64."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 from checkpoints.points import ENCODER
@@ -48,37 +48,34 @@ class EncoderDecoderArbiter:
         first = self._encoder.coarse
         return first | coarse_points(self._decoder_steps, (ENCODED,) if self._last in first else ())
 
+    def _of_both(
+        self, ask: Callable[[Arbiter, Mapping[str, Rows]], dict[str, Floats]], points: Mapping[str, Rows]
+    ) -> dict[str, Floats]:
+        """What the arbiter of each half says of its own records."""
+        first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
+        others = {name: rows for name, rows in points.items() if name not in first}
+        return ask(self._encoder, first) | ask(self._decoder, others)
+
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.distances`."""
-        first, others = _halves(points)
-        return self._encoder.distances(first) | self._decoder.distances(others)
+        return self._of_both(Arbiter.distances, points)
 
     def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.from_table`."""
-        first, others = _halves(points)
-        return self._encoder.from_table(first) | self._decoder.from_table(others)
+        return self._of_both(Arbiter.from_table, points)
 
     def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.own_rounding`."""
-        first, others = _halves(points)
-        return self._encoder.own_rounding(first) | self._decoder.own_rounding(others)
+        return self._of_both(Arbiter.own_rounding, points)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.one_entry`."""
-        first, others = _halves(points)
-        return self._encoder.one_entry(first) | self._decoder.one_entry(others)
+        return self._of_both(Arbiter.one_entry, points)
 
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.spread`, of each half by itself."""
-        first, others = _halves(points)
-        return self._encoder.spread(first) | self._decoder.spread(others)
+        return self._of_both(Arbiter.spread, points)
 
     def record(self, rows: Rows) -> Rows:
         """See `Arbiter.record`."""
         return (self._encoder if rows.point.startswith(ENCODER) else self._decoder).record(rows)
-
-
-def _halves(points: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    """The records of the encoder and those of the decoder."""
-    first = {name: rows for name, rows in points.items() if name.startswith(ENCODER)}
-    return first, {name: rows for name, rows in points.items() if name not in first}

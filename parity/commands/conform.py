@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,9 @@ def conform(
         typer.Option("--out", "-o", help="Folder of the run; default: runs/conform-<engine>. Finished cells are kept there."),
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
-    table: Annotated[Path | None, typer.Option("--table", help="Write every cell's figures: FILE.csv or FILE.parquet.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Write every cell's figures, while cells end: FILE.csv or FILE.parquet.")
+    ] = None,
     output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:
     """Test an engine on tiny seeded models of every architecture and weight type: a verdict for each, one line for each cause.
@@ -94,6 +96,7 @@ def conform(
     from ..conform.conform import ConformRequest
     from ..conform.conform import conform as run
     from ..conform.matrix import cells, modes_of
+    from ..conform.table import GrowingTable
     from ..run.hugging_face import HuggingFace
     from ..run.request import Request
     from ..run.sides import OurEngine
@@ -130,6 +133,11 @@ def conform(
         asking if server else None,
         theirs if side is ConformSide.HF else None,
     )
-    with Shown(output_format) as shown:
-        conformance = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), shown)
+    with GrowingTable(table) as rows, Shown(output_format) as shown:
+
+        def progress(*finished: Any) -> None:
+            rows(*finished)
+            shown(*finished)
+
+        conformance = run(ConformRequest(settings, tuple(chosen), count, cluster or ""), progress)
     raise typer.Exit(show(conformance, output_format, junit=junit, table=table))

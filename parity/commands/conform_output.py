@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,7 +28,6 @@ class Shown:
         self._bar: Any = None
         self._task: Any = None
         self._failed = False
-        self._began = monotonic()
 
     def __enter__(self) -> Self:
         if self._text and sys.stderr.isatty():

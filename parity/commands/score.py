@@ -20,11 +20,21 @@ class ScoreFormat(StrEnum):
     MARKDOWN = "markdown"
 
 
-@o.fills("model", "command", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
+@o.fills("model", "command", "server", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
 def score(
     given: o.Given,
     invocation: typer.Context,
-    text: Annotated[Path, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text to predict, such as wiki.test.raw.", show_default=False)
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(
+            "--golden",
+            help="Instead of --text and a base: golden dumps (`parity drift record`) whose logits are whole rows.",
+            show_default=False,
+        ),
+    ] = None,
     side: Annotated[
         o.Side | None,
         typer.Option("--side", help="ours (default), or ref: llama.cpp itself, for instance to see what --mode native loses."),
@@ -55,14 +65,19 @@ def score(
         ScoreFormat, typer.Option("--format", help="text for people, json, or markdown to paste into a pull request.")
     ] = ScoreFormat.TEXT,
 ) -> None:
-    """Perplexity, KL divergence and same-top rate of your engine (or ours, or llama.cpp in native mode) over a text.
+    """Perplexity, KL divergence and same-top rate of an engine, a server, our engine or llama.cpp in native mode over a text.
 
-    The base is llama.cpp in exact mode on the same model, --base-model, or a --base file. The figures are defined as in
-    llama-perplexity --kl-divergence, and take one row of logits at a time.
+    The base is llama.cpp in exact mode on the same model, --base-model, a --base file, or --golden dumps. The figures are defined as in
+    llama-perplexity --kl-divergence, and take one row of logits at a time. A server lists its most probable tokens only: KL is then a
+    lower bound.
 
       parity score --text wiki.test.raw --model M.gguf --exec "./engine {model} {tokens} {out}"
 
       parity score --text wiki.test.raw --model M-Q4_K_M.gguf --base-model M-F16.gguf --side ref --mode native
+
+      parity score --text wiki.test.raw --model M.gguf --server http://127.0.0.1:8080 --server-top 20 --context 256
+
+      parity score --golden golden --exec "./engine {model} {tokens} {out}"
 
     Exits 0 whatever the figures are; with --explain-worst, 1 if the worst position is a divergence.
     """
@@ -70,20 +85,47 @@ def score(
     from ..run.sides import EXEC, OURS
     from ..score.score import ScoreRequest
     from ..score.score import score as run
-    from .score_output import check_explained, explained, explained_quietly, show
+    from .score_output import check_explained, explained, explained_quietly, opened_server, show, with_golden_model
 
-    if sum(chosen is not None for chosen in (given["command"], side)) > 1:
-        raise InputError("Both --exec and --side were given.", "Take one of them.", code="usage")
-    if sum((base is not None, base_model is not None, alone)) > 1:
-        raise InputError("more than one base was given.", "Take one of --base, --base-model and --alone.", code="usage")
+    server = given.pop("server")
+    if sum(chosen is not None for chosen in (given["command"], side, server)) > 1:
+        raise InputError("more than one side was given.", "Take one of --exec, --server and --side.", code="usage")
+    if (text is None) == (golden is None):
+        problem = "no text was given" if text is None else "both --text and --golden were given"
+        raise InputError(f"{problem}.", "Take --text FILE, or --golden FOLDER for the prompts recorded there.", code="usage")
+    if sum((base is not None, base_model is not None, alone, golden is not None)) > 1:
+        raise InputError(
+            "more than one base was given.", "Take one of --base, --base-model, --golden and --alone.", code="usage"
+        )
+    if save_base is not None and (server is not None or golden is not None):
+        raise InputError(
+            "--save-base needs whole rows of logits over a text.", "Leave it out with --server and with --golden.", code="usage"
+        )
     if explain_worst and alone:
         raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
-    if given["command"] is not None or side is o.Side.REF:
+    if server is not None:
+        o.refuse_unused(invocation, "dump_prefix", "is for `parity run --server`")
+    if golden is not None:
+        o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")
+        given = with_golden_model(given, golden)
+    if given["command"] is not None or side is o.Side.REF or server is not None:
         o.refuse_unused(invocation, "backend devices", "is for the engine that comes with parity")
     if given["command"] is None:
         o.refuse_unused(invocation, "names offset compute", "is for an engine of yours", "Give its command with --exec.")
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
-    request = ScoreRequest(Request(**given), text, source, context, chunks, base, base_model, save_base, alone)
+    request = ScoreRequest(
+        Request(**given),
+        text,
+        source,
+        context,
+        chunks,
+        base,
+        base_model,
+        save_base,
+        alone,
+        golden,
+        None if server is None else opened_server(server, given["model"]),
+    )
 
     def progress(done: int, total: int, perplexity: float) -> None:
         if sys.stderr.isatty():
@@ -97,11 +139,11 @@ def score(
     answer: dict[str, Any] | None = None
     if explain_worst and leading and output_format is not ScoreFormat.TEXT:
         try:
-            answer, code = explained_quietly(request.run, source, leading)
+            answer, code = explained_quietly(request.run, source, leading, server)
         except ParityError as error:  # the figures, which may have taken hours, are printed nevertheless
             answer = {"error": {"code": error.code, "message": error.message, "advice": error.advice}}
             code = error.exit_code
     show(scored, output_format.value, answer)
     if explain_worst and leading and output_format is ScoreFormat.TEXT:
-        code = explained(request.run, source, leading)
+        code = explained(request.run, source, leading, server)
     raise typer.Exit(code)

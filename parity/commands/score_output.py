@@ -1,7 +1,10 @@
 """What `parity score` prints, and the comparison at the worst position."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import InputError
@@ -11,8 +14,12 @@ from .output import DIVERGENCE_CODE, PARITY_CODE
 
 if TYPE_CHECKING:
     from checkpoints.answers.score import Scored
+    from checkpoints.answers.server import ServerAnswer
+    from reference.client import Reference
 
     from ..run.request import Request
+    from ..score.predictions import Predictor
+    from ..server.session import ServerRequest
 
 
 def show(score: "Scored", output_format: str, explained: "dict[str, Any] | None" = None) -> None:
@@ -48,11 +55,37 @@ def check_explained(source: str) -> None:
         )
 
 
-def explained(run: "Request", source: str, leading: tuple[int, ...]) -> int:
+def with_golden_model(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same request with the model of golden dumps, if none was named.
+
+    Raises:
+        InputError: the folder is not one of golden dumps, or its model is another one or not there.
+    """
+    from ..drift.golden import load
+    from ..models import embedded
+
+    return given | {"model": load(folder).model_path(None if given["model"] == embedded.path() else given["model"])}
+
+
+def opened_server(server: "ServerRequest", model: Path) -> "Callable[[Reference, int], Predictor]":
+    """What makes a server a side of a score."""
+    from ..server.scoring import ServerPredictions
+
+    return partial(ServerPredictions, server, model)
+
+
+def explained(run: "Request", source: str, leading: tuple[int, ...], server: "ServerRequest | None" = None) -> int:
     """Run both sides along the tokens that lead to the worst position, print what is found, and return the exit code."""
     from ..run.sides import EXEC
 
     request = _along(run, leading)
+    if server is not None:
+        from reports import server as room
+
+        from .output import answer
+
+        print()
+        return answer(_server_there(request, server), room, Format.TEXT)
     if source == EXEC:
         from reference.client import Reference
 
@@ -66,11 +99,18 @@ def explained(run: "Request", source: str, leading: tuple[int, ...]) -> int:
     return finish(compared(replace(request, points="all")), Format.TEXT)
 
 
-def explained_quietly(run: "Request", source: str, leading: tuple[int, ...]) -> "tuple[dict[str, Any], int]":
+def explained_quietly(
+    run: "Request", source: str, leading: tuple[int, ...], server: "ServerRequest | None" = None
+) -> "tuple[dict[str, Any], int]":
     """The same as JSON, with the exit code."""
     from ..run.sides import EXEC
 
     request = _along(run, leading)
+    if server is not None:
+        from reports import server as room
+
+        found = _server_there(request, server)
+        return room.as_json(found), PARITY_CODE if found else DIVERGENCE_CODE
     if source == EXEC:
         from reference.client import Reference
 
@@ -87,6 +127,18 @@ def explained_quietly(run: "Request", source: str, leading: tuple[int, ...]) -> 
     return verdict_as_json(outcome.verdict) | {"folder": str(outcome.folder)}, (
         PARITY_CODE if outcome.verdict else DIVERGENCE_CODE
     )
+
+
+def _server_there(request: "Request", server: "ServerRequest") -> "ServerAnswer":
+    """The server's predictions up to the worst position and what explains them; it is asked as `parity run --server` does, by text."""
+    from reference.client import Reference
+
+    from ..server.scoring import text_of
+    from ..server.session import compare_server
+
+    with Reference(threads=request.threads, verbose=request.verbose) as reference:
+        text = text_of(request.tokens or (), request.model, reference)
+        return compare_server(replace(request, prompt=text, tokens=None), server, reference=reference)
 
 
 def _along(run: "Request", leading: tuple[int, ...]) -> "Request":

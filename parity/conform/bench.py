@@ -214,6 +214,7 @@ class Bench:
             nmse=None if worst is None else worst.nmse,
             of_limit=None if worst is None else worst.of_limit,
             worst="" if worst is None else worst.checkpoint,
+            rope=self._models.rope(request.model),
         )
         if verdict:
             return result

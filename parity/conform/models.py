@@ -60,14 +60,23 @@ class Models:
         return self._of_type(architecture, kind, wide=False)
 
     def points(self, model: Path) -> str:
-        """Every point of a model, with commas, in a file beside it: llama.cpp builds its graph once to list them."""
+        """Every point of a model, with commas."""
+        return self._described(model)[0]
+
+    def rope(self, model: Path) -> str:
+        """Which elements RoPE rotates with each other: "NORM", "NEOX", …; "" where it rotates none."""
+        return self._described(model)[1]
+
+    def _described(self, model: Path) -> tuple[str, str]:
+        """Points and RoPE, from a file beside the model: llama.cpp builds its graph once to list them."""
         kept = model.with_suffix(".points")
         try:
-            return kept.read_text(encoding="utf-8")
-        except OSError:
-            names = ",".join(name for name, _ in self._reference.describe(model).points)
-            put(kept, names.encode())
-            return names
+            names, rope = kept.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError):
+            described = self._reference.describe(model)
+            names, rope = ",".join(name for name, _ in described.points), described.rope
+            put(kept, f"{names}\n{rope}".encode())
+        return names, rope
 
     def _of_type(self, architecture: str, kind: str, *, wide: bool) -> Path:
         out = self._named(architecture, kind, wide=wide)

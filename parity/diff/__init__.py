@@ -1,1 +1,1 @@
-"""`parity diff`: two dumps through one pipeline to a verdict."""
+"""`parity diff`: one pipeline from two dumps to a verdict."""

@@ -1,6 +1,6 @@
-"""Holds every measured record against its limit: the table's, the one that earlier layers' noise sets, and what noise excuses."""
+"""Compares every measured record with its limit: the table's, one set by the noise of earlier layers, or one raised for noise."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,23 +21,27 @@ from .truth import BOTH, FEW_ENTRIES, NO_COARSE_ROUNDING, NO_ROUNDING, ROUNDING,
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-# NMSE behind ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at the
+# NMSE after ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at the
 # operation (parity/diff/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six prompts each of 4
 # to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
 # divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
 TABLE = FEW_ENTRIES
-# How far over the table's limit lower arithmetic may grow: twice what was measured (`_grown`).
+# The factor by which lower arithmetic's error may grow over the table's limit: twice what was measured (`_grown`).
 GROWN = 25.0
 
 
 @dataclass(frozen=True)
 class Held:
-    """Of each record, [R]: its NMSE limit, its error in proportion to it, and whether that is above 1."""
+    """For each record, [R]: its NMSE limit, its error in proportion to the limit, and whether that is above 1.
+
+    `excused` records are over the table's limit and pass by an assumption about rounding.
+    """
 
     limit: Floats
     of_limit: Floats
     failed: Bools
     notes: tuple[str, ...] = ()
+    excused: int = 0
 
 
 def hold(
@@ -49,12 +53,12 @@ def hold(
     truth: Truth | None = None,
     lower_arithmetic: bool = False,
 ) -> Held:
-    """Hold every record against its limit.
+    """Compare every record with its limit.
 
     Args:
-        excuse_noise: records where float32's own rounding is amplified are let pass: by `truth` where that is known, else by how
+        excuse_noise: let records pass at which float32's own rounding is amplified: by `truth` if that is known, else by how
             rare they are.
-        lower_arithmetic: the limits are the table's for an arithmetic below float32, in exact mode.
+        lower_arithmetic: whether the limits are the table's for an arithmetic below float32, in exact mode.
     """
     limit = _limit_of_each(measured, allowed)
     behind = np.zeros(len(limit), dtype=np.bool_)
@@ -64,6 +68,7 @@ def hold(
     of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     tabled = (of_limit <= 1) & (measured.measures.nmse > usual)
     notes: tuple[str, ...] = ()
+    assumed = tabled
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
         higher = None if truth is None else _by_truth(measured, limit, truth)
         if higher is not None:
@@ -72,6 +77,7 @@ def hold(
             limit, notes = excused(
                 model, measured.point, measured.seq, measured.token_idx, measured.measures.nmse, of_limit, limit
             )
+            assumed = assumed | (measured.measures.nmse > usual)
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     elif excuse_noise and lower_arithmetic:
         limit, notes = _grown(measured, limit, of_limit, model)
@@ -80,11 +86,12 @@ def hold(
         limit = _no_worse(measured, limit, of_limit, model)
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     failed = of_limit > 1
-    return Held(limit, of_limit, failed, (*_of_the_table(measured.measures.nmse, tabled, failed, behind), *notes))
+    notes = (*_of_the_table(measured.measures.nmse, tabled, failed, behind), *notes)
+    return Held(limit, of_limit, failed, notes, int((assumed & ~failed).sum()))
 
 
 def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> list[str]:
-    """What llama.cpp's table of GELU lets pass, and that it may explain what fails, where nothing else does."""
+    """Notes on what llama.cpp's table of GELU lets pass, and on failures that it may explain if nothing else does."""
     table = "after llama.cpp's GELU (a table of float16)"
     notes: list[str] = []
     if passed.any():
@@ -101,19 +108,19 @@ def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> 
 
 
 def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
-    """Which records, bool [R], may be as far off as llama.cpp's table of GELU in float16 makes them.
+    """Which records, bool [R], may be off because of llama.cpp's table of GELU in float16.
 
-    Those of a point with such an operation between it and the compared points before it, and those whose error is inherited from them.
+    They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
     """
     made = model.whole.made
-    # What is made of such elements one by one is off as they are: where it divides by small weights, by a larger part of the row.
+    # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
     tables = set[str]()
-    for name, how in made.items():  # what a point reads stands before it
+    for name, how in made.items():  # a point comes after what it reads
         if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
             tables.add(name)
     behind = model.whole.behind(lambda name, _: name in tables)
     stretches = [model.between(name) for name in measured.names]
-    # What of such a row was not recorded may be off as well.
+    # Elements of such a row that were not recorded may be off, too.
     part = measured.names_of(np.isnan(measured.measures.nmse_row))
     at = np.array(
         [
@@ -133,9 +140,9 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> tuple[Floats, tuple[str, ...]]:
     """Every record's limit, higher where a lower arithmetic's error grew over the table's from layer to layer, and the note on it.
 
-    The table is one for all models: right engines with rounded products and activations were up to 3.1 times over it at inner points of
-    six layers of random weights, up to 11.4 times where ten values of a row were recorded (benchmarks/right_engines.py), while nothing
-    jumped.
+    The table is the same for all models: right engines with rounded products and activations were up to 3.1 times over it at inner points
+    of six layers of random weights, and up to 11.4 times where ten values of a row were recorded (benchmarks/right_engines.py), though
+    nothing jumped.
     """
     nmse = measured.measures.nmse
     above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
@@ -150,9 +157,9 @@ def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> 
 
 
 def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> Floats:
-    """Every record's limit [R], no lower than the worst error that it is made from, where nothing that it depends on fails.
+    """Every record's limit [R], no lower than the worst error among its inputs, if nothing that it depends on fails.
 
-    Limits are by point: of what attention reads from its cache, say, where one row of many is as far off as where it was made.
+    Limits are set by point, but a cached row, for instance, is as far off at the point that reads it as where it was made.
     """
     nmse = measured.measures.nmse
     above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
@@ -162,7 +169,7 @@ def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) 
 def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tuple[str, ...]] | None:
     """Every record's limit, raised where the reference itself is far from float64, and the note on it; None if that is not known.
 
-    Nothing is computed where no error is small enough to be rounding.
+    Nothing is computed if no error is small enough to be rounding.
     """
     nmse = measured.measures.nmse
     if not ((nmse > limit) & (nmse <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
@@ -199,16 +206,16 @@ def _joined(measured: Measured, found: Mapping[str, Floats]) -> Floats:
 
 
 def _compared_part(pair: Pair) -> Rows:
-    """The reference's records with what ours has of each: as many leading values, and no sketch where that has none."""
+    """The reference's records reduced to what ours has of each: as many leading values, and no sketch if ours has none."""
     ref = as_wide(pair.ref, pair.ours)
     return ref if pair.ours.sketch is not None else replace(ref, sketch=None)
 
 
 def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth) -> Floats:
-    """Limits [R] where the reference looked GELU up in a table of float16: what agrees neither with the same table nor with the exact
-    function is wrong.
+    """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
+    nor with the exact function is wrong.
 
-    An exact engine is as far from the reference as that is from the truth, and itself no further from it than float32 brings it.
+    An exact engine is as far from the reference as the reference is from the truth, and only float32's rounding away from the truth.
 
     Args:
         distance: NMSE of the reference's records from the truth. near: the records that are asked about.
@@ -226,43 +233,42 @@ def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, ne
     if (near & ~exact).any():
         apart = _joined(measured, truth.from_table(ref))
         higher = _one_entry(measured, of_table(limit, distance, apart, *keys), truth)
-    # The distance of the two, each from its own side of the truth.
+    # The distance between the two, which may be on opposite sides of the truth.
     nmse = measured.measures.nmse
     between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
     return np.where(exact, np.fmax(higher, between), higher)
 
 
 def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
-    """Limits raised where a few elements may come from the neighbouring entry of a table, [R]: those of the values alone.
+    """Limits, [R], raised where a few elements may come from the neighbouring entry of a table; only for errors of the recorded values.
 
-    Two right engines whose arguments lie on the two sides of a float16 look up different entries, and one of sixteen values then
-    counts for all of them. In a whole row few do: its estimate stays held to the limit that it has.
+    Two right engines whose arguments lie on the two sides of a rounding step look up different entries, and one of sixteen values then
+    dominates them all. In a whole row few elements do so: its estimate keeps its limit.
     """
     measures = measured.measures
     odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    concerned = measured.names_of(odd)
-    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
-    if not suspects:
+    if not odd.any():
         return limit
-    bounds = truth.one_entry(suspects)
-    known = [bounds.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs]
-    return np.where(odd, np.fmax(limit, np.concatenate(known)), limit)
+    return np.where(odd, np.fmax(limit, _asked(measured, odd, truth.one_entry)), limit)
 
 
 def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
-    """Limits raised, [R], where rounding itself is carried further than the reference's own distance shows: it may be near by luck.
+    """Limits, [R], raised where rounding is amplified more than the reference's own distance shows, which may be small by luck.
 
-    So it is where the terms of a sum cancel at one position, as a scan's do. It is asked where an error may be rounding, and nothing else.
+    That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
     """
     nmse = measured.measures.nmse
     odd = (nmse > limit) & (nmse <= ROUNDING)
-    concerned = measured.names_of(odd)
-    suspects = {pair.point: pair.ref for pair in measured.pairs if pair.point in concerned}
-    if not suspects:
+    if not odd.any():
         return limit
-    carried = truth.spread(suspects)
-    known = [carried.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs]
-    return np.where(odd, np.fmax(limit, np.minimum(BOTH * np.concatenate(known), ROUNDING)), limit)
+    return np.where(odd, np.fmax(limit, np.minimum(BOTH * _asked(measured, odd, truth.spread), ROUNDING)), limit)
+
+
+def _asked(measured: Measured, odd: Bools, known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]]) -> Floats:
+    """What is known of each record, [R], at the points of the odd ones; 0 elsewhere."""
+    concerned = measured.names_of(odd)
+    answers = known({pair.point: pair.ref for pair in measured.pairs if pair.point in concerned})
+    return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
 
 
 def _reason(coarse: bool) -> str:
@@ -271,17 +277,17 @@ def _reason(coarse: bool) -> str:
 
 
 def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
-    """Error in proportion to the limit, [R]; where equality is asked (limit 0) any error is infinite."""
+    """Error in proportion to the limit, [R]; if equality is required (limit 0) any error is infinite."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(nmse == 0, 0.0, nmse / limit)
     return np.fmax(ratio, np.where(future_mass > FUTURE_MASS, future_mass / FUTURE_MASS, 0.0))
 
 
 def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
-    """float64 [R]. Where the arithmetic is not known, the noise of the layers before sets the limit.
+    """The limit of each record, float64 [R]. If the arithmetic is not known, the noise of earlier layers sets the limit.
 
-    A whole layer that agrees shows the engine's own noise; what jumps far above it later is no noise, however small it is
-    against the loosest arithmetic. Before the first whole layer, and never above it, the loosest limit holds.
+    A whole layer that agrees shows the engine's own noise; an error that jumps far above it later is not noise, however small it is
+    compared with the loosest arithmetic. The loosest arithmetic's limit holds before the first whole layer, and is never exceeded.
     """
     chosen = np.array(
         [

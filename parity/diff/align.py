@@ -1,4 +1,4 @@
-"""Brings the records of two dumps together by their key (seq, checkpoint, token_idx).
+"""Pairs the records of two dumps by their key (seq, checkpoint, token_idx).
 
 All later stages work on arrays: a `Pair` holds the rows of one point of both sides, row i beside row i.
 """
@@ -18,14 +18,14 @@ from checkpoints.record import Dump, Rows
 from .dataflow import ordered
 from .tokens import SAME, TokenComparison
 
-_POSITION_BITS = 40  # the reader admits positions below 2^40
-# Two records of one key count as one if they differ by no more than two right float32 runs do (limit of exact mode).
+_POSITION_BITS = 40  # the reader accepts positions below 2^40
+# Two records of one key count as the same if they differ by no more than two right float32 runs (the limit of exact mode).
 _SAME = 1e-10
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Records of one point that both sides have; row i of `ours` and of `ref` have the same key."""
+    """Records of one point that both sides have; row i of `ours` and row i of `ref` have the same key."""
 
     point: str
     ours: Rows
@@ -36,8 +36,8 @@ class Pair:
 class Alignment:
     """Pairs in dataflow order, what each side lacks, and sentences for the user.
 
-    `left_out` counts the records after the position where the token sequences diverge. `may_be_empty`: no records need be left, since
-    the tokens themselves are the divergence.
+    `left_out` counts the records after the position where the token sequences diverge. `may_be_empty`: there may be no pairs at all,
+    since the tokens themselves are the divergence.
     """
 
     pairs: tuple[Pair, ...]
@@ -53,7 +53,7 @@ def align(
 ) -> Alignment:
     """Align two dumps; `step` selects among contradicting records of one key on either side.
 
-    The order is that of the dataflow, or the vocabulary's if there is none; nodes outside it come where the reference computed them.
+    The order is that of the dataflow, or the vocabulary's if there is none; other nodes come where the reference computed them.
     Records after the position where the token sequences diverge are left out.
 
     Raises:
@@ -99,7 +99,7 @@ def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pa
 
 
 def as_wide(rows: Rows, like: Rows) -> Rows:
-    """The rows with no more leading values than others have; as they are where either side lists its elements by index."""
+    """The rows with no more leading values than `like` has; unchanged if either lists its elements by index."""
     width = int(like.counts.max(initial=0))
     if rows.indices is not None or like.indices is not None or not 0 < width < rows.values.shape[1]:
         return rows
@@ -107,12 +107,12 @@ def as_wide(rows: Rows, like: Rows) -> Rows:
 
 
 def keys(rows: Rows) -> NDArray[np.int64]:
-    """int64 [R]: one number a record that orders by sequence, then position."""
+    """int64 [R]: a number for each record that sorts by sequence, then position."""
     return numbers_of(rows.seq, rows.token_idx)
 
 
 def numbers_of(seq: NDArray[np.int64], token_idx: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [R]: one number for each place, which orders by sequence, then position."""
+    """int64 [R]: a number for each (sequence, position) that sorts by sequence, then position."""
     return (seq << _POSITION_BITS) | token_idx
 
 
@@ -122,7 +122,7 @@ def place_of(number: int) -> tuple[int, int]:
 
 
 class _Lacks:
-    """What one side lacks, during counting."""
+    """Counts what one side lacks."""
 
     def __init__(self) -> None:
         self._points: list[str] = []
@@ -152,7 +152,7 @@ def _pair(name: str, left: Rows, right: Rows, lacks_ours: _Lacks, lacks_ref: _La
 
 
 def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
-    """The rows in the order of their keys, one for each key."""
+    """The rows sorted by key, one for each key."""
     key = keys(rows)
     if bool(np.all(key[1:] > key[:-1])):
         return rows

@@ -1,4 +1,4 @@
-"""The next token as each side would choose it, as far as the dumps really show it."""
+"""The next token that each side would choose, as far as the dumps really show it."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from checkpoints.tensors import TensorReader, beside
 from .align import Pair
 from .records import Records
 
-_TOP = 5  # candidates compared as a set
+_TOP = 5  # first choices that are compared as a set
 
 
 @dataclass
 class _Tally:
-    """What is known of single positions, during collection."""
+    """Collects what is known about single positions."""
 
     known: int = 0
     agree: int = 0
@@ -97,7 +97,7 @@ def overlap(ours: NDArray[np.float32], ref: NDArray[np.float32], k: int) -> floa
 
 
 def _whole(pair: Pair, records: Records) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]], list[int]]:
-    """Both sides' logits if the whole row is there, in the lines or in the tensors beside them."""
+    """Both sides' logits, and the rows, if the whole row is there, in the lines or in the tensors beside them."""
     full = pair.ours.full() & pair.ref.full() & (pair.ours.counts == pair.ref.counts)
     rows = np.flatnonzero(full).tolist()
     if rows:
@@ -135,7 +135,7 @@ def _from_tokens(records: Records, settled: set[tuple[int, int]], tally: _Tally)
     for token in records.ref.tokens:
         place = (token.seq, token.token_idx)
         other = mine.get(place)
-        # The token at `until` itself was still chosen after the same tokens.
+        # The token at `until` was itself still chosen after the same tokens.
         if other is None or place in settled or (until is not None and token.token_idx > until):
             continue
         settled.add(place)

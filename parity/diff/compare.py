@@ -1,4 +1,7 @@
-"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge."""
+"""The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge.
+
+What only a difference needs is imported where one shows: most comparisons agree, and importing takes longer than comparing.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,30 +14,27 @@ from checkpoints.record import Dump, Header, Rows
 
 from .against_limits import hold
 from .align import Pair, align
-from .consumers import Judged, judged
 from .dataflow import dataflow_of, flow, upstream, without_mask
-from .eight_bits import looks_like_eight_bits, suspicion
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from .measure import Measures, measured
 from .offsets import Placed, elsewhere, place
 from .picture import picture
-from .records import Records
+from .records import Judged, Records
 from .routing import as_sets, routed
 from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
 from .truth import Truth
-from .undecided import undecided
 
 
 @dataclass(frozen=True)
 class Options:
     """How to compare.
 
-    `tolerance`: one NMSE limit for everything. `compute`: arithmetic of our side (f32, tf32, f16, bf16, q8) where its header
-    does not state it. `strict`: records that one side lacks are a divergence, and so is a record that differs, whatever is
-    computed from it. `step`: which of several contradicting records of one key to use.
+    `tolerance`: one NMSE limit for everything. `compute`: the arithmetic of our side (f32, tf32, f16, bf16, q8), if its header
+    does not state it. `strict`: a record that one side lacks is a divergence, and so is every record that differs, even if all that is
+    computed from it agrees. `step`: the forward pass whose record is used if records of one key contradict each other.
     `placed`: the caller knows that both sides count positions alike; otherwise an offset is searched for unless something states it.
-    `limits`: those to apply instead of the table's. `truth`: provides the model's values in float64.
+    `limits`: limits to apply instead of the table's. `truth`: provides the model's values in float64.
     """
 
     tolerance: float | None = None
@@ -86,10 +86,14 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
         return _comparison(ours, ref, options, parted)
     if first is None or options.strict or options.limits is not None:
         return compared
+    from .eight_bits import looks_like_eight_bits, suspicion
+
     if looks_like_eight_bits(records):
         return replace(compared, verdict=suspicion(compared.verdict))
     if options.tolerance is not None or options.truth is not None:
         return compared
+    from .undecided import undecided
+
     return replace(compared, verdict=undecided(records, compared.verdict))
 
 
@@ -102,7 +106,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
     errors = as_sets(measured(alignment, ours, ref))
-    unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record the columns that it masks
+    unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record masked columns
     unmasked = without_mask(ours.points) if unmasked is None else unmasked
     model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=bool(unmasked))
     lower = (
@@ -121,7 +125,9 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     routing = routed(errors, held, model, ref.points)
     held = replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes))
     verdicts = Judged(np.zeros(len(errors.point), dtype=np.bool_))
-    if not options.strict:
+    if held.failed.any() and not options.strict:
+        from .consumers import judged
+
         verdicts = judged(errors, held, model, ours, ref)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
@@ -156,6 +162,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         left_out=alignment.left_out,
         strict=options.strict,
         stated=(options.compute or (ours.header.compute if ours.header is not None else "")).lower(),
+        excused=held.excused,
         notes=(
             *((placed.note,) if placed.note else ()),
             *elsewhere(ours, ref, wrong),
@@ -189,9 +196,13 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
         notes.append(
             f"values are printed in steps of up to {step:.0e}: smaller differences cannot be seen (%.9g prints all digits)"
         )
-    both = int(((measures.nonfinite_ours > 0) & (measures.nonfinite_ref > 0)).sum())
-    if both:
-        notes.append(f"{both} records have NaN or infinities on both sides: those elements are not compared")
+    both = np.flatnonzero((measures.nonfinite_ours > 0) & (measures.nonfinite_ref > 0))
+    if len(both):
+        ends = np.cumsum([len(pair.ours) for pair in pairs])
+        first = pairs[int(np.searchsorted(ends, both[0], side="right"))].point
+        notes.append(
+            f"NaN or infinities on both sides in {len(both)} records, the first at {first}: those elements are not compared"
+        )
     other = [pair.point for pair in pairs if _lengths(pair)]
     if other:
         notes.append(
@@ -201,7 +212,7 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
-    # Fingerprints say it better, and a foreign engine may give its file's path (of the twin, say) for a name.
+    # Fingerprints are more reliable, and a foreign engine may give its file's path (the twin's, for instance) as the name.
     named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
     return [
         ("mode", left.mode, right.mode),

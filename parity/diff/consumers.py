@@ -1,9 +1,7 @@
-"""The operation or the record? Where everything that is made from a wrong record agrees, the operation is right.
+"""Is the operation wrong, or the record? If everything that is made from a wrong record agrees, the operation is right.
 
-What was recorded is then another layout, another moment or another point than its name says.
+The record then shows another layout, another moment or another point than its name says.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,39 +15,28 @@ from .dataflow import Flow
 from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
+from .records import Judged
 from .same_vector import alike
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-# A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, where
-# the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides what is wrong in it.
+# A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, if
+# the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides its error.
 _BELOW = 100.0
-# Share of an error's energy that is neither a factor nor a constant, from which on a norm behind it shows it. A choice: what is left of a
-# scaled row is rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
+# If at least this share of an error's energy is neither a factor nor a constant, a norm after it still shows it. A choice: a scaled row
+# leaves only rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
 _LEFT = 0.25
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Which records of ours show something else than the point that they are named after, bool [R], and what they show."""
-
-    otherwise: Bools
-    faults: tuple[RecordFault, ...] = ()
-    undecided: frozenset[str] = frozenset()  # points that differ, and of which nothing that is made from them does
-
-
 def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
-    """Hold every failing point against what is made from it."""
-    otherwise = np.zeros(len(measured.point), dtype=np.bool_)
-    if not held.failed.any():
-        return Judged(otherwise)
+    """Judge every failing point by what is made from it."""
     return _Consumers(measured, held, model, ours, ref).judged()
 
 
 class _Consumers:
-    """From the last point to the first: what is made from a point is judged before it."""
+    """Judges points from the last to the first, so that what is made from a point is judged before it."""
 
     def __init__(self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
         self._found, self._held, self._model, self._ours, self._ref = measured, held, model, ours, ref
@@ -60,7 +47,7 @@ class _Consumers:
         self._at: dict[str, dict[tuple[int, int], int]] = {}
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
         self._energy = _energies(measured)
-        self._hidden: set[str] = set()  # points whose error a norm behind them leaves nothing of
+        self._hidden: set[str] = set()  # points whose error a norm after them removes
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
 
@@ -72,7 +59,7 @@ class _Consumers:
             rows = self._rows[self._place[name]]
             wrong = rows[self._held.failed[rows]]
             if not len(wrong) or not (np.isfinite(self._found.measures.nmse[wrong]) | self._nan(name, wrong).any(axis=1)).all():
-                continue  # an infinity may come and go; of NaN that was not recorded nothing is known
+                continue  # an infinity may come and go; nothing is known of NaN that was not recorded
             decided = self._decisions(name, wrong)
             if decided is None:
                 continue
@@ -85,7 +72,7 @@ class _Consumers:
         return Judged(self._otherwise, tuple(reversed(faults)), frozenset(undecided))
 
     def _nan(self, name: str, wrong: Ints) -> Bools:
-        """Where the values of these records are NaN and the reference's are not, bool [len(wrong), N]."""
+        """The values of these records that are NaN though the reference's are not: bool [len(wrong), N]."""
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         width = min(ours.values.shape[1], ref.values.shape[1])
@@ -93,7 +80,7 @@ class _Consumers:
         return np.asarray(np.isnan(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
 
     def _shows_nan(self, name: str, child: str, record: int, other: int) -> bool:
-        """Whether NaN at the place of a record's first one would show in what was recorded of a consumer."""
+        """Whether NaN at the element of a record's first one would show in the recorded values of a consumer."""
         if not (np.isnan(self._found.measures.nmse_row[other]) or self._found.measures.bound[other]):
             return True
         parent, consumer = (self._found.pairs[self._place[point]] for point in (name, child))
@@ -103,7 +90,7 @@ class _Consumers:
         n, of = (pair.ref.stats.get("n") for pair in (parent, consumer))
         alike = n is not None and of is not None and n[above] == of[below]
         place = int(self._nan(name, np.array([record]))[0].argmax())
-        # The first element is made of the first one, however a narrow row is spread over a wide one.
+        # The first element is made from the first one, however a narrow row is spread over a wide one.
         return place == 0 or bool(alike and place < min(consumer.ours.counts[below], consumer.ref.counts[below]))
 
     def _reading(self, name: str, wrong: Ints) -> Reading | None:
@@ -118,7 +105,7 @@ class _Consumers:
         return layout
 
     def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
-        """For each wrong record of a point, whether what is made from it decides; None where something made from it is wrong, too."""
+        """For each wrong record of a point, whether what is made from it decides; None if something made from it is wrong, too."""
         children = self._model.children[name]
         if not children:
             return None
@@ -134,29 +121,29 @@ class _Consumers:
         """Whether what is made from a point shows that its wrong records are no fault of the operation."""
         if read is not None:
             return any(decided)
-        # Without a reading nothing is taken for granted: all positions, and nothing that a soft max may have hidden.
+        # Without a reading the proof must be complete: all positions, and no consumer behind a soft max, which may hide the error.
         children = self._model.children[name]
         behind = any(self._model.hidden(name, child) for child in children)
         return all(decided) and not behind
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
-        """Whether everything made from a record agrees and would not if it were wrong; None where something made from it is wrong."""
+        """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong."""
         decided, told, hidden = True, False, False
         for child in children:
             other = self._record(child, record)
             if other is None:
                 decided = False
             elif self._otherwise[other]:
-                told = True  # judged by what is made from it in turn
+                told = True  # judged in turn by what is made from it
             elif self._held.failed[other]:
                 return None
-            elif not np.isfinite(self._found.measures.nmse[record]):  # NaN: what is made from it would have it, too
+            elif not np.isfinite(self._found.measures.nmse[record]):  # what is made from NaN would be NaN, too
                 if self._shows_nan(name, child, record, other) and self._model.reaches(name, child, self._model.carries_nan):
                     told = True
                 else:
                     decided = False
             elif self._hidden_by_a_norm(name, child, record):
-                hidden = True  # says nothing, where a residual sum beside it does
+                hidden = True  # it says nothing, but a residual sum beside it does
                 self._hidden.add(name)
             elif self._telling(name, child, record, other):
                 told = True
@@ -172,14 +159,14 @@ class _Consumers:
         return self._at[name].get((int(self._found.seq[like]), int(self._found.token_idx[like])))
 
     def _telling(self, name: str, child: str, record: int, other: int) -> bool:
-        """Whether a consumer that agrees would not if the record were wrong: its error is far smaller, and it sees what is wrong."""
+        """Whether an agreeing consumer would differ if the record were wrong: its error is far smaller, and it sees the wrong elements."""
         measures = self._found.measures
         error, left = float(measures.nmse[record]), float(measures.nmse[other])
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
         if operations & CHOICES:
-            return False  # the same experts are chosen by many other scores
+            return False  # many other scores choose the same experts
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
@@ -187,11 +174,9 @@ class _Consumers:
         seen = measures.nmse_slice[record] * _BELOW > self._held.limit[record]
         if operations <= ELEMENTWISE and seen:
             return True
-        if (
-            operations <= ELEMENTWISE | NORMS and seen
-        ):  # a norm scales each element alike: what it makes of wrong elements is wrong
+        if operations <= ELEMENTWISE | NORMS and seen:  # a norm scales all elements alike: wrong elements stay wrong
             return True
-        # What is mixed further down, by weights or by attention's products, sees the whole row.
+        # A later mix, by weights or attention's products, sees the whole row.
         return any(
             self._agrees(further, record)
             for further in self._model.children[child]
@@ -203,13 +188,13 @@ class _Consumers:
         return bool(operations & NORMS) and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record)
 
     def _removed_by_a_norm(self, name: str, record: int) -> bool:
-        """Whether a record is off by a factor and a constant: a norm behind it leaves nothing of that, and its agreement says nothing."""
+        """Whether a record is off by a factor and a constant only: a norm after it removes those, so that its agreement says nothing."""
         pair, row = self._found.pairs[self._place[name]], int(self._found.row[record])
         count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
         values = pair.ref.values[row, :count].astype(np.float64)
         delta = pair.ours.values[row, :count] - values
         if not (np.isfinite(delta).all() and delta.any()):
-            return True  # what is wrong was not recorded
+            return True  # the wrong elements were not recorded
         removed = np.stack([values, np.ones(count)], axis=1)
         left = delta - removed @ np.linalg.lstsq(removed, delta, rcond=None)[0]
         return float(left @ left) < _LEFT * float(delta @ delta)
@@ -252,7 +237,7 @@ class _Consumers:
 
 
 def _energies(measured: Measured) -> Floats:
-    """‖b‖² of the reference's whole rows, [R]; where it is not recorded, of the slice."""
+    """‖b‖² of the reference's whole rows, [R]; of the slice if it is not recorded."""
     energies: list[Floats] = []
     for pair in measured.pairs:
         values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)

@@ -1,4 +1,4 @@
-"""What depends on what among the compared points: which errors are origins, which are inherited, and what lies between two points.
+"""Dependencies among the compared points: which errors are origins, which are inherited, and what lies between two points.
 
 The value at (point p, position t) depends on every point that p is made from, directly or not, at positions ≤ t.
 """
@@ -27,7 +27,7 @@ _FUNCTIONS_OF_NAN = frozenset(
 
 @dataclass(frozen=True)
 class Upstream:
-    """Of everything that a record depends on, [R]: the worst NMSE, and whether any of it failed."""
+    """For each record, [R]: the worst NMSE of everything that it depends on, and whether any of that failed."""
 
     worst: Floats
     failed: Bools
@@ -37,8 +37,8 @@ class Upstream:
 class Stretch:
     """What lies between a point and the compared points before it.
 
-    `inputs` are the compared points that it begins with; `unrecorded` those in between that could be recorded as well. `nodes` are
-    all nodes of it, the point itself first: their operations make the point of its inputs.
+    `inputs` are the compared points that it begins with; `unrecorded` are points in between that could be recorded, too. `nodes` are
+    all nodes of the stretch, the point itself first: their operations make the point from its inputs.
     """
 
     inputs: tuple[str, ...]
@@ -48,9 +48,9 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Flow:
-    """A model's dataflow as seen from some of its points, those that are compared: `names`, in the order of computation.
+    """A model's dataflow reduced to the compared points: `names`, in the order of computation.
 
-    `known` is False where no dump says how points are made, and the order of the vocabulary stands in. `unmasked`: every position sees all
+    `known` is False if no dump says how points are made, and the vocabulary's order is used instead. `unmasked`: every position sees all
     others, as in an encoder.
     """
 
@@ -60,7 +60,7 @@ class Flow:
     unmasked: bool = False
 
     def sees_later(self, name: str) -> bool:
-        """Whether the attention that a point is made of has no causal mask."""
+        """Whether the attention that a point is made from has no causal mask."""
         return self.unmasked or name.startswith(ENCODER)
 
     @cached_property
@@ -78,18 +78,20 @@ class Flow:
         for name, how in self.whole.made.items():
             behind = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
             nearest[name] = tuple(dict.fromkeys(behind))
-        for number, name in enumerate(self.names):  # what the dataflow does not know follows on what stands before it
+        for number, name in enumerate(
+            self.names
+        ):  # a point that the dataflow does not know is taken to be made from the one before it
             nearest.setdefault(name, self.names[number - 1 : number])
         return {name: nearest[name] for name in self.names}
 
     @cached_property
     def children(self) -> dict[str, tuple[str, ...]]:
         """The nearest compared points that are made from each compared point."""
-        found: dict[str, list[str]] = {name: [] for name in self.names}
+        children_of: dict[str, list[str]] = {name: [] for name in self.names}
         for name, parents in self.parents.items():
             for other in parents:
-                found[other].append(name)
-        return {name: tuple(children) for name, children in found.items()}
+                children_of[other].append(name)
+        return {name: tuple(children) for name, children in children_of.items()}
 
     def ancestors(self, name: str) -> set[str]:
         """All compared points that a compared point depends on."""
@@ -100,7 +102,7 @@ class Flow:
         return _closure(name, self.children)
 
     def between(self, name: str) -> Stretch | None:
-        """Back from a compared point to the compared points before it; None for a point that the dataflow does not know."""
+        """The stretch from a compared point back to the compared points before it; None if the dataflow does not know the point."""
         if name not in self.whole.made:
             return None
         waiting, inputs, unrecorded, nodes = [name], list[str](), list[str](), [name]
@@ -120,11 +122,11 @@ class Flow:
         return Stretch(tuple(inputs), tuple(unrecorded), tuple(nodes))
 
     def path(self, above: str, below: str) -> set[str]:
-        """All nodes on the ways from a compared point to one that is made from it with no other compared one in between; with the last."""
+        """All nodes on the paths from a compared point to one made from it with no other compared one in between, the last included."""
         stretch = self.between(below)
         on_the_way: set[str] = set()
         nodes = sorted(stretch.nodes, key=self._place.__getitem__) if stretch is not None else []
-        for name in nodes:  # what a node reads stands before it
+        for name in nodes:  # a node comes after what it reads
             if any(other == above or other in on_the_way for other in self.whole.made[name].reads):
                 on_the_way.add(name)
         return on_the_way
@@ -146,11 +148,11 @@ class Flow:
         return how.op == "FLASH_ATTN_EXT"
 
     def hidden(self, above: str, below: str) -> bool:
-        """Whether every way from one point to another one leads through the soft max of attention, which may hide an error."""
+        """Whether every path from one point to another leads through the soft max of attention, which may hide an error."""
         return not self.reaches(above, below, lambda name: not self.attends(name))
 
     def reaches(self, above: str, below: str, passes: Callable[[str], bool]) -> bool:
-        """Whether a way leads from one point to another one on which every node, the last one included, is one that `passes`."""
+        """Whether there is a path from one point to another on which `passes` is true of every node, the last one included."""
         reached, waiting = {above}, [above]
         while waiting:
             for other in self.whole.readers.get(waiting.pop(), ()):
@@ -160,9 +162,9 @@ class Flow:
         return below in reached
 
     def carries_nan(self, name: str) -> bool:
-        """Whether what makes a node turns NaN in the leading values of an operand into NaN in its own leading values.
+        """Whether a node's operation turns NaN in the leading values of an operand into NaN in its own leading values.
 
-        Left out are functions that compare (ReLU, bounds), attention, caches, and whatever takes or moves parts of rows.
+        Functions that compare (ReLU, bounds), attention, caches, and operations that take or move parts of rows do not count.
         """
         how = self.whole.made[name]
         if how.op == "MUL_MAT":
@@ -170,7 +172,7 @@ class Flow:
         return how.op in _CARRY_NAN or how.function in _FUNCTIONS_OF_NAN
 
     def mixes(self, above: str, below: str) -> bool:
-        """Whether a product with weights lies on a way between two points: each element of the lower is then made of whole rows."""
+        """Whether a product with weights lies on a path between two points: each element of the lower is then made from whole rows."""
         nodes = [self.whole.made[name] for name in self.path(above, below) if name in self.whole.made]
         return any(how.op in ("MUL_MAT", "MUL_MAT_ID", "OUT_PROD") and (how.weights or len(how.reads) == 1) for how in nodes)
 
@@ -191,7 +193,7 @@ def _closure(name: str, step: dict[str, tuple[str, ...]]) -> set[str]:
 
 
 def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]]:
-    """The dataflow that a dump's header gives, the reference's first; None where neither does. Sentences for the user besides."""
+    """The dataflow that a dump's header gives, preferably the reference's; None if neither does. Also sentences for the user."""
     for dump in (ref, ours):
         if dump.header is not None and dump.header.dataflow:
             try:
@@ -202,7 +204,7 @@ def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]
 
 
 def ordered(names: Collection[str], whole: Dataflow | None) -> list[str]:
-    """Names in the order of computation; what the dataflow does not know stays behind the name before it."""
+    """Names in the order of computation; a name that the dataflow does not know stays after the name before it."""
     listed = order(names)
     if whole is None:
         return listed
@@ -217,14 +219,14 @@ def ordered(names: Collection[str], whole: Dataflow | None) -> list[str]:
 
 
 def flow(names: Sequence[str], whole: Dataflow | None = None, n_layers: int | None = None, *, unmasked: bool = False) -> Flow:
-    """The dataflow of compared points; without a whole one that of the vocabulary's order."""
+    """The dataflow of compared points; without `whole`, by the vocabulary's order."""
     return Flow(whole or of_vocabulary(names, n_layers), tuple(names), whole is not None, unmasked)
 
 
 def without_mask(points: Mapping[str, Rows]) -> bool | None:
     """Whether attention has no causal mask: the scores of all positions of the first pass have as many columns.
 
-    None where no scores tell it: none are recorded, their shape is not known, or the first pass has one position only.
+    None if no scores show it: none are recorded, their shape is not known, or the first pass has only one position.
     """
     for name, rows in points.items():
         if not of_scores(name) or name.startswith(ENCODER) or "cross" in name:
@@ -250,7 +252,7 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
     for sequence in sorted(set(seq.tolist())):  # np.unique would import numpy.ma, 20 ms
         places, place = np.unique(token_idx, return_inverse=True)
         nothing = _Front(np.zeros(len(places)), np.zeros(len(places), dtype=np.bool_))
-        # Running maxima over positions, of each point with all that it depends on.
+        # Running maxima over positions, for each point together with all that it depends on.
         fronts: dict[str, _Front] = {}
         for number, name in enumerate(model.names):
             rows = np.arange(starts[number], starts[number + 1])
@@ -259,7 +261,7 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
             at = place[rows]
             worst[rows], spoiled[rows] = above.worst[at], above.failed[at]
             front = _Front.of(at, nmse[rows], failed[rows], len(places))
-            # Every position of an encoder, and of its decoder, sees all of the encoder's.
+            # Every position of an encoder, and of its decoder, sees all of the encoder's positions.
             front = front.everywhere() if model.sees_later(name) else front
             fronts[name] = _join([above, front]) if len(rows) else above
     return Upstream(worst, spoiled)
@@ -279,7 +281,7 @@ class _Front:
         return _Front(np.maximum.accumulate(worst), np.logical_or.accumulate(spoiled))
 
     def everywhere(self) -> "_Front":
-        """The same where a position sees all others: what is at the last position."""
+        """The same if a position sees all others: the values at the last position, everywhere."""
         return _Front(np.full_like(self.worst, self.worst[-1:]), np.full_like(self.failed, self.failed[-1:]))
 
 

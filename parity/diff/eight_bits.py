@@ -1,7 +1,7 @@
-"""Whether the errors of a side that doesn't say its arithmetic are what 8-bit activations leave: noise, everywhere, of that size.
+"""Whether the errors of a side that doesn't state its arithmetic look like 8-bit activations: noise, everywhere, of that size.
 
-No proof: a fault can make noise of that size (LayerNorm where RMSNorm belongs does, in some models), so nothing is acquitted by it.
-The answer stays a divergence, blames no operation and says what settles it.
+This is no proof: a fault can make noise of that size (LayerNorm instead of RMSNorm does, in some models), so it acquits nothing.
+The answer stays a divergence, blames no operation and says what settles the question.
 """
 
 from dataclasses import replace
@@ -21,17 +21,17 @@ from .slices import prepare
 Floats = NDArray[np.float64]
 
 # Share of an error's energy that is along the values themselves (another scale, another epsilon) or the same at every position (a
-# constant, a bias). A choice: normal noise in the least that is judged, three positions of ten values, is above the first in 4 of 1,000
-# draws and above the second in 2; of seven positions of sixteen values none of 200,000 was.
+# constant, a bias). A choice: normal noise in the smallest sample that is judged, three positions of ten values, exceeds the first in 4
+# of 1,000 draws and the second in 2; with seven positions of sixteen values none of 200,000 did.
 _ALONG, _COMMON = 0.25, 0.7
-_POSITIONS = 3  # fewer do not tell noise from a constant
-# Positions of the first computed point may be this far apart in NMSE: twice what right engines measured, 143 of ten values a row
-# (benchmarks/right_engines.py), in round numbers. A fault of attention leaves position 0 right: a million times.
+_POSITIONS = 3  # fewer do not distinguish noise from a constant
+# The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values a row
+# (benchmarks/right_engines.py), in round numbers. A fault of attention leaves position 0 right: a ratio of a million.
 _ALIKE = 300.0
 
 
 def looks_like_eight_bits(records: Records) -> bool:
-    """Whether nothing speaks against 8-bit activations: noise from the first products on, at every position."""
+    """Whether the errors may be those of 8-bit activations: noise from the first products on, at every position."""
     errors = records.measures.nmse
     known = not records.limits.assumed or records.tokens.divergence is not None
     if known or not np.isfinite(errors).all():
@@ -40,7 +40,7 @@ def looks_like_eight_bits(records: Records) -> bool:
     wrong = typical > EXACT_FLOOR.operations
     behind = records.flow.whole.behind(lambda _, how: how.op in MIXING)
     multiplied = np.array([name in behind for name in records.names])
-    # Ids of experts are right or are others. What is made before the first layer may have rows that are no whole blocks.
+    # Ids of experts are either right or different. Values before the first layer may have rows that are not whole blocks.
     must = multiplied & np.array([parse(pair.point).layer is not None and not is_routing(pair) for pair in records.pairs])
     if not (multiplied & wrong).any() or (must & ~wrong).any() or records.failed[~multiplied[records.point]].any():
         return False
@@ -52,7 +52,7 @@ def looks_like_eight_bits(records: Records) -> bool:
 
 
 def suspicion(verdict: Verdict) -> Verdict:
-    """A divergence that may be 8-bit arithmetic: that is said, and no operation is blamed."""
+    """The verdict of a divergence that may be 8-bit arithmetic: it says so, and blames no operation."""
     note = (
         "noise from the first product on, at every position and of the size that 8-bit activations make: undeclared 8-bit "
         "arithmetic? --compute q8 allows for it, --model M.gguf measures it"

@@ -22,13 +22,13 @@ from .same_vector import SameVector, same_vector
 Ints = NDArray[np.int64]
 BLAMED = "this operation is wrong"  # the end of a sentence that names an operation
 
-# Where the error of the positions that pass is within this factor of that of those that fail, it is one error at all of them.
+# If passing positions have an error within this factor of the failing ones', it is the same error at all of them.
 _ALIKE = 30.0
 
 
 @dataclass(frozen=True)
 class First:
-    """Everything that a verdict says of the first divergence."""
+    """Everything that a verdict says about the first divergence."""
 
     divergence: Difference
     agreement: Agreement | None
@@ -39,7 +39,7 @@ class First:
 
 
 def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
-    """What explains the record `first`, the first of the first point of origin."""
+    """The explanation of record `first`, the first one of the first point of origin."""
     name = records.names[records.point[first]]
     divergence = records.difference(first)
     agreement = _last_agreement(records, first)
@@ -74,6 +74,8 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     elif settled and stretch is not None:
         operation = _operation(name, stretch)
     pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
+    if pattern is not None and pattern.code == "reference-nonfinite":
+        operation = ""
     return First(divergence, agreement, advice, wider, operation, pattern)
 
 
@@ -93,17 +95,17 @@ def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
 
 
 def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:
-    """The inputs that agree only so far as they were seen, where that leaves open whether the operation is wrong."""
+    """The inputs that agree only as far as they were seen, if that leaves open whether the operation is wrong."""
     if stretch is None:
         return []
     if records.flow.operations(stretch.nodes) <= ELEMENTWISE and records.measures.nmse_slice[first] > records.limit[first]:
-        return []  # elements that are wrong are made of the same elements of the inputs, which were seen
+        return []  # wrong elements are made from the same elements of the inputs, which were seen
     by_name = {item.checkpoint: item for item in seen}
     return [by_name[name] for name in stretch.inputs if not by_name[name].whole and not _seen_by_others(records, first, name)]
 
 
 def _seen_by_others(records: Records, first: int, name: str) -> bool:
-    """Whether another point made from `name` agrees at that position, each element of which is made of the whole row."""
+    """Whether another point agrees at that position, each element of which is made from the whole row of `name`."""
     seq, position = records.seq[first], records.token_idx[first]
     wrong = records.names[records.point[first]]
     for child in records.flow.children[name]:
@@ -116,7 +118,7 @@ def _seen_by_others(records: Records, first: int, name: str) -> bool:
 
 
 def _last_agreement(records: Records, first: int) -> Agreement | None:
-    """The last point above the first divergence; above it nothing fails at positions up to it, or it were not the first."""
+    """The last point above the first divergence; nothing above fails at positions up to it, or it would not be the first."""
     name, position = records.names[records.point[first]], records.token_idx[first]
     above = records.flow.ancestors(name)
     for number in range(int(records.point[first]) - 1, -1, -1):
@@ -131,7 +133,7 @@ def _last_agreement(records: Records, first: int) -> Agreement | None:
 
 
 def _pattern(records: Records, first: int, stretch: Stretch | None, settled: bool, twin: SameVector | None) -> Pattern | None:
-    """What the values of the point say, else what the positions do at which it is wrong."""
+    """What the point's values say, or else what the positions at which it is wrong say."""
     name = records.names[records.point[first]]
     here = np.flatnonzero(
         (records.point == records.point[first]) & (records.seq == records.seq[first]) & ~records.upstream.failed
@@ -168,6 +170,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             step=records.step[here],
             decode=records.decode[here],
             nonfinite=bool(np.any(measures.nonfinite_ours[failing] > measures.nonfinite_ref[failing])),
+            unjudged=_unjudged(records, failing),
             leak=bool(np.any(measures.future_mass[failing] > FUTURE_MASS)),
             drifted=not records.fresh()[failing].any(),
             settled=settled,
@@ -180,27 +183,36 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     )
 
 
+def _unjudged(records: Records, failing: Ints) -> bool:
+    """Whether all that fails are NaN or infinities of the reference's that ours has not, or that are NaN in both."""
+    measures = records.measures
+    theirs = measures.nonfinite_ref[failing] > 0
+    return bool((theirs & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
+        np.isinf(measures.nmse[failing]).all()
+    )
+
+
 def _differs(records: Records, name: str, like: Ints) -> bool:
     """Whether records of a point fail at the positions of others."""
     here = (records.point == records.names.index(name)) & np.isin(records.token_idx, records.token_idx[like])
     return bool((here & records.failed).any())
 
 
-# An edge (a window's, the cache's, RoPE's) parts right positions from wrong ones: these have noise, 1e-12 or so, and those an error beyond
-# the limit of 1e-10. An error that grows from position to position has less than this factor between two neighbours at the limit.
+# An edge (a window's, the cache's, RoPE's) separates right positions from wrong ones: the right ones have noise, 1e-12 or so, the wrong
+# ones an error beyond the limit of 1e-10. An error that grows from position to position has less than this factor between two neighbours.
 _EDGE = 30.0
 _COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
 
 
 def _gradual(records: Records, here: Ints) -> bool:
-    """Whether the error grows over the limit: the last position that passes, in front of the first that fails, is nearly as wrong."""
+    """Whether the error gradually grows over the limit: the last position that passes before the first that fails is nearly as wrong."""
     errors, failed = records.measures.nmse[here], records.failed[here]
     at = int(failed.argmax())
     return at > 0 and not failed[:at].any() and bool(errors[at] <= _EDGE * errors[:at].max())
 
 
 def _alike(records: Records, here: Ints, failing: Ints) -> bool:
-    """Whether positions that pass have an error of the size of those that fail, all of it as small as rounding is."""
+    """Whether passing positions have an error of the same size as failing ones, all of them as small as rounding."""
     right = np.setdiff1d(here, failing)
     errors = records.measures.nmse
     if len(right) < 2 or not records.limits.assumed or float(errors[failing].max()) > LARGEST_ROUNDING:

@@ -1,4 +1,6 @@
-"""From the numbers of all records to one answer: where the sides first part, what explains it, what to record next."""
+"""From the numbers of all records to one answer: where the sides first diverge, what explains it, what to record next."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +21,12 @@ from checkpoints.answers.diff import (
 from checkpoints.points import LOGITS
 
 from .choices import choices
-from .first import First, explain_first
 from .limits import EXACT_FLOOR, NATIVE, lowest
 from .records import Records
 from .seen import seen
+
+if TYPE_CHECKING:
+    from .first import First
 
 _ORIGINS = 20  # points of origin that a verdict carries; more are counted in a note
 
@@ -38,6 +42,8 @@ def judge(records: Records) -> Verdict:
     divergence, pattern = records.tokens.divergence, records.tokens.pattern
     first: First | None = None
     if divergence is None and origins:
+        from .first import explain_first
+
         first = explain_first(records, origins[0], rows_seen)
         divergence, pattern = first.divergence, first.pattern
     failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)
@@ -62,6 +68,7 @@ def judge(records: Records) -> Verdict:
         missing_ref=records.missing_ref,
         choices=choices(records),
         left_out=records.left_out,
+        excused=records.excused,
         notes=tuple(notes),
         record_faults=records.record_faults,
         seen=rows_seen,
@@ -70,7 +77,7 @@ def judge(records: Records) -> Verdict:
 
 
 def _precision(records: Records) -> Precision | None:
-    """In which arithmetic the sides were judged; where nothing says it, the most precise one that the errors allow."""
+    """The arithmetic in which the sides were judged; if nothing states it, the most precise one that the errors allow."""
     if records.mode == NATIVE or not len(records):
         return None
     trusted = ~(records.otherwise | records.open)
@@ -98,8 +105,8 @@ def _origins(records: Records) -> list[int]:
 
 
 def _under_the_mask(records: Records, minimal: NDArray[np.int64], start: int) -> bool:
-    """Whether the records of a point of origin are NaN or infinite only, and so is a later position of what the point is made from:
-    a mask gives that position the weight 0, and 0 · NaN is NaN.
+    """Whether the records of a point of origin are only NaN or infinite, and so is a later position of what the point is made from:
+    a mask gives that position the weight 0, but 0 · NaN is NaN.
     """
     odd = records.measures.nonfinite_ours > records.measures.nonfinite_ref
     if not odd[minimal[records.point[minimal] == records.point[start]]].all():

@@ -1,4 +1,4 @@
-"""Under which other layout, name or moment a record is the reference's: reorderings of a row, other points, a constant factor."""
+"""The other layout, name or moment under which a record equals the reference's: reorderings of a row, other points, a constant factor."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LAYOUT, NAME, MOMENT = "layout", "name", "moment"
-_NEAR = 0.5  # relative: two records are looked at more closely where their first values are no further apart
+_NEAR = 0.5  # relative: two records are looked at more closely if their first values are no further apart
 _TELLING = 8  # elements that have to be compared before a reordering is believed
-_SAME_STATISTIC = 1e-4  # relative: what an accumulation in float32 leaves of l2, min and max
-_MOST_HEADS = 512  # sizes of heads that are tried
-_ENOUGH = 64  # records that are looked at
-CLEAR = 100.0  # a reading has to bring the error down this many times
+_SAME_STATISTIC = 1e-4  # relative: l2, min and max after an accumulation in float32 differ by less
+_MOST_HEADS = 512  # most sizes of heads that are tried
+_ENOUGH = 64  # most records that are looked at
+CLEAR = 100.0  # a reading has to reduce the error by this factor
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a record is instead: `kind` is one of the above, `sentence` says it, `mapping` is the `--map` line that settles it."""
+    """What a record shows instead: `kind` is one of the above, `sentence` says it, `mapping` is the `--map` line that settles it."""
 
     kind: str
     sentence: str
@@ -36,19 +36,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Allowed:
-    """How far a reading may be off: NMSE [R], and half a step of printed decimals."""
+    """How far a reading may be off: NMSE [R], and half a step of the printed decimals."""
 
     nmse: Floats
     step: float = 0.0
 
     @classmethod
     def of(cls, limit: Floats, error: Floats, *sides: Rows) -> "Allowed":
-        """The limit of the records, but far below the error that they have as they stand."""
+        """The limit of the records, but far below the error that they have without a reading."""
         step = sum(float(rows.quantum.max(initial=0.0)) / 2 for rows in sides if rows.quantum is not None)
         return cls(np.minimum(limit, np.nan_to_num(error, posinf=1.0) / CLEAR), step)
 
     def take(self, rows: Ints) -> "Allowed":
-        """For some of the records."""
+        """The same for some of the records."""
         return Allowed(self.nmse[rows], self.step)
 
 
@@ -56,10 +56,10 @@ def reading(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows],
     """The first reading under which our records agree with the reference's; None if there is none.
 
     Args:
-        ours, ref: records of one point, row i of the one belongs to row i of the other; all of ours are wrong as they stand.
+        ours, ref: records of one point, row i of one belongs to row i of the other; all of ours are wrong.
         allowed: how far off each may be.
-        others: the reference's other points, all of their records.
-        head_size: of the model's attention, where it is known.
+        others: all records of the reference's other points.
+        head_size: the size of the model's attention heads, if it is known.
     """
     if len(ours) > _ENOUGH:
         spread = np.linspace(0, len(ours) - 1, _ENOUGH).astype(np.int64)
@@ -90,7 +90,7 @@ def _orders(size: int, head_size: int | None) -> list[tuple[Ints, str, str]]:
 
 
 def _every_order(size: int, head_size: int | None) -> Iterator[tuple[Ints, str, str]]:
-    """(which element of the reference stands at each place of ours, what that is called, the `--map` line)."""
+    """(the element of the reference at each place of ours, the name of that order, the `--map` line)."""
     place = np.arange(size)
     heads = [head_size] if head_size and size % head_size == 0 else []
     heads += [
@@ -132,7 +132,7 @@ def _fits(ours: Rows, ref: Rows, order: Ints, allowed: Allowed) -> bool:
 
 
 def _heads_first(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -> Reading | None:
-    """Rows read from a buffer in which all positions of the first head come first, as though it had one row a position."""
+    """The reading as rows of a buffer in which all positions of the first head come first, taken as if it had one row a position."""
     size, count = _size(ours, ref), len(ours)
     whole = bool(ours.full().all() and ref.full().all())
     if size is None or count < 2 or not whole or not np.array_equal(ours.token_idx, np.arange(count) + ours.token_idx[0]):
@@ -163,19 +163,19 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Mapping[str, Rows]
 
 
 def _first_alike(ours: Rows, rows: Rows, allowed: Allowed) -> bool:
-    """Whether another point's record beside our first one could be it: looked at before all of them are brought together."""
+    """Whether another point's record could be our first one: a quick look before all records are paired."""
     width = min(ours.values.shape[1], rows.values.shape[1])
     at = np.flatnonzero((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0]))
     if not len(at) or width < 4:
         return False
-    mine, theirs = ours.values[0, :2].tolist(), rows.values[at[0], :2].tolist()  # most are told apart by two numbers
+    mine, theirs = ours.values[0, :2].tolist(), rows.values[at[0], :2].tolist()  # two numbers rule most of them out
     if any(abs(x - y) > _NEAR * max(abs(x), abs(y)) + allowed.step for x, y in zip(mine, theirs, strict=True)):
         return False
     return _agree(ours.values[:1, :width], rows.values[at[:1], :width], allowed.take(np.arange(1)))
 
 
 def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
-    """A constant factor, or the value after an activation."""
+    """The reading as a multiple by a constant factor, or as the value after an activation."""
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = _wide(ours.values[:, :width]), _wide(ref.values[:, :width])
     if width < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -214,7 +214,7 @@ def _other_position(ours: Rows, allowed: Allowed, same: Mapping[str, Rows]) -> R
 
 
 def _together(ours: Rows, rows: Rows, shift: int, *, all_of_it: bool = True) -> tuple[Floats, Floats] | None:
-    """Our records beside another point's, or position's; None where not all of ours have a counterpart."""
+    """Our records beside those of another point or position; None if not all of ours have a counterpart."""
     if rows.indices is not None or (_size(ours, rows) is None and not _bare(ours)):
         return None
     if all_of_it and not ((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0])).any():
@@ -232,7 +232,7 @@ def _together(ours: Rows, rows: Rows, shift: int, *, all_of_it: bool = True) -> 
 
 
 def _wide(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """The values as float64; NumPy would warn of a signalling NaN."""
+    """The values as float64, without NumPy's warning about signalling NaNs."""
     with np.errstate(invalid="ignore"):
         return values.astype(np.float64)
 
@@ -251,14 +251,14 @@ def _agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) -
 
 
 def _size(ours: Rows, ref: Rows) -> int | None:
-    """The length of both sides' rows; None where it varies, is not known, or differs."""
+    """The length of both sides' rows; None if it varies, is not known, or differs."""
     known = [sizes(rows) for rows in (ours, ref)]
     every = {int(n) for column in known for n in column[~np.isnan(column)]}
     return every.pop() if len(every) == 1 else None
 
 
 def _same_statistics(ours: Rows, ref: Rows) -> bool:
-    """Whether nothing that does not depend on the order speaks against a reordering."""
+    """Whether a reordering is possible: whether all statistics that do not depend on the order agree."""
     for name in ("l2", "min", "max"):
         a, b = ours.stats.get(name), ref.stats.get(name)
         if a is not None and b is not None:

@@ -1,4 +1,4 @@
-"""How much two right sides may differ: limits by weights, KV type and arithmetic of both sides, each with its source.
+"""How much two right sides may differ: limits by weight type, KV type and arithmetic of both sides, each with its source.
 
 All limits are NMSE, Σ(a−b)²/Σb², of an end-to-end run; a record fails above its limit.
 """
@@ -15,8 +15,8 @@ EXACT = "exact"
 NATIVE = "native"
 COMPUTES = ("f32", "tf32", "f16", "bf16", "q8")
 
-# Weight that attention gives to later positions: exactly 0 behind a causal mask, whether it is made of -inf, of -1e4 or
-# larger (exp underflows). 1e-6 is what ggml's test-backend-ops allows a softmax.
+# Weight that attention gives to later positions: exactly 0 with a causal mask, whether it consists of -inf, -1e4 or
+# larger (exp underflows). ggml's test-backend-ops allows a softmax 1e-6.
 FUTURE_MASS = 1e-6
 
 
@@ -46,7 +46,7 @@ _KV = {
     "bf16": Floor(3e-4, 2e-3, "BF16 KV cache: 8 bits of mantissa, as BF16 weights"),
     "quantised": Floor(5e-3, 5e-2, "quantised KV cache: as quantised weights"),
 }
-# Arithmetic other than f32 on one side; what counts is the mantissa that products are rounded to.
+# Arithmetic other than f32 on one side; the mantissa that products are rounded to decides.
 _COMPUTE = {
     "f64": EXACT_FLOOR,
     "f32": EXACT_FLOOR,
@@ -89,11 +89,11 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
     """The limits for two sides with these headers; the loosest property of either decides.
 
     Args:
-        compute: arithmetic of our side, where its header does not say it (`--compute`).
+        compute: arithmetic of our side, if its header does not state it (`--compute`).
         tolerance: one limit for everything instead (`--tolerance`).
 
     Raises:
-        InputError: `compute` is none of `COMPUTES`; `tolerance` is not a number ≥ 0.
+        InputError: `compute` is not in `COMPUTES`; `tolerance` is not a number ≥ 0.
     """
     if compute is not None and compute not in COMPUTES:
         raise InputError(f"--compute {compute!r} is not known.", f"Take one of {', '.join(COMPUTES)}.", code="compute")
@@ -134,19 +134,19 @@ def lowest(nmse: float, logits: float) -> str:
 
 
 def fast_floor(file_type: str) -> Floor:
-    """What the engine's fast mode may differ from exact mode, by the file's weights."""
+    """How much the engine's fast mode may differ from exact mode, by the file's weight type."""
     return _FAST[{"f32": "f32", "bf16": "bf16"}.get(family(file_type), "f16")]
 
 
 def _families(model: ModelInfo) -> list[str]:
-    """The families of the matrices' types; where they are not known, that of the file type, which is only a mixture's name."""
+    """The families of the matrices' types; if those are not known, the family of the file type, which only names a mixture."""
     if model.weights:
         return [kind if kind in _WEIGHTS else "quantised" for kind in model.weights.split()]
     return [family(model.file_type)] if model.file_type else []
 
 
 def common_mode(ours: Header | None, ref: Header | None) -> str:
-    """The mode of a comparison: exact only if no side says otherwise and one says so; empty where none says anything."""
+    """The mode of a comparison: exact only if one side says so and the other does not contradict; empty if neither says anything."""
     modes = {side.mode for side in (ours, ref) if side is not None and side.mode}
     return modes.pop() if len(modes) == 1 else (NATIVE if modes else "")
 

@@ -28,8 +28,8 @@ _BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
 class Measures:
     """One element a record, [R]; NaN (or -1 for an index) where it is not known.
 
-    `nmse` is the larger of `nmse_slice` and `nmse_row`, infinite where one side has a non-finite value that the other has
-    not. `bound` is True where `nmse_row` is a lower bound made of `l2` and `sum` only.
+    `nmse` is the larger of `nmse_slice` and `nmse_row`, infinite where only one side has a non-finite value.
+    `bound` is True where `nmse_row` is a lower bound made from `l2` and `sum` only.
     """
 
     nmse: Floats
@@ -51,13 +51,13 @@ class Measures:
         return len(self.nmse)
 
     def take(self, keep: NDArray[np.bool_]) -> "Measures":
-        """Those of some of the records; `keep` is bool [R]."""
+        """The measures of some of the records; `keep` is bool [R]."""
         return Measures(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The pairs of which anything could be compared, and the measures of their R records.
+    """The pairs in which anything could be compared, and the measures of their R records.
 
     `point` [R] is the index of a record's pair, `row` [R] its row there; `decode` is our side's phase.
     """
@@ -141,9 +141,9 @@ def measure(pairs: Sequence[Pair]) -> Measures:
     parts: list[Measures] = []
     places: list[Ints] = []
     for (width, _), members in groups.items():
-        # Wide rows are measured a few at a time.
+        # Wide rows are measured only a few at a time.
         for chunk in _chunks(members, [len(prepared[number].a) * max(width, 1) for number in members]):
-            with np.errstate(over="ignore", invalid="ignore"):  # garbage has sketches and statistics beyond their types
+            with np.errstate(over="ignore", invalid="ignore"):  # garbage may exceed the types of sketches and statistics
                 parts.append(_measure([pairs[number] for number in chunk], [prepared[number] for number in chunk]))
             places += [np.arange(starts[number], starts[number + 1]) for number in chunk]
     if not parts:
@@ -180,7 +180,7 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
     nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
     odd = _nonfinite(pairs, values, ours, ref, present, finite)
     return Measures(
-        nmse=np.where(odd.one_sided, np.inf, np.fmax(part.nmse, nmse_row)),
+        nmse=np.where(odd.one_sided | odd.nothing, np.inf, np.fmax(part.nmse, nmse_row)),
         nmse_slice=part.nmse,
         nmse_row=nmse_row,
         bound=bound & ~full & exact_text,
@@ -205,13 +205,14 @@ def _whole(pair: Pair) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Nonfinite:
-    """NaN and infinities, [R]: how many each side has, where one side has some that the other has not, and the first such
-    element (-1: none was recorded)."""
+    """NaN and infinities, [R]: how many each side has, whether only one side has some, and the first such
+    element (-1: none was recorded). `nothing`: both have NaN wherever something was recorded; NaN agrees with nothing."""
 
     ours: Ints
     ref: Ints
     one_sided: NDArray[np.bool_]
     index: Ints
+    nothing: NDArray[np.bool_]
 
 
 def _nonfinite(
@@ -229,22 +230,25 @@ def _nonfinite(
     counted = ~np.isnan(stated[0]) & ~np.isnan(stated[1])
     one_sided = counted & (counts[0] != counts[1])
     at = np.full(len(ours), -1, dtype=np.int64)
+    nothing = np.zeros(len(ours), dtype=np.bool_)
     if len(some):
         odd = there & ~finite[some] & ~((a == b) | (np.isnan(a) & np.isnan(b)))
         index = elements(values)
         first, where = largest(odd.astype(np.float64), None if index is None else index[some])
         at[some] = np.where(first > 0, where, -1)
         one_sided[some] |= first > 0
-    return _Nonfinite(counts[0], counts[1], one_sided, at)
+        neither = there & np.isnan(a) & np.isnan(b)
+        nothing[some] = neither.any(axis=1) & (neither == there).all(axis=1)
+    return _Nonfinite(counts[0], counts[1], one_sided, at, nothing)
 
 
 def _count_nonfinite(stated: Floats, some: Ints, seen: NDArray[np.bool_]) -> Ints:
-    """How many values of each record are not finite, [R]: what its statistics say, at least those `seen` in some of the records."""
+    """How many values of each record are not finite, [R]: as its statistics say, but at least those `seen` in some of the records."""
     recorded = np.zeros(len(stated))
     recorded[some] = seen.sum(axis=1)
     return np.fmax(stated, recorded).astype(np.int64)
 
 
 def _future(ours: Floats, ref: Floats) -> Floats:
-    """How much more weight ours gives to later positions than the reference does; NaN where ours does not say."""
+    """How much more weight ours gives to later positions than the reference does, [R]; NaN where ours does not state it."""
     return np.abs(ours - np.where(np.isnan(ref), 0.0, ref))

@@ -6,7 +6,7 @@ from checkpoints.points import parse
 
 from .dataflow import Stretch
 
-_WIDE = 16  # layers of which everything is recorded in one further run; of more than these, the outputs come first
+_WIDE = 16  # layers that are recorded completely in one further run; if there are more, their outputs come first
 _FEW = 8  # points of one layer that are named one by one
 
 
@@ -15,7 +15,7 @@ def next_points(name: str, last: str | None, stretch: Stretch | None, compared: 
 
     Args:
         last: the last point that agrees.
-        compared: what was recorded on both sides. A layer of which a part is there already is not asked for as a whole again.
+        compared: the points recorded on both sides. A layer that was partly recorded is not asked for as a whole again.
     """
     if stretch is not None and not stretch.unrecorded:
         return ""

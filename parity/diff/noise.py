@@ -1,6 +1,6 @@
-"""Single positions at which float32's own noise grows over the exact limit, told from faults: they are rare, and nothing jumps.
+"""Single positions at which float32's own noise grows over the exact limit. Unlike faults they are rare, and nothing jumps.
 
-Where attention hangs on a knife's edge rounding is amplified from layer to layer, at one position in hundreds.
+Where two attention scores nearly tie, rounding is amplified from layer to layer, at one position in hundreds.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 # Measured (benchmarks/noise.py, embedded model): of 24 prompts of 512 random ids one reaches 0.99 of the limit at the layers' outputs.
-# At all 459 points 128 tokens of that one have nine records over it: at most 2.1 times, at most 1.8 times the worst error before
-# them, eight at one position. This allows five times that.
+# At all 459 points, 128 tokens of that prompt have nine records over it: by at most 2.1 times, at most 1.8 times the worst error before
+# them, eight of them at one position. This allows five times that.
 BEYOND = 10.0
-# One such position among 12,288, or of 72 in the shortest beginning of that prompt that shows it; a fault is wrong at more, or jumps.
+# One such position among 12,288, or among 72 in the shortest beginning of that prompt that shows it; a fault is wrong at more, or jumps.
 RARE = 50
 
 
@@ -26,12 +26,12 @@ def outliers(point: NDArray[np.int64], nmse: Floats, of_limit: Floats, upstream:
     """Which records are over their limit by noise alone.
 
     Args:
-        point: int64 [R], number of each record's point, ascending.
-        nmse, of_limit: float64 [R]; `upstream` of the same records.
+        point: int64 [R], the number of each record's point, ascending.
+        nmse, of_limit: float64 [R]; `upstream` is that of the same records.
 
     Returns:
-        bool [R]: all failing records of a point, where they are at most one in `RARE` of its records (a shorter prompt cannot show how rare
-        they are), each at most `BEYOND` times over its limit and less than a jump above the worst error that it depends on; nothing else.
+        bool [R]: all failing records of a point if they are at most one in `RARE` of its records (a shorter prompt cannot show how rare
+        they are), and each is at most `BEYOND` times over its limit and less than a jump above the worst error that it depends on.
     """
     failed = of_limit > 1
     if not failed.any():
@@ -57,7 +57,7 @@ def excused(
     """Every record's limit [R], `BEYOND` times higher for those that `outliers` finds, and the note on them.
 
     Args:
-        model, point, seq, token_idx, nmse: as `dataflow.upstream` takes them; `of_limit`: [R], the error in proportion to `limit`.
+        model, point, seq, token_idx, nmse: as in `dataflow.upstream`; `of_limit`: [R], the error in proportion to `limit`.
     """
     failed = of_limit > 1
     if not failed.any():
@@ -67,7 +67,7 @@ def excused(
 
 
 def _said(point: NDArray[np.int64], noisy: Bools, names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
-    """The note on noisy records: how many, at which points, how far over their limit; none where there are none."""
+    """The note on noisy records: how many, at which points, how far over their limit; empty if there are none."""
     if not noisy.any():
         return ()
     listed = [names[number] for number in sorted(set(point[noisy].tolist()))]

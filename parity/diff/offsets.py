@@ -1,4 +1,4 @@
-"""Where our records lie among the reference's positions: by what both sides say of tokens, else by their values; never in silence."""
+"""Where our records lie among the reference's positions: decided by both sides' tokens, else by their values; never silently."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from checkpoints.record import Dump, Rows
 from .align import Pair, keys
 from .measure import measure
 
-# What an offset must show to be taken: an error this many times below every other one's, and below this NMSE. Measured on the
+# An offset is only taken if its error is this many times below every other one's, and below this NMSE. Measured on the
 # catalogue of faults (some 80 wrong engines on each of three models, 16 positions, ten points from embd to logits, 4,900 searches): a
-# wrong offset is the best one 562 times, by 3.3 times at most where its error is below 0.5 (rows of two tokens have 1 to 2). The right
-# one of a right engine is better by 1e8 or more; a wrong engine's shows at the embedding in 460 of 490 searches.
+# wrong offset was best 562 times, by at most 3.3 times if its error was below 0.5 (rows of two tokens have 1 to 2). A right engine's
+# right offset is better by 1e8 or more; a wrong engine's shows at the embedding in 460 of 490 searches.
 CLEAR = 10.0
 RELATED = 0.5
-_POINTS = 8  # points that are asked, in dataflow order; where both sides have the embedding, the first one decides
-_RECORDS = 64  # of one point at one offset; their median is its error there
-_EXACT = 1e-10  # two errors below this are the same: two right engines differ by no more (limit of exact mode)
+_POINTS = 8  # points that are tried, in dataflow order; if both sides have the embedding, the first one decides
+_RECORDS = 64  # most records of one point at one offset; their median is its error there
+_EXACT = 1e-10  # two errors below this are equal: two right engines differ by no more (the limit of exact mode)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Our dump at the reference's positions; `note` says how that is known, empty where both sides count by their tokens."""
+    """Our dump at the reference's positions; `note` says how they are known, empty if both sides count by their tokens."""
 
     ours: Dump
     note: str = ""
@@ -41,7 +41,7 @@ class Scores:
     errors: dict[int, float]
 
     def ratio(self, offset: int) -> float:
-        """How many times larger the error is at the best of the other offsets; infinite where there is none."""
+        """How many times larger the error is at the best of the other offsets; infinite if there is no other."""
         others = [error for other, error in self.errors.items() if other != offset]
         return max(min(others), _EXACT) / max(self.errors[offset], _EXACT) if others else np.inf
 
@@ -52,22 +52,22 @@ class Scores:
 
     @property
     def best(self) -> int:
-        """The offset with the least error; among equals the one nearest to 0."""
+        """The offset with the least error; among equals the one closest to 0."""
         return min(self.errors, key=lambda offset: (max(self.errors[offset], _EXACT), abs(offset)))
 
 
 def place(ours: Dump, ref: Dump) -> Placed:
     """Move `ours` to where the reference counts.
 
-    Generated tokens decide where both sides list them; prompts that both sides list stand at position 0. Where nothing says it,
+    Generated tokens decide if both sides list them; prompts that both sides list begin at position 0. If nothing states it,
     the plausible offsets are tried on the first points that both sides have, and the one with clearly the least error is taken.
 
     Raises:
-        DumpError: no offset is clearly better than the others, and the two sides do not hold the same positions.
+        DumpError: no offset is clearly better than the others, and the two sides do not have the same positions.
     """
-    found = _by_generated(ours, ref)
-    if found is not None:
-        offset, matching = found
+    placed = _by_generated(ours, ref)
+    if placed is not None:
+        offset, matching = placed
         note = f"positions: ours are moved by {offset:+d}, where {matching} of our generated tokens are the reference's"
         return Placed(shifted(ours, offset), note) if offset else Placed(ours)
     if _counts_from_its_prompt(ours) and _counts_from_its_prompt(ref):
@@ -76,7 +76,7 @@ def place(ours: Dump, ref: Dump) -> Placed:
 
 
 def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
-    """The offset at which our generated tokens start with the reference's, and how many do; None where they say nothing."""
+    """The offset at which our generated tokens begin like the reference's, and how many do; None if they say nothing."""
     mine, theirs = ([token for token in side.tokens if token.seq == 0] for side in (ours, ref))
     if not mine or not theirs:
         return None
@@ -86,7 +86,7 @@ def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
     def matching(offset: int) -> int:
         return sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
 
-    # Generated tokens that stand behind their own prompt are where format 1 wants them.
+    # Generated tokens that follow their own prompt are where format 1 wants them.
     behind = ours.header is not None and 0 < len(ours.header.tokens) <= first
     offset = 0 if behind else max(0, min(chosen) - first, key=matching)
     return (offset, matching(offset)) if matching(offset) else None
@@ -141,9 +141,9 @@ def _taken(ours: Dump, scores: Scores) -> Placed:
 
 
 def elsewhere(ours: Dump, ref: Dump, wrong: Sequence[str]) -> list[str]:
-    """Sentences on points that are wrong at every position and agree at others: their positions are counted otherwise.
+    """Sentences on points that are wrong at every position but agree at others: their positions are counted differently.
 
-    An engine that computes logits for the last token only, and prints them as position 0, is not wrong there.
+    An engine that computes logits only for the last token, and prints them as position 0, is not wrong there.
     """
     notes: list[str] = []
     for name in wrong[:_POINTS]:
@@ -157,7 +157,7 @@ def elsewhere(ours: Dump, ref: Dump, wrong: Sequence[str]) -> list[str]:
 
 
 def _plausible(ours: Dump, ref: Dump, point: str) -> set[int]:
-    """Offsets that a way to count explains, of which most records of the shorter side have a counterpart."""
+    """Offsets that a way of counting explains, at which most records of the shorter side have a counterpart."""
     left, right = ours.points[point].token_idx, ref.points[point].token_idx
     prompt = len(ref.header.tokens) if ref.header is not None else 0
     decoded = [int(rows.token_idx[rows.decode].min()) for rows in ref.points.values() if rows.decode.any()]
@@ -169,13 +169,13 @@ def _plausible(ours: Dump, ref: Dump, point: str) -> set[int]:
 
 
 def tried_offsets(ours: Rows, ref: Rows, offsets: set[int]) -> Scores:
-    """The error of one point at each of these offsets; those at which nothing can be compared are left out."""
+    """The error of one point at each of these offsets; offsets at which nothing can be compared are left out."""
     mine, their_keys = ours.take(np.unique(keys(ours), return_index=True)[1]), keys(ref)
     _, theirs = np.unique(their_keys, return_index=True)
     errors: dict[int, float] = {}
     for offset in sorted(offsets):
         _, left, right = np.intersect1d(keys(mine) + offset, their_keys[theirs], assume_unique=True, return_indices=True)
-        spread = np.linspace(0, len(left) - 1, min(len(left), _RECORDS)).astype(np.int64)  # evenly over what is there
+        spread = np.linspace(0, len(left) - 1, min(len(left), _RECORDS)).astype(np.int64)  # evenly over all records
         pair = Pair(ours.point, mine.take(left[spread]), ref.take(theirs[right[spread]]))
         nmse = measure([pair]).nmse
         if not np.isnan(nmse).all():

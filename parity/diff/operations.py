@@ -1,4 +1,4 @@
-"""ggml's operations in words: what each may have wrong, and what kind of operation it is."""
+"""ggml's operations in words: what may be wrong in each, and what kind of operation it is."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,12 +6,12 @@ from checkpoints.dataflow import CACHE, Made
 
 from .dataflow import Flow, Stretch
 
-# Each element of the result is made of the elements at the same place of the operands: where those agree, so far as they were
-# recorded, so far the operands of a slice are known.
+# Each element of the result is made from the same element of the operands: if those agree as far as they were
+# recorded, the operands of a slice are known.
 ELEMENTWISE = frozenset(
     {"ADD", "SUB", "MUL", "DIV", "SCALE", "GLU", "UNARY", "CLAMP", "SQR", "SQRT", "CONT", "CPY", "DUP", "REPEAT"}
 )
-# What they give is chosen, by the order of what they are given: an error in that need not show.
+# Their results are chosen by the order of their operands: an error in those need not show.
 CHOICES = frozenset({"ARGSORT", "TOP_K", "ARGMAX"})
 NORMS = frozenset({"RMS_NORM", "NORM", "L2_NORM", "GROUP_NORM"})
 # Products with weights mix a whole row into each element.
@@ -51,7 +51,7 @@ def recurrent(op: str) -> bool:
 
 
 def suspects(flow: Flow, nodes: Iterable[str]) -> str:
-    """What the operations that make these nodes (the last one first) may have wrong; empty where nothing is known of them."""
+    """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them."""
     every = [(name, flow.whole.made[name]) for name in nodes if name in flow.whole.made]
     weights = tuple(dict.fromkeys(weight for _, how in every for weight in how.weights))
     operations = [how.op for _, how in every]
@@ -62,7 +62,7 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
         if op == "MUL_MAT":
             words.append(_product(every, named))
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
-            continue  # the bias or the norm's weight: said below
+            continue  # the bias or the norm's weight: see below
         elif op in ("CONT", "VIEW", CACHE) and len(operations) > 1:
             continue
         elif op in _WORDS:
@@ -91,7 +91,7 @@ _NOUNS = {
 
 
 def noun(flow: Flow, stretch: Stretch, unchanged: str) -> str:
-    """What makes the first node of a stretch is called where it leaves `unchanged` as it is: "the addition of blk.2.l_out"; else empty."""
+    """The name of a stretch's first operation if it leaves `unchanged` as it is, such as "the addition of blk.2.l_out"; else empty."""
     last = flow.whole.made[stretch.nodes[0]]
     if last.op == "ADD" and unchanged in last.reads:
         return f"the addition of {' and '.join(name for name in last.reads if name != unchanged)}"

@@ -1,4 +1,4 @@
-"""The free diagnosis: what the positions at which the first diverging point is wrong say about the cause."""
+"""The diagnosis that costs nothing: what the positions at which the first diverging point is wrong say about the cause."""
 
 from dataclasses import dataclass
 
@@ -23,12 +23,13 @@ Bools = NDArray[np.bool_]
 class Evidence:
     """The first diverging point's records of one sequence that nothing upstream explains, by position, [P].
 
-    `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference has not.
+    `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference does not have; `unjudged`: the
+    reference has some, and ours has none, or the same.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
-    `settled`: everything this point is made from was recorded and agrees. `embedded`: the embedding was and does.
-    `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None where
-    that is not known; `alike`: the error is of one size at all positions, right ones included; `gradual`: it grows over the limit, and the
-    positions before are nearly as wrong.
+    `settled`: everything that this point is made from was recorded and agrees; `embedded`: the embedding was recorded and agrees.
+    `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None if
+    that is not known; `alike`: the error has the same size at all positions, right ones included; `gradual`: it grows over the limit, and
+    the positions before are nearly as wrong.
     """
 
     point: str
@@ -39,6 +40,7 @@ class Evidence:
     step: Ints
     decode: Bools
     nonfinite: bool = False
+    unjudged: bool = False
     leak: bool = False
     drifted: bool = False
     settled: bool = False
@@ -50,10 +52,15 @@ class Evidence:
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
-    """The first pattern that fits; None where no record failed."""
+    """The first pattern that fits; None if no record failed."""
     if not seen.failed.any():
         return None
     where = _where(seen)
+    if seen.unjudged:
+        return Pattern(
+            "reference-nonfinite",
+            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or behind it",
+        )
     if seen.nonfinite:
         return Pattern(
             "nonfinite", f"NaN or infinity, {where}: an overflow, a division by zero, or memory that was never written"
@@ -95,7 +102,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
 
 
 def _attends(seen: Evidence) -> bool:
-    """Whether the operations between what agrees and this point are inside attention, where other positions come in."""
+    """Whether operations of attention, through which other positions act, lie between what agrees and this point."""
     if seen.stretch is None:
         return False
     every = [seen.flow.whole.made[node] for node in seen.stretch.nodes]
@@ -103,7 +110,7 @@ def _attends(seen: Evidence) -> bool:
 
 
 def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
-    """The nodes of the stretch: those that a soft max stands behind, itself included, and those that come past it. None without one."""
+    """The nodes of the stretch: those that feed into a soft max, itself included, and those that bypass it. None without a soft max."""
     if seen.stretch is None:
         return None
     inside = set(seen.stretch.nodes)
@@ -123,7 +130,7 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
 
 
 def _listed(seen: Evidence, nodes: list[str]) -> str:
-    """The points among these nodes, where they are few enough to be named: "blk.3: kq or kq_soft_max"."""
+    """The points among these nodes, if they are few enough to be named: "blk.3: kq or kq_soft_max"."""
     named = [name for name in reversed(nodes) if name == seen.point or not seen.flow.whole.part_of_next(name)]
     layers = {parse(name).layer for name in named}
     if not named or len(named) > _NAMED or len(layers) != 1:
@@ -146,6 +153,14 @@ def _where(seen: Evidence) -> str:
         )
     listed = ", ".join(map(str, failing[:6].tolist())) + (", …" if len(failing) > 6 else "")
     return f"wrong at {len(failing)} of {len(seen.position)} positions ({listed})"
+
+
+def _positions(seen: Evidence) -> str:
+    failing = seen.position[seen.failed].tolist()
+    if len(failing) == len(seen.position) > 1:
+        return "every position"
+    listed = ", ".join(map(str, failing[:6])) + (", …" if len(failing) > 6 else "")
+    return f"position{'s' if len(failing) > 1 else ''} {listed}"
 
 
 def _before(seen: Evidence) -> int:
@@ -171,7 +186,7 @@ def _decode_only(seen: Evidence) -> Pattern | None:
 
 
 def _all_but_last(seen: Evidence) -> bool:
-    """Whether in each pass of more than one position all are wrong but the last."""
+    """Whether in each pass of several positions all but the last are wrong."""
     passes = [seen.step == step for step in distinct(seen.step[~seen.decode])]
     long = [chosen for chosen in passes if chosen.sum() > 2]
     return bool(long) and all(bool(seen.failed[chosen][:-1].all()) and not seen.failed[chosen][-1] for chosen in long)
@@ -206,7 +221,7 @@ def _shape(seen: Evidence) -> Pattern | None:
 
 
 def _tail(seen: Evidence, first: int, where: str) -> Pattern:
-    """Wrong from a position above 1 on."""
+    """The pattern of a point that is wrong from a position above 1 on."""
     at = int(seen.failed.argmax())
     if seen.gradual:
         return Pattern(
@@ -223,7 +238,7 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
 
 
 def _at_every_position(seen: Evidence, first: int) -> str:
-    """What can be wrong at position 0 too, where attention has one key and its soft max is 1 whatever the scores are, but for sinks."""
+    """What can be wrong at position 0, too, where attention has one key, so that its soft max is 1 whatever the score (without sinks)."""
     sides = None if seen.flow.sees_later(seen.point) else _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
     sinks = any(seen.flow.attends(name) and seen.flow.whole.made[name].weights for name in nodes)
@@ -240,7 +255,7 @@ def _at_every_position(seen: Evidence, first: int) -> str:
 
 
 def _between_positions(seen: Evidence) -> str:
-    """What is to be said where no operation joins positions between what agrees and this point, so that it cannot be attention; else ""."""
+    """A remark if no operation between what agrees and this point joins positions, so that it cannot be attention; else ""."""
     if seen.stretch is None or seen.settled or not seen.stretch.inputs or _attends(seen):
         return ""
     if any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
@@ -250,7 +265,7 @@ def _between_positions(seen: Evidence) -> str:
 
 
 def _beyond_one_key(seen: Evidence) -> str:
-    """What can be right at position 0 and wrong at all others."""
+    """What can be right at position 0 but wrong at all others."""
     if seen.stretch is not None and any(recurrent(op) for op in seen.flow.operations(seen.stretch.nodes)):
         return "the recurrence from position to position: its state, its convolution or its decay"
     if between := _between_positions(seen):
@@ -263,6 +278,6 @@ def _beyond_one_key(seen: Evidence) -> str:
 
 
 def _or_experts(seen: Evidence) -> str:
-    """That experts may be chosen wrongly, where some are: a router is right or wrong token by token, so that positions tell nothing."""
+    """A remark that experts may be chosen wrongly, if there are any: a router errs token by token, so that positions say nothing."""
     nodes = seen.stretch.nodes if seen.stretch is not None else ()
     return ", or which experts are chosen: that differs by token" if CHOICES & seen.flow.operations(nodes) else ""

@@ -11,13 +11,13 @@ from checkpoints.record import Rows
 from .align import numbers_of, place_of
 from .records import Records
 
-_SHOWN = 4096  # values of a row that are drawn: more than a picture's width can tell apart
+_SHOWN = 4096  # values of a row that are drawn: more than a picture's width can resolve
 
 
 def picture(records: Records, verdict: Verdict, truth: Rows | None = None) -> Picture:
-    """The grid of all records, and both sides of the first divergence (of the worst record where there is none).
+    """The grid of all records, and both sides of the first divergence (of the worst record if there is none).
 
-    `truth` is that one record as float64 has it, if that is known.
+    `truth` is that record in float64, if it is known.
     """
     shown = verdict.first_divergence or verdict.worst
     ours, ref = (_spread(records, shown, mine) for mine in (True, False))
@@ -36,7 +36,7 @@ def grid(records: Records) -> Grid:
         (
             "of_limit",
             np.where(records.otherwise | records.open, 0.0, records.of_limit),
-        ),  # such an error says nothing of the engine
+        ),  # such an error says nothing about the engine
         ("limit", records.limit),
     ):
         layers[name][at] = values

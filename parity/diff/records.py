@@ -1,4 +1,4 @@
-"""Every compared record as columns: what `judge` and `table` read."""
+"""Every compared record as columns, which `judge` and `table` read."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,15 @@ _SHOWN = 16  # values of a record that a verdict carries
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Which of our records show something other than the point they are named after, bool [R], and what they show."""
+
+    otherwise: Bools
+    faults: tuple[RecordFault, ...] = ()
+    undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
+
+
+@dataclass(frozen=True)
 class Records:
     """R compared records, sorted by dataflow, then sequence and position.
 
@@ -31,11 +40,11 @@ class Records:
         ours, ref: the dumps they came from.
         pairs: rows of both sides; `point` [R] is the index of a record's pair, `row` [R] its row there.
         decode: our side's phase.
-        limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1, but
-            for those that are `otherwise`: they show something else than the point that they are named after.
-        open: records that cannot be compared: other experts computed them than the reference's, after a near tie.
-        stated: the arithmetic of ours, where a header or the caller says it.
-        undecided: points that differ, though nothing that is made from them does.
+        limit: NMSE limit of each record. `of_limit`: error in proportion to it; `failed` where that is above 1, except
+            for those that are `otherwise`: they show something other than the point they are named after.
+        open: records that cannot be compared: after a near tie, other experts computed them than the reference's.
+        stated: the arithmetic of ours, if a header or the caller states it.
+        undecided: points that differ although nothing that is made from them does.
         upstream: errors of what each record depends on, by `flow`.
         left_out: records that the token sequences left out.
     """
@@ -67,11 +76,12 @@ class Records:
     strict: bool
     stated: str
     notes: tuple[str, ...]
+    excused: int = 0
     record_faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()
 
     def text_of(self, name: str, position: int) -> str | None:
-        """The text of a point's token; None where it is not known: a decoder's positions, after an encoder, hold tokens of its own."""
+        """The text of a point's token; None if it is not known: a decoder's positions, after an encoder, have tokens of their own."""
         return None if self._encoded and not name.startswith(ENCODER) else self.text.get(position)
 
     @cached_property
@@ -88,14 +98,14 @@ class Records:
         return tuple(pair.point for pair in self.pairs)
 
     def jump(self) -> Floats:
-        """[R]: each error over the worst error upstream of it; infinite where that is 0, 0 where there is no error."""
+        """[R]: each error divided by the worst error upstream of it; infinite if that is 0, and 0 if there is no error."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = self.measures.nmse / self.upstream.worst
         return np.where(self.measures.nmse == 0, 0.0, np.where(np.isnan(ratio), 1.0, ratio))
 
     def fresh(self) -> Bools:
         """[R]: failing records whose error is not explained by what they are made from."""
-        # A leak into later positions shows in no value upstream, nor need it be large.
+        # A leak from later positions shows in no value upstream, and need not be large.
         leak = self.measures.future_mass > FUTURE_MASS
         return self.failed & ((self.jump() > JUMP) | (leak & ~self.upstream.failed))
 

@@ -1,4 +1,4 @@
-"""Whether one side's values are the other's, rounded to a lower type: then the type is the difference, and no operation."""
+"""Whether one side's values are the other's, rounded to a lower type: then the type is the difference, not an operation."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,13 +10,13 @@ from checkpoints.record import Rows
 Floats = NDArray[np.float32]
 
 _BLOCK = 32  # of Q8_0
-_TELLING = 8  # values that a type has to give back
+_TELLING = 8  # values that a type has to reproduce
 
 
 def rounded_to(ours: Rows, ref: Rows) -> str:
-    """The type ("F16 or TF32", "BF16", "8 bits a block") that the reference's values rounded to are ours, everywhere; else empty.
+    """The type ("F16 or TF32", "BF16", "8 bits a block") to which the reference's values round to give ours, everywhere; else empty.
 
-    Leading values only; where the slice ends inside of a block that block is left out.
+    Only leading values count; if the slice ends inside a block, that block is left out.
     """
     if ours.indices is not None or ref.indices is not None or not len(ours):
         return ""
@@ -37,7 +37,7 @@ def _types() -> Iterator[tuple[str, Callable[[Floats], Floats]]]:
 
 
 def _mantissa(x: Floats, dropped: int) -> Floats:
-    """Rounded to nearest even with so many bits of the mantissa dropped."""
+    """The values rounded to nearest even, with `dropped` bits less of mantissa."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     half = np.uint32((1 << (dropped - 1)) - 1) + ((bits >> np.uint32(dropped)) & np.uint32(1))
     mask = np.uint32(0xFFFFFFFF ^ ((1 << dropped) - 1))
@@ -45,7 +45,7 @@ def _mantissa(x: Floats, dropped: int) -> Floats:
 
 
 def _steps(a: Floats, b: Floats) -> bool:
-    """Whether every row of a, block by block, is whole multiples of one step, the largest of them 127 of it, and b lies within a step."""
+    """Whether each block of `a` consists of multiples of one step, 127 at most, with every `b` within a step of them."""
     blocks = a.shape[1] // _BLOCK
     if not blocks:
         return False
@@ -55,7 +55,7 @@ def _steps(a: Floats, b: Floats) -> bool:
     if not step.all():
         return False
     levels = cut / step
-    # The step itself is kept in F16, and the largest value need not round to 127 of it to the bit.
+    # The step itself is stored in F16, so the largest value need not be exactly 127 steps.
     return bool(
         (np.abs(levels - np.rint(levels)) < 0.02).all() and (np.abs(cut - other) <= 0.51 * step * (1 + 2.0**-10) + 1e-12).all()
     )

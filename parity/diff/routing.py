@@ -1,6 +1,6 @@
-"""Which experts a router chose: ids are compared as sets, and a near tie that flips is no fault.
+"""Which experts a router chose: ids are compared as sets, and a near tie that flips is not a fault.
 
-After a flip other experts compute, so that nothing that depends on it can be compared at that position and later ones.
+After a flip other experts compute, so that nothing that depends on them can be compared at that position and later ones.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
-_SHOWN = 3  # flips that are said one by one
+_SHOWN = 3  # flips that are reported one by one
 
 
 def is_routing(pair: Pair) -> bool:
@@ -31,7 +31,7 @@ def is_routing(pair: Pair) -> bool:
 
 
 def as_sets(measured: Measured) -> Measured:
-    """The measures with the error of chosen experts as the share of them that the other side did not choose; order is none."""
+    """The measures with the error of chosen experts as the share of them that the other side did not choose; their order is ignored."""
     if not any(map(is_routing, measured.pairs)):
         return measured
     columns = {name: getattr(measured.measures, name).copy() for name in ("nmse", "nmse_slice", "nmse_row", "max_abs")}
@@ -56,14 +56,14 @@ def _apart(ours: frozenset[int], ref: frozenset[int]) -> float:
 
 @dataclass(frozen=True)
 class Routed:
-    """`open`: records, bool [R], that differ and cannot be compared, since other experts, or the same in another order, computed them."""
+    """`open`: records, bool [R], that differ but cannot be compared: other experts computed them, or the same in another order."""
 
     open: Bools
     notes: tuple[str, ...] = ()
 
 
 def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> Routed:
-    """What flipped near ties, and experts in another order, leave open."""
+    """The records that flipped near ties, and experts in another order, leave open."""
     left_open = np.zeros(len(measured.point), dtype=np.bool_)
     flips: list[str] = []
     orders: list[str] = []
@@ -109,7 +109,7 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
 
 
 def _limit_of_scores(measured: Measured, held: Held, scores: Ints, seq: int, position: int) -> float:
-    """The limit of what experts are chosen by (the records `scores`), at a position; where that was not compared, of whatever was."""
+    """The limit of the scores that experts are chosen by (the records `scores`) at a position; if not compared, of what was compared."""
     here = scores[(measured.seq[scores] == seq) & (measured.token_idx[scores] == position)]
     if not len(here):
         here = np.flatnonzero((measured.seq == seq) & (measured.token_idx == position))
@@ -135,9 +135,9 @@ def _tie(
     ref: Mapping[str, Rows],
     limit: float,
 ) -> float | None:
-    """How far apart the reference's scores of the exchanged experts are, if an error within the limit may exchange them; else None.
+    """How far apart the reference's scores of the exchanged experts are, if an error within the limit can exchange them; else None.
 
-    Where experts are chosen from chosen groups, a near tie of groups exchanges them as well, whatever their own scores are.
+    If experts are chosen from chosen groups, a near tie of groups exchanges them, too, whatever their own scores are.
     """
     if len(ours) != len(theirs):
         return None
@@ -146,12 +146,12 @@ def _tie(
         scores = _scores(ref, name, seq, position)
         if scores is None:
             continue
-        if max(ours | theirs) >= len(scores):  # not one of each expert
+        if max(ours | theirs) >= len(scores):  # not one score for each expert
             groups += [margin for margin in (nearest(scores, limit),) if margin is not None]
             continue
         lost, won = scores[sorted(theirs - ours)], scores[sorted(ours - theirs)]
         if not (np.isfinite(lost).all() and np.isfinite(won).all()):
-            continue  # of a group that was not chosen
+            continue  # its group was not chosen
         margin = float(lost.max() - won.min())
         if margin**2 <= limit * float(np.sum(scores[np.isfinite(scores)] ** 2)):
             return margin
@@ -172,7 +172,7 @@ def _chosen_by(model: Flow, point: str) -> list[str]:
 
 
 def _scores(ref: Mapping[str, Rows], name: str, seq: int, position: int) -> Floats | None:
-    """A whole row of the reference's; None where it was not recorded."""
+    """A whole row of the reference; None if it was not recorded."""
     rows = ref.get(name)
     at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position)) if rows is not None else np.zeros(0, np.int64)
     if rows is None or not len(at) or not rows.full()[at[0]]:
@@ -181,7 +181,7 @@ def _scores(ref: Mapping[str, Rows], name: str, seq: int, position: int) -> Floa
 
 
 def nearest(scores: Floats, limit: float) -> float | None:
-    """The smallest difference between two neighbouring scores, if an error within the limit may exchange them; else None."""
+    """The smallest difference between two neighbouring scores, if an error within the limit can exchange them; else None."""
     known = np.sort(scores[np.isfinite(scores)])
     if len(known) < 2:
         return None
@@ -190,7 +190,7 @@ def nearest(scores: Floats, limit: float) -> float | None:
 
 
 def may_have_flipped(model: Flow, point: str, seq: int, position: int, ref: Mapping[str, Rows], limit: float) -> str:
-    """The node between a point and the compared points before it that chooses by a near tie of the reference's scores; else empty."""
+    """The node between a point and the compared points before it that chooses by a near tie in the reference's scores; else empty."""
     stretch = model.between(point)
     for name in stretch.nodes if stretch is not None else ():
         how = model.whole.made[name]

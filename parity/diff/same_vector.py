@@ -1,4 +1,4 @@
-"""Points of ours that hold one vector: an operation between them does nothing, or they were captured from one buffer."""
+"""Points of ours with the same vector: an operation between them does nothing, or they were captured from one buffer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from .records import Records
 
 Floats = NDArray[np.float32]
 
-_TELLING = 4  # different values that a row needs to be told from another
+_TELLING = 4  # different values that a row needs in order to identify it
 
 
 @dataclass(frozen=True)
 class SameVector:
-    """A wrong point of ours that is another one of ours as well, value by value.
+    """A wrong point of ours that equals another one of ours, value by value.
 
-    `input` is a point that it is made from and that agrees (empty: none): then what makes it does nothing. `others` are all points
-    that are the same, `wrong` those made from it that differ.
+    `input` is an agreeing point that it is made from and equals (empty: none): then the operation does nothing. `others` are all equal
+    points, `wrong` those made from it that differ.
     """
 
     point: str
@@ -34,7 +34,7 @@ class SameVector:
         return bool(self.input)
 
     def sentence(self, operation: str) -> str:
-        """What it says; `operation` names what makes the point, empty where that is not known."""
+        """The finding as a sentence; `operation` names the operation that makes the point, empty if it is not known."""
         if self.idle:
             return f"{self.point} is {self.input}, unchanged: {operation or 'the operation between them'} does nothing"
         alike = " = ".join((self.point, *self.others[:3]))
@@ -48,7 +48,7 @@ class SameVector:
 
 
 def same_vector(records: Records, first: int) -> SameVector | None:
-    """The points of ours that are, at every failing position of the first divergence, the vector that it is; None without any."""
+    """The points of ours that equal the first divergence at all of its failing positions; None if there are none."""
     name = records.names[records.point[first]]
     chosen = np.flatnonzero((records.point == records.point[first]) & records.failed & ~records.upstream.failed)
     others = alike(name, records.pairs[records.point[first]].ours.take(records.row[chosen]), records.ours.points)
@@ -65,7 +65,7 @@ def same_vector(records: Records, first: int) -> SameVector | None:
 
 
 def alike(name: str, rows: Rows, points: Mapping[str, Rows]) -> tuple[str, ...]:
-    """The other points that hold, at the positions of these records, the same vectors; none where those tell nothing."""
+    """The other points that have the same vectors at the positions of these records; empty if the vectors are too uniform to tell."""
     keys = [(int(seq), int(t)) for seq, t in zip(rows.seq, rows.token_idx, strict=True)]
     if not any(len(set(row[np.isfinite(row)].tolist())) >= _TELLING for row in rows.values):
         return ()
@@ -82,7 +82,7 @@ def alike(name: str, rows: Rows, points: Mapping[str, Rows]) -> tuple[str, ...]:
 
 
 def _near(values: Floats, row: Floats) -> bool:
-    """Whether any record begins as this one does: a look before all are laid side by side."""
+    """Whether any record begins like this one: a quick look before all are compared."""
     return bool((values[:, :1] == row[:1]).any())
 
 

@@ -1,4 +1,4 @@
-"""Errors of the recorded values, the leading ones or scattered ones, element by element. float64 throughout."""
+"""Errors of the recorded values, leading or scattered ones, element by element. float64 throughout."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,25 @@ from .whole_rows import ratio
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# The slice's NMSE is taken over no less than this share of the energy that a slice of its size has on average: a few
-# values can be all but zero while their noise is the row's. Measured on the embedded model, all 459 points at 17 positions,
-# right engine: leading 16 values hold at least 0.7 % of their share (ffn_swiglu), 4 values 3e-7, one value 1.5e-9 of it. The
+# The divisor of a slice's NMSE is at least this share of the energy that a slice of its size has on average: a few
+# values can be nearly zero while their noise is the row's. Measured on the embedded model, all 459 points at 17 positions,
+# right engine: leading 16 values have at least 0.7 % of their share (ffn_swiglu), 4 values 3e-7, one value 1.5e-9 of it. The
 # worst NMSE of slices of 16 / 4 / 2 / 1 values is then 4e-12 / 1e-11 / 2e-11 / 2e-11; with 0.01 it is 1.6e-10 for 2, over the limit.
 SLICE_FLOOR = 0.1
 
 
+# The smallest normal float32. Below it numbers are whole steps of 2^-149, and devices and compilers may take them for 0.
+_NORMAL = float(np.finfo(np.float32).tiny)
+
+
+def without_subnormal(delta: Floats) -> Floats:
+    """Differences, 0 where they are smaller than any normal float32: arithmetic that flushes such numbers to zero is right, too."""
+    return np.where(np.abs(delta) < _NORMAL, 0.0, delta)
+
+
 @dataclass(frozen=True)
 class Values:
-    """The values that both sides have of each record: float32 [R, k], `present` of them; elements `index` of the row."""
+    """The values that both sides have of each record: float32 [R, k]; `present` says which exist, `index` which elements they are."""
 
     a: NDArray[np.float32]
     b: NDArray[np.float32]
@@ -34,7 +43,7 @@ class Values:
 
 
 def prepare(pair: Pair) -> Values:
-    """What both sides have of each record of a pair."""
+    """The values that both sides have of each record of a pair."""
     ours, ref = pair.ours, pair.ref
     if ours.indices is not None or ref.indices is not None:
         return _scattered(ours, ref)
@@ -76,7 +85,7 @@ def _recorded(rows: Rows, r: int) -> Ints:
 
 @dataclass(frozen=True)
 class SliceErrors:
-    """What the values that both sides have show, [R]; elements that are not finite on both sides are left out."""
+    """The errors of the values that both sides have, [R]; elements that are not finite on both sides are left out."""
 
     nmse: Floats
     max_abs: Floats
@@ -103,12 +112,12 @@ def slice_errors(
     """
     all_usable = bool(usable.all())
     a, b = ((side if all_usable else np.where(usable, side, 0)).astype(np.float64) for side in (ours, ref))
-    delta = a - b
+    delta = without_subnormal(a - b)
     if any(v.quantum is not None for v in values):
         quantum = np.concatenate([np.zeros(v.a.shape) if v.quantum is None else v.quantum for v in values])
         # Read as float32: the printed digits themselves were rounded once more.
         delta[(quantum > 0) & (np.abs(delta) <= quantum + np.spacing(np.abs(ref)))] = 0.0
-        # Of what is seen half a step may be the printing's: noise that turns a digit over is no more than noise.
+        # Half a step of an error may come from the printing: noise that flips a digit is still only noise.
         sure = np.sign(delta) * np.maximum(np.abs(delta) - quantum, 0.0)
     else:
         sure = delta
@@ -121,13 +130,13 @@ def slice_errors(
         cosine = np.einsum("ij,ij->i", a, b) / np.sqrt(energy_a * energy_b)
     ulp, ulp_at = largest(np.where(delta != 0, _ulps(ours, ref), 0.0), index)
     energy = np.fmax(energy_b, SLICE_FLOOR * present.sum(axis=1) / n * l2**2)
-    # Where both sides have NaN everywhere nothing was compared, and nothing agrees.
+    # If both sides have NaN everywhere nothing was compared, and nothing agrees.
     nmse = np.where(reduced(np.logical_or, usable), ratio(np.einsum("ij,ij->i", sure, sure), energy), np.nan)
     return SliceErrors(nmse, max_abs, at, cosine, relative, relative_at, ulp, ulp_at)
 
 
 def elements(values: list[Values]) -> Ints | None:
-    """Which elements of the rows scattered values are; they are measured one point at a time."""
+    """Which elements of the rows scattered values are (those are measured one point at a time); None for leading values."""
     return values[0].index if values else None
 
 
@@ -141,7 +150,7 @@ def present_in(values: list[Values], shape: tuple[int, ...]) -> NDArray[np.bool_
 
 
 def largest(size: Floats, index: Ints | None) -> tuple[Floats, Ints]:
-    """The largest element of each row and the element of the activation that it is."""
+    """The largest element of each row, and its index in the activation."""
     if not size.shape[1]:
         return np.full(len(size), np.nan), np.full(len(size), -1, dtype=np.int64)
     at = size.argmax(axis=1)
@@ -150,13 +159,13 @@ def largest(size: Floats, index: Ints | None) -> tuple[Floats, Ints]:
 
 
 def _ulps(a: NDArray[np.float32], b: NDArray[np.float32]) -> Floats:
-    """How many float32 numbers lie between a and b: their bit patterns, read as integers that order as the numbers do."""
+    """How many float32 numbers lie between a and b: the difference of their bit patterns as integers that sort like the numbers."""
     apart = np.subtract(_ordered(a), _ordered(b), dtype=np.int64)
     return np.abs(apart, out=apart).astype(np.float64)
 
 
 def _ordered(x: NDArray[np.float32]) -> NDArray[np.int32]:
-    """-(magnitude) where the sign is set: of the two's complement, all bits but the sign's are turned over, and 1 is added."""
+    """The bits as integers that sort like the numbers: −magnitude if the sign is set, by two's complement of the other bits."""
     bits = np.ascontiguousarray(x).view(np.int32)
     sign = bits >> 31  # -1 or 0
     return (bits ^ (sign & 0x7FFFFFFF)) - sign

@@ -74,7 +74,7 @@ def write_frame(frame: "pd.DataFrame", path: Path) -> None:
 
 
 def check_ending(path: Path) -> None:
-    """Raises InputError for a name that ends in neither .csv nor .parquet, and for the latter without pyarrow."""
+    """Raise InputError for a name that ends in neither .csv nor .parquet, or in .parquet without pyarrow."""
     if path.suffix not in (".csv", ".parquet"):
         raise InputError(f"cannot write a table as {path.name!r}.", "End its name in .csv or .parquet.", code="output")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:

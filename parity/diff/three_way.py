@@ -1,4 +1,4 @@
-"""Three dumps of one experiment: every pair compared as `diff` does, and at each point the side that stands alone."""
+"""Three dumps of one experiment: every pair is compared as by `diff`, and at each point the odd one out is named."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +16,10 @@ from .truth import MULTIPLE, Floats, Truth
 
 
 def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None) -> ThreeWay:
-    """Compare each two of three dumps.
+    """Compare every two of three dumps.
 
     Raises:
-        InputError: two models or two prompts.
+        InputError: they are of two models or two prompts.
         DumpError: two of them have nothing in common; the message says which.
     """
     sides = names(dumps)
@@ -39,7 +39,7 @@ def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None
 
 
 def with_truth(three_way: ThreeWay, dumps: tuple[Dump, Dump, Dump], truth: Truth) -> ThreeWay:
-    """The answer with how far each side is from float64 where they differ: two that agree may share a fault."""
+    """The answer extended by each side's distance from float64 where they differ: two sides that agree may share a fault."""
     wanted = [point.checkpoint for point in three_way.points if point.differs]
     far = [truth.distances({name: dump.points[name] for name in wanted if name in dump.points}) for dump in dumps]
     points = tuple(_told(point, [side.get(point.checkpoint) for side in far]) for point in three_way.points)
@@ -62,7 +62,7 @@ def _told(point: ThreeWayPoint, sides: Sequence[Floats | None]) -> ThreeWayPoint
 
 
 def names(dumps: tuple[Dump, Dump, Dump]) -> tuple[str, str, str]:
-    """What each side calls itself, or its file where two call themselves the same or one does not say."""
+    """The name that each side gives itself, or its file's name if two are the same or one has none."""
     sources = [dump.header.source if dump.header is not None else "" for dump in dumps]
     sources = ["ours" if name == "engine" else name for name in sources]
     unique = [name if name and sources.count(name) == 1 else str(dump.path) for name, dump in zip(sources, dumps, strict=True)]
@@ -75,7 +75,7 @@ def _counts(verdicts: list[Verdict]) -> tuple[int, int, int]:
 
 
 def _notes(sides: tuple[str, str, str], verdicts: list[Verdict]) -> tuple[str, ...]:
-    """What the comparisons noted, each once; a pair's are named where they are not all three's."""
+    """The notes of the comparisons, each once; with the pair's names if they do not apply to all three."""
     pairs_of: dict[str, list[str]] = {}
     for (first, second), verdict in zip(PAIRS, verdicts, strict=True):
         for note in verdict.notes:
@@ -88,7 +88,7 @@ def _point(name: str, pairs: list[PointSummary | None]) -> ThreeWayPoint:
     right = [number for number, pair in enumerate(pairs) if pair is not None and not pair.failed]
     alone = None
     if len(wrong) == 2 and right:
-        # The side that both failing pairs share: the third pair, which agrees, is without it.
+        # The side that both failing pairs share; the third pair, which agrees, lacks it.
         alone = next(side for side in range(3) if side not in PAIRS[right[0]])
     nmse = [pair.worst.nmse if pair is not None else None for pair in pairs]
     share = [pair.worst.of_limit if pair is not None else None for pair in pairs]

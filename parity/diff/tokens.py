@@ -1,4 +1,4 @@
-"""Are the two dumps of one experiment? Models, prompts and token ids, before any number is compared."""
+"""Are the two dumps of the same experiment? Compares models, prompts and token ids before any number."""
 
 from dataclasses import dataclass, replace
 from math import inf
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from checkpoints.answers.diff import Difference, Pattern
 from checkpoints.errors import InputError
-from checkpoints.gguf_file import contents
 from checkpoints.points import EMBD
 from checkpoints.record import Dump, ModelInfo
 
@@ -15,10 +14,10 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class TokenComparison:
-    """Where the token sequences part.
+    """Where the token sequences diverge.
 
     `until`: records at this position and later are left out (None: all are compared). `divergence` and `pattern`: the prompt
-    ids differ, which is a divergence of its own; generated ids that differ are none.
+    ids differ, which is a divergence by itself; different generated ids are not.
     """
 
     until: int | None = None
@@ -27,11 +26,11 @@ class TokenComparison:
     notes: tuple[str, ...] = ()
 
 
-SAME = TokenComparison()  # nothing says that the tokens differ
+SAME = TokenComparison()  # no difference of the tokens is known
 
 
 def same_experiment(ours: Dump, ref: Dump) -> None:
-    """Raises InputError where the headers name two models or two prompts."""
+    """Raise InputError if the headers name two models or two prompts."""
     left, right = ours.header, ref.header
     if left is None or right is None:
         return
@@ -52,7 +51,7 @@ def same_experiment(ours: Dump, ref: Dump) -> None:
 
 
 def same_model(dump: Dump, path: Path) -> None:
-    """Raises InputError where a dump's header names another model than a file; the F32 twin of a model is the model.
+    """Raise InputError if a dump's header names another model than the file; the F32 twin of a model counts as the model.
 
     Raises:
         ModelError: the file cannot be read as a model.
@@ -60,6 +59,8 @@ def same_model(dump: Dump, path: Path) -> None:
     known = dump.header.model if dump.header is not None else None
     if known is None or not known.fingerprint:
         return
+    from checkpoints.gguf_file import contents
+
     file = contents(path)
     alike = (file.architecture, file.layers) == (known.architecture, known.layers)
     given = ModelInfo(fingerprint=file.fingerprint, content=file.content)
@@ -74,12 +75,12 @@ def same_model(dump: Dump, path: Path) -> None:
 
 
 def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
-    """Compare the token ids, prompt first, then what was generated (of sequence 0 for prompts, of each one for the rest)."""
+    """Compare the token ids, first of the prompt (sequence 0), then those generated (of each sequence)."""
     left = ours.header.tokens if ours.header else ()
     right = ref.header.tokens if ref.header else ()
     if left and right and left != right:
         whole_left, whole_right = _with_generated(ours, left), _with_generated(ref, right)
-        # A side may list as its prompt what the other one generated: the ids decide, not where they are listed.
+        # One side may list as its prompt what the other one generated: the ids decide, not where they are listed.
         reach = max(len(left), len(right))
         if whole_left[:reach] != whole_right[:reach]:
             return _prompts(ours, ref, whole_left[:reach], whole_right[:reach])
@@ -96,9 +97,9 @@ def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
 
 
 def own_choice(first: Difference | None, ours: Dump, ref: Dump) -> TokenComparison | None:
-    """The tokens part where the embedding first differs at a token that llama.cpp generated, and ours does not say which it took.
+    """The divergence of tokens that shows as a wrong embedding: at a token that llama.cpp generated, if ours does not say which it took.
 
-    An engine that chooses for itself computes another text from there on: its choice is what differs, not its embedding.
+    An engine that chooses for itself computes another text from there on: its choice differs, not its embedding.
     """
     if first is None or first.checkpoint != EMBD:
         return None
@@ -116,7 +117,7 @@ def own_choice(first: Difference | None, ours: Dump, ref: Dump) -> TokenComparis
 
 
 def token_text(ours: Dump, ref: Dump) -> dict[int, str]:
-    """Position -> text of its token, where a header or a generated token tells it."""
+    """Position -> text of its token, if a header or a generated token gives it."""
     texts: dict[int, str] = {}
     for dump in (ours, ref):
         texts.update({token.token_idx: token.text for token in dump.tokens if token.text and token.seq == 0})

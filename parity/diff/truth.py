@@ -1,4 +1,4 @@
-"""The limit of a record where the truth is known: a multiple of the reference's own distance from it."""
+"""The limit of a record if the truth is known: a multiple of the reference's own distance from it."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -12,16 +12,18 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+OFF, AUTO, ALL = "off", "auto", "all"  # where float64 is asked: nowhere, where two sides differ, at every point
+
 
 class Truth(Protocol):
-    """Who knows what the model's steps give in float64 (`parity.arbiter` does)."""
+    """A source of the values of the model's steps in float64 (`parity.arbiter`)."""
 
     @property
     def coarse(self) -> frozenset[str]:
-        """The points that the reference itself computes coarsely: by a table of float16, or from what such a table gave."""
+        """The points that the reference itself computes coarsely: from a table of float16, or from such a point."""
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """How far records are from the truth: their NMSE, float64 [R] for each point; NaN where it is not known."""
+        """How far records are from the truth: NMSE, float64 [R] for each point; NaN where it is not known."""
 
     def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far the same steps in float32, without any table, are from the truth at the recorded elements: as `distances`."""
@@ -30,48 +32,48 @@ class Truth(Protocol):
         """How far records are from the same steps in float32 with the reference's tables of float16: as `distances`."""
 
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """How far rounding alone moves records from the truth: the NMSE, [R], where every operation is as far off as right engines' are."""
+        """How far rounding alone moves records from the truth: NMSE, [R], if every operation is as far off as in right engines."""
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """NMSE of the recorded elements, [R], if each of them were looked up one entry further in a table of float16.
 
-        Only of the points that such a table gives; the others are left out.
+        Only points that come from such a table are included.
         """
 
 
-# How far a right float32 engine may be from the reference, in proportion to the reference's own distance from the truth: the worst
-# of that position up to that point, since rounding is amplified from layer to layer, and a single record may be near the truth by
-# luck. Measured (benchmarks/noise.py --truth -n 10 --tokens 300: NumPy's products and products summed in another order, 156,000
+# How far a right float32 engine may be from the reference, in proportion to the reference's own distance from the truth (the worst
+# at that position up to that point, since rounding is amplified from layer to layer, and a single record may be near the truth by
+# luck). Measured (benchmarks/noise.py --truth -n 10 --tokens 300: NumPy's products and products summed in another order, 156,000
 # records, those with an NMSE above 1e-12): at most 48 times; this is twice that.
 MULTIPLE = 100.0
-# NMSE above which no rounding of float32 is looked for. Measured (benchmarks/noise.py): at most 2e-10 between right engines; an engine
+# NMSE above which float32's rounding is not considered. Measured (benchmarks/noise.py): at most 2e-10 between right engines; an engine
 # without residuals, which amplifies rounding most of all entries of the catalogue, 2e-9.
 NO_ROUNDING = 1e-7
-# The same where the reference is coarse, as from ggml's table of GELU on (argument and result have float16's eleven bits: 1e-7 to 3e-7
-# at the operation). A right engine is then as far from the reference as the reference from the truth, be it that its GELU is exact or
-# that another entry of the table was met: twice that where both err, and twice again. Behind 5 to 22 layers of the small gemma3n and
+# The same if the reference is coarse, as after ggml's table of GELU (argument and result have float16's eleven bits: 1e-7 to 3e-7
+# at the operation). A right engine is then as far from the reference as the reference from the truth, whether its GELU is exact or
+# another entry of the table was used: twice that if both err, and twice again for safety. Behind 5 to 22 layers of the small gemma3n and
 # gemma4 of random weights, seven tokens, the reference is up to 4.2e-4 from the truth; `explain` looks into no error beyond this bound
 # (`diff` into those up to `limits.LARGEST_ROUNDING`).
 COARSE_MULTIPLE = 4.0
 NO_COARSE_ROUNDING = 1e-3
-# NMSE up to which a few other entries of the table pass where none were met in `apart`: the default points' limit without a model
-# (`parity.diff.against_limits.TABLE`, where what was measured stands).
+# NMSE up to which a few other entries of the table pass although `apart` shows none: the default points' limit without a model
+# (`parity.diff.against_limits.TABLE`, which has the measurement).
 FEW_ENTRIES = 1e-6
 # Two right engines, each as far from the truth as rounding carries a value (`Truth.spread`), are twice as far from each other.
 BOTH = 4.0
-# What rounding alone reaches is no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
+# Rounding alone reaches no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8
-# Elements of a row that may cancel all together: a gate of one number is a product of a whole row. `isolate` takes as many
-# (`parity.isolate.operation`).
+# Rows with at most this many elements may cancel as a whole: a gate of one number is a product of a whole row. `isolate` uses the same
+# number (`parity.isolate.operation`).
 FEW = 16
 
 
 def of_few(distance: Floats, rows: Rows) -> Floats:
-    """The distances of a point's records, [R], where its rows hold few elements; those of others as they are.
+    """The distances of a point's records, [R], adjusted if its rows have few elements; those of other points unchanged.
 
-    Such a row is large at one position and all but nothing at another, by how its terms cancel, while what rounding leaves of it is
-    about the same at all: the largest of that counts everywhere.
+    Such a row is large at one position and almost nothing at another, depending on how its terms cancel, while the rounding error is
+    about the same everywhere: the largest error counts at all positions.
     """
     n, l2 = rows.stats.get("n"), rows.stats.get("l2")
     if n is None or l2 is None or not len(rows) or not (n <= FEW).all():
@@ -95,11 +97,11 @@ def raised(
     """Every record's limit [R], raised where the reference itself is far from the truth; never lowered.
 
     Args:
-        nmse: of each record; where it is beyond any rounding its limit stays.
-        limit: of each record by the table. distance: NMSE of the reference's record from the truth; NaN where that is not known.
+        nmse: each record's error; if it is beyond any rounding its limit is not raised.
+        limit: each record's limit by the table. distance: NMSE of the reference's record from the truth; NaN where it is not known.
         point, seq, token_idx: int64 [R]; the number of each record's point in dataflow order, its sequence and position.
         coarse: whether the reference computes the record's point coarsely.
-        rounding: NMSE up to which `MULTIPLE` times the distance is rounding; beyond it is `COARSE_MULTIPLE` times.
+        rounding: NMSE up to which `MULTIPLE` times the distance counts as rounding; beyond it, `COARSE_MULTIPLE` times.
     """
     worst = _so_far(distance, point, seq, token_idx)
     near = nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
@@ -110,20 +112,20 @@ def raised(
 def of_table(limit: Floats, distance: Floats, apart: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
     """Every record's limit [R] for an engine that looks GELU up in a table of float16 as the reference does; never lowered.
 
-    Two such engines meet other entries here and there, where their arguments lie on the two sides of a step: `apart` shows how much of
-    that there is. Where it is rare, and by luck there was none, a single one of the reference's may still be missing.
+    Two such engines use different entries here and there, if their arguments lie on the two sides of a step: `apart` shows how often.
+    If that is rare, and by luck did not occur in our steps, the reference may still have a single one.
 
     Args:
-        limit: of each record by the table of limits. distance: NMSE of the reference's record from the truth. apart: from our float32
-            steps with the same table. NaN where either is not known.
-        point, seq, token_idx: as `raised` takes them.
+        limit: each record's limit by the table of limits. distance: NMSE of the reference's record from the truth; apart: from our
+            float32 steps with the same table. NaN where it is not known.
+        point, seq, token_idx: as in `raised`.
     """
     worst, flipped = (_so_far(far, point, seq, token_idx) for far in (distance, apart))
     return np.maximum(limit, COARSE_MULTIPLE * np.maximum(flipped, np.minimum(worst, FEW_ENTRIES / COARSE_MULTIPLE)))
 
 
 def _so_far(distance: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
-    """The worst known distance of each record's position up to its point, [R]."""
+    """The worst known distance at each record's position up to its point, [R]."""
     order = np.lexsort((point, token_idx, seq))
     known = np.where(np.isfinite(distance), distance, 0.0)[order]
     borders = (np.diff(seq[order]) != 0) | (np.diff(token_idx[order]) != 0)

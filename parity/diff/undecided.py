@@ -1,6 +1,6 @@
-"""Where the table's limits cannot tell a fault from what this model makes of rounding: that is said, and no operation is blamed.
+"""Divergences in which the table's limits cannot distinguish a fault from amplified rounding: the answer says so and blames no operation.
 
-The answer stays a divergence and says what settles it: with the model at hand float64 and measured limits decide.
+It stays a divergence and says what settles the question: with the model at hand, float64 and measured limits decide.
 """
 
 from dataclasses import replace
@@ -17,11 +17,17 @@ from .limits import EXACT_FLOOR
 from .noise import BEYOND
 from .records import Records
 from .routing import may_have_flipped
+from .slices import prepare
 from .truth import FEW
 
+Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# What the positions say, or that nothing is seen: such an answer points at operations, which rounding does not have.
+# Squared errors of two rows of one point by rounding alone: at the failing ones of right engines at most 1.1 times the largest of those
+# that agree (a gate of one number in F32, scans in F16 and with 8-bit activations; benchmarks/right_engines.py); twice that is allowed.
+_AS_LARGE = 2.0
+
+# Patterns of positions, or none: such answers point at operations, which is wrong for rounding.
 _OF_POSITIONS = frozenset(
     {
         "from-position-0",
@@ -37,13 +43,15 @@ _OF_POSITIONS = frozenset(
 
 
 def undecided(records: Records, verdict: Verdict) -> Verdict:
-    """The verdict of a comparison by the table's limits alone, with another pattern where they cannot tell what is wrong."""
+    """The verdict of a comparison by the table's limits alone, with another pattern if they cannot tell what is wrong."""
     first = verdict.first_divergence
     if first is None or first.checkpoint not in records.names or records.tokens.divergence is not None:
         return verdict
     code = verdict.pattern.code if verdict.pattern is not None else ""
     if code == "precision" or (code == "drift" and BLAMED in verdict.operation):
         return replace(verdict, operation="")
+    if sentence := _cancelled(records):
+        return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
     if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
         return verdict
     sentence = _rounding(records, first.checkpoint) or _flipped(records, first.checkpoint, first.seq, first.token_idx)
@@ -71,8 +79,41 @@ def _rounding(records: Records, name: str) -> str:
     )
 
 
+def _cancelled(records: Records) -> str:
+    """What is to be said where rows fail because they are small: their errors are those of rows that agree; else empty.
+
+    Terms of a sum that all but cancel leave a small number and the rounding of large ones: a scan of one position, a gate of one number.
+    """
+    origins = records.failed & ~records.upstream.failed
+    for number in np.unique(records.point[origins]).tolist():
+        here = np.flatnonzero(records.point == number)
+        failing, passing = here[origins[here]], here[~records.failed[here]]
+        if len(failing) > len(passing) or not (records.measures.nmse[failing] > records.limit[failing]).all():
+            return ""
+        by_row = records.measures.nmse_row[here] > records.limit[here]  # a whole row tells more than a few of its values
+        recorded, whole = _squared(records, number, here)
+        fails, passes = np.isin(here, failing), np.isin(here, passing)
+        for errors, wrong in ((whole, fails & by_row), (recorded, fails & ~by_row)):
+            if wrong.any() and not errors[wrong].max() <= _AS_LARGE * np.fmax.reduce(errors[passes]):
+                return ""
+    return (
+        "no larger an error than at positions that agree, where the values are larger: rounding of a sum that all but cancels there, or a "
+        "small fault (--model M.gguf decides)"
+    )
+
+
+def _squared(records: Records, number: int, here: Ints) -> tuple[Floats, Floats]:
+    """The squared errors of one point's records, by their values and by their whole rows: float64 [len(here)]; NaN where not known."""
+    pair, rows = records.pairs[number], records.row[here]
+    values = prepare(pair)
+    with np.errstate(invalid="ignore", over="ignore"):
+        recorded = np.nansum(np.square(values.a[rows].astype(np.float64) - values.b[rows]), axis=1)
+        l2 = pair.ref.stats.get("l2", np.full(len(pair.ref), np.nan))[rows]
+        return recorded, np.asarray(records.measures.nmse_row[here] * l2**2)
+
+
 def _few(records: Records, chosen: Ints) -> bool:
-    """Whether rows hold so few numbers that their terms may cancel all together, as scores of the first positions do."""
+    """Whether rows have so few numbers that all may nearly cancel, as scores of the first positions do."""
     pair = records.pairs[records.point[chosen[0]]]
     values = pair.ref.values[records.row[chosen]]
     inside = np.arange(values.shape[1]) < pair.ref.counts[records.row[chosen], None]

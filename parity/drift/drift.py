@@ -25,11 +25,12 @@ from .dumps import GoldenDumps, chosen_by_llama_cpp, dumped_by_workers
 from .golden import Golden, GoldenPrompt, golden_prompt, load, noted, now, read_prompts, rewrite, seen_from
 
 Progress = Callable[[str, int, int], None]
+_NAMED = 3  # points that a note names
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What `parity drift record` was asked for: how `side` ("ours", "ref", "exec") is to run, over which prompts, and where to.
+    """The request of `parity drift record`: how `side` ("ours", "ref", "exec") runs, on which prompts, and the folder to write.
 
     `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
     """
@@ -42,7 +43,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Checking:
-    """What `parity drift check` was asked for. `side` None is the recorded one; `dumps` are a foreign engine's own.
+    """The request of `parity drift check`. A `side` of None is the recorded one; `dumps` are a foreign engine's own.
 
     `workers`: processes that run prompts, each with the model opened once; `cluster`: the address of a Dask scheduler instead.
     """
@@ -69,7 +70,7 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
     """Write golden dumps of every prompt.
 
     Raises:
-        ParityError: whatever is wrong with the request, the model or a side, in one line.
+        ParityError: anything wrong with the request, the model or a side, in one line.
     """
     texts = read_prompts(request.prompts)
     run = request.run
@@ -104,7 +105,7 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
                 written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
-            for kept in written:  # all are there: only now do they take the place of an earlier recording
+            for kept in written:  # only when all are written do they replace an earlier recording
                 put(golden.path(kept), (Path(scratch) / kept.file).read_bytes())
     header = read(golden.path(written[0])).header
     golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
@@ -113,14 +114,14 @@ def record(request: Recording, progress: Progress | None = None) -> Golden:
 
 
 def check(request: Checking, progress: Progress | None = None) -> Drift:
-    """Run or read the other side, compare, note it in the ledger.
+    """Run or read the other side, compare it, and note the result in the ledger.
 
     Raises:
-        ParityError: another model, mode or prompt set than was recorded (no drift), or whatever else is wrong.
+        ParityError: the model, mode or prompt set is not the recorded one (which is not drift), or anything else is wrong.
     """
     golden = load(request.folder)
     golden.same_mode(request.mode)
-    ledger.read(_book(request, golden))  # what is wrong with it is said before anything is computed
+    ledger.read(_book(request, golden))  # errors in it are reported before anything is computed
     if request.prompts is not None:
         golden.same_prompts(read_prompts(request.prompts))
     with ExitStack() as stack:
@@ -133,13 +134,22 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
             paths = list(_run_again(golden, source, request, scratch, progress))
         dumps = [formats.load(path) for path in paths]
         options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
-        verdicts = [
-            compare(mine, read(golden.path(prompt)), options) for prompt, mine in zip(golden.prompts, dumps, strict=True)
-        ]
+        verdicts: list[Verdict] = []
+        unrecorded: dict[str, None] = {}
+        for prompt, mine in zip(golden.prompts, dumps, strict=True):
+            kept = read(golden.path(prompt))
+            unrecorded |= dict.fromkeys(name for name in mine.points if name not in kept.points)
+            verdicts.append(compare(_recorded_points(mine, kept), kept, options))
         updated: tuple[tuple[int, str], ...] = ()
         if request.update:
             updated = _update(golden, source, verdicts, paths, dumps)
-    return _answer(request, golden, source, dumps, verdicts, updated)
+    return _answer(request, golden, source, dumps, verdicts, updated, tuple(unrecorded))
+
+
+def _recorded_points(mine: Dump, kept: Dump) -> Dump:
+    """A dump without points that its golden dump lacks: an engine may print more. All of it if they have no point in common."""
+    points = {name: rows for name, rows in mine.points.items() if name in kept.points}
+    return replace(mine, points=points) if points else mine
 
 
 def _book(request: Checking, golden: Golden) -> Path:
@@ -153,6 +163,7 @@ def _answer(
     dumps: Sequence[Dump],
     verdicts: Sequence[Verdict],
     updated: tuple[tuple[int, str], ...],
+    unrecorded: tuple[str, ...],
 ) -> Drift:
     book = _book(request, golden)
     entries, skipped = ledger.read(book)
@@ -172,7 +183,7 @@ def _answer(
         changes=moved,
         findings=tuple(ledger.findings(points)),
         updated=updated,
-        notes=(f"{skipped} lines of {book} are not entries and were skipped",) if skipped else (),
+        notes=tuple(_notes(skipped, book, unrecorded)),
     )
     if request.keep_ledger and not updated:
         commit, dirty = ledger.commit()
@@ -180,6 +191,14 @@ def _answer(
         extra = {"dirty": dirty, "mode": golden.mode, "model": golden.fingerprint}
         ledger.append(book, Entry(now(), commit, answer.verdict, source, identity, versions, figures, extra))
     return answer
+
+
+def _notes(skipped: int, book: Path, unrecorded: Sequence[str]) -> Iterator[str]:
+    if skipped:
+        yield f"{skipped} lines of {book} are not entries and were skipped"
+    if unrecorded:
+        more = f" and {len(unrecorded) - _NAMED} more points" if len(unrecorded) > _NAMED else ""
+        yield f"not compared, since the golden dumps lack them: {', '.join(unrecorded[:_NAMED])}{more}"
 
 
 def _side(source: str, versions: dict[str, str]) -> str:
@@ -264,7 +283,7 @@ def _run_again(golden: Golden, source: str, request: Checking, scratch: Path, pr
 
 
 def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
-    """The given dumps in the order of the prompts they are of: by token ids where they say them, else by their order."""
+    """The given dumps in the order of their prompts: by token ids if they list them, else in the given order."""
     if len(dumps) != len(golden.prompts):
         raise InputError(
             f"{len(dumps)} dumps were given for {len(golden.prompts)} golden prompts.",
@@ -279,6 +298,6 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
     for prompt in golden.prompts:
         path = by_tokens.get(prompt.tokens) or by_tokens.get((*prompt.tokens, *prompt.generated))
         if path is None:
-            return list(dumps)  # the comparison says where the tokens part
+            return list(dumps)  # the comparison says where the tokens diverge
         assigned.append(path)
     return assigned

@@ -1,4 +1,4 @@
-"""The dumps of golden prompts: written by any side, the model opened once."""
+"""The dumps of golden prompts, written by any side, which opens the model once."""
 
 import shlex
 import tempfile
@@ -20,7 +20,7 @@ from ..run.sides import EXEC, REF, LlamaCpp, Side, side_of
 from ..run.workers import workers_of
 from .golden import GoldenPrompt
 
-_ATTEMPTS = 3  # of what a lost worker had
+_ATTEMPTS = 3  # times that a lost worker's prompts are tried
 
 
 class GoldenDumps:
@@ -33,7 +33,7 @@ class GoldenDumps:
         self._side: Side = side_of(source, request, reference, resident=True)
 
     def write(self, prompt: Prompt, out: Path) -> None:
-        """Write one prompt's dump, in format 1 whoever computes it: golden lines are looked up and rewritten by their keys."""
+        """Write one prompt's dump, in format 1 for every side, since golden lines are looked up and rewritten by their keys."""
         if self._source != EXEC or self._request.command is None:
             self._side.dump(prompt, out)
             return
@@ -43,7 +43,7 @@ class GoldenDumps:
             write(load(printed), out, Header(source=f"printed by {shlex.split(self._request.command.line)[0]}"))
 
     def write_again(self, kept: GoldenPrompt, out: Path) -> None:
-        """Write the dump of a prompt that was recorded; llama.cpp tokenizes it anew, since its tokenizer is under watch, too."""
+        """Write the dump of a recorded prompt; llama.cpp tokenizes it again, since its tokenizer is checked, too."""
         prompt = kept.prompt
         if self._source == REF:
             ids = self._reference.tokenize(self._request.model, kept.text)
@@ -55,10 +55,10 @@ class GoldenDumps:
 def dumped_by_workers(
     source: str, run: Request, prompts: Sequence[GoldenPrompt], workers: int, cluster: str
 ) -> Iterator[tuple[GoldenPrompt, bytes]]:
-    """Each prompt with its dump's lines, as workers finish them; what a killed worker had runs again.
+    """Each prompt with its dump's lines, as workers finish them; a killed worker's prompts run again.
 
     Raises:
-        ParityError: as `GoldenDumps.write`; InputError: there is no such cluster, its connection is lost, or workers keep dying.
+        ParityError: as in `GoldenDumps.write`; InputError: there is no such cluster, its connection is lost, or workers keep dying.
     """
     rest = list(prompts)
     for _ in range(_ATTEMPTS):
@@ -77,7 +77,7 @@ def dumped_by_workers(
 
 
 def _dump_of(source: str, run: Request, kept: GoldenPrompt) -> bytes:
-    """One prompt's dump, small enough to travel, by the side that this process has opened."""
+    """One prompt's dump, small enough to be sent, by the side that this process has opened."""
     with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
         out = Path(scratch) / "dump.jsonl"
         _opened(source, run).write_again(kept, out)

@@ -36,7 +36,7 @@ class GoldenPrompt:
 
     @property
     def prompt(self) -> Prompt:
-        """As sides take it."""
+        """The prompt in the form that sides take."""
         return Prompt(self.text, self.tokens, self.pieces, self.generated, self.generated_pieces)
 
 
@@ -64,17 +64,17 @@ class Golden:
 
     @property
     def identity(self) -> str:
-        """16 hex digits that change with any golden number: margins of other numbers are no history of these."""
+        """16 hex digits that change with any golden number: margins against other numbers do not belong to this history."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(self.path(prompt).read_bytes())
         return digest.hexdigest()[:16]
 
     def model_path(self, given: Path | None) -> Path:
-        """The model file: as given, else where it lay.
+        """The model file: the given one, else the recorded path.
 
         Raises:
-            InputError: it is not there, or it is another model: what differs then is no drift.
+            InputError: the file is missing, or is another model, whose differences would not be drift.
         """
         path = given or (default_model.path() if self.model == EMBEDDED else self.folder / self.model)
         try:
@@ -96,7 +96,7 @@ class Golden:
         return path
 
     def same_prompts(self, texts: tuple[str, ...]) -> None:
-        """Raises InputError where these are not the recorded prompts, in whatever order."""
+        """Raise InputError if these are not the recorded prompts, in any order."""
         recorded = [prompt.text for prompt in self.prompts]
         new = [text for text in texts if text not in recorded]
         gone = [text for text in recorded if text not in texts]
@@ -107,7 +107,7 @@ class Golden:
             )
 
     def same_mode(self, mode: str | None) -> None:
-        """Raises InputError where another mode is asked for than was recorded."""
+        """Raise InputError if another mode is requested than was recorded."""
         if mode is not None and mode != self.mode:
             raise InputError(
                 f"the mode changed, which is no drift: these golden dumps are of {self.mode} mode.",
@@ -125,7 +125,7 @@ def load(folder: Path) -> Golden:
     """Read a folder's `drift.json`.
 
     Raises:
-        InputError: it is not there, of a newer format, or damaged; or a dump is missing.
+        InputError: the file is missing, has a newer format, or is damaged; or a dump is missing.
     """
     path = folder / MANIFEST
     try:
@@ -164,7 +164,7 @@ def golden_prompt(prompt: Prompt, file: str) -> GoldenPrompt:
 
 
 def seen_from(folder: Path, model: Path) -> str:
-    """How a folder remembers its model: relative, so that a checkout may lie anywhere."""
+    """The model's path relative to the folder, so that a checkout may lie anywhere."""
     if model == default_model.path():
         return EMBEDDED
     return Path(os.path.relpath(model.resolve(), folder.resolve())).as_posix()
@@ -174,7 +174,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     r"""One prompt a line, in which "\n" stands for a line break; empty lines are skipped.
 
     Raises:
-        InputError: it cannot be read, holds no prompt, or one twice.
+        InputError: the file cannot be read, has no prompt, or has one twice.
     """
     try:
         lines = read_text(path).splitlines()
@@ -197,13 +197,13 @@ def rewrite(golden: Golden, prompt: GoldenPrompt, new: Path, points: Collection[
 
 
 def noted(golden: Golden, updated: tuple[tuple[int, str], ...], build: dict[str, Any]) -> Golden:
-    """The same with a note of what was rewritten, when and by what."""
+    """The same golden dumps with a note of what was rewritten, when and by which build."""
     note = {"time": now(), "points": [list(item) for item in updated], "build": build}
     return replace(golden, updates=(*golden.updates, note))
 
 
 def now() -> str:
-    """The time as ledgers and manifests write it."""
+    """The current time as ledgers and manifests write it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jsonlines
 import orjson
 
 from checkpoints.answers.drift import Change, Closer, Entry, Margin
@@ -27,9 +28,9 @@ GROWTH = 10.0
 # the stored golden dumps against our engine on six kernel families of OpenBLAS, one and two threads: 0.0026 … 0.0068 of the
 # limit, so that no move between machines is tenfold of it; where both sides are the same build, 0.
 NOISE = 3e-3
-_MOVED = 1.01  # times an earlier error: a smaller move is none that anybody would look at
-_NOTHING = 1e-6  # of the limit: below it two errors are both nothing
-# Nearer to the limit than this is warned of before it is reached.
+_MOVED = 1.01  # times an earlier error: a smaller change is not worth mentioning
+_NOTHING = 1e-6  # of the limit: errors below it count as none
+# A margin below this is reported before the limit is reached.
 NEAR = 0.1
 
 _VERSIONS = ("version", "llama_cpp_python", "llama_cpp", "backend", "device", "threads", "system", "weights", "flash_attention")
@@ -67,12 +68,12 @@ def append(path: Path, entry: Entry) -> None:
 
 
 def _append_line(path: Path, line: bytes) -> None:
-    """Add a line behind what is there, or nothing where the disk does not take all of it.
+    """Append a line, or nothing if the disk cannot take all of it.
 
-    A last line that a killed run has left cut short is ended first, so that only that one is lost.
+    A last line that a killed run left unfinished is ended first, so that only that one is lost.
     """
     with path.open("a+b", buffering=0) as file:
-        lock(file.fileno(), wait=True)  # nobody else's line may stand behind this one when it is taken back
+        lock(file.fileno(), wait=True)  # no other process may append a line before this one is taken back
         size = file.seek(0, os.SEEK_END)
         cut_short = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
         whole = b"\n" * cut_short + line + b"\n"
@@ -82,12 +83,12 @@ def _append_line(path: Path, line: bytes) -> None:
         finally:
             if written < len(whole):
                 os.ftruncate(file.fileno(), size)
-        if written < len(whole):  # the disk took some of it before it was full
+        if written < len(whole):  # the disk was full after a part of it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read(path: Path) -> tuple[list[Entry], int]:
-    """All entries and how many lines were none (torn, or by a newer schema).
+    """All entries, and how many lines could not be read (torn, or of a newer schema).
 
     Raises:
         InputError: the file cannot be read.
@@ -101,12 +102,14 @@ def read(path: Path) -> tuple[list[Entry], int]:
         raise InputError(f"cannot read {path}: {error.strerror}.", "Check --ledger.", code="ledger") from error
     entries: list[Entry] = []
     skipped = 0
-    for line in lines:
+    reader = jsonlines.Reader(lines, loads=orjson.loads)
+    while True:
         try:
-            entries.append(_entry(orjson.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            skipped += bool(line.strip())
-    return entries, skipped
+            entries.append(_entry(reader.read(type=dict, skip_empty=True)))
+        except EOFError:
+            return entries, skipped
+        except (jsonlines.InvalidLineError, ValueError, TypeError, KeyError, AttributeError):
+            skipped += 1
 
 
 def comparable(entries: Iterable[Entry], source: str, golden: str) -> list[Entry]:
@@ -115,13 +118,13 @@ def comparable(entries: Iterable[Entry], source: str, golden: str) -> list[Entry
 
 
 def best(entries: Sequence[Entry], point: str) -> float | None:
-    """The smallest proportion of its limit that a point had where the check passed."""
+    """The smallest proportion of its limit that a point had in checks that passed; None if there are none."""
     shares = [entry.points[point][2] for entry in entries if point in entry.points and entry.verdict == "parity"]
     return min(shares, default=None)
 
 
 def findings(points: Sequence[Margin]) -> list[str]:
-    """Sentences about errors within their limits that have grown, or are near."""
+    """Sentences on errors within their limits that have grown, or are close to them."""
     sentences: list[str] = []
     for point in points:
         if point.of_limit > 1:
@@ -135,7 +138,7 @@ def findings(points: Sequence[Margin]) -> list[str]:
 
 
 def closer(entries: Sequence[Entry], since: datetime) -> list[Closer]:
-    """What came nearer to its limit from the last check before `since` (else the first one) to the last of all; the most grown first.
+    """Points that came closer to their limits from the last check before `since` (else the first one) to the latest, most grown first.
 
     Args:
         entries: checks that can be compared with each other, oldest first.
@@ -154,13 +157,13 @@ def closer(entries: Sequence[Entry], since: datetime) -> list[Closer]:
 
 
 def _time(text: str) -> datetime:
-    """Raises ValueError for what is no time."""
+    """A time as a datetime. Raises ValueError if the text is not a time."""
     time = datetime.fromisoformat(text)
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def versions(header: Header | None) -> dict[str, str]:
-    """What could explain a change: versions, backend, device, threads, as a dump's header says it."""
+    """What could explain a change: versions, backend, device and threads from a dump's header."""
     if header is None:
         return {}
     build = {name: str(header.build[name]) for name in _VERSIONS if name in header.build}
@@ -168,7 +171,7 @@ def versions(header: Header | None) -> dict[str, str]:
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> tuple[Change, ...]:
-    """Versions and settings that are not what they were. An older version's spelling ("f32 twin") is no change."""
+    """Versions and settings that changed. An older version's spelling ("f32 twin") is not a change."""
     return tuple(
         Change(name, before[name], now[name])
         for name in before

@@ -1,4 +1,4 @@
-"""Files for engines of others: what runs in a user's process is one of these, never our packages."""
+"""Files for users' engines: what runs in a user's process is one of these, never our packages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A pytest fixture that holds an engine's dump to golden numbers: `parity emit pytest > tests/parity_pytest.py`.
+"""A pytest fixture that compares an engine's dump with golden numbers: `parity emit pytest > tests/parity_pytest.py`.
 
     from parity_pytest import parity_golden  # noqa: F401  (in conftest.py, or in the test file)
 
@@ -7,8 +7,8 @@
         parity_golden(tmp_path / "ours.jsonl", "tests/golden/000.jsonl", model="model.gguf")
 
 The golden dump is llama.cpp's (`parity dump ref --tokens 1,403,407 --model model.gguf -o tests/golden/000.jsonl`) or an earlier one of
-your engine. Where the two disagree the assertion prints the first divergence, and with `model` the known fault that gives
-these numbers. parity runs as a command, from an environment of its own: PARITY names it where it is not on the path.
+your engine. If the two disagree, the assertion prints the first divergence, and with `model` the known fault that gives
+these numbers. parity runs as a command, from an environment of its own: PARITY names it if it is not on the path.
 """
 
 import os
@@ -37,18 +37,18 @@ def _parity(*arguments: object, timeout: float) -> "subprocess.CompletedProcess[
 
 
 def _cause(dump: Path, model: Path, options: list[str], timeout: float) -> str:
-    """What `parity explain` says of the dump, "" where it says nothing."""
+    """What `parity explain` says about the dump, "" if it fails or says nothing."""
     done = _parity("explain", dump, "--model", model, *options, timeout=timeout)
     return done.stdout.strip() if done.returncode in (PARITY, DIVERGENCE) else done.stderr.strip()
 
 
 @pytest.fixture
 def parity_golden() -> Callable[..., None]:
-    """`parity_golden(dump, golden, model=None, compute=None, tolerance=None, options=(), timeout=600)`: fails where they disagree.
+    """`parity_golden(dump, golden, model=None, compute=None, tolerance=None, options=(), timeout=600)`: fails if they disagree.
 
-    `dump` and `golden` are files that `parity diff` reads. `model` (a GGUF file) lets the cause be looked for; `compute` is your
-    engine's arithmetic where its dump does not say it ("f32", "f16", "bf16"), `tolerance` one NMSE limit for everything, `options`
-    further options of `parity diff`, `timeout` in seconds for each of the two commands.
+    `dump` and `golden` are files that `parity diff` reads. With `model` (a GGUF file) the cause is looked for; `compute` is your
+    engine's arithmetic if its dump does not state it ("f32", "f16", "bf16"), `tolerance` one NMSE limit for everything, `options`
+    are further options of `parity diff`, `timeout` is in seconds for each of the two commands.
     """
 
     def check(

@@ -11,145 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .hugging_face_names import ATTENTIONS, BY_GROUPS, GATED, PERMUTED, names_of
 from .recorder import Recorder
-
-# Converters to GGUF permute the rows of Q and K for these, from halves to neighbours (`permute` in convert_hf_to_gguf.py):
-# what llama.cpp calls Q and K is then the same numbers in another order. Known, and undone here.
-PERMUTED = frozenset(
-    (
-        "llama",
-        "mistral",
-        "mixtral",
-        "granite",
-        "granitemoe",
-        "smollm3",
-        "arcee",
-        "minicpm",
-        "olmo",
-        "internlm2",
-        "xverse",
-        "baichuan",
-    )
-)
-# Module names inside a layer and what their outputs are; `<` names what goes into the module.
-_PLAIN = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.q_norm": "q_norm",
-    "self_attn.k_norm": "k_norm",
-    "self_attn.o_proj": "attn_out",
-    "self_attn.o_proj<": "kqv_out",
-    "self_attn.dense": "attn_out",
-    "self_attn.dense<": "kqv_out",
-    "post_attention_layernorm": "ffn_norm",
-    "post_attention_layernorm<": "ffn_inp",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj<": "ffn_swiglu",
-    "mlp": "ffn_out",
-    "": "l_out",
-}
-# What routes tokens to experts; where it is, the feed-forward's output is the experts'.
-_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate")
-# A norm behind the attention and another behind the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
-_SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attention_layernorm<"} | {
-    "post_attention_layernorm": "attn_post_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "pre_feedforward_layernorm<": "ffn_inp",
-    "post_feedforward_layernorm": "ffn_post_norm",
-}
-# GLM-4 names them by what they follow; its gate and up projections are one module.
-_AFTER = _PLAIN | {
-    "post_self_attn_layernorm": "post_attn_norm",
-    "post_mlp_layernorm": "post_mlp_norm",
-    "mlp.gate_up_proj": "ffn_gate_up",
-}
-# falcon: attention and feed-forward read the same hidden state, each through a norm of its own in the larger models.
-_FALCON = {
-    "input_layernorm": "attn_norm",
-    "ln_attn": "attn_norm_2",
-    "ln_mlp": "attn_norm",
-    "self_attention.query_key_value": "qkv",
-    "self_attention.dense<": "kqv_out",
-    "self_attention.dense": "attn_out",
-    "mlp.dense_h_to_4h": "ffn_up",
-    "mlp.dense_4h_to_h<": "ffn_gelu",
-    "mlp": "ffn_out",
-    "": "l_out",
-}
-# gpt2's names; its three projections are one module, and so are falcon's and phi3's.
-_GPT2 = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "qkv",
-    "attn.c_proj<": "kqv_out",
-    "attn.c_proj": "attn_out",
-    "ln_2<": "ffn_inp",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj<": "ffn_gelu",
-    "mlp": "ffn_out",
-    "": "l_out",
-}
-_ONCE = {
-    "embed_tokens": "embd",
-    "word_embeddings": "embd",
-    "wte": "embd",
-    "norm": "output_norm",
-    "ln_f": "output_norm",
-    "final_layernorm": "output_norm",
-}
-_GATED = ("hidden_act", "hidden_activation")
-
-
-def names_of(model: Any) -> "dict[str, str]":
-    """Module path -> point for every module of the model whose value is known; a path that ends in "<" is a module's input."""
-    modules = dict(model.named_modules())
-    paths = list(modules)
-    layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
-    found: dict[str, str] = {}
-    for layer in layers:
-        number = layer.rsplit(".", 1)[-1]
-        inside = {path.removeprefix(layer).lstrip(".") for path in paths if path == layer or path.startswith(layer + ".")}
-        for name, kind in _table(inside).items():
-            if name.rstrip("<") in inside:
-                found[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
-        for router in _ROUTERS:
-            if router in inside:
-                experts = router.split(".")[0]
-                # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
-                biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
-                found[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
-                if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
-                    found[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
-                    found[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
-                else:
-                    found[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
-        if "self_attn.qkv_proj" in inside:
-            found[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
-    for path in paths:
-        leaf = path.rsplit(".", 1)[-1]
-        if leaf in _ONCE and not any(path.startswith(layer + ".") for layer in layers):
-            beside = path.removesuffix(leaf)
-            added = (
-                leaf == "wte" and {f"{beside}wpe", f"{beside}drop"} <= modules.keys()
-            )  # positions are added before the first layer
-            found[f"{beside}drop" if added else path] = _ONCE[leaf]
-    return found
-
-
-def _table(inside: "set[str]") -> "dict[str, str]":
-    """The names of one layer's modules, by which of them it has."""
-    if "ln_1" in inside:
-        return _GPT2
-    if "self_attention.query_key_value" in inside:
-        return _FALCON
-    if "pre_feedforward_layernorm" in inside:
-        return _SANDWICH
-    if "post_self_attn_layernorm" in inside:
-        return _AFTER
-    return _PLAIN
 
 
 class Observer:
@@ -160,15 +23,16 @@ class Observer:
         self.tap = tap
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.kind = str(config.model_type)
-        self.heads = int(config.num_attention_heads)
+        self.heads = int(getattr(config, "num_attention_heads", None) or 1)  # a recurrent model has none
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
         if hasattr(config, "multi_query"):  # falcon
             self.kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else self.heads
         self.layer = 0
         self.projected: dict[str, Any] = {}
-        # Where the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
+        self.rotated: dict[str, Any] = {}
+        # If the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
         self.scaled = type(model.get_input_embeddings()).__name__ != "Embedding"
-        gelu = "gelu" in str(next((getattr(config, name) for name in _GATED if hasattr(config, name)), ""))
+        gelu = "gelu" in str(next((getattr(config, name) for name in GATED if hasattr(config, name)), ""))
         self.renamed = {"ffn_swiglu": "ffn_geglu"} if gelu else {}
 
     @contextmanager
@@ -183,23 +47,25 @@ class Observer:
             else:
                 handles.append(module.register_forward_hook(self._output(point)))
         attentions = {
-            path: module for path, module in modules.items() if path.endswith(("self_attn", ".attn", ".self_attention"))
+            path: module for path, module in modules.items() if path.endswith(ATTENTIONS) and path.split(".")[-2].isdigit()
         }
         for path, module in attentions.items():
             number = int(path.split(".")[-2])
             handles.append(module.register_forward_pre_hook(self._enter(number)))
             handles.append(module.register_forward_hook(self._weights(number)))
         place = sys.modules[type(next(iter(attentions.values()))).__module__] if attentions else None
-        rotate = getattr(place, "apply_rotary_pos_emb", None)
-        if rotate is not None:
-            place.apply_rotary_pos_emb = self._rotated(rotate)  # type: ignore[union-attr]
+        wrappers = {"apply_rotary_pos_emb": self._rotated, "eager_attention_forward": self._attended}
+        replaced = {name: getattr(place, name) for name in wrappers if hasattr(place, name)}
+        self.whole = len(replaced) == len(wrappers)
+        for name, function in replaced.items():
+            setattr(place, name, wrappers[name](function))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            if rotate is not None:
-                place.apply_rotary_pos_emb = rotate  # type: ignore[union-attr]
+            for name, function in replaced.items():
+                setattr(place, name, function)
 
     def _output(self, point: str) -> "Callable[..., None]":
         def hook(_module: Any, inputs: Any, output: Any) -> None:
@@ -229,13 +95,36 @@ class Observer:
 
     def _rotated(self, rotate: "Callable[..., Any]") -> "Callable[..., Any]":
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            q, k = rotate(*arguments, **named)
-            for point, value, heads in (("q_rope", q, self.heads), ("k_rope", k, self.kv_heads)):
+            result = rotate(*arguments, **named)
+            if not (isinstance(result, tuple) and len(result) == 2):  # GPT-J: called for each of the two
+                return result
+            for point, value, heads in zip(("q_rope", "k_rope"), result, (self.heads, self.kv_heads), strict=True):
                 if value.ndim == 4 and value.shape[1] == heads:  # [B, H, T, d]
-                    self._heads(f"blk.{self.layer}.{point}", value.transpose(1, 2))
-            return q, k
+                    self.rotated[point] = value
+            if not self.whole:
+                self._after_rotation({})
+            return result
 
         return wrapped
+
+    def _attended(self, attend: "Callable[..., Any]") -> "Callable[..., Any]":
+        def wrapped(module: Any, query: Any, key: Any, *arguments: Any, **named: Any) -> Any:
+            self._after_rotation({"q_rope": query, "k_rope": key})
+            return attend(module, query, key, *arguments, **named)
+
+        return wrapped
+
+    def _after_rotation(self, read: "dict[str, Any]") -> None:
+        """Record Q and K behind RoPE, [B, H, T, d]; with the elements that it leaves alone where only a head's first ones are rotated.
+
+        Args:
+            read: what the attention reads, which has all elements.
+        """
+        for point, rotated in self.rotated.items():
+            whole, size = read.get(point, rotated), rotated.shape[-1]
+            partly = whole.shape[-1] > size and bool((whole[..., :size] == rotated).all())
+            self._heads(f"blk.{self.layer}.{point}", (whole if partly else rotated).transpose(1, 2))
+        self.rotated = {}
 
     def _value(self, point: str, value: Any, source: Any) -> None:
         layer, _, kind = point.rpartition(".")
@@ -261,9 +150,9 @@ class Observer:
         self.tap(f"{layer}.{self.renamed.get(kind, kind)}" if layer else point, flat)
 
     def _split(self, value: Any) -> "tuple[Any, Any, Any]":
-        """Queries, keys and values of one fused projection, [B, T, (H + 2K)·d], side by side or (falcon) by groups; Q and K by heads."""
+        """Queries, keys and values of one fused projection, [B, T, (H + 2K)·d], side by side or by groups; Q and K by heads."""
         size = value.shape[-1] // (self.heads + 2 * self.kv_heads)
-        if self.kind == "falcon":
+        if self.kind in BY_GROUPS:
             groups = value.unflatten(-1, (self.kv_heads, -1, size))
             return groups[..., :-2, :].flatten(-3, -2), groups[..., -2, :], groups[..., -1, :].flatten(-2)
         q, k, v = value.split((self.heads * size, self.kv_heads * size, self.kv_heads * size), dim=-1)
@@ -299,7 +188,7 @@ def tokenized(path: Path, prompt: str) -> "dict[str, Any]":
 
 
 def _source(path: Path) -> "tuple[str, dict[str, str]]":
-    """How `from_pretrained` takes a path: a folder as it is, a GGUF file as its folder and its name."""
+    """The arguments of `from_pretrained` for a path: a folder unchanged, a GGUF file as its folder and its name."""
     return (str(path), {}) if path.is_dir() else (str(path.parent), {"gguf_file": path.name})
 
 
@@ -314,9 +203,9 @@ def dump(
     prompt: "str | None" = None,
     name: str = "",
 ) -> int:
-    """Run the tokens in one forward pass and write every known value; returns how many records that made.
+    """Run the tokens in one forward pass and write every known value; returns the number of records.
 
-    `size` 0 writes whole rows; `name` is the model's; `points` and `positions` are as on the command line.
+    A `size` of 0 writes whole rows; `name` is the model's; `points` and `positions` are as on the command line.
 
     Raises:
         ValueError: there is no such position or token; OSError: the file cannot be written.
@@ -353,7 +242,7 @@ def _positions(text: str, count: int) -> "Sequence[int] | None":
     """The positions of `count` tokens that "all", "last" or a list with commas names; None for all.
 
     Raises:
-        ValueError: a list that is none, or a position behind the last token.
+        ValueError: a malformed list, or a position after the last token.
     """
     if text in ("all", ""):
         return None
@@ -364,7 +253,7 @@ def _positions(text: str, count: int) -> "Sequence[int] | None":
 
 
 def main() -> int:
-    """Read the command line and write the dump; what is wrong is one line on stderr."""
+    """Read the command line and write the dump; an error is one line on stderr."""
     parser = argparse.ArgumentParser(description="Checkpoints of a Hugging Face model, for parity diff.")
     parser.add_argument("model", type=Path, help="a GGUF file, or a folder with config.json and safetensors")
     parser.add_argument("--tokens", help="token ids with commas")

@@ -8,18 +8,18 @@
  *   parity_close(d);
  *
  * Call parity_checkpoint right where the value is computed: it copies before it returns, no pointer is kept. Every function may
- * be called from several threads. Functions return 0, or -1 with the reason in parity_error(d); what fails once fails on.
+ * be called from several threads. Functions return 0, or -1 with the reason in parity_error(d); after an error all calls fail.
  *
- * With PARITY_CUDA defined before the #include, device pointers are taken by a function of another name:
+ * With PARITY_CUDA defined before the #include, a separate function takes device pointers:
  *
  *   parity_checkpoint_device(d, "blk.5.l_out", position, device_pointer, PARITY_F16, n, stream);
  *
- * It copies in that stream, into pinned memory of its own, and waits for the copy before it returns. A device pointer that is
- * given to parity_checkpoint is an error then, not a crash or garbage.
+ * It copies in that stream, into pinned memory of its own, and waits for the copy before it returns. Passing a device pointer to
+ * parity_checkpoint is then an error, not a crash or garbage.
  *
- * In a stream that is being captured into a CUDA graph the same call becomes part of the graph and records at every replay. The
- * position is read from device memory then, at the first checkpoint of a pass; the graph itself, or a copy before each replay, keeps
- * it up to date:
+ * In a stream that is being captured into a CUDA graph, the same call becomes part of the graph and records at every replay. The
+ * position is then read from device memory, at the first checkpoint of a pass; the graph itself, or a copy before each replay, must
+ * keep it up to date:
  *
  *   parity_position_device(d, device_position, NULL);                          // before the first checkpoint of the capture
  *
@@ -27,8 +27,8 @@
  * parity_close: call one of them before you reset the device. A replay waits where no turn is free, ten seconds at most; then rows are
  * lost, which is an error. What cannot be captured is an error of the call, at the time of capture.
  *
- * For `parity run --exec … --bisect`, which finds the layers that are wrong given right inputs, add one line behind the checkpoints of
- * the embedding and of each layer's output; it replaces the row where $PARITY_INJECT names a file that has it, and costs nothing else:
+ * For `parity run --exec … --bisect`, which finds the layers that are wrong given right inputs, add one line after the checkpoints of
+ * the embedding and of each layer's output; it replaces the row if $PARITY_INJECT names a file that has it, and otherwise does nothing:
  *
  *   parity_inject(d, "blk.5.l_out", position, hidden, PARITY_F32, n);   // or parity_inject_device(…, stream) */
 #ifndef PARITY_DUMP_H
@@ -54,19 +54,19 @@
 #endif
 
 #ifndef PARITY_SLICE
-#define PARITY_SLICE 16 /* leading values that a record carries; define it before the #include for more */
+#define PARITY_SLICE 16 /* leading values in a record; define it before the #include for more */
 #endif
 #define PARITY_SKETCH 32 /* projections of the whole row, as many as a hash has bits */
 
 typedef enum { PARITY_F32 = 0, PARITY_F16 = 1, PARITY_BF16 = 2 } parity_type;
 
-/* Values of $PARITY_INJECT: positions first … first + rows − 1 of a point, and where they begin in the file. */
+/* Values in $PARITY_INJECT: positions first … first + rows − 1 of a point, and where they begin in the file. */
 struct parity_injected {
     char point[64];
     long long first, rows, width, at;
 };
 
-/* Statistics and sketch of a row. Non-finite elements are counted and are zero to everything else. */
+/* Statistics and sketch of a row. Non-finite elements are counted, and count as zero in everything else. */
 struct parity_sums {
     double sum, squares, least, most, sketch[PARITY_SKETCH];
     size_t nonfinite, largest_at;
@@ -90,7 +90,7 @@ typedef pthread_t parity__thread;
 #define PARITY_RING (32u << 20) /* bytes of device memory, at most, that a graph's replays take turns in, unless eight of them need more */
 #endif
 #ifndef PARITY_WRITERS
-#define PARITY_WRITERS 8 /* threads that make lines of captured rows, beside each other; they are written in the order of the replays */
+#define PARITY_WRITERS 8 /* threads that turn captured rows into lines in parallel; the lines are written in the order of the replays */
 #endif
 #define PARITY__DEVICES 64
 #define PARITY__SEGMENTS 8 /* rows that one kernel can copy */
@@ -177,7 +177,7 @@ typedef struct parity_dump {
     int n_injected;
     parity__mutex lock; /* of the file and the fields above */
 #ifdef PARITY_CUDA
-    parity__mutex device; /* of the fields below; a replay may wait for the writers, who take the other one: never both at once */
+    parity__mutex device; /* of the fields below; a replay may wait for the writers, which take the other lock: never take both */
     void *slab; /* pinned */
     size_t slab_size;
     const int *position, *pass; /* device memory that captured checkpoints read */
@@ -233,7 +233,7 @@ static inline int parity__fail(parity_dump *d, const char *format, ...) {
     return -1;
 }
 
-/* The same from outside of the lock. The text is what only one caller wrote. */
+/* The same from outside the lock. Only one caller writes the text. */
 static inline int parity__refuse(parity_dump *d, const char *point, const char *why) {
     parity__lock(d);
     parity__fail(d, "%s: %s", point, why);
@@ -244,7 +244,7 @@ static inline int parity__refuse(parity_dump *d, const char *point, const char *
 /* The first thing that went wrong, or an empty text. */
 static inline const char *parity_error(const parity_dump *d) { return d ? d->error : "the dump could not be opened"; }
 
-/* Where $PARITY_INJECT has the rows of which point: a line "PARITY-INJECT 1", then for each point a line "name first rows width" and
+/* Read which rows $PARITY_INJECT has, and where: a line "PARITY-INJECT 1", then for each point a line "name first rows width" and
  * rows × width float32, little-endian. */
 static inline void parity__index(parity_dump *d, const char *path) {
     char line[128], point[64];
@@ -277,7 +277,7 @@ static inline void parity__index(parity_dump *d, const char *path) {
     }
 }
 
-/* Create a dump; NULL where the file cannot be created or memory is short. */
+/* Create a dump; NULL if the file cannot be created or memory is short. */
 static inline parity_dump *parity_open(const char *path) {
     parity_dump *d = (parity_dump *)calloc(1, sizeof *d);
     if (!d) return NULL;
@@ -318,9 +318,9 @@ static inline void parity__text(FILE *file, const char *text) {
     putc('"', file);
 }
 
-#define PARITY__DIGITS 28 /* of a number in a line, with its comma */
+#define PARITY__DIGITS 28 /* most characters of a number in a line, with its comma */
 
-/* A number with `digits` significant digits, the decimal point whatever the locale says; returns where it ends. */
+/* A number with `digits` significant digits, with a decimal point in any locale; returns where it ends. */
 static inline char *parity__number(char *at, double x, int digits) {
     char *point = at;
     if (isnan(x)) return at + sprintf(at, "\"NaN\"");
@@ -337,8 +337,8 @@ static inline int parity__written(parity_dump *d) {
 }
 
 /* The first line: which engine, which model file's name, how many layers, the prompt's token ids, and the arithmetic of its products
- * ("f32", "tf32", "f16", "bf16", or "q8" where activations are rounded to 8 bits): the limits of the comparison follow from it. NULL,
- * where it really is not known, makes the comparison a loose one. Other unknown numbers are 0, unknown texts NULL. */
+ * ("f32", "tf32", "f16", "bf16", or "q8" if activations are rounded to 8 bits): the limits of the comparison follow from it. NULL,
+ * if it really is not known, makes the limits loose. Other unknown numbers are 0, unknown texts NULL. */
 static inline int parity_header(parity_dump *d, const char *engine, const char *model, int layers, const int *tokens,
                                 int n_tokens, const char *compute) {
     int i, result;
@@ -382,7 +382,7 @@ static inline int parity_only(parity_dump *d, const char *names) {
     return 0;
 }
 
-/* Whether a point is recorded, so that an engine need not copy what nobody asks for. */
+/* Whether a point is recorded, so that an engine need not copy values that are not wanted. */
 static inline int parity_wants(parity_dump *d, const char *point) {
     const char *at;
     size_t length;
@@ -397,7 +397,7 @@ static inline int parity_wants(parity_dump *d, const char *point) {
     return wanted;
 }
 
-/* Say before each forward pass which one it is (from 0) and whether it decodes a single token. */
+/* Call before each forward pass: its number (from 0) and whether it decodes a single token. */
 static inline void parity_pass(parity_dump *d, int step, int decode) {
     if (!d) return;
     parity__lock(d);
@@ -444,7 +444,7 @@ static inline float parity__value(const void *values, parity_type type, size_t i
     return value;
 }
 
-/* Four projections at a time, by the compiler's vectors where it has them: without, a row takes twice as long. */
+/* Four projections at a time, with the compiler's vectors if it has them: without, a row takes twice as long. */
 #if defined(__GNUC__)
 typedef double parity__four __attribute__((vector_size(4 * sizeof(double))));
 #define PARITY__INLINE static inline __attribute__((always_inline))
@@ -536,7 +536,7 @@ static inline void parity__sum_up(struct parity_sums *s, const void *values, par
     memcpy(s->sketch, sketch, sizeof sketch);
 }
 
-/* The line of a checkpoint, to be freed; NULL where memory is short. */
+/* The line of a checkpoint, to be freed by the caller; NULL if memory is short. */
 static inline char *parity__line(int seq, const char *point, int position, int step, int decode, const void *values, parity_type type,
                                  size_t n, const struct parity_sums *s) {
     static const char *const names[] = {"f32", "f16", "bf16"};
@@ -550,7 +550,7 @@ static inline char *parity__line(int seq, const char *point, int position, int s
                   step, decode ? "decode" : "prefill", names[type], (unsigned long long)n);
     for (i = 0; i < slice; i++) {
         if (i) *at++ = ',';
-        at = parity__number(at, parity__value(values, type, i), 9); /* 9 digits give every float32 back */
+        at = parity__number(at, parity__value(values, type, i), 9); /* 9 digits reproduce every float32 */
     }
     at += sprintf(at, "],\"stats\":{\"n\":%llu,\"sum\":", (unsigned long long)n);
     at = parity__number(at, s->sum, 17);
@@ -619,16 +619,16 @@ static inline int parity_checkpoint(parity_dump *d, const char *point, int posit
         struct cudaPointerAttributes at;
         if (cudaPointerGetAttributes(&at, values) == cudaSuccess && at.type == cudaMemoryTypeDevice)
             return parity__refuse(d, point, "this is a device pointer; give it to parity_checkpoint_device");
-        cudaGetLastError(); /* plain host memory is no error */
+        cudaGetLastError(); /* plain host memory is not an error */
     }
 #endif
     return parity__checkpoint(d, point, position, values, type, n);
 }
 
 #ifdef PARITY_CUDA
-/* Where captured checkpoints find, in DEVICE memory, the position of the row and the number of the pass. `step` may be NULL: the
- * passes are counted then, from the one of parity_pass before the capture. Call it before the capture, and again where other
- * memory says it. */
+/* Where captured checkpoints find, in DEVICE memory, the position of the row and the number of the pass. `step` may be NULL: then
+ * passes are counted from that of parity_pass before the capture. Call it before the capture, and again when the addresses
+ * change. */
 static inline int parity_position_device(parity_dump *d, const int *position, const int *step) {
     if (!d) return -1;
     parity__enter(&d->device);
@@ -1324,7 +1324,7 @@ static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_grap
     return status;
 }
 
-/* A checkpoint in a stream that is being captured. Memory may be allocated meanwhile: the capture is of the stream, not of that. */
+/* A checkpoint in a stream that is being captured. Memory may be allocated during that: it is not part of the capture. */
 static inline int parity__captured(parity_dump *d, const char *point, const void *values, parity_type type, size_t n,
                                    cudaStream_t stream) {
     enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -1378,7 +1378,7 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
 }
 #endif
 
-/* Whether a stream is being captured: 1, 0, or −1 where this call cannot be what was meant. */
+/* Whether a stream is being captured: 1, 0, or −1 if this call cannot be intended. */
 static inline int parity__is_captured(parity_dump *d, const char *point, cudaStream_t stream) {
     enum cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone, other;
     cudaError_t status = cudaStreamIsCapturing(stream, &state);
@@ -1414,7 +1414,7 @@ static inline int parity_checkpoint_device(parity_dump *d, const char *point, in
 #else
     if (result) return parity__refuse(d, point, "graphs can be recorded from CUDA 11.3 on; run without graphs");
 #endif
-    parity__enter(&d->device); /* the slab is one thread's until its values are taken out of it */
+    parity__enter(&d->device); /* the slab belongs to one thread until its values have been taken out */
     if (d->slab_size < size) {
         if (d->slab) cudaFreeHost(d->slab);
         d->slab = NULL;
@@ -1454,14 +1454,14 @@ static inline uint16_t parity__half(float value, parity_type type) {
     rest = mantissa & ((1u << shift) - 1);
     halfway = 1u << (shift - 1);
     mantissa >>= shift;
-    /* The implicit bit counts one exponent up; a carry out of the mantissa does, too, and 65520 becomes infinity. */
+    /* The implicit bit adds one to the exponent, and so does a carry out of the mantissa: 65520 becomes infinity. */
     result = (uint16_t)(exponent > 0 ? ((uint32_t)(exponent - 1) << 10) + mantissa : mantissa);
     if (rest > halfway || (rest == halfway && (mantissa & 1))) result++;
     return (uint16_t)(sign | result);
 }
 
-/* Replace one position's row, n values in HOST memory, by the reference's, where $PARITY_INJECT names a file that has it; call it
- * right behind parity_checkpoint. Returns 1 if it was replaced, 0 if not, -1 for an error. */
+/* Replace one position's row, n values in HOST memory, by the reference's, if $PARITY_INJECT names a file that has it; call it
+ * right after parity_checkpoint. Returns 1 if it was replaced, 0 if not, -1 for an error. */
 static inline int parity_inject(parity_dump *d, const char *point, int position, void *values, parity_type type, size_t n) {
     struct parity_injected *found = NULL;
     float *row;
@@ -1498,7 +1498,7 @@ static inline int parity_inject(parity_dump *d, const char *point, int position,
 }
 
 #ifdef PARITY_CUDA
-/* The same for DEVICE memory, in `stream`, behind what computed it; waits for the copy. */
+/* The same for DEVICE memory, in `stream`, after the kernels that computed it; waits for the copy. */
 static inline int parity_inject_device(parity_dump *d, const char *point, int position, void *device_values, parity_type type,
                                        size_t n, cudaStream_t stream) {
     size_t size = n * (type == PARITY_F32 ? 4 : 2);
@@ -1522,7 +1522,7 @@ static inline int parity_inject_device(parity_dump *d, const char *point, int po
 }
 #endif
 
-/* A generated token: the position it will stand at, its id, its text (or NULL). */
+/* A generated token: the position that it will have, its id, its text (or NULL). */
 static inline int parity_token(parity_dump *d, int position, int id, const char *text) {
     int result;
     if (!d) return -1;

@@ -15,7 +15,7 @@ fn number(x: f64) -> String {
 }
 
 fn list(values: &[f32]) -> String {
-    // {:e} of an f32 prints the shortest digits that give it back.
+    // {:e} of an f32 prints the fewest digits that reproduce it.
     values.iter().map(|x| if x.is_finite() { format!("{x:e}") } else { number(*x as f64) }).collect::<Vec<_>>().join(",")
 }
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import checkpoints
 
-_MODULES = ("errors", "record", "points", "summary", "lines")  # in the order of what they need of each other
+_MODULES = ("errors", "record", "points", "summary", "lines")  # each one needs only those before it
+
+_RECORDER = ("cuda_driver", "graph_kernel", "graph_rows", "graphs", "recorder")  # beside this file
 
 _TOP = '''"""Write checkpoints of a Python engine for `parity diff` and `parity lint`. One file; needs Python 3.10 and NumPy only.
 
@@ -38,17 +40,17 @@ from __future__ import annotations
 
 
 def hugging_face_file() -> str:
-    """The text of parity_hf.py: the recorder, and what drives a model of transformers."""
-    return _put_together(_HF_TOP, "graphs", "recorder", "hugging_face")
+    """The text of parity_hf.py: the recorder, and the driver of a transformers model."""
+    return _put_together(_HF_TOP, *_RECORDER, "hugging_face_names", "hugging_face")
 
 
 def single_file() -> str:
     """The text of parity_dump.py."""
-    return _put_together(_TOP, "graphs", "recorder")
+    return _put_together(_TOP, *_RECORDER)
 
 
 def _put_together(top: str, *names: str) -> str:
-    """One file of the modules that define a dump and of the named ones beside this file."""
+    """One file made from the modules that define a dump and the named ones beside this file."""
     here = Path(__file__).parent
     folder = Path(checkpoints.__file__).parent
     imports: set[str] = set()
@@ -60,7 +62,7 @@ def _put_together(top: str, *names: str) -> str:
 
 
 def _body(source: str, imports: set[str]) -> str:
-    """A module without its docstring and imports; those of others' packages are added to `imports`."""
+    """A module without its docstring and imports; imports of other packages are added to `imports`."""
     tree = ast.parse(source)
     lines = source.splitlines()
     for number, node in enumerate(tree.body):

@@ -15,14 +15,15 @@ from checkpoints.points import parse, resolve
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
 
-from .graphs import Graphs, is_captured
+from .cuda_driver import is_captured
+from .graphs import Graphs
 
 
 def to_host(value: Any) -> NDArray[np.float32]:
     """A copy in host memory, float32: of a NumPy, CuPy, PyTorch or JAX array, or of anything with DLPack.
 
     Raises:
-        TypeError: it is no array.
+        TypeError: it is not an array.
     """
     if hasattr(value, "detach") and hasattr(value, "cpu"):  # PyTorch: waits for the stream that computes it
         value = value.detach().float().cpu().numpy()
@@ -43,11 +44,11 @@ def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
     "name first rows width" and rows × width float32, little-endian.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no such file.
+        OSError, ValueError: it cannot be read, or is not such a file.
     """
-    found: dict[str, tuple[int, NDArray[np.float32]]] = {}
+    values: dict[str, tuple[int, NDArray[np.float32]]] = {}
     if not path:
-        return found
+        return values
     with open(path, "rb") as file:  # noqa: PTH123
         if file.readline(128) != b"PARITY-INJECT 1\n":
             raise ValueError(f"{path}: not a file of values to inject")
@@ -60,8 +61,8 @@ def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
             if not 0 < 4 * rows * width <= size - file.tell():
                 raise ValueError(f"{path}: cut short")
             data = file.read(4 * rows * width)
-            found[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
-    return found
+            values[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
+    return values
 
 
 def _like(value: Any, host: "NDArray[np.float32]") -> Any:
@@ -78,7 +79,7 @@ def _like(value: Any, host: "NDArray[np.float32]") -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    """float32 with the shortest digits that give it back."""
+    """float32 with the fewest digits that reproduce it."""
     if isinstance(value, np.ndarray):
         return [float(str(x)) for x in value]
     if isinstance(value, np.floating):
@@ -96,11 +97,11 @@ class Recorder:
     wildcards ("blk.*.q"). `positions` are those to record, None for all.
 
     In a stream that is being captured into a CUDA graph (`torch.cuda.graph`, CuPy's `begin_capture`) a call becomes part of the graph
-    and records at every replay; `positions_from` says where replays read their position. A replay is written when the engine rests,
+    and records at every replay; `positions_from` says where replays read their position. A replay is written when the engine is idle,
     and by `flush` and `close`.
 
-    A value is copied in the call. Rows of a point stand at the positions after those that were recorded of it before, so that
-    a prefill [T, n] and decode steps [1, n] number themselves; `positions` says it where some are left out.
+    A value is copied in the call. The rows of a point take the positions after those already recorded for it, so that
+    a prefill [T, n] and decode steps [1, n] number themselves; give `positions` if some are left out.
 
     Raises:
         OSError: the file cannot be written.
@@ -155,8 +156,8 @@ class Recorder:
         """Record a value: [T, n] or [n]; [B, T, n] are B sequences. Attention scores and weights are [H, T, S].
 
         Raises:
-            TypeError, ValueError: it is no array, or has another number of rows than positions.
-            RuntimeError: its stream is being captured into a graph, and the checkpoint cannot be.
+            TypeError, ValueError: it is not an array, or its number of rows is not that of the positions.
+            RuntimeError: its stream is being captured into a graph, but the checkpoint cannot be.
         """
         point = resolve(name, self.layers)
         if not self._wants(point):
@@ -169,14 +170,14 @@ class Recorder:
             self._graphs.add(point, value, self._place)
 
     def positions_from(self, array: Any) -> None:
-        """Where replays read the position of their rows, at the first checkpoint of a pass: an int32 or int64 array on the device.
+        """Set the device array, int32 or int64, from which replays read the positions of their rows, at the first checkpoint of a pass.
 
-        It has a position for each row, or the first one only. Whoever replays keeps it up to date, in the graph or by a copy before.
+        It has a position for each row, or only the first one. You keep it up to date, in the graph or by a copy before each replay.
         """
         self._place = array
 
     def flush(self) -> None:
-        """Write what the last replay of each captured graph has left; waits for the device."""
+        """Write the values of the last replay of each captured graph; waits for the device."""
         self._graphs.flush()
 
     def _take(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None" = None) -> None:
@@ -187,11 +188,11 @@ class Recorder:
         """Record a value's sequences."""
         known = parse(point).known
         if known is not None and known.row == ("H", "t+1"):
-            for seq, one in enumerate(array if array.ndim == 4 else array[None]):
-                self._record(point, one, one.shape[1], seq, positions)
+            for seq, rows in enumerate(array if array.ndim == 4 else array[None]):
+                self._record(point, rows, rows.shape[1], seq, positions)
         elif array.ndim == 3:
-            for seq, one in enumerate(array):
-                self._record(point, one, len(one), seq, positions)
+            for seq, rows in enumerate(array):
+                self._record(point, rows, len(rows), seq, positions)
         else:
             self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
 
@@ -208,19 +209,19 @@ class Recorder:
         if kept:
             decode = step > 0 and rows == 1
             array = array if len(kept) == rows else array[:, kept] if array.ndim == 3 else array[kept]
-            made = summarise(point, array, at[kept], step=step, decode=decode, slice_size=self.slice_size, seq=seq)
-            for line in checkpoint_lines(made):
+            summary = summarise(point, array, at[kept], step=step, decode=decode, slice_size=self.slice_size, seq=seq)
+            for line in checkpoint_lines(summary):
                 self._write(line)
-            self.checkpoints += len(made)
+            self.checkpoints += len(summary)
         self._next[point, seq] = int(at[-1]) + 1 if len(at) else start
         self._passes[point, seq] = step + 1
 
     def inject(self, name: str, value: Any, positions: "Sequence[int] | None" = None) -> Any:
-        """The value, with the reference's rows in it where $PARITY_INJECT names a file that has them.
+        """The value, with its rows replaced by the reference's if $PARITY_INJECT names a file that has them.
 
-        Call it right behind the checkpoint: `hidden = tap.inject("blk.5.l_out", hidden)`. [T, n] or [1, T, n], rows numbered as they
-        are there; the array that comes back is of the same kind, type and device. For `parity run --exec … --bisect`; without that
-        variable it is the value itself.
+        Call it right after the checkpoint: `hidden = tap.inject("blk.5.l_out", hidden)`. [T, n] or [1, T, n], rows numbered as for
+        the checkpoint; the result is an array of the same kind, type and device. For `parity run --exec … --bisect`; without that
+        variable the result is the value itself.
 
         Raises:
             ValueError: the reference's rows have another number of values.
@@ -246,7 +247,7 @@ class Recorder:
         return _like(value, host)
 
     def token(self, position: int, number: int, text: str = "", seq: int = 0) -> None:
-        """Record a generated token and the position it will stand at."""
+        """Record a generated token and the position that it will have."""
         with self._lock:
             self._write(token_line(Token(position, number, text, (), seq)))
             self.tokens += 1
@@ -254,7 +255,7 @@ class Recorder:
     def hook(self, module: Any, names: "Mapping[str, str] | None" = None) -> "list[Any]":
         """Record the outputs of a PyTorch model's submodules: module name -> point, by default all whose names are known.
 
-        Returns the handles: `handle.remove()` takes a hook off.
+        Returns the handles: `handle.remove()` removes a hook.
         """
         handles = []
         for name, part in module.named_modules():
@@ -266,7 +267,7 @@ class Recorder:
                 value = output[0] if isinstance(output, tuple) else output
                 self(point, value)
                 if not self._given:
-                    return None  # the output stays as it is
+                    return None  # the output stays unchanged
                 changed = self.inject(point, value)
                 return (changed, *output[1:]) if isinstance(output, tuple) else changed
 

@@ -1,7 +1,7 @@
-"""What would tell faults apart that give the same numbers here: other points, another prompt, another model."""
+"""What would distinguish faults that give the same numbers here: other points, another prompt, another model."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,17 @@ from engine.weights.gguf_model import GgufModel
 from ..diff.limits import EXACT_FLOOR
 from .budget import Budget
 from .case import Case
-from .state import Candidate, State
+from .state import Candidate, State, rows_enough
 
 _LONGER = 80  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
-_LONGEST = 512  # and at most, whatever the dump's own length: scores grow with its square
+_LONGEST = 512  # its most tokens, whatever the dump's own length: scores grow with its square
 _SHORT = 12  # tokens of a generation …
 _GENERATED = 4  # … the last ones of them passes of one token each
 _SEED = 6  # of the tokens and weights of the probes
 _NAMES = 4  # points and faults that a sentence lists
 _QUANTISED = "q4_1"
 # Small models of the kinds in which the catalogue's faults differ: groups of query heads, biases, pairs, frequency factors.
-# Three layers: in two no buffer that swaps each layer can hold another one's output.
+# Three layers: with two, a buffer that is swapped in each layer cannot hold another layer's output.
 _MODELS = {
     "a qwen2 model with 3 layers, 7 query heads a key head and biases": (Shape("qwen2", 3, 112, 14, 2, 0, 96, 200), "f16"),
     "a llama model with frequency factors and linear scaling": (
@@ -39,22 +39,22 @@ _MODELS = {
     "a model quantised to Q4_1": (Shape("qwen2", 2, 128, 4, 2, 0, 96, 200), _QUANTISED),
 }
 
-Values = dict[str, Array]
+Values = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A run in which faults are compared: the right one's replay and steps, up to step number `end`."""
+    """A run in which faults are compared: the right engine's replay and steps, up to step number `end`."""
 
     sentence: str
     replay: Replay
     planting: Planting
     end: int
-    own: bool = True  # of the user's model, so that a layer is that layer
-    scout: "Probe | None" = None  # a cheaper one: what it does not tell apart is not tried
+    own: bool = True  # whether it is the user's model, so that a layer means that layer
+    scout: "Probe | None" = None  # a cheaper probe: faults that it does not distinguish are not tried
 
-    def made(self, candidate: Candidate) -> Values | None:
-        """What a dump of every point would show of a fault, where that differs from the right run; None if it is not allowed."""
+    def shown_by(self, candidate: Candidate) -> Values | None:
+        """The values that a dump of every point would show of a fault, if they differ from the right run; None if it does not apply."""
         try:
             steps = self.planting.of(candidate.fault, candidate.layers if self.own else None, candidate.parameters)
             if candidate.fault.shows is None:
@@ -63,42 +63,44 @@ class Probe:
             changed = self.replay.run(steps, lambda _name, _made: True)
         except NotApplicable:
             return None
-        return {name.removeprefix(SEEN): made for name, made in changed.items()}  # what is shown comes last
+        return {
+            name.removeprefix(SEEN): values for name, values in changed.items()
+        }  # values that only the dump shows come last
 
     def tells(self, chosen: Candidate, others: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
-        """Those of the others that show other numbers than the chosen one does, and at which points."""
-        mine = self.made(chosen) if others else None
-        differences = [(one, self.different(mine, self.made(one))) for one in others]
-        return [(one, names) for one, names in differences if names]
+        """The other candidates that show different numbers than the chosen one, and at which points."""
+        mine = self.shown_by(chosen) if others else None
+        differences = [(candidate, self.different(mine, self.shown_by(candidate))) for candidate in others]
+        return [(candidate, names) for candidate, names in differences if names]
 
     def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
-        """Those of the others that do not show the very numbers of the chosen one: others, or none since this model has no place."""
-        mine = self.made(chosen) if others else None
-        made = [(one, self.made(one)) for one in others]
-        return [one for one, values in made if mine is None or values is None or self.different(mine, values)]
+        """The other candidates that do not show the chosen one's numbers: they show different ones, or do not apply to this model."""
+        mine = self.shown_by(chosen) if others else None
+        values_of = [(candidate, self.shown_by(candidate)) for candidate in others]
+        return [candidate for candidate, values in values_of if mine is None or values is None or self.different(mine, values)]
 
-    def different(self, one: Values | None, other: Values | None) -> list[str]:
+    def different(self, first: Values | None, second: Values | None) -> list[str]:
         """The points at which two faults show different numbers."""
-        if one is None or other is None:
+        if first is None or second is None:
             return []
-        names = [step.makes for step in self.planting.steps[: self.end] if step.makes in one or step.makes in other]
+        names = [step.makes for step in self.planting.steps[: self.end] if step.makes in first or step.makes in second]
         right = self.replay.values
-        return [name for name in names if _differ(one.get(name, right[name]), other.get(name, right[name]))]
+        return [name for name in names if _differ(first.get(name, right[name]), second.get(name, right[name]))]
 
 
-def _differ(one: Array, other: Array) -> bool:
+def _differ(first: Array, second: Array) -> bool:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        wide = one.astype(np.float64)
-        error = ((wide - other) ** 2).sum() / (wide**2).sum()
+        wide = first.astype(np.float64)
+        error = ((wide - second) ** 2).sum() / (wide**2).sum()
     return not bool(error <= EXACT_FLOOR.operations)
 
 
 def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate], budget: Budget) -> str:
-    """A sentence on what tells faults of one class apart, from probes that were run; "" where there are no others.
+    """A sentence on what distinguishes the faults of one class, from probes that were run; "" if there are no others.
 
     Args:
-        state: what the fault was found on.
-        budget: when it is over no more is tried.
+        state: the state to which the fault was added.
+        budget: when it is used up no more probes are tried.
     """
     if not others or state.first is None:
         return ""
@@ -113,20 +115,20 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
             if telling:
                 points = sorted({names[0] for _, names in telling})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(one, chosen) for one, _ in telling])} apart")
-            separated = [one for one, _ in telling]
-            left = [one for one in left if one not in separated]
+                sentences.append(f"{where} would tell {_listed([_said(candidate, chosen) for candidate, _ in telling])} apart")
+            separated = [candidate for candidate, _ in telling]
+            left = [candidate for candidate in left if candidate not in separated]
             if not left:
                 break
     if left and tried:
         sentences.append(
-            f"nothing that was tried can tell {_listed([_said(one, chosen) for one in left])} apart ({', '.join(tried)})"
+            f"nothing that was tried can tell {_listed([_said(candidate, chosen) for candidate in left])} apart ({', '.join(tried)})"
         )
     return "; ".join(sentences)
 
 
 def _said(candidate: Candidate, chosen: Candidate) -> str:
-    """A fault with its parameters; where it acts only if the chosen one is the same fault elsewhere."""
+    """A fault with its parameters, and with its place only if the chosen one is the same fault elsewhere."""
     given = candidate.parameters.items()
     plain = [str(value) for _, value in given if not isinstance(value, tuple)]
     places = [" and ".join(value) for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
@@ -140,21 +142,23 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: Path) -> Iterator[Probe]:
-    """The cheap ones first: this prompt, a short generation, small models, a long prompt; the user's model up to the place that differs."""
+    """Probes, the cheap ones first: this prompt, a short generation, small models, a long prompt; the user's model is run up to the place
+    that differs.
+    """
     if state.first is None:
         return
     end = state.order[case.entries[state.first.point].point] + 1
     planting = Planting(state.steps, [step.makes for step in state.steps[:end]])
-    rows = min(state.first.row + 2, len(case.positions))
+    rows = rows_enough(state.steps, state.first.row + 2, len(case.positions))
     yield Probe("other points of this prompt", case.make(state.steps, rows, case.replay), planting, end)
     length = min(max(_LONGER, min(2 * len(case.tokens), _LONGEST)), case.transformer.hp.n_ctx_train)
     tokens = np.random.default_rng(_SEED).integers(0, case.transformer.hp.n_vocab, length).tolist()
     short = tokens[: min(len(tokens), _SHORT)]
-    generation = _replay(case.transformer, state.steps, short, _GENERATED)
+    generation = _replay(case.transformer, state.steps, short, _GENERATED, case.given)
     yield Probe(f"a generation of {_GENERATED} tokens", generation, planting, end)
     scout: Probe | None = None
     for number, (sentence, (shape, kind)) in enumerate(_MODELS.items()):
-        if kind == _QUANTISED and not any(one.fault.group == "dequantisation" for one in candidates):
+        if kind == _QUANTISED and not any(candidate.fault.group == "dequantisation" for candidate in candidates):
             continue
         path = folder / f"{number}.gguf"
         synthesize(path, shape, weight_type=kind, seed=_SEED)
@@ -166,11 +170,27 @@ def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: P
         ]
         yield probes[0]
         scout = scout or probes[1]
-    yield Probe(f"a prompt of {length} tokens", _replay(case.transformer, state.steps, tokens, 0), planting, end, scout=scout)
+    yield Probe(
+        f"a prompt of {length} tokens",
+        _replay(case.transformer, state.steps, tokens, 0, case.given),
+        planting,
+        end,
+        scout=scout,
+    )
 
 
-def _replay(transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int) -> Replay:
-    """A run of a prompt whose last tokens are passes of their own."""
+def _replay(
+    transformer: Transformer, steps: Sequence[Step], tokens: Sequence[int], generated: int, given: Values | None = None
+) -> Replay:
+    """A run of a prompt whose last `generated` tokens are passes of their own; `given` are further values that the steps read."""
     prompt = len(tokens) - generated
     passes = [max(0, row - prompt + 1) for row in range(len(tokens))]
-    return Replay(steps, tokens, range(len(tokens)), passes, transformer.weights, transformer.backend)
+    return Replay(
+        steps,
+        tokens,
+        range(len(tokens)),
+        passes,
+        transformer.weights,
+        transformer.backend,
+        given={} if given is None else given,
+    )

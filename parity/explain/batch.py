@@ -1,4 +1,4 @@
-"""Screens many candidates together: what they share is computed for all of them at once, also of the layers behind their own."""
+"""Screens many candidates together: what they share is computed for all of them at once, in later layers too."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -12,63 +12,58 @@ from engine.inapplicable import NotApplicable
 from engine.replay.replay import Edits
 
 from .carry import carry, distinct, steps_between
+from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, RecordKey, Screened, State
 
-Choose = Callable[[str, Mapping[int, Array], int], set[int]]  # the likely ones of some versions' first rows of a layer's output
-_SOON = 2  # rows of the first recorded point: one shows what acts on each row, the other what the attention does
+# (layer, versions of its output's first rows by number, rows) -> the numbers of the likely ones
+Choose = Callable[[str, Mapping[int, Array], int], set[int]]
+_SOON = 2  # rows of the first recorded point: the first shows what acts on each row, the second what attention does
 _ROWS = 1024  # rows at once: a bound of the memory
-# Products over a few rows round otherwise than over all, and a fault may amplify that: an engine without residuals differed by 1.5
-# times the limit. What gets this far is checked on all rows, by the limit itself.
+# Products over a few rows round differently than over all, and a fault may amplify that: an engine without residuals differed by 1.5
+# times the limit. Candidates that get this far are checked on all rows, by the limit itself.
 _SLACK = 10.0
-_COMPARED = 64  # versions held against the dump at once: a bound of the memory, where they are logits
-_FEW = 2  # candidates for which the first rows of every point are not worth a look: it costs as much as a check of one of them
-_TOGETHER = 128  # candidates at once: enough to share Python's time, few enough to look at the clock between
+_COMPARED = 64  # versions compared with the dump at once: a bound on the memory, for logits
+_FEW = 2  # with this few candidates the first rows of every point are not looked at: that costs as much as checking one of them
+_TOGETHER = 128  # candidates at once: enough to share Python's overhead, few enough to look at the clock in between
 
 
-class BatchScreening:
+class BatchScreening(AtFirstPlace):
     """Screens candidates at a state's first place, in one layer, several or all.
 
-    On few positions first: a row that is right in the dump contradicts most candidates before the first wrong row need
-    be computed, and that one all but a few before the row after it. Causality makes that enough.
+    Few positions come first: a row that is right in the dump contradicts most candidates before the first wrong row has to
+    be computed, and that one contradicts all but a few before the row after it. Causality makes that enough.
 
     Raises:
         ValueError: the state has no place that differs.
     """
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._first = state.first
-        self._entry = screening.entries[state.first.point]
-        self._point = self._entry.point
+        super().__init__(screening, state, layers)
         self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
-        # What is computed candidate by candidate ends with the layer, if its output can be carried on from there.
+        # Computing candidate by candidate ends with the layer, if its output can be carried on from there.
         self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
         self._end = state.order[self._name] + 1
-        self._before = frozenset(entry.point for entry in screening.entries[: state.first.point]) - state.shown
+        self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
         self._candidates: Sequence[Candidate] = ()
         self._edits_of: dict[int, Edits] = {}
         self._stages: list[int] = []
         self._unlikely: list[tuple[int, dict[int, Array]]] = []
 
     def screened(self, candidates: Sequence[Candidate], likely: Choose | None = None) -> Iterator[tuple[Candidate, Screened]]:
-        """Those that change something at the first place, and how far they get: as `Screening.screen` says it.
+        """The candidates that change something at the first place, and how far they get (see `Screening.screen`).
 
-        `likely`: only those that it calls so, which is known before they are carried there; `postponed` has the others afterwards.
+        With `likely` only those that it selects, before they are carried there; `postponed` then gives the others.
         """
         self._candidates = candidates
         self._edits_of = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
-        every = self._screening.rows
-        self._stages = sorted({min(rows, every) for rows in (1, 2, self._first.row + 1, self._first.row + 2)})
+        few = (1, 2, self._first.row + 1, self._first.row + 2)
+        self._stages = sorted({self._screening.enough(rows) for rows in few})
         yield from self._go_on(list(self._edits_of), 0, {}, likely if self._after else None)
 
     def postponed(self) -> Iterator[tuple[Candidate, Screened]]:
-        """Those that were not likely, and how far they get."""
+        """The candidates that were not likely, and how far they get."""
         while self._unlikely:
             stage, value_of = self._unlikely.pop(0)
             results: dict[int, Screened] = {}
@@ -78,16 +73,18 @@ class BatchScreening:
     def _go_on(
         self, waiting: Sequence[int], stage: int, results: dict[int, Screened], likely: Choose | None
     ) -> Iterator[tuple[Candidate, Screened]]:
-        """The candidates that wait for a stage and those behind it."""
+        """Screen the candidates that wait for this stage and the later ones."""
         candidates, edits = self._candidates, self._edits_of
         for number_of_stage, rows in list(enumerate(self._stages))[stage:]:
             value_of, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
             if number_of_stage == 0:
                 cut = not self._screening.budget.complete
-                self._screening.tried.count([candidates[one] for one in edits if not cut or one in value_of or one in ended])
+                self._screening.tried.count(
+                    [candidates[edit] for edit in edits if not cut or edit in value_of or edit in ended]
+                )
             for number in ended:
                 results.pop(number, None)
-            # Before the first wrong row, nothing to see is nothing wrong.
+            # Before the first wrong row, a candidate that shows nothing is right.
             passed = set(waiting) - value_of.keys() - ended if rows <= self._first.row else set()
             if likely is not None and rows <= self._first.row + 1:
                 causal = {number: value for number, value in value_of.items() if value.shape[-2] == rows}
@@ -99,7 +96,7 @@ class BatchScreening:
             yield candidates[number], results[number]
 
     def _judged(self, value_of: dict[int, Array], rows: int, results: dict[int, Screened]) -> set[int]:
-        """Which candidates are right in the first rows; how far they get is put to the results."""
+        """The candidates that are right in the first rows; `results` is filled with how far each gets."""
         passed: set[int] = set()
         for number, errors in self._errors(value_of, rows):
             wrong = errors > _SLACK * self._entry.limit
@@ -111,35 +108,35 @@ class BatchScreening:
         return passed
 
     def _not_soon_wrong(self, candidates: Sequence[Candidate]) -> Sequence[int]:
-        """The candidates that the first recorded point behind the embedding does not contradict in its first rows.
+        """The candidates that the first recorded point after the embedding does not contradict in its first rows.
 
-        A fault in all layers need not be planted in all of them to be seen in the first.
+        A fault in all layers need not be planted in all of them to show in the first.
         """
         soon = next((name for name in self._state.order if name in self._before - {EMBD}), None)
         if self._layers is not None or soon is None:
             return range(len(candidates))
         end = self._state.order[soon] + 1
         edits = self._edits(candidates, range(len(candidates)), end)
-        _, ended = self._values(candidates, edits, list(edits), min(_SOON, self._screening.rows), soon, self._before)
+        _, ended = self._values(candidates, edits, list(edits), self._screening.enough(_SOON), soon, self._before)
         self._screening.tried.count([candidates[number] for number in ended])
         return [number for number in range(len(candidates)) if number not in ended]
 
     def agreeing(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that no record of the first rows contradicts, at any point: of many that get beyond one place few do."""
+        """The candidates that no record of the first rows contradicts at any point: few of those that get beyond one place."""
         points = [entry.point for entry in self._screening.entries if entry.point not in self._state.shown]
         last = max(points, key=self._state.order.__getitem__)
         edits = self._edits(candidates, range(len(candidates)), self._state.order[last] + 1)
-        rows = min(self._first.row + 2, self._screening.rows)
+        rows = self._screening.enough(self._first.row + 2)
         _, ended = self._values(candidates, edits, list(edits), rows, last, frozenset(points))
         return [candidate for number, candidate in enumerate(candidates) if number not in ended]
 
     def _edits(self, candidates: Sequence[Candidate], numbers: Sequence[int], end: int) -> dict[int, Edits]:
-        """What candidates change in the steps in front of number `end`, if that is something and the model allows it."""
+        """The changes of each candidate in the steps before number `end`; candidates without any, or that do not apply, are left out."""
         edits_of: dict[int, Edits] = {}
         for number in numbers:
-            one = candidates[number]
+            candidate = candidates[number]
             try:
-                edits = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
+                edits = self._state.planting.edits(candidate.fault, candidate.layers, candidate.parameters, end)
             except NotApplicable:
                 continue
             if edits:
@@ -155,15 +152,17 @@ class BatchScreening:
         name: str,
         watched: frozenset[str],
     ) -> tuple[dict[int, Array], set[int]]:
-        """The first rows of value `name`, by candidate that changes it; and those that are not allowed, or that a watched
+        """The first rows of value `name`, by candidate that changes it; and the candidates that do not apply, or that a watched
         point contradicts.
         """
         value_of: dict[int, Array] = {}
         ended: set[int] = set()
-        ahead = any(one.fault.whole and one.fault.shows is None for one in self._state.faults)  # not what is shown only
+        ahead = any(
+            planted.fault.whole and planted.fault.shows is None for planted in self._state.faults
+        )  # not those that only change what is shown
         for whole in (False, True):
             chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
-            # What looks ahead needs all rows in its own layer; from there on causality holds.
+            # A fault that looks ahead needs all rows in its own layer; after that causality holds.
             used = self._screening.rows if whole else rows
             size = max(1, min(_TOGETHER, _ROWS // used))
             for begin in range(0, len(chosen), size):
@@ -185,7 +184,7 @@ class BatchScreening:
         return value_of, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
-        """Which of some versions of a point in front of the first place agree with the dump: [M, R, …] -> M."""
+        """Whether versions of a point before the first place agree with the dump: [M, R, …] -> M."""
         entry = self._screening.entries[self._screening.number[name]]
         errors = entry.nmse_of(self._screening.backend.to_host(values), self._screening.positions[: values.shape[-2]])
         return list(~np.any(errors > _SLACK * entry.limit, axis=1))
@@ -197,8 +196,8 @@ class BatchScreening:
             if some:
                 yield from self._errors_of(some, used)
 
-    def _errors_of(self, made: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
-        versions = distinct(made)
+    def _errors_of(self, values_of: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
+        versions = distinct(values_of)
         values: Iterator[Array] = iter([value for value, _ in versions])
         if self._after:
             replay = self._screening.replay(self._state, rows)
@@ -208,14 +207,14 @@ class BatchScreening:
             some = versions[begin : begin + _COMPARED]
             carried = list(islice(values, len(some)))
             if len(carried) < len(some):
-                return  # no time was left
+                return  # the time is up
             stack = module_of(carried[0]).stack(carried)
             errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
             for (_, numbers), mine in zip(some, errors, strict=True):
                 yield from ((number, mine) for number in numbers)
 
     def _causal(self, value: Array) -> bool:
-        """Whether rows of a layer's output act on later ones only: 0 · NaN is NaN, under a mask as well."""
+        """Whether rows of a layer's output act on later rows only; NaN does not, since 0 · NaN is NaN under a mask, too."""
         return not self._after or bool(module_of(value).isfinite(value).all())
 
 
@@ -230,15 +229,17 @@ def screened(
 def in_two(
     screening: Screening, state: State, layers: Layers, candidates: Sequence[Candidate], likely: Choose | None
 ) -> tuple[Iterator[tuple[Candidate, Screened]], Iterator[tuple[Candidate, Screened]]]:
-    """`screened`: the likely ones, and those that were postponed, which come when the likely ones have come."""
+    """`screened` in two parts: the likely candidates, and the postponed ones, which can be read after the likely ones."""
     if state.first is None:
         return iter(()), iter(())
     batch = BatchScreening(screening, state, layers)
-    plain = [_plain(screening, state, one) for one in candidates]
+    plain = [_plain(screening, state, candidate) for candidate in candidates]
 
     def first() -> Iterator[tuple[Candidate, Screened]]:
-        yield from batch.screened([one for one, together in zip(candidates, plain, strict=True) if together], likely)
-        for candidate in (one for one, together in zip(candidates, plain, strict=True) if not together):
+        yield from batch.screened(
+            [candidate for candidate, together in zip(candidates, plain, strict=True) if together], likely
+        )
+        for candidate in (screened for screened, together in zip(candidates, plain, strict=True) if not together):
             if screening.budget.over():
                 return
             result = screening.screen(state, candidate)
@@ -249,7 +250,7 @@ def in_two(
 
 
 def _plain(screening: Screening, state: State, candidate: Candidate) -> bool:
-    """Whether a candidate can be computed together with others: nothing that the dump shows instead takes part."""
+    """Whether a candidate can be computed together with others: no fault of the capture takes part."""
     first = state.first
     return (
         first is not None
@@ -268,10 +269,10 @@ def beyond(screening: Screening, state: State, candidates: Sequence[Candidate]) 
     if first is None:
         return
     layers = candidates[0].layers if candidates else None
-    plain = [one for one in candidates if _plain(screening, state, one)]
+    plain = [candidate for candidate in candidates if _plain(screening, state, candidate)]
     kept = BatchScreening(screening, state, layers).agreeing(plain) if len(plain) > _FEW else plain
-    likely = [one for one in candidates if not _plain(screening, state, one) or one in kept]
-    rest = [one for one in candidates if one not in likely]
+    likely = [candidate for candidate in candidates if not _plain(screening, state, candidate) or candidate in kept]
+    rest = [candidate for candidate in candidates if candidate not in likely]
     for some in (likely, rest):
         whole = False
         for candidate in some:

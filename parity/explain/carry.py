@@ -24,7 +24,7 @@ def steps_between(state: State, layer: int, point: str) -> list[Step]:
 
 
 def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
-    """The different ones among some arrays, by their bits, each with the keys of those that are equal to it."""
+    """The arrays that differ in their bits, each with the keys of all that are equal to it."""
     members: dict[bytes, tuple[Array, list[int]]] = {}
     for number, output in outputs.items():
         members.setdefault(output.tobytes(), (output, []))[1].append(number)
@@ -41,10 +41,10 @@ def carry(
 ) -> Iterator[Array]:
     """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
 
-    Once `stop` says so, which is asked before each step, no more come.
+    `stop` is asked before each step; once it returns True, no more values come.
 
     Raises:
-        KeyError: a step reads something else than `start`, the positions, and what the steps before it make.
+        KeyError: a step reads something other than `start`, the positions, and values of the steps before it.
     """
     xp = module_of(positions)
     size = max(1, _CARRIED // len(positions))
@@ -55,7 +55,7 @@ def carry(
         for step in steps:
             if stop():
                 return
-            with np.errstate(all="ignore"):  # faults overflow: that is what they do
+            with np.errstate(all="ignore"):  # faults may overflow
                 carried = compute_batch(step, [values[name] for name in step.names], len(batch), weights)
             values[step.makes] = carried.reshape(-1, *carried.shape[2:])
         yield from carried

@@ -1,25 +1,32 @@
 """One dump beside the right engine: its model, tokens, passes and records."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError, ModelError
 from checkpoints.points import of_scores
 from checkpoints.record import Dump, Header
+from engine.backend import Array
 from engine.graph import Step, sees_later
 from engine.opened import open_plain
 from engine.replay.replay import Replay
+from engine.replay.wide import Variant
+from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
 from ..diff.tokens import same_experiment
+from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
-from .noise import AUTO, allowed
+from .noise import allowed
 from .records import Expected, Ints, expected
 from .screening import Screening
 from .ties import resolved
@@ -29,8 +36,9 @@ from .ties import resolved
 class ExplainOptions:
     """How to search.
 
-    `tokens` are those of the dump, where its header does not say them; `budget` is in seconds. `arbiter`: whether the same steps
-    in float64 set the limits of records that are over the table's: never, where that can decide, or wherever something differs.
+    `tokens` are those of the dump, if its header does not list them; `budget` is in seconds. `arbiter`: whether the same steps
+    in float64 set the limits of records that exceed the table's: never ("off"), where that can decide ("auto"), or wherever something
+    differs ("all").
     """
 
     tokens: tuple[int, ...] | None = None
@@ -41,26 +49,52 @@ class ExplainOptions:
     arbiter: str = AUTO
 
 
-class Case:
-    """One dump beside the right engine: the model, the replay of the dump's tokens, and its records.
+@dataclass(frozen=True)
+class Half:
+    """A model by itself, or one half of an encoder–decoder by the names of one.
+
+    `given` are the values that its steps read and none of them makes; `truth` gives those of another arithmetic.
+    """
+
+    transformer: Transformer
+    given: Mapping[str, Array] = field(default_factory=dict)
+    truth: Callable[[Variant], Mapping[str, NDArray[Any]]] = lambda _: {}
+
+
+def open_model(model: Path, options: ExplainOptions) -> Transformer:
+    """Our engine of a model.
 
     Raises:
         ModelError: an architecture that our engine does not have, or an unusable file.
-        DumpError: no tokens are known, or no record that our engine has.
+    """
+    return open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
+
+
+class Case:
+    """One dump beside the right engine: the model, the replay of the dump's tokens, and its records.
+
+    Args:
+        model: a file, or an engine that is open.
+
+    Raises:
+        ModelError: an encoder–decoder; what `open_model` raises.
+        DumpError: no tokens are known, or no record is of a point that our engine has.
         InputError: the dump is of another model.
     """
 
-    def __init__(self, dump: Dump, model: Path, options: ExplainOptions) -> None:
-        self.dump = _first_sequence(dump)
-        self._compute = options.compute or ""
-        self.transformer = open_plain(GgufModel(model), options.backend, recorded=partial(recorded_graph, model))
-        if self.transformer.encoder is not None:
+    def __init__(self, dump: Dump, model: Path | Half, options: ExplainOptions) -> None:
+        half = Half(open_model(model, options)) if isinstance(model, Path) else model
+        if half.transformer.encoder is not None:
             raise ModelError(
-                f"explain replays one list of steps over all tokens, and {self.transformer.hp.architecture} has two: its encoder's over "
-                "the prompt, and its decoder's over other tokens.",
-                "`parity isolate DUMP` names the wrong operations of both halves; it needs a dump with --full.",
+                f"{half.transformer.hp.architecture} has two lists of steps: its encoder's and its decoder's.",
+                "Each is a case of its own.",
                 code="encoder-decoder",
             )
+        self.dump = _first_sequence(dump)
+        self._compute = options.compute or ""
+        self.transformer = half.transformer
+        self.given = half.given
+        self._truth = half.truth
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
@@ -68,7 +102,7 @@ class Case:
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
         first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
         prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)
-        # Positions count from 0, unless a dump of a long-context run begins beyond its own tokens.
+        # Positions count from 0, unless the dump of a long-context run begins beyond its own tokens.
         self.first = first if last >= len(tokens) and last - first < len(tokens) else 0
         if last - self.first >= len(tokens):
             raise DumpError(
@@ -83,40 +117,53 @@ class Case:
         header = self.header()
         same_experiment(self.dump, Dump("our engine", header, {}))
         self.arbiter = self.truth_of(self.transformer.steps)
-        entries, notes = expected(self.dump, self.replay, self.positions, header)
+        self.entries, notes = expected(self.dump, self.replay, self.positions, header)
         self._arbiter_option = options.arbiter
-        self.entries, noise = allowed(entries, self.replay, self.positions, self.arbiter, options.arbiter)
+        self.entries, noise = allowed(self.entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.noise = noise
         self.notes = (*self.dump.notes, *notes, *resolved(self))
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
         """The dump's records beside those of another list of steps."""
         replay = self.make(steps, len(self.tokens))
-        entries, _ = expected(self.dump, replay, self.positions, self.header())
+        entries = self.beside(steps, replay)
         return allowed(entries, replay, self.positions, self.truth_of(steps), self._arbiter_option)[0]
 
+    def beside(self, steps: Sequence[Step], replay: Replay | None = None) -> list[Expected]:
+        """The dump's records beside those of another list of steps, with the usual limits."""
+        return expected(self.dump, replay or self.make(steps, len(self.tokens)), self.positions, self.header())[0]
+
     def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
-        """Let another list of steps be the right engine."""
+        """Make another list of steps the right engine."""
         self.transformer.steps = list(steps)
         self.replay, self.arbiter = self.make(steps, len(self.tokens)), self.truth_of(steps)
         self.entries = entries
 
+    def with_steps(self, steps: Sequence[Step], entries: list[Expected], note: str = "") -> "Case":
+        """The case of another list of steps, with its records beside theirs."""
+        other = copy(self)
+        other.transformer = copy(self.transformer)
+        other.take(steps, entries)
+        other.noise = ()
+        other.notes = (*self.notes, note) if note else self.notes
+        return other
+
     @property
     def states_f32(self) -> bool:
-        """Whether the dump, or who asks, says that it was computed in float32: then no lower arithmetic is an excuse."""
+        """Whether the dump or the user says that it was computed in float32: then lower arithmetic is no excuse."""
         known = self.dump.header
         if self._compute or known is None:
             return self._compute.lower() == "f32"
-        # In native mode weights round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
+        # In native mode products round the activations, and a cache of another type rounds keys and values, whatever the arithmetic.
         return known.compute.lower() == "f32" and known.mode != "native" and known.kv_type.lower() in ("", "f32")
 
     @property
     def stated_by(self) -> str:
-        """Who says that the dump was computed in float32: "--compute", "header", or nobody, ""."""
+        """What says that the dump was computed in float32: "--compute", "header", or nothing, ""."""
         return "" if not self.states_f32 else "--compute" if self._compute else "header"
 
     def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
-        """A replay over the first rows; `longer` is one over more of them, whose values it may take."""
+        """A replay over the first rows; it may take values from `longer`, a replay over more of them."""
         return Replay(
             steps,
             self.tokens[:rows],
@@ -125,15 +172,16 @@ class Case:
             self.transformer.weights,
             self.transformer.backend,
             longer,
+            self.given,
         )
 
     def truth_of(self, steps: Sequence[Step]) -> Arbiter:
-        """What a list of steps makes of the dump's tokens in float64."""
+        """The float64 values of a list of steps over the dump's tokens."""
         weights, backend = self.transformer.weights, self.transformer.backend
-        return Arbiter(steps, weights, backend, self.tokens, self.positions.tolist(), self.passes)
+        return Arbiter(steps, weights, backend, self.tokens, self.positions.tolist(), self.passes, self._truth)
 
     def header(self) -> Header:
-        """What a dump of our engine would say of itself."""
+        """The header that a dump of our engine would have."""
         known = self.dump.header
         return Header(
             source="engine",
@@ -146,7 +194,7 @@ class Case:
         )
 
     def screening(self, entries: Sequence[Expected], budget: Budget) -> Screening:
-        """A screening over some of the records."""
+        """A screening over these records."""
         return Screening(
             entries,
             self.transformer.steps,
@@ -160,9 +208,9 @@ class Case:
 
 
 def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
-    """The dump without what the replay shows in another way: states after a pass, since it is one pass; an encoder's scores.
+    """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores.
 
-    Nor masks and the like, whose rows are the second of three dimensions and which are no scores.
+    Also without masks and the like, whose rows are the second of three dimensions although they are not scores.
     """
     whole = sees_later(steps)
     once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))}
@@ -182,6 +230,15 @@ def _first_sequence(dump: Dump) -> Dump:
 
 
 def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    return given if given is not None else (*prompt_of(dump, given), *generated_of(dump))
+
+
+def prompt_of(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The ids that were given, or those that a dump's header says.
+
+    Raises:
+        DumpError: neither.
+    """
     if given is not None:
         return given
     if dump.header is None or not dump.header.tokens:
@@ -190,12 +247,16 @@ def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
             "Give them: --tokens 1,2,3, or --prompt.",
             code="tokens",
         )
-    generated = sorted((token.token_idx, token.id) for token in dump.tokens if token.seq == 0)
-    return (*dump.header.tokens, *(number for _, number in generated))
+    return dump.header.tokens
+
+
+def generated_of(dump: Dump) -> tuple[int, ...]:
+    """The ids that a dump says were generated, in order."""
+    return tuple(number for _, number in sorted((token.token_idx, token.id) for token in dump.tokens if token.seq == 0))
 
 
 def _passes(dump: Dump, positions: Ints, prompt: int) -> list[int]:
-    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one a token."""
+    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one more for each token."""
     passes = [max(0, row - prompt + 1) for row in range(len(positions))]
     for rows in dump.points.values():
         for token_idx, step in zip(rows.token_idx.tolist(), rows.step.tolist(), strict=True):

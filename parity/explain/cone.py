@@ -1,4 +1,4 @@
-"""The steps that are in question at a place: from it back to the recorded points that agree."""
+"""The steps in question at a place: from it back to the recorded points that agree."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from checkpoints.points import parse
 from engine.faults.base import kinds_of
 
 from .records import Expected
-from .state import State
+from .state import State, rows_enough
 
 
 @dataclass(frozen=True)
 class Cone:
-    """What may be wrong at a place.
+    """The steps that may be wrong at a place.
 
     Attributes:
         steps: the names of the steps between the place and the recorded points that agree, the place's own included.
-        kinds: what a fault's `kinds` may call them.
-        agreeing: those points. sure: all of them were seen as whole rows, at every position up to the place's.
+        kinds: the names that a fault's `kinds` may use for them.
+        agreeing: the points that agree. sure: all of them were seen as whole rows, at every position that acts on the place's.
     """
 
     steps: frozenset[str]
@@ -29,7 +29,7 @@ class Cone:
 
     @property
     def layers(self) -> range:
-        """The layers that they lie in; empty where they lie outside of all."""
+        """The layers that the steps lie in; empty if they lie outside of all layers."""
         layers = {layer for name in self.steps if (layer := parse(name).layer) is not None}
         return range(min(layers), max(layers) + 1) if layers else range(0)
 
@@ -42,6 +42,8 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
     """
     if state.first is None:
         raise ValueError("nothing is left to explain")
+    # Of an encoder every row of what goes into a place acts there.
+    last = rows_enough(state.steps, state.first.row + 1, 1 + max(int(entry.rows.max()) for entry in entries)) - 1
     number = {entry.point: at for at, entry in enumerate(entries)}
     right = state.planting.right
     steps: set[str] = set()
@@ -49,11 +51,11 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
     waiting = [entries[state.first.point].point]
     while waiting:
         name = waiting.pop()
-        if name in steps or name not in right:  # what is given: tokens, positions
+        if name in steps or name not in right:  # given values: tokens, positions
             continue
         at = number.get(name)
         if at is not None and at < state.first.point and name not in state.shown:
-            seen = _agrees(entries[at], state, at, state.first.row)
+            seen = _agrees(entries[at], state, at, last)
             if seen is not None:
                 ends[name] = seen
                 continue
@@ -64,7 +66,7 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
 
 
 def _agrees(entry: Expected, state: State, at: int, row: int) -> bool | None:
-    """Whether a point that agrees was seen whole, at every position up to a row; None if it does not agree or has none of them."""
+    """Whether an agreeing point was seen whole, at every position up to a row; None if it does not agree or has none of these."""
     here = entry.rows <= row
     if not here.any() or bool((state.nmse[at] > entry.limit)[here].any()):
         return None

@@ -12,18 +12,21 @@ from checkpoints.answers.explain import Cause, Explanation, Named, Place, TruthA
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
+from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
 from ..diff.seen import seen
+from ..diff.truth import ALL, AUTO
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
+from . import halves
 from .apart import apart
 from .budget import Budget
-from .case import Case, ExplainOptions
+from .case import Case, ExplainOptions, Half, open_model
 from .fits import said as said_of_number
+from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .noise import ALL, AUTO
 from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
@@ -32,8 +35,8 @@ from .search import Search
 from .state import Candidate, RecordKey, State
 
 EXACT = EXACT_FLOOR.operations
-# Shares of the time: of the budget for the search itself; of what is left then for a search without the points of one kind. The
-# rest is for the search that goes on from there.
+# Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
+# rest is for the search that continues from there.
 _FIRST, _OTHERS = 0.6, 0.7
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
 __all__ = ["Case", "ExplainOptions", "explain"]
@@ -43,16 +46,34 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     """Find the known faults that reproduce a dump's numbers.
 
     Raises:
-        ParityError: as `Case` does.
+        ParityError: as in `open_model` and `Case`.
     """
     began = perf_counter()
     options = options or ExplainOptions()
     budget = Budget(options.budget)
-    case = Case(dump, model, options)
+    transformer = open_model(model, options)
+    if transformer.encoder is None:
+        answer, _ = _explained(Case(dump, Half(transformer), options), options, budget)
+    else:
+        answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
+    notes = (*answer.notes, *_lint(dump, transformer))
+    return replace(answer, notes=notes, seconds=perf_counter() - began)
+
+
+def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, State]:
+    """The faults that reproduce one case's numbers, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
-    if noise:
+    found: Search | None = None
+
+    def search_in(one: Case) -> Search:
+        search = Search(one.screening(one.entries, budget.part(_FIRST)), lambda state: _known(one, search, state))
+        return search
+
+    if not noise:
+        case, found = sharpened(case, search_in)
+    else:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = Search(case.screening(case.entries, budget.part(_FIRST)), lambda state: _known(case, search, state))
+    search = found or search_in(case)
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
     likes: tuple[str, ...] = ()
@@ -69,12 +90,12 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
-    notes = (*case.notes, *(() if answer.causes else case.noise), *_lint(case))
+    notes = (*case.notes, *(() if answer.causes else case.noise))
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:
         likes = _looks_like(case, search, start, budget)
-    return replace(
+    answer = replace(
         answer,
         truth=truth,
         notes=notes,
@@ -83,17 +104,17 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         looks_like=likes[0] if likes else "",
         f32_stated=case.stated_by,
         next="" if kinds else answer.next,
-        seconds=perf_counter() - began,
     )
+    return answer, best
 
 
 def _known(case: Case, search: Search, state: State) -> bool:
-    """Whether what is wrong at a state's first place is known without a cause: one operation, and a law of its numbers."""
+    """Whether the error at a state's first place is known even without a cause: one operation, and a law of its numbers."""
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
 def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics whose noise the differences are, the best first, if nothing fits them better: no fault, no number, no law."""
+    """The arithmetics that explain the differences as noise, the best first, unless a fault, a fitted number or a law fits better."""
     sentence = law_at(case, search, start)
     if not may_be_noise(case.entries) or search.simple(start) or (sentence and not sentence.endswith(WRONG)):
         return ()
@@ -101,7 +122,7 @@ def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tup
 
 
 def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
-    """The answer with what the numbers say of the place that is left: a cause, if they name one by themselves, a law, or leads."""
+    """The answer, with what the numbers say about the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     sentence, where = law_at(case, search, best), placed(case, search, best)
     rows = (
@@ -128,19 +149,19 @@ def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
     return TruthAt(float(theirs[here].max()), float(ours[here].max()))
 
 
-def _lint(case: Case) -> list[str]:
-    """What lint says of the dump, as notes: a fault of the capture is a cause like any other here."""
+def _lint(dump: Dump, transformer: Transformer) -> list[str]:
+    """Lint's findings as notes: here a fault of the capture is a cause like any other."""
     return [
         f"lint: {finding.rule}{f' at {finding.checkpoint}' if finding.checkpoint else ''}: {finding.evidence}"
-        for finding in lint(case.dump, ModelFacts(case.transformer.model)).findings
+        for finding in lint(dump, ModelFacts(transformer.model)).findings
         if finding.severity == ERROR
     ]
 
 
 def _around(case: Case, search: Search, best: State, max_faults: int, budget: Budget) -> State:
-    """Where the place that is left shows what the engine computes later (a capture's fault), explain the rest before it.
+    """If the place that is left shows a value that the engine computes later (a fault of the capture), explain the rest first.
 
-    The points of that kind are left out, and what explains the others is kept.
+    The points of that kind are left out, and the explanation of the others is kept.
     """
     depth = max_faults - len(best.faults)
     if best.first is None or depth < 2 or budget.late or search.screening.cone(best).sure or _known(case, search, best):
@@ -164,7 +185,7 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
 
 
 def _needed(search: Search, best: State) -> State:
-    """The best state without the faults that it can do without."""
+    """The best state without superfluous faults."""
     for left_out in best.faults if len(best.faults) > 1 else ():
         state: State | None = search.screening.start()
         for candidate in best.faults:
@@ -180,7 +201,7 @@ def _floor(case: Case, kind: str) -> PrecisionFloor:
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics whose noise the differences are; none where no time is left: of some alone the best may be the wrong one."""
+    """The arithmetics that explain the differences as noise; none if the time is up, since the best of only some may be wrong."""
     fit = {} if budget.over() else {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
     return best_kinds({kind: value for kind, value in fit.items() if value is not None})
 
@@ -267,7 +288,7 @@ def _last_agreement(entries: Sequence[Expected], first: RecordKey | None) -> str
 
 
 def _next(case: Case, search: Search, best: State) -> str:
-    """The points to record where something is left unexplained; none where one operation is left."""
+    """The points to record next if something is left unexplained; "" if only one operation is left."""
     if best.first is None:
         return ""
     layers = search.screening.suspects(best)

@@ -1,4 +1,4 @@
-"""Faults that are a number (an epsilon, a scale, a base, a multiplier): it is fitted to the first place's records in a few passes."""
+"""Faults with a wrong number (an epsilon, a scale, a base, a multiplier), which is fitted to the first place's records in a few passes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,27 +10,28 @@ from engine.backend import Array
 from engine.faults import AT, FITTED, Fitted
 from engine.inapplicable import NotApplicable
 
+from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, State
 
-_STEP = 1e-2  # of the first step away from a start, on the fit's own scale
+_STEP = 1e-2  # size of the first step away from a start, on the fit's own scale
 _ROUNDS = 10  # passes after which a fit ends
-# Part of the error at the first place that a small change of the number must be able to take away for a fit to go on: a scale
-# that is wrong by a factor of three still shows a third of its error along its own derivative.
+# For a fit to continue, a small change of the number must be able to remove this part of the error at the first place: a scale
+# that is wrong by a factor of three still has a third of its error along its own derivative.
 _PROMISING = 0.3
-_KEPT = 12  # fits that go on after the first passes …
-_OF_ONE = 2  # … and those of them that are of one fault at one place, from different starts
-_SLACK = 10.0  # as `batch._SLACK`: products over few rows round otherwise
-_DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are meant
+_KEPT = 12  # fits that continue after the first passes …
+_OF_ONE = 2  # … of which so many may be of one fault at one place, from different starts
+_SLACK = 10.0  # as `batch._SLACK`: products over few rows round differently
+_DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are taken
 _ZERO = 1e-4  # a fitted factor below this is tried as 0 first
 _NEAR = 0.01  # part of the error that a fit may leave for round numbers near it to be tried
-_AGAIN = 3  # times that a number is fitted again where it leaves a later place
+_AGAIN = 3  # times that a number is fitted again if it leaves an error at a later place
 
 
 @dataclass
 class _Trial:
-    """One number in the course of being fitted, `at` on the fit's scale; residuals are float64 vectors."""
+    """One number while it is being fitted, `at` on the fit's scale; residuals are float64 vectors."""
 
     fit: Fitted
     parameters: dict[str, Any]
@@ -47,7 +48,7 @@ class _Trial:
         return Candidate(self.fit.fault, {self.fit.parameter: self.value(at), **self.parameters}, layers)
 
     def learn(self, residual: Floats) -> None:
-        """Take what the current value leaves, and choose the next one: the secant of the last two, squares at their least."""
+        """Take the residual of the current value, and choose the next value: the secant of the last two, by least squares."""
         error = float(residual @ residual)
         if not np.isfinite(error):
             self.done = True
@@ -70,21 +71,16 @@ class _Trial:
         self.done = abs(move) < 1e-9 * max(1.0, abs(self.at))
 
 
-class Fitting:
+class Fitting(AtFirstPlace):
     """Fits numbers at a state's first place, in one scope of layers."""
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._point = state.first.point
-        self._rows = min(state.first.row + 2, screening.rows)
+        super().__init__(screening, state, layers)
+        self._rows = screening.enough(self._first.row + 2)
 
     def states(self) -> Iterator[State]:
-        """States that get beyond the first place by a number; each fault once, the number with as few digits as will do."""
-        entry = self._screening.entries[self._point]
+        """States that get beyond the first place by a fitted number; each fault once, with as few digits as suffice."""
+        entry = self._entry
         if entry.point in self._state.shown or self._state.root is not None:
             return
         for trial in self._converged(self._promising()):
@@ -117,20 +113,20 @@ class Fitting:
         return not cone.sure or not cone.kinds.isdisjoint(kinds)
 
     def _agrees_elsewhere(self, kinds: Sequence[str]) -> bool:
-        """Whether a layer in front of those in question has such a step: then a fault in all layers would be seen there."""
+        """Whether a layer before those in question has such a step: a fault in all layers would have shown there."""
         layers = self._screening.suspects(self._state)
         right = self._state.planting.right
         has = [any(f"blk.{layer}.{kind}" in right for kind in kinds) for layer in range(layers[-1] + 1)] if layers else []
         return bool(layers) and layers[0] > 0 and (any(has[: layers[0]]) or not any(has))
 
     def _promising(self) -> list[_Trial]:
-        """The trials that are worth more passes: those that leave least, and those that can take most away by a small change."""
+        """The trials that are worth more passes: those with the least error left, and those that a small change improves most."""
         trials = list(self._trials())
         whole = [trial for trial in trials if trial.fit.whole]
         rest = [trial for trial in trials if not trial.fit.whole]
         wanted = self._residual_of_state()
         energy = float(wanted @ wanted)
-        if energy == 0:  # the recorded elements are right to the bit: only a sketch or a sum differs, and no number fits that
+        if energy == 0:  # the recorded elements are right to the bit: only a sketch or a sum differs, which cannot be fitted
             return []
         self._pass(whole)
         self._pass(rest)
@@ -152,7 +148,7 @@ class Fitting:
         return _apart([trial for _, trial in sorted(good, key=lambda pair: pair[0])])[:_KEPT]
 
     def _converged(self, trials: Sequence[_Trial]) -> list[_Trial]:
-        """The trials that leave nothing at the first place, one for each fault and its other parameters."""
+        """The trials that leave no error at the first place, one for each fault and its other parameters."""
         for _ in range(_ROUNDS):
             going = [trial for trial in trials if not trial.done and not trial.fit.whole and trial.best > 0]
             if not going or self._screening.budget.over():
@@ -160,7 +156,7 @@ class Fitting:
             self._pass(going)
         trials_of: dict[str, _Trial] = {}
         wanted = self._residual_of_state()
-        for trial in sorted(trials, key=lambda one: one.best):
+        for trial in sorted(trials, key=lambda trial: trial.best):
             if not np.isfinite(trial.best) or trial.best > _NEAR * float(wanted @ wanted):
                 continue
             at = next((at for at in (trial.best_at, *self._short(trial)) if self._passes(trial, at)), None)
@@ -170,7 +166,7 @@ class Fitting:
         return list(trials_of.values())
 
     def _short(self, trial: _Trial) -> Iterator[float]:
-        """Round numbers near the fitted one: where an operation has steps (a table of F16) only the very number leaves nothing."""
+        """Round numbers near the fitted one: in an operation with steps (a table of F16) only the exact number leaves no error."""
         value = trial.value(trial.best_at)
         numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS[:4]]
         if trial.fit.parameter == "scale" and value > 0:
@@ -187,7 +183,7 @@ class Fitting:
             if state is None or state.first is None or first is None or trial.fit.whole:
                 break
             again = Fitting(self._screening, self._state, self._layers)
-            again._point, again._rows = state.first.point, self._screening.rows
+            again._entry, again._rows = self._screening.entries[state.first.point], self._screening.rows
             finer = again._refined(trial)
             better = None if finer is None else self._screening.check(self._state, finer.candidate(finer.best_at, self._layers))
             if better is None or finer is None or (better.first is not None and not state.first < better.first):
@@ -198,7 +194,7 @@ class Fitting:
         return self._rounded(trial, state)
 
     def _refined(self, trial: _Trial) -> "_Trial | None":
-        """The number fitted again at this place, from where it is."""
+        """The number fitted again at this place, starting from its value."""
         other = _Trial(trial.fit, trial.parameters, trial.best_at)
         scale = abs(trial.best_at) if not trial.fit.positive else 1.0
         self._pass([other])
@@ -210,7 +206,7 @@ class Fitting:
         return other if np.isfinite(other.best) else None
 
     def _rounded(self, trial: _Trial, state: State) -> State:
-        """The state with the number of fewest digits that gets as far."""
+        """The state with the number of the fewest digits that gets as far."""
         value = trial.value(trial.best_at)
         numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS]
         if not trial.fit.positive and abs(value) < _ZERO:
@@ -228,17 +224,17 @@ class Fitting:
         return state
 
     def _passes(self, trial: _Trial, at: float) -> bool:
-        """Whether a value leaves nothing at the first place."""
+        """Whether a value leaves no error at the first place."""
         value = self._values([trial.candidate(at, self._layers)])[0]
         if value is None:
             return False
-        entry, positions = self._screening.entries[self._point], self._screening.positions[: self._rows]
+        entry, positions = self._entry, self._screening.positions[: self._rows]
         errors = entry.nmse(self._screening.backend.to_host(value), positions)
         here = entry.rows < self._rows
         return bool((errors[here] <= _SLACK * entry.limit[here]).all())
 
     def _pass(self, trials: Sequence[_Trial]) -> None:
-        """One pass: what each trial's value leaves of the first place."""
+        """One pass: compute the residual of each trial's value at the first place."""
         values = self._values([trial.candidate(trial.at, self._layers) for trial in trials])
         for trial, value in zip(trials, values, strict=True):
             if value is None:
@@ -247,66 +243,64 @@ class Fitting:
                 trial.learn(self._residual(value))
 
     def _values(self, candidates: Sequence[Candidate]) -> list[Array | None]:
-        """What each candidate makes of the first rows of the first place; None where that is nothing else, or it does not apply."""
-        name = self._screening.entries[self._point].point
+        """Each candidate's value of the first rows at the first place; None if it changes nothing there, or does not apply."""
+        name = self._entry.point
         end = self._state.order[name] + 1
         edits, numbers = [], []
-        for number, one in enumerate(candidates):
+        for number, candidate in enumerate(candidates):
             try:
-                edit = self._state.planting.edits(one.fault, one.layers, one.parameters, end)
+                edit = self._state.planting.edits(candidate.fault, candidate.layers, candidate.parameters, end)
             except NotApplicable:
                 continue
             if edit:
                 edits.append(edit)
                 numbers.append(number)
-        found: list[Array | None] = [None] * len(candidates)
+        results: list[Array | None] = [None] * len(candidates)
         if not edits or self._screening.budget.over():
-            return found
+            return results
         self._screening.tried.count([candidates[number] for number in numbers])
         replay = self._screening.replay(self._state, self._rows)
         run = replay.run_batch(edits, end, frozenset(), lambda _name, _values: (), self._screening.budget.over)
         for number, values in zip(numbers, run, strict=True):
-            found[number] = values.get(name) if values else None
-        return found
+            results[number] = values.get(name) if values else None
+        return results
 
     def _residual(self, value: Array) -> Floats:
-        """What is left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
-        return self._screening.entries[self._point].residual(
-            self._screening.backend.to_host(value), self._screening.positions[: self._rows]
-        )
+        """The error left at the recorded elements of the first rows, in proportion to each record's size: float64 [n]."""
+        return self._entry.residual(self._screening.backend.to_host(value), self._screening.positions[: self._rows])
 
     def _residual_of_state(self) -> Floats:
-        name = self._screening.entries[self._point].point
+        name = self._entry.point
         return self._residual(self._screening.replay(self._state, self._rows).values[name])
 
 
 def _apart(trials: Sequence[_Trial]) -> list[_Trial]:
-    """The trials without those of the same fault and place that go to the same number, and at most so many of one: a factor of a
-    result is met from every start, and would take the places of other faults.
+    """The trials, without those of the same fault and place that converge to the same number, and at most `_OF_ONE` of each: a factor
+    of a result is reached from every start, and would displace other faults.
     """
     kept: list[_Trial] = []
     for trial in trials:
-        same = [one for one in kept if one.fit is trial.fit and one.parameters == trial.parameters]
-        near = any(abs(one.at - trial.at) <= _STEP * max(1.0, abs(trial.at)) for one in same)
+        same = [other for other in kept if other.fit is trial.fit and other.parameters == trial.parameters]
+        near = any(abs(other.at - trial.at) <= _STEP * max(1.0, abs(trial.at)) for other in same)
         if not near and len(same) < _OF_ONE:
             kept.append(trial)
     return kept
 
 
 def _in_layers(kinds: Sequence[str], layers: Sequence[int], right: Any) -> bool:
-    """Whether the first of some layers has a step of one of these kinds, or they are operations of ggml's."""
+    """Whether the first of these layers has a step of one of these kinds, or the kinds are operations of ggml's."""
     return any(f"blk.{layers[0]}.{kind}" in right or kind.isupper() for kind in kinds)
 
 
 def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:
-    """States that a fitted number leads beyond the state's first place."""
+    """States in which a fitted number gets beyond the state's first place."""
     if state.first is None:
         return []
     return list(Fitting(screening, state, layers).states())
 
 
 def order_of_number(candidate: Candidate) -> int | None:
-    """The place in the list of what is fitted, where a fault's parameter is a number that may have been; None for other faults."""
+    """The index of a candidate's fault in the list of fitted faults; None for other faults."""
     for place, fit in enumerate(FITTED):
         if fit.fault.name == candidate.fault.name and isinstance(candidate.parameters.get(fit.parameter), float):
             return place
@@ -314,7 +308,7 @@ def order_of_number(candidate: Candidate) -> int | None:
 
 
 def said(candidate: Candidate, right: Any) -> str:
-    """What a fitted number's sentence says beside the number; "" for a fault without one."""
+    """The remarks on a candidate's fitted number; "" for a fault without one."""
     mine = [fit for fit in FITTED if fit.fault is candidate.fault] or [
         fit for fit in FITTED if fit.fault.name == candidate.fault.name
     ]

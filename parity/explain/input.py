@@ -1,4 +1,4 @@
-"""What `parity explain` is given: the prompt, and a reference that our own engine is held to first."""
+"""The input of `parity explain`: the prompt, and a reference that our own engine is checked against first."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +9,14 @@ from checkpoints.errors import InputError
 from checkpoints.record import Dump
 
 from ..diff.compare import Options, compare
-from .explain import Case, ExplainOptions, explain
+from .case import Case, ExplainOptions, Half, open_model
+from .explain import explain
+from .halves import decoder_case, encoder_case
 from .records import right_rows
 
 
 def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The token ids that were given, or those that llama.cpp makes of the text; None where neither was given."""
+    """The given token ids, or those that llama.cpp makes of the given text; None if neither was given."""
     if prompt is None:
         return tokens
     from reference.client import Reference
@@ -24,19 +26,28 @@ def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) 
 
 
 def check_reference(ref: Dump, model: Path, options: ExplainOptions) -> None:
-    """Hold our engine to llama.cpp's dump of this prompt.
+    """Check our engine against llama.cpp's dump of this prompt.
 
     Raises:
         InputError: they differ, so that our engine cannot stand in for llama.cpp here.
     """
-    case = Case(ref, model, options)
+    transformer = open_model(model, options)
+    if transformer.encoder is None:
+        cases: list[Case | None] = [Case(ref, Half(transformer), options)]
+    else:
+        cases = [encoder_case(ref, transformer, options), decoder_case(ref, transformer, options)]
+    for case in cases:
+        if case is not None:
+            _check(case, ref)
+
+
+def _check(case: Case, ref: Dump) -> None:
     header = case.header()
     if ref.header is not None:
         header = replace(header, mode=ref.header.mode, kv_type=ref.header.kv_type)
     points = {entry.point: case.dump.points[entry.point] for entry in case.entries}
-    verdict: Verdict = compare(
-        Dump("our engine", header, right_rows(case.replay, case.positions, points)), ref, Options(placed=True)
-    )
+    right = Dump("our engine", header, right_rows(case.replay, case.positions, points))
+    verdict: Verdict = compare(right, case.dump, Options(placed=True))
     if not verdict:
         where = verdict.first_divergence
         place = f" at {where.checkpoint}, position {where.token_idx}" if where is not None else ""

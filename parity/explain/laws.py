@@ -1,109 +1,21 @@
-"""What the numbers say by themselves: one sentence on how the recorded elements come from the right ones, if it holds for all of them."""
+"""What the numbers say by themselves: one sentence on how the recorded elements derive from the right ones, if it holds for all."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engine.backend import Array
-from engine.faults import SEEN
+from .beside import ROOM, Beside, Bools
+from .moved import LISTED, moved
+from .records import Floats, Ints
 
-from .records import Expected, Floats, Ints
-
-Values = Mapping[str, Array]
-Bools = NDArray[np.bool_]
-
-# A law holds if what it leaves of a record is this many times its limit at most: the printed digits of a constant have to do.
-ROOM = 10.0
-# and no more than this share of what was wrong, unless that is within the limit: noise of a few limits has no law. A choice: the
-# law that is meant leaves rounding and printed digits alone.
-_LEFT = 0.1
-WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, and not how
+WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
-_ROLLS = 64  # offsets of elements that are tried in either direction
-_SHIFTS = 4  # offsets of positions
-_LISTED = 6  # elements that a sentence lists
-_WIDE = 4096  # elements of a row among which a permutation is looked for
-# Orders of a row's or a head's elements that engines confuse: which right element stands at place i of so many.
-_ORDERS: dict[str, Callable[[int, int], int]] = {
-    "in reverse": lambda i, size: size - 1 - i,
-    "as neighbours (2i, 2i + 1) where halves (i, i + d/2) are wanted": lambda i, size: i // 2 + i % 2 * (size // 2),
-    "as halves (i, i + d/2) where neighbours (2i, 2i + 1) are wanted": lambda i, size: 2 * (i % (size // 2)) + i // (size // 2),
-}
-_OTHERS = 1e-3  # part of the squared error that elements which are said to be right may hold
-_SIGN = 1e-5  # of a factor from -1
-_SHARES = 0.02, 0.98  # of a mix with another position: what is less is no mix
-
-
-@dataclass(frozen=True)
-class Beside:
-    """The wrong records of a place beside the right values.
-
-    Attributes:
-        theirs, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
-        room: [R], the squared error that is noise. rows: [R], the right run's rows.
-        whole: float64 [T, n], the right rows as a whole; None where a row is no plain vector.
-        bias: [k], what is added to each element last, where the operation has such a vector.
-        heads: how many heads a row consists of, where it does.
-    """
-
-    theirs: Floats
-    right: Floats
-    index: Ints
-    room: Floats
-    rows: Ints
-    whole: Floats | None = None
-    bias: Floats | None = None
-    heads: int | None = None
-
-    def holds(self, law: Floats, elements: Bools | None = None) -> bool:
-        """Whether values [R, k] are theirs to rounding, at these elements."""
-        with np.errstate(invalid="ignore"):
-            delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
-        if not np.isfinite(delta).all():
-            return False
-        wrong = self.theirs - self.right if elements is None else (self.theirs - self.right)[:, elements]
-        left, before = (np.einsum("ij,ij->i", part, part) for part in (delta, wrong))
-        within = (left <= self.room / ROOM).all() or float(left.sum()) <= _LEFT * float(before.sum())
-        return bool((left <= self.room).all() and within)
-
-
-def beside(
-    entry: Expected, errors: Floats, values: Values, positions: Ints, bias: Floats | None = None, heads: int | None = None
-) -> Beside | None:
-    """The records of a point that are wrong by these errors [R], beside the right values; None where nothing can be laid beside."""
-    wrong = errors > entry.limit
-    name = SEEN + entry.point if SEEN + entry.point in values else entry.point
-    present = entry.present[wrong]
-    if not wrong.any() or not present.any():
-        return None
-    count = int(present.sum(axis=1).min())
-    if count == 0:
-        return None
-    right = entry.taken(values[name], positions)[wrong][:, :count]
-    if entry.index is None:
-        index = np.arange(count)
-    else:
-        index = entry.index[wrong][0, :count]
-        if not (entry.index[wrong][:, :count] == index).all():
-            return None
-    whole = entry.whole_values(values[name], positions)
-    fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
-    return Beside(
-        theirs=entry.values[wrong][:, :count],
-        right=right,
-        index=index,
-        room=ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),
-        rows=entry.rows[wrong],
-        whole=whole,
-        bias=bias[index] if fits and bias is not None else None,
-        heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
-    )
+_OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
+_SIGN = 1e-5  # the most that a factor called -1 may differ from it
 
 
 def law(compared: Beside) -> str:
-    """The sentence of the first law that holds for every element; "" where none does."""
+    """The sentence of the first law that holds for every element; "" if none does."""
     if not np.isfinite(compared.right).all():
         return ""
     if not np.isfinite(compared.theirs).all():
@@ -122,25 +34,25 @@ def law(compared: Beside) -> str:
         if exchanged:
             return f"elements {_listed(compared.index[some])} {exchanged}; the others are right"
         relation = next(_by_a_number(compared, some, many), "") or next(_by_a_vector(compared, some, many), "")
-        if relation and (where or some.sum() <= _LISTED):
+        if relation and (where or some.sum() <= LISTED):
             return f"{where or f'elements {_listed(compared.index[some])}'} {relation}; the others are right"
-        moved = "" if some.sum() == 1 else next(_moved(compared), "")
-        if moved:
-            return moved
+        elsewhere = "" if some.sum() == 1 else next(moved(compared), "")
+        if elsewhere:
+            return elsewhere
         if where:
             return f"{where} {'are' if many else 'is'} {WRONG}"
     sentence = next(_by_a_vector(compared, every, many=False), "")
-    return f"every element {sentence}" if sentence else next(_moved(compared), "")
+    return f"every element {sentence}" if sentence else next(moved(compared), "")
 
 
 def _differing(compared: Beside) -> Bools:
-    """The elements [k] that alone are wrong by more than all of a record may be, in any record."""
+    """The elements [k] that alone have a larger error, in any record, than the whole record may have."""
     with np.errstate(over="ignore"):
         return np.asarray(((compared.theirs - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
 
 
 def _not_finite(compared: Beside) -> str:
-    """Which elements are NaN or infinite, where all others are right; "" where they are not."""
+    """Which elements are NaN or infinite, if all others are right; else ""."""
     odd = ~np.isfinite(compared.theirs)
     columns = np.asarray(odd.any(axis=0))
     if not compared.holds(np.where(np.isfinite(compared.theirs), compared.right, 0.0), ~columns):
@@ -153,24 +65,24 @@ def _not_finite(compared: Beside) -> str:
     if columns.all():
         return f"every recorded element is {what}" if odd.all() else ""
     where = (
-        _elements(compared, columns) or f"elements {_listed(compared.index[columns])}{', …' if columns.sum() > _LISTED else ''}"
+        _elements(compared, columns) or f"elements {_listed(compared.index[columns])}{', …' if columns.sum() > LISTED else ''}"
     )
     return f"{where} {'are' if where.startswith(('elements', 'heads')) else 'is'} {what}; the others are right"
 
 
 def _alone(compared: Beside, some: Bools) -> bool:
-    """Whether the other elements are right, and not only less wrong than one element may be where a record is just over its limit."""
+    """Whether the other elements are right, and not just below the limit of one element in a record slightly over its limit."""
     errors = (compared.theirs - compared.right) ** 2
     return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
 
 
 def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
-    """How these elements come from the right ones by one number, or by the operation's bias."""
+    """How these elements derive from the right ones by one number, or by the operation's bias."""
     theirs, right = compared.theirs[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
 
     def holds(values: Floats) -> bool:
-        return _holds(compared, some, values)
+        return compared.holds_at(some, values)
 
     if not theirs.any() and right.any():
         yield f"{be} 0"
@@ -206,21 +118,14 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     if len(theirs) < 2:
         return
     vector = (theirs - right).mean(axis=0)
-    if vector.any() and _holds(compared, some, right + vector):
+    if vector.any() and compared.holds_at(some, right + vector):
         yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
         return
     energy = np.einsum("ij,ij->i", right, right)
     if some.sum() > 1 and (energy > 0).all():
         each = np.einsum("ij,ij->i", theirs, right) / energy
-        if _holds(compared, some, right * each[:, None]):
+        if compared.holds_at(some, right * each[:, None]):
             yield f"{be} off by a factor of the position's own ({each.min():.4g} to {each.max():.4g})"
-
-
-def _holds(compared: Beside, some: Bools, values: Floats) -> bool:
-    """Whether values of some elements [R, s] are theirs to rounding."""
-    whole = compared.right.copy()
-    whole[:, some] = values
-    return compared.holds(whole, some)
 
 
 def _factor(theirs: Floats, right: Floats) -> float | None:
@@ -229,7 +134,7 @@ def _factor(theirs: Floats, right: Floats) -> float | None:
 
 
 def _short(value: float, holds: Callable[[float], bool]) -> str:
-    """A number in as few digits as will do."""
+    """A number in as few digits as suffice."""
     for digits in range(1, 9):
         short = f"{value:.{digits}g}"
         if holds(float(short)):
@@ -244,7 +149,7 @@ def _signed(number: str) -> str:
 def _exchanged(compared: Beside, some: Bools) -> Iterator[str]:
     """These elements hold each other's right values."""
     numbers = np.flatnonzero(some)
-    if not 2 <= len(numbers) <= _LISTED:
+    if not 2 <= len(numbers) <= LISTED:
         return
     order = [_match(compared, int(number), numbers) for number in numbers]
     if None in order or len(set(order)) < len(order):
@@ -256,7 +161,7 @@ def _exchanged(compared: Beside, some: Bools) -> Iterator[str]:
 
 
 def _match(compared: Beside, number: int, among: Ints) -> int | None:
-    """Which of some elements' right values an element holds in every record."""
+    """Which of the elements `among` has the right values that this element holds in every record; None if none has."""
     for other in among.tolist():
         delta = compared.theirs[:, number] - compared.right[:, other]
         if other != number and bool((delta * delta <= compared.room).all()):
@@ -265,7 +170,7 @@ def _match(compared: Beside, number: int, among: Ints) -> int | None:
 
 
 def _elements(compared: Beside, some: Bools) -> str:
-    """Which elements these are, where they form a pattern; "" where they do not."""
+    """Which elements these are, if they form a pattern; else ""."""
     index = compared.index[some]
     first, last = int(index[0]), int(index[-1])
     leading = compared.whole is None or len(compared.index) < compared.whole.shape[1]
@@ -277,7 +182,7 @@ def _elements(compared: Beside, some: Bools) -> str:
         heads = sorted(set((index // size).tolist()))
         mine = compared.index[np.isin(compared.index // size, heads)]
         if len(heads) < compared.heads and len(mine) == len(index) and len(mine) >= min(size, 2):
-            return f"head {heads[0]} alone" if len(heads) == 1 else f"heads {', '.join(map(str, heads[:_LISTED]))}"
+            return f"head {heads[0]} alone" if len(heads) == 1 else f"heads {', '.join(map(str, heads[:LISTED]))}"
     if bool(some[np.flatnonzero(some)[0] :].all()):
         return f"everything from element {first} on{seen}"
     if bool(some[: np.flatnonzero(some)[-1] + 1].all()):
@@ -295,101 +200,4 @@ def _ordinal(number: int) -> str:
 
 
 def _listed(index: Ints) -> str:
-    return " and ".join(map(str, index.tolist())) if len(index) == 2 else ", ".join(map(str, index[:_LISTED].tolist()))
-
-
-def _moved(compared: Beside) -> Iterator[str]:
-    """Right values at another place: of another element, another position, or a mix of two positions."""
-    whole = compared.whole
-    if whole is None:
-        return
-    count, n = whole.shape
-    yield from _heads_moved(compared, whole)
-    for by in (sign * step for step in range(1, min(_ROLLS, n - 1) + 1) for sign in (1, -1)):
-        if compared.holds(whole[compared.rows][:, (compared.index - by) % n]):
-            yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}: the row is rolled"
-            return
-    size = n // compared.heads if compared.heads else n
-    for by in (sign * step for step in range(1, min(_ROLLS, size - 1) + 1) for sign in (1, -1)) if size < n else ():
-        if compared.holds(whole[compared.rows][:, compared.index // size * size + (compared.index - by) % size]):
-            yield f"element i of each head is its right element i {'−' if by > 0 else '+'} {abs(by)}: each head is rolled"
-            return
-    for by in (sign * step for step in range(1, _SHIFTS + 1) for sign in (-1, 1)):
-        other = compared.rows + by
-        inside = (other >= 0) & (other < count)
-        # The rows at the edge hold another one's, or the sequence's other end.
-        edge = np.clip(other, 0, count - 1)
-        for at in (edge, other % count):
-            if inside.any() and compared.holds(whole[at][:, compared.index]):
-                yield f"position t holds the right values of position t {'+' if by > 0 else '−'} {abs(by)}"
-                return
-    yield from _mix(compared, whole)
-    yield from _permutation(compared, whole)
-
-
-def _heads_moved(compared: Beside, whole: Floats) -> Iterator[str]:
-    """Every recorded head holds the right values of one head, and not each of its own."""
-    if not compared.heads or compared.heads < 2:
-        return
-    size = whole.shape[1] // compared.heads
-    recorded = sorted(set((compared.index // size).tolist()))
-    source: dict[int, int] = {}
-    for head in recorded:
-        mine = compared.index // size == head
-        if mine.sum() < 2:
-            return
-        for other in (head, *(one for one in range(compared.heads) if one != head)):
-            if _holds(compared, mine, whole[compared.rows][:, compared.index[mine] + (other - head) * size]):
-                source[head] = other
-                break
-        else:
-            return
-    moved = {head: other for head, other in source.items() if head != other}
-    if not moved:
-        return
-    each = ", ".join(f"head {head} is the right head {other}" for head, other in list(moved.items())[:_LISTED])
-    if len(recorded) < compared.heads:
-        yield f"{each} ({len(recorded)} of {compared.heads} heads recorded)"
-    elif len(moved) == 2 and set(moved) == set(moved.values()):
-        yield f"heads {' and '.join(map(str, moved))} are exchanged"
-    else:
-        yield f"the heads stand in another order: {each}{', …' if len(moved) > _LISTED else ''}"
-
-
-def _mix(compared: Beside, whole: Floats) -> Iterator[str]:
-    if (compared.rows >= 1).sum() < 2:
-        return
-    now, before = compared.right, whole[np.maximum(compared.rows - 1, 0)][:, compared.index]
-    base = before - now
-    share = float(((compared.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
-    if _SHARES[0] < share < _SHARES[1] and compared.holds(now + share * base):
-        yield f"each position is a mix: {share:.0%} of the one before"
-
-
-def _permutation(compared: Beside, whole: Floats) -> Iterator[str]:
-    """Every element holds the right value of another element, the same one in all records."""
-    right = whole[compared.rows]
-    if right.shape[1] > _WIDE or len(compared.index) < 2:
-        return
-    source = []
-    for number in range(len(compared.index)):
-        delta = right - compared.theirs[:, number][:, None]
-        good = np.flatnonzero((delta * delta <= compared.room[:, None]).all(axis=0))
-        if len(good) == 0:
-            return
-        own = compared.index[number]
-        source.append(int(own) if own in good else int(good[0]))
-    pairs = [(int(i), j) for i, j in zip(compared.index, source, strict=True) if i != j]
-    if not pairs:
-        return
-    if len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
-        yield f"elements {pairs[0][0]} and {pairs[0][1]} are exchanged; the others are right"
-        return
-    for size, of in ((right.shape[1], "the row"), (right.shape[1] // (compared.heads or 1), "each head")):
-        for how, order in _ORDERS.items():
-            stands = [i // size * size + order(i % size, size) for i in compared.index.tolist()]
-            if size > 2 and size % 2 == 0 and stands == source:
-                yield f"the right values stand in another order: {of} {how}"
-                return
-    shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:_LISTED])
-    yield f"the right values stand in another order: element {shown}{', …' if len(pairs) > _LISTED else ''}"
+    return " and ".join(map(str, index.tolist())) if len(index) == 2 else ", ".join(map(str, index[:LISTED].tolist()))

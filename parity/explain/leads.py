@@ -1,4 +1,4 @@
-"""What is left to say when no known fault reproduces the numbers: which operation it is, what the numbers say, partial candidates."""
+"""What can be said when no known fault reproduces the numbers: which operation it is, what the numbers say, partial candidates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +12,9 @@ from engine.backend import Array
 from engine.graph import History, Step
 from engine.graph import State as PassState
 
+from .beside import beside
 from .case import Case
-from .laws import ZERO, beside, law
+from .laws import ZERO, law
 from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
@@ -22,23 +23,23 @@ from .state import Candidate, State, key
 Values = Mapping[str, Array]
 
 _COUNT = 3  # partial candidates that are shown …
-_TRIED = 12  # … of so many, by what they take away at the first record
-# Part of the error that a lead takes away at every wrong record of the first point; elsewhere none may grow by more than _WORSE.
-# Of the wrong leads that were seen each took away 96 to 99.6 % at the first record, and little at the next ones.
+_TRIED = 12  # … of so many that remove most of the error at the first record
+# Part of the error that a lead removes at every wrong record of the first point; elsewhere no error may grow by more than _WORSE.
+# Wrong leads that were seen removed 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
 _TOGETHER = 0.5
-_HANDED_ON = 2  # readers that are asked how many heads a row has: v's is the cache, whose is attention
-# What counts as equal in an observation: NMSE of float32 noise (limits.EXACT_FLOOR), with room for printed digits.
+_HANDED_ON = 2  # readers that are followed to learn how many heads a row has: v is read by the cache, the cache by attention
+# NMSE that counts as equal in an observation: float32's noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
 
 
 def believed(entries: Sequence[Expected], search: Search, start: State, best: State) -> State:
-    """The state with those of its faults that are causes.
+    """The state with only those of its faults that are causes.
 
-    A cause reproduces the whole point at which the difference began, with numbers that say something, and spoils more than it
-    mends nowhere. Faults that do so only together must reproduce most of all: two of them are enough to give one layer's numbers
-    by chance.
+    A cause reproduces the whole point at which the difference began, with numbers that carry information, and nowhere makes more
+    records wrong than right. Faults that do so only together must reproduce most of all records: two are enough to give one layer's
+    numbers by chance.
     """
     state = accepted = start
     apart = 0
@@ -54,7 +55,7 @@ def believed(entries: Sequence[Expected], search: Search, start: State, best: St
 
 
 def _mended(entries: Sequence[Expected], before: State, after: State) -> float | None:
-    """The part of the wrong records that a further fault reproduces; None if it is no cause of them."""
+    """The part of the wrong records that a further fault reproduces; None if it is not a cause of them."""
     if before.first is None or (after.first is not None and after.first.point <= before.first.point):
         return None
     spoiled = mended = shown = wrong = 0
@@ -64,13 +65,13 @@ def _mended(entries: Sequence[Expected], before: State, after: State) -> float |
         spoiled += int((now & ~was).sum())
         mended += int((was & ~now).sum())
         finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
-        # Non-finite values prove nothing, unless finite ones stand beside them where the fault makes them.
+        # Non-finite values prove nothing, unless the fault makes finite ones beside them.
         shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
     return (mended - spoiled) / wrong if shown and spoiled < mended else None
 
 
 def law_at(case: Case, search: Search, state: State) -> str:
-    """What the numbers say at a state's first place; "" where no law holds for all of them."""
+    """The law that the numbers follow at a state's first place; "" if no law holds for all of them."""
     if state.first is None:
         return ""
     entry = case.entries[state.first.point]
@@ -89,11 +90,11 @@ def law_at(case: Case, search: Search, state: State) -> str:
 
 
 def _heads(state: State, point: str) -> int | None:
-    """How many heads the rows of a point consist of: as the operation that makes it says, or one that reads it or hands it on."""
+    """How many heads the rows of a point consist of, by the operation that makes it, or one that reads it, directly or through others."""
     right = state.planting.right
-    made = right[point].params.get("heads")
-    if isinstance(made, int):
-        return made
+    heads = right[point].params.get("heads")
+    if isinstance(heads, int):
+        return heads
     names = {point}
     for _ in range(_HANDED_ON):
         for step in right.values():
@@ -129,9 +130,9 @@ def placed(case: Case, search: Search, state: State) -> Placed | None:
 
 
 def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints, *, single: bool) -> list[Lead]:
-    """What is to be said of a state's first place: observations, then the candidates that take most of the error away.
+    """What can be said about a state's first place: observations, then the candidates that remove most of the error.
 
-    `single`: one operation is in question, so that nobody need be told which ones may be.
+    `single`: only one operation is in question, so that the observations need not say which ones are.
     """
     if state.first is None:
         return []
@@ -159,8 +160,8 @@ def leads(entries: Sequence[Expected], state: State, search: Search, positions: 
 
 
 def _removed(entries: Sequence[Expected], search: Search, state: State, candidate: Candidate) -> float | None:
-    """The part of the error that a candidate takes away at every wrong record of the first point; None where it is no lead: that
-    is too little somewhere, or something else gets worse.
+    """The part of the error that a candidate removes at every wrong record of the first point; None if it is not a lead: it
+    removes too little somewhere, or makes something else worse.
     """
     after = search.screening.reached(state, candidate)
     if after is None or state.first is None:
@@ -213,7 +214,7 @@ def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArra
 
 
 def _steps(theirs: Floats) -> Iterator[str]:
-    """Values that lower types hold exactly."""
+    """Whether the values are exact in a lower type."""
     flat = theirs[theirs != 0].astype(np.float32)
     if len(flat) < 8:
         return
@@ -225,7 +226,7 @@ def _steps(theirs: Floats) -> Iterator[str]:
 
 
 def _which(entry: Expected, wrong: NDArray[np.bool_], acting: Sequence[Step]) -> str:
-    """Which positions are wrong, and what acts there; `acting` are the steps in question, none where nothing is to be said of them."""
+    """Which positions are wrong, and what acts there; `acting` are the steps in question, empty if they should not be mentioned."""
     rows = entry.rows[wrong]
     if len(rows) == len(entry.rows):
         return f"all positions are wrong{_at_each_position(entry, acting)}"

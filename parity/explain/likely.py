@@ -1,9 +1,9 @@
-"""Which candidates of an unknown layer are likely, before they are carried to the first place: residuals hand on what they change.
+"""Which candidates in an unknown layer are likely, before they are carried to the first place: residuals pass on what they change.
 
-What is added to a layer's output is still in the last layer's, beside what the layers between make of it. Of 157 faults, planted one by
-one in four layers of three models of 24, all but one changed the recorded elements of their own layer's output with a cosine of 0.41 or
-more to what the dump shows up to twelve layers later. Of the changes that other faults make one in ten does so by chance, if sixteen
-elements are recorded. The others are tried as well, only later.
+What is added to one layer's output is still in a later layer's, besides what the layers between make of it. Of 157 faults, planted one by
+one in four layers of three 24-layer models, all but one changed the recorded elements of their own layer's output with a cosine of 0.41 or
+more to what the dump shows up to twelve layers later. Of the changes of other faults one in ten reaches that by chance, if sixteen
+elements are recorded. Unlikely candidates are tried too, but later.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from .records import Floats
 from .screening import Screening
 from .state import State
 
-_ALIKE = 0.3  # cosine of two changes that may be of one fault
-_SAME = 1e-8  # squared change, in proportion, of rows in front of the first wrong one: where the dump is right the candidate must be
+_ALIKE = 0.3  # least cosine of two changes that may come from one fault
+_SAME = 1e-8  # most squared change, in proportion, of rows before the first wrong one: where the dump is right the candidate must be, too
 
 
 class Likely:
-    """Compares what candidates change in a layer's output with what a state's first place shows.
+    """Compares candidates' changes of a layer's output with the error at a state's first place.
 
     Raises:
         ValueError: the state has no place that differs.
@@ -38,7 +38,7 @@ class Likely:
         entry = screening.entries[state.first.point]
         known = parse(entry.point)
         self._row, self._point = state.first.row, entry.point
-        # The layer's output that the residual stream leads to, and what is computed from it up to the place.
+        # The layer's output at the end of the residual stream, and the steps from it to the place.
         self._last = entry.point if known.kind == "l_out" else f"blk.{screening.n_layers - 1}.l_out"
         self._after = [] if known.kind == "l_out" else steps_between(state, screening.n_layers - 1, entry.point)
         here = entry.rows == self._row
@@ -54,32 +54,32 @@ class Likely:
         )
 
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
-        """The likely ones of some candidates' first rows [rows, D] of a layer's output, by number."""
+        """The numbers of the likely candidates, given each one's first rows [rows, D] of a layer's output."""
         replay = self._screening.replay(self._state, rows)
         right = replay.values[name]
-        with np.errstate(all="ignore"):  # faults overflow: that is what they do
+        with np.errstate(all="ignore"):  # faults may overflow
             numbers = [number for number, value in values.items() if self._right_before(value, right)]
             if rows <= self._row or not numbers:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
-            made = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
+            changed = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
             was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
-            mine = self._screening.backend.to_host(made)[:, self._index] - was
+            mine = self._screening.backend.to_host(changed)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < _ALIKE}
 
     def _right_before(self, value: Array, right: Array) -> bool:
-        """Whether a candidate leaves the rows in front of the first wrong one as they are."""
+        """Whether a candidate leaves the rows before the first wrong one unchanged."""
         before = right[: self._row]
         changed = value[: self._row] - before
         return bool((changed * changed).sum() <= _SAME * (before * before).sum())
 
     def _made(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
-        """What the first place would be of these rows of the last layer's output: [M, D] -> [M, n]."""
+        """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""
         if not self._after:
             return rows
-        made = carry(self._after, self._last, [row[None] for row in rows], positions[:1], weights)
-        return module_of(rows).concatenate(list(made))
+        outputs = carry(self._after, self._last, [row[None] for row in rows], positions[:1], weights)
+        return module_of(rows).concatenate(list(outputs))
 
 
 def _cosines(changes: Floats, wanted: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Where float32's own rounding is amplified over the table's limit: the arbiter knows, and without it an excuse has to do."""
+"""Records at which float32's own rounding is amplified over the table's limit: the arbiter decides, or without it a rule of thumb."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,17 +10,16 @@ from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
 from ..diff.noise import excused
-from ..diff.truth import NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, raised
+from ..diff.truth import AUTO, NO_COARSE_ROUNDING, NO_ROUNDING, OFF, Truth, of_few, raised
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
 
-OFF, AUTO, ALL = "off", "auto", "all"
-EXPLAINED = 1e3  # times that a record was worse before a fault that leaves no more than its own noise
+EXPLAINED = 1e3  # a record's error must fall by this factor for a fault whose remaining error is its own noise
 
 
 def allowed(
     entries: Sequence[Expected], right: Replay, positions: Ints, truth: Truth, arbiter: str
 ) -> tuple[list[Expected], tuple[str, ...]]:
-    """The records with the limits that hold for them, and notes on what that lets pass.
+    """The records with the limits that apply to them, and notes on what that lets pass.
 
     The reference whose distance from the truth counts is our right engine in float32.
     """
@@ -34,7 +33,7 @@ def allowed(
 
 
 def _beyond(entry: Expected, truth: Truth) -> float:
-    """NMSE above which a point's records show no rounding."""
+    """NMSE above which a point's records cannot be rounding."""
     return NO_COARSE_ROUNDING if entry.point in truth.coarse else NO_ROUNDING
 
 
@@ -42,7 +41,7 @@ def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, t
     """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other."""
     rows = right_rows(values, positions, {entry.point: entry.pair.ours for entry in entries})
     index = {entry.point: entry.rows for entry in entries}
-    taken = {name: one.take(index[name]) for name, one in rows.items()}
+    taken = {name: recorded.take(index[name]) for name, recorded in rows.items()}
     distances = truth.distances(taken)
     return np.concatenate([of_few(distances[entry.point], taken[entry.point]) for entry in entries])
 
@@ -79,13 +78,13 @@ def without_own_noise(
     positions: Ints,
     truth_of: Callable[[Sequence[Step]], Truth],
 ) -> tuple[Floats, ...]:
-    """What a changed list of steps leaves at each record, [R] a point, where its own rounding is no more than that.
+    """The error that a changed list of steps leaves at each record, [R] a point, with what may be its own rounding set to no error.
 
-    A fault may amplify float32's rounding over the limit: what is left is then a multiple of the list's own distance from float64,
-    and was far larger before.
+    A fault may amplify float32's rounding over the limit: the remaining error is then a multiple of the list's own distance from
+    float64, and was far larger before.
 
     Args:
-        base: what was left before it was changed.
+        base: the error before the change.
     """
     old, new, limit = (np.concatenate(list(part)) for part in (base, nmse, [entry.limit for entry in entries]))
     plain = as_recorded(steps)
@@ -103,7 +102,7 @@ def without_own_noise(
 
 
 def _excused(entries: Sequence[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
-    """Without the arbiter: what is rare and does not jump is taken for noise (`parity.diff.noise`)."""
+    """The limits without the arbiter: errors that are rare and do not jump count as noise (`parity.diff.noise`)."""
     point, seq, token_idx = columns(entries)
     nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
     limit, notes = excused(flow([entry.point for entry in entries]), point, seq, token_idx, nmse, nmse / limit, limit)

@@ -1,4 +1,4 @@
-"""One operation is wrong: is it the right one, made from another value or with another weight?"""
+"""If one operation is wrong: is it the right operation on another value or with another weight?"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,25 +8,25 @@ import numpy as np
 from engine.graph import Step, compute, inputs_of
 from engine.replay.replay import Replay
 
+from .beside import ROOM
 from .case import Case
-from .laws import ROOM
 from .records import Expected, Floats
-from .state import State
+from .state import State, rows_enough
 
 _ROWS = 2  # rows of the first look
 
 
 def other_operand(case: Case, state: State, entry: Expected, errors: Floats) -> str:
-    """The sentence "is what … makes of …" for a point that is wrong by these errors [R]; "" where no other operand gives its values.
+    """The sentence "is what … makes of …" for a point that is wrong by these errors [R]; "" if no other operand gives its values.
 
-    Every value of the right run in front of it, of an operand's own shape, stands in for that operand; so does every weight of the
-    model of a weight's own shape.
+    Each operand is replaced by every earlier value of the right run with its shape, and each weight by every weight of the model
+    with its shape.
     """
     step = state.planting.right.get(entry.point)
     wrong = errors > entry.limit
     if step is None or not wrong.any():
         return ""
-    rows = min(int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
+    rows = rows_enough(case.transformer.steps, int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
     first = case.make(case.transformer.steps, rows, case.replay)
     for other, sentence in _changed(case, state, step):
         if _gives(case, entry, other, first) and _gives(case, entry, other, case.replay):
@@ -35,7 +35,7 @@ def other_operand(case: Case, state: State, entry: Expected, errors: Floats) -> 
 
 
 def _changed(case: Case, state: State, step: Step) -> Iterator[tuple[Step, str]]:
-    """The step with one operand or weight exchanged, and what is to be said of it."""
+    """The step with one operand or weight replaced, and the sentence on it."""
     values = case.replay.values
     before = [name for name, number in state.order.items() if number < state.order[step.makes]]
     for at, read in enumerate(step.reads):
@@ -57,7 +57,7 @@ def _changed(case: Case, state: State, step: Step) -> Iterator[tuple[Step, str]]
 
 
 def _gives(case: Case, entry: Expected, step: Step, replay: Replay) -> bool:
-    """Whether a changed step, computed from the values of a right run, gives what was recorded of its rows."""
+    """Whether a changed step, computed from the values of a right run, gives the recorded rows."""
     with np.errstate(all="ignore"):
         value = compute(step, inputs_of(step, replay.values.__getitem__, replay.weights), replay.weights)
     positions = case.positions[: replay.rows]

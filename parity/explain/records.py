@@ -1,4 +1,4 @@
-"""What a dump recorded, beside the values of the right engine, in the form in which many candidates are held against it."""
+"""A dump's records beside the values of the right engine, in a form with which many candidates are compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +28,10 @@ class Expected:
 
     Attributes:
         rows: int64 [R], the replay's row of each record.
-        values: float64 [R, k]; `present` says which of them there are; `index` which elements of the row they are.
+        values: float64 [R, k]; `present` says which of them exist; `index` which elements of the row they are.
         quantum: half the step of the printed digits, [R, k].
-        energy: [R], what a squared error is divided by.
-        base: [R], NMSE against the right engine. limit: [R], NMSE that is noise.
+        energy: [R], the divisor of a squared error.
+        base: [R], NMSE against the right engine. limit: [R], NMSE that counts as noise.
     """
 
     pair: Pair
@@ -52,7 +52,7 @@ class Expected:
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
 
-        The slice's NMSE as `measure` takes it, and by `measure` itself where records tell more than the slice.
+        The slice's NMSE is computed as `measure` does, and by `measure` itself if records hold more than the slice.
         """
         return np.asarray(self.nmse_of(tensor[None], positions)[0])
 
@@ -68,18 +68,18 @@ class Expected:
             if printed.any():
                 delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
             error = np.einsum("mij,mij->mi", delta, delta) / self.energy[here]
-        error[np.isnan(error)] = 0.0  # nothing differs where there is nothing
+        error[np.isnan(error)] = 0.0  # no difference where there are no values
         odd = present & (np.isfinite(slices) != np.isfinite(wanted))
         error[odd.any(axis=2)] = np.inf
         result = np.full((len(tensors), len(self.rows)), np.nan)
         result[:, here] = error
-        if self.whole:  # only what the slice does not contradict is worth a sketch
+        if self.whole:  # a sketch is only compared where the slice does not contradict it
             for number in np.flatnonzero((error <= self.limit[here]).all(axis=1)):
                 result[number] = self._measured(tensors[number], positions, here)
         return result
 
     def residual(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
-        """The recorded elements' difference to a tensor of the first rows, each record's by its size: float64 [n]; absent ones are 0."""
+        """The recorded elements' difference to a tensor of the first rows, over each record's size: float64 [n]; absent ones are 0."""
         here = self.rows < len(positions)
         values = self._slice(tensor, positions, here)
         present = self.present[here] & np.isfinite(self.values[here])
@@ -89,12 +89,12 @@ class Expected:
 
     @property
     def whole(self) -> bool:
-        """Whether the records tell of more than their slice: a sketch or statistics of the whole row."""
+        """Whether the records hold more than their slice: a sketch or statistics of the whole row."""
         return self.pair.ours.sketch is not None or not {"l2", "sum", "nonfinite"}.isdisjoint(self.pair.ours.stats)
 
     @property
     def width(self) -> int:
-        """How many elements the longest row has; 0 where that is not known."""
+        """How many elements the longest row has; 0 if that is not known."""
         return int(np.nan_to_num(sizes(self.pair.ref)).max(initial=0))
 
     @property
@@ -120,7 +120,7 @@ class Expected:
         return np.asarray(np.where(self.present[here], self._slice(tensor, positions, here), 0.0)[0])
 
     def whole_values(self, tensor: NDArray[np.float32], positions: Ints) -> Floats | None:
-        """Every row of a tensor as a whole: [T, n]; None where a row is no plain vector."""
+        """The complete rows of a tensor: [T, n]; None if a row is not a plain vector."""
         known = parse(self.point).known
         if of_scores(self.point) or (known is not None and "t+1" in known.row):
             return None
@@ -151,7 +151,7 @@ class Expected:
         return np.pad(cut, ((0, 0), (0, 0), (0, width - cut.shape[2])), constant_values=np.nan) if cut.shape[2] < width else cut
 
     def _growing(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
-        """`_slice` where a row has an element for each position up to its own."""
+        """`_slice` for rows that have an element for each position up to their own."""
         width = self.values.shape[1]
         rows = summarise(self.point, tensor, positions - positions[0], slice_size=width, keep=self.rows[here], first=0).values
         padded = np.full((int(here.sum()), width), np.nan)
@@ -160,10 +160,10 @@ class Expected:
 
 
 def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tuple[list[Expected], tuple[str, ...]]:
-    """Every record of the dump that our engine has as well, in dataflow order, and notes on those that it has not.
+    """Every record of the dump that our engine has, too, in dataflow order, and notes on those that it lacks.
 
     Raises:
-        DumpError: none, or records of one key that contradict each other.
+        DumpError: there are none, or records of one key contradict each other.
     """
     known = {name: rows for name, rows in dump.points.items() if name in replay.values}
     foreign = [name for name in dump.points if name not in known]
@@ -180,7 +180,7 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
 
 
 def columns(entries: Sequence[Expected]) -> tuple[Ints, Ints, Ints]:
-    """Of every record, one point after the other: the number of its point, its sequence, its position; int64 [R] each."""
+    """Each record's point (as a number), sequence and position, one point after the other: int64 [R] each."""
     point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
     seq, token_idx = (np.concatenate([getattr(entry.pair.ours, name) for entry in entries]) for name in ("seq", "token_idx"))
     return point, seq, token_idx

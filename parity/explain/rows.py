@@ -1,4 +1,4 @@
-"""Garbage at single rows of the logits: no fault that could be planted, but one that the numbers name by themselves."""
+"""Garbage at single rows of the logits: a fault that cannot be planted, but that the numbers name by themselves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,9 +18,9 @@ _SHOWN = 8  # ids that a sentence lists
 def garbage(
     entries: Sequence[Expected], state: State, values: Mapping[str, Array], positions: Ints, differing: int
 ) -> Cause | None:
-    """The cause "these ids' logits are garbage", if that is all that a state leaves.
+    """The cause "these ids' logits are garbage", if it is all that a state leaves unexplained.
 
-    All that is left must lie at the logits, at the same minority of the recorded ids in every record that is wrong, and every
+    What is left must be at the logits, at the same minority of the recorded ids in every wrong record, and every
     other recorded id must agree there within the limit of its record.
     """
     if state.first is None or entries[state.first.point].point != LOGITS:
@@ -31,7 +31,7 @@ def garbage(
     delta = np.where(entry.present[wrong], np.nan_to_num(theirs - right, nan=np.inf), 0.0)
     ids = np.arange(theirs.shape[1])[None, :].repeat(len(theirs), axis=0) if entry.index is None else entry.index[wrong]
     with np.errstate(over="ignore"):
-        bad = delta**2 > (entry.limit * entry.energy)[wrong][:, None]  # alone more than the whole record may be off
+        bad = delta**2 > (entry.limit * entry.energy)[wrong][:, None]  # alone a larger error than the whole record may have
     rest = (np.where(bad, 0.0, delta) ** 2).sum(axis=1) > (entry.limit * entry.energy)[wrong]
     each = [frozenset(ids[row, bad[row]].tolist()) for row in range(len(ids))]
     if rest.any() or len(set(each)) != 1 or not 0 < 2 * len(each[0]) < entry.present[wrong].sum(axis=1).min():

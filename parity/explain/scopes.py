@@ -1,4 +1,4 @@
-"""In which order and in which layers faults are tried: in all, from one on, up to one, or in every second one."""
+"""The order in which faults are tried, and in which layers: in all, from one on, up to one, or in every second one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,14 +7,14 @@ from .batch import screened
 from .screening import Screening
 from .state import Candidate, Layers, State
 
-STAGES = 3  # in all layers
+STAGES = 3  # stages of candidates in all layers
 
 
 def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[Candidate]]:
-    """The candidates in these layers (None: all) by what is the least to compute.
+    """The candidates in these layers (None: all), those that take the least computing first.
 
-    In all layers first those that change nothing in front of the last point that agrees. Then, where a point behind the first
-    place agrees, those that only show something else: what was computed wrong would be wrong there too. The others last.
+    In all layers, candidates that change nothing before the last point that agrees come first. Then, if a point after the first
+    place agrees, those of the capture: a wrong computation would have made that point wrong, too. The others come last.
     """
     left = list(screening.candidates(state, layers))
     first = state.first
@@ -23,20 +23,21 @@ def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in behind)
         agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
         late = [
-            agreed is not None and state.planting.begin(one.fault, None, one.parameters) > state.order[agreed] for one in left
+            agreed is not None and state.planting.begin(candidate.fault, None, candidate.parameters) > state.order[agreed]
+            for candidate in left
         ]
-        capture = [shown and one.fault.shows is not None for one in left]
-        yield [one for one, now in zip(left, late, strict=True) if now]
-        yield [one for one, before, now in zip(left, late, capture, strict=True) if now and not before]
-        left = [one for one, *before in zip(left, late, capture, strict=True) if not any(before)]
+        capture = [shown and candidate.fault.shows is not None for candidate in left]
+        yield [candidate for candidate, now in zip(left, late, strict=True) if now]
+        yield [candidate for candidate, before, now in zip(left, late, capture, strict=True) if now and not before]
+        left = [candidate for candidate, *before in zip(left, late, capture, strict=True) if not any(before)]
     yield left
 
 
 def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[State]:
-    """The fault that leads from a state to `explaining`, in other layers that get further than `explaining` does.
+    """The fault that leads from a state to `explaining`, in other layers, if that gets further than `explaining`.
 
-    If it was found in one layer, in all from there on and in every second one; and each of these, and a fault that was found
-    in all layers, up to a layer in front of the place that it does not explain.
+    A fault that was found in one layer is tried in all from there on and in every second one; each of these, and a fault that was
+    found in all layers, is also tried up to a layer before the place that it does not explain.
     """
     last = explaining.faults[-1]
     if explaining.first is None or last.fault.once or len(explaining.faults) != len(state.faults) + 1:
@@ -58,8 +59,8 @@ def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[
 
 
 def ranges(screening: Screening, state: State) -> Iterator[State]:
-    """States that get further by one fault that begins in a layer in front of the first place: in all from there on, or in
-    every second one. The search ends with the layers in which something explains all: what is alike there is found too.
+    """States that get further by one fault that begins in a layer before the first place, in all layers from there on or in
+    every second one. The search ends with the layers in which something explains everything; similar faults there are found, too.
     """
     suspects = screening.suspects(state)
     for begin, step in [*((layer, 1) for layer in reversed(suspects[:-1])), *((layer, 2) for layer in suspects[:2])]:
@@ -69,12 +70,12 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
             checked = screening.check(state, candidate) if place is None or (state.first and state.first < place) else None
             if checked is not None and further(state, checked):
                 states = [checked, *rescoped(screening, state, checked)]
-                whole = whole or any(one.first is None for one in states)
+                whole = whole or any(tried.first is None for tried in states)
                 yield from states
         if whole or screening.budget.over():
             return
 
 
 def further(than: State, state: State) -> bool:
-    """Whether a state's first place lies beyond another's, or it has none."""
+    """Whether a state's first place lies beyond another's, or there is none."""
     return than.first is not None and (state.first is None or than.first < state.first)

@@ -1,4 +1,4 @@
-"""How far a candidate gets: replayed on as few positions as causality allows, up to the first record that contradicts it."""
+"""How far a candidate gets: it is replayed on as few positions as causality allows, up to the first record that contradicts it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,19 +17,19 @@ from .budget import Budget
 from .cone import Cone, cone
 from .noise import EXPLAINED, without_own_noise
 from .records import Expected, Floats, Ints
-from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, shown_points, unchanged_steps
+from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, rows_enough, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
-_REPLAYS = 8  # replays that are kept; each holds every value of a run
+_REPLAYS = 8  # replays that are kept, each of which holds every value of a run
 
 
 class Screening:
-    """Holds candidates against the records of a dump.
+    """Compares candidates with the records of a dump.
 
     Args:
-        right: the replay of `steps` over all rows. make: gives the replay of a list of steps over the first so many rows,
-            with the values that it may take from a longer one.
-        budget: with which screening ends. truth_of: gives what a list of steps makes in float64.
+        right: the replay of `steps` over all rows. make: makes the replay of a list of steps over the first so many rows,
+            which may take values from a longer one.
+        budget: ends the screening. truth_of: gives the float64 values of a list of steps.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Screening:
         return None
 
     def replay(self, state: State, rows: int) -> Replay:
-        """The state's replay over the first rows; made once for each number of rows."""
+        """The state's replay over the first rows, made once for each number of rows."""
         if rows == self.rows and not state.faults:
             return self._whole
         name = (*key(state.faults), str(rows))
@@ -83,16 +83,16 @@ class Screening:
         return self._replays[name]
 
     def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
-        """NMSE at the points that a list of steps changes, up to point `until` or the first that differs in front of it.
+        """NMSE at the points that a list of steps changes, up to point `until` or the first that differs before it.
 
-        None: the model's shapes do not allow this list.
+        None if the model's shapes do not allow this list.
         """
         shown = shown_points(steps)
         errors: dict[int, Floats] = {}
 
         def visit(name: str, value: Array) -> bool:
             number = self._compare(name, value, shown, rows, errors)
-            if number is None or shown:  # what a dump shows instead is known at the end of the list
+            if number is None or shown:  # what a dump shows instead is only known at the end of the list
                 return True
             return number < until and not (errors[number] > self.entries[number].limit).any()
 
@@ -104,7 +104,7 @@ class Screening:
         return errors
 
     def _needed(self, steps: Sequence[Step], shown: frozenset[str], until: int) -> list[Step]:
-        """The steps that what the dump shows up to a point comes from, where it shows other steps than it names."""
+        """The steps that are needed for what the dump shows up to a point, if it shows other steps' values than it names."""
         number = {step.makes: number for number, step in enumerate(steps)}
         points = [entry.point for entry in self.entries[: until + 1]]
         seen = [steps[number[SEEN + point]] for point in points if point in shown]
@@ -114,7 +114,7 @@ class Screening:
         return [*steps[: last + 1], *seen]
 
     def _compare(self, name: str, value: Array, shown: frozenset[str], rows: int, errors: dict[int, Floats]) -> int | None:
-        """Hold a value against the dump, if it is what the dump shows; its point's number."""
+        """Compare a value with the dump, if it is what the dump shows, and return its point's number."""
         point = name.removeprefix(SEEN)
         number = self.number.get(point)
         if number is None or (point in shown and name == point):
@@ -125,19 +125,19 @@ class Screening:
         return number
 
     def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
-        """NMSE at every point, all rows; None where the model's shapes do not allow this list."""
+        """NMSE at every point, over all rows; None if the model's shapes do not allow this list."""
         shown, rows = shown_points(steps), len(self.positions)
-        found: dict[int, Floats] = {}
+        errors_of: dict[int, Floats] = {}
 
         def visit(name: str, value: Array) -> bool:
-            self._compare(name, value, shown, rows, found)
+            self._compare(name, value, shown, rows, errors_of)
             return True
 
         try:
             self.replay(root, rows).run(steps, visit, unchanged_steps(steps, root))
         except NotApplicable:
             return None
-        return tuple(found.get(number, errors) for number, errors in enumerate(root.nmse))
+        return tuple(errors_of.get(number, errors) for number, errors in enumerate(root.nmse))
 
     def cone(self, state: State) -> Cone:
         """The steps in question at the state's first place."""
@@ -149,7 +149,7 @@ class Screening:
     def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
         """Every variant of every fault in these layers (None: all) that can act at the state's first place.
 
-        Where all that goes into the place was seen whole and agrees, only what changes a step in between, or what is shown, can.
+        If every input of the place was seen whole and agrees, only faults that change a step in between, or what is shown, can act.
         """
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
         layers_begin = (
@@ -160,13 +160,13 @@ class Screening:
                 continue
             for parameters in self._variants_of(fault, state):
                 if fault.shows is None and state.planting.begin(fault, layers, parameters) < layers_begin:
-                    continue  # it changes the embedding as well, whatever the layer: such a variant is tried in all layers
+                    continue  # it changes the embedding, too, whatever the layer: such a variant is tried in all layers
                 if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):
                     yield Candidate(fault, parameters, layers)
 
     @staticmethod
     def _layers_begin(state: State) -> int:
-        """The number of the first step that stands in a layer."""
+        """The number of the first step in a layer."""
         return next((number for number, step in enumerate(state.steps) if parse(step.makes).layer is not None), -1)
 
     def _variants_of(self, fault: Fault, state: State) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ class Screening:
         return known[fault.name]
 
     def suspects(self, state: State) -> range:
-        """The layers between the last point in front of the first place at which all is right, and that place."""
+        """The layers between the last fully right point before the first place, and that place."""
         if state.first is None:
             return range(0)
         if self.cone(state).sure:
@@ -197,8 +197,8 @@ class Screening:
         return range(low, last + 1)
 
     def screen(self, state: State, candidate: Candidate) -> Screened | None:
-        """How far a candidate gets by its first rows: the first place that still differs (None: none), and the NMSE that
-        is left at the state's first place. None where it changes nothing there or the model does not allow it.
+        """How far a candidate gets in its first rows: the first place that still differs (None: none does), and the NMSE that
+        is left at the state's first place. None if it changes nothing there or does not apply to the model.
         """
         first = state.first
         if first is None:
@@ -213,28 +213,32 @@ class Screening:
         if unchanged_steps(steps, root) > root.order[entry.point] and entry.point not in shown:
             return None
         rows = self.rows_of(state, candidate)
-        found = self._errors(root, steps, rows, first.point)
+        errors_of = self._errors(root, steps, rows, first.point)
         self.tried.count([candidate])
-        if not found:
+        if not errors_of:
             return None
         errors = [
-            found.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
+            errors_of.get(number, np.where(self.entries[number].rows < rows, root.nmse[number], np.nan))
             for number in range(first.point + 1)
         ]
         at_first = (entry.rows == first.row) & (entry.rows < rows)
-        left = found.get(first.point)
+        left = errors_of.get(first.point)
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
         return self._first(errors), error
 
     def rows_of(self, state: State, candidate: Candidate) -> int:
-        """How many rows show whether a candidate gets beyond the first place: that row and the next, if causality holds."""
-        if state.first is None or any(one.fault.whole for one in (*state.faults, candidate)):
+        """How many rows show whether a candidate gets beyond the first place: up to that row and the next, if causality holds."""
+        if state.first is None or any(planted.fault.whole for planted in (*state.faults, candidate)):
             return self.rows
-        return min(state.first.row + 2, self.rows)
+        return self.enough(state.first.row + 2)
+
+    def enough(self, rows: int) -> int:
+        """How many first rows tell what so many rows are (`rows_enough`)."""
+        return rows_enough(self.right, rows, self.rows)
 
     @property
     def rows(self) -> int:
-        """How many positions the dump's tokens have."""
+        """The number of positions of the dump's tokens."""
         return len(self.positions)
 
     def left(self, place: RecordKey, value: Array) -> float:
@@ -249,14 +253,14 @@ class Screening:
         return entry.at(self.backend.to_host(value), self.positions[: value.shape[-2]], place.row)
 
     def check(self, state: State, candidate: Candidate) -> State | None:
-        """The state with the candidate planted, on all rows and points; None where the model or the faults there do not allow it,
-        or no time is left for it.
+        """The state with the candidate planted, on all rows and points; None if the model or the faults there do not allow it,
+        or the time is up.
         """
         name = key((*state.faults, candidate))
         return None if name not in self._checked and self.budget.over() else self.reached(state, candidate)
 
     def reached(self, state: State, candidate: Candidate) -> State | None:
-        """`check`, however late it is."""
+        """`check`, even if the time is up."""
         name = key((*state.faults, candidate))
         if name not in self._checked:
             self._checked[name] = self._check(state, candidate)
@@ -279,7 +283,7 @@ class Screening:
         return State((*state.faults, candidate), Planting(steps, self.number), nmse, first)
 
     def all_but_noise(self, state: State, errors: Floats | float) -> bool:
-        """Whether so little is left at a state's first place that it may be the noise of the changed steps themselves."""
+        """Whether the error left at a state's first place is so small that it may be the noise of the changed steps themselves."""
         if state.first is None:
             return False
         here = self.entries[state.first.point].rows == state.first.row
@@ -288,5 +292,5 @@ class Screening:
         return left * EXPLAINED <= before and left <= NO_COARSE_ROUNDING
 
     def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
-        """A replay of these steps that takes nothing over from another one."""
+        """A replay of these steps that takes no values from another one."""
         return self.make(steps, rows, None)

@@ -23,11 +23,11 @@ from .state import Candidate, Layers, Screened, State, key, worst
 from .together import Together
 
 _BEAM = 4  # partial explanations that are followed
-# Groups of faults that make a matrix anew, which costs more than its product with one row.
+# Groups of faults that rebuild a matrix, which costs more than its product with one row.
 _WEIGHTS = ("weights", "dequantisation")
-_AT_ONCE = 3  # faults that are tried together
+_AT_ONCE = 3  # most faults that are tried together
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
-_SAME = 12  # combinations of the same numbers at the first place that are checked everywhere
+_SAME = 12  # combinations with the same numbers at the first place that are checked everywhere
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
@@ -35,13 +35,13 @@ _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
 
 def _whole(states: Sequence[State]) -> bool:
     """Whether one of these states explains everything."""
-    return any(one.first is None for one in states)
+    return any(state.first is None for state in states)
 
 
 class Search:
-    """Searches the catalogue over the records of a dump, by one screening.
+    """Searches the catalogue for faults that explain the records of a dump, with one screening.
 
-    `ends` says of a state that no single fault gets further whether the search may end there: what is wrong is known.
+    `ends` is asked about a state from which no single fault gets further: whether the search may end there, since the error is known.
     """
 
     def __init__(self, screening: Screening, ends: Callable[[State], bool] = lambda _state: False) -> None:
@@ -56,7 +56,7 @@ class Search:
     def further(self, state: State, single: bool) -> list[State]:
         """States that get beyond the state's first place by one more fault, the best first.
 
-        In single layers the search ends with the layer in which something is found: what is alike there is found too. In all
+        In single layers the search ends with the layer in which something is found; similar faults there are found, too. In all
         layers it ends with the stage (`stages`) in which something explains everything.
         """
         if single:
@@ -70,7 +70,7 @@ class Search:
         return sorted(better, key=self.rank)
 
     def _of_stage(self, state: State, number: int) -> list[State]:
-        """States that get further by one fault in all layers, of the candidates of one stage; remembered."""
+        """States that get further by one fault in all layers, from the candidates of one stage; cached."""
         name = (*key(state.faults), f"stage {number}")
         if name not in self._stages:
             candidates = list(stages(self.screening, state, None))[number]
@@ -79,9 +79,9 @@ class Search:
         return self._stages[name]
 
     def _in_single_layers(self, state: State) -> list[State]:
-        """States that get further by one fault in one layer; where several are in question, what is likely and cheap in any of them first.
+        """States that get further by one fault in one layer; if several layers are in question, likely and cheap candidates come first.
 
-        What is alike in the layer in which something is found is found too.
+        Similar faults in the layer in which something is found are found, too.
         """
         layers = self.screening.suspects(state)
         likely = Likely(self.screening, state) if len(layers) > 1 else None
@@ -95,13 +95,13 @@ class Search:
 
         waiting = {layer: self._by_cost(state, layer) for layer in layers}
         better: list[State] = []
-        found: int | None = None
+        explaining: int | None = None
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
             for layer, lists in waiting.items():
-                if found in (None, layer) and turn < len(lists) and not self.screening.budget.over():
+                if explaining in (None, layer) and turn < len(lists) and not self.screening.budget.over():
                     better += of(layer, lists[turn])
-                    found = layer if better else None
-        for layer in layers if found is None else [found]:
+                    explaining = layer if better else None
+        for layer in layers if explaining is None else [explaining]:
             for later in postponed[layer]:
                 better += self._beyond(state, later)
             if better or self.screening.budget.over():
@@ -109,15 +109,18 @@ class Search:
         return better + self._in_all_layers(state, better)
 
     def _by_cost(self, state: State, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer: of what is shown, formulas, those that need every row, those that make other weights."""
+        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights."""
         *shown, others = stages(self.screening, state, (layer,))
-        costly = [2 if one.fault.group in _WEIGHTS else int(one.fault.whole) for one in others]
-        return [*shown, *([one for one, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3))]
+        costly = [2 if candidate.fault.group in _WEIGHTS else int(candidate.fault.whole) for candidate in others]
+        return [
+            *shown,
+            *([candidate for candidate, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3)),
+        ]
 
     def _in_all_layers(self, state: State, better: Sequence[State]) -> list[State]:
-        """The faults that explain everything in one layer, in all of them, where that explains it as well."""
-        faults = [one.faults[-1] for one in better if one.first is None]
-        everywhere = [replace(one, layers=None) for one in faults if one.fault.shows is None]
+        """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""
+        faults = [state.faults[-1] for state in better if state.first is None]
+        everywhere = [replace(fault, layers=None) for fault in faults if fault.fault.shows is None]
         return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
 
     def _beyond(self, state: State, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[State]:
@@ -130,7 +133,7 @@ class Search:
         return beyond(self.screening, state, passed)
 
     def _note(self, state: State, candidate: Candidate, error: float) -> None:
-        """Keep what a candidate leaves of the error at the first place, as a lead."""
+        """Note the error that a candidate leaves at the first place, as a possible lead."""
         first = state.first
         if first is None or not np.isfinite(error):
             return
@@ -142,14 +145,14 @@ class Search:
             self.tried.nearest = min(self.tried.nearest, error)
 
     def rank(self, state: State) -> tuple[float, ...]:
-        """Best first: everything explained, with the least error beyond noise; then the furthest first place. Of these,
-        the fewest faults, those in all layers, and those that change the fewest steps: nothing is blamed that need not be.
+        """A sort key, best first: everything explained, with the least error beyond noise; then the furthest first place. Among equals,
+        the fewest faults, those in all layers, and those that change the fewest steps, so that nothing is blamed without need.
         """
         single = sum(candidate.layers is not None for candidate in state.faults)
         size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
             error = worst(state, len(state.nmse))
-            # A number has its error from the digits that it was fitted to: among numbers the order of the list decides.
+            # A number's error comes from the digits that it was fitted with: among numbers the order of the list decides.
             order = order_of_number(state.faults[-1]) if state.faults else None
             if order is not None:
                 return (0.0, 0.0, 0.0, *size, 1.0 + order)
@@ -165,10 +168,10 @@ class Search:
             states += self._once(state, single=True)
         if not _whole(states):
             states += self._numbers(state)
-        return [one for one in states if one.first is None]
+        return [state for state in states if state.first is None]
 
     def _numbers(self, state: State) -> list[State]:
-        """States that get further by a number that is fitted: in all layers, or in one of the few in question."""
+        """States that get further by a fitted number: in all layers, or in one of the few in question."""
         name = (*key(state.faults), "numbers")
         if name not in self._stages:
             states: list[State] = []
@@ -179,10 +182,14 @@ class Search:
             scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
             for scope in scopes:
                 mine = fitted(self.screening, state, scope)
-                # The number as it is in fewer layers: what holds in all of those that a point shows need not hold in all.
+                # The same number in fewer layers: it may not hold in layers that no recorded point shows.
                 states += [
                     *mine,
-                    *(other for one in sorted(mine, key=self.rank)[:_BEAM] for other in rescoped(self.screening, state, one)),
+                    *(
+                        other
+                        for partial in sorted(mine, key=self.rank)[:_BEAM]
+                        for other in rescoped(self.screening, state, partial)
+                    ),
                 ]
                 if _whole(states) or self.screening.budget.over():
                     break
@@ -190,19 +197,19 @@ class Search:
         return self._stages[name]
 
     def _once(self, state: State, single: bool) -> list[State]:
-        """`further`, remembered."""
+        """`further`, cached."""
         name = (*key(state.faults), str(single))
         if name not in self._stages:
             further = self.further(state, single)
             partial = further[:_BEAM] if further and further[0].first is not None else []
-            more = [rescoped_state for one in partial for rescoped_state in rescoped(self.screening, state, one)]
+            more = [rescoped_state for start in partial for rescoped_state in rescoped(self.screening, state, start)]
             self._stages[name] = sorted([*further, *more], key=self.rank)
         return self._stages[name]
 
     def explain(self, state: State, depth: int) -> State:
         """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.
 
-        Faults are tried one by one; where that ends, several at once in the best states that it has led to.
+        Faults are tried one by one; where that gets no further, several at once in the best states so far.
         """
         best = self._one_by_one(state, depth)
         tried: set[tuple[str, ...]] = set()
@@ -220,18 +227,18 @@ class Search:
         if state.first is None or depth == 0:
             return state
         suspects = self.screening.suspects(state)
-        if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: it is one layer's matter, most likely
+        if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: most likely only one layer is wrong
             states = self._once(state, single=True)
             if states and states[0].first is None:
                 return self._follow(state, states, depth)
         if len(suspects) > 1 and suspects[0] > 0 and not _whole([*self._of_stage(state, 0), *self._of_stage(state, 1)]):
-            # A fault in all layers would be seen in those that agree, most likely.
+            # A fault in all layers would most likely show in those that agree.
             states = self._once(state, single=True)
             if _whole(states):
                 return self._follow(state, states, depth)
         everywhere = self._once(state, single=False)
         if len(suspects) > 1 and not (everywhere and everywhere[0].first is None):
-            # Many layers are a long search: what was found in all layers is followed before.
+            # Searching many layers takes long: faults found in all layers are followed first.
             best = self._follow(state, everywhere, depth)
             if best.first is None:
                 return best
@@ -253,70 +260,72 @@ class Search:
         self._found[key(state.faults)] = list(states)
         best = state
         seen: set[tuple[float, ...]] = set()
-        for one in states:
-            errors = tuple(float(f"{errors.max():.3g}") for errors in one.nmse)
+        for follower in states:
+            errors = tuple(float(f"{errors.max():.3g}") for errors in follower.nmse)
             if errors in seen:
                 continue
             seen.add(errors)
-            best = min(best, self._one_by_one(one, depth - (len(one.faults) - len(state.faults))), key=self.rank)
+            best = min(best, self._one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
             if best.first is None or len(seen) >= _BEAM:
                 break
         return best
 
     def alike(self, state: State, number: int) -> list[Candidate]:
-        """Other candidates that get as far in the place of the state's fault of that number, with errors of one size."""
-        mine = next((one for one in self._stage(state, number) if one.faults == state.faults[: len(one.faults)]), None)
+        """Other candidates that get as far in place of the state's fault of that number, with errors of the same size."""
+        mine = next(
+            (earlier for earlier in self._stage(state, number) if earlier.faults == state.faults[: len(earlier.faults)]), None
+        )
         if mine is None:
             return []
         until = len(self.screening.entries) - 1 if mine.first is None else mine.first.point - 1
         most = max(worst(mine, until) * _SAME_FACTOR, _SAME_NOISE)
         return [
-            one.faults[number]
-            for one in self._stage(state, number)
-            if one.first == mine.first
-            and [at for at, pair in enumerate(zip_longest(one.faults, mine.faults)) if pair[0] != pair[1]] == [number]
-            and worst(one, until) <= most
+            other.faults[number]
+            for other in self._stage(state, number)
+            if other.first == mine.first
+            and [at for at, pair in enumerate(zip_longest(other.faults, mine.faults)) if pair[0] != pair[1]] == [number]
+            and worst(other, until) <= most
         ]
 
     def equal(self, state: State, number: int) -> list[Candidate]:
-        """`alike`, without those that do not get as far as the state does beside its other faults."""
+        """`alike`, without those that do not get as far as the state together with its other faults."""
         alike = self.alike(state, number)
         if len(state.faults) == 1:
             return alike
         equal = []
-        for one in alike:
-            checked = self._planted((*state.faults[:number], one, *state.faults[number + 1 :]))
+        for candidate in alike:
+            checked = self._planted((*state.faults[:number], candidate, *state.faults[number + 1 :]))
             if checked is not None and checked.first == state.first:
-                equal.append(one)
+                equal.append(candidate)
         return equal
 
     def _planted(self, faults: Sequence[Candidate]) -> State | None:
-        """The right engine with these faults, on all rows and points; None where the model or they do not allow it."""
+        """The right engine with these faults, on all rows and points; None if the model or the other faults do not allow it."""
         *below, last = faults
         start = middle = self.screening.start()
         try:
-            for one in below:
-                middle = State((*middle.faults, one), Planting(one.planted(middle)), start.nmse, start.first, start)
+            for candidate in below:
+                middle = State((*middle.faults, candidate), Planting(candidate.planted(middle)), start.nmse, start.first, start)
         except NotApplicable:
             return None
         return self.screening.check(middle, last)
 
     def _stage(self, state: State, number: int) -> list[State]:
-        """What was found at the stage at which the state's fault of that number was added, alone or together with others."""
+        """The states found at the stage at which the state's fault of that number was added, alone or together with others."""
         for before in range(number, -1, -1):
             states = self._found.get(key(state.faults[:before]), [])
-            if any(len(one.faults) > number and one.faults == state.faults[: len(one.faults)] for one in states):
+            if any(len(longer.faults) > number and longer.faults == state.faults[: len(longer.faults)] for longer in states):
                 return states
         return []
 
     def _several(self, state: State, depth: int) -> list[State]:
-        """Two or three faults at once, where none alone gets any further, layer by layer."""
+        """States with two or three more faults at once, layer by layer, for a state from which no single one gets further."""
         scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
         for layers in scopes or [None]:
             together = Together(self.screening, state, layers)
             for number in range(2, min(depth, _AT_ONCE) + 1):
                 better: list[State] = []
-                for alike in together.found(number):
+                for alike in together.combinations(number):
                     better += [combined for chosen in alike[:_SAME] for combined in self._all_of(state, chosen)]
                     if better:
                         break
@@ -326,13 +335,20 @@ class Search:
 
     def _all_of(self, state: State, chosen: Sequence[Candidate]) -> Iterator[State]:
         """The states with all of these faults that get beyond the first place, each fault in all layers or in its one."""
-        scopes = ([replace(one, layers=None), one] if one.layers is not None else [one] for one in chosen)
+        scopes = (
+            [replace(candidate, layers=None), candidate] if candidate.layers is not None else [candidate]
+            for candidate in chosen
+        )
         for *below, last in product(*scopes):
             middle = state
             try:
-                for one in below:
+                for candidate in below:
                     middle = State(
-                        (*middle.faults, one), Planting(one.planted(middle)), state.nmse, state.first, state.root or state
+                        (*middle.faults, candidate),
+                        Planting(candidate.planted(middle)),
+                        state.nmse,
+                        state.first,
+                        state.root or state,
                     )
             except NotApplicable:
                 continue

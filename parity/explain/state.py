@@ -1,4 +1,4 @@
-"""States and candidates of the search: what `parity explain` has found so far, and what it may add to it."""
+"""States and candidates of the search: what `parity explain` has found so far, and what it may add."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.faults import SEEN, Fault, Planting
-from engine.graph import Step
+from engine.graph import Step, sees_later
 from engine.replay.replay import same_start
 
 from .records import Floats
@@ -32,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RecordKey:
-    """A record: number of the point in the dump, and the replay's row."""
+    """A record: the number of its point in the dump, and the replay's row."""
 
     point: int
     row: int
@@ -48,8 +48,8 @@ Screened = tuple[RecordKey | None, float]  # the first place that still differs,
 class State:
     """A list of steps and how far it reproduces the dump.
 
-    `nmse` holds an array a point; `first` is the first place that differs, None where none does. `root` is the state that
-    this one is replayed against, where it is not worth a replay of its own.
+    `nmse` holds an array for each point; `first` is the first place that differs, None if none does. `root` is the state that
+    this one is replayed against, if it is not worth a replay of its own.
     """
 
     faults: tuple[Candidate, ...]
@@ -70,14 +70,14 @@ class State:
 
     @cached_property
     def shown(self) -> frozenset[str]:
-        """Points of which the dump shows something else than the engine computed."""
+        """Points for which the dump shows another value than the engine computed."""
         return shown_points(self.steps)
 
 
 @dataclass
 class Tried:
-    """What the search has tried: counts, and by state (its `key`) the part of the error at its first place that each candidate
-    takes away.
+    """What the search has tried: counts, and for each state (by its `key`) the part of the error at its first place that each
+    candidate removes.
     """
 
     faults: set[str] = field(default_factory=set)
@@ -86,7 +86,7 @@ class Tried:
     nearest: float = np.inf
 
     def count(self, candidates: Sequence[Candidate]) -> None:
-        """Candidates were tried."""
+        """Count candidates that were tried."""
         self.faults.update(candidate.fault.name for candidate in candidates)
         self.variants += len(candidates)
 
@@ -97,16 +97,21 @@ def worst(state: State, until: int) -> float:
 
 
 def shown_points(steps: Sequence[Step]) -> frozenset[str]:
-    """Points of which the dump shows something else than the engine computed."""
-    last = takewhile(lambda step: step.makes.startswith(SEEN), reversed(steps))  # they stand at the end
+    """Points for which the dump shows another value than the engine computed."""
+    last = takewhile(lambda step: step.makes.startswith(SEEN), reversed(steps))  # these steps are at the end
     return frozenset(step.makes.removeprefix(SEEN) for step in last)
 
 
 def unchanged_steps(steps: Sequence[Step], root: State) -> int:
-    """How many steps at the start are the root's."""
+    """How many steps at the start are the same as the root's."""
     return same_start(steps, root.steps)
 
 
+def rows_enough(steps: Sequence[Step], rows: int, every: int) -> int:
+    """How many first rows tell what so many rows are: all where later positions act on earlier ones, as in an encoder."""
+    return every if sees_later(steps) else min(rows, every)
+
+
 def key(faults: Sequence[Candidate]) -> tuple[str, ...]:
-    """What tells one list of faults from another."""
-    return tuple(f"{one.fault.name} {one.parameters} {one.layers}" for one in faults)
+    """A key that identifies a list of faults."""
+    return tuple(f"{candidate.fault.name} {candidate.parameters} {candidate.layers}" for candidate in faults)

@@ -1,25 +1,41 @@
-"""Near ties of routing: where a dump took the other of two experts whose scores differ by rounding alone, that is no fault."""
+"""Near ties of routing: a dump that took the other of two experts whose scores differ only by rounding has no fault there."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from engine.faults.routing_ties import scores_of, taken_otherwise
 from engine.graph import Step
+from engine.replay.replay import Replay
+from engine.transformer import Transformer
 
 from .records import Expected
 
-if TYPE_CHECKING:
-    from .case import Case
-
 # Margin of a near tie, in proportion to the largest score: sums of float32 over some thousand elements differ by 1e-6.
 NEAR = 1e-5
-MOST = 64  # near ties that are tried, one after the other, before one of them must explain a difference
+MOST = 64  # near ties that are tried one after the other until one explains a difference
+
+
+class RightEngine(Protocol):
+    """The right engine beside a dump (`parity.explain.case.Case`): its tokens and records, its replays, and how it takes other steps."""
+
+    transformer: Transformer
+    tokens: tuple[int, ...]
+    entries: list[Expected]
+
+    def make(self, steps: Sequence[Step], rows: int) -> Replay:
+        """A replay of steps over the first rows."""
+
+    def compared(self, steps: Sequence[Step]) -> list[Expected]:
+        """The dump's records beside those of other steps."""
+
+    def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
+        """Make other steps the right ones."""
 
 
 def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
-    """The number of the first point that differs, and the first of its rows that does."""
+    """The number of the first point that differs, and its first row that does."""
     for number, entry in enumerate(entries):
         wrong = entry.base > entry.limit
         if wrong.any():
@@ -27,8 +43,8 @@ def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
     return None
 
 
-def near_ties(case: "Case", steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
-    """The steps that choose experts, by number, each with a row at which the last that got in and the next one are as good as equal."""
+def near_ties(case: RightEngine, steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+    """(Number of a step that chooses experts, row at which the last chosen expert and the next one score practically the same)."""
     right = {step.makes: step for step in steps}
     values = case.make(steps, len(case.tokens)).on_host
     for number, step in enumerate(steps):
@@ -41,17 +57,17 @@ def near_ties(case: "Case", steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
             yield number, row
 
 
-def resolved(case: "Case") -> tuple[str, ...]:
-    """Let the right engine take the dump's side of each near tie that explains a difference, and say where it does.
+def resolved(case: RightEngine) -> tuple[str, ...]:
+    """Let the right engine choose as the dump did at each near tie that explains a difference; sentences on where it did.
 
-    Changes the case: its steps, replay and records are those of the right engine that chose so.
+    Changes the case: its steps, replay and records become those of the right engine that chose so.
     """
     taken: list[tuple[str, int]] = []
     steps, entries = list(case.transformer.steps), case.entries
     tried, last = 0, None
     ties = near_ties(case, steps)
     while (first := _first(entries)) is not None and tried < MOST:
-        tie = next((one for one in ties if one != last and one[1] <= first[1]), None)
+        tie = next((near_tie for near_tie in ties if near_tie != last and near_tie[1] <= first[1]), None)
         if tie is None:
             break
         tried += 1

@@ -1,7 +1,7 @@
-"""Several faults in front of one checkpoint: none gets past it alone, so they are tried together.
+"""Several faults before one checkpoint: none gets past it alone, so they are tried together.
 
-Only the steps up to the first difference are computed, for the first differing position, and only in one layer. What each
-fault alone makes there is computed once. Those whose effects, each scaled, add up to most of the error are likely: they
+Only the steps up to the first difference are computed, for the first differing position, and only in one layer. The effect of each
+single fault there is computed once. Faults whose effects, each scaled, add up to most of the error are likely: they
 are planted together first.
 """
 
@@ -17,6 +17,7 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay, same_start
 
+from .first_place import AtFirstPlace
 from .records import Floats, Ints
 from .screening import Screening
 from .state import Candidate, Layers, State, shown_points
@@ -24,28 +25,28 @@ from .state import Candidate, Layers, State, shown_points
 # How many of the likely combinations are tried. Of 16 seeded pairs the right one had rank 0 to 1,250 among about 19,000 (ten
 # of them below 40), but for one at 14,203 (`benchmarks/explain_several.py --ranks`).
 MOST = 3000
-_MOST_OF_ONE = 100  # where one operation is in question: two faults of one operation are rare, and the search is to end
-_BEYOND = 2  # steps after the first place that a wrong capture may show; a layer's more are not worth it for each candidate
+_MOST_OF_ONE = 100  # the same if one operation is in question: two faults in one operation are rare, and the search must end
+_BEYOND = 2  # steps after the first place that a wrong capture may show; further ones are not worth the time for each candidate
 _REPLAYS = 64  # replays that are kept, of one interval each
-# Added to the diagonal of unit effects' inner products: those that are equal in float32 stay solvable.
+# Added to the diagonal of the unit effects' inner products, so that effects that are equal in float32 stay solvable.
 _RIDGE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """What a candidate alone makes of the recorded elements of the first place, float64 [k], and all candidates that make it."""
+    """The change of the recorded elements of the first place by one candidate alone, float64 [k], and all candidates with that effect."""
 
     value: Floats
     alike: list[Candidate]
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of step that it changes."""
+        """The kinds of step that its candidates change."""
         first = self.alike[0]
         return frozenset(first.parameters.get(AT, first.fault.kinds))
 
 
-class Together:
+class Together(AtFirstPlace):
     """Tries several candidates at once at a state's first place: in one layer, or (None) outside the layers.
 
     Raises:
@@ -53,23 +54,17 @@ class Together:
     """
 
     def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
-        if state.first is None:
-            raise ValueError("nothing is left to explain")
-        self._screening = screening
-        self._state = state
-        self._layers = layers
-        self._first = state.first
-        self._entry = screening.entries[state.first.point]
-        self._limit = float(self._entry.limit[self._entry.rows == state.first.row].max())
+        super().__init__(screening, state, layers)
+        self._limit = float(self._entry.limit[self._entry.rows == self._first.row].max())
         self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
-        # Outside the layers nothing in front of the last agreement is in question; in a layer the faults' own layer sees to that.
-        before = screening.entries[state.first.point - 1].point if layers is None and state.first.point else ""
+        # Outside the layers nothing before the last agreement is in question; in a layer, the choice of the layer ensures that.
+        before = screening.entries[self._first.point - 1].point if layers is None and self._first.point else ""
         self._agreed = state.order.get(before, -1)
         self._length = len(self._until(state.steps))
         self.effects = self._effects()
 
-    def found(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
-        """Combinations that leave nothing at the first place, each with those that differ in one fault; the likely ones first."""
+    def combinations(self, number: int) -> Iterator[list[tuple[Candidate, ...]]]:
+        """Combinations that leave no error at the first place, each with those that differ in one fault; the likely ones first."""
         few = self._screening.cone(self._state)
         most = _MOST_OF_ONE if few.sure and len(few.steps) == 1 else MOST
         for chosen in self.likely(number)[:most]:
@@ -78,16 +73,20 @@ class Together:
                 if self._screening.budget.over():
                     return
                 if self._left(order) <= self._limit:
-                    yield [one for alike in (order, *self._others(order)) for one in product(*(e.alike for e in alike))]
+                    yield [
+                        combination
+                        for alike in (order, *self._others(order))
+                        for combination in product(*(e.alike for e in alike))
+                    ]
                     break
 
     def _orders(self, effects: list[Effect]) -> Iterator[tuple[Effect, ...]]:
-        """In which orders they may be planted: it counts where two change one step."""
+        """The orders in which they may be planted, which matters if two change the same step."""
         kinds = [kind for effect in effects for kind in effect.kinds]
         return permutations(effects) if len(set(kinds)) < len(kinds) else iter([tuple(effects)])
 
     def _others(self, order: tuple[Effect, ...]) -> Iterator[tuple[Effect, ...]]:
-        """Combinations with another effect in one place that leave nothing either."""
+        """Combinations with one effect replaced that leave no error either."""
         for place, mine in enumerate(order):
             for effect in self.effects:
                 other = (*order[:place], effect, *order[place + 1 :])
@@ -95,7 +94,7 @@ class Together:
                     yield other
 
     def likely(self, number: int) -> Ints:
-        """Combinations of so many effects by what they leave of the error, each scaled at will: indices [M, number]."""
+        """Combinations of `number` effects, sorted by the error that they leave if each is scaled freely: indices [M, number]."""
         right = self._recorded(self._replay(self._state.steps, self._rows()).values[self._shown(self._state.steps)])
         wanted = np.where(self._entry.present, self._entry.values, 0.0)[self._entry.rows == self._first.row][0] - right
         known = np.isfinite(wanted)
@@ -108,7 +107,7 @@ class Together:
         return chosen
 
     def _left(self, effects: tuple[Effect, ...]) -> float:
-        """NMSE that is left with these planted one on the other; infinite where the model or they do not allow it."""
+        """NMSE that is left with these planted one after the other; infinite if the model or the others do not allow it."""
         *below, last = (effect.alike[0] for effect in effects)
         rows = self._rows(*below, last)
         self._screening.tried.variants += 1
@@ -132,7 +131,7 @@ class Together:
         return self._replays[effects, rows]
 
     def _effects(self) -> list[Effect]:
-        """What each candidate makes of the first place, where that is something."""
+        """The effects of the candidates that change the first place."""
         replays: dict[int, Replay] = {}
         effects: dict[tuple[bytes, frozenset[str]], Effect] = {}
         for candidate in self._screening.candidates(self._state, None):
@@ -151,20 +150,20 @@ class Together:
         return list(effects.values())
 
     def _rows(self, *candidates: Candidate) -> int:
-        """How many rows show the first place: none after it, but for faults by which later positions act on earlier ones."""
-        whole = any(one.fault.whole for one in (*self._state.faults, *candidates))
-        return self._screening.rows if whole else self._first.row + 1
+        """How many rows show the first place: those up to it, or all where later positions act on earlier ones."""
+        whole = any(candidate.fault.whole for candidate in (*self._state.faults, *candidates))
+        return self._screening.rows if whole else self._screening.enough(self._first.row + 1)
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
         return self._screening.make(self._until(steps), rows, None)
 
     def _shown(self, steps: Sequence[Step]) -> str:
-        """The name of what the dump shows at the first place: another step's where the capture is wrong."""
+        """The name of the value that the dump shows at the first place: another step's if the capture is wrong."""
         name = SEEN + self._entry.point
         return name if self._entry.point in shown_points(steps) else self._entry.point
 
     def _until(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps up to the one that makes what the dump shows at the first place."""
+        """The steps up to the one whose value the dump shows at the first place."""
         name = self._shown(steps)
         number = {step.makes: number for number, step in enumerate(steps)}
         shown = steps[number[name]]
@@ -173,7 +172,7 @@ class Together:
         return [*steps[: max(number.get(read, -1) for read in shown.names) + 1], shown]
 
     def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
-        """What the dump would show at the first place; None where that is the same or the model does not allow it."""
+        """What the dump would show at the first place; None if that is unchanged or the model does not allow the candidate."""
         try:
             steps = candidate.planted(state)
             needed = self._until(steps)
@@ -193,16 +192,16 @@ class Together:
 
 
 def _one_more(chosen: Ints, count: int) -> Ints:
-    """Every set of indices with any other one: [M, n] -> [., n + 1]."""
+    """Every set of indices extended by any other index: [M, n] -> [., n + 1]."""
     more = np.tile(np.arange(count), len(chosen))[:, None]
     sets = np.sort(np.concatenate([np.repeat(chosen, count, axis=0), more], axis=1), axis=1)
     sets = sets[(np.diff(sets, axis=1) > 0).all(axis=1)]
-    _, first = np.unique(sets @ count ** np.arange(sets.shape[1])[::-1], return_index=True)  # a set as one number is faster
+    _, first = np.unique(sets @ count ** np.arange(sets.shape[1])[::-1], return_index=True)  # faster with a set as one number
     return sets[first]
 
 
 def _by_residual(chosen: Ints, values: Floats, wanted: Floats) -> Ints:
-    """Sets of unit vectors by the residual of the least squares that fit them to the wanted one."""
+    """Sets of unit vectors, sorted by the residual of their least-squares fit to the wanted vector."""
     inner, shares = values @ values.T + _RIDGE * np.eye(len(values)), values @ wanted
     mine = shares[chosen]
     factors = np.linalg.solve(inner[chosen[:, :, None], chosen[:, None, :]], mine[:, :, None])[:, :, 0]

@@ -1,6 +1,6 @@
-"""What attention must do in any engine, whatever its weights: checked on the values themselves."""
+"""Laws of attention that hold in any engine, whatever its weights, checked on the values themselves."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,16 +12,22 @@ from engine.graph import Step
 from ..diff.limits import FUTURE_MASS
 from .values import Value
 
-# A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that of 168 positions with every error in one direction,
-# and 100 times what the embedded model shows (1e-7).
+# A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that for 168 positions with all errors in one direction,
+# and 100 times the embedded model's (1e-7).
 _SUM = 1e-5
+# What right operations make of degenerate inputs, too: queries or keys of zero, scores that are all equal or hang on one key.
+_UNIFORM_ROWS = "every position weighs all positions alike: the scores are not used, or are all equal"
+_ONE_ROW = "the weights do not change with the position: one row is repeated"
+_UNTURNED = "nothing changes under RoPE: it is not applied"
+_ONE_ANGLE = "every position is rotated by the same angle: the position does not reach RoPE"
+_DEGENERATE = frozenset({_UNIFORM_ROWS, _ONE_ROW, _UNTURNED, _ONE_ANGLE})
 # The rows of a softmax that ignores its scores are equal to the bit; the embedded model's differ from uniform by 0.02 at least.
 _UNIFORM = 1e-6
 
 
 @dataclass(frozen=True)
 class Law:
-    """What must hold of attention's weights: `causal`: 0 for later positions; `sinks`: a part of them may be missing from the sum;
+    """What must hold for attention's weights: `causal`: 0 for later positions; `sinks`: a part of the sum may be missing;
     `whole`: every earlier position is seen.
     """
 
@@ -32,18 +38,19 @@ class Law:
 
 @dataclass
 class AttentionChecks:
-    """Sees the values as they come; `findings` are the sentences of what is wrong.
+    """Checks the values as they come.
 
     Attributes:
-        laws: by the name of attention's weights.
-        turned: what RoPE makes, and what it is made of.
+        laws: the law of each point with attention's weights, by name.
+        turned: the points that RoPE makes, and the point that each is made from.
         first: the first position that is cached.
+        faults: what looks wrong, each with the point that shows it.
     """
 
     laws: Mapping[str, Law]
     turned: Mapping[str, str]
     first: int = 0
-    findings: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
     layers: set[str] = field(default_factory=set)
     rotations: set[str] = field(default_factory=set)
 
@@ -60,28 +67,42 @@ class AttentionChecks:
         return cls(laws, turned)
 
     def watch(self, arriving: Iterable[tuple[str, Value]]) -> Iterable[tuple[str, Value]]:
-        """The same values, looked at on their way."""
+        """The same values, checked as they pass."""
         wanted = set(self.turned.values())
         before: dict[str, Value] = {}
         for name, value in arriving:
             if name in self.laws:
                 self.layers.add(name)
                 faults = soft_max_faults(value.data, value.positions - self.first, self.laws[name])
-                self.findings += [f"{name}: {fault}" for fault in faults]
+                self.faults += [(name, fault) for fault in faults]
             if name in self.turned and self.turned[name] in before:
                 self.rotations.add(name)
-                self.findings += [f"{name}: {fault}" for fault in rotation_faults(before[self.turned[name]], value)]
+                self.faults += [(name, fault) for fault in rotation_faults(before[self.turned[name]], value)]
             if name in wanted:
                 before[name] = value
             yield name, value
+
+    def settle(self, proven: Collection[str], unknown: Collection[str] = ()) -> None:
+        """Take back what points that are proven right show: their inputs are degenerate, and no operation is wrong.
+
+        Args:
+            unknown: points whose inputs were not finite, of which nothing is known.
+        """
+        excused = {(name, fault) for name, fault in self.faults if name in unknown or (fault in _DEGENERATE and name in proven)}
+        self.faults = [each for each in self.faults if each not in excused]
+
+    @property
+    def findings(self) -> list[str]:
+        """The sentences of what is wrong."""
+        return [f"{name}: {fault}" for name, fault in self.faults]
 
     def _plain(self) -> bool:
         return all(self.laws[name] == _PLAIN for name in self.layers)
 
     def said(self) -> str:
-        """What was shown of attention as a whole."""
-        if self.findings:
-            return f"{len(self.findings)} findings"
+        """A sentence on what was shown about attention as a whole."""
+        if self.faults:
+            return f"{len(self.faults)} findings"
         parts = []
         if self.layers:
             weights = "the weights sum to 1, are 0 for later positions, not uniform, and move with the position"
@@ -122,12 +143,12 @@ def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64], 
     many = np.flatnonzero(count > 1)
     uniform = [t for t in many if np.abs(wide[:, t, : count[t]] - 1 / count[t]).max() < _UNIFORM]
     if len(many) and len(uniform) == len(many):
-        faults.append("every position weighs all positions alike: the scores are not used, or are all equal")
+        faults.append(_UNIFORM_ROWS)
     elif len(many) > 1:
         shortest = int(count[many[0]])
         cut = wide[:, many, :shortest]
         if np.abs(cut - cut[:, :1]).max() == 0:
-            faults.append("the weights do not change with the position: one row is repeated")
+            faults.append(_ONE_ROW)
     return faults
 
 
@@ -141,20 +162,20 @@ def rotation_faults(before: Value, after: Value) -> list[str]:
         return []
     change = np.linalg.norm(y - x, axis=1) / np.maximum(np.linalg.norm(x, axis=1), 1e-30)
     moved = np.flatnonzero(after.positions > 0)
-    if not len(moved):
-        return []
+    if not x[moved].any():
+        return []  # zeros, or the first position alone
     if change[moved].max() == 0:
-        return ["nothing changes under RoPE: it is not applied"]
+        return [_UNTURNED]
     if len(moved) > 1 and _one_rotation(x[moved], y[moved]):
-        return ["every position is rotated by the same angle: the position does not reach RoPE"]
+        return [_ONE_ANGLE]
     return []
 
 
 def _one_rotation(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
-    """Whether pairs of rows keep their inner products as they would under one and the same rotation.
+    """Whether pairs of rows keep their inner products, as they would if all were rotated alike.
 
-    Under RoPE the product of two rows depends on how far their positions are apart, but for rows one after the other that
-    would have to be by chance; a common rotation keeps each one to rounding.
+    Under RoPE the product of two rows depends on the distance of their positions, and neighbouring rows keep it only by chance;
+    a common rotation keeps every product, up to rounding.
     """
     before = np.einsum("ij,ij->i", x[:-1], x[1:])
     after = np.einsum("ij,ij->i", y[:-1], y[1:])

@@ -1,4 +1,4 @@
-"""What judges a model: an isolator of its steps (and one of its encoder's), and what watches the values on their way."""
+"""The judges of a model: an isolator of its steps (and one of its encoder's), and checks that watch the values as they pass."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Arriving = Iterable[tuple[str, Value]]
 
 
 class Define(Protocol):
-    """What a model's operations are held to: the steps that compute them as the reference should."""
+    """Gives the steps that compute a model's operations as the reference should: the standard that they are judged by."""
 
     def __call__(self, steps: Sequence[Step], /, *, native: bool, kv_type: str) -> list[Step]:
         """One step for each of `steps`."""
@@ -33,7 +33,7 @@ class Define(Protocol):
 
 @dataclass
 class Bench:
-    """The model's steps, what watches the values, and what judges them; of an encoder–decoder both halves."""
+    """The model's steps, the checks that watch the values, and the isolators that judge them; both halves of an encoder–decoder."""
 
     transformer: Transformer
     isolator: Isolator
@@ -56,8 +56,8 @@ class Bench:
         """The bench of a model file.
 
         Args:
-            graph: records llama.cpp's graph, where the model's steps are lifted from it.
-            modes: which definitions are native.
+            graph: records llama.cpp's graph, if the model's steps are lifted from it.
+            modes: for each definition, whether it is native.
             expected: the number of positions of the run.
         """
         transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
@@ -84,7 +84,7 @@ class Bench:
 
     @property
     def isolators(self) -> list[Isolator]:
-        """The encoder's, where there is one, and the model's."""
+        """The encoder's isolator, if there is an encoder, and the model's."""
         return [self.isolator] if self.encoder is None else [self.encoder, self.isolator]
 
     @property
@@ -93,16 +93,16 @@ class Bench:
         return [step for isolator in self.isolators for step in isolator.definitions[0].several]
 
     def decoded(self, tokens: NDArray[np.int64], generated: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What the positions of the model hold for a prompt and what follows it: an encoder–decoder begins with a token of its own."""
+        """The tokens at the model's positions for a prompt and what follows it: an encoder–decoder begins with a start token."""
         own = tokens if self.encoder is None else np.array([self.transformer.decoder_start or 0], dtype=np.int64)
         return np.concatenate([own, generated])
 
     def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Arriving) -> None:
-        """One forward pass: its tokens and positions [T], and its values by point as they were computed."""
+        """Judge one forward pass: its tokens and positions [T], and its values by point, in the order of computation."""
         self.isolator.run(tokens, positions, self.rows.watch(self.attention.watch(arriving)))
 
     def encode(self, tokens: NDArray[np.int64], arriving: Arriving) -> None:
-        """The encoder's pass over a prompt [T], whose last value the decoder's passes read."""
+        """Judge the encoder's pass over a prompt [T], whose last value the decoder's passes read."""
         assert self.encoder is not None
         last = self.encoder.steps[-1].makes
 
@@ -115,5 +115,7 @@ class Bench:
         self.encoder.run(tokens, np.arange(len(tokens), dtype=np.int64), self.attention.watch(kept()))
 
     def operations(self) -> list[Operation]:
-        """The verdict on each step, in the order of the model."""
+        """The verdict on each step, in the order of the model; what attention shows is held against it."""
+        for isolator in self.isolators:
+            self.attention.settle(isolator.proven(), isolator.unknown())
         return [operation for isolator in self.isolators for operation in isolator.operations()]

@@ -1,6 +1,6 @@
-"""Single elements of a product recomputed straight from the weight's row: no matrix, no layout, nothing to get wrong.
+"""Single elements of a product, recomputed directly from the weight's row: without a matrix there is no layout to get wrong.
 
-A product that differs in all elements by a little is rounding; one whose single elements are other numbers was read with a
+A product that differs slightly in all elements shows rounding; one with entirely different elements was read with a
 wrong leading dimension, layout or row.
 """
 
@@ -21,19 +21,19 @@ from engine.weights.rounding import Q4_1, Q5_1, q8_1_correction, round_activatio
 from .values import Value
 
 _FEW_OUTPUTS = 16
-_SAMPLES = 8  # of each product: a wrong layout leaves hardly one element in place
+_SAMPLES = 8  # elements of each product: a wrong layout leaves hardly any element in place
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows t of the input and rows o of the weight whose dot products are looked at: two int64 [n]."""
+    """Rows t of the input and rows o of the weight whose dot products are computed: two int64 [n]."""
 
     t: NDArray[np.int64]
     o: NDArray[np.int64]
 
     @staticmethod
     def of(name: str, positions: int, width: int) -> "Sample":
-        """The same elements each time for a product of this name and size, the corners among them."""
+        """The elements for a product of this name and size, always the same ones, the corners among them."""
         rng = np.random.default_rng(crc32(name.encode()))
         t, o = rng.integers(0, positions, _SAMPLES), rng.integers(0, width, _SAMPLES)
         t[:2], o[:2] = (0, positions - 1), (width - 1, 0)
@@ -57,12 +57,12 @@ def dot_products(
 
 
 def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> NDArray[np.float64] | None:
-    """What Σ over outputs of a product's squares would be on the average if its terms had random signs: [T, in] -> float64 [T].
+    """The average sum of squares over a product's outputs if its terms had random signs: [T, in] -> float64 [T].
 
-    A product with few outputs (a gate of one number a position) may cancel to next to nothing, and rounding with it does not.
-    None where there are many outputs, which don't all cancel at once.
+    A product with few outputs (a gate of one number a position) may cancel to almost nothing, but its rounding error does not.
+    None if there are many outputs, which don't all cancel at once.
     """
-    outputs = prod(weights.raw(name)[2][:-1])  # one, of a weight that is a vector
+    outputs = prod(weights.raw(name)[2][:-1])  # 1 for a weight that is a vector
     if outputs > _FEW_OUTPUTS:
         return None
     squares = weights.rows(name, np.arange(outputs)).astype(np.float64) ** 2

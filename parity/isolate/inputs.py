@@ -1,7 +1,7 @@
-"""What a step reads in one forward pass: recorded values, and what follows from them without being recorded itself.
+"""The inputs of a step in one forward pass: recorded values, and unrecorded ones that follow from them.
 
 Values between points (masks, the parts of a recurrent state) are computed from the nearest recorded ones. Histories are put together
-from the passes before, states are what the pass before left.
+from earlier passes, states are what the last pass left.
 """
 
 from collections import Counter, defaultdict
@@ -26,9 +26,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of one kind of pass, and which recorded values each of them needs.
+    """The steps of one kind of pass, and the recorded values that each of them needs.
 
-    `passed_over` are points that the dump lacks, and that are computed anew.
+    `passed_over` are points that the dump lacks and that are computed instead.
     """
 
     steps: Sequence[Step]
@@ -46,7 +46,7 @@ class Program:
 
     @cached_property
     def carried(self) -> Sequence[Step]:
-        """Steps between points whose value a later pass reads: what is left in a state, rows of a cache."""
+        """Steps between points whose value a later pass reads: states, and rows of a cache."""
         reads = [read for step in self.steps for read in step.reads]
         names = {read.of for read in reads if isinstance(read, State)}
         names |= {name for step in self.steps for name in step.histories}
@@ -54,12 +54,12 @@ class Program:
 
     @cached_property
     def remembered(self) -> frozenset[str]:
-        """Values whose rows of all passes are read."""
+        """The values of which the rows of all passes are read."""
         return frozenset(name for step in self.steps for name in step.histories)
 
     @cached_property
     def shown(self) -> Mapping[str, Step]:
-        """Values in ggml's order of dimensions, and the point that shows each with one row a position."""
+        """The values in ggml's order of dimensions, with the point that shows each with one row a position."""
         return {
             name_of(step.reads[0]): step
             for step in self.steps
@@ -91,13 +91,13 @@ class Program:
         return routings(self.steps)
 
     def needs(self, step: Step) -> frozenset[str]:
-        """The recorded values of this pass that a step's inputs follow from."""
+        """The recorded values of this pass from which a step's inputs follow."""
         return self._needs[step.makes]
 
 
 @dataclass
 class Memory:
-    """What passes leave to later ones: the rows of values that histories read, and states; a state of None is not known."""
+    """What passes leave for later ones: the rows of values that histories read, and states; a state of None is not known."""
 
     past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
     states: dict[str, Array | None] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Memory:
 
     @property
     def first(self) -> int:
-        """The first position of all."""
+        """The first position of all passes."""
         return int(self.past[POSITIONS][0].positions[0])
 
 
@@ -117,8 +117,8 @@ class Inputs:
     """The inputs of the steps of one pass.
 
     Args:
-        tokens, positions: of the pass, [T].
-        live: recorded values by name, as they come.
+        tokens, positions: those of the pass, [T].
+        live: recorded values by name, filled as they come.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Inputs:
     ) -> None:
         self._program, self._weights, self._memory = program, weights, memory
         self._positions, self._live = positions, live
-        self._between: dict[str, Array] = {}  # values between points, as long as steps that read them are to come
+        self._between: dict[str, Array] = {}  # values between points, kept while later steps read them
         self._readers = Counter(name for step in program.steps for name in dict.fromkeys(step.names))
 
     @property
@@ -135,10 +135,10 @@ class Inputs:
         return int(self._positions.max()) + 1 - self._memory.first
 
     def of(self, step: Step, rows: NDArray[np.int64] | None = None) -> list[Array]:
-        """What a step reads, whole values in the order of `step.reads`; with `rows` only those positions of recorded ones.
+        """The inputs of a step, whole values in the order of `step.reads`; with `rows` only those positions of recorded ones.
 
         Raises:
-            Missing: one is not known.
+            Missing: an input is not known.
         """
         return [self._read(step, read, rows) for read in step.reads]
 
@@ -169,13 +169,13 @@ class Inputs:
         if producer is None or not producer.inner:
             raise Missing(f"its input {name} was not recorded as a whole")
         shown = self._program.shown.get(name)
-        if shown is not None and shown is not step and shown.makes in self._live:  # no record is held to itself
+        if shown is not None and shown is not step and shown.makes in self._live:  # no record is compared with itself
             view = shown.reads[0]
             encoded = len(self._encoded()) if isinstance(view, View) and any(size.encoded for size in view.whole) else 0
             return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen, encoded)
         if name not in self._between:
             computed = self.computed(producer)
-            # A point has one row a position, like the recorded ones.
+            # A point has one row a position, like the recorded values.
             plain = name in self._program.passed_over and producer.axis == 0 and not of_scores(name)
             self._between[name] = computed.reshape(len(computed), -1) if plain else computed
         return self._between[name]
@@ -186,7 +186,7 @@ class Inputs:
         return self._live[ENCODED].data
 
     def done_with(self, step: Step) -> None:
-        """Drop what no later step reads: `step` was the last reader of it that is still to come."""
+        """Drop the values that no step after `step` reads."""
         for name in dict.fromkeys(step.names):
             self._readers[name] -= 1
             if self._readers[name] <= 0:
@@ -218,7 +218,7 @@ class Inputs:
 
 
 def _as_ggml_has_it(shown: Step, rows: Array, seen: int, encoded: int) -> Array:
-    """The recorded rows of a point, [T, n], as the value that it shows: with the positions where ggml has them."""
+    """The recorded rows of a point, [T, n], as the value that it shows: with the positions in ggml's dimension."""
     view = shown.reads[0]
     assert isinstance(view, View)
     shape = [size.at(len(rows), seen, encoded) for size in view.whole]
@@ -234,6 +234,6 @@ def reads_rows_alone(step: Step) -> bool:
 
 
 def inputs_named(step: Step) -> list[str]:
-    """The values of this pass that a step reads itself, each once; not tokens and positions, nor an encoder's output."""
+    """The values of this pass that a step reads directly, each once, without tokens, positions and an encoder's output."""
     names = [name_of(read) for read in step.reads if not isinstance(read, State)]
     return [name for name in dict.fromkeys(names) if name not in (TOKENS, POSITIONS, ENCODED)]

@@ -1,4 +1,4 @@
-"""`parity isolate`: where the values come from, and what is made of them."""
+"""`parity isolate`: where the values come from, and how they become an answer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -39,12 +39,12 @@ LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type
 # An operation is not called wrong under this many times the worst one of the embedded model on this machine.
 _FLOOR_FACTOR = 10.0
 _NO_OUTPUT = "its output was not recorded as a whole"
-_CALIBRATION = tuple(range(1, 9))  # any eight tokens: operations are judged one by one
+_CALIBRATION = tuple(range(1, 9))  # any eight tokens will do: operations are judged one by one
 
 
 @dataclass(frozen=True)
 class IsolateRequest:
-    """What `parity isolate` was asked for; with `dump` a foreign engine's whole values are judged, else llama.cpp's."""
+    """The request of `parity isolate`; with `dump` a foreign engine's whole values are judged, else llama.cpp's."""
 
     model: Path
     prompt: str | None = None
@@ -66,11 +66,11 @@ class IsolateRequest:
 def isolate(request: IsolateRequest, running: Reference | None = None, define: Define = proof_steps) -> Isolation:
     """Judge every operation of llama.cpp, or of a foreign engine's dump, by its own inputs.
 
-    `running` is a reference that was started already and goes on afterwards; without it one is started where it is needed.
-    `define` gives what llama.cpp's own operations are held to.
+    `running` is a reference that was started already and is left running; without it one is started if needed.
+    `define` gives the steps that llama.cpp's own operations are judged by.
 
     Raises:
-        ParityError: whatever is wrong with the request, the model, the dump or the reference, in one line.
+        ParityError: anything wrong with the request, the model, the dump or the reference, in one line.
     """
     if request.dump is not None:
         return _foreign(request, request.dump, running)
@@ -121,7 +121,7 @@ def _started(request: IsolateRequest, running: Reference | None) -> AbstractCont
 
 def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: Bench) -> int:
     """Let llama.cpp compute the prompt (and what it generates) and judge each pass; returns the number of passes."""
-    points = "all"  # what isolates nothing is passed over
+    points = "all"  # values that are not needed are ignored
     positions = np.arange(len(prompt.ids), dtype=np.int64)
     if not request.generate and bench.encoder is None:
         captured = reference.capture(request.model, prompt.ids, points, mode, kv_type=request.kv_type, threads=request.threads)
@@ -188,7 +188,7 @@ def _above(operation: Operation, floor: float) -> Operation:
 
 
 def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[Operation]:
-    """Products that a BLAS library may have computed are not called wrong: it rounds in its own way."""
+    """The operations, with products that a BLAS library may have computed not called wrong: it rounds in its own way."""
     if "BLAS" not in devices:
         return operations
     reason = "this llama.cpp computes products with BLAS, which rounds differently"
@@ -211,7 +211,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         )
     kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
     mode = request.mode or header.mode or "exact"
-    # The limit of operations computed in F32, whatever the file's types are: the rounding is part of the definitions.
+    # The limit of operations in F32, whatever the file's types: their rounding is part of the definitions.
     measured = limits(
         replace(header, mode="exact", kv_type=""),
         replace(header, mode="exact", compute="f32", kv_type=""),
@@ -224,7 +224,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
 
         @cache
         def reference() -> Reference:
-            """Started where it is needed: operations are judged without it."""
+            """A reference, started only if needed: operations are judged without it."""
             return stack.enter_context(_started(request, running))
 
         modes = [mode == "native", mode != "native"]
@@ -297,8 +297,8 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
 
 
 def _pass_over(bench: Bench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
-    """Let points that the dump lacks be computed anew where that is sound; what is said of their operations."""
-    if kv_type != "f32":  # a cache of F16 rounds scores' weights: a value computed anew is rounded otherwise here and there
+    """Let points that the dump lacks be computed where that is sound; returns the verdicts on their operations."""
+    if kv_type != "f32":  # a cache of F16 rounds attention's weights: a computed value is rounded differently here and there
         return []
     recorded = {name for step in values.passes for name in values.points(step)}
     passed = []
@@ -321,7 +321,7 @@ def _named(transformer: Transformer) -> str:
 
 
 def _not_checked(operations: Sequence[Operation], passes: int, kv_type: str, *, foreign: bool = False) -> Iterator[str]:
-    """What this run says nothing of."""
+    """Sentences on what this run does not check."""
     hidden = [operation for operation in operations if operation.status == NOT_OBSERVABLE]
     if hidden:
         yield f"{len(hidden)} operations that are not observable"

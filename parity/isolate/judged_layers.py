@@ -1,4 +1,4 @@
-"""llama.cpp as the judge of a foreign engine's layers: fed with that engine's own hidden state, window by window."""
+"""llama.cpp as the judge of a foreign engine's layers: it is fed that engine's own hidden state, window by window."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ LAYER = "layer"
 
 
 def hidden_state(values: WholeValues, name: str) -> NDArray[np.float32] | None:
-    """A point's whole rows at positions 0 … T − 1 over all passes, [T, D]; None where some are missing."""
+    """A point's whole rows at positions 0 … T − 1 over all passes, [T, D]; None if some are missing."""
     parts = [value for step in values.passes if (value := values.get(name, step)) is not None]
     if not parts:
         return None
@@ -47,11 +47,11 @@ def judged_layers(
 ) -> tuple[list[Operation], frozenset[str]]:
     """Each layer whose operations are not all observable, judged as a whole: its own input, llama.cpp's layer, its output.
 
-    The output may be a slice. Layers whose input is not there as a whole are not observable, nor are those whose
+    The output may be a slice. Layers whose whole input was not recorded are not observable, nor are those whose
     input or output was recorded wrong (`suspects`).
 
     Returns:
-        The layers, and outputs that turn out to be recorded wrong: the next layer had what llama.cpp's own layer makes.
+        The layers, and outputs that turn out to be recorded wrong: the next layer read the value that llama.cpp's own layer makes.
     """
     hidden = sorted(
         {operation.layer for operation in operations if operation.status == NOT_OBSERVABLE and operation.layer is not None}
@@ -74,7 +74,7 @@ def judged_layers(
             continue
         try:
             computed = _made(reference, model, layer, state, mode)
-        except InputError as error:  # an architecture whose layers don't stand alone
+        except InputError as error:  # an architecture whose layers cannot be run alone
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
             continue
         verdict = _compared(values, output, computed, layer, limit)
@@ -90,15 +90,15 @@ def judged_layers(
 
 
 def _made(reference: Reference, model: Path, layer: int, state: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
-    """What llama.cpp's own layer makes of a hidden state [T, D]."""
+    """The output of llama.cpp's own layer for a hidden state [T, D]."""
     output = in_layer(layer, "l_out")
     return dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]
 
 
 def eliminated(operations: Sequence[Operation], layers: Sequence[Operation], suspects: Collection[str] = ()) -> list[Operation]:
-    """The layers; of one that is wrong though every recorded operation of it is right, what it must be then.
+    """The layers; for a wrong layer whose recorded operations are all right, with what must be wrong then.
 
-    Of those whose output was recorded wrong (`suspects`) that is said instead.
+    Layers whose output was recorded wrong (`suspects`) say that instead.
     """
     explained = []
     for layer in layers:
@@ -111,7 +111,7 @@ def eliminated(operations: Sequence[Operation], layers: Sequence[Operation], sus
 
 
 def _rest(operations: Sequence[Operation], layer: Operation) -> str:
-    """What must be wrong in a wrong layer, where all that was judged of it is right; "" else."""
+    """What must be wrong in a wrong layer if all its judged operations are right; else ""."""
     inside = [operation for operation in operations if operation.layer == layer.layer]
     rest = [operation.operation for operation in inside if operation.status == NOT_OBSERVABLE]
     proven = [operation for operation in inside if operation.status == PROVEN]
@@ -149,10 +149,10 @@ def _compared(values: WholeValues, output: str, computed: NDArray[np.float32], l
 def graft(
     reference: Reference, engine: Engine, values: WholeValues, tokens: NDArray[np.int64], point: str, mode: str
 ) -> list[Graft]:
-    """What llama.cpp makes of a foreign hidden state, position by position, against its own run over the same tokens.
+    """How llama.cpp continues from a foreign hidden state, position by position, compared with its own run over the same tokens.
 
     Raises:
-        InputError: the point is not a layer's output, or is not there as a whole.
+        InputError: the point is not a layer's output, or was not recorded whole.
     """
     if engine.encoder is not None:
         raise InputError(
@@ -173,7 +173,7 @@ def graft(
     path = engine.model.path
     ids = [int(token) for token in tokens[: len(state)]]
     own = dict(_by_point(reference.capture(path, ids, LOGITS, mode)))[LOGITS]
-    if layer == n_layers - 1:  # nothing of llama.cpp is left to go on with but the norm and the output matrix
+    if layer == n_layers - 1:  # only llama.cpp's norm and output matrix are left to continue with
         head = proof_steps(engine.steps, native=mode == "native")[-2:]
         normed = compute(head[0], [state], engine.weights)
         grafted = compute(head[1], [normed], engine.weights)

@@ -1,4 +1,4 @@
-"""What a wrong operation looks like, in words: which other operation it would be."""
+"""What a wrong operation looks like, in words: which other operation would give its values."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from engine import ops
 from engine.graph import Altered, Step, WeightSource
 
-_LARGEST = 1 << 24  # elements of a weight of which other readings are tried: 128 MiB as float64
-# Share of the error that a look may leave. A choice: the reading that is meant leaves rounding alone, any other one all of it.
+_LARGEST = 1 << 24  # most elements of a weight for which other readings are tried: 128 MiB as float64
+# The largest share of the error that a look may leave. A choice: the right one leaves only rounding, any other nearly all of it.
 _FAR_NEARER = 1e-3
 # Rounding of activations to 8 bits costs 2e-5 … 3e-4 (NMSE of one product, every 4- to 8-bit type): this is ten times that.
 _ROUNDING = 3e-3
@@ -24,7 +24,7 @@ def look_of(
     limit: float,
     siblings: Sequence[str] = (),
 ) -> str:
-    """What distinguishes a wrong operation from the right one, given its first input [T, n]; empty where nothing does.
+    """What distinguishes a wrong operation from the right one, given its first input [T, n]; empty if nothing is found.
 
     `siblings` are other weights of the same layer, one of which may have been taken instead.
     """
@@ -80,7 +80,7 @@ def _product(
     if not isinstance(first, Altered):
         return ""
     name, shape = first.weight, weights.raw(first.weight)[2]
-    # The rounding of their activations, if they have one, is not known: far nearer than the right weight is near enough.
+    # It is not known whether they round activations: much closer than with the right weight is close enough.
     near = max(limit, nmse * _FAR_NEARER)
     bias = step.weights[1] if len(step.weights) > 1 else None
     wide = x.astype(np.float64)

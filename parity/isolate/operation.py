@@ -1,4 +1,4 @@
-"""One operation of one layer at a time: computed from the inputs that it really had, compared with what came out of it."""
+"""One operation of one layer at a time: computed from the inputs that it really had, and compared with its recorded output."""
 
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,23 +21,41 @@ from .looks import look_of, other_epsilon
 from .routing import routing_error
 from .values import CACHED, Value, row_errors, rows_at
 
-# A norm is one scale a row, and no sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
-# fault known, is as small as 1e-12 where activations are large.
+# A norm is one scale a row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
+# known fault, makes only 1e-12 where activations are large.
 _NORM_LIMIT = 1e-12
-# Where activations are larger still, another epsilon is below that: it is told by comparison, once a norm with smaller
-# activations has shown it. Rounding doesn't prefer one epsilon to another; ten times nearer is no rounding.
+# Where activations are even larger, another epsilon is below that: it is recognised by comparison, once a norm with smaller
+# activations has shown it. Rounding doesn't prefer one epsilon to another: ten times closer is not rounding.
 _NEARER = 10.0
-# How much further than one operation a stretch of them may be from ours: scores are rounded, and soft max amplifies it. Engines that sum
-# in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random weights); scores of
-# 100, rounded to float32, make it 4e-11.
+# How much larger the error of a stretch of operations may be than that of one: scores are rounded, and soft max amplifies it. Engines
+# that sum in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random
+# weights); scores of 100, rounded to float32, make it 4e-11.
 STRETCH = 3.0
 _NORMS = (ops.rms_norm, ops.layer_norm)
 _LISTED = 3  # readers of a suspect record that are named
 
 
+# Of an operation that read NaN at every position.
+NOT_FINITE = "its inputs are not finite"
+
+
+def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
+    """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
+    unknown = np.zeros(rows, dtype=np.bool_)
+    for given in inputs:
+        odd = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
+        if odd.ndim == 2 and len(odd) == rows:
+            unknown |= odd.any(axis=1)
+        elif odd.ndim == 3 and odd.shape[1] == rows:
+            unknown |= odd.any(axis=(0, 2))
+        elif odd.any():
+            unknown[:] = True
+    return unknown
+
+
 @dataclass(frozen=True)
 class Definition:
-    """A model's steps that are right: of a pass over several tokens, and of one over a single token where that is another list."""
+    """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list."""
 
     several: Sequence[Step]
     single: Sequence[Step] | None = None
@@ -45,7 +63,7 @@ class Definition:
 
     @cached_property
     def programs(self) -> tuple[Program, Program]:
-        """Of several tokens, and of one."""
+        """The programs of several tokens and of one."""
         several = Program(self.several, self.passed_over)
         return several, several if self.single is None else Program(self.single, self.passed_over)
 
@@ -56,7 +74,7 @@ class Definition:
 
 @dataclass
 class _Record:
-    """What the passes so far said of one operation."""
+    """What the passes so far have shown about one operation."""
 
     nmse: float = -1.0
     position: int | None = None
@@ -64,12 +82,12 @@ class _Record:
     sampled: float | None = None
     reason: str = ""
     wrong: bool = False
-    denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, and not the recorded one
+    denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
 
 
 @dataclass(frozen=True)
 class _Held:
-    """An operation's recorded value beside the one that follows from its inputs, at the positions [R] that all of them have."""
+    """An operation's recorded value and the one that follows from its inputs, at the positions [R] that all of them have."""
 
     inputs: Sequence[NDArray[np.float32]]
     theirs: NDArray[np.float32]
@@ -81,11 +99,11 @@ class _Held:
 
 @dataclass
 class Isolator:
-    """Takes values as they come and judges each step as soon as its inputs and its output are there.
+    """Takes values as they come and judges each step as soon as its inputs and its output are known.
 
     Args:
-        definitions: one or more definitions of the model that are right (with and without ggml's rounding, say); an operation
-            is as wrong as it is by the nearest of them.
+        definitions: one or more right definitions of the model (with and without ggml's rounding, for example); an operation
+            is judged by the nearest of them.
         limit: NMSE above which an operation is wrong.
         stretches: operations that are judged together with others before them, whose values were not recorded.
     """
@@ -97,32 +115,40 @@ class Isolator:
     stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     records: dict[str, _Record] = field(default_factory=lambda: defaultdict(_Record), init=False)
     memory: Memory = field(default_factory=Memory, init=False)
-    # What every pass reads and none makes: an encoder's output.
+    # Values that every pass reads and none makes: an encoder's output.
     given: dict[str, Value] = field(default_factory=dict, init=False)
-    epsilons: set[float] = field(default_factory=set, init=False)  # those that norms have shown
+    epsilons: set[float] = field(default_factory=set, init=False)  # the wrong epsilons that norms have shown
 
     @cached_property
     def steps(self) -> Sequence[Step]:
-        """The model's operations, each once: those of a pass over several tokens, then those that only a single one has."""
+        """The model's operations, each once: those of a pass over several tokens, then those that only a single token's pass has."""
         several, single = self.definitions[0].programs
         named = {step.makes: step for step in (*single.judged, *several.judged)}
         order = dict.fromkeys([step.makes for step in (*several.judged, *single.judged)])
         return [named[name] for name in order]
 
     def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
-        """One forward pass: its tokens and positions [T], and its values by point as they were computed."""
+        """Judge one forward pass: its tokens and positions [T], and its values by point, in the order of computation."""
         _Pass(self, tokens, positions).run(arriving)
 
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model."""
         return [self._operation(step) for step in self.steps]
 
+    def proven(self) -> frozenset[str]:
+        """Points that follow from their inputs, as far as they could be judged."""
+        return frozenset(name for name, record in self.records.items() if record.nmse >= 0 and not record.wrong)
+
+    def unknown(self) -> frozenset[str]:
+        """Points whose inputs were not finite."""
+        return frozenset(name for name, record in self.records.items() if record.nmse < 0 and record.reason == NOT_FINITE)
+
     def suspects(self) -> frozenset[str]:
         """Points that were recorded wrong: operations that read them had the right value."""
         return frozenset(name for name, record in self.records.items() if record.denied_by)
 
     def unless_of(self, suspects: Collection[str], operations: Sequence[Operation]) -> list[Operation]:
-        """The operations; those that are wrong by an input that was recorded wrong (`suspects`) are not observable."""
+        """The operations; those that are wrong because of an input that was recorded wrong (`suspects`) are not observable."""
         programs = self.definitions[0].programs
         read = {step.makes: program.needs(step) & set(suspects) for program in programs for step in program.judged}
         return [
@@ -160,7 +186,7 @@ class Isolator:
         return "; ".join(part for part in (record.reason, f"this operation or an unrecorded one before it: {named}") if part)
 
     def _weight(self, step: Step) -> str:
-        """The type of the weight that a step multiplies with, "" where it has none."""
+        """The type of the weight that a step multiplies with, "" if it has none."""
         first = step.weights[0] if step.weights else None
         name = first if first is None or isinstance(first, str) else first.weight
         if name is None:
@@ -174,7 +200,7 @@ class Isolator:
 
 
 class _Pass:
-    """One forward pass on its way through the isolator."""
+    """One forward pass as it goes through the isolator."""
 
     def __init__(self, isolator: Isolator, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         self._isolator, self._weights, self._memory = isolator, isolator.weights, isolator.memory
@@ -184,7 +210,7 @@ class _Pass:
         self._live = {**isolator.given, TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
         self._memory.past[POSITIONS].append(self._live[POSITIONS])
         self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
-        self._right: dict[str, Value] = {}  # what should have been recorded, of operations that are wrong
+        self._right: dict[str, Value] = {}  # the right values of wrong operations
         self._states: dict[str, NDArray[np.float32] | None] = {}
 
     def run(self, arriving: Iterable[tuple[str, Value]]) -> None:
@@ -239,7 +265,7 @@ class _Pass:
         self._states[step.makes] = value
 
     def _lacks(self, step: Step, names: Sequence[str]) -> None:
-        """Say what was not recorded of a step."""
+        """Note which inputs of a step were not recorded."""
         if step.inner:
             self._states[step.makes] = None
             return
@@ -273,7 +299,7 @@ class _Pass:
         return [program.producers[step.makes] for program in self._programs]
 
     def _held(self, step: Step, source: Inputs) -> _Held:
-        """A step's recorded value beside what the nearest definition makes of its inputs."""
+        """A step's recorded value, and the one that the nearest definition makes from its inputs."""
         inputs, theirs, positions = self._aligned(step, source)
         definitions = self._definitions(step)
         routing = self._program.routing.get(step.makes)
@@ -287,6 +313,10 @@ class _Pass:
                 errors, reason = routing_error(routing.used, ordered, ours, theirs)
             else:
                 errors = row_errors(step.makes, ours, theirs, positions, least)
+            unknown = _without_numbers(inputs, len(errors))
+            if unknown.all():
+                raise Missing(NOT_FINITE)
+            errors = np.where(unknown, 0.0, errors)
             if best is None or errors.max() < best.errors.max():
                 best = _Held(inputs, theirs, ours, positions, errors, reason)
             if best.errors.max() <= limit:
@@ -295,10 +325,10 @@ class _Pass:
         return best
 
     def _with_right_inputs(self, step: Step) -> _Held | None:
-        """A wrong step beside what follows from right values of inputs that were found wrong; None where it is wrong with them too.
+        """A wrong step, compared using the right values of inputs that were found wrong; None if it is wrong even then.
 
-        An operation that is right then had these values: it is its input's record that is wrong. One such input is tried at a time,
-        then all of them together.
+        An operation that is right then really had these values: the record of its input is wrong. One such input is tried at a time,
+        then all together.
         """
         wrong = [name for name in self._right if name in self._program.needs(step)]
         for names in [*([name] for name in wrong), *([wrong] if len(wrong) > 1 else [])]:
@@ -310,7 +340,7 @@ class _Pass:
             if held.errors.max() <= self._limit(step):
                 for name in names:
                     self._isolator.records[name].denied_by[step.makes] = None
-                self._memory.past.update(past)  # later passes had it too
+                self._memory.past.update(past)  # later passes read it, too
                 return held
         return None
 
@@ -363,7 +393,7 @@ class _Pass:
     def _judge_epsilon(
         self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32], positions: NDArray[np.int64]
     ) -> None:
-        """Hold a norm against the epsilons that other norms have shown, or learn one from it."""
+        """Compare a norm with the epsilons that other norms have shown, or learn one from it."""
         record = self._isolator.records[step.makes]
         if record.wrong:
             eps = other_epsilon(step, viewed(step.reads[0], inputs[0]), theirs, self._weights, self._limit(step))
@@ -401,7 +431,7 @@ class _Pass:
         output = self._live[step.makes]
         if parse(step.makes).kind in CACHED:
             return source.of(step), output.data, output.positions
-        if step.axis is None:  # it stands once in a pass
+        if step.axis is None:  # a pass has it only once
             return source.of(step), output.data, output.positions[-1:]
         common = output.positions
         for name in inputs_named(step):

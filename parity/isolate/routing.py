@@ -1,4 +1,4 @@
-"""Choices of experts (and of keys, in sparse attention) compared as sets: their order is of no importance, and ties may fall either way."""
+"""Choices of experts (and of keys, in sparse attention), compared as sets: their order does not matter, and ties may fall either way."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ NEAR_TIE = 1e-6
 
 @dataclass(frozen=True)
 class Routing:
-    """A choice: the step that orders values, and how many of the places are used afterwards (0: all)."""
+    """A choice: the step that sorts values, and how many of the resulting indices are used afterwards (0: all)."""
 
     ordering: Step
     used: int
 
 
 def routings(steps: Sequence[Step]) -> Mapping[str, Routing]:
-    """The choices among a model's steps, by the name of the places: those of an ordering step, or of the view that cuts them off."""
+    """The choices among a model's steps, by the name of their indices: those of a sorting step, or of the view that cuts them off."""
     ordering = {step.makes: step for step in steps if getattr(step.op, "name", "") in _ORDERS}
     by_layer: dict[str, Routing] = {}
     for step in steps:
@@ -36,7 +36,7 @@ def routings(steps: Sequence[Step]) -> Mapping[str, Routing]:
 
 
 def _used(step: Step, steps: Sequence[Step]) -> int:
-    """How many of the ordered places other steps read: the longest row of their views."""
+    """How many of the sorted indices other steps read: the longest row of their views."""
     width = 0
     for other in steps:
         for read in other.reads:
@@ -50,12 +50,12 @@ def _used(step: Step, steps: Sequence[Step]) -> int:
 def routing_error(
     used: int, values: NDArray[np.float32], ours: NDArray[Any], theirs: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], str]:
-    """0 for each row whose choice is right, infinite for others, and what is to say.
+    """0 for each row whose choice is right, infinite for others, and a remark.
 
     Args:
-        used: how many of the first places are the choice; 0 for all.
-        values: what was ordered, with one row a position (float32 [T, E], or any shape of that many elements).
-        ours, theirs: the places in order, [T, E] or [T, k].
+        used: how many of the first indices are the choice; 0 for all.
+        values: the sorted values, one row a position (float32 [T, E], or any shape with that many elements).
+        ours, theirs: the indices in order, [T, E] or [T, k].
     """
     rows = len(theirs)
     ordered = theirs.reshape(rows, -1).astype(np.int64)

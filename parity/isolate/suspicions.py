@@ -1,4 +1,4 @@
-"""What speaks for another arithmetic than the one that operations were judged in: said, before any of them is blamed."""
+"""Signs of another arithmetic than the one that operations were judged in, reported before any of them is blamed."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,15 +9,15 @@ from engine.graph import Step
 from ..diff.limits import EXACT_FLOOR, limits
 from .judged_layers import LAYER
 
-# Errors of 8-bit products are of one size. In right engines with 8-bit activations the largest NMSE of a product was at most 44 times the
-# smallest: small models of 24 architectures (44 in rwkv6, 16 at most elsewhere), 12 in the embedded model. Twice that, in round numbers.
+# Errors of 8-bit products have similar sizes. In right engines with 8-bit activations the largest NMSE of a product was at most 44 times
+# the smallest: small models of 24 architectures (44 in rwkv6, elsewhere at most 16), 12 in the embedded model. Twice that, rounded up.
 _ALIKE = 100.0
 _REASON = "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 allows for it"
 
 
 def as_eight_bits(operations: Sequence[Operation]) -> list[Operation]:
-    """The operations, whole layers among them; where all that is wrong is products with weights, by what 8-bit activations cost, and no
-    product is right to float32's end, none is blamed.
+    """The operations, whole layers among them. None is blamed if all wrong ones are products with weights, off by what 8-bit activations
+    cost, and no product is right to float32's last digits.
     """
     wrong = [operation for operation in operations if operation.status == WRONG]
     products = [

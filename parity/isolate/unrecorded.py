@@ -1,6 +1,6 @@
-"""Points that a dump lacks, passed over: what is made of them is judged from the nearest recorded values before them.
+"""Points that a dump lacks are passed over: what is made from them is judged from the nearest recorded values before them.
 
-Attention needs no scores to be judged: queries, keys and values at all positions say what comes out of it.
+Attention can be judged without scores: queries, keys and values at all positions determine its result.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,17 +15,17 @@ ATTENTION = ("k_read", "v_read")
 
 
 def attends(kind: str) -> bool:
-    """Whether a kind of point lies inside of attention: scores, their soft max, what the cache gave, the mix of values."""
+    """Whether a kind of point lies inside attention: scores, their soft max, what the cache gave, the mix of values."""
     return kind.startswith("kq") or kind in ATTENTION
 
 
 def passed_over(steps: Sequence[Step], recorded: Collection[str], *, rounds: bool) -> frozenset[str]:
-    """The points that a dump lacks and that are computed anew, because nothing but plain arithmetic makes them.
+    """The points that a dump lacks and that are computed instead, because only plain arithmetic makes them.
 
     Args:
-        recorded: the points that are there as a whole, in some pass.
-        rounds: products round their activations: a value computed anew would be rounded otherwise here and there, so that only what is
-            read by operations without weights is passed over.
+        recorded: the points that were recorded whole, in some pass.
+        rounds: whether products round their activations: a computed value would be rounded differently here and there, so that only
+            values read by operations without weights are passed over.
     """
     names = {step.makes for step in steps if not step.inner and step.makes not in recorded and _plain(step)}
     if not rounds:
@@ -41,7 +41,7 @@ def passed_over(steps: Sequence[Step], recorded: Collection[str], *, rounds: boo
 
 
 def _judged(name: str, readers: Mapping[str, Sequence[Step]], names: set[str]) -> set[str]:
-    """The steps that are judged by way of a value: its readers, through those between points and those that are passed over."""
+    """The steps that are judged through a value: its readers, directly or through values between points and points passed over."""
     reached, waiting = set[str](), [name]
     while waiting:
         for step in readers.get(waiting.pop(), ()):
@@ -53,12 +53,12 @@ def _judged(name: str, readers: Mapping[str, Sequence[Step]], names: set[str]) -
 
 
 def _plain(step: Step) -> bool:
-    """Whether a step has no weights but sinks of attention, and follows from earlier values at all."""
+    """Whether a step has no weights except attention's sinks, and follows from earlier values at all."""
     return bool(step.names) and (not any(step.weights) or step.op is ops.causal_soft_max)
 
 
 def without(definition: Definition, names: Collection[str]) -> Definition:
-    """The definition with these points computed like any value between points."""
+    """The definition in which these points are computed like any value between points."""
 
     def hidden(steps: Sequence[Step]) -> list[Step]:
         return [replace(step, inner=True) if step.makes in names else step for step in steps]
@@ -67,7 +67,7 @@ def without(definition: Definition, names: Collection[str]) -> Definition:
 
 
 def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Judged points that are made by way of points that are passed over, and the latter in the order of the model."""
+    """The judged points that are made through points that are passed over, each with those, in the order of the model."""
     through: dict[str, dict[str, None]] = {}
     sources: dict[str, tuple[str, ...]] = {}
     for step in steps:

@@ -1,4 +1,4 @@
-"""Whole values: how far two of them are apart, row by row, and where a dump has them.
+"""Whole values: how far apart two of them are, row by row, and where a dump has them.
 
 A dump has whole values in the safetensors file beside it, or in records that carry all of their values.
 """
@@ -20,11 +20,13 @@ from checkpoints.points import ENCODER, of_scores, order, parse
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
+from ..diff.slices import without_subnormal
+
 Floats = NDArray[np.float64]
 
-# A row's error is taken over at least this share of the mean energy of all rows: single rows of scores can be all but
+# The divisor of a row's error is at least this share of the mean energy of all rows: single rows of scores can be nearly
 # zero by chance. Measured on the embedded model, 32 tokens: without it the worst right operation has 3e-13, with it the same;
-# it guards what was not measured.
+# it is a precaution for other models.
 ROW_FLOOR = 0.01
 
 CACHED = ("k_read", "v_read")  # kinds of points whose rows are the cache's, not the pass's
@@ -32,7 +34,7 @@ CACHED = ("k_read", "v_read")  # kinds of points whose rows are the cache's, not
 
 @dataclass(frozen=True)
 class Value:
-    """One point's value in one forward pass and the positions of its rows: [T, …], [H, T, S], or [S, K·d] for what the cache gave."""
+    """One point's value in one forward pass, with the positions of its rows: [T, …], [H, T, S], or [S, K·d] if read from the cache."""
 
     data: NDArray[Any]
     positions: NDArray[np.int64]
@@ -54,12 +56,12 @@ def row_errors(
     positions: NDArray[np.int64],
     least: Floats | None = None,
 ) -> Floats:
-    """NMSE of each row (position), over max(the row's energy, 1 % of the mean, `least` of the row): float64 [rows].
+    """NMSE of each row (position), with max(the row's energy, 1 % of the mean, the row's `least`) as divisor: float64 [rows].
 
-    Of `kq` only scores of positions up to the row's own count are compared: masked scores are ignored.
+    In `kq` only scores of positions up to the row's own are compared: masked scores are ignored.
 
     Raises:
-        ModelError: another shape.
+        ModelError: the shapes differ.
     """
     kind = parse(name).kind
     if of_scores(name):
@@ -75,7 +77,7 @@ def row_errors(
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
     with np.errstate(invalid="ignore"):
-        delta = np.where(same | odd, 0.0, a - b)
+        delta = without_subnormal(np.where(same | odd, 0.0, a - b))
     b = np.where(np.isfinite(b), b, 0.0)
     energy = np.einsum("ij,ij->i", b, b)
     error = np.einsum("ij,ij->i", delta, delta)
@@ -86,14 +88,14 @@ def row_errors(
 
 
 class WholeValues:
-    """A dump's values that are there as a whole, pass by pass; each is read when it is asked for.
+    """A dump's values that were recorded whole, pass by pass; each is read on demand.
 
     Args:
-        path: the dump, of any format; its tensors are looked for beside it, or in `tensors`.
-        mapping: what its names mean.
+        path: the dump, in any format; its tensors are looked for beside it, or in `tensors`.
+        mapping: the meaning of its names.
 
     Raises:
-        DumpError: no such dump, several sequences in it, or a tensors file that cannot be read.
+        DumpError: there is no such dump, it has several sequences, or a tensors file cannot be read.
     """
 
     def __init__(self, path: Path, tensors: Path | None = None, mapping: Mapping | None = None) -> None:
@@ -108,7 +110,7 @@ class WholeValues:
             if numbered := re.fullmatch(r"(.*)/(\d{1,9})", name, re.DOTALL):
                 self._tensors.add((numbered[1], int(numbered[2])))
         self.passes = sorted({int(step) for rows in self._rows.values() for step in np.unique(rows.step)})
-        # A pass's positions are those that any point was recorded at; an encoder's are of the prompt, its decoder's of its own tokens.
+        # A pass's positions are those at which any point was recorded; an encoder's are the prompt's, its decoder has its own.
         self._positions = {
             (step, encoder): np.unique(
                 np.concatenate(
@@ -126,11 +128,11 @@ class WholeValues:
 
     @property
     def unshaped(self) -> bool:
-        """Whether some records do not say the shape of their row: bare lines, of which only the model tells which are whole."""
+        """Whether some records do not state the shape of their row: bare lines, whose completeness only the model can tell."""
         return any(() in rows.shapes for rows in self._rows.values())
 
     def with_shapes(self, shapes: dict[str, tuple[str, ...]]) -> None:
-        """Take records without a shape for whole where they have as many values as the model's row of that point.
+        """Regard records without a shape as whole if they have as many values as the model's row of that point.
 
         Args:
             shapes: point -> the shape of its row as text, "t+1" for the positions seen so far.
@@ -147,7 +149,7 @@ class WholeValues:
         self.dump = replace(self.dump, points={**self.dump.points, **self._rows})
 
     def positions(self, step: int) -> NDArray[np.int64]:
-        """The positions of a forward pass, int64 [T]; not those of an encoder's."""
+        """The positions of a forward pass that is not an encoder's, int64 [T]."""
         return self._positions[step, False]
 
     @property
@@ -156,7 +158,7 @@ class WholeValues:
         return next((int(rows[0]) for step in self.passes if len(rows := self.positions(step))), 0)
 
     def points(self, step: int) -> list[str]:
-        """The points that are there as a whole in a pass, in the order of the model."""
+        """The points that were recorded whole in a pass, in the order of the model."""
         named = {point for point, number in self._tensors if number == step}
         named |= {name for name, rows in self._rows.items() if (rows.full() & (rows.step == step)).any()}
         return order(named)
@@ -170,7 +172,7 @@ class WholeValues:
         """The ids of the prompt.
 
         Raises:
-            DumpError: the dump does not say them.
+            DumpError: the dump does not list them.
         """
         header = self.dump.header
         if header is None or not header.tokens:
@@ -180,7 +182,7 @@ class WholeValues:
         return np.array(header.tokens, dtype=np.int64)
 
     def arriving(self, step: int, *, encoder: bool = False) -> Iterator[tuple[str, Value]]:
-        """The whole values of a pass, one after the other: those of an encoder, or the others."""
+        """The whole values of a pass, one after the other: only an encoder's, or all others."""
         for name in self.points(step):
             if name.startswith(ENCODER) != encoder:
                 continue
@@ -189,10 +191,10 @@ class WholeValues:
                 yield name, value
 
     def get(self, name: str, step: int) -> Value | None:
-        """A point's whole value in a pass, None where it is not there.
+        """A point's whole value in a pass, None if it was not recorded.
 
         Raises:
-            DumpError: a tensor that has no row for each position of its pass.
+            DumpError: a tensor does not have a row for each position of its pass.
         """
         if (name, step) in self._tensors and self._reader is not None:
             return self._from_tensor(name, step)
@@ -223,7 +225,7 @@ class WholeValues:
 
 
 def _from_rows(name: str, rows: Rows) -> Value:
-    """Records that carry all of their values as one array."""
+    """The value of records that contain all of their values, as one array."""
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
     if kind in CACHED:  # the last position's record holds all rows

@@ -1,1 +1,1 @@
-"""`parity lint`: whether a dump itself is to be believed."""
+"""`parity lint`: whether a dump itself can be trusted."""

@@ -1,4 +1,4 @@
-"""What only the model file can tell: other tokens' embeddings, late captures, a header that contradicts it."""
+"""Rules that need the model file: other tokens' embeddings, late captures, a header that contradicts it."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,15 +14,15 @@ from reports.numbers import clean
 from .model_facts import ModelFacts
 from .rule import TELLING, Hit, Subject, leading, telling, where
 
-# Cosine of two rows that are one: float16 and 4-bit values keep 1 - 1e-3, other tokens' embeddings stay far below.
+# Least cosine of two equal rows: float16 and 4-bit values keep 1 - 1e-3, other tokens' embeddings are far below.
 _SAME_DIRECTION = 0.995
 # Normalised rows agree to rounding: bf16's relative 2^-9 leaves 1 - 2e-6 at most. Other layers' outputs do not: measured at most
 # 0.9989 over 16 values and 0.9981 over whole rows, embedded model (1,300 positions) and six synthetic ones.
 _SAME_NORM = 1 - 3e-6
 
 
-# An engine that is led along the reference's choices finds another id ahead where two are all but equal. Measured: ahead by 0.11 at
-# most (native mode, Q8_0, Q4_0 and Q2_K, 64 tokens after each of four prompts). Sampling takes ids that are further behind soon.
+# An engine that is led along the reference's choices may rank another id first if two are nearly equal. Measured: ahead by 0.11 at
+# most (native mode, Q8_0, Q4_0 and Q2_K, 64 tokens after each of four prompts). Sampling soon takes ids that are further behind.
 _BEHIND = 0.5
 
 
@@ -39,9 +39,9 @@ def embedding_row(subject: Subject) -> Iterator[Hit]:
     model, rows = subject.model, subject.points.get(EMBD)
     if model is None or rows is None or rows.indices is not None or "token_embd.weight" not in model.model.tensors:
         return
-    if "enc.output_norm.weight" in model.model.tensors:  # the tokens are the encoder's: the decoder begins with one of its own
+    if "enc.output_norm.weight" in model.model.tensors:  # the tokens are the encoder's: the decoder begins with a start token
         return
-    if _ADDED_TO_EMBEDDING & model.model.tensors.keys():  # then what enters the layers is no row of the table
+    if _ADDED_TO_EMBEDDING & model.model.tensors.keys():  # then the layers' input is not a row of the table
         return
     usable = telling(rows)
     wrong: list[tuple[int, int]] = []
@@ -65,7 +65,7 @@ def embedding_row(subject: Subject) -> Iterator[Hit]:
 
 
 def late_capture(subject: Subject) -> Iterator[Hit]:
-    """`output_norm` is the RMSNorm of what calls itself another layer."""
+    """`output_norm` is the RMSNorm of a value that is named after another layer."""
     model, final = subject.model, subject.points.get(OUTPUT_NORM)
     weight = model.output_norm() if model is not None else None
     if model is None or final is None or weight is None:
@@ -94,7 +94,7 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
 
 
 def _is_embedding(subject: Subject, model: ModelFacts, position: int, row: NDArray[np.float32]) -> bool:
-    """Whether the values really are the token's embedding: then the layers do nothing, and nothing came late."""
+    """Whether the values really are the token's embedding: then the layers do nothing, and nothing was captured late."""
     token = subject.ids.get(position)
     if token is None or not 0 <= token < model.hp.n_vocab:
         return False
@@ -144,7 +144,7 @@ def hyperparameters(subject: Subject) -> Iterator[Hit]:
 def choice(subject: Subject) -> Iterator[Hit]:
     """The chosen id is not the largest logit's."""
     rows = subject.points.get(LOGITS)
-    whole: dict[tuple[int, int], int] = {}  # sequence and position that a whole row of logits decides -> the row
+    whole: dict[tuple[int, int], int] = {}  # (sequence, position) with a whole row of logits -> the row's number
     if rows is not None:
         whole = {(int(rows.seq[r]), int(rows.token_idx[r]) + 1): r for r in rows.full().nonzero()[0].tolist()}
     wrong: list[str] = []
@@ -160,14 +160,14 @@ def choice(subject: Subject) -> Iterator[Hit]:
 
 
 def _in_row(number: int, row: NDArray[np.float32]) -> tuple[int, float]:
-    """The id of the largest logit, and how far the chosen one is behind; NaN where the row does not tell."""
+    """The id of the largest logit, and how far the chosen one is behind it; NaN if the row does not show it."""
     if not len(row) or not np.isfinite(row).all():
         return -1, np.nan
     return int(row.argmax()), float(row.max() - row[number]) if 0 <= number < len(row) else np.inf
 
 
 def _in_list(token: Token) -> tuple[int, float]:
-    """The same, of the largest logits that a token record lists: one that is not among them is behind the last of them."""
+    """The same for the largest logits that a token record lists: an id that is not among them is behind the last one."""
     logits = dict(token.top)
     if not logits or not np.isfinite(list(logits.values())).all():
         return -1, np.nan

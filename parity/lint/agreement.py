@@ -1,4 +1,4 @@
-"""What a record says of itself twice: values against statistics and sketch, attention rows against their sum."""
+"""What a record states twice: values against statistics and sketch, attention rows against their sum."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ _ROUNDING = 1e-4
 # mean(s²) of 32 ±1 projections is ‖x‖² with a relative deviation of 25 % (it follows a χ² with 32 degrees of freedom over 32 where
 # no element dominates): outside 0.15 … 4 once in 10^12.
 _SKETCH_RANGE = (0.15, 4.0)
-_SUM = 2**-7  # weights that were truncated to bfloat16 lose less than this share each
+_SUM = 2**-7  # weights that were truncated to bfloat16 each lose less than this share
 
 
 def statistics(subject: Subject) -> Iterator[Hit]:
@@ -66,7 +66,7 @@ def _contradictions(rows: Rows) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 
 
 def _extremes(values: NDArray[np.float32], usable: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The smallest and the largest usable value of each row, [R]; of a row without one, inf and -inf."""
+    """The smallest and the largest usable value of each row, [R]; inf and -inf for a row without any."""
     if not values.shape[1]:
         return np.full(len(values), np.inf), np.full(len(values), -np.inf)
     low, high = (values, values) if usable.all() else (np.where(usable, values, sign * np.inf) for sign in (1, -1))
@@ -78,7 +78,7 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
         return
     l2 = rows.stats["l2"]
     sketch = rows.sketch.astype(np.float64)
-    energy = np.einsum("ij,ij->i", sketch, sketch)  # NaN where there is no sketch
+    energy = np.einsum("ij,ij->i", sketch, sketch)  # NaN if there is no sketch
     ratio = energy / SKETCH_SIZE / np.where(l2 > 0, l2, 1.0) ** 2
     low, high = _SKETCH_RANGE
     # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
@@ -98,11 +98,14 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
 
 
 def _has_sinks(subject: Subject, name: str) -> bool:
-    """Whether a share of the attention goes nowhere (`attn_sinks.weight`, an additional score of each head)."""
+    """Whether sinks take a share of the attention (`attn_sinks.weight`, an additional score of each head)."""
     origin, layer = subject.made(name), parse(name).layer
     if origin is not None and any("sinks" in weight for weight in origin.weights):
         return True
-    return subject.model is not None and f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
+    if subject.model is None:
+        header = subject.dump.header
+        return bool(header is not None and (header.hparams or {}).get("attention_sinks"))
+    return f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
 
 
 def attention_rows(subject: Subject) -> Iterator[Hit]:

@@ -1,8 +1,8 @@
 """Values whose bits are another type's: F16 read as BF16 or F32, and the reverse.
 
 A row of a transformer spans few powers of two: the logarithms (base 2) of Gaussian values have a deviation of 1.6. Bits of
-one type read as another betray themselves twice: as they are, the row's deviation is far from that, and read again as the
-other type it is near it.
+one type read as another show in two ways: the row's deviation is far from that, and, reread as the
+other type, close to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from .rule import Hit, Subject, kind, leading, positions_of
 
 _ENOUGH = 10  # values a row must have
-_BATCH = 1 << 20  # values looked at together: 4 MiB
+_BATCH = 1 << 20  # values examined together: 4 MiB
 # F16 bits read as BF16 (or as the upper half of an F32) have eight times the deviation: 13; a right row with outlier channels,
 # some powers of two away, stays below 5.
 _TOO_WIDE = 8.0
 _PLAUSIBLE = (0.5, 5.0)
-_LARGEST = 1e6  # of a plausible row: ten times the largest scores met (`parity.lint.numbers`)
+_LARGEST = 1e6  # largest value of a plausible row: ten times the largest scores seen (`parity.lint.numbers`)
 # BF16 bits read as F16: magnitudes below 2 all land in [1, 2). A Gaussian row of ten values has a ratio of smallest to
-# largest above 0.4 once in 10^7.
+# largest above 0.4 once in 10^7; what tanh saturates has often, and stays below 1.
 _TOO_NARROW = 0.4
 
 Floats = NDArray[np.float64]
@@ -28,12 +28,24 @@ Bools = NDArray[np.bool_]
 
 
 def _spread(rows: NDArray[np.floating]) -> Floats:
-    """[R]: deviation of log2|x| of each row; infinite where a value is zero or not finite."""
+    """[R]: the deviation of log2|x| in each row; infinite if a value is zero or not finite."""
     size = np.abs(rows.astype(np.float64))
     usable = np.all(np.isfinite(size) & (size > 0), axis=1) & (rows.shape[1] >= _ENOUGH // 2)
     spreads = np.full(len(rows), np.inf)
     spreads[usable] = np.std(np.log2(size[usable]), axis=1)
     return spreads
+
+
+def _wide(rows: NDArray[np.floating]) -> Bools:
+    """[R]: whether values span more powers of two than a right row's, or are not finite; zeros, as of quantised weights, do not count."""
+    size = np.abs(rows.astype(np.float64))
+    counted = np.isfinite(size) & (size > 0)
+    logs = np.log2(np.where(counted, size, 1.0))
+    count = np.maximum(counted.sum(axis=1), 1)
+    mean = (logs * counted).sum(axis=1) / count
+    spread = np.sqrt((((logs - mean[:, None]) ** 2) * counted).sum(axis=1) / count)
+    wide: Bools = (spread > _TOO_WIDE) | ~np.isfinite(size).all(axis=1)
+    return wide if rows.shape[1] >= _ENOUGH // 2 else np.zeros(len(rows), dtype=np.bool_)
 
 
 def _plausible(rows: NDArray[np.floating]) -> Bools:
@@ -47,6 +59,7 @@ def _narrow(rows: NDArray[np.floating]) -> Bools:
     size = np.abs(rows.astype(np.float64))
     both = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
     narrow: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    narrow &= size.max(axis=1) > 1
     return narrow
 
 
@@ -55,7 +68,7 @@ def _bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
-    """What the bits of rows [R, k] really are, as a sentence's end -> bool [R]; false where they may well be what they say."""
+    """What the bits of rows [R, k] really are, as the end of a sentence -> bool [R]; false where they may well be as declared."""
     width = rows.shape[1]
     if width < _ENOUGH:
         return {}
@@ -66,11 +79,11 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
         is_f16 = np.all((half.astype(np.float32) == rows) | np.isnan(rows), axis=1)
     is_bf16: Bools = low.max(axis=1) == 0
     words = half.view(np.uint16)
-    wide = _spread(rows) > _TOO_WIDE
+    wide = _wide(rows)
     pairs = np.stack([low, high], axis=2).reshape(len(rows), -1)
     every_second = "every second value is the lower half of a float"
-    even = _where(is_bf16, lambda members: _spread(rows[members, 0::2]) > _TOO_WIDE)
-    small: Bools = np.abs(_bf16(low)).max(axis=1) < _LARGEST  # of random bits, next to none are
+    even = _where(is_bf16, lambda members: _wide(rows[members, 0::2]))
+    small: Bools = np.abs(_bf16(low)).max(axis=1) < _LARGEST  # next to no random bits are
     candidates = {
         "F16 bits read as BF16": _where(is_bf16 & wide, lambda members: _plausible(high[members].view(np.float16))),
         f"F32 bits read as BF16 ({every_second})": _where(even, lambda members: _plausible(rows[members, 1::2])),
@@ -91,7 +104,7 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
 
 
 def _where(condition: Bools, check: Callable[[Bools], Bools]) -> Bools:
-    """A condition [R] and, of the rows that meet it alone, a check that takes longer."""
+    """A condition [R] combined with a slower check, which is computed only for the rows that meet the condition."""
     chosen = condition.copy()
     if condition.any():
         chosen[condition] = check(condition)
@@ -99,7 +112,7 @@ def _where(condition: Bools, check: Callable[[Bools], Bools]) -> Bools:
 
 
 def wrong_type(subject: Subject) -> Iterator[Hit]:
-    """dtype contradicts the values."""
+    """A record's dtype contradicts its values."""
     for names, width in _batches(subject):
         candidates = confusion(np.concatenate([subject.points[name].values[:, :width] for name in names]))
         stop = 0
@@ -117,11 +130,11 @@ def wrong_type(subject: Subject) -> Iterator[Hit]:
 
 
 def _batches(subject: Subject) -> Iterator[tuple[list[str], int]]:
-    """Points whose rows have one width, some at once, and that width: many small points cost as few large ones."""
+    """Groups of points whose rows have the same width, with that width, so that many small points are as fast as few large ones."""
     waiting: dict[int, tuple[list[str], int]] = {}
     for name, rows in subject.points.items():
         if rows.quantum is not None or "kq" in kind(name):
-            continue  # rounded text has lost the bits; attention weights span any range
+            continue  # rounded text has lost the bits; attention weights may span any range
         width = int(rows.counts.min(initial=rows.values.shape[1]))
         names, filled = waiting.get(width, ([], 0))
         names.append(name)

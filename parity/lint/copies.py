@@ -1,4 +1,4 @@
-"""The same vector where two different ones belong: kept pointers, stale buffers, layers that do nothing."""
+"""The same vector where there should be two different ones: kept pointers, stale buffers, layers that do nothing."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ _ALIKE = (
 _NEVER = frozenset({"kq_soft_max"})
 # The cache is read from its first row on: at every position the leading values are those of position 0.
 _CACHED = frozenset({"k_read", "v_read"})
-# What layer 0 makes before attention mixes positions depends on the token alone.
+# Values of layer 0 before attention mixes positions depend only on the token.
 _BEFORE_ATTENTION = frozenset({"attn_norm", "q", "k", "v", "q_norm", "k_norm"})
-# Where attention and feed-forward stand side by side, so does what the first layer's feed-forward makes.
+# With attention and feed-forward in parallel, so does the result of the first layer's feed-forward.
 _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out"})
-# Operations whose result depends on the position or on other positions; of a shift, on the position before alone.
+# Operations whose result depends on the position or on other positions (a shift's only on the position before).
 _MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
 _COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
@@ -34,7 +34,7 @@ def _may_be_alike(subject: Subject, a: str, b: str) -> bool:
     first, second = parse(a), parse(b)
     layers = (subject.home(a), subject.home(b))
     if first.known is None or second.known is None:
-        # Views and copies of nodes outside the vocabulary are many, within a layer and from one to the next.
+        # Nodes outside the vocabulary have many views and copies, within a layer and from one layer to the next.
         return layers[0] is None or layers[1] is None or abs(layers[0] - layers[1]) < 2
     if layers[0] != layers[1]:
         return False
@@ -43,9 +43,11 @@ def _may_be_alike(subject: Subject, a: str, b: str) -> bool:
 
 
 def _one_cache(subject: Subject, layer: int | None) -> bool:
-    """Whether a layer's keys and values are read from the same rows, as in latent attention."""
+    """Whether a layer's keys and values may be read from the same rows, as in latent attention."""
     if layer is None:
         return False
+    if subject.model is None and subject.dataflow is None:
+        return True  # for all that is known
     read = [_behind_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
     if all(read):
         return read[0] == read[1]
@@ -53,7 +55,7 @@ def _one_cache(subject: Subject, layer: int | None) -> bool:
 
 
 def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
-    """What a value is made from, through copies in another layout."""
+    """The values that a value is made from, looking through copies in another layout."""
     origin = subject.made(name)
     reads = frozenset() if origin is None else frozenset(origin.reads)
     while len(reads) == 1 and (origin := subject.made(next(iter(reads)))) is not None and origin.op in _COPIES and origin.reads:
@@ -70,7 +72,7 @@ def _residual(name: str) -> int | None:
 
 
 def _adjacent(names: tuple[str, ...]) -> bool:
-    """Whether all of these may be one value because a single stretch of neighbouring layers adds nothing."""
+    """Whether all of these may be the same value because one stretch of neighbouring layers adds nothing."""
     places = [_residual(name) for name in names]
     if None not in places:
         known = sorted(place for place in places if place is not None)
@@ -86,14 +88,14 @@ def _span(layers: set[int | None]) -> int:
 
 
 def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
-    """Sets of points that hold one vector at a position, with those positions."""
+    """Sets of points that have the same vector at a position, with those positions."""
     seen: dict[tuple[Place, bytes], list[str]] = defaultdict(list)
     for name, places in subject.vectors.items():
         if kind(name) not in _NEVER:
             for vector in places:
                 seen[vector].append(name)
     positions_of_set: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    unlike_of: dict[tuple[str, ...], list[str]] = {}  # the same points at many positions
+    unlike_of: dict[tuple[str, ...], list[str]] = {}  # the same sets recur at many positions
     for (place, _), names in seen.items():
         if len(names) == 1:
             continue
@@ -109,24 +111,25 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
 
 
 def same_vector(subject: Subject) -> Iterator[Hit]:
-    """Points far apart that hold one vector."""
+    """Points far apart have the same vector."""
     for names, positions in _same_sets(subject).items():
         if not _adjacent(names):
             total = min(len(set(subject.points[name].token_idx.tolist())) for name in names)
             shown = " = ".join(names[:4]) + (f" = {len(names) - 4} more" if len(names) > 4 else "")
-            yield Hit(names[0], min(positions), f"{shown} {where(positions, total)}")
+            yield Hit(names[0], min(positions), f"{shown} {where(positions, total)}", points=names)
 
 
 def idle_layer(subject: Subject) -> Iterator[Hit]:
-    """Neighbours in the chain of layers that hold one vector."""
+    """Neighbours in the chain of layers have the same vector."""
     for names, positions in _same_sets(subject).items():
         if _adjacent(names):
             total = min(len(set(subject.points[name].token_idx.tolist())) for name in names)
-            yield Hit(names[1], min(positions), f"{names[1]} = {names[0]} {where(positions, total)}: nothing was added")
+            evidence = f"{names[1]} = {names[0]} {where(positions, total)}: nothing was added"
+            yield Hit(names[1], min(positions), evidence, points=names)
 
 
 def stale_position(subject: Subject) -> Iterator[Hit]:
-    """One point that holds the same vector at several positions whose inputs differ."""
+    """A point has the same vector at several positions whose inputs differ."""
     known = _of_their_token(subject)
     for name, rows in subject.points.items():
         point = parse(name)
@@ -142,7 +145,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
             for before, after in pairwise(ordered):
                 same = subject.same_input(before, after)
                 excused = same is not False if free else after < subject.uniform_until
-                if not excused and same and before > 0:  # a window of attention that holds the same tokens gives the same
+                if not excused and same and before > 0:  # an attention window with the same tokens gives the same value
                     excused = subject.same_input(before - 1, after - 1) is True
                 if shifted and not excused:
                     excused = before > 0 and subject.same_input(before - 1, after - 1) is not False
@@ -154,12 +157,12 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
 
 
 def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
-    """Of each point whose making is known: whether its value depends on nothing but the position's own token, and whether it may be
-    the one before that it shows.
+    """For each point whose origin is known: whether its value depends only on the position's own token, and whether it may
+    show the previous token's.
     """
     header = subject.dump.header
-    # The leading values of parts side by side are those of the first part. Of a head that is rotated in part they may be those that
-    # stay, which only llama.cpp's own dump is believed to show.
+    # The leading values of parts side by side are those of the first part. In a partly rotated head they may be the unrotated ones,
+    # but only llama.cpp's own dump is trusted to show that.
     parts = _SHIFTS | ({"ROPE"} if header is not None and header.source == "llama.cpp" else set())
     mixed: dict[str, bool] = {}
     mixed_before_cache: dict[str, bool] = {}
@@ -174,7 +177,7 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
         shifts[name] = shifted or how.op in _SHIFTS
         if how.op in parts and any(seen[part][0] if part in seen else _without_attention(part) for part in how.reads):
             seen[name] = True, True
-        elif kind(name) == "kq":  # scores of one token's queries with the same keys are the same, where nothing is rotated
+        elif kind(name) == "kq":  # without rotation, the scores of one token's queries with the same keys are equal
             seen[name] = not above, not above and shifted
         else:
             seen[name] = not mixed[name], not mixed[name] and shifts[name]
@@ -182,7 +185,7 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
 
 
 def _without_attention(name: str) -> bool:
-    """Whether a point stands before the first attention, by its name; a node outside the vocabulary may."""
+    """Whether a point comes before the first attention, by its name; a node outside the vocabulary may."""
     point = parse(name)
     kinds = _BEFORE_ATTENTION | _BESIDE_ATTENTION
     return name == EMBD or (point.layer == 0 and (point.kind in kinds or point.known is None))

@@ -6,11 +6,11 @@ from checkpoints.record import Token
 
 from .rule import Hit, Subject
 
-# A small model led greedily repeats a phrase now and then; what is reported is past these bounds.
+# A small model that generates greedily repeats a phrase now and then; only repetition beyond these bounds is reported.
 SAME_TOKEN = 8  # the same id this often in a row
 REPEATS = 4  # a cycle of two or more ids, this often in a row …
 CYCLE_TOKENS = 24  # … and over at least as many tokens
-_LONGEST = 64  # ids of a cycle that are looked for
+_LONGEST = 64  # longest cycle that is looked for, in ids
 
 
 def repetition(subject: Subject) -> Iterator[Hit]:
@@ -28,7 +28,7 @@ def repetition(subject: Subject) -> Iterator[Hit]:
 
 
 def _generated(subject: Subject) -> Iterator[list[Token]]:
-    """The generated tokens of each sequence, in order: token records, and ids of the header that decode steps stand at.
+    """The generated tokens of each sequence, in order: token records, and the header's ids at positions of decode steps.
 
     An engine that was stopped and dumped lists all its tokens in the header; the prompt is the user's and may repeat itself.
     """

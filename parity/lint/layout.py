@@ -24,7 +24,7 @@ def value_count(subject: Subject) -> Iterator[Hit]:
     counts, often = np.unique(np.concatenate([rows.counts for rows in subject.points.values()]), return_counts=True)
     if not len(counts):
         return
-    # Without a header the slice is what most records have.
+    # Without a header the slice is as long as in most records.
     usual = header.slice if header is not None else int(counts[often.argmax()])
     for name, rows in subject.points.items():
         fewer = np.flatnonzero((rows.counts < usual) & ~rows.full()).tolist()
@@ -37,14 +37,14 @@ def value_count(subject: Subject) -> Iterator[Hit]:
 
 
 def _wanted(model: ModelFacts, name: str) -> dict[str, set[int]]:
-    """What each letter of the vocabulary may be in a point's layer: by the layer's own tensors where it has them."""
+    """The sizes that each letter of the vocabulary may have in a point's layer, by the layer's own tensors if it has them."""
     hp, point = model.hp, parse(name)
     size = hp.value_size if point.kind in ("v", "v_read", "kqv_out") else hp.head_size
     wanted = {"D": {hp.n_embd}, "V": {hp.n_vocab}, "F": {hp.n_ff}, "H": {hp.n_heads}}
     wanted |= {"H*d": {hp.n_heads * size}, "K*d": {hp.n_kv_heads * size}}
     if model.alike or point.layer is None:
         return wanted
-    # Heads and widths of layers that are not all alike: only what a matrix of this layer says is certain.
+    # If layers differ in heads and widths, only the matrices of this layer are certain.
     rows = {
         kind: model.rows(f"blk.{point.layer}.{kind}.weight") for kind in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
     }
@@ -57,13 +57,13 @@ def _wanted(model: ModelFacts, name: str) -> dict[str, set[int]]:
         "V": {hp.n_vocab},
         "F": forward if rows["ffn_up"] else set(),
         "H": set(),
-        "H*d": {known, known // 2} if known else set(),  # a gate of attention may lie in the queries' product
+        "H*d": {known, known // 2} if known else set(),  # a gate of attention may be part of the queries' product
         "K*d": {known} if known else set(),
     }
 
 
 def shape(subject: Subject) -> Iterator[Hit]:
-    """A row's shape that the model, or the dump's other points, contradict."""
+    """A row's shape contradicts the model, or the dump's other points."""
     if subject.model is None:
         yield from _shapes_disagree(subject)
         return
@@ -97,7 +97,7 @@ def shape(subject: Subject) -> Iterator[Hit]:
 
 
 def _streams(subject: Subject, name: str) -> bool:
-    """Whether a value is several streams of the width side by side: joined so, or kept beside each other by an AltUp projection."""
+    """Whether a value consists of several streams side by side: joined, or made by an AltUp projection."""
     if parse(name).kind != "l_out":
         return False
     origin = subject.made(name)
@@ -106,7 +106,7 @@ def _streams(subject: Subject, name: str) -> bool:
 
 
 def _later_start(shape: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:
-    """A sequence that begins later than position 0 has fewer cached rows than its positions count."""
+    """Whether the shape is that of a sequence that begins after position 0: it has fewer cached rows than positions."""
     first = int(rows.token_idx.min())
     return first > 0 and len(shape) == len(wanted) and prod(shape) <= prod(wanted)
 
@@ -122,7 +122,7 @@ def _by_shape(rows: Rows) -> dict[tuple[int, ...], list[int]]:
 
 
 def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
-    """Points whose rows have the same letter in the vocabulary have the same length."""
+    """Points with the same letter in the vocabulary have rows of different lengths."""
     by_letter: dict[tuple[int | None, tuple[str, ...]], dict[int, str]] = defaultdict(dict)
     for name, rows in subject.points.items():
         known = parse(name).known
@@ -139,13 +139,13 @@ def _shapes_disagree(subject: Subject) -> Iterator[Hit]:
 
 
 def positions(subject: Subject) -> Iterator[Hit]:
-    """Positions that a point lacks and others have, or that stand twice, or out of order."""
+    """Positions that a point lacks though others have them, that occur twice, or that are out of order."""
     every: Counter[int] = Counter()
     inner = {name: rows for name, rows in subject.points.items() if name not in (OUTPUT_NORM, LOGITS) and parse(name).known}
     for rows in inner.values():
         every.update(set(rows.token_idx.tolist()))
     last_layer = max((parse(name).layer or 0 for name in inner), default=0)
-    # A position counts if most points have it: one point with positions of its own is not what all others lack.
+    # A position counts if most points have it: the others do not lack the positions of a single point.
     common = {position for position, points in every.items() if points * 2 > len(inner)}
     for name, rows in inner.items():
         lacking = tuple(sorted(common - set(rows.token_idx.tolist())))
@@ -157,7 +157,7 @@ def positions(subject: Subject) -> Iterator[Hit]:
 
 
 def doubled(subject: Subject) -> Iterator[Hit]:
-    """Two records of one position and pass with different values; said once for all points where it is alike."""
+    """Two records of one position and pass with different values; points in which it is the same are reported together."""
     alike: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, rows in subject.points.items():
         if (np.diff(rows.token_idx) > 0).all() or len(set(rows.token_idx.tolist())) == len(rows):
@@ -189,7 +189,7 @@ def order(subject: Subject) -> Iterator[Hit]:
 
 
 def truncated(subject: Subject) -> Iterator[Hit]:
-    """A file without its end, or with fewer records than its end counts."""
+    """A file without an end record, or with fewer records than its end record counts."""
     dump = subject.dump
     if dump.torn:
         yield Hit(None, None, "the last line is cut short")

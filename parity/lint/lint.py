@@ -16,12 +16,12 @@ from .rule import Rule, Subject
 from .table import RULES
 
 _GRAVITY = {ERROR: 0, SUSPICION: 1, WARNING: 2}
-# Findings of one rule that are listed one by one; a fault in every layer would fill the screen.
+# Most findings of one rule that are listed one by one; a fault in every layer would fill the screen.
 _SHOWN = 5
 
 
 def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow | None = None) -> LintReport:
-    """Look at one dump; with a model file also at what only that can tell. `dataflow` is another dump's of the same model.
+    """Check one dump, with a model file also by the rules that need it. `dataflow` is that of another dump of the same model.
 
     Raises:
         ModelError: the model file cannot be read as one. InputError: the dump's header names another one.
@@ -37,11 +37,11 @@ def lint(dump: Dump, model: Path | ModelFacts | None = None, dataflow: Dataflow 
 
 
 def _findings(subject: Subject, rules: Iterable[Rule]) -> list[Finding]:
-    """What these rules find, the grave findings first."""
+    """The findings of these rules, the severe ones first."""
     findings: list[Finding] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # garbage is what lint is for
         for rule in rules:
-            hits = list(rule.check(subject))
+            hits = rule.hits(subject)
             for number, hit in enumerate(hits):
                 if number == _SHOWN and len(hits) > _SHOWN + 1:
                     points = sorted({other.checkpoint or "" for other in hits[number:]})
@@ -59,9 +59,9 @@ def _findings(subject: Subject, rules: Iterable[Rule]) -> list[Finding]:
 
 
 def refuse_unusable(dump: Dump, side: str) -> None:
-    """Raises DumpError where lint calls a side of a comparison unusable; the message says which and why.
+    """Raise DumpError if lint calls a side of a comparison unusable; the message says which side and why.
 
-    Only the rules that can say so are asked: the others take five times as long, and a comparison says nothing of what they find.
+    Only the rules that can say so are run: the others take five times as long, and a comparison does not report their findings.
     """
     grave = (rule for rule in RULES if rule.severity == ERROR)
     errors = [finding for finding in _findings(Subject(dump), grave) if finding.severity == ERROR]

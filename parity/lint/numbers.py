@@ -12,22 +12,22 @@ from reports.numbers import count, ranges
 
 from .rule import Hit, Subject, by_point, kind, leading, positions_of
 
-# The largest activations met in published models are some 1e4 ("massive activations", Sun et al. 2024), scores before the
-# scale some 1e5; an fp16 engine overflows at 65504. Five orders above that nothing is computed any more.
+# The largest activations seen in published models are some 1e4 ("massive activations", Sun et al. 2024), scores before the
+# scale some 1e5; an fp16 engine overflows at 65504. Five orders of magnitude above that, nothing is a computed value.
 _HUGE = 1e10
-# Between the values of a right row lie some orders of magnitude; garbage from foreign memory spans dozens.
+# The values of a right row span some orders of magnitude; garbage from foreign memory spans dozens.
 _SPREAD = 1e10
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # Residual stream, projections and logits are sums of many products: an exact zero among them is next to impossible.
 # (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
 _DENSE = frozenset({"l_out", "ffn_inp", "attn_out", "q", "k", "v", "q_rope", "k_rope", LOGITS})
 _ENOUGH = 8  # values that a row must have before its pattern means anything
-# A sequence's first position has zeros before it; activations between the points of the vocabulary may be zero in all that is shown.
+# A sequence's first position has zeros before it; activations between the vocabulary's points may be zero in all recorded values.
 _PADDED = frozenset({"CONCAT", "PAD", "FILL"})
 # Distance from the row's median, in robust standard deviations (1.4826 · MAD), that no logit of a right model reaches: measured, at
 # most 9.2 on the embedded model (four random prompts of 256 tokens, 300 of its own) and 4.7 on six synthetic ones, where ids
-# have seen use. Ids that never occur lie within 0.3 of each other and 80 such deviations below a likely one: a distance has to be
-# beyond what a softmax in float32 can tell from 0 as well, e^-104, and no model has use for that.
+# occur in training. Ids that never occur are within 0.3 of each other and 80 such deviations below a likely one: the distance must
+# also be beyond what a softmax in float32 distinguishes from 0, e^-104, which no model needs.
 _OUTLIER = 60.0
 _FAR = 104.0
 
@@ -40,9 +40,11 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         odd = ~np.isfinite(rows.values) & inside
         origin = subject.made(name)
         if "kq" in kind(name) or "mask" in kind(name):
-            odd &= ~np.isneginf(rows.values)  # a mask's −∞ is meant
+            odd &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
-        if origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside)):  # what is not to be chosen is −∞
+        # What must not be chosen is −∞; a point of which nothing is known may be a mask, or made of one.
+        unknown = origin is None and parse(name).known is None
+        if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside))):
             odd &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
         bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
@@ -59,18 +61,18 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
 
 
 def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_]) -> bool:
-    """Whether every row ends in −∞ and has no other value that is no number: scores to which a mask was added."""
+    """Whether every row ends in −∞ and has no other non-finite value: scores to which a mask was added."""
     hidden = np.isneginf(rows.values) & inside
     ends = np.maximum.accumulate(hidden, axis=1) & inside
     return bool((hidden == ends).all() and (np.isfinite(rows.values) | hidden | ~inside).all() and hidden.any())
 
 
 def impossible_size(subject: Subject) -> Iterator[Hit]:
-    """1e18 next to 0.0 next to 3.04: memory that holds something else."""
+    """1e18 next to 0.0 next to 3.04: memory that contains something else."""
     for name, rows in subject.points.items():
         stated = [np.abs(rows.stats[stat]) for stat in ("max", "min") if stat in rows.stats]
         size = np.abs(rows.values)
-        if all(sizes.max(initial=0.0) <= _HUGE for sizes in (size, *stated)):  # and none of them is NaN
+        if all(sizes.max(initial=0.0) <= _HUGE for sizes in (size, *stated)):  # which also means that none is NaN
             continue
         largest = np.where(np.isfinite(size), size, 0.0).max(axis=1, initial=0.0).astype(np.float64)
         for sizes in stated:
@@ -81,7 +83,7 @@ def impossible_size(subject: Subject) -> Iterator[Hit]:
         first = min(bad, key=lambda r: int(rows.token_idx[r]))
         row = leading(rows, first)
         nonzero = np.abs(row[np.isfinite(row) & (row != 0)])
-        # A row that is huge as a whole is an engine that overflows, which a comparison can name.
+        # A row of only huge values is from an engine that overflows, which a comparison can name.
         scattered = len(nonzero) == 0 or float(np.min(nonzero)) < largest[first] / _SPREAD
         shown = ", ".join(f"{x:.3g}" for x in _telling_values(row)) or f"{largest[first]:.3g}"
         evidence = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}"
@@ -89,7 +91,7 @@ def impossible_size(subject: Subject) -> Iterator[Hit]:
 
 
 def _telling_values(row: NDArray[np.float32]) -> list[float]:
-    """The largest, a zero and a middling value: what shows best that they do not belong together."""
+    """The largest value, a zero and a middle one, which show best that they do not belong together."""
     finite = row[np.isfinite(row)]
     if not len(finite):
         return []
@@ -104,7 +106,7 @@ def _telling_values(row: NDArray[np.float32]) -> list[float]:
 
 
 def exact_zeros(subject: Subject) -> Iterator[Hit]:
-    """Exact zeros among plausible values, where a sum of many products stands."""
+    """Exact zeros among plausible values of a sum of many products."""
     rows_of: dict[str, list[int]] = {}
     for name, rows in subject.points.items():
         if kind(name) not in _DENSE or rows.values.shape[1] < _ENOUGH:
@@ -113,7 +115,7 @@ def exact_zeros(subject: Subject) -> Iterator[Hit]:
         zero = (rows.values == 0) & inside
         some = (zero.sum(axis=1) >= 3) & (zero.sum(axis=1) * 5 >= rows.counts) & (zero.sum(axis=1) < rows.counts)
         if rows.quantum is not None and some.any():
-            # Printed with few decimals, a small value is a zero too.
+            # Printed with few decimals, a small value becomes a zero, too.
             typical = np.nanmedian(np.where(zero | ~inside, np.nan, np.abs(rows.values))[some], axis=1)
             some[some] = typical > 1000 * rows.quantum[some].max(axis=1)
         if some.any():
@@ -131,7 +133,7 @@ def exact_zeros(subject: Subject) -> Iterator[Hit]:
 
 
 def garbage_logits(subject: Subject) -> Iterator[Hit]:
-    """Single logits far outside the row they stand in."""
+    """Single logits far outside the range of their row."""
     rows = subject.points.get(LOGITS)
     if rows is None:
         return
@@ -167,14 +169,14 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
             continue
         origin = subject.made(name)
         even = _even_steps(rows)
-        if origin is not None and (origin.op in _PADDED or parse(name).known is None):
+        if parse(name).known is None or (origin is not None and origin.op in _PADDED):
             even &= rows.values[:, 0] != 0
         if even.any():
             bad = even.nonzero()[0].tolist()
             row = leading(rows, bad[0])
             if row[0] == row[-1]:
                 if row[0] == 0 and rows.quantum is not None:
-                    continue  # printed with too few decimals, perhaps: nothing is known
+                    continue  # it may be printed with too few decimals to tell
                 evidence, severity = f"{row[0]:.4g} everywhere", WARNING if row[0] == 0 else None
             else:
                 evidence, severity = f"even steps: {', '.join(f'{x:.4g}' for x in row[:4])}, …", None
@@ -182,15 +184,15 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
 
 
 def _even_steps(rows: Rows) -> NDArray[np.bool_]:
-    """bool [R]: all steps from one value to the next are the same (zero included)."""
+    """bool [R]: whether all steps from one value to the next are equal (zero included)."""
     inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
     values = np.where(inside, rows.values, np.nan).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         steps = np.diff(values, axis=1)
-        # The last digits of a ramp that was rounded: two float32 roundings of the largest value.
+        # The last digits of a rounded ramp: two float32 roundings of the largest value.
         room = 2 * np.finfo(np.float32).eps * np.nanmax(np.abs(values), axis=1, initial=0.0)
         same = np.abs(steps - steps[:, :1]) <= room[:, None]
-        # A slope that the rounding swallows is none.
+        # A slope smaller than the rounding does not count.
         visible = (np.abs(steps[:, 0]) > 100 * room) | np.all((steps == 0) | ~inside[:, 1:], axis=1)
     even: NDArray[np.bool_] = np.all(same | ~inside[:, 1:], axis=1) & (rows.counts >= _ENOUGH) & visible
     return even

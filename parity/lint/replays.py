@@ -1,4 +1,4 @@
-"""What a capture leaves that is no part of the CUDA graph that an engine replays: the same values in every decode step."""
+"""Captures that are not part of the CUDA graph that an engine replays: the same values in every decode step."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,11 +10,11 @@ from checkpoints.points import of_scores, parse
 
 from .rule import Hit, Subject, telling
 
-_LEAST = 3  # decode steps, and layers, that are the same before it is said
+_LEAST = 3  # equal decode steps, and equal layers, from which on it is reported
 
 
 def graph_replay(subject: Subject) -> Iterator[Hit]:
-    """Decode steps that hold the same values at every point; layers that do in every decode step, but not in the prefill."""
+    """Decode steps have the same values at every point, or layers have one output in every decode step but not in the prefill."""
     decoded = {name: rows.decode & (rows.seq == 0) & telling(rows) for name, rows in subject.points.items() if _judged(name)}
     decoded = {name: members for name, members in decoded.items() if members.sum() >= _LEAST}
     if len(decoded) < 2:
@@ -22,7 +22,7 @@ def graph_replay(subject: Subject) -> Iterator[Hit]:
     first = next(iter(decoded))
     positions = sorted({int(t) for t in subject.points[first].token_idx[decoded[first]]})
     if all(subject.same_input(a, b) is True for a, b in pairwise(positions)):
-        return  # the same token again and again: embeddings and what is made of them alone are the same by right
+        return  # one repeated token: embeddings, and what is made from them alone, are rightly the same
     if all(_alike(subject.points[name].values[members]) for name, members in decoded.items()):
         steps = f"all {len(positions)} decode steps from position {positions[0]} on"
         yield Hit(first, positions[0], f"{steps} hold the same values at all {len(decoded)} points")
@@ -34,7 +34,7 @@ def graph_replay(subject: Subject) -> Iterator[Hit]:
 
 
 def _judged(name: str) -> bool:
-    """Scores grow with the positions, and saturated weights may be the same in any two steps."""
+    """Whether a point is judged; scores grow with the positions, and saturated weights may be equal in any two steps."""
     return not of_scores(name) and parse(name).kind not in ("k_read", "v_read")
 
 

@@ -1,4 +1,4 @@
-"""What a rule is, and what it is given to look at."""
+"""The definition of a rule, and of the subject that it checks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,35 +18,44 @@ from .model_facts import ModelFacts
 
 @dataclass(frozen=True)
 class Hit:
-    """One finding before the table adds what it knows of the rule. `severity` replaces the rule's own."""
+    """One finding before the table adds its texts. `severity` replaces the rule's own; `points` are all that it is about."""
 
     checkpoint: str | None
     token_idx: int | None
     evidence: str
     severity: str | None = None
+    points: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that can be wrong with a dump; `check` yields where it is so."""
+    """One thing that can be wrong with a dump; `check` yields where it is wrong.
+
+    `of_weights`: flat weights of the model (`ModelFacts.has_flat_weights`) give a right engine such values, too.
+    """
 
     name: str
     severity: str
     check: Callable[["Subject"], Iterator[Hit]]
     cause: str
     advice: str
+    of_weights: bool = False
+
+    def hits(self, subject: "Subject") -> list[Hit]:
+        """What it finds and the model's own weights do not explain."""
+        return [hit for hit in self.check(subject) if not (self.of_weights and subject.by_weights(hit))]
 
 
 Place = tuple[int, int, int]  # seq, token_idx, step
 
-# A vector is told from another by its values only if it has this many, this many of them different: two of the few numbers
-# of a constant or nearly empty row agree by chance.
+# A vector identifies itself by its values only if it has this many, so many of them different: the few numbers
+# of a constant or nearly empty row may agree by chance.
 TELLING = 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A dump as rules look at it; `model` is known with `--model`, `given` is the dataflow of another dump of the model."""
+    """A dump as rules see it; `model` is known with `--model`, `given` is the dataflow of another dump of the model."""
 
     dump: Dump
     model: ModelFacts | None = None
@@ -54,12 +63,12 @@ class Subject:
 
     @cached_property
     def dataflow(self) -> Dataflow | None:
-        """What each point is made from, where this dump or another one says it."""
+        """What each point is made from, if this dump or another one states it."""
         return self.given if self.given is not None else self._own[0]
 
     @property
     def refused_dataflow(self) -> str:
-        """Why the dataflow in the dump's header cannot be used; empty where it can, or where there is none."""
+        """Why the dataflow in the dump's header cannot be used; empty if it can, or if there is none."""
         return self._own[1]
 
     @cached_property
@@ -74,7 +83,7 @@ class Subject:
             return None, str(error)
 
     def made(self, name: str) -> Made | None:
-        """How a point is made, None where nothing says it."""
+        """How a point is made, None if it is not known."""
         return None if self.dataflow is None else self.dataflow.made.get(name)
 
     def home(self, name: str) -> int | None:
@@ -91,9 +100,9 @@ class Subject:
 
     @cached_property
     def vectors(self) -> dict[str, list[tuple[Place, bytes]]]:
-        """For each point, where each record stands whose values occur in another one, too, and these as bytes.
+        """For each point, the places of the records whose values also occur in another record, with the values as bytes.
 
-        Only of records that can be told from others by their values.
+        Only records with distinctive values are included.
         """
         usable = {name: telling(rows).nonzero()[0] for name, rows in self.points.items()}
         hashes = [_hashes(rows)[usable[name]] for name, rows in self.points.items()]
@@ -110,9 +119,16 @@ class Subject:
             ]
         return vectors
 
+    def by_weights(self, hit: Hit) -> bool:
+        """Whether the layers that a finding is about have flat weights, as far as the model is known."""
+        if self.model is None:
+            return False
+        layers = {parse(name).layer for name in hit.points or (hit.checkpoint or "",)}
+        return any(map(self.model.has_flat_weights, {None, *layers}))
+
     @cached_property
     def layers(self) -> int | None:
-        """How many layers the model has, as far as anything says it."""
+        """How many layers the model has; None if nothing states it."""
         if self.model is not None:
             return self.model.layers
         return self.dump.header.model.layers if self.dump.header is not None else None
@@ -121,12 +137,12 @@ class Subject:
     def ids(self) -> dict[int, int]:
         """Position -> token id of sequence 0, from the header's tokens and the generated ones.
 
-        The header's tokens are laid on positions only where that is beyond doubt: from 0, or from the first recorded
-        position where the dump begins later (`--first-position`) and holds exactly as many prefill positions as tokens.
+        The header's tokens are assigned to positions only if that is beyond doubt: from 0 on, or from the first recorded
+        position if the dump begins later (`--first-position`) and has exactly as many prefill positions as tokens.
         """
         known = {token.token_idx: token.id for token in self.dump.tokens if token.seq == 0}
         header = self.dump.header
-        # An encoder's input is the prompt; the positions of its decoder are others.
+        # An encoder's input is the prompt; its decoder has other positions.
         if header is None or not header.tokens or any(name.startswith(ENCODER) for name in self.points):
             return known
         recorded = [rows.token_idx[(rows.seq == 0) & ~rows.decode] for rows in self.points.values()]
@@ -139,7 +155,7 @@ class Subject:
         return {first + i: token for i, token in enumerate(header.tokens)} | known
 
     def same_input(self, a: int, b: int) -> bool | None:
-        """Whether the tokens at two positions are the same; None where neither ids nor embeddings tell."""
+        """Whether the tokens at two positions are the same; None if neither ids nor embeddings show it."""
         if a in self.ids and b in self.ids:
             return self.ids[a] == self.ids[b]
         rows = self._embeddings
@@ -147,7 +163,7 @@ class Subject:
 
     @cached_property
     def _embeddings(self) -> dict[int, bytes]:
-        """The recorded embedding of each position, as bytes; empty where there is none."""
+        """The recorded embedding of each position, as bytes; empty if none was recorded."""
         embd = self.points.get(EMBD)
         if embd is None:
             return {}
@@ -164,7 +180,7 @@ class Subject:
 
 
 def _hashes(rows: Rows) -> NDArray[np.uint64]:
-    """uint64 [R]: the same of two records with the same values, nearly always another of others."""
+    """uint64 [R]: a hash of each record's values: equal for equal values, nearly always different otherwise."""
     width = rows.values.shape[1]
     bits = np.ascontiguousarray(rows.values).view(np.uint32).astype(np.uint64)
     inside = np.arange(width)[None, :] < rows.counts[:, None]
@@ -188,8 +204,10 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
-    """bool [R]: records with enough different finite values to be told from others."""
-    ids = rows.dtype.startswith("i") or kind(rows.point).endswith(("moe_topk", "moe_argsort"))  # few, and often the same
+    """bool [R]: records with enough different finite values to be distinguished from others."""
+    ids = rows.dtype.startswith("i") or kind(rows.point).endswith(
+        ("moe_topk", "moe_argsort")
+    )  # they are few, and often the same
     if not len(rows) or rows.values.shape[1] < TELLING or ids:
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
@@ -213,14 +231,14 @@ def kind(name: str) -> str:
 
 
 def by_point(rows_of: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
-    """One hit for a point, however many of its records are concerned."""
+    """One hit for each point, however many of its records are affected."""
     for name, rows in rows_of.items():
         first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
         yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
 
 
 def positions_of(rows: Rows, members: Sequence[int]) -> str:
-    """Where records stand: "at position 3", "at 7 positions"."""
+    """The positions of records as text: "at position 3", "at 7 positions"."""
     listed = sorted({int(rows.token_idx[r]) for r in members})
     if len(listed) == len(set(rows.token_idx.tolist())) > 1:
         return f"at all {len(listed)} positions"

@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
         "same-vector", SUSPICION, copies.same_vector,
         "a pointer kept instead of a copy, and two buffers that are swapped in each layer",
         "copy when the value is computed (`parity emit c` shows how)",
+        of_weights=True,
     ),
     Rule(
         "captured-late", SUSPICION, against_model.late_capture,
@@ -25,11 +26,13 @@ RULES: tuple[Rule, ...] = (
         "stale-position", SUSPICION, copies.stale_position,
         "the buffer was read before the new position was computed, or the capture ran only once",
         "capture in the stream that computes the value, in every pass",
+        of_weights=True,
     ),
     Rule(
         "idle-layer", SUSPICION, copies.idle_layer,
         "the layer's output is zero, was never added, or both captures read one buffer",
         "dump ffn_inp and ffn_out of that layer as well",
+        of_weights=True,
     ),
     Rule(
         "impossible-size", ERROR, numbers.impossible_size,
@@ -45,6 +48,7 @@ RULES: tuple[Rule, ...] = (
         "exact-zeros", WARNING, numbers.exact_zeros,
         "a buffer that was partly written, or read during writing",
         "wait for the kernel before the copy, and check the number of elements it writes",
+        of_weights=True,
     ),
     Rule(
         "garbage-logits", WARNING, numbers.garbage_logits,
@@ -55,6 +59,7 @@ RULES: tuple[Rule, ...] = (
         "flat-row", SUSPICION, numbers.flat_row,
         "a buffer that was only initialised",
         "check that the capture comes after the kernel and reads its output",
+        of_weights=True,
     ),
     Rule(
         "denormals", SUSPICION, numbers.denormals,
@@ -105,6 +110,7 @@ RULES: tuple[Rule, ...] = (
         "attention-rows", WARNING, agreement.attention_rows,
         "scores that were never written, a softmax over a padded row, or weights before the softmax",
         "dump kq of that layer as well",
+        of_weights=True,
     ),
     Rule(
         "embedding-row", WARNING, against_model.embedding_row,

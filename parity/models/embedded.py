@@ -1,6 +1,5 @@
 """The embedded default model."""
 
-from importlib.resources import files
 from pathlib import Path
 
 NAME = "stories-14m-q8_0.gguf"
@@ -8,4 +7,4 @@ NAME = "stories-14m-q8_0.gguf"
 
 def path() -> Path:
     """The stories model that ships inside the package; MODEL_CARD.md beside it says what it is."""
-    return Path(str(files("parity") / "models" / NAME))
+    return Path(__file__).with_name(NAME)

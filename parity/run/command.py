@@ -23,16 +23,16 @@ from checkpoints.whole_file import is_special, unwritable
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
 SEQUENCES, STATE, UBATCH, PORT = "{sequences}", "{state}", "{ubatch}", "{port}"
-DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but a night in CI is nobody's intention
+DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long prompt, but should not block CI for a night
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
-_LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
-_WATCH = 0.05  # seconds between two looks at the clock and at the dump
-_GRACE = 1.0  # seconds that what is left in stderr's pipe may take once the engine has ended
+LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
+_WATCH = 0.05  # seconds between two checks of the clock and of the dump
+_GRACE = 1.0  # seconds that reading the rest of stderr's pipe may take once the engine has ended
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _NOT_EXECUTABLE, _NOT_THERE = 126, 127  # exit codes of env and of shells (POSIX) for a program that cannot be run, or found
-# 128 + number is how a shell passes on that its program was ended by a signal: ILL, TRAP, ABRT, BUS, FPE, KILL, SEGV, TERM.
+# A shell reports a program that was ended by a signal as 128 + its number: ILL, TRAP, ABRT, BUS, FPE, KILL, SEGV, TERM.
 _ENDED_BY_SIGNAL = frozenset(128 + number for number in (4, 5, 6, 7, 8, 9, 11, 15))
-# What runtimes print where a program ended because of an error of its own, not because it refused its input.
+# What runtimes print when a program ends because of an error of its own, not because it refuses its input.
 _UNHANDLED = ("Traceback (most recent call last)", "panicked at", "terminate called", "Segmentation fault", "AddressSanitizer")
 
 
@@ -48,19 +48,20 @@ class EngineError(InputError):
 class Command:
     """A foreign engine as `--exec` or `--exec-shell` describes it.
 
-    `line` knows {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points}, {portions},
-    {ubatch} and {state}. Without `shell` it is split as a shell would,
-    and started without one: no quoting of paths is needed; leading NAME=value words are set in its environment.
-    `timeout` is in seconds; `variables` are set in its environment as well.
+    `line` may contain {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points},
+    {portions}, {ubatch} and {state}. Without `shell` it is split as a shell would, but started without one, so that paths need no
+    quotes; leading NAME=value words are set in its environment. `timeout` is in seconds; `variables` are set in its environment, too.
+    `largest_dump`: bytes of a dump after which the engine is stopped.
 
     Raises:
-        InputError: it is empty, its quotes don't match, or the time limit is not a positive number.
+        InputError: the line is empty, its quotes don't match, or the time limit is not a positive number.
     """
 
     line: str
     shell: bool = False
     timeout: float = DEFAULT_TIMEOUT
     variables: tuple[tuple[str, str], ...] = ()
+    largest_dump: int = LARGEST_DUMP
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -73,7 +74,7 @@ class Command:
 
     @property
     def option(self) -> str:
-        """The option that gives it."""
+        """The option with which it was given."""
         return "--exec-shell" if self.shell else "--exec"
 
     def _split(self) -> tuple[dict[str, str], list[str]]:
@@ -100,14 +101,14 @@ class Command:
 
     @property
     def ways(self) -> frozenset[str]:
-        """The placeholders in it that say how a prompt is to be computed."""
+        """The placeholders in the line that say how a prompt is to be computed."""
         return frozenset(filter(self.takes, (PORTIONS, UBATCH, SEQUENCES, STATE)))
 
     def check(self) -> None:
-        """Look for the program before anything is computed for it. A shell's line, and what a placeholder names, are seen when it runs.
+        """Look for the program before anything is computed for it; a shell line, or a program in a placeholder, is only seen in the run.
 
         Raises:
-            EngineError: there is no such program, or it may not be executed.
+            EngineError: there is no such program, or it is not executable.
         """
         environment, program = self._split()
         if self.shell or "{" in program[0]:
@@ -135,10 +136,10 @@ class Command:
         """Start the engine and wait until it has written `out`; without {out} in the line its stdout is the dump.
 
         Args:
-            portions: the number of tokens of each forward pass; all in one (of the longest prompt of several), if empty.
-            sequences: prompts that are computed together; `tokens` alone, if empty.
-            ubatch: the most tokens that are to be computed at once; as many as there are, if None.
-            state: the file from which the engine goes on if it is there, and in which it leaves its state; none, if None.
+            portions: the number of tokens of each forward pass; if empty, one pass takes all (of the longest of several prompts).
+            sequences: prompts that are computed together; if empty, `tokens` alone.
+            ubatch: the most tokens that are to be computed at once; None for all.
+            state: the file from which the engine continues if it exists, and in which it leaves its state; None for none.
 
         Raises:
             EngineError: the program does not exist, failed, took too long, wrote too much, or left no dump.
@@ -170,7 +171,7 @@ class Command:
         except BaseException:
             end(process)
             raise
-        end(process)  # what it started and left behind, too: there are as many of these as there are runs
+        end(process)  # with the processes that it left behind, or every run would add some
         if stopped is not None:
             raise stopped
         if process.returncode:
@@ -192,7 +193,7 @@ class Command:
         """Start it; its stderr is a pipe, for a `Tail`.
 
         Raises:
-            EngineError: there is no such program, or it may not be executed.
+            EngineError: there is no such program, or it is not executable.
         """
         try:
             return subprocess.Popen(
@@ -214,7 +215,7 @@ class Command:
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
         """Wait until the engine ends; returns the error for which it had to be stopped, if any."""
         deadline = monotonic() + self.timeout
-        largest = min(_LARGEST_DUMP, shutil.disk_usage(out.parent).free // 2)
+        largest = min(self.largest_dump, shutil.disk_usage(out.parent).free // 2)
         pause = 0.002
         while True:
             with suppress(subprocess.TimeoutExpired):
@@ -242,7 +243,7 @@ class Command:
         return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def failed(self, status: int, stderr: str) -> EngineError:
-        """What an exit code other than 0, and the end of stderr, say."""
+        """The error for an exit code other than 0, with the end of stderr."""
         lines = [line for line in stderr.splitlines() if line.strip()]
         last_line = printable(lines[-1].strip()) if lines else "it printed nothing on stderr"
         if status in (_NOT_EXECUTABLE, _NOT_THERE):
@@ -279,7 +280,7 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _remove(out: Path) -> None:
-    """Remove what an earlier run left there, so that it is not taken for this run's dump. Pipes and devices stay."""
+    """Remove an earlier run's file, so that it is not taken for this run's dump. Pipes and devices stay."""
     if not is_special(out):
         out.unlink(missing_ok=True)
 
@@ -292,7 +293,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 class Tail:
-    """Reads a process's stderr to its end and keeps the last bytes, so that no amount of it fills memory or blocks the pipe."""
+    """Reads a process's stderr to its end and keeps only the last bytes, so that it neither fills memory nor blocks the pipe."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stderr is not None
@@ -307,6 +308,6 @@ class Tail:
                 self._kept = (self._kept + piece)[-_TAIL:]
 
     def text(self) -> str:
-        """The last bytes. A child that keeps the pipe open is not waited for."""
+        """The last bytes as text. A child that keeps the pipe open is not waited for."""
         self._thread.join(_GRACE)
         return self._kept.decode("utf-8", "replace")

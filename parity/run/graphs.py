@@ -1,4 +1,4 @@
-"""llama.cpp's graph of a model, and what its points are made from, if no reference is running yet."""
+"""llama.cpp's graph of a model, and its dataflow, from a reference that is started for this."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from reference.client import Reference
 
 
 def recorded_graph(model: Path) -> RecordedGraph:
-    """The graph, recorded by a reference that is started for this.
+    """The graph of a model.
 
     Raises:
-        ModelError, ReferenceFailed: as `Reference.graph`.
+        ModelError, ReferenceFailed: as in `Reference.graph`.
     """
     with Reference() as reference:
         return reference.graph(model)
@@ -21,7 +21,7 @@ def dataflow_of(model: Path) -> Dataflow:
     """What the points of llama.cpp's graph are made from.
 
     Raises:
-        ModelError, ReferenceFailed: as `Reference.describe`.
+        ModelError, ReferenceFailed: as in `Reference.describe`.
     """
     with Reference() as reference:
         return reference.describe(model).dataflow

@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +18,8 @@ from .command import DEFAULT_TIMEOUT, Command
 from .request import Progress, Prompt
 
 _DUMP = "hf.jsonl"
-_COPIED = 1 << 24  # bytes at once
+_COPIED = 1 << 24  # bytes that are copied at once
+_ROOM = "Set TMPDIR to a folder that has room."
 ADVICE = "pip install torch transformers gguf accelerate there, or name an interpreter that has them with --python."
 
 
@@ -52,7 +55,7 @@ class HuggingFace:
     """transformers' model, float32, eager attention.
 
     `model` is a GGUF file, which transformers dequantises itself, or a folder with config.json and safetensors. `points` are
-    names with commas, or "" for all that are known; `positions` "all", "last" or numbers with commas.
+    names with commas, or "" for all known ones; `positions` is "all", "last" or numbers with commas.
     """
 
     model: Path
@@ -65,7 +68,7 @@ class HuggingFace:
     name: str = "Hugging Face"
 
     def check(self, prompt: Prompt | None = None) -> None:
-        """Raises InputError if the interpreter does not exist, or has no torch or transformers."""
+        """Raise InputError if the interpreter does not exist, or has no torch or transformers."""
         probe = "import importlib.util as u; print([m for m in ('torch', 'transformers') if u.find_spec(m) is None])"
         try:
             done = subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60)
@@ -79,36 +82,47 @@ class HuggingFace:
             raise InputError(f"{self.python} has no {lacking}.", f"Run: {ADVICE}", code="python")
 
     def versions(self) -> str:
-        """The versions of torch and transformers in that interpreter, as text. Raises InputError as `check` does."""
+        """The versions of torch and transformers in that interpreter, as text. Raises InputError, as `check` does."""
         self.check()
         probe = "import importlib.metadata as m; print(*map(m.version, ('torch', 'transformers')))"
         return subprocess.run([self.python, "-P", "-c", probe], capture_output=True, text=True, check=False, timeout=60).stdout
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> Tokenizer:
-        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`, whole or not at all.
+        """Compute the prompt, and the tokens that it is led along, in one pass, and write `out`, completely or not at all.
 
         Returns:
-            What transformers' own tokenizer makes of the prompt's text.
+            The ids that transformers' own tokenizer gives the prompt's text.
 
         Raises:
             EngineError: transformers cannot load the model, or fails.
-            InputError: `out` cannot be written.
+            InputError: `out`, or the folder for temporary files, cannot be written.
         """
         if progress is not None:
             progress(self.name, 0, None)
         try:
-            with TemporaryDirectory(prefix="parity-hf-") as scratch, Replacement(out) as replacement:
-                tokenizer = self._computed(prompt, Path(scratch))
-                with (Path(scratch) / _DUMP).open("rb") as dump, replacement.temporary.open("wb") as file:
+            with Replacement(out) as replacement, self._scratch() as scratch:
+                tokenizer = self._computed(prompt, scratch)
+                with (scratch / _DUMP).open("rb") as dump, replacement.temporary.open("wb") as file:
                     shutil.copyfileobj(dump, file, _COPIED)
                 return tokenizer
         except OSError as error:
             raise unwritable(out, error, "Choose another --out.") from error
 
+    @staticmethod
+    @contextmanager
+    def _scratch() -> Iterator[Path]:
+        """A folder for the script, the prompt and the dump as it grows. Raises InputError if it cannot be made."""
+        try:
+            folder = TemporaryDirectory(prefix="parity-hf-")
+        except OSError as error:
+            raise unwritable(error.filename or "temporary files", error, _ROOM) from error
+        with folder as scratch:
+            yield Path(scratch)
+
     def _computed(self, prompt: Prompt, scratch: Path) -> Tokenizer:
         """Let transformers compute a prompt and write its dump into a folder."""
         script, tokenizer_note = scratch / "parity_hf.py", scratch / "tokenizer.json"
-        script.write_text(source("hf"), encoding="utf-8")
+        _write(script, source("hf"))
         words = [
             self.python,
             str(script),
@@ -123,9 +137,9 @@ class HuggingFace:
         words += ["--slice", str(self.slice_size or 0)]
         if prompt.ids:
             words += ["--tokens", "{tokens}"]
-        if prompt.text is not None:  # in a file: it may hold {placeholders}, NUL, or more than a command line can
+        if prompt.text is not None:  # in a file: it may contain {placeholders} or NUL, or be longer than a command line can be
             text = scratch / "prompt.txt"
-            text.write_bytes(prompt.text.encode())
+            _write(text, prompt.text)
             words += ["--prompt-file", str(text)]
         if self.points:
             words += ["--points", "{points}"]
@@ -136,3 +150,11 @@ class HuggingFace:
             model=self.model, tokens=ids, out=scratch / _DUMP, points=self.points
         )
         return Tokenizer(**json.loads(tokenizer_note.read_text(encoding="utf-8"))) if tokenizer_note.exists() else Tokenizer()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a temporary file. Raises InputError if it cannot be written."""
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise unwritable(path, error, _ROOM) from error

@@ -13,7 +13,8 @@ from checkpoints.points import default_points, layer_outputs, select
 from checkpoints.record import DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
-from engine.capture.device import tap
+from engine import ops
+from engine.capture.stages import tap
 from engine.capture.tap import Capture
 from engine.engine import Engine
 
@@ -21,12 +22,12 @@ from .. import version
 from .request import Prompt
 from .sequences import computed
 
-TOP = 5  # logits a token record carries: enough to see what was nearly chosen
+TOP = 5  # logits in a token record: enough to see what was nearly chosen
 
 
 @dataclass(frozen=True)
 class OursJob(Recording):
-    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest as in `Prompt`."""
+    """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest is as in `Prompt`."""
 
     out: Path
     tokens: tuple[int, ...]
@@ -82,14 +83,16 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
     """
     if points == "default":
         if layers is None:
-            return default_points(engine.points, engine.hp.n_layers)  # an encoder has no logits
+            return default_points(engine.points, engine.hp.n_layers)  # without logits for an encoder
         return select(",".join(layer_outputs(layers)), engine.points, engine.hp.n_layers)
     return select(points, engine.points, engine.hp.n_layers)
 
 
 def header(engine: Engine, job: OursJob) -> Header:
-    """Everything that could explain a difference later."""
+    """The dump's header: everything that could later explain a difference."""
     hp = engine.hp
+    sinks = any(step.op is ops.causal_soft_max and any(step.weights) for step in engine.steps)
+    hparams = {"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base}
     return Header(
         source="engine",
         model=engine.model.info,
@@ -100,7 +103,7 @@ def header(engine: Engine, job: OursJob) -> Header:
         compute=engine.compute,
         kv_type="f32",
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
-        hparams={"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base},
+        hparams={**hparams, **({"attention_sinks": True} if sinks else {})},
         build={"version": version(), "backend": engine.backend.name, "device": engine.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -110,7 +113,7 @@ def dump(engine: Engine, job: OursJob) -> Header:
     """Run the prompt, then one step for each generated token, and write the dump to `job.out`.
 
     Raises:
-        InputError: tokens the model cannot take, unknown points, an unwritable file.
+        InputError: the model cannot take the tokens, a point is unknown, or the file is unwritable.
     """
     points = chosen_points(engine, job.points, job.layers)
     engine.check(job.tokens + job.generated, job.first_position)
@@ -153,7 +156,7 @@ def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
 
 
 def top_logits(logits: NDArray[np.float32], count: int = TOP) -> tuple[tuple[int, float], ...]:
-    """The largest logits with their ids, largest first; of equal ones the smaller id comes first, as in llama.cpp's argmax."""
+    """The largest logits with their ids, largest first; among equal ones the smaller id comes first, as in llama.cpp's argmax."""
     count = min(count, len(logits))
     candidates = np.argpartition(-logits, count - 1)[:count]
     ranked = sorted(candidates.tolist(), key=lambda i: (-float(logits[i]), i))

@@ -23,7 +23,7 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
 
 
 def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str | None, tuple[int, ...] | None]:
-    """The prompt's text or its token ids: exactly one of the three options is given.
+    """The prompt's text or its token ids: exactly one of the three options must be given.
 
     Raises:
         InputError: none or more than one is given, the file cannot be read, or the prompt is empty.
@@ -46,7 +46,7 @@ def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tup
     if not text:
         raise InputError("the prompt is empty.", "Give at least one word.", code="prompt")
     try:
-        # In a locale without UTF-8 the command line's bytes come as surrogates.
+        # In a locale without UTF-8 the command line's bytes arrive as surrogates.
         return os.fsencode(text).decode("utf-8"), None
     except UnicodeError:
         raise InputError("the prompt is not UTF-8.", "Encode it as UTF-8, or give --prompt-file.", code="prompt") from None

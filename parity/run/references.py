@@ -1,4 +1,4 @@
-"""Other versions or builds of llama.cpp beside the reference: how far they are apart, and what that allows our side."""
+"""Other versions or builds of llama.cpp beside the reference: how far apart they are, and what that allows our side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from .request import Progress, Prompt, Request
 from .session import Outcome, comparison_options, following
 from .sides import LlamaCpp
 
-# A right engine is as far from one reference as another reference is, give or take: ten times that distance is allowed. (A right
-# float32 engine's usual limit is fifty times the noise that was measured.)
+# A right engine is roughly as far from one reference as another reference is: ten times that distance is allowed. (A right
+# float32 engine's usual limit is fifty times the measured noise.)
 TIMES = 10.0
 
 
 @dataclass(frozen=True)
 class Other:
-    """Another llama.cpp, and what the user called it."""
+    """Another llama.cpp, and the user's name for it."""
 
     build: Build
     label: str
@@ -42,10 +42,10 @@ def beside(
     judge: Callable[[Dump, Dump, Options], Comparison] = comparison,
     progress: Progress | None = None,
 ) -> tuple[Outcome, References]:
-    """Run each other llama.cpp on the tokens and points of a run's reference, and hold our side against what they differ by.
+    """Run each other llama.cpp on the tokens and points of a run's reference, and judge our side by how much they differ.
 
     Returns:
-        The outcome, judged again where the spread of the references raises a limit that our side is over; and what was found.
+        The outcome, judged again if the spread of the references raises a limit that our side exceeds; and the comparison of references.
 
     Raises:
         ParityError: another llama.cpp cannot be run, or has nothing in common with the reference; the message names it.
@@ -81,7 +81,7 @@ def _dump(other: Other, outcome: Outcome, request: Request, out: Path, progress:
 
 
 def name_of(header: Header | None, label: str = "") -> str:
-    """What a llama.cpp calls itself: "llama.cpp 0.3.36", with `label` where that is asked for."""
+    """The name of a llama.cpp, "llama.cpp 0.3.36", with `label` if one is given."""
     version = str((header.build if header is not None else {}).get("llama_cpp_python", ""))
     return " ".join(filter(None, ("llama.cpp", version, f"({label})" if label else "")))
 
@@ -139,7 +139,7 @@ def _judged(
     spread: dict[str, float],
     judge: Callable[[Dump, Dump, Options], Comparison],
 ) -> tuple[Outcome, References]:
-    """Our side once more, where it is over a limit that the references are over, or nearly, among themselves."""
+    """Judge our side once more if it exceeds a limit that the references exceed, or nearly so, among themselves."""
     usual = outcome.verdict.limits
     raised = {name: TIMES * value for name, value in spread.items() if TIMES * value > _usual(usual, name)}
     if outcome.verdict or not raised:

@@ -1,4 +1,4 @@
-"""What a run is asked to do: plain data that commands fill in and that is passed on whole."""
+"""A run's request: plain data that commands fill in and that is passed on as a whole."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,15 +10,15 @@ from checkpoints.recording import Recording
 
 from .command import Command
 
-Progress = Callable[[str, int, int | None], None]  # (side, done, total); no total: how long it takes is not known
+Progress = Callable[[str, int, int | None], None]  # (side, done, total); total is None if it is not known
 
 
 @dataclass(frozen=True)
 class Request(Recording):
-    """What `parity run` was asked for. If ids are given, `tokens` are used and `prompt` is only the text they stand for.
+    """The request of `parity run`. If ids are given, `tokens` are used and `prompt` is only their text.
 
     `command` starts a foreign engine; `mapping` says what its names mean and where its positions begin. `generate` is how many
-    tokens llama.cpp has to choose after the prompt; our side then computes the same tokens. `arbiter`: where float64 is asked which
+    tokens llama.cpp has to choose after the prompt; our side then computes the same tokens. `arbiter`: when float64 decides which
     side is right ("off", "auto", "all").
     """
 
@@ -43,14 +43,14 @@ class Request(Recording):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with their texts, and the same of the generated tokens that follow them; and how they are computed.
+    """Token ids with their texts, the same for the generated tokens that follow them, and how they are computed.
 
     Attributes:
         portions: how many of the prompt's tokens each forward pass takes; () for all of them in one.
         ubatch: the most tokens that the engine computes at once within a pass; None for all.
         companions: prompts that are computed together with this one, which is the last sequence of the batch.
-        saved: how many tokens are computed before the state is saved, and restored by a new process; 0 for none of it.
-        decoded: of an encoder–decoder: tokens that the decoder takes after its own first one; the portions are of these.
+        saved: how many tokens are computed before the state is saved and restored by a new process; 0 for no such restart.
+        decoded: for an encoder–decoder: tokens that the decoder takes after its start token; `portions` then counts these.
     """
 
     text: str | None

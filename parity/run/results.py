@@ -1,4 +1,4 @@
-"""A run into a folder that holds an earlier run: the earlier one stays whole until all dumps of this one are written."""
+"""A run into a folder with an earlier run: the earlier one stays complete until all dumps of this one are written."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ _PREFIX = ".parity-run-"
 
 @contextmanager
 def dumps_of(folder: Path) -> Iterator[Path]:
-    """Where a run writes its dumps: `folder`, or, if that holds a run, a folder inside it whose files replace the old ones at the end.
+    """Where a run writes its dumps: `folder`, or, if that has a run, a folder inside it whose files replace the old ones at the end.
 
-    If this run fails, the earlier one is left as it was; an old answer never lies beside new dumps.
+    If this run fails, the earlier one stays as it was; an old answer never lies beside new dumps.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -64,7 +64,7 @@ def forget_answer(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed runs left."""
+    """Remove leftovers of killed runs."""
     for left in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | getattr(os, "O_NOFOLLOW", 0))

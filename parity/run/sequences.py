@@ -14,7 +14,7 @@ from checkpoints.recording import passes
 from engine import saved_state
 from engine.capture.tap import Capture
 from engine.engine import Engine, Progress
-from engine.graph import sees_later
+from engine.graph import in_one_pass
 from engine.transformer import Transformer
 
 from .request import Prompt
@@ -65,9 +65,9 @@ def _in_turns(engine: Engine, prompt: Prompt, sequence: Progress, capture: Captu
 
 
 def _cut(engine: Engine, prompt: Prompt) -> Prompt:
-    """The prompt in turns; whole where later tokens change earlier ones."""
+    """The prompt in turns; whole where it must be."""
     count = len(prompt.ids) if engine.encoder is None else 1 + len(prompt.decoded)
-    size = count if sees_later(engine.steps) else _TURN
+    size = count if in_one_pass(engine.steps) else _TURN
     turns = tuple(min(size, count - start) for start in range(0, count, size))
     return Prompt(prompt.text, prompt.ids, prompt.pieces, portions=turns if len(turns) > 1 else (), decoded=prompt.decoded)
 

@@ -1,4 +1,4 @@
-"""A server that a command line starts: for one model after another, waited for, and ended with its children."""
+"""A server that a command line starts for one model after another; it is waited for, and ended with its children."""
 
 import socket
 import subprocess
@@ -24,11 +24,11 @@ class ServedModel:
 
     @property
     def timeout(self) -> float:
-        """Seconds that it may take to start, and to answer."""
+        """Seconds that the server may take to start, and to answer."""
         return self._command.timeout
 
     def url(self, model: Path) -> str:
-        """Where the model is served: by the server that runs already, if it is this model's.
+        """The URL at which the model is served, by the running server if it is this model's.
 
         Raises:
             EngineError: the server cannot be started, ends, or does not listen within the command's time limit.
@@ -39,7 +39,7 @@ class ServedModel:
         return self._url
 
     def ended(self) -> EngineError | None:
-        """How the server ended, where it does not run any more."""
+        """The error with which the server ended; None while it runs."""
         if self._process is None or self._tail is None or (status := self._process.poll()) is None:
             return None
         if status:
@@ -47,7 +47,7 @@ class ServedModel:
         return EngineError(f"{self._command.name} ended with exit code 0 while it was needed.", "A server must keep running.")
 
     def stop(self) -> None:
-        """End it and its children."""
+        """End the server and its children."""
         if self._process is not None:
             end(self._process)
         self._model = self._process = self._tail = None

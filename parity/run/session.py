@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
@@ -24,17 +24,19 @@ from reference.jobs import DumpResult
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.tokens import same_model
 from ..lint.lint import refuse_unusable
-from .hugging_face import HuggingFace
 from .request import Progress, Prompt, Request
 from .results import dumps_of
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
+
+if TYPE_CHECKING:
+    from .hugging_face import HuggingFace
 
 OURS_FILE, REF_FILE, HF_FILE = "ours.jsonl", "ref.jsonl", "hf.jsonl"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found, and its folder. `seconds` is the wall time of both sides and the comparison."""
+    """The result of a run, and its folder. `seconds` is the wall time of both sides and the comparison."""
 
     folder: Path
     ours: Dump
@@ -45,10 +47,10 @@ class Outcome:
 
 
 def new_folder(request: Request) -> Path:
-    """The run's folder, made and writable: `--out`, or runs/<time>-<model>.
+    """The run's folder, created and writable: `--out`, or runs/<time>-<model>.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     name = re.sub(r"[^\w.-]+", "-", request.model.stem)[:60]
     folder = request.out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
@@ -63,7 +65,7 @@ def new_folder(request: Request) -> Path:
 
 
 def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: tuple[int, ...] | None = None) -> Prompt:
-    """The prompt's ids and pieces, as llama.cpp makes them; `tokens`, if given, are used instead of tokenizing `text`.
+    """The prompt's ids and pieces, as llama.cpp tokenizes it; `tokens`, if given, are used instead of `text`.
 
     Raises:
         InputError: the prompt has no tokens, or ids are outside the vocabulary.
@@ -84,13 +86,13 @@ def run(
     meanwhile: Callable[[], None] = lambda: None,
     judge: Callable[[Dump, Dump, Options], Comparison] = comparison,
 ) -> Outcome:
-    """Run both sides and compare them by `judge`.
+    """Run both sides and compare them with `judge`.
 
-    `started` is a reference that was started earlier, and is closed here; `meanwhile` is called while llama.cpp is all there
-    is to wait for.
+    `started` is a reference that was started earlier, and is closed here; `meanwhile` is called when only llama.cpp is left to wait
+    for.
 
     Raises:
-        ParityError: whatever is wrong with the request, the model, a side or the reference, in one line.
+        ParityError: anything wrong with the request, the model, a side or the reference, in one line.
     """
     began = perf_counter()
     # The child process starts first: it imports llama.cpp while our side opens the model.
@@ -131,7 +133,7 @@ def _at_once(
     progress: Progress | None,
     meanwhile: Callable[[], None],
 ) -> None:
-    """Both sides compute at the same time, unless tokens are generated: then llama.cpp chooses them first, and ours follows."""
+    """Run both sides at the same time, unless tokens are generated: then llama.cpp chooses them first, and ours follows."""
     ref = LlamaCpp(replace(request, points=ours.points, layers=None), reference)
     if request.generate:
         chosen = ref.dump(prompt, folder / REF_FILE, progress).generated
@@ -144,7 +146,7 @@ def _at_once(
             ours.dump(prompt, folder / OURS_FILE, progress)
             meanwhile()
         except BaseException:
-            reference.close()  # nobody waits for it any more
+            reference.close()  # its result is no longer needed
             raise
         pending.result()
 
@@ -152,7 +154,7 @@ def _at_once(
 def _one_after_the_other(
     request: Request, reference: Reference, ours: Side, prompt: Prompt, folder: Path, progress: Progress | None
 ) -> None:
-    """A foreign engine that was not asked for certain points runs first; llama.cpp then records the points that it printed."""
+    """Run a foreign engine that was not asked for certain points first; llama.cpp then records the points that it printed."""
     if request.generate:
         with TemporaryDirectory(prefix="parity-run-") as scratch:
             chooser = LlamaCpp(replace(request, points="logits", slice_size=1, full=False), reference)
@@ -166,12 +168,12 @@ def _one_after_the_other(
 def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Request:
     """The request that records what a dump has: its points, its positions, and at least as many values per row.
 
-    `known` are the points of this model in llama.cpp: of the vocabulary's own names those that it lacks are left out.
+    `known` are the points of this model in llama.cpp: names of the vocabulary that it lacks are left out.
 
     Raises:
         DumpError: llama.cpp has none of its points.
     """
-    # `blk.N.<node>` may be a name of llama.cpp's; what is neither that nor a point it cannot have.
+    # `blk.N.<node>` may be a name of llama.cpp's; it cannot have any other name that is not a point.
     points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
     points = [name for name in points if not known or name in known or not parse(name).known]
     if not points:
@@ -186,7 +188,7 @@ def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Reques
 
 
 def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
-    """If the model lacks some of the default layers: a sentence that says which were recorded instead."""
+    """A sentence that says which layers were recorded instead, if the model lacks some of the default ones."""
     layers = ref.header.model.layers if ref.header else None
     if layers is None or request.points != "default" or request.layers is not None or max(DEFAULT_LAYERS) == layers - 1:
         return ()
@@ -205,11 +207,11 @@ def dump_ours(request: Request, out: Path, progress: Progress | None = None) -> 
     side.dump(prompt, out, progress)
 
 
-def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | None = None) -> tuple[Dump, str]:
+def with_hugging_face(outcome: Outcome, side: "HuggingFace", progress: Progress | None = None) -> tuple[Dump, str]:
     """Hugging Face as the third side of a run, on the same tokens and points.
 
     Returns:
-        Its dump, and a sentence where transformers' tokenizer makes other ids of the prompt, else "".
+        Its dump, and a sentence if transformers' tokenizer gives the prompt other ids, else "".
 
     Raises:
         EngineError: transformers cannot load or run the model. DumpError: it has none of the points.
@@ -225,12 +227,14 @@ def with_hugging_face(outcome: Outcome, side: HuggingFace, progress: Progress | 
 
 
 def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: Progress | None = None) -> str:
-    """`parity dump hf`: Hugging Face alone. Returns a sentence where its tokenizer makes other ids than llama.cpp's, else "".
+    """`parity dump hf`: Hugging Face alone. Returns a sentence if its tokenizer gives other ids than llama.cpp's, else "".
 
     Raises:
         InputError: the interpreter has no transformers, or the prompt of a folder is given as neither text nor ids.
         EngineError: transformers cannot load or run the model.
     """
+    from .hugging_face import HuggingFace
+
     side = HuggingFace(
         model,
         given["python"],
@@ -256,7 +260,7 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
 
 
 def _listed(points: str) -> str:
-    """A `--points` expression as names and wildcards with commas, "" for all of them: what a model has is known only when it runs."""
+    """A `--points` expression as names and wildcards with commas, "" for all: the model's points are only known when it runs."""
     return "" if points == "all" else ",".join(expand(points))
 
 
@@ -264,7 +268,7 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
     """`parity dump ref`: llama.cpp alone, on a prompt, or on the tokens, points and positions of another dump.
 
     Raises:
-        DumpError: the dump to follow does not name its tokens, or llama.cpp has none of its points.
+        DumpError: the dump to follow does not list its tokens, or llama.cpp has none of its points.
     """
     with Reference(verbose=request.verbose, threads=request.threads) as reference:
         if follow is None:

@@ -1,4 +1,4 @@
-"""Who computes a prompt: our engine, a foreign engine that a command line starts, or llama.cpp. One protocol serves them all."""
+"""The sides that compute a prompt: our engine, a foreign engine that a command line starts, and llama.cpp, all with one protocol."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ OURS, REF, EXEC = "ours", "ref", "exec"
 
 
 class Side(Protocol):
-    """An engine that computes prompts and writes a dump of each. The request says what is recorded; a side is opened once."""
+    """An engine that computes prompts and writes a dump of each. The request says what to record; a side is opened once."""
 
     @property
     def name(self) -> str:
@@ -34,14 +34,14 @@ class Side(Protocol):
 
     @property
     def points(self) -> str:
-        """The points that it is asked for, as a `--points` expression."""
+        """The points that the side is asked for, as a `--points` expression."""
 
     @property
     def ways(self) -> frozenset[str]:
-        """The placeholders of what it can be told about how a prompt is computed: PORTIONS, UBATCH, SEQUENCES, STATE."""
+        """The ways to compute a prompt that the side can be told, as placeholders: PORTIONS, UBATCH, SEQUENCES, STATE."""
 
     def check(self, prompt: Prompt) -> None:
-        """Raises InputError for tokens that it cannot take."""
+        """Raise InputError for tokens that it cannot take."""
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> object:
         """Compute the prompt, then the tokens that it is led along, and write `out`.
@@ -54,12 +54,12 @@ class Side(Protocol):
 class OurEngine:
     """The engine that comes with parity. `resident`: keep the weights, because there is more than one forward pass.
 
-    `engine` is one that is open already, else it is opened here; `reference` records the graph of a model whose steps are not
+    `engine` is an open engine, else one is opened here; `reference` records the graph of a model whose steps are not
     written by hand.
     """
 
     name = "our engine"
-    every_way = frozenset({PORTIONS, SEQUENCES, STATE})  # a ubatch is a pass
+    every_way = frozenset({PORTIONS, SEQUENCES, STATE})  # no ubatches: it computes a pass as a whole
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class OurEngine:
             request.backend,
             request.devices,
             resident=request.generate > 0 if resident is None else resident,
-            native=request.mode == "native" and not request.full,  # whole tensors are the exact engine's
+            native=request.mode == "native" and not request.full,  # only the exact engine writes whole tensors
             recorded=None if reference is None else partial(reference.graph, request.model, request.mode),
         )
 
@@ -86,16 +86,16 @@ class OurEngine:
 
     @property
     def ways(self) -> frozenset[str]:
-        """All but ubatches; of the fast engine, which keeps one sequence on the device, portions."""
+        """All ways but ubatches; for the fast engine, which keeps one sequence on the device, only portions."""
         return self.every_way if isinstance(self._engine, Transformer) else frozenset({PORTIONS})
 
     @property
     def points(self) -> str:
-        """The points by name, since llama.cpp's graph has further nodes that nobody asked for."""
+        """The points by name, since llama.cpp's graph has further nodes."""
         return ",".join(chosen_points(self._engine, self._request.points, self._request.layers))
 
     def check(self, prompt: Prompt) -> None:
-        """Raises InputError for tokens that the model cannot take."""
+        """Raise InputError for tokens that the model cannot take."""
         self._engine.check(prompt.ids + prompt.generated, self._request.first_position)
         self._engine.expect(len(prompt.ids + prompt.generated))
 
@@ -112,7 +112,7 @@ class OurEngine:
 
 
 class ExternalEngine:
-    """A foreign engine that a command line starts. It is given `model`, else the F32 twin in exact mode and the file itself in native.
+    """A foreign engine that a command line starts. It is given `model`, or else the F32 twin (exact mode) or the file itself (native).
 
     `names` are the points that it is asked for, if they are known already.
     """
@@ -139,11 +139,11 @@ class ExternalEngine:
 
     @property
     def ways(self) -> frozenset[str]:
-        """Those that its command line names."""
+        """The ways that its command line names."""
         return self._command.ways
 
     def check(self, prompt: Prompt) -> None:
-        """Nothing to check: a foreign engine checks its tokens itself."""
+        """Do nothing: a foreign engine checks its tokens itself."""
 
     @cached_property
     def model(self) -> Path:
@@ -171,7 +171,7 @@ class ExternalEngine:
         )
 
     def _names(self) -> str:
-        """The points by name, with commas: an engine need not understand globs. They are llama.cpp's, as far as it has them."""
+        """The points by name, with commas, so that an engine need not understand globs; llama.cpp's names, as far as it has them."""
         if not self._command.takes(POINTS):
             return ""
         if self._known_names is not None:
@@ -181,7 +181,7 @@ class ExternalEngine:
         points = self.points
         try:
             return ",".join(select(points, known, described.n_layers))
-        except InputError:  # a name of the engine's own
+        except InputError:  # a name that only the engine knows
             return points
 
 
@@ -197,14 +197,14 @@ class LlamaCpp:
 
     @property
     def points(self) -> str:
-        """What was asked for."""
+        """The points that were asked for."""
         return self._request.points
 
     def check(self, prompt: Prompt) -> None:
-        """llama.cpp checks its tokens before it writes anything."""
+        """Do nothing: llama.cpp checks its tokens before it writes anything."""
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> DumpResult:
-        """Compute the prompt, then the tokens that it is led along, then those that it is to choose itself, and write `out`."""
+        """Compute the prompt, then the tokens that it is led along, then those that it chooses itself, and write `out`."""
         if progress is not None:
             progress(self.name, 0, None)
         request = self._request
@@ -243,9 +243,9 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
 
 
 def recorded(side: object, out: Path, prompt: Prompt, mapping: Mapping) -> Dump:
-    """What a side recorded of a prompt: a foreign engine prints every sequence of a batch, and what follows a restored state only.
+    """What a side recorded of a prompt: a foreign engine prints every sequence of a batch, and after a restored state only the rest.
 
     Raises:
-        DumpError, EngineError: as `state.loaded`.
+        DumpError, EngineError: as in `state.loaded`.
     """
     return loaded(out, prompt if isinstance(side, ExternalEngine) else replace(prompt, companions=(), saved=0), mapping)

@@ -1,4 +1,4 @@
-"""A foreign engine that saves its state and goes on from it in a new process; and its records of one prompt of a batch."""
+"""A foreign engine that saves its state and continues from it in a new process; and its records of one prompt of a batch."""
 
 import shutil
 from contextlib import suppress
@@ -19,7 +19,7 @@ def resumed(command: Command, model: Path, prompt: Prompt, out: Path, points: st
     """Run the engine over the first `prompt.saved` tokens, then again over all, from the state that it left; `out` is the second's.
 
     Raises:
-        EngineError: it fails, or leaves no state.
+        EngineError: the engine fails, or leaves no state.
     """
     state = out.with_name(f"{out.name}.state")
     _removed(state)
@@ -39,7 +39,7 @@ def _removed(state: Path) -> None:
 
 
 def loaded(out: Path, prompt: Prompt, mapping: Mapping) -> Dump:
-    """The dump of a prompt, read: of a batch only the records of this prompt, as its only sequence.
+    """Read the dump of a prompt: from a batch only the records of this prompt, as its only sequence.
 
     Raises:
         DumpError: it cannot be read; EngineError: it has no records of this sequence, or shows that no state was restored.

@@ -12,11 +12,11 @@ from checkpoints.errors import InputError
 
 _MEMORY = 1 << 30  # bytes a worker may take: llama.cpp, NumPy and a tiny model, 0.3 GB measured
 _MOST = 16
-_PATIENCE = "10s"  # for a scheduler to answer, and to come back
+_PATIENCE = "10s"  # how long to wait for a scheduler to answer, and to come back
 
 
 def fitting() -> int:
-    """How many workers this machine has cores and memory for."""
+    """The number of workers for which this machine has cores and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
     room = pages * os.sysconf("SC_PAGE_SIZE") // _MEMORY if pages else cores
@@ -47,7 +47,7 @@ def _ignore_interrupts() -> None:
 
 
 def _silence() -> None:
-    """A lost connection is said once, in one line. Dask gives its loggers levels and handlers of their own: each is told."""
+    """Silence Dask, so that a lost connection is reported once, in one line: each of its loggers has its own level and handlers."""
     for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,6 +1,6 @@
 """A base file: each prediction of one side as its largest logits and the logarithm of the sum of all, O(K) a position."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import InputError
 from checkpoints.whole_file import put
 
-from .measures import largest, log_sum
+from .measures import Listed, largest, log_sum
 from .text import Chunk
 
 KEPT = 256  # logits a position: 2 KB, where a row of 151,936 has 594 KB
@@ -43,6 +43,13 @@ class Base:
             raise InputError(
                 f"{path} was made with another text, tokenizer or --context.", "Make it again with --save-base.", code="base"
             )
+
+    def rows(self, chunk: Chunk, before: int) -> Generator[tuple[int, Listed], None, None]:
+        """(position, what is kept of its prediction) of a chunk's scored positions; `before`: how many earlier chunks have."""
+        for number, position in enumerate(chunk.scored, before):
+            total = float(self.log_sums[number])
+            own = chunk.tokens[position + 1], float(self.next_logits[number]) - total
+            yield position, Listed(self.ids[number].astype(np.int64), self.logits[number].astype(np.float64) - total, own)
 
 
 class BaseWriter:

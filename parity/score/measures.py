@@ -1,5 +1,6 @@
 """What one prediction says: figures of single rows of logits, float64 accumulation, natural logarithms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.score import PERCENTILES
 
 TOP = 5
+LEAST = 1e-9  # probability that a printed list leaves to all other tokens, at the least: its numbers add up to 1 up to rounding
 
 Row = NDArray[np.float32]
 
@@ -22,21 +24,62 @@ def kl_whole(base: Row, ours: Row) -> float:
     """KL(base ‖ ours) of two rows [V], as llama-perplexity's --kl-divergence defines it: Σ p (log p − log q)."""
     p = base.astype(np.float64) - log_sum(base)
     q = ours.astype(np.float64) - log_sum(ours)
-    return max(float(np.sum(np.exp(p) * (p - q))), 0.0)
+    likely = p > -np.inf  # what has no probability adds nothing, whatever the other side says
+    return max(float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely]))), 0.0)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A prediction of which only the most probable tokens are known: ids int64 [K], natural logarithms float64 [K], largest first.
+
+    `own`: the text's own next token and its logarithm, where that is known besides.
+    """
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+    own: tuple[int, float] | None = None
+
+    def logprob(self, token: int) -> float | None:
+        """That of a token; None if it is not known."""
+        if self.own is not None and self.own[0] == token:
+            return self.own[1]
+        found = np.flatnonzero(self.ids == token)
+        return float(self.logprobs[found[0]]) if len(found) else None
+
+    @property
+    def most_of_others(self) -> float:
+        """The largest log-probability that a token outside the list can have."""
+        left = max(1.0 - float(np.exp(self.logprobs).sum()), LEAST)
+        return min(float(self.logprobs.min()), float(np.log(left)))
+
+
+def kl_of_shared(p: NDArray[np.float64], q: NDArray[np.float64], least: float = 1e-300) -> tuple[float, float]:
+    """KL(p ‖ q) where only some tokens' log-probabilities [K] are known on both sides, and the probability that p has outside them.
+
+    All others count as one entry: a lower bound, by the log-sum inequality, which misses only how they are spread among themselves.
+    `least`: of what the lists leave to the others, as far as printed numbers tell; less counts as nothing.
+    """
+    left = max(1.0 - float(np.exp(p).sum()), 0.0)
+    other_left = max(1.0 - float(np.exp(q).sum()), least)
+    rest = left * (np.log(left) - np.log(other_left)) if left > least else 0.0
+    likely = p > -np.inf
+    return max(float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely]))) + float(rest), 0.0), left
+
+
+def kl_of_list(base: Listed, ours: Row) -> tuple[float, float]:
+    """`kl_of_shared` of a base of which the most probable tokens are known, and a whole row [V]."""
+    return kl_of_shared(base.logprobs, ours[base.ids].astype(np.float64) - log_sum(ours))
 
 
 def kl_of_top(ids: NDArray[np.int64], logits: Row, base_log_sum: float, ours: Row) -> tuple[float, float]:
-    """KL(base ‖ ours) where only the base's largest logits [K] are known, and the probability that the others have together.
+    """The same of a base's largest logits [K] and the logarithm of the sum of all."""
+    return kl_of_list(Listed(ids, logits.astype(np.float64) - base_log_sum), ours)
 
-    All others count as one entry: a lower bound, by the log-sum inequality, which misses only how they are spread among themselves.
-    """
-    p = logits.astype(np.float64) - base_log_sum
-    q = ours[ids].astype(np.float64) - log_sum(ours)
-    known = float(np.sum(np.exp(p) * (p - q)))
-    left = max(1.0 - float(np.exp(p).sum()), 0.0)
-    ours_left = max(1.0 - float(np.exp(q).sum()), 1e-300)
-    rest = left * (np.log(left) - np.log(ours_left)) if left > 0 else 0.0
-    return max(known + float(rest), 0.0), left
+
+def kl_of_lists(base: Listed, ours: Listed) -> tuple[float, float]:
+    """`kl_of_shared` of the tokens that both list."""
+    _, here, there = np.intersect1d(base.ids, ours.ids, assume_unique=True, return_indices=True)
+    return kl_of_shared(base.logprobs[here], ours.logprobs[there], LEAST)
 
 
 def largest(logits: Row, count: int) -> NDArray[np.int64]:
@@ -56,24 +99,36 @@ class Tally:
     base_nll: float = 0.0
     same_top: int = 0
     top_shared: float = 0.0
+    listed: int = 0  # positions at which both sides' first TOP tokens are known
     delta: float = 0.0
     delta_squares: float = 0.0
+    bounded: int = 0  # positions at which the side's probability of the text's own token is only bounded
+    unseen: float = 0.0
+    most_unseen: float = 0.0
 
     def __post_init__(self) -> None:
         self.kl: list[float] = []
 
-    def predicted(self, log_p: float) -> None:
-        """The side's log-probability of the text's own next token."""
+    def predicted(self, log_p: float, *, bounded: bool = False) -> None:
+        """The side's log-probability of the text's own next token; `bounded`: the most that it can be."""
         self.count += 1
+        self.bounded += bounded
         self.nll -= log_p
         self.nll_squares += log_p * log_p
 
-    def against(self, kl: float, log_p: float, base_log_p: float, ours: NDArray[np.int64], base: NDArray[np.int64]) -> None:
-        """The same position beside the base; `ours` and `base` are the largest ids of each."""
+    def against(self, kl: float, unseen: float, base_log_p: float, ours: Sequence[int], base: Sequence[int]) -> None:
+        """The same position beside the base; `ours` and `base` are the largest ids of each, `unseen` as `kl_of_shared` gives it."""
         self.kl.append(kl)
+        self.unseen += unseen
+        self.most_unseen = max(self.most_unseen, unseen)
         self.base_nll -= base_log_p
         self.same_top += int(ours[0] == base[0])
-        self.top_shared += len(set(ours[:TOP].tolist()) & set(base[:TOP].tolist())) / len(base[:TOP])
+        if min(len(ours), len(base)) >= TOP:
+            self.listed += 1
+            self.top_shared += len(set(ours[:TOP]) & set(base[:TOP])) / TOP
+
+    def moved(self, log_p: float, base_log_p: float) -> None:
+        """How far the probability of the text's own token is from the base's."""
         delta = float(np.exp(log_p) - np.exp(base_log_p))
         self.delta += delta
         self.delta_squares += delta * delta
@@ -83,7 +138,8 @@ class Tally:
         """exp(mean negative log-likelihood), and one standard deviation of it."""
         mean = self.nll / self.count
         variance = max(self.nll_squares / self.count - mean * mean, 0.0)
-        value = float(np.exp(mean))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(mean))
         return value, value * float(np.sqrt(variance / max(self.count - 1, 1)))
 
     def compared(self) -> dict[str, object]:
@@ -91,14 +147,22 @@ class Tally:
         if not self.kl:
             return {}
         kl, count = np.array(self.kl), self.count
+        known = count - self.bounded
+        with np.errstate(invalid="ignore", over="ignore"):  # a KL may be infinite
+            spread, base = float(kl.std()), float(np.exp(self.base_nll / count))
+            percentiles = {
+                of: float(np.percentile(kl, of, method="lower" if np.isinf(kl).any() else "linear")) for of in PERCENTILES
+            }
         return {
-            "base_perplexity": float(np.exp(self.base_nll / count)),
+            "base_perplexity": base,
             "kl_mean": float(kl.mean()),
-            "kl_error": float(kl.std() / np.sqrt(max(count - 1, 1))),
+            "kl_error": spread / float(np.sqrt(max(count - 1, 1))),
             "kl_max": float(kl.max()),
-            "kl_percentiles": {of: float(np.percentile(kl, of)) for of in PERCENTILES},
+            "kl_percentiles": percentiles,
             "same_top": self.same_top / count,
-            "top_k": self.top_shared / count,
-            "delta_p_mean": self.delta / count,
-            "delta_p_rms": float(np.sqrt(self.delta_squares / count)),
+            "top_k": self.top_shared / self.listed if self.listed else None,
+            "delta_p_mean": self.delta / known if known else None,
+            "delta_p_rms": float(np.sqrt(self.delta_squares / known)) if known else None,
+            "unseen": self.most_unseen,
+            "unseen_mean": self.unseen / count,
         }

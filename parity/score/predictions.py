@@ -4,12 +4,13 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
+from checkpoints.mapping import Mapping
 from checkpoints.points import LOGITS
 from checkpoints.reading.parallel import Sharing
 from checkpoints.reading.scan import Scan
@@ -24,11 +25,23 @@ from reference.client import Reference
 from ..run.command import Command
 from ..run.request import Prompt, Request
 from ..run.sides import ExternalEngine
+from .measures import Listed
 from .text import Chunk
 
 Row = NDArray[np.float32]  # logits [V]
 Rows = Generator[tuple[int, Row], None, None]  # (position, its row)
 PORTION = 16  # positions computed at once: 16 rows of 151,936 logits are 10 MB
+
+
+@runtime_checkable
+class Ambiguous(Protocol):
+    """Candidates that are named by texts, which several tokens may have."""
+
+    def beside(self, base: Row | Listed | None) -> Listed:
+        """As tokens, where the base's prediction decides which."""
+
+
+Predicted = Generator[tuple[int, Row | Listed | Ambiguous], None, None]  # (position, all logits or what is known of them)
 
 
 class Predictor(Protocol):
@@ -38,8 +51,20 @@ class Predictor(Protocol):
     def name(self) -> str:
         """What reports call it."""
 
-    def rows(self, chunk: Chunk) -> Rows:
-        """(position, logits [V]) of the scored positions, in order."""
+    def rows(self, chunk: Chunk) -> Predicted:
+        """(position, logits [V] or what is known of them) of the scored positions, in order."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A predictor that reads a chunk by itself: its text, say, which alone may have other tokens than within a longer text."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, in sentences."""
+
+    def read(self, chunk: Chunk) -> Chunk:
+        """The chunk as it was read. Called before `rows`."""
 
 
 @dataclass(frozen=True)
@@ -126,32 +151,38 @@ class ExternalPredictions:
         with TemporaryDirectory(prefix="parity-score-") as folder:
             out = Path(folder) / "logits.jsonl"
             self._side.dump(Prompt(None, chunk.tokens[:-1], ()), out)
-            wanted = iter(chunk.scored)
-            due = next(wanted, None)
-            for position, row in self._printed(out):
-                if position < chunk.first or due is None:
-                    continue
-                if position != due:
-                    break
-                if len(row) < self._vocabulary:
-                    raise DumpError(
-                        f"{self.name} printed {len(row):,} of {self._vocabulary:,} logits at position {position}.",
-                        "A score needs all of them: print whole rows of `logits` (PARITY_SLICE, slice_size).",
-                        code="logits",
-                    )
-                yield position, row[: self._vocabulary]
-                due = next(wanted, None)
-            if due is not None:
-                raise DumpError(
-                    f"{self.name} printed no logits for position {due}.",
-                    "A score needs them at every position, in order.",
-                    code="logits",
-                )
+            advice = "A score needs all of them: print whole rows of `logits` (PARITY_SLICE, slice_size)."
+            yield from whole_rows(out, chunk, self._vocabulary, f"{self.name} printed", advice, self._request.mapping)
 
-    def _printed(self, out: Path) -> Rows:
-        mapping = self._request.mapping
-        for item in Scan(out, Sharing(processes=0)):
-            if isinstance(item, Records) and (item.point == LOGITS or mapping.entry(item.point)[0] == LOGITS):
-                offset = mapping.position_offset or 0
-                for position, values in zip(item.token_idx.tolist(), item.values, strict=True):
-                    yield position + offset, values
+
+def whole_rows(
+    path: Path, chunk: Chunk, vocabulary: int, whose: str, advice: str, mapping: Mapping | None = None
+) -> Generator[tuple[int, Row], None, None]:
+    """(position, logits [V]) of a chunk's scored positions, from a dump that is read as a stream.
+
+    Raises:
+        DumpError: a scored position has no row of logits, or not all of its values; `whose` begins the sentence, `advice` says what to do.
+    """
+    wanted = iter(chunk.scored)
+    due = next(wanted, None)
+    for position, row in _logits(path, mapping or Mapping()):
+        if position < chunk.first or due is None:
+            continue
+        if position != due:
+            break
+        if len(row) < vocabulary:
+            raise DumpError(f"{whose} {len(row):,} of {vocabulary:,} logits at position {position}.", advice, code="logits")
+        yield position, row[:vocabulary]
+        due = next(wanted, None)
+    if due is not None:
+        raise DumpError(
+            f"{whose} no logits for position {due}.", "A score needs them at every position, in order.", code="logits"
+        )
+
+
+def _logits(path: Path, mapping: Mapping) -> Rows:
+    for item in Scan(path, Sharing(processes=0)):
+        if isinstance(item, Records) and (item.point == LOGITS or mapping.entry(item.point)[0] == LOGITS):
+            offset = mapping.position_offset or 0
+            for position, values in zip(item.token_idx.tolist(), item.values, strict=True):
+                yield position + offset, values

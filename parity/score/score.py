@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from time import perf_counter
 
@@ -13,11 +14,14 @@ from checkpoints.errors import InputError
 from checkpoints.points import ENCODER, LOGITS
 from reference.client import Reference
 
+from ..drift.golden import Golden, GoldenPrompt
+from ..drift.golden import load as load_golden
 from ..run.request import Request
 from ..run.sides import EXEC, REF
 from .base import Base, BaseWriter, load
-from .measures import TOP, Row, Tally, kl_of_top, kl_whole, largest, log_sum
-from .predictions import ExternalPredictions, LlamaCppPredictions, OurPredictions, Predictor, Rows
+from .golden import GoldenPredictions, chunks_of
+from .measures import LEAST, TOP, Listed, Row, Tally, kl_of_list, kl_of_lists, kl_of_shared, kl_whole, largest, log_sum
+from .predictions import Ambiguous, ExternalPredictions, LlamaCppPredictions, OurPredictions, Predicted, Predictor, Reader
 from .text import Chunk, chunks, read_text
 
 Progress = Callable[[int, int, float], None]  # chunks done, of how many, perplexity so far
@@ -28,11 +32,13 @@ _LEADING = 60  # characters of text before the worst position
 class ScoreRequest:
     """What `parity score` was asked for: `run` says how the side computes.
 
-    `base` is a base file; without one the base is llama.cpp in exact mode on `base_model`, else on the side's own model. `alone`: no base.
+    `base` is a base file, `golden` a folder of golden dumps, whose prompts are then the text; without them the base is llama.cpp in
+    exact mode on `base_model`, else on the side's own model. `alone`: no base. `opened` makes the side, if it is none of `run`'s, of
+    a llama.cpp and the number of tokens in the vocabulary.
     """
 
     run: Request
-    text: Path
+    text: Path | None
     source: str
     context: int = 512
     chunks: int | None = None
@@ -40,16 +46,8 @@ class ScoreRequest:
     base_model: Path | None = None
     save_base: Path | None = None
     alone: bool = False
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """One position beside the base."""
-
-    kl: float
-    base_log_p: float
-    base_top: tuple[tuple[int, float], ...]
-    unseen: float
+    golden: Path | None = None
+    opened: Callable[[Reference, int], Predictor] | None = None
 
 
 def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[Scored, tuple[int, ...]]:
@@ -60,53 +58,87 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
     """
     began = perf_counter()
     run = request.run
-    text = read_text(request.text)
     with ExitStack() as stack:
         reference = stack.enter_context(Reference(verbose=run.verbose, threads=run.threads))
-        parts, total = chunks(reference, run.model, text, request.context, request.chunks)
+        text = _text(request, reference)
         _require_predictions(reference, run.model)
         vocabulary = reference.tokenize(run.model, "a").n_vocab
-        side = _side(request, reference, vocabulary)
-        base: Base | Predictor | None = None
-        if request.base is not None:
-            base = load(request.base)
-            base.check(parts, request.base)
-        elif not request.alone:
-            other = stack.enter_context(Reference(verbose=run.verbose, threads=run.threads))
-            model = request.base_model or run.model
-            if model != run.model:
-                _require_predictions(other, model)
-                _same_vocabulary(other, model, vocabulary)
-            base = LlamaCppPredictions(other, model, "exact", f"llama.cpp, {model.name} as F32")
+        side = request.opened(reference, vocabulary) if request.opened is not None else _side(request, reference, vocabulary)
+        base = _base(request, text, vocabulary, stack)
         writer = BaseWriter(side.name, request.context) if request.save_base is not None else None
         figures = _Figures(base, writer)
-        for part in parts:
-            figures.chunk(part, side)
-            progress(part.number + 1, len(parts), figures.tally.perplexity[0])
+        for part in text.chunks:
+            figures.chunk(side.read(part) if isinstance(side, Reader) else part, side)
+            if figures.tally.count:
+                progress(part.number + 1, len(text.chunks), figures.tally.perplexity[0])
+        figures.require()
         worst = figures.worst(reference, run.model)
         if writer is not None and request.save_base is not None:
             writer.save(request.save_base)
-    perplexity, error = figures.tally.perplexity
+    tally = figures.tally
+    perplexity, error = tally.perplexity
     return (
         Scored(
             side=side.name,
             base="" if base is None else base.name,
-            text=request.text.name,
+            text=text.name,
             model=run.model.name,
-            tokens=total,
-            context=request.context,
-            chunks=len(parts),
-            positions=figures.tally.count,
+            tokens=text.tokens,
+            context=0 if text.prompts else request.context,
+            chunks=len(text.chunks),
+            positions=tally.count,
             perplexity=perplexity,
             perplexity_error=error,
-            exact=not isinstance(base, Base),
-            unseen=figures.unseen,
+            bounded=tally.bounded,
+            exact=figures.exact,
             worst=worst,
             seconds=perf_counter() - began,
-            **figures.tally.compared(),  # type: ignore[arg-type]
+            notes=(*figures.notes, *(side.notes if isinstance(side, Reader) else ())),
+            **tally.compared(),  # type: ignore[arg-type]
         ),
         figures.leading,
     )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is scored: a text in chunks, or golden prompts, each a chunk."""
+
+    name: str
+    tokens: int
+    chunks: tuple[Chunk, ...]
+    prompts: tuple[GoldenPrompt, ...] = ()
+    golden: Golden | None = None
+
+
+def _text(request: ScoreRequest, reference: Reference) -> _Text:
+    if request.golden is not None:
+        golden = load_golden(request.golden)
+        golden.model_path(request.run.model)
+        parts, prompts = chunks_of(golden, request.chunks)
+        return _Text(f"prompts of {golden.folder.name}", sum(len(part.tokens) for part in parts), tuple(parts), prompts, golden)
+    assert request.text is not None  # one of both is given
+    text = read_text(request.text)
+    parts, total = chunks(reference, request.run.model, text, request.context, request.chunks)
+    return _Text(request.text.name, total, tuple(parts))
+
+
+def _base(request: ScoreRequest, text: _Text, vocabulary: int, stack: ExitStack) -> Base | Predictor | None:
+    run = request.run
+    if text.golden is not None:
+        return GoldenPredictions(text.golden, text.prompts, vocabulary)
+    if request.base is not None:
+        base = load(request.base)
+        base.check(text.chunks, request.base)
+        return base
+    if request.alone:
+        return None
+    other = stack.enter_context(Reference(verbose=run.verbose, threads=run.threads))
+    model = request.base_model or run.model
+    if model != run.model:
+        _require_predictions(other, model)
+        _same_vocabulary(other, model, vocabulary)
+    return LlamaCppPredictions(other, model, "exact", f"llama.cpp, {model.name} as F32")
 
 
 def _side(request: ScoreRequest, reference: Reference, vocabulary: int) -> Predictor:
@@ -145,10 +177,11 @@ class _Figures:
 
     def __init__(self, base: "Base | Predictor | None", writer: BaseWriter | None) -> None:
         self.tally = Tally()
-        self.unseen = 0.0
         self.leading: tuple[int, ...] = ()
+        self.broken, self.broken_at = 0, ""
+        self.exact = not isinstance(base, Base)
         self._base, self._writer = base, writer
-        self._row = 0  # of a base file
+        self._rows = 0  # of a base file, before the chunk
         self._worst: Worst | None = None
 
     def chunk(self, chunk: Chunk, side: Predictor) -> None:
@@ -156,48 +189,72 @@ class _Figures:
         if self._writer is not None:
             self._writer.chunk(chunk)
         with ExitStack() as stack:
-            others = None
-            if self._base is not None and not isinstance(self._base, Base):
+            others: Predicted | None = None
+            if isinstance(self._base, Base):
+                others = stack.enter_context(closing(self._base.rows(chunk, self._rows)))
+            elif self._base is not None:
                 others = stack.enter_context(closing(self._base.rows(chunk)))
             self._positions(chunk, stack.enter_context(closing(side.rows(chunk))), others)
+        self._rows += len(chunk.scored)
 
-    def _positions(self, chunk: Chunk, rows: Rows, others: Rows | None) -> None:
-        for position, row in rows:
+    def _positions(self, chunk: Chunk, rows: Predicted, others: Predicted | None) -> None:
+        for position, predicted in rows:
             following = chunk.tokens[position + 1]
-            log_p = float(row[following]) - log_sum(row)
-            self.tally.predicted(log_p)
-            if self._writer is not None:
+            other = None
+            if others is not None:
+                other = next((_known(there, None) for at, there in others if at == position), None)
+                if other is None:
+                    raise RuntimeError(f"the base has no prediction at position {position}")
+            row = _known(predicted, other)
+            broken = next((who for who, values in (("the side", row), ("the base", other)) if _broken(values)), "")
+            if broken:
+                self._unusable(chunk, position, broken)
+                if self._writer is not None and not isinstance(row, Listed):
+                    self._writer.add(row, following)
+                continue
+            log_p = _log_p(row, following)
+            most = row.most_of_others if isinstance(row, Listed) and log_p is None else 0.0
+            self.tally.predicted(most if log_p is None else log_p, bounded=log_p is None)
+            if self._writer is not None and not isinstance(row, Listed):
                 self._writer.add(row, following)
-            judged = self._judged(position, row, following, others)
-            if judged is not None:
-                self._compared(chunk, position, row, log_p, judged)
+            if other is not None:
+                self._compared(chunk, position, row, other, log_p)
 
-    def _judged(self, position: int, row: Row, following: int, others: Rows | None) -> _Judged | None:
-        if isinstance(self._base, Base):
-            base, at = self._base, self._row
-            self._row += 1
-            ids = base.ids[at].astype(np.int64)
-            kl, unseen = kl_of_top(ids, base.logits[at], float(base.log_sums[at]), row)
-            top = tuple((int(i), float(x)) for i, x in zip(ids[:TOP], base.logits[at][:TOP], strict=True))
-            return _Judged(kl, float(base.next_logits[at]) - float(base.log_sums[at]), top, unseen)
-        if others is None:
-            return None
-        there, other = next(others)
-        if there != position:
-            raise RuntimeError(f"the base is at position {there}, the side at {position}")
-        ids = largest(other, TOP)
-        top = tuple((int(i), float(other[i])) for i in ids)
-        return _Judged(kl_whole(other, row), float(other[following]) - log_sum(other), top, 0.0)
-
-    def _compared(self, chunk: Chunk, position: int, row: Row, log_p: float, judged: _Judged) -> None:
-        mine = largest(row, TOP)
-        base_ids = np.array([number for number, _ in judged.base_top], dtype=np.int64)
-        self.tally.against(judged.kl, log_p, judged.base_log_p, mine, base_ids)
-        self.unseen = max(self.unseen, judged.unseen)
-        if self._worst is None or judged.kl > self._worst.kl:
-            ours = tuple((int(i), float(row[i])) for i in mine)
-            self._worst = Worst(chunk.number, position, judged.kl, "", chunk.tokens[position + 1], "", ours, judged.base_top)
+    def _compared(self, chunk: Chunk, position: int, row: "Row | Listed", other: "Row | Listed", log_p: float | None) -> None:
+        following = chunk.tokens[position + 1]
+        kl, unseen = _kl(other, row)
+        self.exact = self.exact and not isinstance(row, Listed)
+        listed = isinstance(row, Listed) or isinstance(other, Listed)
+        mine, theirs = _top(row, normalised=listed), _top(other, normalised=listed)
+        base_log_p = _log_p(other, following)
+        assert base_log_p is not None  # a base knows the text's own token
+        self.tally.against(kl, unseen, base_log_p, [number for number, _ in mine], [number for number, _ in theirs])
+        if log_p is not None:
+            self.tally.moved(log_p, base_log_p)
+        if self._worst is None or kl > self._worst.kl:
+            self._worst = Worst(chunk.number, position, kl, "", following, "", mine, theirs)
             self.leading = chunk.tokens[: position + 1]
+
+    def _unusable(self, chunk: Chunk, position: int, whose: str) -> None:
+        """A position at which logits are not numbers: the first one is the worst of all."""
+        self.broken += 1
+        if self.broken == 1:
+            self.broken_at = f"the first is position {position} of chunk {chunk.number}, of {whose}"
+            self._worst = Worst(chunk.number, position, inf, "", chunk.tokens[position + 1], "", (), ())
+            self.leading = chunk.tokens[: position + 1]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, in sentences."""
+        if not self.broken:
+            return ()
+        return (f"positions left out, because logits there are not numbers: {self.broken} ({self.broken_at})",)
+
+    def require(self) -> None:
+        """Raises InputError if nothing was scored."""
+        if not self.tally.count:
+            problem = f" Logits are not numbers at {self.broken} positions: {self.broken_at}." if self.broken else ""
+            raise InputError(f"nothing was predicted that could be scored.{problem}", "Take a longer text.", code="text")
 
     def worst(self, reference: Reference, model: Path) -> Worst | None:
         """The worst position with its texts."""
@@ -205,3 +262,36 @@ class _Figures:
             return None
         before = "".join(reference.pieces(model, self.leading))[-_LEADING:]
         return replace(self._worst, before=before, text=reference.pieces(model, [self._worst.token])[0])
+
+
+def _known(predicted: "Row | Listed | Ambiguous", base: "Row | Listed | None") -> "Row | Listed":
+    return predicted.beside(base) if isinstance(predicted, Ambiguous) else predicted
+
+
+def _broken(row: "Row | Listed | None") -> bool:
+    """Whether a row has NaN, infinity, or nothing but −∞."""
+    if row is None:
+        return False
+    return bool(np.isnan(row.logprobs).any()) if isinstance(row, Listed) else not np.isfinite(log_sum(row))
+
+
+def _log_p(row: "Row | Listed", token: int) -> float | None:
+    return row.logprob(token) if isinstance(row, Listed) else float(row[token]) - log_sum(row)
+
+
+def _top(row: "Row | Listed", *, normalised: bool) -> tuple[tuple[int, float], ...]:
+    """The first choices with their logits, or with log-probabilities, which are all that a list has."""
+    if isinstance(row, Listed):
+        return tuple(zip(row.ids[:TOP].tolist(), row.logprobs[:TOP].tolist(), strict=True))
+    total = log_sum(row) if normalised else 0.0
+    return tuple((int(number), float(row[number]) - total) for number in largest(row, TOP))
+
+
+def _kl(base: "Row | Listed", ours: "Row | Listed") -> tuple[float, float]:
+    """KL(base ‖ ours), and the probability of the tokens that count as one: 0 where both sides are whole."""
+    if isinstance(base, Listed):
+        return kl_of_lists(base, ours) if isinstance(ours, Listed) else kl_of_list(base, ours)
+    if isinstance(ours, Listed):
+        p = base[ours.ids].astype(np.float64) - log_sum(base)
+        return kl_of_shared(p, ours.logprobs, LEAST)
+    return kl_whole(base, ours), 0.0

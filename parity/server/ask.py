@@ -10,15 +10,15 @@ from .predictions import Candidate, Prediction
 from .vocabulary import Vocabulary
 
 Progress = Callable[[str, int, int | None], None]
-_AT_ONCE = 512  # requests of one comparison where a position takes one: more of them are spread over the text
+_AT_ONCE = 512  # most requests of one comparison if each position takes one; in longer texts they are spread out
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the server predicted behind the tokens up to `position`.
+    """What the server predicted after the tokens up to `position`.
 
-    `chosen` is the token that it chose there, None where the text's own follows; `prefix` is the text that it was given, None where
-    it was given all of it, or ids.
+    `chosen` is the token that it chose there, None if the text's own follows; `prefix` is the text that it was given, None if
+    it was given the whole text, or ids.
     """
 
     position: int
@@ -30,10 +30,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Heard:
-    """Everything that the server said.
+    """Everything that the server answered.
 
-    `tokens` are llama.cpp's ids of the prompt and then what the server chose; `around` is what it echoed before and behind the text;
-    `tokenizer` the first position whose piece is another, with both pieces.
+    `tokens` are llama.cpp's ids of the prompt and then those that the server chose; `around` is what it echoed before and after the
+    text; `tokenizer` is the first position whose piece differs, with both pieces.
     """
 
     tokens: tuple[int, ...]
@@ -53,26 +53,28 @@ def listen(
     prefix_ids: Callable[[str], Sequence[int]],
     generate: int,
     progress: Progress | None = None,
+    *,
+    first: int = 0,
 ) -> Heard:
-    """Ask about every position of the prompt, then let the server choose `generate` tokens.
+    """Ask about every position of the prompt from `first` on, then let the server choose `generate` tokens.
 
-    `prefix_ids` tokenizes as llama.cpp does: without echo a position is asked by the text that leads to it, as far as that text alone
+    `prefix_ids` tokenizes as llama.cpp does: without echo a position is asked for by the text before it, if that text alone
     has the same tokens.
 
     Raises:
-        ServerError: it refuses, or gives no candidates.
+        ServerError: the server refuses, or gives no candidates.
     """
     given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids
-    first = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
-    if not first.generated:
-        raise ServerError(f"the server chose no token after the prompt.{_stopped(first.text)}", "Take another prompt.")
-    heard = Heard(prompt.ids, len(prompt.ids), (), bool(first.prompt), first.prompt_tokens)
+    answer = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
+    if not answer.generated and (generate or not answer.prompt):
+        raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Take another prompt.")
+    heard = Heard(prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens)
     listened = (
-        _echoed(heard, first.prompt, prompt, vocabulary)
-        if first.prompt
-        else _one_by_one(heard, dialect, prompt, prefix_ids, progress)
+        _echoed(heard, answer.prompt, prompt, vocabulary)
+        if answer.prompt
+        else _one_by_one(heard, dialect, prompt, prefix_ids, progress, first)
     )
-    return _chosen(listened, first.generated, vocabulary, generate)
+    return _chosen(listened, answer.generated, vocabulary, generate)
 
 
 def _stopped(text: str) -> str:
@@ -80,13 +82,13 @@ def _stopped(text: str) -> str:
 
 
 def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> Heard:
-    """Predictions of the prompt's own tokens, as far as they are the tokens that llama.cpp makes."""
+    """The answer with predictions of the prompt's own tokens, as far as they are the same as llama.cpp's."""
     text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
     before, match, behind = "".join(item.token.text for item in predictions).partition(text)
     hidden = _hidden(prompt)
     shown = list(predictions)
     if shown and prompt.ids and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1] and hidden:
-        hidden = 0  # this server shows its BOS as well
+        hidden = 0  # this server shows its BOS, too
         before = before.removeprefix(shown[0].token.text)
     if match and (before.strip() or behind.strip()):
         return replace(heard, around=(before, behind))
@@ -107,25 +109,33 @@ def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, voc
 
 
 def _hidden(prompt: Prompt) -> int:
-    """How many leading tokens stand for nothing in the text: a BOS."""
+    """How many leading tokens have no text: a BOS."""
     text = prompt.text if prompt.text is not None else ""
     first = prompt.pieces[0] if prompt.pieces else ""
     return int(bool(text) and len(prompt.ids) > 1 and not text.lstrip().startswith(first.strip() or "\0"))
 
 
 def _one_by_one(
-    heard: Heard, dialect: Dialect, prompt: Prompt, prefix_ids: Callable[[str], Sequence[int]], progress: Progress | None
+    heard: Heard,
+    dialect: Dialect,
+    prompt: Prompt,
+    prefix_ids: Callable[[str], Sequence[int]],
+    progress: Progress | None,
+    first: int,
 ) -> Heard:
-    """One request a position, but for the last, which the first request asked about already."""
+    """The answer with one request for each position but the last, which the first request covered already."""
     questions: list[tuple[int, str | None, str | Sequence[int]]] = []
     left = 0
     text = ""
     hidden = _hidden(prompt)
     for index in range(len(prompt.ids) - 1):
         if prompt.text is None:
-            questions.append((index, None, prompt.ids[: index + 1]))
+            if index >= first:
+                questions.append((index, None, prompt.ids[: index + 1]))
             continue
         text += prompt.pieces[index] if index >= hidden else ""
+        if index < first:
+            continue
         prefix = text.lstrip(" ") if not prompt.text.startswith(" ") else text
         if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: index + 1]:
             questions.append((index, prefix, prefix))
@@ -154,7 +164,7 @@ def _one_by_one(
 
 
 def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabulary, generate: int) -> Heard:
-    """The predictions behind the prompt, along the tokens that the server chose, up to one whose id is not known."""
+    """The answer with predictions after the prompt, along the tokens that the server chose, up to one whose id is not known."""
     tokens, asked, notes = list(heard.tokens), list(heard.asked), list(heard.notes)
     for number, item in enumerate(generated):
         possible = vocabulary.ids(item.token)

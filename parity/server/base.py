@@ -1,8 +1,8 @@
-"""llama.cpp's own predictions at the positions that a server was asked about, and what llama.cpp differs from itself there."""
+"""llama.cpp's own predictions at the positions that a server was asked about, and how far llama.cpp differs from itself there."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from reference.client import Reference
 from reference.jobs import EXACT, NATIVE
 
-from ..score.measures import kl_of_top, largest, log_sum
+from ..score.measures import LEAST, Listed, kl_of_shared, kl_of_top, largest, log_sum
 from .predictions import Candidate
 from .vocabulary import Vocabulary
 
 Row = NDArray[np.float32]  # logits [V]
 _KEPT = 256  # largest logits of a row that are kept to compare two passes
-_LEAST = 1e-9  # probability that a list leaves to all other tokens, at the least: servers print sums that are 1 up to rounding
 _PORTION = 16
-_NOTHING = -69.0  # log(1e-30): what a server calls impossible
+NOTHING = -69.0  # log(1e-30): what a server calls impossible
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def rows(
 
 
 def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: int) -> Floor:
-    """What llama.cpp differs from itself on these tokens, between float32 and how a server computes the file."""
+    """How far llama.cpp differs from itself on these tokens, between float32 and the way a server computes the file."""
     kept = []
     for _, row in rows(reference, model, tokens, first, NATIVE, "f16"):
         top = largest(row, _KEPT)
@@ -53,26 +52,13 @@ def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: in
     return Floor(max(distances), float(np.mean(distances)))
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A server's candidates by id: int64 [K] and natural logarithms float64 [K], most probable first."""
-
-    ids: NDArray[np.int64]
-    logprobs: NDArray[np.float64]
-
-    @property
-    def rest(self) -> float:
-        """The probability that is left to all other tokens."""
-        return max(1.0 - float(np.exp(self.logprobs).sum()), _LEAST)
-
-
 def listed(candidates: Sequence[Candidate], vocabulary: Vocabulary, row: Row) -> Listed:
-    """The candidates whose token is known; of several tokens with one text, the one that llama.cpp finds most probable."""
+    """The candidates whose token is known; if several tokens have the same text, the one most probable to llama.cpp."""
     known: dict[int, float] = {}
     for candidate in candidates:
-        number = vocabulary.one(candidate, lambda number: float(row[number]))
+        number = vocabulary.most_probable(candidate, lambda number: float(row[number]))
         if number is not None and number not in known:
-            known[number] = max(candidate.logprob, _NOTHING)
+            known[number] = max(candidate.logprob, NOTHING)
     return Listed(np.array(list(known), dtype=np.int64), np.array(list(known.values())))
 
 
@@ -80,10 +66,7 @@ def kl(row: Row, server: Listed) -> float:
     """KL(llama.cpp ‖ server) over the server's candidates, all other tokens together as one more: a lower bound of the whole."""
     if not len(server.ids):
         return 0.0
-    p = row[server.ids].astype(np.float64) - log_sum(row)
-    left = max(1.0 - float(np.exp(p).sum()), 0.0)
-    rest = left * (log(left) - log(server.rest)) if left > _LEAST else 0.0
-    return max(float(np.sum(np.exp(p) * (p - server.logprobs))) + rest, 0.0)
+    return kl_of_shared(row[server.ids].astype(np.float64) - log_sum(row), server.logprobs, LEAST)[0]
 
 
 def probability(row: Row, number: int) -> float:

@@ -1,4 +1,4 @@
-"""What explains a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
+"""Explanations of a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ _SAMPLE = 12  # predictions on which a reading is tried
 _TEMPLATED = 3  # predictions on which a chat template is tried: each takes a pass of its own
 _BUDGET = 60.0  # seconds for all chat templates (some fifty), as long as `parity explain` searches
 _ENOUGH = 0.9  # share of the sample that must be explained: single positions are amplified (docs/your-engine.md)
-_BETTER = 10.0  # how many times nearer than the text as it stands
+_BETTER = 10.0  # how many times closer than the unchanged text an explanation must be
 _TEMPERATURES = (0.05, 20.0)
 _PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.05), np.arange(0.5, 1.0, 0.05)])
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a cause is looked for with: `sample` has llama.cpp's rows [V], `limit` is a KL; `notes` say what was not tried."""
+    """Everything needed to look for a cause: `sample` has llama.cpp's rows [V], `limit` is a KL; `notes` say what was not tried."""
 
     reference: Reference
     model: Path
@@ -42,7 +42,7 @@ class Case:
     notes: list[str] = field(default_factory=list)
 
     def without(self, sample: Sequence[tuple[Asked, Row]]) -> float:
-        """The worst KL of these predictions as they were asked for."""
+        """The worst KL of these predictions, read as they were asked for."""
         return max(self.of(asked, row) for asked, row in sample)
 
     def of(self, asked: Asked, row: Row) -> float:
@@ -88,11 +88,11 @@ def _tokenizer(case: Case) -> ServerCause | None:
 def _judged(
     case: Case, name: str, sentence: str, advice: str, explained: Sequence[float], sample: Sequence[tuple[Asked, Row]]
 ) -> ServerCause | None:
-    """The cause, if it explains enough of the sample, and what was asked for does not."""
+    """The cause, if it explains enough of the sample and the unchanged request does not."""
     if not explained:
         return None
     right = sum(value <= case.limit for value in explained)
-    # Of many readings the one that is nearest; noise of a sampler's or a quantised server's numbers is in `limit`.
+    # The closest of many readings; `limit` covers the noise of a sampler's or a quantised server's numbers.
     without = case.without(sample)
     if right < _ENOUGH * len(explained) or not without > _BETTER * float(np.median(explained)):
         return None
@@ -100,8 +100,8 @@ def _judged(
 
 
 def _readings(case: Case, ids: Sequence[int], moved: int) -> dict[int, list[float]]:
-    """KL of the sampled predictions if the server reads `ids`, in which each position lies `moved` further: for log-probabilities at
-    their own position (0), and for those that stand one token too early (1) or too late (-1).
+    """KL of the sampled predictions if the server reads `ids`, in which each position is moved by `moved`: for log-probabilities at
+    their own position (0), one token too early (1) or too late (-1).
     """
     readings: dict[int, list[float]] = {0: [], 1: [], -1: []}
     sample = {asked.position + moved: asked for asked, _ in case.sample}
@@ -120,7 +120,7 @@ _SHIFTED = {
 
 
 def _beginning(case: Case) -> ServerCause | None:
-    """A BOS that is missing, doubled or too much, and log-probabilities that stand beside their token."""
+    """A BOS that is missing, doubled or superfluous, or log-probabilities that are listed one token off."""
     ids, bos = case.heard.tokens, case.special.bos
     variants = [("", tuple(ids), 0, "", "")]
     if bos is not None:
@@ -140,7 +140,7 @@ def _beginning(case: Case) -> ServerCause | None:
     for shift, how in _SHIFTED.items():
         for (name, _, _, sentence, advice), explained in readings:
             if not name and not shift:
-                continue  # as it was asked for
+                continue  # the unchanged request
             words = "; ".join(filter(None, (sentence, how)))
             advice_text = " ".join(filter(None, (advice, "Logits at position t predict token t + 1." if shift else "")))
             if cause := _judged(case, name or "shifted", words, advice_text, explained[shift], case.sample):
@@ -192,7 +192,7 @@ def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
 
 
 def _template(case: Case) -> ServerCause | None:
-    """A chat template around the text: each position that was asked by its own text is tried as a user's message."""
+    """A chat template around the text: each position that was asked for by its own text is tried as a user's message."""
     asked = [
         (item, row) for item, row in case.sample if item.chosen is None and (item.prefix is not None or _at_end(case, item))
     ]

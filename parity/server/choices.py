@@ -1,4 +1,4 @@
-"""Whether a server chooses what it finds most probable, as temperature 0 asks it to; and what else explains its choices."""
+"""Whether a server chooses its most probable token, as temperature 0 requires; and what else explains its choices."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from .ask import Asked
 from .base import Row
 from .causes import penalised
 
-_TIE = 1e-3  # log-probability: two candidates that are nearer may be chosen in either order
-# What two right engines' log-probabilities differ by where weights are quantised (0.05 on random Q8_0 models): with a penalty the
-# chosen token is llama.cpp's first, or as near to it as that.
+_TIE = 1e-3  # log-probability: of two candidates that are closer, either may be chosen
+# How far two right engines' log-probabilities differ with quantised weights (0.05 on random Q8_0 models): with a penalty the
+# chosen token is llama.cpp's first, or this close to it.
 _ROUNDING = 0.1
 _PENALTIES = np.arange(1.02, 2.01, 0.02)
 
@@ -30,7 +30,7 @@ def unfaithful(asked: Sequence[Asked]) -> tuple[tuple[int, str, str], ...]:
 
 
 def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequence[tuple[int, str, str]]) -> ServerCause:
-    """Why it chooses otherwise: a repeat penalty that explains every choice, else a sampler that is not greedy."""
+    """Why the server chooses differently: a repeat penalty that explains every choice, else a sampler that is not greedy."""
     position, chosen, better = wrong[0]
     first = (
         f"the sampler: at {len(wrong)} of {len(asked)} steps it chose another token than its own most probable one, "

@@ -1,4 +1,4 @@
-"""How a completion is asked for, and where its answer has what: OpenAI's /v1/completions and llama.cpp's own /completion."""
+"""How a completion is requested, and how its answer is read: OpenAI's /v1/completions and llama.cpp's own /completion."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ _ABSENT = (404, 405, 501)  # the server has no such path
 
 @dataclass(frozen=True)
 class Completion:
-    """A server's answer: what it predicted for the prompt's own tokens (where it echoes them), and for those that it chose.
+    """A server's answer: its predictions for the prompt's own tokens (if it echoes them), and for those that it chose.
 
-    `prompt_tokens` is how many tokens it says the prompt has, None if it does not.
+    `prompt_tokens` is the prompt's number of tokens according to the server, None if it gives none.
     """
 
     generated: tuple[Prediction, ...]
@@ -25,7 +25,7 @@ class Completion:
 
 
 class Dialect(Protocol):
-    """One way to ask."""
+    """One way to request a completion."""
 
     name: str
     echoes: bool | None
@@ -34,13 +34,13 @@ class Dialect(Protocol):
         """The prompt and `count` greedily chosen tokens.
 
         Raises:
-            ServerError: it refuses, or its answer has no log-probabilities.
+            ServerError: the server refuses, or its answer has no log-probabilities.
         """
 
 
 @dataclass
 class OpenAI:
-    """`/v1/completions`; `echoes` is whether the server predicts the prompt's own tokens, None until it was asked."""
+    """`/v1/completions`; `echoes` is whether the server predicts the prompt's own tokens, None until it is known."""
 
     connection: Connection
     top: int
@@ -119,7 +119,7 @@ class LlamaCppServer:
 
 
 def _covered(predictions: Sequence[Prediction], prompt: str | Sequence[int]) -> int:
-    """How many of the first predictions make up the prompt's text: llama-cpp-python's list is one short where it adds no BOS."""
+    """How many of the first predictions make up the prompt's text: llama-cpp-python's list is one short if it adds no BOS."""
     texts = "".join(item.token.text for item in predictions)
     if not isinstance(prompt, str) or (start := texts.find(prompt)) < 0:
         return 0
@@ -134,7 +134,7 @@ def _covered(predictions: Sequence[Prediction], prompt: str | Sequence[int]) -> 
 def dialect_of(
     connection: Connection, api: str, top: int, model: str, extra: Mapping[str, Any], prompt: str | Sequence[int]
 ) -> Dialect:
-    """The way to ask this server: the one that `api` or the URL's path names, else the first that it answers `prompt` in.
+    """The dialect of this server: the one that `api` or the URL's path names, else the first in which it answers `prompt`.
 
     Raises:
         ServerError: it answers in neither.

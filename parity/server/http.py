@@ -1,4 +1,4 @@
-"""JSON over HTTP from a server that nobody vouches for: every answer is bounded in time and size, every failure is one line."""
+"""JSON over HTTP from an untrusted server: every answer is bounded in time and size, every failure is one line."""
 
 import itertools
 import json
@@ -20,18 +20,18 @@ from checkpoints.errors import InputError
 from checkpoints.printable import printable
 
 KEY_VARIABLE = "PARITY_API_KEY"
-DEFAULT_TIMEOUT = 120.0  # seconds a request: a long prompt on a CPU takes one, a night in CI is nobody's intention
+DEFAULT_TIMEOUT = 120.0  # seconds a request: a long prompt on a CPU may take one, but should not block CI for a night
 LARGEST = 64 << 20  # bytes of an answer; 20 candidates for each of 32,768 positions are 40 MB
 _PIECE = 1 << 16
-_BUSY = (429, 502, 503, 504)  # what passes: too many requests, a proxy without its server, a model that is still loading
+_BUSY = (429, 502, 503, 504)  # temporary failures: too many requests, a proxy without its server, a model that is still loading
 _RETRIES = 5
 _BACK_OFF = 0.25  # seconds before the second attempt; twice as long before each further one
-_LONGEST_PAUSE = 10.0  # seconds between two attempts, whatever Retry-After says
-_SHOWN = 200  # characters of a server's own words
+_LONGEST_PAUSE = 10.0  # most seconds between two attempts, whatever Retry-After says
+_SHOWN = 200  # characters of a server's own message that are shown
 
 
 class ServerError(InputError):
-    """The server cannot be used as asked (exit 2); `status` is its HTTP status, 0 where there was none; `late`: it took too long."""
+    """The server cannot be used as requested (exit 2); `status` is its HTTP status, 0 if there was none; `late`: it took too long."""
 
     def __init__(self, message: str, advice: str = "", *, status: int = 0, late: bool = False) -> None:
         super().__init__(message, advice, code="server")
@@ -40,7 +40,7 @@ class ServerError(InputError):
 
 
 class _Passing(Exception):
-    """What may be gone at the next attempt; `pause` is how long the server asks to wait, None where it does not."""
+    """A failure that may be gone at the next attempt; `pause` is how long the server asks to wait, None if it does not."""
 
     def __init__(self, error: ServerError, attempts: int, pause: float | None = None) -> None:
         super().__init__(str(error))
@@ -86,7 +86,7 @@ class Connection:
             raise InputError("--server-rate must be a positive number of requests a second.", code="server")
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise ServerError("the API key has characters that no HTTP header can hold.", f"Check ${KEY_VARIABLE}.")
-        # No redirects: the key belongs to this server, and to no other. Its own retries would read the whole body of an error.
+        # No redirects, since the key is for this server only; and none of urllib3's retries, which read the whole body of an error.
         self._pool = urllib3.PoolManager(num_pools=1, retries=False)
 
     @property
@@ -100,7 +100,7 @@ class Connection:
         return printable(urlsplit(self.url).netloc)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object with which the server answers a JSON object.
+        """The JSON object that the server returns for a JSON object.
 
         Raises:
             ServerError: no connection, a time-out, a TLS failure, another status than 200, or something other than a JSON object.
@@ -117,7 +117,7 @@ class Connection:
             self._last = monotonic()
 
     def _in_time(self, work: "Callable[[threading.Event], tuple[int, bytes]]") -> tuple[int, bytes]:
-        """The work's result, waited for no longer than `timeout`: a server that sends a byte now and then never times out by itself."""
+        """The work's result, within `timeout`: a server that sends a byte now and then would never time out by itself."""
         results: list[tuple[int, bytes]] = []
         failures: list[BaseException] = []
         stop = threading.Event()
@@ -125,7 +125,7 @@ class Connection:
         def run() -> None:
             try:
                 results.append(work(stop))
-            except BaseException as error:  # raised again by whoever waits
+            except BaseException as error:  # raised again in the waiting thread
                 failures.append(error)
 
         thread = threading.Thread(target=run, name="parity-request", daemon=True)
@@ -141,7 +141,7 @@ class Connection:
         return results[0]
 
     def _attempts(self, path: str, body: Mapping[str, Any], stop: threading.Event) -> tuple[int, bytes]:
-        """Status and body, after as many attempts as the failure deserves."""
+        """Status and body, after several attempts if the failures are temporary."""
         for attempt in itertools.count():
             self.requests += 1
             try:
@@ -255,12 +255,12 @@ class Connection:
 def _retry_after(response: BaseHTTPResponse) -> float | None:
     try:
         return Retry().get_retry_after(response)
-    except HTTPError:  # a header that is no time
+    except HTTPError:  # the header is not a time
         return None
 
 
 def _words(data: bytes) -> str:
-    """What the server says of an error: OpenAI's `error.message`, FastAPI's `detail`, else the beginning of a text."""
+    """The server's message on an error: OpenAI's `error.message`, FastAPI's `detail`, else the beginning of the text."""
     text: Any
     try:
         body = json.loads(data)
@@ -274,5 +274,5 @@ def _words(data: bytes) -> str:
 
 
 def key_from_environment() -> str:
-    """The API key: $PARITY_API_KEY, "" without one."""
+    """The API key, $PARITY_API_KEY; "" if there is none."""
     return os.environ.get(KEY_VARIABLE, "")

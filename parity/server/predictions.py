@@ -1,4 +1,4 @@
-"""What a server says of one prediction, read from the three shapes in which servers write it."""
+"""What a server says about one prediction, read from the three forms in which servers write it."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import Any
 from .http import ServerError
 
 _NEVER = -1e4  # a natural logarithm below it is a probability of 0, however a server writes that (-inf, -3.4e38, -9999)
-_MOST = 1 << 20  # predictions of one answer
+_MOST = 1 << 20  # most predictions of one answer
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One token with its log-probability (natural); `id` is None where the server names tokens by their text only."""
+    """One token with its log-probability (natural); `id` is None if the server names tokens only by their text."""
 
     text: str
     logprob: float
@@ -23,9 +23,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the server said of one position: the token that stands there, and its candidates, most probable first.
+    """What the server said about one position: the token there, and its candidates, most probable first.
 
-    The token's own log-probability is 0 where nothing predicted it (the first token of an echoed prompt).
+    The token's own log-probability is 0 if nothing predicted it (the first token of an echoed prompt).
     """
 
     token: Candidate
@@ -37,7 +37,7 @@ def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
     object of texts (OpenAI, llama-cpp-python, vLLM) or a list of such objects.
 
     Raises:
-        ServerError: the lists do not belong together, or a number is none.
+        ServerError: the lists do not belong together, or contain something other than numbers.
     """
     tokens, own = logprobs.get("tokens"), logprobs.get("token_logprobs")
     top = logprobs.get("top_logprobs") or [None] * (len(tokens) if isinstance(tokens, list) else 0)
@@ -65,10 +65,10 @@ def _pairs(part: Any, where: str) -> list[tuple[Any, Any]]:
 def listed(content: Sequence[Any], where: str) -> list[Prediction]:
     """The newer schema, and llama.cpp's own: a list of {token, logprob, bytes, id, top_logprobs: [{…}]}.
 
-    llama.cpp writes `prob` and `top_probs` for probabilities behind its sampler, and before 2025 {content, probs: [{tok_str, prob}]}.
+    llama.cpp writes `prob` and `top_probs` for probabilities after its sampler, and before 2025 {content, probs: [{tok_str, prob}]}.
 
     Raises:
-        ServerError: it is not such a list, or a number is none.
+        ServerError: it is not such a list, or contains something other than numbers.
     """
     _bounded(content, where)
     predictions = []
@@ -118,10 +118,10 @@ def _numbered(text: str) -> int | None:
 
 
 def number_of(value: Any, where: str) -> float:
-    """A log-probability as a number; every way to write one of 0 is −∞.
+    """A log-probability as a number; every way to write a probability of 0 gives −∞.
 
     Raises:
-        ServerError: it is no number, NaN, or above 0 by more than rounding.
+        ServerError: it is not a number, NaN, or above 0 by more than rounding.
     """
     if isinstance(value, str) and value in ("-Infinity", "-inf"):
         return -math.inf

@@ -1,4 +1,4 @@
-"""A running server beside llama.cpp: ask, compute the same positions, compare, look for the cause, lead on to the checkpoints."""
+"""A running server beside llama.cpp: ask it, compute the same positions, compare, look for the cause, point to the checkpoints."""
 
 import json
 import shlex
@@ -30,9 +30,9 @@ from .http import Connection
 from .vocabulary import Vocabulary
 
 SERVER_FILE = "server.json"
-# A right server's worst KL is at most 1.0 times what llama.cpp differs from itself on the same tokens, between float32 and the file's
+# A right server's worst KL is at most 1.0 times llama.cpp's difference from itself on the same tokens, between float32 and the file's
 # own types with an F16 cache: llama-cpp-python's server and llama.cpp's own, Q8_0, texts of 5 to 38 tokens. Other kernels (a GPU's)
-# round otherwise: five times that distance is allowed, and KL goes with its square. A missing BOS is at 80 times this limit.
+# round differently: five times that distance is allowed, and KL grows with its square. A missing BOS is at 80 times this limit.
 _TIMES = 25.0
 _LEAST_LIMIT = 1e-5  # KL: servers print seven digits, and an F16 cache moves an F32 model's by 2e-6
 
@@ -52,12 +52,12 @@ class ServerRequest:
 def compare_server(
     request: Request, wanted: ServerRequest, progress: Progress | None = None, reference: Reference | None = None
 ) -> ServerAnswer:
-    """Ask the server for its predictions over the prompt and `request.generate` choices of its own, and hold them against llama.cpp's.
+    """Ask the server for its predictions over the prompt and `request.generate` choices of its own, and compare them with llama.cpp's.
 
-    `reference` is a llama.cpp that runs already; else one is started.
+    `reference` is a running llama.cpp; else one is started.
 
     Raises:
-        ServerError: the server cannot be reached, or answers what cannot be used. InputError, ModelError: the prompt or the model.
+        ServerError: the server cannot be reached, or its answer cannot be used. InputError, ModelError: the prompt or model is unusable.
     """
     began = perf_counter()
     connection = wanted.connection
@@ -183,7 +183,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
     pieces = vocabulary.pieces
     top = largest(row, max(len(asked.candidates), 2))
     known = {int(number): float(value) for number, value in zip(server.ids, server.logprobs, strict=True)}
-    shown = [(vocabulary.one(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
+    shown = [(vocabulary.most_probable(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
     in_text = asked.position + 1 < heard.prompt
     follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
     theirs = next((number for number, _ in shown[:1] if number is not None), None)

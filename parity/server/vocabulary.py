@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from .predictions import Candidate
 
-BROKEN = "\ufffd"  # a piece of a character that is no text by itself
+BROKEN = "\ufffd"  # part of a character, which has no text by itself
 
 
 class Vocabulary:
@@ -18,9 +18,9 @@ class Vocabulary:
             self._ids[piece].append(number)
 
     def ids(self, candidate: Candidate) -> Sequence[int]:
-        """The tokens that it can be; none where the vocabulary has no such piece.
+        """The tokens that a candidate can be; none if the vocabulary has no such piece.
 
-        Some servers strip a leading blank, and half a character is the same text for many tokens: then by text nothing is known.
+        Some servers strip a leading blank, and part of a character is the same text for many tokens: such texts identify no token.
         """
         if candidate.id is not None:
             return (candidate.id,) if candidate.id < len(self.pieces) else ()
@@ -29,10 +29,10 @@ class Vocabulary:
             return ()
         return self._ids.get(text) or self._ids.get(" " + text) or ()
 
-    def one(self, candidate: Candidate, probability: Callable[[int], float]) -> int | None:
-        """The token that it is: of several with this text the most probable one."""
+    def most_probable(self, candidate: Candidate, probability: Callable[[int], float]) -> int | None:
+        """The token of a candidate: the most probable one of several with this text."""
         return max(self.ids(candidate), key=probability, default=None)
 
     def same(self, candidate: Candidate, number: int) -> bool:
-        """Whether the server can mean this token."""
+        """Whether the candidate can be this token."""
         return number in self.ids(candidate) or BROKEN in self.pieces[number] or candidate.text in ("", BROKEN)

@@ -1,12 +1,12 @@
-"""A GGUF against the Hugging Face folder that it was converted from: every tensor through what converters do to it.
+"""A GGUF against the Hugging Face folder that it was converted from: every tensor, after the changes that converters make.
 
-Names are mapped by gguf-py's table, the one that llama.cpp's converter uses. A tensor that is not what its source gives is held
-against what comes of the usual mistakes. A few rows at a time: memory does not grow with the model.
+Names are mapped by gguf-py's table, which llama.cpp's converter uses. A tensor that differs from its converted source is compared
+with the results of the usual mistakes. A few rows at a time are read: memory does not grow with the model.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,14 @@ from .weights import Progress, type_name
 
 # A type of 16 bits rounds: half a step of bfloat16's 8 bits is 2^-9.
 _ROUNDED = 2.0**-17
-_CHUNK = 1 << 22  # elements at a time
+_CHUNK = 1 << 22  # elements that are read at a time
 _PERMUTING = frozenset(
     ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
 )
 _OFFSET = re.compile(r"gemma\d*(-embedding)?|nemotron")  # converters store 1 + w of their norms
-_GROUPED = frozenset(("falcon",))  # keeps queries, keys and values of a group of heads side by side
+_GROUPED = frozenset(("falcon", "gptneox", "bloom"))  # keep queries, keys and values of a head, or of a group, side by side
+_DECAY = ".ssm_a"  # −exp of the folder's A_log (`MambaModel.modify_tensors`)
+_EXP = 1e-13  # NMSE: exp as two libraries round it to float32, a unit in the last place of each value
 _TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -38,13 +40,17 @@ _BY = ("GGUF", "folder")
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor of the GGUF comes from: one tensor, or one for each expert."""
+    """Where a tensor of the GGUF comes from: one tensor, or one for each expert.
+
+    `in_groups`: a fused projection as the folder stores it, from which `parts` is reordered.
+    """
 
     parts: tuple[Stored, ...]
     names: tuple[str, ...]
+    in_groups: "_Source | None" = None
 
     def rows(self, start: int, stop: int, per_part: int, *, transposed: bool = False) -> Floats:
-        """Rows [start, stop) of the parts laid one after the other, which must lie in one part."""
+        """Rows [start, stop) of the concatenated parts; they must lie in one part."""
         part = self.parts[start // per_part]
         first = start % per_part
         if len(part.shape) == 1:
@@ -61,16 +67,16 @@ Change = Callable[[Floats], Floats]
 
 
 def check_conversion(path: Path, folder: Path, progress: Progress | None = None) -> WeightsCheck:
-    """Say for each tensor of a GGUF whether it is what the folder's tensors give, and what config.json and the metadata disagree on.
+    """Check for each tensor of a GGUF whether it is what the folder's tensors convert to, and where config.json and metadata disagree.
 
     Raises:
-        ModelError: the GGUF cannot be read. InputError: the folder cannot, or is another architecture's.
+        ModelError: the GGUF cannot be read. InputError: the folder cannot be read, or has another architecture.
     """
     model, source = GgufModel(path), Folder(folder)
     arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
     sources, stray = _sources(arch, model.hyperparameters.n_layers, source)
     if arch in _GROUPED:
-        sources = {name: _ungrouped(of, heads) if name.endswith(".attn_qkv.weight") else of for name, of in sources.items()}
+        sources = {name: _ungrouped(of, heads) if ".attn_qkv." in name else of for name, of in sources.items()}
     if not sources.keys() & model.tensors.keys():
         raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder from which this GGUF was made?")
     checks: list[TensorCheck] = []
@@ -93,7 +99,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
 
 
 def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source], list[str]]:
-    """The source of each GGUF tensor by its name, and the folder's tensors that none is made of."""
+    """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
     import gguf
 
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
@@ -108,7 +114,10 @@ def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source]
             head = match[1].replace("block_sparse_moe", "mlp")
             experts.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}.weight", {})[int(match[2])] = name
             continue
-        to = names.get_name(name.replace("model.language_model.", "model."), try_suffixes=(".weight", ".bias"))
+        plain = name.replace("model.language_model.", "model.")
+        # As the converters of BLOOM and Mamba 2 change them.
+        spellings = (plain, plain.removeprefix("transformer."), plain.replace(".dt_bias", ".dt_proj.bias"))
+        to = next(filter(None, (names.get_name(text, try_suffixes=(".weight", ".bias")) for text in spellings)), None)
         if to is None:
             stray.append(name)
         else:
@@ -124,8 +133,8 @@ def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source]
 
 
 def _ungrouped(source: _Source, heads: tuple[int, int]) -> _Source:
-    """A fused projection whose rows lie by groups (queries, then one key and one value head of each) as all queries, keys and values:
-    `FalconModel.modify_tensors` of convert_hf_to_gguf.py. A part for each head.
+    """A fused projection whose rows are grouped (queries, then a key head and a value head for each group), reordered to all queries,
+    keys, values: `FalconModel.modify_tensors` of convert_hf_to_gguf.py. The result has a part for each head.
     """
     (whole,), (many, few) = source.parts, heads
     group = many // few + 2 if few else 0
@@ -137,15 +146,18 @@ def _ungrouped(source: _Source, heads: tuple[int, int]) -> _Source:
     cut = [Stored(whole.raw[i * size : (i + 1) * size], whole.dtype, (rows, *whole.shape[1:])) for i in range(count)]
     places = [i for i in range(count) if i % group < group - 2]
     places += [*range(group - 2, count, group), *range(group - 1, count, group)]
-    return _Source(tuple(cut[i] for i in places), source.names)
+    if len(whole.shape) == 1:  # a bias
+        together = Stored(np.concatenate([cut[i].raw for i in places]), whole.dtype, whole.shape)
+        return _Source((together,), source.names, source)
+    return _Source(tuple(cut[i] for i in places), source.names, source)
 
 
-def _grouped(source: _Source, heads: tuple[int, int]) -> _Source:
-    """What `_ungrouped` was given, in its parts."""
-    many, few = heads
-    q = many // few
-    order = [place for g in range(few) for place in (*range(g * q, (g + 1) * q), many + g, many + few + g)]
-    return _Source(tuple(source.parts[place] for place in order), source.names)
+def _shaped(source: _Source, shape: tuple[int, ...]) -> _Source:
+    """A tensor in the GGUF's shape if the two differ only in dimensions of 1: the kernels of convolutions, [n, 1, k] in PyTorch."""
+    part = source.parts[0]
+    if len(source.parts) > 1 or part.shape == shape or [n for n in part.shape if n > 1] != [n for n in shape if n > 1]:
+        return source
+    return replace(source, parts=(Stored(part.raw, part.dtype, shape),))
 
 
 def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
@@ -168,21 +180,19 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
+    source = _shaped(source, info.shape)
     size = sum(int(np.prod(part.shape)) for part in source.parts)
     if size != count:
         shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{size:,} values in the folder, {shapes}")
     right = _expected(info, arch, heads)
     error, first = _compare(model, info, source, right, heads, arch)
-    limit = 0.0 if info.type == 0 else _ROUNDED if info.type in (1, 30) else largest_loss(info.type)
+    exactly = _EXP if info.name.endswith(_DECAY) else 0.0
+    limit = exactly if info.type == 0 else _ROUNDED if info.type in (1, 30) else largest_loss(info.type)
     if error <= limit:
         status = EQUAL if error == 0 else f"{EQUAL} as {kind}"
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
-    if (
-        arch in _GROUPED
-        and len(source.parts) > 1
-        and _compare(model, info, _grouped(source, heads), right, heads, arch)[0] <= limit
-    ):
+    if source.in_groups is not None and _compare(model, info, source.in_groups, right, heads, arch)[0] <= limit:
         mistake = "left in groups: llama.cpp expects all queries, then all keys, then all values"
         return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     for mistake, change in _mistakes(info, arch, heads):
@@ -213,7 +223,7 @@ def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
 
 
 def _heads(name: str, heads: tuple[int, int]) -> int:
-    """The heads whose rows a tensor's rows are, 0 for those that have none."""
+    """The number of heads whose rows a tensor consists of, 0 if it does not."""
     return heads[0] if ".attn_q." in name else heads[1] if ".attn_k." in name else 0
 
 
@@ -222,11 +232,13 @@ def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
         return lambda rows: permuted(rows, info.shape, _heads(info.name, heads))
     if _OFFSET.fullmatch(arch) and info.name.endswith("norm.weight"):
         return lambda rows: rows + np.float32(1)
+    if info.name.endswith(_DECAY):
+        return lambda rows: -np.exp(rows)
     return lambda rows: rows
 
 
 def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[tuple[str, Change]]:
-    """What else a converter may have done, and what comes of it."""
+    """Mistakes that a converter may have made, each with its effect."""
     if n := _heads(info.name, heads):
         if arch in _PERMUTING:
             yield "not permuted: llama.cpp rotates neighbours here, the folder's rows are halves", lambda rows: rows
@@ -235,6 +247,8 @@ def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[t
                 yield f"permuted by {other} heads instead of {n}", lambda rows: permuted(rows, info.shape, other)
         else:
             yield "permuted, which this architecture's rows are not", lambda rows: permuted(rows, info.shape, n)
+    if info.name.endswith(_DECAY):
+        yield "the logarithm of the decay, of which llama.cpp expects −exp", lambda rows: rows
     if info.name.endswith("norm.weight"):
         if _OFFSET.fullmatch(arch):
             yield "without the 1 that llama.cpp expects in this norm's weight", lambda rows: rows
@@ -243,7 +257,7 @@ def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[t
 
 
 def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
-    """Whole heads' rows from halves to neighbours: `LlamaModel.permute` of convert_hf_to_gguf.py. Of a bias, its elements."""
+    """Each head's rows reordered from halves to neighbours: `LlamaModel.permute` of convert_hf_to_gguf.py. For a bias, its elements."""
     head = shape[0] // heads
     grid = rows.reshape(-1, 2, head // 2, rows.shape[-1] if len(shape) > 1 else 1)
     return np.ascontiguousarray(grid.swapaxes(1, 2)).reshape(rows.shape)
@@ -252,7 +266,7 @@ def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
 def _other(
     model: GgufModel, info: TensorInfo, source: _Source, right: Change, heads: tuple[int, int], arch: str, limit: float
 ) -> str:
-    """The name of the GGUF's tensor of the same shape and layer that holds these values, if one does."""
+    """The name of the GGUF tensor with the same shape and layer that has these values, "" if there is none."""
     layer = info.name.rsplit(".", 2)[0]
     for name, other in model.tensors.items():
         if name == info.name or other.shape != info.shape or not name.startswith(layer):

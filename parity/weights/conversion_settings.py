@@ -1,4 +1,4 @@
-"""config.json against a GGUF's metadata: the numbers that every engine reads, and RoPE's factors, which converters make of them."""
+"""config.json against a GGUF's metadata: the numbers that every engine reads, and RoPE's factors, which converters compute from them."""
 
 from collections.abc import Iterator
 from math import isclose
@@ -11,7 +11,7 @@ from engine.weights.gguf_model import GgufModel
 
 from .safetensors_folder import Floats, Folder
 
-MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, of config.json
+MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, from config.json
 FACTOR_ROUNDING = 1e-5  # converters compute the factors in float32, from powers: a few ulps
 _NAMES = {"llama3": "none", "linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope", "default": "none"}
 
@@ -44,14 +44,14 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
 
 
 def _rope(folder: Folder) -> dict[str, Any]:
-    """config.json's entry on RoPE; of a model with several kinds of layers that of its full attention."""
+    """config.json's entry on RoPE; that of full attention if the model has several kinds of layers."""
     rope = folder.config.get("rope_parameters") or folder.config.get("rope_scaling") or {}
     settings = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
     return settings if isinstance(settings, dict) else {}
 
 
 def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:
-    """How far and in which way RoPE is scaled."""
+    """Check by how much and how RoPE is scaled."""
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in _NAMES:
         return
@@ -83,7 +83,7 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
 
 
 def rope_factors(name: str, folder: Folder) -> Floats | None:
-    """By what a converter's tensor divides RoPE's frequencies, as config.json gives it; None where that does not say it.
+    """The numbers by which a converter's tensor divides RoPE's frequencies, from config.json; None if it does not give them.
 
     `rope_freqs` are llama3's: frequencies with long waves are divided by `factor`, with short ones by 1, in between by a mix of
     both (`Llama3Model.generate_extra_tensors` of convert_hf_to_gguf.py; `_compute_llama3_parameters` of transformers).
@@ -102,7 +102,9 @@ def rope_factors(name: str, folder: Folder) -> Floats | None:
         context = float(rope["original_max_position_embeddings"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    turns = context / (2 * np.pi * base ** (np.arange(0, size, 2) / size))  # of each pair over the original context
+    turns = context / (
+        2 * np.pi * base ** (np.arange(0, size, 2) / size)
+    )  # number of turns of each pair over the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return np.asarray(1 / ((1 - smooth) / factor + smooth), dtype=np.float32)
 

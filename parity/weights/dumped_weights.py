@@ -18,7 +18,7 @@ def load(path: Path) -> dict[str, Floats]:
     """Flat float32 values by tensor name from safetensors, npz, or JSONL records (`checkpoint` or `name`, and `values`).
 
     Raises:
-        DumpError: the file is none of these, or holds no tensors.
+        DumpError: the file is none of these, or has no tensors.
     """
     try:
         require_regular(path, DumpError)
@@ -32,7 +32,7 @@ def load(path: Path) -> dict[str, Floats]:
         flat = {name: np.asarray(values).astype(np.float32).reshape(-1) for name, values in weights.items()}
     except DumpError:
         raise
-    except Exception as error:  # each library has errors of its own for a damaged file
+    except Exception as error:  # each library has its own errors for a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise DumpError(
             f"cannot read the weights of {path}: {reason}.",

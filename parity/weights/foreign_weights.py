@@ -1,4 +1,4 @@
-"""Weights that a foreign engine dumped after loading, against the file: what was done to each of them."""
+"""Weights that a foreign engine dumped after loading, compared with the file: what was done to each of them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,12 +16,12 @@ from .weights import Floats, first_values, type_name
 
 # Read from printed decimals with 6 digits or more; a wrong layout is off by the size of the weights.
 _CLOSE = 2e-6
-_FEWEST = 4  # values under which nothing can be told apart
+_FEWEST = 4  # values without which nothing can be distinguished
 _OTHERS = 64  # leading values by which another tensor is recognised
 
 
 def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
-    """Say for each tensor that a foreign engine dumped what it is.
+    """Determine what each tensor that a foreign engine dumped is.
 
     Raises:
         DumpError: the file cannot be read, or none of its names is a tensor of the model; ModelError: the model cannot be read.
@@ -87,7 +87,7 @@ def _tensor(
 
 
 def same(theirs: Floats, right: Floats) -> bool:
-    """Whether two slices are one but for the last printed digits."""
+    """Whether two slices are the same except for the last printed digits."""
     scale = float(np.abs(right[np.isfinite(right)]).max(initial=0.0))
     equal = (theirs == right) | (np.isnan(theirs) & np.isnan(right))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -95,7 +95,7 @@ def same(theirs: Floats, right: Floats) -> bool:
 
 
 def _narrowed(theirs: Floats, right: Floats) -> str:
-    """F16 or BF16, where the values are those of the file rounded to it."""
+    """F16 or BF16, if the values are those of the file rounded to it; else ""."""
     with np.errstate(over="ignore"):
         if same(theirs, right.astype(np.float16).astype(np.float32)):
             return "F16"
@@ -106,7 +106,7 @@ def _narrowed(theirs: Floats, right: Floats) -> str:
 
 
 def _scaled(theirs: Floats, right: Floats) -> str:
-    """By which constant all values are off, "" where it is none; values that were rounded besides are recognised."""
+    """The constant factor by which all values are off, "" if there is none; values that were also rounded are recognised."""
     wide = right.astype(np.float64)
     energy = float(wide @ wide)
     factor = float(theirs.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
@@ -115,7 +115,7 @@ def _scaled(theirs: Floats, right: Floats) -> str:
     scaled = (wide * factor).astype(np.float32)
     if same(theirs, scaled):
         return f"scaled by a constant: {_short(factor)} times the file's values"
-    # The factor was fitted to values that were rounded, or cut: plain numbers near it are tried as well.
+    # The factor was fitted to values that were rounded, or cut: simple numbers near it are tried, too.
     sign, near = np.sign(factor), abs(factor)
     plain = [float(f"{near:.{digits}g}") for digits in (4, 3, 2)]
     plain += [2.0 ** round(np.log2(near)), 1 / np.sqrt(max(round(1 / near**2), 1))]
@@ -126,7 +126,7 @@ def _scaled(theirs: Floats, right: Floats) -> str:
 
 
 def _short(value: float) -> str:
-    """A number, with the root that it is the inverse of where there is one: "0.125 = 1/√64"."""
+    """A number as text, also as the inverse of a root if it is one: "0.125 = 1/√64"."""
     root = round(1 / value**2) if value else 0
     text = f"{value:.6g}"
     return f"{text} = 1/√{root}" if 1 < root < 1 << 16 and abs(value * root**0.5 - 1) < _CLOSE else text

@@ -1,4 +1,4 @@
-"""What can happen to a weight while an engine loads it: each mishap as the leading values that come of it."""
+"""What can happen to a weight while an engine loads it: each mishap with the leading values that it gives."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
 from .weights import Floats, first_values
 
 TRANSPOSED = "equal when transposed"
-# Where the 4 bits of an element lie: ggml type -> (first byte of the nibbles, bytes of them) in a block.
+# Where the 4 bits of an element lie: ggml type -> (first byte of the nibbles, number of their bytes) in a block.
 _NIBBLES = {
     2: (2, 16), 3: (4, 16), 6: (6, 16), 7: (8, 16), 12: (16, 128), 13: (48, 128), 20: (2, 16), 23: (8, 128),
     39: (1, 16), 40: (4, 32),
@@ -21,14 +21,14 @@ _HALVES = {
     1: (0,), 2: (0,), 3: (0, 2), 6: (0,), 7: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2), 14: (208,),
     20: (0,), 23: (0,), 30: (0,),
 }  # fmt: skip
-# What the quants of a type are stored above: ggml type -> the number that a reader subtracts.
+# The offset of a type's quants: ggml type -> the number that a reader subtracts.
 _ZERO = {2: 8, 6: 16}
 
 Made = Callable[[], Floats | None]
 
 
 def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, int]) -> Iterator[tuple[str, Made]]:
-    """What can have been done to a tensor, the likely first, each as its leading values."""
+    """What may have been done to a tensor, the most likely first, each with its leading values."""
     matrix = len(info.shape) == 2
     if matrix:
         yield TRANSPOSED, lambda: _transposed(model, info, count)
@@ -81,7 +81,7 @@ def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, in
 
 
 def _transposed(model: GgufModel, info: TensorInfo, count: int) -> Floats:
-    """The leading values of Wᵀ, [in, out]: only as many rows of W as a slice of it needs."""
+    """The leading values of Wᵀ, [in, out], from only as many rows of W as they need."""
     rows, columns = info.shape
     part = first_values(model, info, min(count, rows) * columns).reshape(-1, columns)
     if count <= rows:
@@ -112,7 +112,7 @@ def _values(blocks: NDArray[np.uint8], kind: int) -> Floats:
 
 
 def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, Made]]:
-    """The tensor read from another byte of the file: its offset counted from the wrong place."""
+    """The tensor read from another place in the file: its offset counted from the wrong byte."""
     contents = model.contents.parts[info.part]
     start, end, alignment = contents.data, contents.header_end, contents.alignment
     if start != end:
@@ -130,7 +130,7 @@ def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple
 
 
 def _at(model: GgufModel, info: TensorInfo, count: int, by: int) -> Floats | None:
-    """The values of bytes so far behind the tensor's own; None where the file has none there."""
+    """The values of the bytes `by` after the tensor's own; None if the file has none there."""
     elements, size = block_of(info.type, info.name)
     need, begin = size * (-(-count // elements)), info.offset + by
     with model.contents.parts[info.part].path.open("rb") as file:
@@ -143,7 +143,7 @@ def _at(model: GgufModel, info: TensorInfo, count: int, by: int) -> Floats | Non
 
 
 def _half(blocks: NDArray[np.uint8], at: int) -> Floats:
-    """The float16 at a place of each block: [blocks, 1]."""
+    """The float16 at byte `at` of each block: [blocks, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
@@ -155,7 +155,7 @@ def _without_zero(model: GgufModel, info: TensorInfo, count: int) -> Floats:
 
 
 def _unsigned(model: GgufModel, info: TensorInfo, count: int) -> Floats:
-    """Q8_0 with its signed bytes taken from 0 to 255."""
+    """Q8_0 with its signed bytes read as 0 to 255."""
     blocks = _blocks(model, info, count)
     return (blocks[:, 2:].astype(np.float32) * _half(blocks, 0)).reshape(-1)
 
@@ -164,23 +164,23 @@ def _of_q3_k(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[s
     """Mishaps of block_q3_K: hmask [32], quants [64], sixteen six-bit scales packed into [12], d."""
 
     def with_scales(change: Callable[[NDArray[np.int32]], NDArray[np.int32]]) -> Made:
-        def made() -> Floats:
+        def dequantised() -> Floats:
             blocks = _blocks(model, info, count)
             scales = _scales_of_q3_k(blocks)
-            unit = blocks.copy()  # every scale 1: 33 less 32
+            unit = blocks.copy()  # every scale is 1: 33 − 32
             unit[:, 96:104], unit[:, 104:108] = 0x11, 0xAA
             quants = _values(unit, info.type).reshape(len(blocks), 16, 16)
             return (quants * change(scales)[:, :, None].astype(np.float32)).reshape(-1)
 
-        return made
+        return dequantised
 
     def high_bit(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Made:
-        def made() -> Floats:
+        def dequantised() -> Floats:
             blocks = _blocks(model, info, count).copy()
             blocks[:, :32] = change(blocks[:, :32])
             return _values(blocks, info.type)
 
-        return made
+        return dequantised
 
     yield "32 not subtracted from the scales", with_scales(lambda scales: scales)
     yield "scales without their upper two bits", with_scales(lambda scales: (scales & 15) - 32)
@@ -204,7 +204,7 @@ def _scales_of_q3_k(blocks: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 
 def _from_before(model: GgufModel, info: TensorInfo, count: int) -> Floats:
-    """The values that a pointer one block too low gives: the block before the tensor's first byte, then the tensor's own."""
+    """The values that a pointer one block too low reads: the block before the tensor's first byte, then the tensor's own."""
     elements, size = block_of(info.type, info.name)
     with model.path.open("rb") as file:
         file.seek(info.offset - size)
@@ -238,7 +238,7 @@ def _turn_halves(blocks: NDArray[np.uint8], places: tuple[int, ...]) -> NDArray[
 
 
 def _interleaved(model: GgufModel, info: TensorInfo, count: int) -> Floats | None:
-    """Both nibbles of a byte taken as neighbours, where ggml has them half a block apart."""
+    """Both nibbles of a byte read as neighbours, though ggml stores them half a block apart."""
     if info.type not in (2, 3, 6, 7, 20, 39):
         return None
     values = _values(_blocks(model, info, count).copy(), info.type).reshape(-1, 2, 16)

@@ -19,14 +19,14 @@ _LARGEST_HEADER = 100_000_000  # bytes: what the format's own reader allows
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor: its bytes in a memory map, their type and the shape as PyTorch has it."""
+    """One tensor: its bytes in a memory map, their type, and the shape in PyTorch's order."""
 
     raw: NDArray[np.uint8]
     dtype: str
     shape: tuple[int, ...]
 
     def part(self, index: Any = ...) -> Floats:
-        """What `tensor[index]` is, as float32; only those bytes are read."""
+        """`tensor[index]` as float32; only its bytes are read."""
         if self.dtype == "BF16":
             bits = self.raw.view(np.uint16).reshape(self.shape)[index]
             return np.asarray((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
@@ -37,7 +37,7 @@ class Folder:
     """The model in a folder that `save_pretrained` wrote.
 
     Raises:
-        InputError: no config.json or no safetensors there, or a damaged file.
+        InputError: config.json or safetensors files are missing, or a file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class Folder:
             raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
         if not files or not isinstance(config, dict):
             raise InputError(f"{path} contains no safetensors file.", "Take a folder that save_pretrained wrote.")
-        # Models that also see or hear keep the language model's numbers in a part of their own.
+        # Models that also see or hear have the language model's numbers in a separate part.
         inner = config.get("text_config")
         self.config: dict[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
         self.tensors: dict[str, Stored] = {}
@@ -68,7 +68,7 @@ def _stored(file: Path) -> dict[str, Stored]:
         data = np.memmap(file, dtype=np.uint8, mode="r")
         size = int.from_bytes(data[:8].tobytes(), "little")
         if not 2 <= size <= min(len(data) - 8, _LARGEST_HEADER):
-            raise ValueError("the header's length is wrong")  # noqa: TRY301  # told with the other kinds of damage, below
+            raise ValueError("the header's length is wrong")  # noqa: TRY301  # reported with the other kinds of damage, below
         header = json.loads(data[8 : 8 + size].tobytes())
         stored = {}
         for name, entry in header.items():
@@ -78,7 +78,7 @@ def _stored(file: Path) -> dict[str, Stored]:
             shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
             width = 2 if dtype == "BF16" else np.dtype(_TYPES[dtype]).itemsize if dtype in _TYPES else 0
             if width == 0:
-                continue  # integers: buffers, or weights that are packed in a way of their own
+                continue  # integers: buffers, or weights in a packed format
             if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != width * prod(shape):
                 raise ValueError(f"{name} is not where the header says")  # noqa: TRY301
             stored[name] = Stored(data[8 + size + begin : 8 + size + end], dtype, shape)

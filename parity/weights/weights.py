@@ -14,14 +14,16 @@ from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
 from reference.to_float import ToFloat
 
 OURS, LIBGGML, GGUF = "ours", "libggml", "gguf"
-_CHUNK = 1 << 22  # elements at a time: 16 MiB for each of the three results, and what gguf-py needs besides
+PORTION = 1 << 22  # elements at a time: 16 MiB for each of the three results, and what gguf-py needs besides
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Floats = NDArray[np.float32]
 
 
-def check_weights(path: Path, backend: str = "auto", progress: Progress | None = None) -> WeightsCheck:
-    """Dequantise every tensor three times and compare the results, tolerance 0.
+def check_weights(
+    path: Path, backend: str = "auto", progress: Progress | None = None, *, portion: int = PORTION
+) -> WeightsCheck:
+    """Dequantise every tensor three times, `portion` elements at a time, and compare the results, tolerance 0.
 
     Raises:
         ModelError: the file cannot be read as a model; InputError: no such backend.
@@ -38,7 +40,7 @@ def check_weights(path: Path, backend: str = "auto", progress: Progress | None =
             if progress is not None:
                 progress("weights", done, total)
 
-        checks.append(_tensor(model, info, side, by_libggml, advanced))
+        checks.append(_tensor(model, info, side, by_libggml, portion, advanced))
     odd = [check.name for check in checks if check.nonfinite]
     damaged = f"the file itself contains NaN or infinities: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
     notes = (f"ours on {side.device}", *((damaged,) if odd else ()))
@@ -56,11 +58,11 @@ def type_name(kind: int) -> str:
 
 
 def _tensor(
-    model: GgufModel, info: TensorInfo, side: Backend, by_libggml: ToFloat, advanced: Callable[[int], None]
+    model: GgufModel, info: TensorInfo, side: Backend, by_libggml: ToFloat, portion: int, advanced: Callable[[int], None]
 ) -> TensorCheck:
     raw = model.raw(info.name)
     columns, rows = info.shape[-1], len(raw)
-    step = max(1, _CHUNK // columns)
+    step = max(1, portion // columns)
     by: tuple[str, ...] = ()
     nonfinite = 0
     name = type_name(info.type)
@@ -86,12 +88,12 @@ def _tensor(
 
 
 def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Backend, by_libggml: ToFloat) -> dict[str, Floats]:
-    """The values of some rows, flat, by each of the three that reads this type."""
+    """The values of some rows, flat, from each of the three implementations that can read this type."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as by_gguf
 
     results: dict[str, Floats] = {}
-    if info.type in FORMATS:  # our other formats go through gguf-py, which would be compared with itself
+    if info.type in FORMATS:  # our other formats use gguf-py, which would be compared with itself
         results[OURS] = side.to_host(dequantize(side.array(part), info.type, columns)).reshape(-1)
     if (values := by_libggml(part, info.type, len(part) * columns)) is not None:
         results[LIBGGML] = values
@@ -99,14 +101,14 @@ def _results(part: NDArray[np.uint8], info: TensorInfo, columns: int, side: Back
         with np.errstate(all="ignore"):
             results[GGUF] = np.asarray(by_gguf(part, GGMLQuantizationType(info.type)), dtype=np.float32).reshape(-1)
     except (NotImplementedError, ValueError):
-        pass  # gguf-py has no dequantisation of this type
+        pass  # gguf-py cannot dequantise this type
     return results
 
 
 def _first_difference(
     dequantised: Mapping[str, Floats], part: NDArray[np.uint8], info: TensorInfo, offset: int
 ) -> FirstDifference | None:
-    """The first element whose bits are not the same in all results; NaN is NaN, whatever its payload."""
+    """The first element whose bits are not the same in all results; all NaNs count as equal."""
     results = list(dequantised.values())
     odd = np.zeros(len(results[0]), dtype=np.bool_)
     for other in results[1:]:
@@ -126,7 +128,7 @@ def _first_difference(
 
 
 def _blame(first: FirstDifference) -> str:
-    """Who stands alone."""
+    """Which implementation disagrees with the others."""
     values = first.values
     for name, value in values.items():
         others = [other for who, other in values.items() if who != name]

@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 from checkpoints.points import ENCODER
 from checkpoints.rules import Pass
 
-from ..llama import Session
 from ..naming import Planned
 from ..rows import survey
+from ..session import Session
 from .raw import RawPass, Recorder
 
 _FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell

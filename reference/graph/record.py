@@ -12,7 +12,8 @@ from checkpoints.points import ENCODER
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
-from ..llama import Model, Session
+from ..model import Model
+from ..session import Session
 from .assemble import assemble, kept_leaves
 from .passes import BATCH, CROSSING, PAD, PassSession, encode, output_of_encoder
 from .raw import FlatPass, RawPass, flatten, same_structure, unrecordable

@@ -63,8 +63,11 @@ def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tupl
     named: dict[int, str] = {}
     operands: dict[int, tuple[int, str]] = {}
     parts: dict[int, list[Part]] = {}
-    for layer in sorted({number for number in graph.layers if number is not None}):
-        inside = [i for i, number in enumerate(graph.layers) if number == layer]
+    nodes_of: dict[int, list[int]] = {}
+    for i, number in enumerate(graph.layers):
+        if number is not None:
+            nodes_of.setdefault(number, []).append(i)
+    for layer, inside in sorted(nodes_of.items()):
         attention = attention_points(graph, inside)
         forward, halves = feed_forward_points(graph, inside)
         kinds = forward | norm_points(graph, inside) | attention.nodes

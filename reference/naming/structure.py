@@ -83,22 +83,15 @@ class Structure:
 
     def upstream(self, i: int) -> Iterator[int]:
         """The node and everything in its layer that it is computed from."""
+        layer, entrances = self.layers[i], self._entrances
         waiting, seen = [i], {i}
         while waiting:
             at = waiting.pop()
             yield at
             for source in self.sources[at]:
-                if (
-                    source is not None
-                    and source not in seen
-                    and self.layers[source] == self.layers[i]
-                    and not self._enters(source)
-                ):
+                if source is not None and source not in seen and self.layers[source] == layer and source not in entrances:
                     seen.add(source)
                     waiting.append(source)
-
-    def _enters(self, i: int) -> bool:
-        return i in self._entrances
 
     @cached_property
     def _entrances(self) -> frozenset[int]:

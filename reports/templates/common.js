@@ -14,3 +14,12 @@ function picture(plot, label) {
   }
   return plot;
 }
+// Pictures are drawn for a width: again where the window gets another one.
+function onNewWidth(draw) {
+  let drawn = document.body.clientWidth;
+  addEventListener("resize", () => requestAnimationFrame(() => {
+    if (document.body.clientWidth === drawn) return;
+    drawn = document.body.clientWidth;
+    draw();
+  }));
+}

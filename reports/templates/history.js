@@ -23,10 +23,5 @@
     }
   }
   draw();
-  let drawn = document.body.clientWidth;
-  addEventListener("resize", () => requestAnimationFrame(() => {
-    if (document.body.clientWidth === drawn) return;
-    drawn = document.body.clientWidth;
-    draw();
-  }));
+  onNewWidth(draw);
 })();

@@ -186,10 +186,5 @@
     document.querySelectorAll(".points tbody tr")[row]?.scrollIntoView({ block: "nearest" });
   });
   listen();
-  let drawn = document.body.clientWidth;
-  addEventListener("resize", () => requestAnimationFrame(() => {
-    if (document.body.clientWidth === drawn) return;
-    drawn = document.body.clientWidth;
-    draw();
-  }));
+  onNewWidth(draw);
 })();

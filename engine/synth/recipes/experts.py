@@ -17,6 +17,14 @@ from .parts import (
     yarn,
 )
 
+_DEEPSEEK = {
+    "rope.dimension_count": head,
+    "leading_dense_block_count": 1,
+    **MOE,
+    "expert_shared_count": 2,
+    "expert_weights_scale": 1.0,
+}
+
 RECIPES = (
     small("mixtral", {"rope.dimension_count": head, **EXPERT_COUNTS}, BIAS, FACTORS, architecture="llama"),
     small("qwen2moe", {**MOE, "expert_shared_feed_forward_length": 128}, OUTPUT_BIAS, tied=False),
@@ -33,13 +41,7 @@ RECIPES = (
     small("olmoe", MOE, BIAS, kv_heads=4, tied=False),
     small(
         "deepseek",
-        {
-            "rope.dimension_count": head,
-            "leading_dense_block_count": 1,
-            **MOE,
-            "expert_shared_count": 2,
-            "expert_weights_scale": 1.0,
-        },
+        _DEEPSEEK,
         BIAS,
         FACTORS,
         kv_heads=4,
@@ -194,13 +196,7 @@ RECIPES = (
     ),
     small(
         "deepseek2-ocr",
-        {
-            "rope.dimension_count": head,
-            "leading_dense_block_count": 1,
-            **MOE,
-            "expert_shared_count": 2,
-            "expert_weights_scale": 1.0,
-        },
+        _DEEPSEEK,
         BIAS,
         FACTORS,
         kv_heads=4,

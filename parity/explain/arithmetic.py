@@ -1,0 +1,165 @@
+"""Two dumps compared where nothing says in which arithmetic one of them was computed: the one that fits best is found."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
+from checkpoints.record import Dump
+from engine.replay.precision import rounded
+from reports.sentences import ARITHMETIC
+
+from ..diff.align import Pair
+from ..diff.compare import Comparison, Options, comparison
+from ..diff.limits import EXACT_FLOOR
+from ..diff.operations import MIXING
+from .case import Case
+from .known_model import KnownModel
+from .precision import KINDS, LOWER, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
+from .records import Expected
+
+
+def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:
+    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic."""
+    exact = comparison(ours, ref, replace(options, compute="f32"))
+    as_float32 = _with(exact, "f32", "")
+    first = exact.verdict.first_divergence
+    if exact.verdict or first is None or first.checkpoint not in exact.records.names:
+        return as_float32
+    before = _computed_before(exact, first.checkpoint)
+    if known.case is None:
+        return as_float32 if before else comparison(ours, ref, options)
+    kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
+    wanted = next((number for number, entry in enumerate(known.case.entries) if entry.point == first.checkpoint), None)
+    if wanted is None:
+        return as_float32
+    error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
+    candidates: dict[str, Comparison] = {}
+    far: dict[str, float] = {}
+    doubtful: list[str] = []
+    for kind in kinds:
+        cost = known.floor(kind)
+        allowed = known.limits(ours, kind, cost)
+        if cost is None or allowed is None:
+            continue
+        if not mean_cost(cost.products[wanted]) * LOWER <= error <= allowed.points[first.checkpoint]:
+            continue
+        if _spared(exact, known.case, cost):
+            continue
+        tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
+        if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
+            errors = _errors(exact, known.case, cost)
+            pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
+            if not is_reproduced(kind, _alike(known.case, kind, pair), errors):
+                doubtful.append(kind)
+                continue
+            candidates[kind], far[kind] = tried, mismatch(errors)
+    agreeing = {kind: far[kind] for kind, compared in candidates.items() if compared.verdict}
+    fitting = best(agreeing or far)
+    if not fitting and doubtful:
+        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful))
+    return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
+
+
+def _of_their_size(verdict: Verdict, kinds: Sequence[str]) -> Verdict:
+    """A divergence as large as lower arithmetics would make it, whose errors are not those of our own rounding."""
+    named = " or ".join(ARITHMETIC[kind] for kind in kinds)
+    sentence = (
+        f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
+        f"another way (--compute {kinds[0]} allows for it; `parity explain` and more points and values tell)"
+    )
+    return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+
+
+def _entry(case: Case, point: str) -> Expected | None:
+    return next((entry for entry in case.entries if entry.point == point), None)
+
+
+def _untouched(case: Case, kind: str, point: str) -> bool:
+    """Whether products in an arithmetic leave a point as float32 does: blocks of 8 bits hold an IQ4_NL embedding exactly, say."""
+    entry = _entry(case, point)
+    if entry is None:
+        return False
+    values = case.make(rounded(case.transformer.steps, kind, storage=False), len(case.positions))
+    return mean_cost(entry.between(values.on_host[point], case.replay.on_host[point], case.positions)) <= EXACT_FLOOR.operations
+
+
+def _alike(case: Case, kind: str, pair: Pair) -> float:
+    """The mean cosine of a point's errors to those of our own rounding, of products or of all activations, whichever is nearer."""
+    entry, nearest = _entry(case, pair.point), 0.0
+    if entry is None or pair.ours.indices is not None:
+        return nearest
+    places = zip(entry.pair.ours.seq.tolist(), entry.pair.ours.token_idx.tolist(), strict=True)
+    rows = {place: number for number, place in enumerate(places)}
+    index = np.array([rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)])
+    width = min(pair.ours.values.shape[1], entry.values.shape[1])
+    theirs = pair.ours.values[:, :width].astype(np.float64)
+    right = entry.taken(case.replay.on_host[pair.point], case.positions)[index, :width]
+    known = (np.arange(width)[None, :] < pair.ours.counts[:, None]) & (index >= 0)[:, None]
+    for storage in (False, True):
+        values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
+        mine = entry.taken(values.on_host[pair.point], case.positions)[index, :width]
+        usable = known & np.isfinite(theirs) & np.isfinite(mine) & np.isfinite(right)
+        errors = (np.where(usable, side, 0.0) - np.where(usable, right, 0.0) for side in (theirs, mine))
+        nearest = max(nearest, cosine(*errors))
+    return nearest
+
+
+def _with(compared: Comparison, arithmetic: str, in_float32: str, alike: tuple[str, ...] = ()) -> Comparison:
+    precision = Precision(arithmetic, False, "measured", in_float32, alike)
+    return replace(compared, verdict=replace(compared.verdict, precision=precision))
+
+
+def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
+    """Each point's mean error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
+    records = exact.records
+    numbers = {name: number for number, name in enumerate(records.names)}
+    return [
+        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), mean_cost(multiplied), mean_cost(stored))
+        for entry, multiplied, stored in zip(case.entries, cost.products, cost.storage, strict=True)
+        if entry.point in numbers
+    ]
+
+
+def _computed_before(compared: Comparison, first: str) -> str:
+    """A product with weights that agrees as float32 does before the first difference, "" without one.
+
+    Then the arithmetic is float32, or one in which this product is exact (`_untouched`).
+    """
+    model = compared.records.flow
+    for point in compared.verdict.points:
+        if point.checkpoint == first:
+            break
+        behind = {point.checkpoint, *_above(compared, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
+        if point.status == AGREES and MIXING & model.operations(behind):
+            return point.checkpoint
+    return ""
+
+
+def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
+    """Whether all records of a point that this arithmetic must have moved are as right as in float32."""
+    records = exact.records
+    for entry, products in zip(case.entries, cost.products, strict=True):
+        if entry.point not in records.names:
+            continue
+        here = records.point == records.names.index(entry.point)
+        errors, limits = records.measures.nmse[here], records.limit[here]
+        typical = float(np.median(products))  # rounding flips a choice of experts here and there, which costs far more
+        if not np.isfinite(typical):
+            continue  # rows of zeros, masks
+        if typical > float(limits.max()) and float(errors.mean()) < LOWER * typical:
+            return True
+    return False
+
+
+def _above(compared: Comparison, name: str) -> set[str]:
+    """All nodes that a point is made from."""
+    makers = compared.records.flow.whole.made
+    every, waiting = set[str](), [name]
+    while waiting:
+        for other in makers[waiting.pop()].reads:
+            if other not in every:
+                every.add(other)
+                waiting.append(other)
+    return every

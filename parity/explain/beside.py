@@ -1,0 +1,93 @@
+"""The wrong records of a place beside the right values, element by element."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backend import Array
+from engine.faults import SEEN
+
+from .records import Expected, Floats, Ints
+
+Values = Mapping[str, Array]
+Bools = NDArray[np.bool_]
+
+# A law holds if the error that it leaves in a record is at most this many times its limit, as constants are printed with few digits,
+ROOM = 10.0
+# and at most this share of the original error, unless that is within the limit: noise of a few limits has no law. A choice: the
+# right law leaves only rounding and printed digits.
+_LEFT = 0.1
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The wrong records of a place, with the right values.
+
+    Attributes:
+        theirs, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
+        room: [R], the squared error that counts as noise. rows: [R], the right run's rows.
+        whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
+        bias: [k], the vector that the operation adds last, if it has one.
+        heads: how many heads a row consists of, if it does.
+    """
+
+    theirs: Floats
+    right: Floats
+    index: Ints
+    room: Floats
+    rows: Ints
+    whole: Floats | None = None
+    bias: Floats | None = None
+    heads: int | None = None
+
+    def holds(self, law: Floats, elements: Bools | None = None) -> bool:
+        """Whether values [R, k] equal theirs up to rounding, at these elements."""
+        with np.errstate(invalid="ignore"):
+            delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
+        if not np.isfinite(delta).all():
+            return False
+        wrong = self.theirs - self.right if elements is None else (self.theirs - self.right)[:, elements]
+        left, before = (np.einsum("ij,ij->i", part, part) for part in (delta, wrong))
+        within = (left <= self.room / ROOM).all() or float(left.sum()) <= _LEFT * float(before.sum())
+        return bool((left <= self.room).all() and within)
+
+    def holds_at(self, some: Bools, values: Floats) -> bool:
+        """Whether values of some elements [R, s] equal theirs up to rounding."""
+        whole = self.right.copy()
+        whole[:, some] = values
+        return self.holds(whole, some)
+
+
+def beside(
+    entry: Expected, errors: Floats, values: Values, positions: Ints, bias: Floats | None = None, heads: int | None = None
+) -> Beside | None:
+    """The records of a point that are wrong, by these errors [R], with the right values; None if there is nothing to compare."""
+    wrong = errors > entry.limit
+    name = SEEN + entry.point if SEEN + entry.point in values else entry.point
+    present = entry.present[wrong]
+    if not wrong.any() or not present.any():
+        return None
+    count = int(present.sum(axis=1).min())
+    if count == 0:
+        return None
+    right = entry.taken(values[name], positions)[wrong][:, :count]
+    if entry.index is None:
+        index = np.arange(count)
+    else:
+        index = entry.index[wrong][0, :count]
+        if not (entry.index[wrong][:, :count] == index).all():
+            return None
+    whole = entry.whole_values(values[name], positions)
+    fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
+    return Beside(
+        theirs=entry.values[wrong][:, :count],
+        right=right,
+        index=index,
+        room=ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),
+        rows=entry.rows[wrong],
+        whole=whole,
+        bias=bias[index] if fits and bias is not None else None,
+        heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
+    )

@@ -1,0 +1,196 @@
+"""An encoder–decoder is explained half by half: the encoder over the prompt, then the decoder over its own tokens.
+
+Each half is a model by itself, with the names of one, so that every fault is planted in it as in any other model. The decoder is given what
+the encoder makes: what a faulty encoder makes once its fault is known, so that what it spoils is not held against the decoder.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from checkpoints.answers.explain import Cause, Explanation
+from checkpoints.points import ENCODER
+from checkpoints.record import Dump
+from engine.faults import as_recorded
+from engine.graph import ENCODED, Step
+from engine.halves import decoder_alone, encoder_alone, handed_over
+from engine.replay.replay import Replay
+from engine.transformer import Transformer
+
+from ..arbiter.arbiter import Arbiter
+from .case import Case, ExplainOptions, Half, generated_of, prompt_of
+from .state import State
+
+_PLAIN_NAME = re.compile(r"(?<![\w.])(?=blk\.|embd\b|output_norm\b)")
+_IN_ENCODER, _IN_DECODER = "in the encoder, ", "in the decoder, "
+Explained = tuple[Explanation, State]
+
+
+def explained(
+    dump: Dump, transformer: Transformer, options: ExplainOptions, explain: Callable[[Case], Explained]
+) -> Explanation:
+    """The explanation of an encoder–decoder's dump; `explain` gives that of one half, and the steps that it comes down to.
+
+    Raises:
+        ParityError: as `Case` does.
+    """
+    encoder = encoder_case(dump, transformer, options)
+    first, best = (None, None) if encoder is None else explain(encoder)
+    first = None if first is None else _of_encoder(first)
+    decoder = decoder_case(dump, transformer, options, encoder, best)
+    if first is not None and (decoder is None or first.remaining is not None):
+        unjudged = ("the decoder was not judged: it reads what the encoder makes",) if decoder is not None else ()
+        return replace(first, notes=(*first.notes, *unjudged))
+    assert decoder is not None
+    second = _of_decoder(explain(decoder)[0], _last(transformer))
+    if first is None:
+        unrecorded = f"the encoder was not recorded: its faults show where the decoder reads it; record {_last(transformer)}"
+        return replace(second, notes=(*second.notes, unrecorded))
+    return joined(first, second)
+
+
+def encoder_case(dump: Dump, transformer: Transformer, options: ExplainOptions) -> Case | None:
+    """The encoder's half of a dump; None where it was not recorded.
+
+    Raises:
+        ParityError: as `Case` does.
+    """
+    points = {name: rows for name, rows in dump.points.items() if name.startswith(ENCODER)}
+    if not points:
+        return None
+    plain = {name.removeprefix(ENCODER): replace(rows, point=name.removeprefix(ENCODER)) for name, rows in points.items()}
+    half = Half(_with_steps(transformer, encoder_alone(transformer.encoder or ())))
+    return Case(replace(dump, points=plain, tokens=()), half, options)
+
+
+def decoder_case(
+    dump: Dump, transformer: Transformer, options: ExplainOptions, encoder: Case | None = None, best: State | None = None
+) -> Case | None:
+    """The decoder's half of a dump, behind the right encoder or the one that a state describes; None where it was not recorded.
+
+    Raises:
+        ParityError: as `Case` does.
+    """
+    points = {name: rows for name, rows in dump.points.items() if not name.startswith(ENCODER)}
+    if not points:
+        return None
+    encoder_steps = transformer.encoder or ()
+    steps = encoder_alone(encoder_steps) if best is None else as_recorded(best.steps)
+    prompt = prompt_of(dump, options.tokens) if encoder is None else encoder.tokens
+    computed = transformer.weights, transformer.backend
+    numbers, passes = range(len(prompt)), [0] * len(prompt)
+    values = Replay(steps, prompt, numbers, passes, *computed).values
+    truth = Arbiter(steps, *computed, prompt, numbers, passes)
+    names = handed_over(encoder_steps)
+    half = Half(
+        _with_steps(transformer, decoder_alone(encoder_steps, transformer.steps)),
+        {name: values[plain] for name, plain in names.items()},
+        lambda variant: {name: truth.value(plain, variant) for name, plain in names.items()},
+    )
+    start = (transformer.decoder_start or 0,)
+    header = None if dump.header is None else replace(dump.header, tokens=start, prompt=None)
+    part = replace(dump, points=points, header=header)
+    return Case(part, half, replace(options, tokens=(*start, *generated_of(dump))))
+
+
+def joined(encoder: Explanation, decoder: Explanation) -> Explanation:
+    """One answer for both halves; the encoder's has nothing that its causes leave unexplained."""
+    whole = encoder if decoder and (encoder.causes or encoder.first is not None) else decoder
+    found = _merged(encoder, decoder)
+    differing = encoder.differing + decoder.differing
+    nearest = [one.nearest for one in (encoder, decoder) if one.nearest is not None]
+    notes = (*encoder.notes, *decoder.notes)
+    if encoder.precision_only and not decoder:
+        notes = (*notes, f"the encoder's differences are those of {encoder.precision_only} arithmetic")
+    return replace(
+        whole,
+        records=encoder.records + decoder.records,
+        differing=differing,
+        first=encoder.first if encoder.causes else whole.first,
+        last_agreement=encoder.last_agreement if encoder.causes else whole.last_agreement or encoder.seen[-1].checkpoint,
+        causes=tuple(replace(cause, explained=cause.records / differing) for cause in found),
+        precision_only="" if found else whole.precision_only,
+        faults=max(encoder.faults, decoder.faults),
+        variants=encoder.variants + decoder.variants,
+        nearest=min(nearest, default=None),
+        seconds=encoder.seconds + decoder.seconds,
+        complete=encoder.complete and decoder.complete,
+        notes=tuple(dict.fromkeys(notes)),
+        seen=(*encoder.seen, *decoder.seen),
+    )
+
+
+def _merged(encoder: Explanation, decoder: Explanation) -> list[Cause]:
+    """The causes of both halves; one that all layers of both have is one."""
+    causes, others = [], list(decoder.causes)
+    for cause in encoder.causes:
+        same = next((other for other in others if _same_fault(cause, other)), None)
+        if same is None:
+            causes.append(cause)
+            continue
+        others.remove(same)
+        sentence = f"in both halves, {cause.named.sentence.removeprefix(_IN_ENCODER)}"
+        records, nmse = cause.records + same.records, max(cause.nmse, same.nmse)
+        causes.append(replace(cause, named=replace(cause.named, sentence=sentence), records=records, nmse=nmse))
+    return [*causes, *others]
+
+
+def _same_fault(one: Cause, other: Cause) -> bool:
+    mine, theirs = one.named, other.named
+    return mine.layers is None and (mine.fault, mine.parameters, None) == (theirs.fault, theirs.parameters, theirs.layers)
+
+
+def _of_encoder(answer: Explanation) -> Explanation:
+    """The encoder's answer with the encoder's own names."""
+    named: Explanation = _renamed(answer, lambda text: _PLAIN_NAME.sub(ENCODER, text))
+    return _in_half(named, _IN_ENCODER)
+
+
+def _of_decoder(answer: Explanation, last: str) -> Explanation:
+    """The decoder's answer; what it reads of the encoder has the name of what the encoder makes."""
+    placed = answer.placed
+    if placed is not None:
+        placed = replace(placed, operations=tuple(last if name == ENCODED else name for name in placed.operations))
+    return _in_half(replace(answer, placed=placed), _IN_DECODER)
+
+
+def _in_half(answer: Explanation, where: str) -> Explanation:
+    """The answer whose causes and leads say in which half they are."""
+    causes = tuple(
+        replace(
+            cause,
+            named=replace(cause.named, sentence=where + cause.named.sentence),
+            equivalent=tuple(replace(other, sentence=where + other.sentence) for other in cause.equivalent),
+        )
+        for cause in answer.causes
+    )
+    leads = tuple(
+        lead if lead.named is None else replace(lead, named=replace(lead.named, sentence=where + lead.named.sentence))
+        for lead in answer.leads
+    )
+    return replace(answer, causes=causes, leads=leads)
+
+
+def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    """A value with every text in it renamed."""
+    if isinstance(value, str):
+        return rename(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_renamed(part, rename) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _renamed(getattr(value, field.name), rename) for field in fields(value)})
+    return value
+
+
+def _last(transformer: Transformer) -> str:
+    """The name of what the decoder reads."""
+    return next(iter(handed_over(transformer.encoder or ())))
+
+
+def _with_steps(transformer: Transformer, steps: Sequence[Step]) -> Transformer:
+    """The same weights with the steps of one half."""
+    half = copy(transformer)
+    half.steps, half.single, half.encoder = list(steps), None, None
+    return half

@@ -1,0 +1,132 @@
+"""A model whose file is at hand, asked about a dump: what float64 gives, what a lower arithmetic costs.
+
+What computes is imported when it is asked for: two sides that agree ask nothing, and importing it would take longer than comparing them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Limits
+from checkpoints.errors import ParityError
+from checkpoints.points import LOGITS
+from checkpoints.record import Dump, Rows
+
+from ..diff.limits import limits
+
+if TYPE_CHECKING:
+    from ..arbiter.encoder_decoder import EncoderDecoderArbiter
+    from ..arbiter.third_side import AnyArbiter
+    from .case import Case
+    from .precision import PrecisionFloor
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model."""
+
+    ref: Dump
+    path: Path
+
+    @cached_property
+    def case(self) -> "Case | None":
+        """The right engine beside the reference, whose tokens and positions are known, unlike those of bare lines."""
+        from .case import Case, ExplainOptions
+
+        try:
+            return Case(self.ref, self.path, ExplainOptions())
+        except ParityError:
+            return None
+
+    @cached_property
+    def truth(self) -> "AnyArbiter | None":
+        """The steps in float64 over the reference's tokens; None if our engine cannot compute the model."""
+        return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.path)
+
+    @property
+    def asked(self) -> bool:
+        """Whether float64 has been asked for anything so far."""
+        return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
+
+    def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far records are from float64 (`Truth`)."""
+        return {} if self.truth is None else self.truth.distances(points)
+
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far float32 is from float64 at records (`Truth`)."""
+        return {} if self.truth is None else self.truth.own_rounding(points)
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far records are from float32 with ggml's tables (`Truth`)."""
+        return {} if self.truth is None else self.truth.from_table(points)
+
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far rounding alone moves records (`Truth`)."""
+        return {} if self.truth is None else self.truth.spread(points)
+
+    def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far one entry of a table moves records (`Truth`)."""
+        return {} if self.truth is None else self.truth.one_entry(points)
+
+    @property
+    def coarse(self) -> frozenset[str]:
+        """The points that the reference itself computes coarsely."""
+        return frozenset() if self.truth is None else self.truth.coarse
+
+    def floor(self, kind: str) -> "PrecisionFloor | None":
+        """The error that an arithmetic costs our right engine at each record of the reference."""
+        case = self.case
+        if case is None:
+            return None
+        from .precision import floor
+
+        return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+
+    def limits(self, ours: Dump, kind: str, cost: "PrecisionFloor | None" = None) -> Limits | None:
+        """Limits by point for a side in that arithmetic: `UPPER` times the measured cost, never below what the files' own types allow."""
+        from .precision import KINDS, UPPER, of_ids
+
+        if kind not in KINDS:
+            return None
+        cost = cost or self.floor(kind)
+        if cost is None or self.case is None:
+            return None
+        header = replace(ours.header, compute="f32") if ours.header is not None else None
+        types = limits(header, self.ref.header, compute="f32")
+        least = {True: types.logits, False: types.operations}
+        points = {
+            entry.point: max(0.0 if of_ids(entry) else UPPER * float(mean), least[entry.point == LOGITS])
+            for entry, mean in zip(self.case.entries, cost.cost(), strict=True)
+        }
+        others = [limit for name, limit in points.items() if name != LOGITS]
+        return Limits(
+            max(others, default=types.operations),
+            points.get(LOGITS, types.logits),
+            f"measured: {UPPER:g} times what {kind} arithmetic costs our engine on this model and prompt, by point",
+            points=points,
+        )
+
+
+def _of_encoder_decoder(ref: Dump, path: Path) -> "EncoderDecoderArbiter | None":
+    """The truth about the reference's prompt and generated tokens, if the model is an encoder–decoder."""
+    if ref.header is None or not ref.header.tokens:
+        return None
+    from engine.opened import open_plain
+    from engine.weights.gguf_model import GgufModel
+
+    from ..arbiter.encoder_decoder import EncoderDecoderArbiter
+    from ..run.graphs import recorded_graph
+
+    try:
+        transformer = open_plain(GgufModel(path), recorded=partial(recorded_graph, path))
+    except ParityError:
+        return None
+    if transformer.encoder is None:
+        return None
+    generated = sorted((token.token_idx, token.id) for token in ref.tokens if token.seq == 0)
+    return EncoderDecoderArbiter(transformer, ref.header.tokens, [number for _, number in generated])

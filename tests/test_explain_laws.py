@@ -1,0 +1,214 @@
+"""What the numbers say is said in a sentence: which elements are wrong, and how they come from the right ones."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from explaining import PROMPT, RIGHT, edited, names, small_engine, unstated
+from planted import Faulty
+
+from engine.backend import Array
+from engine.graph import Step
+from parity.diff.compare import compare
+from parity.explain.explain import ExplainOptions, explain
+
+_PATIENT = ExplainOptions(budget=300.0)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2 with groups of 7 query heads."""
+    return small_engine(tmp_path_factory.mktemp("answers"))
+
+
+def _swapped(x: Array) -> Array:
+    changed = x.copy()
+    changed[:, [3, 7]] = x[:, [7, 3]]
+    return changed
+
+
+def _blocks(x: Array) -> Array:
+    changed = x.copy()
+    changed[:, ::32] += np.float32(0.5)
+    return changed
+
+
+def _head(x: Array) -> Array:
+    changed = x.copy()
+    changed[:, 24:32] *= np.float32(1.5)
+    return changed
+
+
+def _negated(x: Array) -> Array:
+    changed = x.copy()
+    changed[:, 5] *= np.float32(-1)
+    return changed
+
+
+def _cut(x: Array) -> Array:
+    changed = x.copy()
+    changed[:, 50:] = 0
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("point", "change", "said"),
+    [
+        ("blk.2.ffn_up", _swapped, "elements 3 and 7 are exchanged; the others are right"),
+        ("blk.2.v", lambda x: np.roll(x, 8, axis=1), "heads 0 and 1 are exchanged"),
+        ("blk.2.ffn_up", _blocks, "every 32nd element from 0 on is the right one plus 0.5; the others are right"),
+        ("blk.2.q", _head, "head 3 alone is 1.5 times the right one; the others are right"),
+        ("blk.2.ffn_norm", _negated, "element 5 alone has the wrong sign; the others are right"),
+        ("blk.2.ffn_out", _cut, "everything from element 50 on is 0; the others are right"),
+        ("blk.2.ffn_gate", lambda x: np.roll(x, 1, axis=1), "element i is the right element i − 1: the row is rolled"),
+        ("blk.2.attn_out", lambda x: np.roll(x, 1, axis=0), "position t holds the right values of position t − 1"),
+    ],
+)
+def test_what_the_numbers_say_is_said_in_a_sentence(
+    engine: Faulty, point: str, change: Callable[[Array], Array], said: str
+) -> None:
+    """An operation with an error that no entry describes is named, with the law of its numbers; no fault is named, and the search ends."""
+    explanation = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
+    assert explanation.first is not None
+    assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, said, [])
+    assert explanation.placed is not None
+    assert (explanation.placed.operations, explanation.placed.sure) == ((point,), True)
+    assert explanation.complete
+    assert explanation.variants < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(lambda x: x * np.float32(1.002), "multiplier"), (lambda x: x + np.float32(0.01), "constant-added")],
+)
+def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[Array], Array], name: str) -> None:
+    """A result that is scaled or shifted reproduces every record behind it: its number is fitted."""
+    explanation = explain(edited(engine, "blk.2.ffn_up", change), engine.model, _PATIENT)
+    assert (names(explanation), explanation.remaining) == ([name], None)
+    assert explanation.causes[0].named.parameters["by"] in (1.002, 0.01)
+
+
+@pytest.mark.slow
+def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
+    """Keys scaled in layer 0 alone: what explains that layer in all layers explains a part, and no part is a cause."""
+    explanation = explain(edited(engine, "blk.0.k_rope", lambda x: x * np.float32(0.65), "default"), engine.model, _PATIENT)
+    assert explanation.remaining is None
+    assert [cause.named.layers for cause in explanation.causes] == [(0,)]
+
+
+@pytest.mark.slow
+def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
+    """Two small elements are exchanged in all layers: an error of the size of 8-bit noise that lies in two of all elements."""
+
+    def swapped(step: Step) -> Step:
+        def op(*inputs: Any, **params: Any) -> Array:
+            result = step.op(*inputs, **params)
+            result[:, [3, 5]] += np.float32(0.01) * np.array([1, -1], np.float32)
+            return result
+
+        return replace(step, op=op) if step.makes.endswith("ffn_out") else step
+
+    explanation = explain(
+        unstated(engine.dump(RIGHT, PROMPT, steps=[swapped(step) for step in engine.right])),
+        engine.model,
+        ExplainOptions(budget=5.0),
+    )
+    assert not explanation
+    assert (explanation.precision_only, names(explanation)) == ("", [])
+
+
+def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
+    """Zero behind the recorded values: the next point differs, and the one in front of it was seen in part."""
+    explanation = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, ExplainOptions(budget=5.0))
+    assert names(explanation) == []
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.2.attn_norm"
+    assert explanation.placed is not None
+    assert (explanation.placed.sure, explanation.placed.seen) == (False, (16, 112))
+
+
+def test_heads_of_which_one_is_recorded_are_heads(engine: Faulty) -> None:
+    """Eight values of the first key head are those of the second: no row is said to be rolled."""
+    explanation = explain(
+        edited(engine, "blk.2.v", lambda x: np.roll(x, 8, axis=1), size=8), engine.model, ExplainOptions(budget=600.0)
+    )
+    assert explanation.law == "head 0 is the right head 1 (1 of 2 heads recorded)"
+
+
+def _not_finite(x: Array) -> Array:
+    changed = x.copy()
+    changed[3, :2] = np.inf
+    return changed
+
+
+def test_infinities_are_said_where_they_are(engine: Faulty) -> None:
+    """Two infinite elements of one position: the law says which, and that the others are right."""
+    explanation = explain(edited(engine, "blk.2.q", _not_finite), engine.model, ExplainOptions(budget=600.0))
+    assert explanation.law.startswith("everything up to element 1 is ∞")
+    assert explanation.law.endswith("the others are right")
+    assert names(explanation) == []
+
+
+def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
+    """Values that are NaN at position 3 make attention's result NaN at the positions before as well, since 0 · NaN is NaN."""
+
+    def late(x: Array) -> Array:
+        changed = x.copy()
+        changed[3] = np.nan
+        return changed
+
+    right = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20)
+    verdict = compare(edited(engine, "blk.1.v", late), right)
+    assert [(origin.first.checkpoint, origin.positions) for origin in verdict.origins] == [("blk.1.v", (3,))]
+
+
+@pytest.mark.slow
+def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
+    """An error in proportion to the position passes the limit somewhere: no window begins there, and no element alone is wrong."""
+
+    def grows(x: Array) -> Array:
+        signs = np.where(np.arange(x.shape[1]) % 2, 1, -1)
+        return x * (1 + np.float32(4e-6) * np.arange(len(x), dtype=np.float32)[:, None] * signs.astype(np.float32))
+
+    dump = edited(engine, "blk.0.attn_out", grows)
+    verdict = compare(dump, engine.dump(RIGHT, PROMPT, points="*", size=1 << 20))
+    assert verdict.pattern is not None
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.token_idx > 1
+    assert "window" not in verdict.pattern.sentence
+    assert "alone" not in explain(dump, engine.model, ExplainOptions(budget=5.0)).law
+
+
+def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> None:
+    """An infinity outside of the slice makes the next norm 0 from position 1 on: nothing there joins positions."""
+
+    def late(x: Array) -> Array:
+        changed = x.copy()
+        changed[1:, 100] = np.inf
+        return changed
+
+    dump = edited(engine, "blk.1.ffn_out", late, size=16)
+    right = engine.dump(RIGHT, PROMPT, points="*", size=16)
+    pattern = compare(dump, right).pattern
+    assert pattern is not None
+    assert "all values are 0" in pattern.sentence
+    assert "RoPE" not in pattern.sentence
+
+
+@pytest.mark.slow
+def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> None:
+    """One logit far behind the slice is wrong and the sketch shows it: no law of the 16 values, which are right."""
+
+    def late(x: Array) -> Array:
+        return np.concatenate([x[..., :-1], x[..., -1:] + np.float32(50)], axis=-1)
+
+    steps = [
+        replace(step, op=lambda *inputs, op=step.op, **params: late(op(*inputs, **params))) if step.makes == "logits" else step
+        for step in engine.right
+    ]
+    explanation = explain(engine.dump(RIGHT, PROMPT, steps=steps, bare=False), engine.model, _PATIENT)
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "logits"
+    assert explanation.law == "every recorded element is right: what differs was not recorded"
