@@ -65,7 +65,7 @@ BOTH = 4.0
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8
 # Rows with at most this many elements may cancel as a whole: a gate of one number is a product of a whole row. `isolate` uses the same
-# number (`parity.isolate.operation`).
+# number (`parity.isolate.one_pass`).
 FEW = 16
 
 

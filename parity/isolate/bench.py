@@ -18,7 +18,8 @@ from engine.weights.gguf_model import GgufModel
 
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
-from .operation import Definition, Isolator
+from .judging import Definition
+from .operation import Isolator
 from .values import Value
 
 Arriving = Iterable[tuple[str, Value]]

@@ -1,8 +1,7 @@
 """One operation of one layer at a time: computed from the inputs that it really had, and compared with its recorded output."""
 
-from collections import ChainMap, Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,113 +10,18 @@ from numpy.typing import NDArray
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.errors import ModelError
 from checkpoints.points import parse
-from engine import ops
-from engine.graph import POSITIONS, TOKENS, Altered, Step, WeightSource, compute, viewed
-from engine.replay.products import product
+from engine.graph import Step
 
-from .elements import Sample, sample_product, typical_energy
-from .inputs import Inputs, Memory, Missing, Program, inputs_named, reads_rows_alone
-from .looks import look_of, other_epsilon
-from .routing import routing_error
-from .values import CACHED, Value, row_errors, rows_at
+from .judging import NOT_FINITE, Judging, Record
+from .one_pass import Pass
+from .values import Value
 
-# A norm is one scale a row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
-# known fault, makes only 1e-12 where activations are large.
-_NORM_LIMIT = 1e-12
-# Where activations are even larger, another epsilon is below that: it is recognised by comparison, once a norm with smaller
-# activations has shown it. Rounding doesn't prefer one epsilon to another: ten times closer is not rounding.
-_NEARER = 10.0
-# How much larger the error of a stretch of operations may be than that of one: scores are rounded, and soft max amplifies it. Engines
-# that sum in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random
-# weights); scores of 100, rounded to float32, make it 4e-11.
-STRETCH = 3.0
-_NORMS = (ops.rms_norm, ops.layer_norm)
 _LISTED = 3  # readers of a suspect record that are named
 
 
-# Of an operation that read NaN at every position.
-NOT_FINITE = "its inputs are not finite"
-
-
-def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
-    """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
-    unknown = np.zeros(rows, dtype=np.bool_)
-    for given in inputs:
-        odd = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
-        if odd.ndim == 2 and len(odd) == rows:
-            unknown |= odd.any(axis=1)
-        elif odd.ndim == 3 and odd.shape[1] == rows:
-            unknown |= odd.any(axis=(0, 2))
-        elif odd.any():
-            unknown[:] = True
-    return unknown
-
-
-@dataclass(frozen=True)
-class Definition:
-    """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list."""
-
-    several: Sequence[Step]
-    single: Sequence[Step] | None = None
-    passed_over: Collection[str] = ()
-
-    @cached_property
-    def programs(self) -> tuple[Program, Program]:
-        """The programs of several tokens and of one."""
-        several = Program(self.several, self.passed_over)
-        return several, several if self.single is None else Program(self.single, self.passed_over)
-
-    def of(self, tokens: int) -> Program:
-        """The steps of a pass over so many tokens."""
-        return self.programs[tokens == 1]
-
-
 @dataclass
-class _Record:
-    """What the passes so far have shown about one operation."""
-
-    nmse: float = -1.0
-    position: int | None = None
-    passes: int = 0
-    sampled: float | None = None
-    reason: str = ""
-    wrong: bool = False
-    denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
-
-
-@dataclass(frozen=True)
-class _Held:
-    """An operation's recorded value and the one that follows from its inputs, at the positions [R] that all of them have."""
-
-    inputs: Sequence[NDArray[np.float32]]
-    theirs: NDArray[np.float32]
-    ours: NDArray[np.float32]
-    positions: NDArray[np.int64]
-    errors: NDArray[np.float64]
-    reason: str
-
-
-@dataclass
-class Isolator:
-    """Takes values as they come and judges each step as soon as its inputs and its output are known.
-
-    Args:
-        definitions: one or more right definitions of the model (with and without ggml's rounding, for example); an operation
-            is judged by the nearest of them.
-        limit: NMSE above which an operation is wrong.
-        stretches: operations that are judged together with others before them, whose values were not recorded.
-    """
-
-    definitions: Sequence[Definition]
-    weights: WeightSource
-    limit: float
-    sample: bool = True
-    stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    records: dict[str, _Record] = field(default_factory=lambda: defaultdict(_Record), init=False)
-    memory: Memory = field(default_factory=Memory, init=False)
-    # Values that every pass reads and none makes: an encoder's output.
-    given: dict[str, Value] = field(default_factory=dict, init=False)
-    epsilons: set[float] = field(default_factory=set, init=False)  # the wrong epsilons that norms have shown
+class Isolator(Judging):
+    """Takes values as they come and judges each step as soon as its inputs and its output are known."""
 
     @cached_property
     def steps(self) -> Sequence[Step]:
@@ -129,7 +33,7 @@ class Isolator:
 
     def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
         """Judge one forward pass: its tokens and positions [T], and its values by point, in the order of computation."""
-        _Pass(self, tokens, positions).run(arriving)
+        Pass(self, tokens, positions).run(arriving)
 
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model."""
@@ -173,7 +77,7 @@ class Isolator:
             sampled=record.sampled,
         )
 
-    def _together(self, name: str, record: _Record) -> str:
+    def _together(self, name: str, record: Record) -> str:
         """What a wrong operation looks like, and which others it was judged together with."""
         others = self.stretches.get(name, ())
         if record.wrong and record.denied_by:
@@ -197,248 +101,3 @@ class Isolator:
             return str(GGMLQuantizationType(self.weights.raw(name)[1]).name)
         except (KeyError, ValueError, ModelError):
             return ""
-
-
-class _Pass:
-    """One forward pass as it goes through the isolator."""
-
-    def __init__(self, isolator: Isolator, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        self._isolator, self._weights, self._memory = isolator, isolator.weights, isolator.memory
-        self._positions = positions
-        self._programs = [definition.of(len(positions)) for definition in isolator.definitions]
-        self._program = self._programs[0]
-        self._live = {**isolator.given, TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
-        self._memory.past[POSITIONS].append(self._live[POSITIONS])
-        self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
-        self._right: dict[str, Value] = {}  # the right values of wrong operations
-        self._states: dict[str, NDArray[np.float32] | None] = {}
-
-    def run(self, arriving: Iterable[tuple[str, Value]]) -> None:
-        """Take each step when the last value that it needs has come, and drop values that nothing needs any more."""
-        program = self._program
-        steps = [*program.carried, *program.judged]  # rows of a cache come before the step that reads them
-        needed = {step.makes: program.needs(step) | (set() if step.inner else {step.makes}) for step in steps}
-        users = Counter(name for names in needed.values() for name in names)
-        waiting = {step.makes: step for step in steps}
-        came: set[str] = set()
-        for step in [step for step in steps if not needed[step.makes]]:
-            self._take(waiting.pop(step.makes))
-        readers: dict[str, list[str]] = defaultdict(list)
-        for makes, names in needed.items():
-            for name in names:
-                readers[name].append(makes)
-        for name, value in arriving:
-            if name not in users:
-                continue
-            came.add(name)
-            self._live[name] = value
-            if name in program.remembered:
-                self._memory.past[name].append(value)
-            for makes in readers[name]:
-                if makes in waiting and needed[makes] <= self._live.keys():
-                    self._take(waiting.pop(makes))
-                    users.subtract(needed[makes])
-            for used in [used for used in self._live if used in users and users[used] <= 0]:
-                del self._live[used]
-                self._right.pop(used, None)
-        for step in waiting.values():
-            self._lacks(step, sorted(needed[step.makes] - came))
-        self._memory.states.update(self._states)
-        self._memory.passes += 1
-
-    def _take(self, step: Step) -> None:
-        """Judge an operation, or keep what a later pass reads."""
-        try:
-            if not step.inner:
-                self._judge(step)
-                self._inputs.done_with(step)
-                return
-            value = self._inputs.computed(step)
-        except Missing as error:
-            if step.inner:
-                self._states[step.makes] = None
-            else:
-                self._isolator.records[step.makes].reason = str(error)
-            return
-        if step.makes in self._program.remembered:
-            self._memory.past[step.makes].append(Value(value, self._positions))
-        self._states[step.makes] = value
-
-    def _lacks(self, step: Step, names: Sequence[str]) -> None:
-        """Note which inputs of a step were not recorded."""
-        if step.inner:
-            self._states[step.makes] = None
-            return
-        before = " and ".join(name for name in names if name != step.makes)
-        output = "its output was not recorded as a whole"
-        self._isolator.records[step.makes].reason = (
-            output if step.makes in names else f"its input {before} was not recorded as a whole"
-        )
-
-    def _judge(self, step: Step) -> None:
-        """Compare a step's recorded value with the one that follows from its inputs.
-
-        Raises:
-            Missing: an input is not known at the positions of the output.
-        """
-        held = self._held(step, self._inputs)
-        record = self._isolator.records[step.makes]
-        record.passes += 1
-        if held.errors.max() > self._limit(step):
-            held = self._with_right_inputs(step) or held
-        definitions = self._definitions(step)
-        self._note(step, definitions[-1], held)
-        if step.op is ops.rms_norm:
-            self._judge_epsilon(step, held.inputs, held.theirs, held.positions)
-        if self._isolator.sample:
-            sampled = [self._sampled(definition, held.inputs, held.theirs) for definition in definitions]
-            if measured := [error for error in sampled if error is not None]:
-                record.sampled = max(record.sampled or 0.0, min(measured))
-
-    def _definitions(self, step: Step) -> list[Step]:
-        return [program.producers[step.makes] for program in self._programs]
-
-    def _held(self, step: Step, source: Inputs) -> _Held:
-        """A step's recorded value, and the one that the nearest definition makes from its inputs."""
-        inputs, theirs, positions = self._aligned(step, source)
-        definitions = self._definitions(step)
-        routing = self._program.routing.get(step.makes)
-        best: _Held | None = None
-        limit, least = self._limit(step), self._typical_energy(definitions[0], inputs)
-        for definition in definitions:
-            ours = self._computed(definition, inputs)
-            reason = ""
-            if routing is not None:
-                ordered: NDArray[np.float32] = viewed(routing.ordering.reads[0], source.of(routing.ordering, positions)[0])
-                errors, reason = routing_error(routing.used, ordered, ours, theirs)
-            else:
-                errors = row_errors(step.makes, ours, theirs, positions, least)
-            unknown = _without_numbers(inputs, len(errors))
-            if unknown.all():
-                raise Missing(NOT_FINITE)
-            errors = np.where(unknown, 0.0, errors)
-            if best is None or errors.max() < best.errors.max():
-                best = _Held(inputs, theirs, ours, positions, errors, reason)
-            if best.errors.max() <= limit:
-                break
-        assert best is not None
-        return best
-
-    def _with_right_inputs(self, step: Step) -> _Held | None:
-        """A wrong step, compared using the right values of inputs that were found wrong; None if it is wrong even then.
-
-        An operation that is right then really had these values: the record of its input is wrong. One such input is tried at a time,
-        then all together.
-        """
-        wrong = [name for name in self._right if name in self._program.needs(step)]
-        for names in [*([name] for name in wrong), *([wrong] if len(wrong) > 1 else [])]:
-            right = {name: self._right[name] for name in names}
-            past = {name: [*self._memory.past[name][:-1], value] for name, value in right.items() if name in self._memory.past}
-            memory = replace(self._memory, past={**self._memory.past, **past})
-            live = ChainMap(right, self._live)
-            held = self._held(step, Inputs(self._program, self._weights, memory, self._positions, live))
-            if held.errors.max() <= self._limit(step):
-                for name in names:
-                    self._isolator.records[name].denied_by[step.makes] = None
-                self._memory.past.update(past)  # later passes read it, too
-                return held
-        return None
-
-    def _computed(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        try:
-            with np.errstate(all="ignore"):  # a foreign engine's inputs may be anything
-                computed: NDArray[np.float32] = compute(step, inputs, self._weights)
-        except (ValueError, IndexError):
-            shapes = ", ".join(str(list(given.shape)) for given in inputs)
-            raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
-        return computed
-
-    def _note(
-        self,
-        step: Step,
-        definition: Step,
-        held: _Held,
-    ) -> None:
-        """Keep the worst row of all passes, and what a wrong one looks like."""
-        record, limit = self._isolator.records[step.makes], self._limit(step)
-        errors, positions, theirs = held.errors, held.positions, held.theirs
-        worst = int(np.argmax(errors))
-        nmse = float(errors[worst])
-        if nmse > limit and held.ours.size == self._live[step.makes].data.size and step.makes not in self._program.routing:
-            self._right[step.makes] = replace(self._live[step.makes], data=held.ours.reshape(self._live[step.makes].data.shape))
-        if nmse <= record.nmse:
-            return
-        record.nmse = nmse
-        record.position = int(positions[worst]) if len(positions) == len(errors) else worst + int(positions[0])
-        record.reason = held.reason
-        if nmse > limit:
-            wrong = int((errors > limit).sum())
-            where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
-            first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else theirs
-            look = held.reason or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
-            record.reason = "; ".join(part for part in (where, look) if part)
-            record.wrong = True
-
-    def _siblings(self, step: Step) -> list[str]:
-        """Weights of the other products of the same layer."""
-        layer = parse(step.makes).layer
-        near = [other for other in self._program.steps if other is not step and parse(other.makes).layer == layer]
-        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
-
-    def _limit(self, step: Step) -> float:
-        if step.makes in self._isolator.stretches:
-            return STRETCH * self._isolator.limit
-        return _NORM_LIMIT if step.op in _NORMS and self._isolator.limit <= 1e-10 else self._isolator.limit
-
-    def _judge_epsilon(
-        self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32], positions: NDArray[np.int64]
-    ) -> None:
-        """Compare a norm with the epsilons that other norms have shown, or learn one from it."""
-        record = self._isolator.records[step.makes]
-        if record.wrong:
-            eps = other_epsilon(step, viewed(step.reads[0], inputs[0]), theirs, self._weights, self._limit(step))
-            self._isolator.epsilons |= {eps} if eps is not None else set()
-            return
-        for eps in sorted(self._isolator.epsilons):
-            with_eps = compute(replace(step, params={**step.params, "eps": eps}), inputs, self._weights)
-            error = float(row_errors(step.makes, with_eps, theirs, positions).max())
-            if error * _NEARER < record.nmse:
-                record.wrong = True
-                record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
-
-    def _typical_energy(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64] | None:
-        if step.op is not product or not isinstance(step.weights[0], Altered):
-            return None
-        return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)
-
-    def _sampled(self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
-        if "native" not in step.params or not isinstance(step.weights[0], Altered):
-            return None
-        chosen = Sample.of(step.makes, *theirs.shape)
-        bias = step.weights[1] if len(step.weights) > 1 else None
-        added = self._weights.get(bias) if isinstance(bias, str) else None
-        x = viewed(step.reads[0], inputs[0])
-        return sample_product(
-            chosen, x, theirs, self._weights, step.weights[0].weight, added, native=bool(step.params["native"])
-        )
-
-    def _aligned(self, step: Step, source: Inputs) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
-        """The step's inputs and output at the positions that all of them have.
-
-        Raises:
-            Missing: they have none in common, an operation over all positions lacks some, or a history has gaps.
-        """
-        output = self._live[step.makes]
-        if parse(step.makes).kind in CACHED:
-            return source.of(step), output.data, output.positions
-        if step.axis is None:  # a pass has it only once
-            return source.of(step), output.data, output.positions[-1:]
-        common = output.positions
-        for name in inputs_named(step):
-            if name in self._live and parse(name).kind not in CACHED:
-                common = np.intersect1d(common, self._live[name].positions)
-        if not len(common):
-            raise Missing("its inputs and its output were recorded at different positions")
-        if len(common) != len(self._positions) and not reads_rows_alone(step):
-            raise Missing("its inputs or its output were not recorded at every position of the pass")
-        return source.of(step, common), rows_at(step.makes, output, common), common

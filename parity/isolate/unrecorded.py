@@ -9,7 +9,7 @@ from dataclasses import replace
 from engine import ops
 from engine.graph import Step
 
-from .operation import Definition
+from .judging import Definition
 
 ATTENTION = ("k_read", "v_read")
 

@@ -1,0 +1,69 @@
+"""What judging operations begins with, and what it knows so far: the right definitions, the records, the memory of earlier passes."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from engine.graph import Step, WeightSource
+
+from .inputs import Memory, Program
+from .values import Value
+
+# Of an operation that read NaN at every position.
+NOT_FINITE = "its inputs are not finite"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list."""
+
+    several: Sequence[Step]
+    single: Sequence[Step] | None = None
+    passed_over: Collection[str] = ()
+
+    @cached_property
+    def programs(self) -> tuple[Program, Program]:
+        """The programs of several tokens and of one."""
+        several = Program(self.several, self.passed_over)
+        return several, several if self.single is None else Program(self.single, self.passed_over)
+
+    def of(self, tokens: int) -> Program:
+        """The steps of a pass over so many tokens."""
+        return self.programs[tokens == 1]
+
+
+@dataclass
+class Record:
+    """What the passes so far have shown about one operation."""
+
+    nmse: float = -1.0
+    position: int | None = None
+    passes: int = 0
+    sampled: float | None = None
+    reason: str = ""
+    wrong: bool = False
+    denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
+
+
+@dataclass
+class Judging:
+    """The state of an isolation over all passes.
+
+    Args:
+        definitions: one or more right definitions of the model (with and without ggml's rounding, for example); an operation
+            is judged by the nearest of them.
+        limit: NMSE above which an operation is wrong.
+        stretches: operations that are judged together with others before them, whose values were not recorded.
+    """
+
+    definitions: Sequence[Definition]
+    weights: WeightSource
+    limit: float
+    sample: bool = True
+    stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=lambda: defaultdict(Record), init=False)
+    memory: Memory = field(default_factory=Memory, init=False)
+    # Values that every pass reads and none makes: an encoder's output.
+    given: dict[str, Value] = field(default_factory=dict, init=False)
+    epsilons: set[float] = field(default_factory=set, init=False)  # the wrong epsilons that norms have shown
