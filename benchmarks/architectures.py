@@ -78,7 +78,7 @@ def main() -> None:
 def _measured(chosen: Recipe, prompts: Sequence[int], generate: int, folder: Path) -> Row:
     model = folder / "model.gguf"
     make_by_recipe(model, chosen, shape_of(chosen), {}, tokenizer=embedded())
-    found, compared, worst, where = "parity", 0, 0.0, ""
+    outcome, compared, worst, where = "parity", 0, 0.0, ""
     try:
         for number, count in enumerate(prompts):
             request = Request(
@@ -94,10 +94,10 @@ def _measured(chosen: Recipe, prompts: Sequence[int], generate: int, folder: Pat
             if verdict.worst is not None and verdict.worst.nmse > worst:
                 worst, where = verdict.worst.nmse, verdict.worst.checkpoint
             if not verdict and verdict.first_divergence is not None:
-                found = f"divergence at {verdict.first_divergence.checkpoint}, {count} tokens"
+                outcome = f"divergence at {verdict.first_divergence.checkpoint}, {count} tokens"
     except ParityError as error:
         return Row(chosen.name, f"refused: {error.message}", "", "")
-    return Row(chosen.name, found, f"{worst:.1e} at {where}, {compared:,} records", _consistent(model, max(prompts)))
+    return Row(chosen.name, outcome, f"{worst:.1e} at {where}, {compared:,} records", _consistent(model, max(prompts)))
 
 
 def _consistent(model: Path, count: int) -> str:

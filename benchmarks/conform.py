@@ -61,24 +61,24 @@ def main() -> None:
     options = parser.parse_args()
     axes = ["--profile", options.profile, *(["--architectures", options.architectures] if options.architectures else [])]
     load = os.getloadavg()[0]
-    one, two, again = [], [], []
+    single, double, again = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         engine = compile_engine(Path(folder))
         for number in range(options.pairs):
             *first, cells = run(engine, axes, f"one-{number}", 1)
-            one.append(first)
+            single.append(first)
             if not options.fix_only:
-                two.append(run(engine, axes, f"two-{number}", 2)[0])
+                double.append(run(engine, axes, f"two-{number}", 2)[0])
             with engine.open("ab") as file:  # another build of it
                 file.write(b"\0")
             again.append(run(engine, axes, f"one-{number}", 1)[:2])
     print(f"{options.profile}, {cells} cells, load {load:.1f} before, {options.pairs} times, worst ratios:")
-    if two:
-        ratio = min(seconds / faster for (seconds, _), faster in zip(one, two, strict=True))
-        print(f"one worker {one[0][0]:.1f} s, two {two[0]:.1f} s: {ratio:.2f} times as fast")
+    if double:
+        ratio = min(seconds / faster for (seconds, _), faster in zip(single, double, strict=True))
+        print(f"one worker {single[0][0]:.1f} s, two {double[0]:.1f} s: {ratio:.2f} times as fast")
     for unit, name in enumerate(("by the clock", "of processor time")):
-        share = max(fixed[unit] / first[unit] for fixed, first in zip(again, one, strict=True))
-        print(f"after a fix {again[0][unit]:.1f} of {one[0][unit]:.1f} s {name}: {100 * share:.1f} %")
+        share = max(fixed[unit] / first[unit] for fixed, first in zip(again, single, strict=True))
+        print(f"after a fix {again[0][unit]:.1f} of {single[0][unit]:.1f} s {name}: {100 * share:.1f} %")
 
 
 if __name__ == "__main__":

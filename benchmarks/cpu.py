@@ -83,7 +83,7 @@ def many_records() -> list[tuple[str, str, str]]:
         rows = (
             summarise(name, rng.standard_normal((positions, 32)).astype(np.float32), np.arange(positions)) for name in names
         )
-        return Dump("dump", None, {made.point: made for made in rows})
+        return Dump("dump", None, {summary.point: summary for summary in rows})
 
     def once(sides: tuple[Dump, Dump]) -> float:
         began = time.perf_counter()

@@ -86,14 +86,14 @@ def report() -> None:
     wrong = spoiled(noisy(right), names[200:], slice(3, None))
     ours, ref = dump(wrong), dump(right)
     began = perf_counter()
-    found = comparison(ours, ref)
-    picture = found.picture
+    comparing = comparison(ours, ref)
+    picture = comparing.picture
     compared = perf_counter() - began
     began = perf_counter()
-    text = html(Report(found.verdict, ours, ref, picture))
+    text = html(Report(comparing.verdict, ours, ref, picture))
     built = perf_counter() - began
     print(
-        f"{found.verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, "
+        f"{comparing.verdict.compared:,} records of {len(names)} points: compared {compared:.1f} s, "
         f"report {built:.1f} s, {len(text) / 1e6:.1f} MB"
     )
 

@@ -130,7 +130,7 @@ def _edited(
     def op(*inputs: Any, **params: Any) -> Array:
         if at < 0:
             return change(step.op(*inputs, **params))
-        return step.op(*(change(one) if number == at else one for number, one in enumerate(inputs)), **params)
+        return step.op(*(change(value) if number == at else value for number, value in enumerate(inputs)), **params)
 
     return replace(step, op=op)
 
@@ -160,7 +160,7 @@ def _part_edited(step: Step, how: str, right: dict[str, Step]) -> Step | None:
         return None
     if how == "weight of the neighbouring layer":
         other = first.replace(f"blk.{layer}.", f"blk.{(layer or 0) + 1}.")
-        known = any(other in one.weights for one in right.values())
+        known = any(other in step.weights for step in right.values())
         return replace(step, weights=(other, *step.weights[1:])) if layer is not None and known and other != first else None
     if not isinstance(step.op, GgmlOperation) or step.op.name != "MUL_MAT_ID":
         return None
@@ -189,10 +189,10 @@ def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random) -> Edit:
         seed = draw.randrange(1 << 30)
         same = [name for name in right if head and name.endswith(f".{kind}")]
         names = [chosen.makes] if layers == "one" or not head else same if layers == "all" else same[same.index(chosen.makes) :]
-        made = {name: _edited(right[name], how, random.Random(seed), right, shapes) for name in names}
-        if any(step is None for step in made.values()):
+        edited = {name: _edited(right[name], how, random.Random(seed), right, shapes) for name in names}
+        if any(step is None for step in edited.values()):
             continue
-        steps = [made.get(step.makes) or step for step in faulty.right]
+        steps = [edited.get(step.makes) or step for step in faulty.right]
         try:
             replay(faulty, steps, tokens)
         except (NotApplicable, ValueError, IndexError, TypeError):
@@ -215,10 +215,10 @@ def same_numbers(faulty: Faulty, edit: Edit, causes: Sequence[Named], tokens: tu
         if cause.fault not in _FAULTS:
             return False
         other = plant(other, _FAULTS[cause.fault], cause.layers, **cause.parameters)
-    one, two = replay(faulty, edit.steps, tokens).values, replay(faulty, other, tokens).values
+    first, second = replay(faulty, edit.steps, tokens).values, replay(faulty, other, tokens).values
     with np.errstate(all="ignore"):
         for point in points:
-            a, b = (np.asarray(run[run_name(run, point)], dtype=np.float64) for run in (one, two))
+            a, b = (np.asarray(run[run_name(run, point)], dtype=np.float64) for run in (first, second))
             if not ((a - b) ** 2).sum() <= SAME * (a**2).sum():
                 return False
     return True
@@ -285,10 +285,10 @@ def dump_of(
     faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...], points: str, size: int, bare: bool, stated: bool
 ) -> Dump:
     """The dump of an engine that runs these steps."""
-    found = faulty.dump(Planted(()), tokens, points=points, size=size, bare=bare, steps=steps)
-    if found.header is not None and not stated:
-        found = replace(found, header=replace(found.header, compute=""))
-    return found
+    dump = faulty.dump(Planted(()), tokens, points=points, size=size, bare=bare, steps=steps)
+    if dump.header is not None and not stated:
+        dump = replace(dump, header=replace(dump.header, compute=""))
+    return dump
 
 
 def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, str, str, float]]:

@@ -35,10 +35,10 @@ from parity.explain.together import Together
 Part = tuple[str, dict[str, Any], tuple[int, ...] | None]
 
 
-def same(one: Dump, other: Dump) -> bool:
+def same(first: Dump, second: Dump) -> bool:
     """Whether two dumps hold the same values within float32's noise."""
-    for name, rows in one.points.items():
-        a, b = rows.values.astype(np.float64), other.points[name].values.astype(np.float64)
+    for name, rows in first.points.items():
+        a, b = rows.values.astype(np.float64), second.points[name].values.astype(np.float64)
         if not np.array_equal(np.isfinite(a), np.isfinite(b)):
             return False
         delta = np.where(np.isfinite(a), a - np.where(np.isfinite(b), b, 0), 0)

@@ -128,7 +128,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def show(path: Path) -> None:
     """The table in Markdown, then what was missed and why."""
     lines = _lines(path)
-    columns = sorted({(line["what"], line["model"]) for line in lines}, key=lambda one: (list(WHAT).index(one[0]), one[1]))
+    columns = sorted(
+        {(line["what"], line["model"]) for line in lines}, key=lambda column: (list(WHAT).index(column[0]), column[1])
+    )
     print(_HEAD)
     print("| fault | " + " | ".join(f"{model}, {WHAT[what]}" for what, model in columns) + " |")
     print("|---" * (len(columns) + 1) + "|")

@@ -69,18 +69,20 @@ def table(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """A tensor lost, renamed, twice, or of another shape."""
     tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
-    one = tensors[i]
+    tensor = tensors[i]
     kind = draw.randrange(4)
     if kind == 0:
         del tensors[i]
     elif kind == 1:
-        tensors[i] = TensorInfo(draw.choice(("x", one.name.upper(), "blk.0.attn_q.weight", "")), one.ne, one.type, one.offset)
+        tensors[i] = TensorInfo(
+            draw.choice(("x", tensor.name.upper(), "blk.0.attn_q.weight", "")), tensor.ne, tensor.type, tensor.offset
+        )
     elif kind == 2:
-        tensors.append(one)
+        tensors.append(tensor)
     else:
-        sizes = list(one.ne)
+        sizes = list(tensor.ne)
         sizes[draw.randrange(len(sizes))] = draw.choice((0, 1, 32, 64, 1 << 20, 1 << 40, 1 << 63))
-        tensors[i] = TensorInfo(one.name, tuple(sizes), one.type, one.offset)
+        tensors[i] = TensorInfo(tensor.name, tuple(sizes), tensor.type, tensor.offset)
     return _with(contents, data, dict(contents.metadata), tensors)
 
 
@@ -97,8 +99,10 @@ def types(contents: Contents, data: bytes, draw: Draw) -> bytes:
     """A tensor of another type than its bytes, known or not."""
     tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
-    one = tensors[i]
-    tensors[i] = TensorInfo(one.name, one.ne, draw.choice((0, 1, 2, 8, 12, 14, 30, 4, 31, 99, (1 << 32) - 1)), one.offset)
+    tensor = tensors[i]
+    tensors[i] = TensorInfo(
+        tensor.name, tensor.ne, draw.choice((0, 1, 2, 8, 12, 14, 30, 4, 31, 99, (1 << 32) - 1)), tensor.offset
+    )
     return _with(contents, data, dict(contents.metadata), tensors)
 
 
@@ -224,14 +228,16 @@ def figures(cases: list[Case]) -> str:
         "|---" * 6 + "|",
     ]
     for name in [*COMMANDS, "all"]:
-        own = [one for one in cases if name in (one.command, "all")]
+        own = [case for case in cases if name in (case.command, "all")]
         if own:
-            counts = Counter(one.became for one in own)
+            counts = Counter(case.became for case in own)
             row = " | ".join(str(counts[became]) for became in ("answer", "one line", "failed"))
-            took = [one.seconds for one in own]
+            took = [case.seconds for case in own]
             lines.append(f"| {name} | {len(own)} | {row} | {median(took):.1f}, {max(took):.1f} |")
-    failures = [one for one in cases if one.wrong]
-    lines += [f"  {one.seed}: {one.architecture}, {one.accident}, {one.command}: {one.wrong}" for one in failures[:_SHOWN]]
+    failures = [case for case in cases if case.wrong]
+    lines += [
+        f"  {case.seed}: {case.architecture}, {case.accident}, {case.command}: {case.wrong}" for case in failures[:_SHOWN]
+    ]
     return "\n".join(lines)
 
 
@@ -245,7 +251,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     forked.warm()
     cases = earlier(given.log)
-    known = {one.seed for one in cases}
+    known = {case.seed for case in cases}
     until = time.monotonic() + given.seconds
     with tempfile.TemporaryDirectory() as top:
         models = {name: (Path(top, f"{name}.gguf"), Path(top, f"{name}-cache")) for name in ARCHITECTURES}
@@ -266,4 +272,4 @@ def main(arguments: list[str]) -> None:
                 with given.log.open("a") as log:
                     log.write(json.dumps(asdict(cases[-1])) + "\n")
     print(figures(cases))
-    sys.exit(any(one.wrong for one in cases))
+    sys.exit(any(case.wrong for case in cases))

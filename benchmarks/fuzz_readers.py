@@ -97,12 +97,12 @@ def fields(draw: Draw, odd: float) -> list[str]:
         ('"C0"', '"C0"', '"embd"', '"layer_3"', '"logits"', '"C\\u0030"', '"h\\n"', '"\\ud800"', '"é"', "null", "7", '""')
     )
     key = draw.choice(('"values"',) * 12 + ('"val\\u0075es"', '"Values"', '"values" ', "values"))
-    found = [
+    fields = [
         f'"checkpoint":{name if draw.random() < odd else chr(34) + draw.choice(("C0", "embd", "layer_3")) + chr(34)}',
         f"{key if draw.random() < odd else chr(34) + 'values' + chr(34)}:{numbers(draw, odd)}",
     ]
     if draw.random() < 0.9:
-        found.append(f'"token_idx":{draw.choice(_INTEGERS) if draw.random() < odd else draw.randrange(4)}')
+        fields.append(f'"token_idx":{draw.choice(_INTEGERS) if draw.random() < odd else draw.randrange(4)}')
     optional = [
         lambda: f'"seq":{draw.choice(_INTEGERS)}',
         lambda: f'"step":{draw.choice(_INTEGERS)}',
@@ -165,11 +165,11 @@ def fields(draw: Draw, odd: float) -> list[str]:
         lambda: '"checkpoint":"C1"',
         lambda: '"token_idx":3',
     ]
-    found += [draw.choice(optional)() for _ in range(draw.choice((0, 0, 0, 0, 1, 1, 2)))]
+    fields += [draw.choice(optional)() for _ in range(draw.choice((0, 0, 0, 0, 1, 1, 2)))]
     if draw.random() < 0.3:
-        found.append(f'"p":"{"p" * _LONG}"')
-    draw.shuffle(found)
-    return found
+        fields.append(f'"p":"{"p" * _LONG}"')
+    draw.shuffle(fields)
+    return fields
 
 
 def line(draw: Draw) -> bytes:
@@ -238,9 +238,11 @@ def wrong_values(text: bytes, path: Path) -> str:
         return ""
     rows = next(iter(dump.points.values()))
     with np.errstate(over="ignore"):
-        found, held = rows.values[0][: rows.counts[0]], expected.astype(np.float32)
+        values, held = rows.values[0][: rows.counts[0]], expected.astype(np.float32)
     return (
-        "" if np.array_equal(found, held, equal_nan=True) else f"read as {found[:8].tolist()}, Python reads {held[:8].tolist()}"
+        ""
+        if np.array_equal(values, held, equal_nan=True)
+        else f"read as {values[:8].tolist()}, Python reads {held[:8].tolist()}"
     )
 
 

@@ -205,8 +205,8 @@ def load(path: Path, bench: Path | None) -> list[tuple[str, str, str]]:
         eight = min(first_token(path, cache, 8) for _ in range(REPEATS))
     theirs = ""
     if bench is not None:
-        one = [str(bench), "-m", str(path), "-p", "0", "-n", "1", "-ngl", "99", "-r", "1", "--no-warmup"]
-        others = [seconds_until("tg1 ", one) for _ in range(REPEATS)]
+        single = [str(bench), "-m", str(path), "-p", "0", "-n", "1", "-ngl", "99", "-r", "1", "--no-warmup"]
+        others = [seconds_until("tg1 ", single) for _ in range(REPEATS)]
         theirs = f"; llama.cpp {min(others):.2f} to {max(others):.2f} s"
     ours = f"cold {times[0]:.2f} s, warm {min(times[1:]):.2f} to {max(times[1:]):.2f} s (prompt of eight: {eight:.2f} s)"
     return [("new process to first token", f"{ours}{theirs}", "warm ≤ llama.cpp")]

@@ -86,8 +86,8 @@ def ended(words: tuple[str, ...], cache: Path, folder: Path, seconds: float = SE
 
 def files(path: Path) -> Files:
     """The contents of a file or a folder's files, hidden ones left out: a kill leaves these for the next run to sweep."""
-    found = [path] if path.is_file() else sorted(path.iterdir())
-    return {file.name: file.read_bytes() for file in found if not file.name.startswith(".") and file.is_file()}
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name: file.read_bytes() for file in files if not file.name.startswith(".") and file.is_file()}
 
 
 def hidden(path: Path) -> list[str]:
@@ -164,8 +164,8 @@ class Trial:
         now = files(folder / self.job.path)
         if left := hidden(folder / self.job.path):
             return f"the next run leaves {left}"
-        found = problem(now, self.old, self.new)
-        return f"the next run: {found}" if found else ("" if now.keys() >= self.new.keys() else "the next run lacks files")
+        trouble = problem(now, self.old, self.new)
+        return f"the next run: {trouble}" if trouble else ("" if now.keys() >= self.new.keys() else "the next run lacks files")
 
 
 def kills(count: int, seed: int, top: Path) -> Iterator[str]:

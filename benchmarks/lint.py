@@ -98,9 +98,9 @@ def findings(
     generated = reference.dump(job).generated
     dump(transformer, OursJob(ours, case.tokens, points=case.points, generated=generated))
     for side in (theirs, ours):
-        found = read(side)
+        recorded = read(side)
         for facts in (None, ModelFacts(transformer.model)):
-            for finding in lint(found, facts).findings:
+            for finding in lint(recorded, facts).findings:
                 yield f"{side.stem}{', with the model' if facts else ''}", finding
 
 

@@ -156,9 +156,15 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
     explain_case.recorded_graph = lambda _: model.graph  # recorded once a model, not once a command
     compute = kind if way.bare and way.stated else None
-    found = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
-    errors = [finding.rule for finding in found if finding.severity == ERROR]
-    said = {"lint": f"accused: {errors}" if errors else f"suspected: {[one.rule for one in found]}" if found else "right"}
+    findings = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
+    errors = [finding.rule for finding in findings if finding.severity == ERROR]
+    said = {
+        "lint": f"accused: {errors}"
+        if errors
+        else f"suspected: {[finding.rule for finding in findings]}"
+        if findings
+        else "right"
+    }
     for name, answer in (
         ("diff", lambda: compare(dump, model.ref, Options(compute=compute))),
         ("diff --model", lambda: compared_on(dump, model.ref, Options(compute=compute), model.path).verdict),
@@ -170,7 +176,7 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
         elif first is not None:
             said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
         elif verdict.record_faults:
-            said[name] = f"accused: {[(one.checkpoint, one.kind) for one in verdict.record_faults[:3]]}"
+            said[name] = f"accused: {[(fault.checkpoint, fault.kind) for fault in verdict.record_faults[:3]]}"
         elif kind != "f32" and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
             said[name] = "called exact"
         else:
@@ -250,16 +256,16 @@ def main() -> None:
         seed = options.first
         while sum("said" in line for line in lines) < options.n and process_time() < options.seconds:
             if seed not in finished:
-                found = list(engines(seed, Path(folder), reference, explained=options.explain))
-                lines += found
+                results = list(engines(seed, Path(folder), reference, explained=options.explain))
+                lines += results
                 with options.out.open("a") as out:
-                    out.writelines(json.dumps(line) + "\n" for line in found)
-                for line in found:
+                    out.writelines(json.dumps(line) + "\n" for line in results)
+                for line in results:
                     odd = {name: text for name, text in line.get("said", {}).items() if text != "right"}
                     if odd:
                         print(line["seed"], line["model"], line["kind"], line["written"], odd, flush=True)
-                if "refused" in found[0]:
-                    print(seed, found[0]["refused"], flush=True)
+                if "refused" in results[0]:
+                    print(seed, results[0]["refused"], flush=True)
             seed += 1
     print(table(lines))
 

@@ -106,17 +106,17 @@ def run(out: Path, only: str | None) -> None:
 
 def right_engines(name: str, model: Path, reference: Reference, folder: Path) -> list[tuple[str, Dump, int]]:
     """Engines without a fault: what they are, their dump, and the seed of its prompt."""
-    found = []
+    named = []
     untouched = Case("right: llama.cpp", lambda _file: None, ())
     for seed in (8,):
         tokens = tokens_of(model, TOKENS, seed=seed)
-        found.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
+        named.append((untouched.title, dump_of(untouched, model, tokens, reference, folder), seed))
         if recipe(name).architecture in HABITS:
             for kind in _ARITHMETIC:
-                made = Families(model, arithmetic=kind).run(tokens)
-                dump = bare(made, folder / "right.jsonl")
-                found.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
-    return found
+                values = Families(model, arithmetic=kind).run(tokens)
+                dump = bare(values, folder / "right.jsonl")
+                named.append((f"right: NumPy in {kind.upper()}", replace(dump, header=None), seed))
+    return named
 
 
 def show(path: Path) -> None:

@@ -146,6 +146,14 @@ ONLY = ("--architectures", "llama,qwen2,qwen3", "--workers", "1", "--out", "c")
 
 
 @pytest.mark.slow
+def test_sparse_attention_beyond_its_choice(parity: Cli) -> None:
+    """More positions than an indexer chooses: llama.cpp records which, our engine has them as a step of others' and not as a point."""
+    words = ("--architectures", "deepseek32", "--types", "F32", "--prompts", "long", "--modes", "prefill", "--no-explain")
+    code, answer = parity.json("conform", "--side", "ours", *words, "--workers", "1")
+    assert (code, answer["cells"][0]["verdict"]) == (0, "parity")
+
+
+@pytest.mark.slow
 def test_a_numpy_engine_in_all_types_and_modes(parity: Cli) -> None:
     """An engine that dequantises by gguf-py: two architectures in F32 and a K type are green in every mode, others are refused."""
     words = ("--types", "F32,Q4_K", "--prompts", "short")

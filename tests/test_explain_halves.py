@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli
+from explaining import unstated
 from fault_places import HALVES
 from planted import PATIENT, Faulty, Planted, tokens_of
 
@@ -18,9 +19,10 @@ from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
 from engine.halves import as_encoder, decoder_alone, encoder_alone
 from engine.opened import open_plain
+from engine.replay.precision import rounded
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -74,7 +76,7 @@ def named(explanation: Explanation) -> list[str]:
     return [cause.named.fault for cause in explanation.causes]
 
 
-@pytest.mark.parametrize("points", ["default", "all"])
+@pytest.mark.parametrize("points", ["default", pytest.param("all", marks=pytest.mark.slow)])
 def test_no_fault_in_a_right_engine(engine: Transformer, tmp_path: Path, points: str) -> None:
     """Both halves are judged, and nothing is wrong."""
     explanation = explained(engine, tmp_path / "ours.jsonl", points=points)
@@ -100,6 +102,7 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert explanation.causes[0].named.layers == (1,)
 
 
+@pytest.mark.slow
 def test_a_fault_of_both_halves_is_one_cause(engine: Transformer, tmp_path: Path) -> None:
     """What every layer of both halves has is named once."""
     fault: Planting = ("norm-weight-missing", {"at": ("ffn_norm",)}, None)
@@ -119,6 +122,26 @@ def test_a_fault_in_each_half(engine: Transformer, tmp_path: Path) -> None:
         decoder=("transposed", {"at": ("v",)}, (1,)),
     )
     assert named(explanation) == ["norm-skipped", "transposed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [None, ("transposed", {"at": ("v",)}, (1,))])
+def test_lower_arithmetic_of_the_encoder_does_not_acquit_the_decoder(
+    engine: Transformer, tmp_path: Path, fault: Planting | None
+) -> None:
+    """An encoder in BF16 that does not say so is no fault; the decoder behind it is judged all the same."""
+    right = engine.encoder or (), engine.steps
+    try:
+        engine.encoder = as_encoder(rounded(encoder_alone(right[0]), "bf16", storage=False))
+        engine.steps = rounded(_with(right[1], fault), "bf16", storage=False)
+        dump(engine, OursJob(tmp_path / "ours.jsonl", IDS, generated=GENERATED))
+    finally:
+        engine.encoder, engine.steps = right
+    explanation = explain(
+        unstated(read(tmp_path / "ours.jsonl")), engine.model.path, PATIENT if fault is None else ExplainOptions(budget=5.0)
+    )
+    assert bool(explanation) is (fault is None)
+    assert explanation.precision_only == ("bf16" if fault is None else "")
 
 
 @pytest.mark.slow

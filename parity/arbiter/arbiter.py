@@ -52,7 +52,8 @@ class Arbiter:
         # A state after a pass has no row for each position, and other passes leave it at other positions; an encoder's scores have rows
         # of other lengths than a decoder's.
         whole = sees_later(steps)
-        self._points = frozenset(step.makes for step in steps if step.axis == 0 or (step.axis == 1 and not whole))
+        shown = [step for step in steps if not step.inner]  # a point of llama.cpp's may be a step that only others read
+        self._points = frozenset(step.makes for step in shown if step.axis == 0 or (step.axis == 1 and not whole))
         self._values: dict[Variant, dict[str, NDArray[Any]]] = {variant: {} for variant in Variant}
 
     @property

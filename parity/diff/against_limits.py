@@ -112,10 +112,10 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 
     They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
     """
-    made = model.whole.made
+    makers = model.whole.made
     # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
     tables = set[str]()
-    for name, how in made.items():  # a point comes after what it reads
+    for name, how in makers.items():  # a point comes after what it reads
         if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
             tables.add(name)
     behind = model.whole.behind(lambda name, _: name in tables)
@@ -178,10 +178,10 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     near = (nmse > limit) & (nmse <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
     if not near.any():
         return limit, ()
-    found = truth.distances({pair.point: pair.ref for pair in measured.pairs})
-    if not found:
+    distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
+    if not distances:
         return None
-    distance = _joined(measured, found)
+    distance = _joined(measured, distances)
     keys = measured.point, measured.seq, measured.token_idx
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_))
     if (near & coarse).any():
@@ -198,10 +198,10 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     )
 
 
-def _joined(measured: Measured, found: Mapping[str, Floats]) -> Floats:
+def _joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
     """The distances of all records, [R]; NaN where none is known."""
     none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
-    known = [of_few(found.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
+    known = [of_few(answers.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
     return np.concatenate(known)
 
 

@@ -111,10 +111,10 @@ class _Consumers:
             return None
         decided: list[bool] = []
         for record in wrong.tolist():
-            told = self._decided(name, record, children)
-            if told is None:
+            judged_by_consumers = self._decided(name, record, children)
+            if judged_by_consumers is None:
                 return None
-            decided.append(told)
+            decided.append(judged_by_consumers)
         return decided
 
     def _acquitted(self, name: str, decided: list[bool], read: Reading | None) -> bool:

@@ -22,6 +22,7 @@ class Observer:
         self.model = model
         self.tap = tap
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.config = config
         self.kind = str(config.model_type)
         self.heads = int(getattr(config, "num_attention_heads", None) or 1)  # a recurrent model has none
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
@@ -137,13 +138,19 @@ class Observer:
             self.tap(f"{layer}.v", v)
             return
         elif kind in ("q", "k"):
+            size = getattr(self.config, "head_dim", None)
+            if size and value.shape[-1] != size * (self.heads if kind == "q" else self.kv_heads):
+                return  # more than the queries: Qwen3-Next's gate stands beside them
             self.projected[kind] = value
             self._heads(point, value.unflatten(-1, (self.heads if kind == "q" else self.kv_heads, -1)))
             return
         elif kind in ("q_norm", "k_norm") and value.ndim == 4:
             before = self.projected.get(kind[0])
             # [B, T, H, d], or [B, H, T, d] where the norm comes after the transposition: its input tells.
-            plain = before is not None and source is not None and bool((source.reshape(before.shape) == before).all())
+            if before is not None and source is not None and source.numel() == before.numel():
+                plain = bool((source.reshape(before.shape) == before).all())
+            else:
+                plain = value.shape[2] == (self.heads if kind == "q_norm" else self.kv_heads)
             value = value if plain else value.transpose(1, 2)
         # A router sees the tokens of all sequences in one row, [T, experts]; everything else is [B, T, …].
         flat = value if value.ndim == 2 else value.reshape(*value.shape[:2], -1)

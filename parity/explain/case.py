@@ -53,12 +53,14 @@ class ExplainOptions:
 class Half:
     """A model by itself, or one half of an encoder–decoder by the names of one.
 
-    `given` are the values that its steps read and none of them makes; `truth` gives those of another arithmetic.
+    `given` are the values that its steps read and none of them makes; `truth` gives those of another variant, `rounded` those
+    of a lower arithmetic, with the activations rounded or the products alone.
     """
 
     transformer: Transformer
     given: Mapping[str, Array] = field(default_factory=dict)
     truth: Callable[[Variant], Mapping[str, NDArray[Any]]] = lambda _: {}
+    rounded: Callable[[str, bool], Mapping[str, Array]] = lambda _kind, _storage: {}
 
 
 def open_model(model: Path, options: ExplainOptions) -> Transformer:
@@ -95,6 +97,7 @@ class Case:
         self.transformer = half.transformer
         self.given = half.given
         self._truth = half.truth
+        self.rounded = half.rounded
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         self.transformer.check(tokens, 0)
@@ -162,7 +165,9 @@ class Case:
         """What says that the dump was computed in float32: "--compute", "header", or nothing, ""."""
         return "" if not self.states_f32 else "--compute" if self._compute else "header"
 
-    def make(self, steps: Sequence[Step], rows: int, longer: Replay | None = None) -> Replay:
+    def make(
+        self, steps: Sequence[Step], rows: int, longer: Replay | None = None, given: Mapping[str, Array] | None = None
+    ) -> Replay:
         """A replay over the first rows; it may take values from `longer`, a replay over more of them."""
         return Replay(
             steps,
@@ -172,7 +177,7 @@ class Case:
             self.transformer.weights,
             self.transformer.backend,
             longer,
-            self.given,
+            {**self.given, **(given or {})},
         )
 
     def truth_of(self, steps: Sequence[Step]) -> Arbiter:

@@ -197,7 +197,7 @@ def _needed(search: Search, best: State) -> State:
 
 
 def _floor(case: Case, kind: str) -> PrecisionFloor:
-    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions, case.rounded)
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from typing import Any
 from checkpoints.answers.explain import Cause, Explanation
 from checkpoints.points import ENCODER
 from checkpoints.record import Dump
+from engine.backend import Array
 from engine.faults import as_recorded
 from engine.graph import ENCODED, Step
 from engine.halves import decoder_alone, encoder_alone, handed_over
+from engine.replay.precision import rounded
 from engine.replay.replay import Replay
 from engine.transformer import Transformer
 
@@ -40,7 +42,8 @@ def explained(
     first, best = (None, None) if encoder is None else explain(encoder)
     first = None if first is None else _of_encoder(first)
     decoder = decoder_case(dump, transformer, options, encoder, best)
-    if first is not None and (decoder is None or first.remaining is not None):
+    unexplained = first is not None and first.remaining is not None and not first  # lower arithmetic explains what is left
+    if first is not None and (decoder is None or unexplained):
         unjudged = ("the decoder was not judged: it reads what the encoder makes",) if decoder is not None else ()
         return replace(first, notes=(*first.notes, *unjudged))
     assert decoder is not None
@@ -84,10 +87,16 @@ def decoder_case(
     values = Replay(steps, prompt, numbers, passes, *computed).values
     truth = Arbiter(steps, *computed, prompt, numbers, passes)
     names = handed_over(encoder_steps)
+
+    def lower(kind: str, storage: bool) -> dict[str, Array]:
+        made = Replay(rounded(steps, kind, storage=storage), prompt, numbers, passes, *computed).values
+        return {name: made[plain] for name, plain in names.items()}
+
     half = Half(
         _with_steps(transformer, decoder_alone(encoder_steps, transformer.steps)),
         {name: values[plain] for name, plain in names.items()},
         lambda variant: {name: truth.value(plain, variant) for name, plain in names.items()},
+        lower,
     )
     start = (transformer.decoder_start or 0,)
     header = None if dump.header is None else replace(dump.header, tokens=start, prompt=None)

@@ -38,12 +38,18 @@ def _beyond(entry: Expected, truth: Truth) -> float:
 
 
 def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, truth: Truth) -> Floats:
-    """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other."""
+    """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other.
+
+    NaN for a point that the truth does not compute: llama.cpp's node of a step that only others read.
+    """
     rows = right_rows(values, positions, {entry.point: entry.pair.ours for entry in entries})
     index = {entry.point: entry.rows for entry in entries}
     taken = {name: recorded.take(index[name]) for name, recorded in rows.items()}
     distances = truth.distances(taken)
-    return np.concatenate([of_few(distances[entry.point], taken[entry.point]) for entry in entries])
+    unknown = {name: np.full(len(recorded), np.nan) for name, recorded in taken.items() if name not in distances}
+    return np.concatenate(
+        [unknown[point] if (point := entry.point) in unknown else of_few(distances[point], taken[point]) for entry in entries]
+    )
 
 
 def _by_truth(

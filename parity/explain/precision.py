@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from checkpoints.points import LOGITS, of_scores, parse
+from engine.backend import Array
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.replay import Replay
@@ -96,15 +97,19 @@ def floor(
     entries: Sequence[Expected],
     steps: Sequence[Step],
     right: Replay,
-    make: Callable[[Sequence[Step], int], Replay],
+    make: Callable[..., Replay],
     positions: Ints,
+    given: Callable[[str, bool], Mapping[str, Array]] = lambda _kind, _storage: {},
 ) -> PrecisionFloor:
-    """Measure what an arithmetic costs at each record of the dump."""
+    """Measure what an arithmetic costs at each record of the dump.
+
+    `given` are the values in that arithmetic that the steps read and none of them makes.
+    """
     costs: list[tuple[Floats, ...]] = []
     first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
     alike = 0.0
     for storage in (False, True):
-        other = make(rounded(steps, kind, storage=storage), len(positions))
+        other = make(rounded(steps, kind, storage=storage), len(positions), None, given(kind, storage))
         if first is not None:
             rows = (first.taken(values.on_host[first.point], positions) for values in (other, right))
             alike = max(alike, _alike(first, *rows))

@@ -43,8 +43,8 @@ class Listed:
         """That of a token; None if it is not known."""
         if self.own is not None and self.own[0] == token:
             return self.own[1]
-        found = np.flatnonzero(self.ids == token)
-        return float(self.logprobs[found[0]]) if len(found) else None
+        places = np.flatnonzero(self.ids == token)
+        return float(self.logprobs[places[0]]) if len(places) else None
 
     @property
     def most_of_others(self) -> float:
