@@ -4,7 +4,8 @@
 //
 // MODE: "graph" replays one captured graph, "counted" the same without a step in device memory, "recapture" captures anew every
 // 100 passes and updates the executable graph, as llama.cpp does; "eager" makes the same passes without a graph, whose records are
-// blocking copies; "bare" replays a graph without checkpoints. Prints milliseconds a pass. "unplaced" and "elsewhere" capture wrongly.
+// blocking copies; "bare" replays a graph without checkpoints; "forked" and "forked eager" record in a second stream too, which nothing
+// orders behind the first. Prints milliseconds a pass. "unplaced" and "elsewhere" capture wrongly.
 #define PARITY_CUDA
 #include "parity_dump.h"
 #include <cuda_fp16.h>
@@ -45,10 +46,12 @@ __global__ void advance(int *position, int *step) { ++*position, ++*step; }
 struct Engine {
     int layers, width, ff, vocab;
     __half *w;
-    float *x[2], *h, *logits;   // two buffers that swap, each overwritten two layers later
+    float *x[2], *y, *h, *logits; // two buffers that swap, each overwritten two layers later
     int *place;                 // position and step
     parity_dump *dump;
     cudaStream_t stream, other;
+    cudaEvent_t parts, meets;
+    bool forked;
 };
 
 static int record(Engine &e, const char *point, int position, const float *value, int n, bool elsewhere = false) {
@@ -62,8 +65,17 @@ static int pass(Engine &e, int position, bool elsewhere = false) {
     auto blocks = [](int rows) { return (rows * 32 + 255) / 256; };
     int failed = 0, now = 0;
     char name[32];
+    if (e.forked) {
+        CHECK(cudaEventRecord(e.parts, e.stream));
+        CHECK(cudaStreamWaitEvent(e.other, e.parts, 0));
+        embed<<<1, 256, 0, e.other>>>(e.y, e.width, e.place);
+    }
     embed<<<1, 256, 0, e.stream>>>(e.x[0], e.width, e.place);
     failed |= record(e, "embd", position, e.x[0], e.width, elsewhere);
+    if (e.forked) {
+        failed |= record(e, "blk.0.attn_norm", position, e.y, e.width, true);
+        CHECK(cudaEventRecord(e.meets, e.other));
+    }
     for (int i = 0; i < e.layers; i++, now ^= 1) {
         multiply<<<blocks(e.ff), 256, 0, e.stream>>>(w, e.x[now], nullptr, e.h, e.ff, e.width);
         w += (size_t)e.ff * e.width;
@@ -75,6 +87,7 @@ static int pass(Engine &e, int position, bool elsewhere = false) {
     multiply<<<blocks(e.vocab), 256, 0, e.stream>>>(w, e.x[now], nullptr, e.logits, e.vocab, e.width);
     failed |= record(e, "output_norm", position, e.x[now], e.width);
     failed |= record(e, "logits", position, e.logits, e.vocab);
+    if (e.forked) CHECK(cudaStreamWaitEvent(e.stream, e.meets, 0));
     advance<<<1, 1, 0, e.stream>>>(e.place, e.place + 1);
     return failed;
 }
@@ -98,8 +111,12 @@ int main(int argc, char **argv) {
     float milliseconds;
     CHECK(cudaStreamCreate(&e.stream));
     CHECK(cudaStreamCreate(&e.other));
+    CHECK(cudaEventCreateWithFlags(&e.parts, cudaEventDisableTiming));
+    CHECK(cudaEventCreateWithFlags(&e.meets, cudaEventDisableTiming));
+    e.forked = strncmp(mode, "forked", 6) == 0;
     CHECK(cudaMalloc(&e.w, weights * sizeof *e.w));
     for (float **x : {&e.x[0], &e.x[1]}) CHECK(cudaMalloc(x, e.width * sizeof(float)));
+    CHECK(cudaMalloc(&e.y, e.width * sizeof(float)));
     CHECK(cudaMalloc(&e.h, e.ff * sizeof(float)));
     CHECK(cudaMalloc(&e.logits, e.vocab * sizeof(float)));
     CHECK(cudaMalloc(&e.place, sizeof first));
@@ -115,7 +132,7 @@ int main(int argc, char **argv) {
     cudaEvent_t begun, ended;
     CHECK(cudaEventCreate(&begun));
     CHECK(cudaEventCreate(&ended));
-    if (is("eager")) {
+    if (is("eager") || is("forked eager")) {
         CHECK(cudaEventRecord(begun, e.stream));
         for (int i = 0; i < passes && !failed; i++) {
             parity_pass(e.dump, i, 1);

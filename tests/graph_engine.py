@@ -2,7 +2,7 @@
 
 python graph_engine.py FRAMEWORK MODE PASSES LAYERS WIDTH FF VOCAB OUT, with parity_dump.py beside the working folder. FRAMEWORK is
 torch or cupy. MODE: "graph" replays one captured graph, "eager" makes the same passes without a graph, "bare" replays without
-checkpoints; "unplaced" and "elsewhere" capture wrongly. Prints milliseconds a pass.
+checkpoints; "tight" replays with the smallest ring there is; "unplaced" and "elsewhere" capture wrongly. Prints milliseconds a pass.
 """
 
 import sys
@@ -125,7 +125,11 @@ def main() -> int:
         with nullcontext(lambda *_: None) as nothing:
             print(run(mode, int(passes), nothing, sizes))
         return 0
+    import parity_dump
     from parity_dump import Recorder
+
+    if mode == "tight":
+        parity_dump._RING = 1
 
     try:
         with Recorder(out, compute="f16", layers=sizes[0]) as tap:

@@ -10,6 +10,7 @@ import pytest
 
 from checkpoints.reading.reader import read
 from parity import emit
+from parity.emit import graph_kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,14 +21,23 @@ pytestmark = [
 SMALL = ("24", "64", "128", "1000")  # layers, width, feed-forward, vocabulary
 
 
+def compiled(folder: Path, *flags: str) -> Path:
+    (folder / "parity_dump.h").write_text(emit.source("c"))
+    source = Path(__file__).with_name("graph_engine.cu")
+    subprocess.run(["nvcc", "-O2", "-std=c++17", *flags, "-I", folder, source, "-o", folder / "engine"], check=True)
+    return folder / "engine"
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engine of graph_engine.cu, compiled."""
-    folder = tmp_path_factory.mktemp("graphs")
-    (folder / "parity_dump.h").write_text(emit.source("c"))
-    source = Path(__file__).with_name("graph_engine.cu")
-    subprocess.run(["nvcc", "-O2", "-std=c++17", "-I", folder, source, "-o", folder / "engine"], check=True)
-    return folder / "engine"
+    return compiled(tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a ring of eight replays, of which three may wait for the writers: replays wait at every turn."""
+    return compiled(tmp_path_factory.mktemp("tight"), "-DPARITY_RING=1", "-DPARITY_WAITING=20000")
 
 
 def ran(engine: Path, out: Path, mode: str, passes: int) -> "subprocess.CompletedProcess[str]":
@@ -45,6 +55,30 @@ def test_ten_thousand_replays_are_recorded_as_blocking_copies_are(engine: Path, 
         graph, eager = sorted(graph), sorted(eager)
     assert len(graph) == 70_002
     assert graph == eager
+
+
+def test_replays_wait_for_room_and_lose_nothing(tight: Path, engine: Path, tmp_path: Path) -> None:
+    """Where the host is slower than the device, replays wait in front of their first checkpoint: the dump is the same."""
+    for name, program, mode in (("tight", tight, "graph"), ("eager", engine, "eager")):
+        done = ran(program, tmp_path / name, mode, 3_000)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tight").read_bytes() == (tmp_path / "eager").read_bytes()
+
+
+def test_a_second_captured_stream_records_the_same_replay(engine: Path, tmp_path: Path) -> None:
+    """A checkpoint in a branch that nothing orders behind the first one writes to the same replay's place."""
+    for mode in ("forked", "forked eager"):
+        done = ran(engine, tmp_path / mode, mode, 3_000)
+        assert done.returncode == 0, done.stderr
+    graph, eager = ((tmp_path / mode).read_bytes() for mode in ("forked", "forked eager"))
+    assert graph.count(b"blk.0.attn_norm") == 3_000
+    assert graph == eager
+
+
+def test_both_recorders_have_one_kernel() -> None:
+    """The header's PTX is the Python recorder's."""
+    lines = emit.source("c").partition("parity__ptx[] =\n")[2].partition(";\n\n")[0].splitlines()
+    assert "".join(line.strip()[1:-3] + "\n" for line in lines) == graph_kernel.PTX.lstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -72,10 +106,12 @@ def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, f
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     (tmp_path / "parity_dump.py").write_text(emit.source("python"))
     program = Path(__file__).with_name("graph_engine.py")
-    for mode in ("graph", "eager"):
+    modes = ("graph", "eager", "tight") if framework == "cupy" else ("graph", "eager")
+    for mode in modes:
         command = [sys.executable, program, framework, mode, "2000", *SMALL, f"{mode}.jsonl"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+    assert len({(tmp_path / f"{mode}.jsonl").read_bytes() for mode in modes if mode != "eager"}) == 1
     graph, eager = read(tmp_path / "graph.jsonl"), read(tmp_path / "eager.jsonl")
     assert len(graph.points) == 7
     assert graph.points.keys() == eager.points.keys()

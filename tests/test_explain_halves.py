@@ -76,7 +76,7 @@ def named(explanation: Explanation) -> list[str]:
     return [cause.named.fault for cause in explanation.causes]
 
 
-@pytest.mark.parametrize("points", ["default", "all"])
+@pytest.mark.parametrize("points", ["default", pytest.param("all", marks=pytest.mark.slow)])
 def test_no_fault_in_a_right_engine(engine: Transformer, tmp_path: Path, points: str) -> None:
     """Both halves are judged, and nothing is wrong."""
     explanation = explained(engine, tmp_path / "ours.jsonl", points=points)
@@ -102,6 +102,7 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert explanation.causes[0].named.layers == (1,)
 
 
+@pytest.mark.slow
 def test_a_fault_of_both_halves_is_one_cause(engine: Transformer, tmp_path: Path) -> None:
     """What every layer of both halves has is named once."""
     fault: Planting = ("norm-weight-missing", {"at": ("ffn_norm",)}, None)

@@ -29,9 +29,10 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     names = [step.makes for step in engine.right]
     steps = engine.right[names.index("blk.1.l_out") + 1 : names.index("blk.3.l_out") + 1]
     rng = np.random.default_rng(2)
-    weights, positions = case.replay.weights, case.positions
+    weights = case.replay.weights
     shape = (len(PROMPT), engine.transformer.hp.n_embd)
     outputs = [weights.array(rng.standard_normal(shape).astype(np.float32)) for _ in range(3)]
+    positions = weights.array(case.positions)
     together = carry(steps, "blk.1.l_out", outputs, positions, weights)
     for single, many in zip(outputs, together, strict=True):
         alone = next(carry(steps, "blk.1.l_out", [single], positions, weights))
@@ -78,7 +79,7 @@ def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engi
     rows, name = state.first.row + 1, "blk.2.l_out"
     faulty = case.make(plant(case.transformer.steps, CATALOGUE["no-gate"], (2,)), rows).values[name]
     right = case.make(case.transformer.steps, rows).values[name]
-    noise = right + np.random.default_rng(3).standard_normal(right.shape).astype(np.float32)
+    noise = right + case.replay.weights.array(np.random.default_rng(3).standard_normal(right.shape).astype(np.float32))
     values = {0: faulty, 1: noise, 2: 2 * right - faulty}
     assert Likely(screening, state).among(name, values, rows) == {0}
 

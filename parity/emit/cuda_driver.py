@@ -1,4 +1,4 @@
-"""The CUDA driver's functions for graphs, called through ctypes: what a captured stream is, and the nodes that copy values.
+"""The CUDA driver's functions for graphs, called through ctypes: what a captured stream is, and how kernels become nodes of it.
 
 They are the same whatever framework captures, and their binary interface does not change.
 """
@@ -8,9 +8,9 @@ import functools
 import sys
 from typing import Any
 
-RELAXED, SET_DEPENDENCIES, _LEGACY_STREAM, HOST, DEVICE = 2, 1, 1, 1, 2  # of cuda.h
+RELAXED, NON_BLOCKING, _LEGACY_STREAM, HOST, DEVICE = 2, 1, 1, 1, 2  # of cuda.h
 _ACTIVE, _INVALIDATED, _IMPLICIT = 1, 2, 906
-HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+KERNEL_NODE, PROGRAMMATIC_STREAM_SERIALIZATION, _COMPUTE_CAPABILITY_MAJOR = 0, 6, 75
 
 
 def _side(name: str) -> "list[tuple[str, Any]]":
@@ -29,10 +29,36 @@ class CopyOfBytes(ctypes.Structure):
     _fields_ = [*_side("src"), *_side("dst"), *((name, ctypes.c_size_t) for name in ("WidthInBytes", "Height", "Depth"))]
 
 
-class HostCall(ctypes.Structure):
-    """CUDA_HOST_NODE_PARAMS."""
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
 
-    _fields_ = [("function", HOST_FUNCTION), ("argument", ctypes.c_void_p)]
+    _fields_ = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("n_attributes", ctypes.c_uint),
+    ]
+
+
+class KernelNodeParams(ctypes.Structure):
+    """The first CUDA_KERNEL_NODE_PARAMS."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("extra", ctypes.c_void_p),
+    ]
 
 
 @functools.lru_cache(maxsize=1)
@@ -86,21 +112,24 @@ def is_captured(value: Any) -> bool:
     return not status and state.value == _ACTIVE
 
 
-def on_device(source: int, target: int, size: int) -> CopyOfBytes:
-    """A copy of `size` bytes from one device address to another."""
-    return CopyOfBytes(
-        srcMemoryType=DEVICE, srcDevice=source, dstMemoryType=DEVICE, dstDevice=target, WidthInBytes=size, Height=1, Depth=1,
-    )  # fmt: skip
-
-
-def copy_node(graph: Any, copy: CopyOfBytes, after: "list[Any]") -> Any:
-    """Add a node that makes this copy after those nodes to the graph."""
-    node, nodes, context = ctypes.c_void_p(), (ctypes.c_void_p * len(after))(*after), ctypes.c_void_p()
-    call_driver("cuCtxGetCurrent", ctypes.byref(context))
+def captured_nodes(stream: Any) -> "tuple[int, Any, list[int]]":
+    """The number of a stream's capture, its graph, and the nodes that the next one will follow."""
+    state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
+    before = ctypes.POINTER(ctypes.c_void_p)()
     call_driver(
-        "cuGraphAddMemcpyNode", ctypes.byref(node), graph, nodes, ctypes.c_size_t(len(after)), ctypes.byref(copy), context
-    )
-    return node.value
+        "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
+        ctypes.byref(before), ctypes.byref(count),
+    )  # fmt: skip
+    return number.value, graph, [before[i] or 0 for i in range(count.value)]
+
+
+@functools.lru_cache(maxsize=64)
+def overlaps(_context: int) -> bool:
+    """Whether kernels of the current device can start before the one that they follow has ended."""
+    device, major = ctypes.c_int(), ctypes.c_int()
+    call_driver("cuCtxGetDevice", ctypes.byref(device))
+    call_driver("cuDeviceGetAttribute", ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+    return major.value >= 9 and hasattr(cuda_driver(), "cuLaunchKernelEx")
 
 
 def add_dependency(graph: Any, before: Any, node: Any) -> None:

@@ -1,14 +1,16 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
-A captured stream computes nothing, and its replays call none of our code. So a checkpoint becomes nodes of the graph. A replay copies
-values to staged memory, in line, and then all staged memory to kept memory, in parallel with its further work; the next replay begins
-by copying kept memory to pinned host memory, also in parallel, and a host node reports that it has arrived. The driver's own functions
-are called, through ctypes: they are the same whatever framework captures, and their binary interface does not change.
+A captured stream computes nothing, and its replays call none of our code. So a checkpoint becomes a kernel of the graph, which copies
+the value to the replay's place in a ring of device memory; each replay begins, beside its work, with the copy of the ring's counts to
+pinned host memory. A thread of ours looks at those and brings complete replays to the host, beside the graph, which waits for nothing
+but room in the ring. (It waits ten seconds at most. An engine that has launched so many replays ahead that the driver makes it wait
+can hold the driver's lock meanwhile, which our thread needs: then what finds no room is lost, and that is an error.) The driver's own
+functions are called, through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
 
 import ctypes
-import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -19,147 +21,153 @@ from numpy.typing import NDArray
 from .cuda_driver import (
     DEVICE,
     HOST,
-    HOST_FUNCTION,
+    KERNEL_NODE,
+    NON_BLOCKING,
+    PROGRAMMATIC_STREAM_SERIALIZATION,
     RELAXED,
-    SET_DEPENDENCIES,
     CopyOfBytes,
-    HostCall,
+    KernelNodeParams,
+    LaunchAttribute,
+    LaunchConfig,
     add_dependency,
     call_driver,
-    copy_node,
-    on_device,
+    captured_nodes,
+    overlaps,
     stream_of,
 )
+from .graph_kernel import CHUNK, THREADS, TOGETHER, Control, Segment, Segments, record_kernel
+from .graph_rows import DeviceRow, Replayed, Slot, in_file_of_its_own, in_memory
 
-_ARENA = 4 << 20  # bytes that are allocated at a time, three times: a graph has an arena or two
-_WAITING = 1 << 30  # bytes of replays that may wait to be written; beyond that, replays wait
-_QUIET = 0.1  # seconds without a replay that count as idle: lines are made then, since that takes Python from the engine
-_KEPT: "list[Any]" = []  # objects that graphs refer to, which may be replayed after the recorder is gone
-
-
-class _Row:
-    """A device array as the graph copies it: its address, and how the host reads its bytes."""
-
-    def __init__(self, value: Any) -> None:
-        bfloat = str(value.dtype) == "torch.bfloat16"
-        name = "uint16" if bfloat else str(value.dtype).removeprefix("torch.")
-        if name not in ("float32", "float16", "uint16", "int32", "int64") or (name == "uint16" and not bfloat):
-            raise TypeError(
-                f"values of {value.dtype} cannot be recorded in a captured graph; give float32, float16 or bfloat16"
-            )
-        # If it isn't contiguous this adds nodes to the graph. The graph reads it at every replay: it must not be freed.
-        self.value = value.contiguous() if hasattr(value, "contiguous") else sys.modules["cupy"].ascontiguousarray(value)
-        self.shape = tuple(int(size) for size in value.shape)
-        self.dtype, self.bfloat = np.dtype(name), bfloat
-        self.size = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-        self.pointer = int(self.value.data_ptr() if hasattr(self.value, "data_ptr") else self.value.data.ptr)
-
-    def read(self, brought: bytes) -> "NDArray[Any]":
-        """The array from a replay's bytes."""
-        flat = np.frombuffer(brought, self.dtype)
-        if self.bfloat:
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        return flat.reshape(self.shape)
-
-
-class _Arena:
-    """Staged, kept and pinned memory of a graph's checkpoints, with one copy node between each, whatever they contain."""
-
-    def __init__(self, graph: Any, hand_over: Any, size: int) -> None:
-        self.capacity, self.used = max(size, _ARENA), size
-        self.staged, self.kept, self.pinned = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_void_p()
-        for memory in (self.staged, self.kept):
-            call_driver("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(self.capacity))
-        call_driver("cuMemHostAlloc", ctypes.byref(self.pinned), ctypes.c_size_t(self.capacity), 0)
-        to_host, on_device = self._copies()
-        self._bring = copy_node(graph, to_host, [])
-        self.keep = copy_node(graph, on_device, [self._bring])
-        add_dependency(graph, self._bring, hand_over)
-
-    def _copies(self) -> "tuple[CopyOfBytes, CopyOfBytes]":
-        to_host = CopyOfBytes(
-            srcMemoryType=DEVICE, srcDevice=self.kept.value, dstMemoryType=HOST, dstHost=self.pinned.value,
-            WidthInBytes=self.used, Height=1, Depth=1,
-        )  # fmt: skip
-        return to_host, on_device(self.staged.value, self.kept.value, self.used)
-
-    def take(self, size: int) -> int:
-        """Reserve so many bytes and return their offset; everything reserved is copied."""
-        start, self.used = self.used, self.used + size
-        self._resize()
-        return start
-
-    def _resize(self) -> None:
-        for node, copy in zip((self._bring, self.keep), self._copies(), strict=True):
-            call_driver("cuGraphMemcpyNodeSetParams", ctypes.c_void_p(node), ctypes.byref(copy))
-
-
-class _Slot:
-    """The place in an arena of one checkpoint of one graph, or, without a name, of the position of its pass."""
-
-    def __init__(self, point: str, row: _Row, place: "_Slot | None", arena: _Arena, at: int) -> None:
-        self.point, self.row, self.place, self.arena, self.at = point, row, place, arena, at
-
-    def stage(self, graph: Any, before: "list[Any]") -> Any:
-        """Add the node that copies it in line."""
-        node = copy_node(graph, on_device(self.row.pointer, self.arena.staged.value + self.at, self.row.size), before)
-        add_dependency(graph, node, self.arena.keep)
-        return node
-
-    def brought(self) -> bytes:
-        """What stands in pinned memory."""
-        return ctypes.string_at((self.arena.pinned.value or 0) + self.at, self.row.size)
-
-
-class _Replayed:
-    """A value and the position of its pass as a replay left them."""
-
-    def __init__(self, slot: _Slot, place: _Slot) -> None:
-        self.slot, self.place, self.value, self.position = slot, place, slot.brought(), place.brought()
-
-    @property
-    def size(self) -> int:
-        """The size in bytes."""
-        return len(self.value)
-
-    def rows(self) -> "tuple[NDArray[np.float32], list[int]]":
-        """The value and its positions: as given, or consecutive ones from a single one."""
-        value = self.slot.row.read(self.value).astype(np.float32)
-        positions = self.place.row.read(self.position).ravel()
-        rows = 1 if value.ndim < 2 else value.shape[-2]
-        at = positions if positions.size == rows else positions[0] + np.arange(rows)
-        return value, [int(position) for position in at]
+_RING = 32 << 20  # bytes of device memory that a graph's replays take turns in, at most, unless eight of them need more
+_WAITING = 1 << 30  # bytes of replays that wait in memory to be written; what comes then waits in temporary files
+_QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
+_BUSY, _IDLE = 0.002, 0.005  # seconds between two looks at the counts
+_KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
 
 
 class _Graph:
-    """One capture: its host node, and its slots. At the beginning of replay r the pinned bytes are those of replay r − 1."""
+    """What one capture made: its slots, and the ring that its replays take turns in."""
 
-    def __init__(self, graph: Any, hand_over: "Callable[[_Graph], None]") -> None:
-        self.slots: list[_Slot] = []
-        self.arenas: list[_Arena] = []
-        self.place: _Slot | None = None  # the position of the pass that is being captured
-        self.replays, self.written = 0, 0
-        self.node = ctypes.c_void_p()
-        self._function = HOST_FUNCTION(lambda _: hand_over(self))
-        call = HostCall(self._function, None)
-        call_driver("cuGraphAddHostNode", ctypes.byref(self.node), graph, None, ctypes.c_size_t(0), ctypes.byref(call))
+    def __init__(self, graph: Any) -> None:
+        self.slots: list[Slot] = []
+        self.place: Slot | None = None  # of the pass that is being captured
+        self.size, self.places, self.collected = 0, 0, 0
+        self._context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._control, self._ring, self._capacity = ctypes.c_uint64(), ctypes.c_uint64(), 0
+        self._first = self._last = 0  # its kernels
+        self._first_stream: int | None = None
+        self._rows = Segments()  # of the last kernel
+        call_driver("cuCtxGetCurrent", ctypes.byref(self._context))
+        call_driver("cuStreamCreate", ctypes.byref(self.stream), ctypes.c_uint(NON_BLOCKING))
+        call_driver("cuMemAlloc_v2", ctypes.byref(self._control), ctypes.c_size_t(ctypes.sizeof(Control)))
+        seen = ctypes.c_void_p()
+        call_driver("cuMemHostAlloc", ctypes.byref(seen), ctypes.c_size_t(ctypes.sizeof(Control)), 0)
+        self._seen = Control.from_address(seen.value or 0)
+        self._seen.begun = 0
+        # Beside the kernels, and lets them overlap: in a graph that is one line they would not.
+        copy, node = CopyOfBytes(
+            srcMemoryType=DEVICE, srcDevice=self._control.value, dstMemoryType=HOST, dstHost=seen.value,
+            WidthInBytes=ctypes.sizeof(Control), Height=1, Depth=1,
+        ), ctypes.c_void_p()  # fmt: skip
+        call_driver(
+            "cuGraphAddMemcpyNode", ctypes.byref(node), graph, None, ctypes.c_size_t(0), ctypes.byref(copy), self._context
+        )
         _KEPT.append(self)
 
-    def slot(self, graph: Any, point: str, row: _Row, place: "_Slot | None") -> _Slot:
-        """A new slot, in an arena with room for it."""
-        size = -(-row.size // 8) * 8
-        if self.arenas and self.arenas[-1].capacity - self.arenas[-1].used >= size:
-            arena = self.arenas[-1]
-            at = arena.take(size)
-        else:
-            arena, at = _Arena(graph, self.node.value, size), 0
-            self.arenas.append(arena)
-        self.slots.append(_Slot(point, row, place, arena, at))
+    def slot(self, point: str, row: DeviceRow, place: "Slot | None") -> Slot:
+        """A new one, for which the ring is made to fit: a power of two of places, of which none is in use yet."""
+        self.slots.append(Slot(point, row, place, self.size))
+        self.size += -(-row.size // 16) * 16
+        self.places = 64
+        while self.places > 8 and self.places * self.size > _RING:
+            self.places //= 2
+        if self._capacity < self.places * self.size:
+            if self._ring:
+                call_driver("cuMemFree_v2", self._ring)
+            self._capacity = max(1 << 20, 1 << (self.places * self.size - 1).bit_length())
+            call_driver("cuMemAlloc_v2", ctypes.byref(self._ring), ctypes.c_size_t(self._capacity))
+        self._set(Control(room=self.places, places=self.places, size=self.size, ring=self._ring.value), 0)
         return self.slots[-1]
 
-    def brought(self) -> "list[_Replayed]":
-        """What stands in pinned memory."""
-        return [_Replayed(slot, slot.place) for slot in self.slots if slot.place is not None]
+    def _set(self, value: Any, at: int) -> None:
+        """Write to the control, beside everything else, and wait for that."""
+        target, size = ctypes.c_uint64((self._control.value or 0) + at), ctypes.c_size_t(ctypes.sizeof(value))
+        call_driver("cuMemcpyHtoDAsync_v2", target, ctypes.byref(value), size, self.stream)
+        call_driver("cuStreamSynchronize", self.stream)
+
+    def put_in_line(self, slots: "list[Slot]", stream: Any) -> None:
+        """Copy these rows behind what the stream has captured so far: by the last kernel, where nothing came behind it."""
+        _, graph, before = captured_nodes(stream)
+        joins = before == [self._last] and self._rows.n + len(slots) <= TOGETHER
+        if not joins:
+            self._rows = Segments(control=self._control.value, first=not self._first)
+        for slot in slots:
+            self._rows.of[self._rows.n] = Segment(slot.row.pointer, slot.at, slot.row.size)
+            self._rows.n += 1
+        chunks = sum(-(-self._rows.of[i].bytes // CHUNK) for i in range(self._rows.n))
+        grid, block = (ctypes.c_uint * 3)(-(-chunks // THREADS), 1, 1), (ctypes.c_uint * 3)(THREADS, 1, 1)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._rows))
+        kernel = ctypes.c_void_p(record_kernel(self._context.value or 0))
+        if joins:
+            params = KernelNodeParams(kernel, grid, block, 0, arguments, None)
+            call_driver("cuGraphKernelNodeSetParams", ctypes.c_void_p(self._last), ctypes.byref(params))
+            return
+        kind = ctypes.c_int(-1)
+        if len(before) == 1 and before[0] != self._last:
+            call_driver("cuGraphNodeGetType", ctypes.c_void_p(before[0]), ctypes.byref(kind))
+        in_order = self._first_stream in (None, stream.value)
+        attribute = LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=(ctypes.c_int * 16)(1))
+        if kind.value == KERNEL_NODE and in_order and overlaps(self._context.value or 0):
+            config = LaunchConfig(grid, block, 0, stream, ctypes.pointer(attribute), 1)
+            call_driver("cuLaunchKernelEx", ctypes.byref(config), kernel, arguments, None)
+        else:
+            call_driver("cuLaunchKernel", kernel, *map(ctypes.c_uint, (*grid, *block, 0)), stream, arguments, None)
+        self._last = captured_nodes(stream)[2][0]
+        if not self._first:
+            self._first, self._first_stream = self._last, stream.value
+        elif not in_order and self._first not in before:  # a branch that may be ahead of the first kernel
+            add_dependency(graph, self._first, self._last)
+
+    def complete(self) -> int:
+        """How many replays have ended, by the counts as a replay began with them: the last one may be under way."""
+        begun = (int(self._seen.begun) - self.collected) % (1 << 32)
+        return self.collected + begun - 1 if 1 < begun <= self.places + 1 else self.collected
+
+    def begun(self) -> int:
+        """How many replays have begun, by the device; the context must be current.
+
+        Raises:
+            RuntimeError: the device has waited for room for ten seconds, and gave up.
+        """
+        now = Control()
+        size = ctypes.c_size_t(ctypes.sizeof(now))
+        call_driver("cuMemcpyDtoHAsync_v2", ctypes.byref(now), self._control, size, self.stream)
+        call_driver("cuStreamSynchronize", self.stream)
+        if now.lost:
+            raise RuntimeError("a replay found no room for its rows for ten seconds; they are lost")
+        return self.collected + (int(now.begun) - self.collected) % (1 << 32)
+
+    def collect(self, complete: int, in_file: bool) -> "list[Replayed]":
+        """The rows of the next replays before number `complete`, of which their places are then free.
+
+        Raises:
+            OSError: there is no room for a temporary file.
+        """
+        start = self.collected % self.places
+        count = min(complete - self.collected, self.places - start, max(1, self.places // 4))
+        rows = (in_file_of_its_own if in_file else in_memory)(count * self.size).reshape(count, self.size)
+        call_driver("cuCtxSetCurrent", self._context)
+        source, size = ctypes.c_uint64((self._ring.value or 0) + start * self.size), ctypes.c_size_t(rows.nbytes)
+        call_driver("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(rows.ctypes.data), source, size, self.stream)
+        call_driver("cuStreamSynchronize", self.stream)
+        self.collected += count
+        self._set(ctypes.c_uint32((self.collected + self.places) % (1 << 32)), Control.room.offset)
+        return [Replayed(slot, slot.place, one) for one in rows for slot in self.slots if slot.place is not None]
+
+    def end(self) -> None:
+        """Record no replay that comes later."""
+        call_driver("cuCtxSetCurrent", self._context)
+        self._set(ctypes.c_uint32(0), Control.places.offset)
 
 
 class Graphs:
@@ -168,9 +176,10 @@ class Graphs:
     def __init__(self, take: "Callable[[str, NDArray[np.float32], list[int]], None]") -> None:
         self._take = take
         self._graphs: dict[int, _Graph] = {}
-        self._waiting: deque[_Replayed] = deque()
+        self._waiting: deque[Replayed] = deque()
         self._size, self._busy, self._closing, self._hurried = 0, False, False, False
         self._change = threading.Condition()
+        self._collecting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -178,7 +187,7 @@ class Graphs:
         """Make a checkpoint part of the graph that is being captured.
 
         Raises:
-            ValueError: it is not known where the position is read from.
+            ValueError: it isn't known where the position is read.
             TypeError, RuntimeError: the value or the capture does not allow it.
         """
         if position is None:
@@ -193,64 +202,65 @@ class Graphs:
         mode = ctypes.c_int(RELAXED)  # memory may be allocated meanwhile: the capture is of the stream, not of that
         call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         try:
-            self._put_in_line(point, _Row(value), position, ctypes.c_void_p(stream_of(value)))
+            self._put_in_line(point, DeviceRow(value), position, ctypes.c_void_p(stream_of(value)))
         finally:
             call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def _put_in_line(self, point: str, row: _Row, position: Any, stream: Any) -> None:
-        """Add a checkpoint after what the stream has captured so far, with the position of its pass if it is the first one of it."""
-        state, number, graph, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_size_t()
-        before = ctypes.POINTER(ctypes.c_void_p)()
-        call_driver(
-            "cuStreamGetCaptureInfo_v2", stream, ctypes.byref(state), ctypes.byref(number), ctypes.byref(graph),
-            ctypes.byref(before), ctypes.byref(count),
-        )  # fmt: skip
-        so_far = [before[i] for i in range(count.value)]
-        captured = self._graphs.get(number.value)
-        if captured is None:
-            captured = self._graphs[number.value] = _Graph(graph, self._replayed)
-        # A point that occurs again belongs to another pass in the same graph, which has a position of its own.
-        if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
-            captured.place = captured.slot(graph, "", _Row(position), None)
-            staged = [captured.place.stage(graph, so_far)]
-        else:
-            staged = []
-        staged.append(captured.slot(graph, point, row, captured.place).stage(graph, so_far))
-        last = (ctypes.c_void_p * len(staged))(*staged)
-        call_driver(
-            "cuStreamUpdateCaptureDependencies", stream, last, ctypes.c_size_t(len(staged)), ctypes.c_uint(SET_DEPENDENCIES)
-        )
+    def _put_in_line(self, point: str, row: DeviceRow, position: Any, stream: Any) -> None:
+        """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
+        number, graph, _ = captured_nodes(stream)
+        with self._collecting:
+            captured = self._graphs.get(number)
+            if captured is None:
+                captured = self._graphs[number] = _Graph(graph)
+            # A point that comes again is of another pass in the same graph, which has a position of its own.
+            slots = []
+            if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
+                captured.place = captured.slot("", DeviceRow(position), None)
+                slots.append(captured.place)
+            slots.append(captured.slot(point, row, captured.place))
+            captured.put_in_line(slots, stream)
 
-    def _replayed(self, graph: _Graph) -> None:
-        """Called by the driver's thread, once a replay."""
-        self._hand_over(graph)
-        graph.replays += 1
+    def _collect(self) -> bool:
+        """Bring complete replays to the host, some of each graph; whether there were any."""
+        found = False
+        with self._collecting:
+            for graph in list(self._graphs.values()):
+                complete = graph.complete()
+                if complete > graph.collected:
+                    self._wait_with(graph.collect(complete, self._size >= _WAITING))
+                    found = True
+        return found
 
-    def _hand_over(self, graph: _Graph) -> None:
-        if self._closing or graph.written >= graph.replays:
-            return
-        graph.written = graph.replays
-        brought = graph.brought()
-        size = sum(replayed.size for replayed in brought)
+    def _wait_with(self, replayed: "list[Replayed]") -> None:
         with self._change:
-            if self._size and self._size + size > _WAITING:
-                self._hurried = True
-                self._change.notify_all()
-                self._change.wait_for(lambda: self._closing or not self._size or self._size + size <= _WAITING)
-            self._waiting.extend(brought)
-            self._size += size
-            self._change.notify_all()
+            self._waiting.extend(replayed)
+            self._size += sum(one.size for one in replayed)
 
     def _run(self) -> None:
-        """Write when there was no replay for a while, when memory runs short, or when everything must be written."""
+        """Bring replays to the host, and write them when none came for a while, or when everything must be written."""
+        mode = ctypes.c_int(RELAXED)  # others may be capturing
+        call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        last = time.monotonic()
+        pause = _BUSY
         while True:
+            found = False
+            try:
+                found = self._collect()
+            except BaseException as error:
+                self._failure = self._failure or error
+                self._end()
+            if found:
+                last, pause = time.monotonic(), _BUSY
             with self._change:
-                while not (self._waiting and (self._hurried or self._closing)):
-                    before = len(self._waiting)
-                    if self._closing:
+                self._hurried = self._hurried and bool(self._waiting)
+                rests = time.monotonic() - last > _QUIET
+                if not self._waiting or not (rests or self._hurried or self._closing):
+                    if self._closing and not self._waiting:
                         return
-                    if not self._change.wait(_QUIET) and self._waiting and len(self._waiting) == before:
-                        break
+                    self._change.wait(pause)
+                    pause = min(2 * pause, _IDLE)
+                    continue
                 replayed = self._waiting.popleft()
                 self._busy = True
             try:
@@ -261,24 +271,30 @@ class Graphs:
             with self._change:
                 self._busy = False
                 self._size -= replayed.size
-                self._hurried = self._hurried and bool(self._waiting)
                 self._change.notify_all()
 
+    def _end(self) -> None:
+        """Record no further replays, and let those go on that wait for room."""
+        with self._collecting:
+            graphs, self._graphs = self._graphs, {}
+            for graph in graphs.values():
+                graph.end()
+
     def check(self) -> None:
-        """Raise an error that ended the thread."""
+        """Raise what has failed in the thread."""
         if self._failure is not None:
             raise self._failure
 
     def flush(self) -> None:
-        """Wait for the device, and until what the last replay of each graph staged is written."""
+        """Wait for the device, and until what all replays so far have left is written."""
         if self._thread is None:
             return
         call_driver("cuCtxSynchronize")
-        for graph in self._graphs.values():
-            if graph.written < graph.replays:
-                for arena in graph.arenas:
-                    call_driver("cuMemcpyDtoH_v2", arena.pinned, arena.kept, ctypes.c_size_t(arena.used))
-                self._hand_over(graph)
+        for graph in list(self._graphs.values()):
+            with self._collecting:
+                begun = graph.begun()
+                while graph.collected < begun:
+                    self._wait_with(graph.collect(begun, self._size >= _WAITING))
         with self._change:
             self._hurried = bool(self._waiting)
             self._change.notify_all()
@@ -286,7 +302,7 @@ class Graphs:
         self.check()
 
     def close(self) -> None:
-        """Flush; replays that come later are not recorded. Their memory stays: the graphs still copy to it."""
+        """Flush; replays that come later are not recorded. Their memory stays: the graphs still read it."""
         if self._thread is None:
             return
         try:
@@ -297,3 +313,4 @@ class Graphs:
                 self._change.notify_all()
             self._thread.join()
             self._thread = None
+            self._end()

@@ -23,8 +23,9 @@
  *
  *   parity_position_device(d, device_position, NULL);                          // before the first checkpoint of the capture
  *
- * A replay is written to the file while the next one runs, the last one by parity_flush or parity_close: call one of them before you
- * reset the device. What cannot be captured is an error of the call, at the time of capture.
+ * Replays leave their rows in device memory, in turns; threads bring them to the file beside later ones, the last by parity_flush or
+ * parity_close: call one of them before you reset the device. A replay waits where no turn is free, ten seconds at most; then rows are
+ * lost, which is an error. What cannot be captured is an error of the call, at the time of capture.
  *
  * For `parity run --exec … --bisect`, which finds the layers that are wrong given right inputs, add one line after the checkpoints of
  * the embedding and of each layer's output; it replaces the row if $PARITY_INJECT names a file that has it, and otherwise does nothing:
@@ -45,13 +46,17 @@
 #include <pthread.h>
 #endif
 #ifdef PARITY_CUDA
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#include <time.h>
+#endif
 #include <cuda_runtime.h>
 #endif
 
 #ifndef PARITY_SLICE
 #define PARITY_SLICE 16 /* leading values in a record; define it before the #include for more */
 #endif
-#define PARITY_SKETCH 32 /* projections of the whole row */
+#define PARITY_SKETCH 32 /* projections of the whole row, as many as a hash has bits */
 
 typedef enum { PARITY_F32 = 0, PARITY_F16 = 1, PARITY_BF16 = 2 } parity_type;
 
@@ -79,66 +84,84 @@ typedef pthread_t parity__thread;
 
 #ifdef PARITY_CUDA
 #ifndef PARITY_WAITING
-#define PARITY_WAITING (64u << 20) /* bytes of captured values that may wait to be written; beyond that, replays wait for the writers */
+#define PARITY_WAITING (1u << 30) /* bytes of captured values that may wait to be written; then replays wait for the writers */
 #endif
-#ifndef PARITY_ARENA
-#define PARITY_ARENA (4u << 20) /* bytes that are allocated at a time for a graph's checkpoints, three times: a graph has an arena or two */
+#ifndef PARITY_RING
+#define PARITY_RING (32u << 20) /* bytes of device memory, at most, that a graph's replays take turns in, unless eight of them need more */
 #endif
 #ifndef PARITY_WRITERS
 #define PARITY_WRITERS 8 /* threads that turn captured rows into lines in parallel; the lines are written in the order of the replays */
 #endif
+#define PARITY__DEVICES 64
+#define PARITY__SEGMENTS 8 /* rows that one kernel can copy */
 
-/* Memory of a graph's checkpoints. A replay copies their rows to `staged`, in line, and then all of it to `kept`, in parallel with its
- * further work; the next replay begins with the copy from `kept` to `pinned`, also in parallel. Nothing waits for the host. */
-struct parity_arena {
-    struct parity_arena *next;
-    unsigned char *staged, *kept, *pinned;
-    size_t size, used;
-    cudaGraphNode_t keep, bring;
+/* What a graph's kernels read, and write, in device memory. Replay r writes to place r % places of the ring, which has room for the
+ * replays before `room`. Without places nothing is recorded. */
+struct parity_control {
+    uint32_t begun, room, places, size, ticket, lost;
+    uint64_t ring, now; /* now: where the present replay writes */
 };
 
-/* A checkpoint of a captured graph, or, without a name, the position and step of its pass. */
+/* The kernel's argument: rows that it copies to the present replay's place. The first kernel of a replay finds that place. */
+struct parity_segments {
+    uint64_t control;
+    uint32_t first, n;
+    struct {
+        uint64_t from;
+        uint32_t at, bytes;
+    } of[PARITY__SEGMENTS];
+};
+
+/* Memory of a graph's checkpoints. `seen` is pinned: each replay begins with the copy of the control there. So is `brought`, for a
+ * quarter of the places: few large copies disturb the device less than many small ones. */
+struct parity_ring {
+    struct parity_control *control, *seen;
+    unsigned char *memory, *brought;
+    size_t size;
+};
+
+/* A checkpoint of a captured graph, or, without a name, the position and step of its pass, 16 bytes apart. */
 struct parity_slot {
     struct parity_slot *next, *place;
-    struct parity_row *spare; /* memory of rows that have been written */
-    struct parity_arena *arena;
-    size_t at, size, n; /* size: in bytes, rounded up to a multiple of 8 */
+    size_t at, n;
     parity_type type;
     char point[64];
 };
 
-/* One capture. It outlives the dump if the graph does: a replay after parity_close finds no dump and records nothing. */
+/* What one capture made. It outlives the dump where the graph does: a replay after parity_close records nothing. */
 struct parity_graph {
     struct parity_graph *next;
-    struct parity_dump *dump;
-    struct parity_slot *slots, *place; /* place: the position of the pass that is being captured */
-    struct parity_arena *arenas;
+    struct parity_slot *slots, *place; /* place: of the pass that is being captured */
+    struct parity_replay *spare;       /* memory of replays that are written */
+    struct parity_ring ring;
     unsigned long long id;
-    long long replays, written; /* replays that have begun; the replay whose rows were last handed to the writers */
-    cudaGraphNode_t hand_over;
+    size_t size; /* bytes of a replay's rows */
+    long long collected; /* replays whose rows were brought to the host */
+    uint32_t places;
+    cudaStream_t stream;
+    cudaGraphNode_t first, last; /* its kernels */
+    struct parity_segments rows; /* of the last kernel */
     int device, step, decode, counted; /* counted: the step is that of the capture and one more for each replay */
     volatile int gone;                 /* the graph and all that was instantiated from it have been destroyed */
 };
 
-/* A row on its way to the file; its values follow it in memory. */
-struct parity_row {
-    struct parity_row *next;
-    struct parity_slot *slot; /* whose memory it is */
-    char *line; /* when it is made */
+/* A replay on its way to the file; its rows lie behind it. */
+struct parity_replay {
+    struct parity_replay *next;
+    struct parity_graph *graph;
+    long long number;
+    char *text; /* its lines, when they are made */
+    long long lines;
     int made;
-    size_t size, n;
-    parity_type type;
-    int position, step, decode;
-    char point[64];
 };
 
 struct parity_queue {
     parity__mutex lock;
-    parity__condition change;
-    parity__thread writers[PARITY_WRITERS];
-    struct parity_row *first, *last; /* in the order of the replays, until they are written */
-    struct parity_row *next;         /* the first that no writer has taken yet */
-    size_t size;                     /* bytes of the rows */
+    parity__condition work, room;
+    parity__thread writers[PARITY_WRITERS], collector;
+    struct parity_replay *first, *last; /* until they are written */
+    struct parity_replay *next;         /* the first that nobody makes lines of yet */
+    size_t size;                        /* bytes of the rows */
     int running, writing, closing;
 };
 #endif
@@ -159,6 +182,8 @@ typedef struct parity_dump {
     size_t slab_size;
     const int *position, *pass; /* device memory that captured checkpoints read */
     struct parity_graph *graphs;
+    void *kernels[PARITY__DEVICES]; /* by the number of the device, as the next */
+    cudaStream_t beside[PARITY__DEVICES];
     struct parity_queue queue;
 #endif
 } parity_dump;
@@ -266,9 +291,11 @@ static inline parity_dump *parity_open(const char *path) {
     parity__new_mutex(&d->device);
     parity__new_mutex(&d->queue.lock);
 #if defined(_WIN32)
-    InitializeConditionVariable(&d->queue.change);
+    InitializeConditionVariable(&d->queue.work);
+    InitializeConditionVariable(&d->queue.room);
 #else
-    pthread_cond_init(&d->queue.change, NULL);
+    pthread_cond_init(&d->queue.work, NULL);
+    pthread_cond_init(&d->queue.room, NULL);
 #endif
 #endif
     if (getenv("PARITY_INJECT") && *getenv("PARITY_INJECT")) parity__index(d, getenv("PARITY_INJECT"));
@@ -420,47 +447,91 @@ static inline float parity__value(const void *values, parity_type type, size_t i
 /* Four projections at a time, with the compiler's vectors if it has them: without, a row takes twice as long. */
 #if defined(__GNUC__)
 typedef double parity__four __attribute__((vector_size(4 * sizeof(double))));
+#define PARITY__INLINE static inline __attribute__((always_inline))
 #else
 typedef struct {
     double of[4];
 } parity__four;
+#define PARITY__INLINE static inline
 #endif
+#define PARITY__BLOCK 256 /* values that are converted, then projected */
 
-static inline void parity__sum_up(struct parity_sums *s, const void *values, parity_type type, size_t n) {
-    /* Signs from four bits of the hash, without branches, since they are random. */
+/* Add a block's projections: value i of it is element first + i of the row. */
+PARITY__INLINE void parity__add_projections(parity__four *sketch, const double *x, size_t first, size_t n) {
+    /* Signs by four bits of the hash: no branch, since they are random. */
     static const parity__four signs_of[16] = {
         {-1, -1, -1, -1}, {1, -1, -1, -1}, {-1, 1, -1, -1}, {1, 1, -1, -1}, {-1, -1, 1, -1}, {1, -1, 1, -1},
         {-1, 1, 1, -1},   {1, 1, 1, -1},   {-1, -1, -1, 1}, {1, -1, -1, 1}, {-1, 1, -1, 1},  {1, 1, -1, 1},
         {-1, -1, 1, 1},   {1, -1, 1, 1},   {-1, 1, 1, 1},   {1, 1, 1, 1}};
-    parity__four sketch[PARITY_SKETCH / 4];
     size_t i;
+#if defined(__GNUC__)
+    /* Eight names, not an array: these stay in registers. */
+    parity__four a = sketch[0], b = sketch[1], c = sketch[2], d = sketch[3], e = sketch[4], f = sketch[5], g = sketch[6], h = sketch[7];
+    for (i = 0; i < n; i++) {
+        uint32_t signs = parity__fmix32((uint32_t)(first + i + 1));
+        a += signs_of[signs & 15] * x[i];
+        b += signs_of[signs >> 4 & 15] * x[i];
+        c += signs_of[signs >> 8 & 15] * x[i];
+        d += signs_of[signs >> 12 & 15] * x[i];
+        e += signs_of[signs >> 16 & 15] * x[i];
+        f += signs_of[signs >> 20 & 15] * x[i];
+        g += signs_of[signs >> 24 & 15] * x[i];
+        h += signs_of[signs >> 28] * x[i];
+    }
+    sketch[0] = a, sketch[1] = b, sketch[2] = c, sketch[3] = d, sketch[4] = e, sketch[5] = f, sketch[6] = g, sketch[7] = h;
+#else
+    int j;
+    for (i = 0; i < n; i++) {
+        uint32_t signs = parity__fmix32((uint32_t)(first + i + 1));
+        for (j = 0; j < PARITY_SKETCH; j++) sketch[j / 4].of[j % 4] += signs_of[signs >> 4 * (j / 4) & 15].of[j % 4] * x[i];
+    }
+#endif
+}
+
+static inline void parity__project(parity__four *sketch, const double *x, size_t first, size_t n) {
+    parity__add_projections(sketch, x, first, n);
+}
+
+#if defined(__GNUC__) && defined(__x86_64__)
+/* The same sums in registers of four, whatever the engine is compiled for: a quarter of the time. */
+__attribute__((target("avx2,fma"))) static inline void parity__project_wide(parity__four *sketch, const double *x, size_t first,
+                                                                           size_t n) {
+    parity__add_projections(sketch, x, first, n);
+}
+#endif
+
+static inline void parity__sum_up(struct parity_sums *s, const void *values, parity_type type, size_t n) {
+    parity__four sketch[PARITY_SKETCH / 4];
+    double block[PARITY__BLOCK];
+    size_t i, first, count;
     float largest = -1;
-    int j, some = 0;
+    int some = 0;
     memset(s, 0, sizeof *s);
     memset(sketch, 0, sizeof sketch);
-    for (i = 0; i < n; i++) {
-        float value = parity__value(values, type, i);
-        double x = value;
-        uint32_t signs = parity__fmix32((uint32_t)(i + 1));
-        if (!isfinite(value)) {
-            s->nonfinite++;
-            if (largest < 0) largest = 0, s->largest_at = i;
-            continue;
+    for (first = 0; first < n; first += count) {
+        count = n - first < PARITY__BLOCK ? n - first : PARITY__BLOCK;
+        for (i = 0; i < count; i++) {
+            float value = parity__value(values, type, first + i);
+            double x = value;
+            block[i] = 0;
+            if (!isfinite(value)) {
+                s->nonfinite++;
+                if (largest < 0) largest = 0, s->largest_at = first + i;
+                continue;
+            }
+            block[i] = x;
+            if (fabsf(value) > largest) largest = fabsf(value), s->largest_at = first + i;
+            s->least = some ? (x < s->least ? x : s->least) : x;
+            s->most = some ? (x > s->most ? x : s->most) : x;
+            some = 1;
+            s->sum += x;
+            s->squares += x * x;
         }
-        if (fabsf(value) > largest) largest = fabsf(value), s->largest_at = i;
-        s->least = some ? (x < s->least ? x : s->least) : x;
-        s->most = some ? (x > s->most ? x : s->most) : x;
-        some = 1;
-        s->sum += x;
-        s->squares += x * x;
-        for (j = 0; j < PARITY_SKETCH / 4; j++) {
-#if defined(__GNUC__)
-            sketch[j] += signs_of[signs >> 4 * j & 15] * x;
-#else
-            int k;
-            for (k = 0; k < 4; k++) sketch[j].of[k] += signs_of[signs >> 4 * j & 15].of[k] * x;
+#if defined(__GNUC__) && defined(__x86_64__)
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) parity__project_wide(sketch, block, first, count);
+        else
 #endif
-        }
+            parity__project(sketch, block, first, count);
     }
     memcpy(s->sketch, sketch, sizeof sketch);
 }
@@ -567,40 +638,81 @@ static inline int parity_position_device(parity_dump *d, const int *position, co
     return 0;
 }
 
-static inline void parity__queue_wait(struct parity_queue *q) {
+static inline void parity__wait(struct parity_queue *q, parity__condition *condition) {
 #if defined(_WIN32)
-    SleepConditionVariableCS(&q->change, &q->lock, INFINITE);
+    SleepConditionVariableCS(condition, &q->lock, INFINITE);
 #else
-    pthread_cond_wait(&q->change, &q->lock);
+    pthread_cond_wait(condition, &q->lock);
 #endif
 }
 
-static inline void parity__queue_tell(struct parity_queue *q) {
+static inline void parity__wake(parity__condition *condition, int all) {
 #if defined(_WIN32)
-    WakeAllConditionVariable(&q->change);
+    if (all) WakeAllConditionVariable(condition);
+    else WakeConditionVariable(condition);
 #else
-    pthread_cond_broadcast(&q->change);
+    if (all) pthread_cond_broadcast(condition);
+    else pthread_cond_signal(condition);
 #endif
 }
 
-/* Write the finished lines at the queue's head; the caller holds the queue's lock. */
+/* Write the replays at the queue's head whose lines are made; called and left with the queue's lock. */
 static inline void parity__write_made(parity_dump *d, struct parity_queue *q) {
-    struct parity_row *row;
-    if (q->writing) return; /* the thread that does will reach these rows, too */
+    struct parity_replay *replay;
+    if (q->writing) return; /* whoever does comes to these, too */
     q->writing = 1;
-    while ((row = q->first) != NULL && row->made) {
+    while ((replay = q->first) != NULL && replay->made) {
         parity__leave(&q->lock);
-        if (d->error[0]) free(row->line);
-        else parity__write(d, row->point, row->line);
+        parity__lock(d);
+        if (!d->error[0] && replay->text) {
+            fputs(replay->text, d->file);
+            d->checkpoints += replay->lines;
+            parity__written(d);
+        }
+        parity__unlock(d);
+        free(replay->text);
         parity__enter(&q->lock);
-        q->first = row->next;
+        q->first = replay->next;
         if (!q->first) q->last = NULL;
-        q->size -= row->size;
-        row->next = row->slot->spare;
-        row->slot->spare = row;
-        parity__queue_tell(q);
+        q->size -= replay->graph->size;
+        replay->next = replay->graph->spare;
+        replay->graph->spare = replay;
+        parity__wake(&q->room, 1);
     }
     q->writing = 0;
+}
+
+/* The lines of a replay's rows. */
+static inline void parity__make_lines(parity_dump *d, struct parity_replay *replay) {
+    const struct parity_graph *g = replay->graph;
+    const unsigned char *rows = (const unsigned char *)(replay + 1);
+    const struct parity_slot *slot;
+    struct parity_sums sums;
+    int32_t position, step;
+    size_t length = 0, more;
+    char *line, *text;
+    replay->text = NULL;
+    replay->lines = 0;
+    for (slot = g->slots; slot; slot = slot->next) {
+        if (!slot->place) continue;
+        memcpy(&position, rows + slot->place->at, 4);
+        memcpy(&step, rows + slot->place->at + 16, 4);
+        if (g->counted) step = g->step + (int32_t)replay->number;
+        parity__sum_up(&sums, rows + slot->at, slot->type, slot->n);
+        line = parity__line(d->seq, slot->point, position, step, g->decode, rows + slot->at, slot->type, slot->n, &sums);
+        more = line ? strlen(line) : 0;
+        text = line ? (char *)realloc(replay->text, length + more + 1) : NULL;
+        if (!text) {
+            free(line);
+            parity__refuse(d, slot->point, "out of memory");
+            return;
+        }
+        memcpy(text + length, line, more + 1);
+        free(line);
+        replay->text = text;
+        replay->lines++;
+        length += more;
+    }
 }
 
 #if defined(_WIN32)
@@ -610,162 +722,421 @@ static inline void *parity__run_writer(void *dump) {
 #endif
     parity_dump *d = (parity_dump *)dump;
     struct parity_queue *q = &d->queue;
-    struct parity_row *row;
-    struct parity_sums sums;
+    struct parity_replay *replay;
     parity__enter(&q->lock);
     for (;;) {
-        while (!q->next && !q->closing) parity__queue_wait(q);
-        row = q->next;
-        if (!row) break;
-        q->next = row->next;
+        while (!q->next && !q->closing) parity__wait(q, &q->work);
+        replay = q->next;
+        if (!replay) break;
+        q->next = replay->next;
         parity__leave(&q->lock);
-        parity__sum_up(&sums, row + 1, row->type, row->n);
-        row->line = parity__line(d->seq, row->point, row->position, row->step, row->decode, row + 1, row->type, row->n, &sums);
+        parity__make_lines(d, replay);
         parity__enter(&q->lock);
-        row->made = 1;
+        replay->made = 1;
         parity__write_made(d, q);
     }
     parity__leave(&q->lock);
     return 0;
 }
 
-static inline int parity__start_writers(struct parity_queue *q, parity_dump *d) {
-    if (q->running) return 0;
-    for (; q->running < PARITY_WRITERS; q->running++) {
-#if defined(_WIN32)
-        q->writers[q->running] = CreateThread(NULL, 0, parity__run_writer, d, 0, NULL);
-        if (!q->writers[q->running]) break;
-#else
-        if (pthread_create(&q->writers[q->running], NULL, parity__run_writer, d) != 0) break;
-#endif
-    }
-    return q->running ? 0 : -1;
+/* A stream of ours on the current device, which nothing else waits for. */
+static inline cudaStream_t parity__beside(parity_dump *d, int device) {
+    if (!d->beside[device] && cudaStreamCreateWithFlags(&d->beside[device], cudaStreamNonBlocking) != cudaSuccess) d->beside[device] = NULL;
+    return d->beside[device];
 }
 
-static inline void parity__end_writers(struct parity_queue *q) {
-    int i;
+/* Copy and wait, beside what the device computes and what is being captured. */
+static inline cudaError_t parity__bring(parity_dump *d, int device, void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+    cudaStream_t beside = parity__beside(d, device);
+    cudaError_t status = beside ? cudaMemcpyAsync(to, from, size, kind, beside) : cudaErrorMemoryAllocation;
+    return status == cudaSuccess ? cudaStreamSynchronize(beside) : status;
+}
+
+/* Memory for a replay's rows; waits for room. */
+static inline struct parity_replay *parity__new_replay(parity_dump *d, struct parity_graph *g) {
+    struct parity_queue *q = &d->queue;
+    struct parity_replay *replay;
+    parity__enter(&q->lock);
+    while (q->size && q->size + g->size > PARITY_WAITING) parity__wait(q, &q->room);
+    replay = g->spare;
+    if (replay) g->spare = replay->next;
+    parity__leave(&q->lock);
+    return replay ? replay : (struct parity_replay *)malloc(sizeof *replay + g->size);
+}
+
+/* Give the writers the rows of a graph's replays before number `complete`, and their places to further ones. */
+static inline cudaError_t parity__collect(parity_dump *d, struct parity_graph *g, long long complete) {
+    struct parity_queue *q = &d->queue;
+    struct parity_replay *replay;
+    cudaError_t status = cudaSuccess;
+    long long i, n;
+    uint32_t room, start;
+    while (g->collected < complete) {
+        start = (uint32_t)(g->collected % g->places);
+        n = complete - g->collected;
+        if (n > g->places - start) n = g->places - start;
+        if (n > g->places / 4) n = g->places / 4;
+        status = parity__bring(d, g->device, g->ring.brought, g->ring.memory + start * g->size, (size_t)n * g->size, cudaMemcpyDeviceToHost);
+        room = (uint32_t)(g->collected + n) + g->places;
+        if (status == cudaSuccess) status = parity__bring(d, g->device, &g->ring.control->room, &room, sizeof room, cudaMemcpyHostToDevice);
+        if (status != cudaSuccess) return status;
+        for (i = 0; i < n; i++) {
+            replay = parity__new_replay(d, g);
+            if (!replay) return cudaErrorMemoryAllocation;
+            memcpy(replay + 1, g->ring.brought + (size_t)i * g->size, g->size);
+            replay->next = NULL;
+            replay->graph = g;
+            replay->number = g->collected++;
+            replay->made = 0;
+            parity__enter(&q->lock);
+            q->size += g->size;
+            if (q->last) q->last->next = replay;
+            else q->first = replay;
+            q->last = replay;
+            if (!q->next) q->next = replay;
+            parity__wake(&q->work, 0);
+            parity__leave(&q->lock);
+        }
+    }
+    return status;
+}
+
+/* All replays of a graph that have begun, which must be complete. */
+static inline cudaError_t parity__collect_all(parity_dump *d, struct parity_graph *g) {
+    struct parity_control now;
+    cudaError_t status;
+    if (!g->ring.control) return cudaSuccess;
+    status = parity__bring(d, g->device, &now, g->ring.control, sizeof now, cudaMemcpyDeviceToHost);
+    if (status != cudaSuccess) return status;
+    if (now.lost) parity__refuse(d, "a replay", "found no room for its rows for ten seconds; they are lost");
+    return parity__collect(d, g, g->collected + (uint32_t)(now.begun - (uint32_t)g->collected));
+}
+
+static inline void parity__rest(unsigned microseconds) {
+#if defined(_WIN32)
+    Sleep((microseconds + 999) / 1000);
+#else
+    struct timespec time;
+    time.tv_sec = 0;
+    time.tv_nsec = 1000 * (long)microseconds;
+    nanosleep(&time, NULL);
+#endif
+}
+
+/* Brings what replays have left to the host, until the dump is closed: what `seen` counts, but for the last one, is complete. */
+#if defined(_WIN32)
+static inline DWORD WINAPI parity__run_collector(void *dump) {
+#else
+static inline void *parity__run_collector(void *dump) {
+#endif
+    parity_dump *d = (parity_dump *)dump;
+    struct parity_queue *q = &d->queue;
+    struct parity_graph *g;
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed; /* others may be capturing */
+    cudaError_t status = cudaSuccess;
+    unsigned rest = 2000;
+    int closing = 0, device = -1;
+    long long before, after;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    while (!closing && status == cudaSuccess) {
+        before = after = 0;
+        parity__enter(&d->device);
+        for (g = d->graphs; g && status == cudaSuccess; g = g->next) {
+            uint32_t begun = g->ring.control ? *(volatile uint32_t *)&g->ring.seen->begun - (uint32_t)g->collected : 0;
+            if (begun < 2 || begun > g->places + 1) continue; /* more cannot have begun: `seen` is of before */
+            if (g->device != device) status = cudaSetDevice(device = g->device);
+            before += g->collected;
+            if (status == cudaSuccess) status = parity__collect(d, g, g->collected + begun - 1);
+            after += g->collected;
+        }
+        parity__leave(&d->device);
+        rest = after > before ? 2000 : 4000; /* microseconds */
+        parity__rest(rest);
+        parity__enter(&q->lock);
+        closing = q->closing;
+        parity__leave(&q->lock);
+    }
+    if (status != cudaSuccess) parity__refuse(d, "what replays have left is lost", cudaGetErrorString(status));
+    return 0;
+}
+
+static inline int parity__start(parity__thread *thread, parity_dump *d, int collects) {
+#if defined(_WIN32)
+    *thread = CreateThread(NULL, 0, collects ? parity__run_collector : parity__run_writer, d, 0, NULL);
+    return *thread ? 0 : -1;
+#else
+    return pthread_create(thread, NULL, collects ? parity__run_collector : parity__run_writer, d);
+#endif
+}
+
+static inline void parity__end(parity__thread thread) {
+#if defined(_WIN32)
+    WaitForSingleObject(thread, INFINITE);
+    CloseHandle(thread);
+#else
+    pthread_join(thread, NULL);
+#endif
+}
+
+/* The collector, and as many writers as can be started. */
+static inline int parity__start_threads(parity_dump *d) {
+    struct parity_queue *q = &d->queue;
+    if (q->running) return 0;
+    while (q->running < PARITY_WRITERS && parity__start(&q->writers[q->running], d, 0) == 0) q->running++;
+    if (!q->running) return -1;
+    if (parity__start(&q->collector, d, 1) == 0) return 0;
+    q->closing = 1;
+    parity__wake(&q->work, 1);
+    while (q->running) parity__end(q->writers[--q->running]);
+    q->closing = 0;
+    return -1;
+}
+
+static inline void parity__end_threads(parity_dump *d) {
+    struct parity_queue *q = &d->queue;
     if (!q->running) return;
     parity__enter(&q->lock);
     q->closing = 1;
-    parity__queue_tell(q);
+    parity__wake(&q->work, 1);
     parity__leave(&q->lock);
-    for (i = 0; i < q->running; i++) {
-#if defined(_WIN32)
-        WaitForSingleObject(q->writers[i], INFINITE);
-        CloseHandle(q->writers[i]);
-#else
-        pthread_join(q->writers[i], NULL);
-#endif
-    }
-}
-
-/* Hand the rows that replay number `replay` of a graph left in pinned memory to the writers, once; waits for room. */
-static inline void parity__hand_over(struct parity_graph *g, long long replay) {
-    parity_dump *d = g->dump;
-    struct parity_queue *q = &d->queue;
-    struct parity_slot *slot;
-    struct parity_row *row;
-    int32_t where[2];
-    if (g->written >= replay) return;
-    g->written = replay;
-    for (slot = g->slots; slot; slot = slot->next) {
-        if (!slot->place) continue;
-        parity__enter(&q->lock);
-        while (q->size && q->size + slot->size > PARITY_WAITING) parity__queue_wait(q);
-        row = slot->spare;
-        if (row) slot->spare = row->next;
-        parity__leave(&q->lock);
-        if (!row) row = (struct parity_row *)malloc(sizeof *row + slot->size);
-        if (!row) {
-            parity__refuse(d, slot->point, "out of memory");
-            return;
-        }
-        memcpy(row + 1, slot->arena->pinned + slot->at, slot->size);
-        memcpy(where, slot->place->arena->pinned + slot->place->at, sizeof where);
-        row->next = NULL;
-        row->slot = slot;
-        row->made = 0;
-        row->size = slot->size;
-        row->n = slot->n;
-        row->type = slot->type;
-        row->position = where[0];
-        row->step = g->counted ? g->step + (int)(replay - 1) : where[1];
-        row->decode = g->decode;
-        memcpy(row->point, slot->point, sizeof row->point);
-        parity__enter(&q->lock);
-        q->size += row->size;
-        if (q->last) q->last->next = row;
-        else q->first = row;
-        q->last = row;
-        if (!q->next) q->next = row;
-        parity__queue_tell(q);
-        parity__leave(&q->lock);
-    }
-}
-
-/* The host node of a graph: at the beginning of replay r the pinned rows are those of replay r − 1. */
-static inline void CUDART_CB parity__replayed(void *graph) {
-    struct parity_graph *g = (struct parity_graph *)graph;
-    if (!g->dump) return;
-    parity__hand_over(g, g->replays);
-    g->replays++;
+    parity__end(q->collector);
+    while (q->running) parity__end(q->writers[--q->running]);
 }
 
 static inline void CUDART_CB parity__graph_gone(void *graph) { ((struct parity_graph *)graph)->gone = 1; }
 
-/* Write the rows of each graph's last replay; waits for the device. */
+/* Write what all replays so far have left: waits for the device. */
 static inline int parity_flush(parity_dump *d) {
     struct parity_graph *g;
-    struct parity_arena *arena;
     cudaError_t status = cudaSuccess;
     int device;
     if (!d) return -1;
     if (!d->queue.running) return d->error[0] ? -1 : 0;
-    parity__enter(&d->device);
     cudaGetDevice(&device);
-    for (g = d->graphs; g && status == cudaSuccess; g = g->next) {
+    parity__enter(&d->device);
+    g = d->graphs;
+    parity__leave(&d->device);
+    for (; g && status == cudaSuccess; g = g->next) { /* graphs are put in front of these */
         cudaSetDevice(g->device);
-        status = cudaDeviceSynchronize();
-        if (g->written >= g->replays) continue;
-        for (arena = g->arenas; arena && status == cudaSuccess; arena = arena->next)
-            status = cudaMemcpy(arena->pinned, arena->kept, arena->used, cudaMemcpyDeviceToHost);
-        if (status == cudaSuccess) parity__hand_over(g, g->replays);
+        status = cudaDeviceSynchronize(); /* without the lock: the collector makes room meanwhile */
+        parity__enter(&d->device);
+        if (status == cudaSuccess) status = parity__collect_all(d, g);
+        parity__leave(&d->device);
     }
     cudaSetDevice(device);
-    parity__leave(&d->device);
-    if (status != cudaSuccess) return parity__refuse(d, "what the last replay staged is lost", cudaGetErrorString(status));
+    if (status != cudaSuccess) return parity__refuse(d, "what replays have left is lost", cudaGetErrorString(status));
     parity__enter(&d->queue.lock);
-    while (d->queue.first) parity__queue_wait(&d->queue);
+    while (d->queue.first) parity__wait(&d->queue, &d->queue.room);
     parity__leave(&d->queue.lock);
     return d->error[0] ? -1 : 0;
 }
 
-/* Free a graph's memory, if it can't be replayed any more. */
+static inline void parity__free_ring(struct parity_ring *ring) {
+    cudaFree(ring->memory);
+    cudaFree(ring->control);
+    cudaFreeHost(ring->seen);
+    cudaFreeHost(ring->brought);
+}
+
+/* Free a graph's memory; of one that may be replayed still, what such a replay reads: that it records nothing. */
 static inline void parity__free_graph(struct parity_graph *g) {
     struct parity_slot *slot;
-    struct parity_arena *arena;
-    struct parity_row *row;
-    if (!g->gone) return;
+    struct parity_replay *replay;
     while ((slot = g->slots) != NULL) {
         g->slots = slot->next;
-        while ((row = slot->spare) != NULL) {
-            slot->spare = row->next;
-            free(row);
-        }
         free(slot);
     }
-    while ((arena = g->arenas) != NULL) {
-        g->arenas = arena->next;
-        cudaFree(arena->staged);
-        cudaFree(arena->kept);
-        cudaFreeHost(arena->pinned);
-        free(arena);
+    while ((replay = g->spare) != NULL) {
+        g->spare = replay->next;
+        free(replay);
     }
-    free(g);
+    if (g->gone) {
+        parity__free_ring(&g->ring);
+        free(g);
+    } else if (g->ring.control) {
+        const uint32_t none = 0;
+        if (cudaMemcpy(&g->ring.control->places, &none, sizeof none, cudaMemcpyHostToDevice) == cudaSuccess) cudaFree(g->ring.memory);
+        cudaFreeHost(g->ring.brought);
+        cudaGetLastError();
+    }
 }
 
 #if CUDART_VERSION >= 11030
-/* CUDA 13 adds data about edges to these calls. */
+/* The kernel that copies rows to the present replay's place, 16 bytes a thread. PTX, since this header may be compiled by any compiler.
+ * Its blocks may start when those of the kernel before it end (griddepcontrol, on devices that have it), and look up the place
+ * meanwhile. The first kernel of a replay waits where the ring is full, ten seconds at most, and counts the replay when all of its
+ * blocks have read the count. */
+static const char parity__ptx[] =
+    ".version 7.8\n"
+    ".target sm_90\n"
+    ".address_size 64\n"
+    ".visible .entry parity_record(.param .align 8 .b8 rows[144]) {\n"
+    ".reg .pred %p, %q, %whole, %first;\n"
+    ".reg .b16 %h;\n"
+    ".reg .b32 %a, %b, %i, %at, %bytes, %begun, %room, %slots, %looks, %thread, %v<4>;\n"
+    ".reg .b64 %x, %y, %control, %from, %to, %now, %size;\n"
+    "ld.param.u64 %control, [rows];\n"
+    "ld.param.u32 %a, [rows+8];\n"
+    "ld.param.u32 %b, [rows+12];\n"
+    "setp.ne.u32 %first, %a, 0;\n"
+    "mov.u32 %a, %ctaid.x;\n"
+    "mov.u32 %thread, %tid.x;\n"
+    "mad.lo.u32 %i, %a, 256, %thread;\n"
+    "mov.b64 %x, rows;\n"
+    "ROW:\n"
+    "ld.param.u64 %from, [%x+16];\n"
+    "ld.param.u32 %at, [%x+24];\n"
+    "ld.param.u32 %bytes, [%x+28];\n"
+    "add.u32 %a, %bytes, 15;\n"
+    "shr.u32 %a, %a, 4;\n"
+    "setp.lt.u32 %p, %i, %a;\n"
+    "@%p bra HERE;\n"
+    "sub.u32 %i, %i, %a;\n"
+    "add.u64 %x, %x, 16;\n"
+    "sub.u32 %b, %b, 1;\n"
+    "setp.ne.u32 %p, %b, 0;\n"
+    "@%p bra ROW;\n"
+    "mov.u32 %bytes, 0;\n"
+    "HERE:\n"
+    "shl.b32 %i, %i, 4;\n"
+    "ld.volatile.global.u64 %now, [%control+32];\n"
+    "@!%first bra WAIT;\n"
+    "ld.volatile.global.u32 %begun, [%control];\n"
+    "ld.volatile.global.u32 %room, [%control+4];\n"
+    "ld.volatile.global.u32 %slots, [%control+8];\n"
+    "ld.volatile.global.u32 %size, [%control+12];\n"
+    "ld.volatile.global.u64 %now, [%control+24];\n"
+    "WAIT:\n"
+    "griddepcontrol.wait;\n"
+    "cvt.u64.u32 %y, %i;\n"
+    "add.u64 %from, %from, %y;\n"
+    "cvt.u64.u32 %to, %at;\n"
+    "add.u64 %to, %to, %y;\n"
+    "cvt.u64.u32 %y, %bytes;\n"
+    "or.b64 %y, %y, %from;\n"
+    "and.b64 %y, %y, 15;\n"
+    "setp.eq.u64 %whole, %y, 0;\n"
+    "setp.lt.u32 %p, %i, %bytes;\n"
+    "and.pred %whole, %whole, %p;\n"
+    "@%whole ld.global.v4.u32 {%v0, %v1, %v2, %v3}, [%from];\n"
+    "@!%first bra STORE;\n"
+    "mov.u32 %looks, 0;\n"
+    "ROOM:\n"
+    "setp.eq.u32 %q, %slots, 0;\n"
+    "@%q bra CLOSED;\n"
+    "sub.u32 %a, %begun, %room;\n"
+    "setp.lt.s32 %q, %a, 0;\n"
+    "@%q bra FOUND;\n"
+    "nanosleep.u32 2000;\n"
+    "ld.volatile.global.u32 %room, [%control+4];\n"
+    "add.u32 %looks, %looks, 1;\n"
+    "setp.ne.u32 %q, %looks, 5000000;\n"
+    "@%q bra ROOM;\n"
+    "mov.u32 %a, 1;\n"
+    "st.volatile.global.u32 [%control+20], %a;\n"
+    "CLOSED:\n"
+    "mov.u64 %now, 0;\n"
+    "bra STORE;\n"
+    "FOUND:\n"
+    "rem.u32 %a, %begun, %slots;\n"
+    "cvt.u64.u32 %y, %a;\n"
+    "mad.lo.u64 %now, %y, %size, %now;\n"
+    "STORE:\n"
+    "setp.eq.u64 %q, %now, 0;\n"
+    "@%q bra END;\n"
+    "add.u64 %to, %to, %now;\n"
+    "@%whole st.global.v4.u32 [%to], {%v0, %v1, %v2, %v3};\n"
+    "@%whole bra END;\n"
+    "add.u32 %b, %i, 16;\n"
+    "min.u32 %b, %b, %bytes;\n"
+    "NEXT:\n"
+    "setp.ge.u32 %q, %i, %b;\n"
+    "@%q bra END;\n"
+    "ld.global.u16 %h, [%from];\n"
+    "st.global.u16 [%to], %h;\n"
+    "add.u64 %from, %from, 2;\n"
+    "add.u64 %to, %to, 2;\n"
+    "add.u32 %i, %i, 2;\n"
+    "bra NEXT;\n"
+    "END:\n"
+    "@!%first bra DONE;\n"
+    "bar.sync 0;\n"
+    "setp.ne.u32 %q, %thread, 0;\n"
+    "@%q bra DONE;\n"
+    "mov.u32 %a, %nctaid.x;\n"
+    "sub.u32 %a, %a, 1;\n"
+    "setp.eq.u32 %q, %a, 0;\n"
+    "@%q bra COUNT;\n"
+    "atom.global.inc.u32 %b, [%control+16], %a;\n"
+    "setp.ne.u32 %q, %b, %a;\n"
+    "@%q bra DONE;\n"
+    "COUNT:\n"
+    "st.volatile.global.u64 [%control+32], %now;\n"
+    "setp.eq.u64 %q, %now, 0;\n"
+    "add.u32 %begun, %begun, 1;\n"
+    "@!%q st.volatile.global.u32 [%control], %begun;\n"
+    "mov.u32 %a, 0;\n"
+    "@%q st.volatile.global.u32 [%control+8], %a;\n"
+    "DONE:\n"
+    "ret;\n"
+    "}\n";
+
+/* A function of the driver, whose binary interface does not change, in *function. */
+static inline int parity__driver(const char *name, void *function) {
+#if defined(_WIN32)
+    HMODULE library = LoadLibraryA("nvcuda.dll");
+    FARPROC found = library ? GetProcAddress(library, name) : NULL;
+#else
+    void *library = dlopen("libcuda.so.1", RTLD_NOW), *found = library ? dlsym(library, name) : NULL;
+#endif
+    memcpy(function, &found, sizeof found);
+    return found ? 0 : -1;
+}
+
+/* CUlaunchAttribute, CUlaunchConfig and the first CUDA_KERNEL_NODE_PARAMS of cuda.h. */
+struct parity__attribute {
+    int id, unused, value[16];
+};
+struct parity__config {
+    unsigned grid[3], block[3], shared;
+    cudaStream_t stream;
+    struct parity__attribute *attributes;
+    unsigned n_attributes;
+};
+struct parity__node_params {
+    void *function;
+    unsigned grid[3], block[3], shared;
+    void **arguments, **extra;
+};
+
+/* Whether a device's kernels can start before the one that they follow has ended. */
+static inline int parity__overlaps(int device) {
+    int major = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major >= 9;
+}
+
+/* The kernel for the current device, or NULL. */
+static inline void *parity__kernel(parity_dump *d, int device) {
+    int (*load)(void **, const void *), (*get)(void **, void *, const char *);
+    char *text, *at;
+    void *module;
+    if (d->kernels[device]) return d->kernels[device];
+    if (parity__driver("cuModuleLoadData", &load) || parity__driver("cuModuleGetFunction", &get)) return NULL;
+    text = (char *)malloc(sizeof parity__ptx);
+    if (!text) return NULL;
+    memcpy(text, parity__ptx, sizeof parity__ptx);
+    if (!parity__overlaps(device)) {
+        memcpy(strstr(text, "sm_90"), "sm_70", 5);
+        at = strstr(text, "griddepcontrol.wait;");
+        memset(at, ' ', strlen("griddepcontrol.wait;"));
+    }
+    if (load(&module, text) || get(&d->kernels[device], module, "parity_record")) d->kernels[device] = NULL;
+    free(text);
+    return d->kernels[device];
+}
+
+/* CUDA 13 puts data about edges into these calls. */
 static inline cudaError_t parity__capture(cudaStream_t stream, unsigned long long *id, cudaGraph_t *graph,
                                           const cudaGraphNode_t **before, size_t *n) {
     enum cudaStreamCaptureStatus state;
@@ -785,149 +1156,171 @@ static inline cudaError_t parity__follows(cudaGraph_t graph, cudaGraphNode_t bef
 #endif
 }
 
-static inline cudaError_t parity__goes_on(cudaStream_t stream, cudaGraphNode_t *nodes, size_t n) {
-#if CUDART_VERSION >= 13000
-    return cudaStreamUpdateCaptureDependencies(stream, nodes, NULL, n, cudaStreamSetCaptureDependencies);
-#else
-    return cudaStreamUpdateCaptureDependencies(stream, nodes, n, cudaStreamSetCaptureDependencies);
-#endif
-}
-
-/* The record of this capture, made with its host node at the first checkpoint. */
+/* The record of this capture, made at the first checkpoint with the copy that each replay begins with. That copy is beside the
+ * kernels, and lets them overlap: in a graph that is one line they would not. */
 static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t graph, unsigned long long id, cudaError_t *status) {
-    struct cudaHostNodeParams call;
+    struct parity_graph *g, *other;
     cudaUserObject_t object;
-    struct parity_graph *g;
+    cudaGraphNode_t node;
     for (g = d->graphs; g; g = g->next)
         if (g->id == id) return g;
     g = (struct parity_graph *)calloc(1, sizeof *g);
     if (!g) return NULL;
-    g->dump = d;
     g->id = id;
     g->step = d->step;
     g->decode = d->decode;
     g->counted = !d->pass;
     cudaGetDevice(&g->device);
-    memset(&call, 0, sizeof call);
-    call.fn = parity__replayed;
-    call.userData = g;
-    *status = cudaGraphAddHostNode(&g->hand_over, graph, NULL, 0, &call);
+    for (other = d->graphs; other && !g->ring.control; other = other->next)
+        if (other->gone && other->device == g->device) { /* everything of it has been collected */
+            g->ring = other->ring;
+            memset(&other->ring, 0, sizeof other->ring);
+        }
+    if (!g->ring.control) {
+        *status = cudaMalloc((void **)&g->ring.control, sizeof *g->ring.control);
+        if (*status == cudaSuccess) *status = cudaMallocHost((void **)&g->ring.seen, sizeof *g->ring.seen);
+    }
+    if (*status == cudaSuccess) {
+        memset(g->ring.seen, 0, sizeof *g->ring.seen);
+        *status = cudaGraphAddMemcpyNode1D(&node, graph, NULL, 0, g->ring.seen, g->ring.control, sizeof *g->ring.seen, cudaMemcpyDeviceToHost);
+    }
     if (*status == cudaSuccess) *status = cudaUserObjectCreate(&object, g, parity__graph_gone, 1, cudaUserObjectNoDestructorSync);
     if (*status == cudaSuccess) *status = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
-    g->next = d->graphs;
-    d->graphs = g;
-    return *status == cudaSuccess ? g : NULL;
-}
-
-/* An arena of the graph with room for so many bytes: its last one, that of a destroyed graph of the same device whose last replay
- * has been written, or a new one. It gets the nodes that copy it to the host. */
-static inline struct parity_arena *parity__arena(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t size,
-                                                 cudaError_t *status) {
-    struct parity_graph *other;
-    struct parity_arena **link, *arena = g->arenas;
-    if (arena && arena->size - arena->used >= size) return arena;
-    arena = NULL;
-    for (other = d->graphs; other && !arena; other = other->next) {
-        if (!other->gone || other->written < other->replays || other->device != g->device) continue;
-        for (link = &other->arenas; *link; link = &(*link)->next)
-            if ((*link)->size >= size) {
-                arena = *link;
-                *link = arena->next;
-                break;
-            }
-    }
-    if (!arena) {
-        arena = (struct parity_arena *)calloc(1, sizeof *arena);
-        if (!arena) return NULL;
-        arena->size = size > PARITY_ARENA ? size : PARITY_ARENA;
-        *status = cudaMalloc((void **)&arena->staged, arena->size);
-        if (*status == cudaSuccess) *status = cudaMalloc((void **)&arena->kept, arena->size);
-        if (*status == cudaSuccess) *status = cudaMallocHost((void **)&arena->pinned, arena->size);
-    }
-    arena->used = 0;
-    if (*status == cudaSuccess)
-        *status = cudaGraphAddMemcpyNode1D(&arena->bring, graph, NULL, 0, arena->pinned, arena->kept, size, cudaMemcpyDeviceToHost);
-    if (*status == cudaSuccess)
-        *status = cudaGraphAddMemcpyNode1D(&arena->keep, graph, &arena->bring, 1, arena->kept, arena->staged, size,
-                                           cudaMemcpyDeviceToDevice);
-    if (*status == cudaSuccess) *status = parity__follows(graph, arena->bring, g->hand_over);
     if (*status == cudaSuccess) {
-        arena->next = g->arenas;
-        g->arenas = arena;
-        return arena;
+        g->next = d->graphs;
+        d->graphs = g;
+        return g;
     }
-    if (arena->staged) cudaFree(arena->staged);
-    if (arena->kept) cudaFree(arena->kept);
-    if (arena->pinned) cudaFreeHost(arena->pinned);
-    free(arena);
+    parity__free_ring(&g->ring);
+    free(g);
     return NULL;
 }
 
-/* A place in an arena, which is copied to the host with the rest of it. */
-static inline struct parity_slot *parity__slot(parity_dump *d, struct parity_graph *g, cudaGraph_t graph, size_t bytes,
-                                               cudaError_t *status) {
-    size_t size = (bytes + 7) & ~(size_t)7;
-    struct parity_slot *slot, **end = &g->slots;
-    struct parity_arena *arena = parity__arena(d, g, graph, size, status);
-    if (!arena) return NULL;
-    slot = (struct parity_slot *)calloc(1, sizeof *slot);
+/* A place in each replay's rows. */
+static inline struct parity_slot *parity__slot(struct parity_graph *g, size_t bytes) {
+    struct parity_slot *slot = (struct parity_slot *)calloc(1, sizeof *slot), **end = &g->slots;
     if (!slot) return NULL;
-    slot->arena = arena;
-    slot->at = arena->used;
-    slot->size = size;
-    arena->used += size;
-    *status = cudaGraphMemcpyNodeSetParams1D(arena->bring, arena->pinned, arena->kept, arena->used, cudaMemcpyDeviceToHost);
-    if (*status == cudaSuccess)
-        *status = cudaGraphMemcpyNodeSetParams1D(arena->keep, arena->kept, arena->staged, arena->used, cudaMemcpyDeviceToDevice);
+    slot->at = g->size;
+    g->size += (bytes + 15) & ~(size_t)15;
     while (*end) end = &(*end)->next;
     *end = slot;
     return slot;
 }
 
-/* Write the last replay of destroyed graphs, so that their slots can be reused; a copy in parallel with the capture. */
-static inline cudaError_t parity__collect(parity_dump *d) {
-    struct parity_graph *g;
-    struct parity_arena *arena;
-    cudaStream_t beside = NULL;
+/* Fit the ring to the size of a replay: a power of two of places, of which none is in use before the capture ends. */
+static inline cudaError_t parity__fit_ring(parity_dump *d, struct parity_graph *g) {
+    struct parity_control control;
     cudaError_t status = cudaSuccess;
-    for (g = d->graphs; g && status == cudaSuccess; g = g->next) {
-        if (!g->gone || g->written >= g->replays) continue;
-        if (!beside) status = cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking);
-        for (arena = g->arenas; arena && status == cudaSuccess; arena = arena->next)
-            status = cudaMemcpyAsync(arena->pinned, arena->kept, arena->used, cudaMemcpyDeviceToHost, beside);
-        if (status == cudaSuccess) status = cudaStreamSynchronize(beside);
-        if (status == cudaSuccess) parity__hand_over(g, g->replays);
+    size_t needed;
+    for (g->places = 64; g->places > 8 && g->places * g->size > PARITY_RING;) g->places /= 2;
+    needed = g->places * g->size;
+    if (g->ring.size < needed) {
+        status = cudaFree(g->ring.memory);
+        if (status == cudaSuccess) status = cudaFreeHost(g->ring.brought);
+        g->ring.memory = g->ring.brought = NULL;
+        for (g->ring.size = (size_t)1 << 20; g->ring.size < needed;) g->ring.size *= 2;
+        if (status == cudaSuccess) status = cudaMalloc((void **)&g->ring.memory, g->ring.size);
+        if (status == cudaSuccess) status = cudaMallocHost((void **)&g->ring.brought, g->ring.size / 4);
+        if (status != cudaSuccess) g->ring.size = 0;
     }
-    if (beside) cudaStreamDestroy(beside);
+    memset(&control, 0, sizeof control);
+    control.places = control.room = g->places;
+    control.size = (uint32_t)g->size;
+    control.ring = (uint64_t)(uintptr_t)g->ring.memory;
+    if (status == cudaSuccess) status = parity__bring(d, g->device, g->ring.control, &control, sizeof control, cudaMemcpyHostToDevice);
     return status;
 }
 
-/* Add a copy in line to a slot, behind the `n` nodes `before`. */
-static inline cudaError_t parity__stage(cudaGraph_t graph, const struct parity_slot *slot, size_t offset, const void *from, size_t size,
-                                        const cudaGraphNode_t *before, size_t n, cudaGraphNode_t *stage) {
-    cudaError_t status = cudaGraphAddMemcpyNode1D(stage, graph, before, n, slot->arena->staged + slot->at + offset, from, size,
-                                                  cudaMemcpyDeviceToDevice);
-    return status == cudaSuccess ? parity__follows(graph, *stage, slot->arena->keep) : status;
+/* The last replays of graphs that are gone, so that their memory can serve again. */
+static inline cudaError_t parity__collect_gone(parity_dump *d) {
+    struct parity_graph *g;
+    cudaError_t status = cudaSuccess;
+    for (g = d->graphs; g && status == cudaSuccess; g = g->next)
+        if (g->gone) status = parity__collect_all(d, g);
+    return status;
 }
 
-/* Add a checkpoint after what the stream has captured so far, with the position of its pass if it is the first one of it. */
-static inline cudaError_t parity__put_in_line(parity_dump *d, const struct parity_slot *slot, const struct parity_slot *place,
-                                              const void *values, size_t bytes, cudaStream_t stream) {
+/* Add rows to the last kernel where nothing came behind it: returns what the driver does. */
+static inline int parity__join(parity_dump *d, struct parity_graph *g, unsigned blocks, void **arguments) {
+    int (*set)(cudaGraphNode_t, const struct parity__node_params *);
+    struct parity__node_params params;
+    if (parity__driver("cuGraphKernelNodeSetParams", &set)) return -1;
+    memset(&params, 0, sizeof params);
+    params.function = parity__kernel(d, g->device);
+    params.grid[0] = blocks;
+    params.block[0] = 256;
+    params.grid[1] = params.grid[2] = params.block[1] = params.block[2] = 1;
+    params.arguments = arguments;
+    return set(g->last, &params);
+}
+
+/* Launch the kernel for the graph's present rows into the stream: returns what the driver does. */
+static inline int parity__launch(parity_dump *d, struct parity_graph *g, unsigned blocks, void **arguments, cudaStream_t stream, int overlaps) {
+    int (*launch)(const struct parity__config *, void *, void **, void **);
+    int (*plain)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, cudaStream_t, void **, void **);
+    struct parity__config config;
+    struct parity__attribute attribute;
+    void *kernel = parity__kernel(d, g->device);
+    if (!overlaps || parity__driver("cuLaunchKernelEx", &launch))
+        return parity__driver("cuLaunchKernel", &plain) ? -1
+                                                        : plain(kernel, blocks, 1, 1, 256, 1, 1, 0, stream, arguments, NULL);
+    memset(&config, 0, sizeof config);
+    memset(&attribute, 0, sizeof attribute);
+    attribute.id = 6; /* programmatic stream serialization */
+    attribute.value[0] = 1;
+    config.grid[0] = blocks;
+    config.block[0] = 256;
+    config.grid[1] = config.grid[2] = config.block[1] = config.block[2] = 1;
+    config.stream = stream;
+    config.attributes = &attribute;
+    config.n_attributes = 1;
+    return launch(&config, kernel, arguments, NULL);
+}
+
+/* Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one. */
+static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_graph *g, const struct parity_slot *slot,
+                                              const struct parity_slot *place, const void *values, size_t bytes, cudaStream_t stream) {
+    const cudaGraphNode_t *before;
+    struct parity_segments *rows = &g->rows;
+    enum cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
     cudaGraph_t graph;
-    const cudaGraphNode_t *so_far;
-    cudaGraphNode_t *before, stage[3];
     unsigned long long id;
-    size_t n, staged = 0;
-    cudaError_t status = parity__capture(stream, &id, &graph, &so_far, &n);
+    unsigned chunks = 0;
+    size_t n;
+    uint32_t i, more = place ? d->pass ? 3 : 2 : 1;
+    int joins, overlaps, behind = 0;
+    void *arguments[1];
+    cudaError_t status = parity__capture(stream, &id, &graph, &before, &n);
     if (status != cudaSuccess) return status;
-    before = (cudaGraphNode_t *)malloc((n + 1) * sizeof *before); /* the driver's own array moves with the next node */
-    if (!before) return cudaErrorMemoryAllocation;
-    if (n) memcpy(before, so_far, n * sizeof *before);
-    status = parity__stage(graph, slot, 0, values, bytes, before, n, &stage[staged++]);
-    if (place && status == cudaSuccess) status = parity__stage(graph, place, 0, d->position, 4, before, n, &stage[staged++]);
-    if (place && d->pass && status == cudaSuccess) status = parity__stage(graph, place, 4, d->pass, 4, before, n, &stage[staged++]);
-    if (status == cudaSuccess) status = parity__goes_on(stream, stage, staged);
-    free(before);
+    for (i = 0; i < n; i++) behind |= before[i] == g->first;
+    joins = g->last && n == 1 && before[0] == g->last && rows->n + more <= PARITY__SEGMENTS;
+    if (!joins) {
+        if (n == 1 && before[0] != g->last) cudaGraphNodeGetType(before[0], &type);
+        memset(rows, 0, sizeof *rows);
+        rows->control = (uint64_t)(uintptr_t)g->ring.control;
+        rows->first = !g->first;
+    }
+    rows->of[rows->n].from = (uint64_t)(uintptr_t)values;
+    rows->of[rows->n].at = (uint32_t)slot->at;
+    rows->of[rows->n++].bytes = (uint32_t)bytes;
+    for (i = 0; place && i < more - 1; i++) {
+        rows->of[rows->n].from = (uint64_t)(uintptr_t)(i ? d->pass : d->position);
+        rows->of[rows->n].at = (uint32_t)place->at + 16 * i;
+        rows->of[rows->n++].bytes = 4;
+    }
+    for (i = 0; i < rows->n; i++) chunks += (rows->of[i].bytes + 15) / 16;
+    arguments[0] = rows;
+    if (joins) return parity__join(d, g, (chunks + 255) / 256, arguments) ? cudaErrorUnknown : cudaSuccess;
+    overlaps = type == cudaGraphNodeTypeKernel && (!g->first || stream == g->stream) && parity__overlaps(g->device);
+    if (parity__launch(d, g, (chunks + 255) / 256, arguments, stream, overlaps)) return cudaErrorLaunchFailure;
+    status = parity__capture(stream, &id, &graph, &before, &n);
+    if (status != cudaSuccess) return status;
+    g->last = before[0];
+    if (!g->first) {
+        g->first = g->last;
+        g->stream = stream;
+    } else if (stream != g->stream && !behind) /* a branch that may be ahead of the first kernel */
+        status = parity__follows(graph, g->first, g->last);
     return status;
 }
 
@@ -941,42 +1334,47 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
     unsigned long long id;
     struct parity_graph *g = NULL;
     struct parity_slot *slot = NULL, *place = NULL;
-    cudaError_t status;
+    const char *why = NULL;
+    cudaError_t status = cudaSuccess;
+    int device = 0;
     if (strlen(point) >= sizeof slot->point) return parity__refuse(d, point, "names of captured checkpoints have at most 63 characters");
+    if (bytes > (size_t)1 << 31) return parity__refuse(d, point, "a captured row has at most 2 GiB");
     parity__enter(&d->device);
-    if (!d->position) {
-        parity__leave(&d->device);
-        return parity__refuse(d, point,
-                              "this stream is being captured into a graph: give parity_position_device the device memory "
-                              "from which each replay reads its position");
-    }
-    if (parity__start_writers(&d->queue, d)) {
-        parity__leave(&d->device);
-        return parity__refuse(d, point, "no thread could be started");
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaGetDevice(&device);
+    if (!d->position)
+        why = "this stream is being captured into a graph: give parity_position_device the device memory from which each replay reads "
+              "its position";
+    else if (device >= PARITY__DEVICES) why = "captured checkpoints are for the first 64 devices";
+    else if (parity__start_threads(d)) why = "no thread could be started";
+    else if (!parity__kernel(d, device)) why = "the driver does not take the kernel that records in graphs; run without graphs";
+    if (!why) {
+        status = parity__collect_gone(d);
+        if (status == cudaSuccess) status = parity__capture(stream, &id, &graph, &nodes, &before);
+        if (status == cudaSuccess) g = parity__graph_of(d, graph, id, &status);
+        /* A point that comes again is of another pass in the same graph, which has a position of its own. */
+        for (slot = g ? g->slots : NULL; slot; slot = slot->next)
+            if (slot->place == g->place && strcmp(slot->point, point) == 0) g->place = NULL;
+        if (g && !g->place) g->place = place = parity__slot(g, 32);
+        slot = g && g->place ? parity__slot(g, bytes) : NULL;
+        if (g && g->size > (size_t)1 << 31) why = "a replay's rows have at most 2 GiB";
+        else if (slot) {
+            status = parity__fit_ring(d, g);
+            if (status == cudaSuccess) status = parity__put_in_line(d, g, slot, place, values, bytes, stream);
+            if (status == cudaSuccess) { /* with a place it is a row */
+                slot->n = n;
+                slot->type = type;
+                strcpy(slot->point, point);
+                slot->place = g->place;
+            }
+        }
+        if (!why && status != cudaSuccess) why = cudaGetErrorString(status);
+        else if (!why && !slot) why = "out of memory";
     }
     cudaThreadExchangeStreamCaptureMode(&mode);
-    status = parity__collect(d);
-    if (status == cudaSuccess) status = parity__capture(stream, &id, &graph, &nodes, &before);
-    if (status == cudaSuccess) g = parity__graph_of(d, graph, id, &status);
-    /* A point that occurs again belongs to another pass in the same graph, which has a position of its own. */
-    for (slot = g ? g->slots : NULL; slot; slot = slot->next)
-        if (slot->place == g->place && strcmp(slot->point, point) == 0) g->place = NULL;
-    if (g && !g->place) g->place = place = parity__slot(d, g, graph, 8, &status);
-    if (g && g->place && status == cudaSuccess) slot = parity__slot(d, g, graph, bytes, &status);
-    if (slot && status == cudaSuccess) status = parity__put_in_line(d, slot, place, values, bytes, stream);
-    if (slot && status == cudaSuccess) { /* a slot with a place is a row */
-        slot->n = n;
-        slot->type = type;
-        strcpy(slot->point, point);
-        slot->place = g->place;
-    }
     parity__leave(&d->device);
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    if (status != cudaSuccess) {
-        cudaGetLastError();
-        return parity__refuse(d, point, cudaGetErrorString(status));
-    }
-    return slot ? 0 : parity__refuse(d, point, "out of memory");
+    if (why) cudaGetLastError();
+    return why ? parity__refuse(d, point, why) : 0;
 }
 #endif
 
@@ -1143,16 +1541,18 @@ static inline int parity_close(parity_dump *d) {
     int result;
 #ifdef PARITY_CUDA
     struct parity_graph *g, *next;
+    int device;
 #endif
     if (!d) return -1;
 #ifdef PARITY_CUDA
     parity_flush(d);
-    parity__end_writers(&d->queue);
+    parity__end_threads(d);
     for (g = d->graphs; g; g = next) {
         next = g->next;
-        g->dump = NULL; /* a graph that still exists may be replayed: it keeps its memory */
         parity__free_graph(g);
     }
+    for (device = 0; device < PARITY__DEVICES; device++)
+        if (d->beside[device]) cudaStreamDestroy(d->beside[device]);
 #endif
     if (!d->error[0])
         fprintf(d->file, "{\"type\":\"end\",\"checkpoints\":%lld,\"tokens\":%lld}\n", d->checkpoints, d->tokens);
@@ -1163,7 +1563,8 @@ static inline int parity_close(parity_dump *d) {
     parity__end_mutex(&d->device);
     parity__end_mutex(&d->queue.lock);
 #if !defined(_WIN32)
-    pthread_cond_destroy(&d->queue.change);
+    pthread_cond_destroy(&d->queue.work);
+    pthread_cond_destroy(&d->queue.room);
 #endif
 #endif
     parity__end_mutex(&d->lock);

@@ -7,7 +7,7 @@ import checkpoints
 
 _MODULES = ("errors", "record", "points", "summary", "lines")  # each one needs only those before it
 
-_RECORDER = ("cuda_driver", "graphs", "recorder")  # beside this file
+_RECORDER = ("cuda_driver", "graph_kernel", "graph_rows", "graphs", "recorder")  # beside this file
 
 _TOP = '''"""Write checkpoints of a Python engine for `parity diff` and `parity lint`. One file; needs Python 3.10 and NumPy only.
 

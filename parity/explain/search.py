@@ -156,7 +156,9 @@ class Search:
             order = order_of_number(state.faults[-1]) if state.faults else None
             if order is not None:
                 return (0.0, 0.0, 0.0, *size, 1.0 + order)
-            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, error)
+            # Equal to the bit is the best; of errors that are noise none is better than another, and the order of the list decides.
+            last = error if error == 0 else max(error, _SAME_NOISE)
+            return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, last)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
     def simple(self, state: State) -> list[State]:
