@@ -1,5 +1,6 @@
 """Rounding that a model amplifies: how far it carries is measured by runs with noise of its size, and faults are larger."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from checkpoints.formats import load
+from checkpoints.record import Rows
 from engine import ops
 from engine.graph import Step
 from engine.opened import open_plain
@@ -18,6 +20,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.compare import Options, compare
+from parity.diff.truth import share_of_few
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -45,33 +48,50 @@ def test_the_noise_is_of_roundings_size() -> None:
     assert not np.array_equal(product(x, w, None), disturbed(steps, 1)[0].op(x, w, None))
 
 
+def test_the_share_of_a_row_of_few_elements() -> None:
+    """A row of one number counts as its energy does among those of its point; rows of many elements, and rows of zeros, as they are."""
+
+    def rows(norms: list[float], n: int) -> Rows:
+        stats = {"n": np.full(len(norms), float(n)), "l2": np.array(norms)}
+        count = len(norms)
+        zeros, at = np.zeros(count, np.int64), np.arange(count)
+        values = np.zeros((count, 1), np.float32)
+        return Rows("gate", zeros, at, zeros, zeros > 0, ((n,),) * count, values, zeros + 1, stats)
+
+    assert share_of_few(rows([2.0, 0.02, 0.0], 1)).tolist() == [1.0, pytest.approx(1e-4), 1.0]
+    assert share_of_few(rows([2.0, 0.02, 0.0], 64)).tolist() == [1.0, 1.0, 1.0]
+
+
 def _nmse(ours: Any, other: Any) -> float:
     return float(((ours - other) ** 2).sum() / (other**2).sum())
 
 
-class Plamo2:
-    """A small plamo2: what llama.cpp gives for a prompt, and what our engine gives with a scan that is off."""
+class Scaled:
+    """A small model: what llama.cpp gives for a prompt, and what our engine gives with one point's rows scaled."""
 
-    def __init__(self, model: Path, folder: Path, reference: Reference) -> None:
+    def __init__(
+        self, model: Path, folder: Path, reference: Reference, point: str = "blk.0.mamba_y_view", ids: tuple[int, ...] = IDS
+    ) -> None:
         self.engine: Transformer = open_plain(GgufModel(model), "numpy", recorded=partial(reference.graph, model))
-        self.right, self.folder = self.engine.steps, folder
-        reference.dump(DumpJob(model, folder / "ref.jsonl", IDS, points="all"))
+        self.right, self.folder, self.point, self.ids = self.engine.steps, folder, point, ids
+        reference.dump(DumpJob(model, folder / "ref.jsonl", ids, points="all"))
 
     def agrees(self, factor: float, at: slice = slice(None)) -> bool:
-        """Whether a scan whose rows are larger by that factor at these positions is parity, all points compared."""
+        """Whether it is parity, all points compared, if the rows at these positions are larger by that factor."""
 
         def larger(op: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
             value = np.array(op(*inputs, **params))
             value[at] *= np.float32(factor)
             return value
 
-        point = "blk.0.mamba_y_view"
-        assert any(step.makes == point for step in self.right)
+        assert any(step.makes == self.point for step in self.right)
         out = self.folder / "ours.jsonl"
-        self.engine.steps = [replace(step, op=partial(larger, step.op)) if step.makes == point else step for step in self.right]
-        dump(self.engine, OursJob(out, IDS, points="all"))
+        self.engine.steps = [
+            replace(step, op=partial(larger, step.op)) if step.makes == self.point else step for step in self.right
+        ]
+        dump(self.engine, OursJob(out, self.ids, points="all"))
         self.engine.steps = self.right
-        truth = Arbiter.of(self.engine, IDS)
+        truth = Arbiter.of(self.engine, self.ids)
         return bool(compare(load(out), load(self.folder / "ref.jsonl"), Options(truth=truth)))
 
 
@@ -79,9 +99,32 @@ class Plamo2:
 def test_a_scan_whose_terms_cancel(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
     """At one position plamo2's scan is all but nothing, and the reference near the truth by luck: that is parity, and a scan that is a
     thousandth too large is not, were it there alone, nor one of a ten-thousandth."""
-    plamo2 = Plamo2(small_model("plamo2", layers=2), tmp_path, reference)
+    plamo2 = Scaled(small_model("plamo2", layers=2), tmp_path, reference)
     assert plamo2.agrees(1.0)
     assert not plamo2.agrees(1.001)
     assert not plamo2.agrees(1.001, slice(AT, AT + 1))
     assert not plamo2.agrees(1.0001)
     assert not plamo2.agrees(1.0001, slice(AT, AT + 1))
+
+
+@pytest.mark.slow
+def test_a_gate_of_one_number_that_cancels(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """qwen3next's shared expert has a gate of one number, at two positions all but 0, of which rounding is a far larger part: that is
+    parity, and a gate that is a thousandth too large is not, nor is it if only the small ones are."""
+    ids = tuple((401 * i + 37) % 1999 + 3 for i in range(37))
+    qwen3next = Scaled(small_model("qwen3next"), tmp_path, reference, "blk.3.shared_expert_gate", ids)
+    assert qwen3next.agrees(1.0)
+    assert not qwen3next.agrees(1.001)
+    assert not qwen3next.agrees(1.0001)
+    assert not qwen3next.agrees(1.1, slice(3, 4))
+
+
+@pytest.mark.slow
+def test_rows_of_which_a_table_leaves_little(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """gemma3n keeps a few elements of a row and looks GELU up for them in a table of float16, so that one other entry moves the whole
+    row: that is parity for a prompt at which other entries are used, and one activation that is a hundredth too large is not."""
+    draw = random.Random(5)
+    ids = tuple(draw.randrange(3, 250) for _ in range(21))
+    gemma3n = Scaled(small_model("gemma3n"), tmp_path, reference, "blk.4.unary.2", ids)
+    assert gemma3n.agrees(1.0)
+    assert not gemma3n.agrees(1.01)

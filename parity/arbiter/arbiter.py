@@ -119,16 +119,37 @@ class Arbiter:
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """See `parity.diff.truth.Truth.one_entry`; 0 for records whose positions or elements are unknown."""
-        tables = {step.makes: step for step in self._steps if step.makes in points and is_looked_up(step)}
-        return {name: self._one_entry(step, points[name]) for name, step in tables.items()}
+        return {step.makes: self._one_entry(step, points[step.makes]) for step in self._looked_up(points)}
+
+    def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """See `parity.diff.truth.Truth.largest_entry`; 0 for records whose positions are unknown."""
+        return {step.makes: self._largest_entry(step, points[step.makes]) for step in self._looked_up(points)}
+
+    def _looked_up(self, points: Collection[str]) -> list[Step]:
+        """The steps that make some of the points with a table of float16."""
+        return [step for step in self._steps if step.makes in points and is_looked_up(step)]
+
+    def _entries(self, step: Step) -> Floats:
+        """How far apart neighbouring entries of a step's table are at each element, [T, n]."""
+        inputs = [self._backend.array(self.value(name)) for name in step.names]
+        return self._backend.to_host(entry_errors(step, inputs, self._weights)).reshape(len(self._positions), -1)
+
+    def _largest_entry(self, step: Step, rows: Rows) -> Floats:
+        index, here = self._here(rows)
+        bound = np.zeros(len(rows))
+        if here.any():
+            error = np.square(self._entries(step)).max(axis=1)
+            energy = np.square(self.value(step.makes).reshape(len(error), -1)).sum(axis=1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                bound[here] = np.where(energy > 0, error / energy, 0.0)[index[here]]
+        return bound
 
     def _one_entry(self, step: Step, rows: Rows) -> Floats:
         index, here = self._here(rows)
         bound = np.zeros(len(rows))
         if rows.indices is None and here.any():
             kept = rows.take(here)
-            inputs = [self._backend.array(self.value(name)) for name in step.names]
-            entry = self._backend.to_host(entry_errors(step, inputs, self._weights)).reshape(len(self._positions), -1)
+            entry = self._entries(step)
             error = np.square(entry[index[here], : kept.values.shape[1]]).sum(axis=1)
             energy = np.square(kept.values.astype(np.float64)).sum(axis=1)
             share = SLICE_FLOOR * kept.values.shape[1] / kept.stats["n"] * kept.stats["l2"] ** 2
@@ -137,16 +158,23 @@ class Arbiter:
 
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
-        known = self._known(points, Variant.WIDE)
+        return self._spread(points, Variant.WIDE)
+
+    def table_spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `parity.diff.truth.Truth.table_spread`; records whose positions are not known have 0."""
+        return self._spread(points, Variant.TABLED)
+
+    def _spread(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Floats]:
+        """How far rounding's noise moves records from the same steps without it, the worst of some runs."""
+        known = self._known(points, variant)
         worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
         for seed in range(_SAMPLES):
-            values = self._computed(Variant.WIDE, disturbed(self._steps, seed), known.keys())
+            values = self._computed(variant, disturbed(self._steps, seed), known.keys())
             for name, rows in known.items():
                 index, here = self._here(rows)
                 if here.any():
                     moved, _ = self._recorded(rows.take(here), index[here], values[name])
-                    truth = self._values[Variant.WIDE][name]
-                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, truth))
+                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, self._values[variant][name]))
         return worst
 
     def value(self, point: str, variant: Variant = Variant.WIDE) -> NDArray[Any]:

@@ -72,9 +72,17 @@ class EncoderDecoderArbiter:
         """As `Arbiter.one_entry`."""
         return self._of_both(Arbiter.one_entry, points)
 
+    def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.largest_entry`."""
+        return self._of_both(Arbiter.largest_entry, points)
+
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `Arbiter.spread`, of each half by itself."""
         return self._of_both(Arbiter.spread, points)
+
+    def table_spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """As `Arbiter.table_spread`, of each half by itself."""
+        return self._of_both(Arbiter.table_spread, points)
 
     def record(self, rows: Rows) -> Rows:
         """See `Arbiter.record`."""

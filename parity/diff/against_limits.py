@@ -16,7 +16,7 @@ from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDI
 from .measure import Measured
 from .noise import excused
 from .operations import ELEMENTWISE
-from .truth import BOTH, FEW_ENTRIES, NO_COARSE_ROUNDING, NO_ROUNDING, ROUNDING, Truth, of_few, of_table, raised
+from .truth import BOTH, FEW_ENTRIES, NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, of_table, raised, share_of_few
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -172,10 +172,11 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     Nothing is computed if no error is small enough to be rounding.
     """
     nmse = measured.measures.nmse
-    if not ((nmse > limit) & (nmse <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
+    share = _shares(measured)
+    if not ((nmse > limit) & (nmse * share <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
         return limit, ()
     coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
-    near = (nmse > limit) & (nmse <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
+    near = (nmse > limit) & (nmse * share <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
     if not near.any():
         return limit, ()
     distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
@@ -183,7 +184,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
         return None
     distance = _joined(measured, distances)
     keys = measured.point, measured.seq, measured.token_idx
-    higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_))
+    higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share)
     if (near & coarse).any():
         higher = np.where(coarse, _behind_known_tables(measured, limit, distance, near & coarse, truth), higher)
     higher = _spread(measured, higher, truth)
@@ -196,6 +197,11 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
         f"noise: {int(passed.sum())} records are over the usual limit where {_reason(bool(coarse[worst]))}: at {where} the sides are "
         f"{nmse[worst]:.1e} apart, and the reference is {distance[worst]:.1e} from float64",
     )
+
+
+def _shares(measured: Measured) -> Floats:
+    """See `share_of_few`, for all records, [R]."""
+    return np.concatenate([share_of_few(pair.ref) for pair in measured.pairs])
 
 
 def _joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
@@ -220,7 +226,7 @@ def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, ne
     Args:
         distance: NMSE of the reference's records from the truth. near: the records that are asked about.
     """
-    keys = measured.point, measured.seq, measured.token_idx
+    keys, share = (measured.point, measured.seq, measured.token_idx), _shares(measured)
     asked = measured.names_of(near)
     ours = {pair.point: pair.ours for pair in measured.pairs if pair.point in asked}
     far = _joined(measured, truth.distances(ours))
@@ -229,10 +235,15 @@ def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, ne
     higher = limit
     if (near & ~exact).any():
         own = _joined(measured, truth.own_rounding(ref))
-        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_)))
+        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_), share=share))
     if (near & ~exact).any():
         apart = _joined(measured, truth.from_table(ref))
-        higher = _one_entry(measured, of_table(limit, distance, apart, *keys), truth)
+        higher = _one_entry(measured, of_table(limit, distance, apart, *keys, share), truth)
+        odd = near & ~exact & (measured.measures.nmse > higher)
+        if odd.any():  # `apart` is one sample of which entries rounding chooses
+            further = _asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
+            apart = np.fmax(apart, np.fmax(_asked(measured, odd, truth.table_spread), further))
+            higher = np.fmax(higher, of_table(limit, distance, apart, *keys, share))
     # The distance between the two, which may be on opposite sides of the truth.
     nmse = measured.measures.nmse
     between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
@@ -257,11 +268,11 @@ def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
 
     That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
     """
-    nmse = measured.measures.nmse
-    odd = (nmse > limit) & (nmse <= ROUNDING)
+    nmse, rounding = measured.measures.nmse, NO_ROUNDING / _shares(measured)
+    odd = (nmse > limit) & (nmse <= rounding)
     if not odd.any():
         return limit
-    return np.where(odd, np.fmax(limit, np.minimum(BOTH * _asked(measured, odd, truth.spread), ROUNDING)), limit)
+    return np.where(odd, np.fmax(limit, np.minimum(BOTH * _asked(measured, odd, truth.spread), rounding)), limit)
 
 
 def _asked(measured: Measured, odd: Bools, known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]]) -> Floats:

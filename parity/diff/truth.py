@@ -34,10 +34,19 @@ class Truth(Protocol):
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far rounding alone moves records from the truth: NMSE, [R], if every operation is as far off as in right engines."""
 
+    def table_spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """How far rounding moves records if it changes which entries of the reference's tables of float16 are used: NMSE, [R]."""
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """NMSE of the recorded elements, [R], if each of them were looked up one entry further in a table of float16.
 
         Only points that come from such a table are included.
+        """
+
+    def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
+        """NMSE of the whole row, [R], if its one element at which that changes most were looked up one entry further: as `one_entry`.
+
+        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there.
         """
 
 
@@ -69,6 +78,19 @@ ROUNDING = 1e-8
 FEW = 16
 
 
+def share_of_few(rows: Rows) -> Floats:
+    """The energy of each record, [R], in proportion to the largest of its point if its rows have few elements; 1 for other rows.
+
+    An error of rounding is about the same at every position of such a point: in proportion to its own row it is larger by this number
+    than in proportion to the largest, and so is each bound on what rounding can reach.
+    """
+    n, l2 = rows.stats.get("n"), rows.stats.get("l2")
+    if n is None or l2 is None or not len(rows) or not (n <= FEW).all():
+        return np.ones(len(rows))
+    energy = np.where(np.isfinite(l2), l2, 0.0) ** 2
+    return np.where(energy > 0, energy / max(energy.max(), np.finfo(np.float64).tiny), 1.0)
+
+
 def of_few(distance: Floats, rows: Rows) -> Floats:
     """The distances of a point's records, [R], adjusted if its rows have few elements; those of other points unchanged.
 
@@ -93,6 +115,7 @@ def raised(
     token_idx: Ints,
     coarse: Bools,
     rounding: float = ROUNDING,
+    share: Floats | float = 1.0,
 ) -> Floats:
     """Every record's limit [R], raised where the reference itself is far from the truth; never lowered.
 
@@ -102,14 +125,17 @@ def raised(
         point, seq, token_idx: int64 [R]; the number of each record's point in dataflow order, its sequence and position.
         coarse: whether the reference computes the record's point coarsely.
         rounding: NMSE up to which `MULTIPLE` times the distance counts as rounding; beyond it, `COARSE_MULTIPLE` times.
+        share: of each record, as `share_of_few` gives it.
     """
     worst = _so_far(distance, point, seq, token_idx)
-    near = nmse <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
-    by_distance = np.maximum(np.minimum(MULTIPLE * worst, rounding), COARSE_MULTIPLE * worst)
+    near = nmse * share <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
+    by_distance = np.maximum(np.minimum(MULTIPLE * worst, rounding / share), COARSE_MULTIPLE * worst)
     return np.where(near, np.maximum(limit, by_distance), limit)
 
 
-def of_table(limit: Floats, distance: Floats, apart: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
+def of_table(
+    limit: Floats, distance: Floats, apart: Floats, point: Ints, seq: Ints, token_idx: Ints, share: Floats | float = 1.0
+) -> Floats:
     """Every record's limit [R] for an engine that looks GELU up in a table of float16 as the reference does; never lowered.
 
     Two such engines use different entries here and there, if their arguments lie on the two sides of a step: `apart` shows how often.
@@ -118,10 +144,10 @@ def of_table(limit: Floats, distance: Floats, apart: Floats, point: Ints, seq: I
     Args:
         limit: each record's limit by the table of limits. distance: NMSE of the reference's record from the truth; apart: from our
             float32 steps with the same table. NaN where it is not known.
-        point, seq, token_idx: as in `raised`.
+        point, seq, token_idx, share: as in `raised`.
     """
     worst, flipped = (_so_far(far, point, seq, token_idx) for far in (distance, apart))
-    return np.maximum(limit, COARSE_MULTIPLE * np.maximum(flipped, np.minimum(worst, FEW_ENTRIES / COARSE_MULTIPLE)))
+    return np.maximum(limit, COARSE_MULTIPLE * np.maximum(flipped, np.minimum(worst, FEW_ENTRIES / COARSE_MULTIPLE / share)))
 
 
 def _so_far(distance: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:

@@ -69,9 +69,17 @@ class KnownModel:
         """How far rounding alone moves records (`Truth`)."""
         return {} if self.truth is None else self.truth.spread(points)
 
+    def table_spread(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far rounding moves records behind a table (`Truth`)."""
+        return {} if self.truth is None else self.truth.table_spread(points)
+
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far one entry of a table moves records (`Truth`)."""
         return {} if self.truth is None else self.truth.one_entry(points)
+
+    def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
+        """How far the entry that matters most moves records (`Truth`)."""
+        return {} if self.truth is None else self.truth.largest_entry(points)
 
     @property
     def coarse(self) -> frozenset[str]:
