@@ -224,14 +224,14 @@ def test_a_dump_of_the_twin_is_the_models(parity: Cli) -> None:
 
 
 def test_nan_on_both_sides_is_no_agreement(parity: Cli) -> None:
-    """Records that have nothing but NaN on both sides are not compared, and where there are no others it is never parity."""
+    """Records that have nothing but NaN on both sides agree with nothing: a divergence that says that the reference is not finite."""
     line = '{"checkpoint":"%s","token_idx":0,"values":[%s]}\n'
     Path("nan.jsonl").write_text(line % ("embd", "1,2,3,4.5") + line % ("logits", "NaN,NaN,NaN"))
     code, answer = parity.json("diff", "nan.jsonl", "nan.jsonl")
-    assert (code, answer["compared"]) == (0, 1)
-    assert "1 records have no finite value in common and could not be compared" in answer["notes"]
+    assert (code, answer["compared"], answer["first_divergence"]["checkpoint"]) == (1, 2, "logits")
+    assert "the reference is not finite here" in answer["pattern"]["sentence"]
     Path("nan.jsonl").write_text(line % ("logits", "NaN,NaN,NaN"))
-    refused(parity("diff", "nan.jsonl", "nan.jsonl"), "no record could be compared")
+    assert parity.json("diff", "nan.jsonl", "nan.jsonl")[0] == 1
 
 
 def test_nothing_in_common_is_never_parity(parity: Cli) -> None:
