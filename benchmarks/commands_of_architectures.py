@@ -30,7 +30,7 @@ from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 
 TOKENS, EPSILON = 16, 1e-3
-HEAD = "| architecture | isolate, F32 | isolate, Q8_0 | explain | consistency | on |\n" + "|---" * 6 + "|"
+HEAD = "| architecture | isolate, F32 | isolate, Q8_0 | explain, another ε | consistency | on |\n" + "|---" * 6 + "|"
 
 
 def asked(*words: object) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def consistent(model: Path, tokens: str) -> str:
     if "refused" in answer:
         return str(answer["refused"])
     differs = [check["name"] for check in answer["checks"] if check["suspect"]]
-    return f"differs: {', '.join(differs)}" if differs else f"{len(answer['checks'])} checks"
+    return f"differs: {', '.join(differs)}" if differs else f"{len(answer['checks'])} checks agree"
 
 
 def explained(chosen: Recipe, model: Path, tokens: tuple[int, ...], reference: Reference, folder: Path) -> str:

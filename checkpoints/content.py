@@ -22,7 +22,7 @@ _CHUNK = 1 << 20  # bytes of a leaf of the tree: stays in a core's cache between
 _REMEMBERED = 1 << 22  # the hashes of files from this size on are remembered; smaller files take less than 3 ms of a core
 _FOLDER = "hashes"
 _MOST = 500  # hashes that are remembered
-# A file may be written again within one tick of its file system's clock: if it was modified less than this before it was
+# A file may be written again within one tick of its file system's clock: one that was modified less than this before it was
 # hashed is hashed again. FAT's clock ticks every 2 s.
 _TICK_NS = 3_000_000_000
 _VERSION = 1

@@ -12,7 +12,10 @@ from split_files import part, split
 from checkpoints.errors import ModelError
 from checkpoints.formats import load
 from checkpoints.gguf_file import contents
+from engine.fast.weights import lacking
 from engine.weights.gguf_model import GgufModel
+from parity.drift.golden import seen_from
+from parity.weights.mishaps import mishaps
 
 Make = Callable[..., Path]
 PARTS = 3
@@ -46,6 +49,45 @@ def test_a_byte_of_any_part_changes_the_model_s_identity(small_model: Make, tmp_
     after = contents(first)
     assert after.fingerprint != identity[0]
     assert after.content != identity[1]
+
+
+def test_a_mishap_reads_the_part_that_has_the_tensor(small_model: Make, tmp_path: Path) -> None:
+    """The block before a tensor is that of its own part: the same values as in the whole file."""
+    whole = GgufModel(small_model("qwen3moe", "q8_0", layers=2))
+    joined = GgufModel(in_parts(small_model, tmp_path / "m.gguf"))
+    name = [name for name, info in joined.tensors.items() if info.part == PARTS - 1][-1]
+    ways = (dict(mishaps(model, model.tensors[name], 64, (4, 2))) for model in (whole, joined))
+    values, same = (way["off by one block, backwards"]() for way in ways)
+    assert values is not None
+    np.testing.assert_array_equal(same, values)
+
+
+def test_the_fast_mode_leaves_split_models_to_the_plain_engine(stories: Path, tmp_path: Path) -> None:
+    """It reads one file only, so a model that it could run as a whole is refused in parts."""
+    assert lacking(GgufModel(stories)) is None
+    assert lacking(GgufModel(split(stories, tmp_path / "m.gguf", PARTS))) == "no models in several files"
+
+
+def test_no_part_is_written_over(parity: Cli, small_model: Make, tmp_path: Path) -> None:
+    """Each part is an input, not only the first one, which the command names."""
+    first = in_parts(small_model, tmp_path / "m.gguf")
+    last = part(tmp_path / "m.gguf", PARTS, PARTS)
+    before = last.read_bytes()
+    refused(parity("twin", first, "-o", last), last.name, "must not be overwritten")
+    assert last.read_bytes() == before
+
+
+def test_golden_dumps_name_a_link_by_its_own_name(small_model: Make, tmp_path: Path) -> None:
+    """In a cache of links to files named by their hash, as Hugging Face's is, only the links have the names of parts."""
+    blobs, snapshot, golden = (tmp_path / name for name in ("blobs", "snapshot", "golden"))
+    for folder in (blobs, snapshot, golden):
+        folder.mkdir()
+    in_parts(small_model, blobs / "m.gguf")
+    for number in range(1, PARTS + 1):
+        named = part(snapshot / "m.gguf", number, PARTS)
+        named.symlink_to((blobs / named.name).rename(blobs / f"blob-{number}"))
+    recorded = golden / seen_from(golden, part(snapshot / "m.gguf", 1, PARTS))
+    assert len(contents(recorded).parts) == PARTS
 
 
 @pytest.mark.slow

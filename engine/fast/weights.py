@@ -133,6 +133,7 @@ def lacking(model: GgufModel) -> str | None:
         f"no architecture {hp.architecture!r}, only {', '.join(PAIRS)}": hp.architecture not in PAIRS,
         "no mixture of experts": "blk.0.ffn_gate_inp.weight" in model.tensors,
         f"no value heads of {hp.value_size} beside key heads of {hp.head_size}": hp.value_size != hp.head_size,
+        "no models in several files": len(model.contents.parts) > 1,
         "no widths that are no multiple of 32": bool(hp.n_embd % 32 or hp.n_ff % 32 or hp.n_heads * hp.head_size % 32),
     }
     return next((reason for reason, broken in wrong.items() if broken), None)

@@ -167,7 +167,8 @@ def seen_from(folder: Path, model: Path) -> str:
     """The model's path relative to the folder, so that a checkout may lie anywhere."""
     if model == default_model.path():
         return EMBEDDED
-    return Path(os.path.relpath(model.resolve(), folder.resolve())).as_posix()
+    place = model.parent.resolve() / model.name  # a link keeps its name, by which the other parts of a split model are found
+    return Path(os.path.relpath(place, folder.resolve())).as_posix()
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, in
         shift = elements if elements > 1 else 1
         yield "off by one block", lambda: first_values(model, info, count, skip=shift)
     if info.offset >= size:
-        yield "off by one block, backwards", lambda: _from_before(model, info, count)
+        yield "off by one block, backwards", lambda: _at(model, info, count, -size)
 
     def altered(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Made:
         return lambda: _values(change(_blocks(model, info, count).copy()), info.type)
@@ -201,15 +201,6 @@ def _scales_of_q3_k(blocks: NDArray[np.uint8]) -> NDArray[np.int32]:
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     high = np.concatenate([(packed[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
     return np.asarray(low | (high << 4))
-
-
-def _from_before(model: GgufModel, info: TensorInfo, count: int) -> Floats:
-    """The values that a pointer one block too low reads: the block before the tensor's first byte, then the tensor's own."""
-    elements, size = block_of(info.type, info.name)
-    with model.path.open("rb") as file:
-        file.seek(info.offset - size)
-        data = np.frombuffer(file.read(size * (-(-count // elements))), np.uint8)
-    return _values(data[: len(data) // size * size].reshape(-1, size), info.type)
 
 
 def _swap_nibbles(blocks: NDArray[np.uint8], start: int, length: int) -> NDArray[np.uint8]:

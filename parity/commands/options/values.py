@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.errors import InputError
+from checkpoints.gguf_parts import files_of
 
 from ...run.prompt import given_prompt, numbers
 
@@ -17,12 +18,12 @@ Given = dict[str, Any]  # fields of a request by name: `Request(**given)`
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to overwrite an input.
+    """Refuse to overwrite an input, or a part of a split model that is one.
 
     Raises:
         InputError: one of `outputs` is one of `inputs`.
     """
-    read = [path for path in inputs if path.exists()]
+    read = [file for path in inputs if path.exists() for file in files_of(path)]
     for out in outputs:
         if out.exists() and any(out.samefile(path) for path in read):
             raise InputError(
