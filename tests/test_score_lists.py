@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ import pytest
 from cli import Cli, refused
 from servers import Start
 
+from parity.run.request import Request
 from parity.score.measures import Listed, kl_of_list, kl_of_lists, kl_whole, largest, log_sum
+from parity.score.predictions import LlamaCppPredictions, Rows
+from parity.score.score import ScoreRequest, score
+from parity.score.text import Chunk
 from parity.server.scoring import text_of
 from reference.client import Reference
 
@@ -145,13 +150,53 @@ def test_a_server_is_no_base_file(parity: Cli, fixed: str, words: tuple[object, 
     assert (code, answer["top_k"], answer["perplexity"]["bounded"] > 0) == (0, None, True)
 
 
+class OneTokenLess:
+    """llama.cpp as a side that reads the first chunk without one of its tokens, as the text of a chunk alone may have fewer."""
+
+    name = "reader"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, reference: Reference, model: Path) -> None:
+        self._side = LlamaCppPredictions(reference, model, "exact", self.name)
+
+    def read(self, chunk: Chunk) -> Chunk:
+        """Without the second token, in the first chunk only."""
+        return replace(chunk, tokens=(chunk.tokens[0], *chunk.tokens[2:])) if chunk.number == 0 else chunk
+
+    def rows(self, chunk: Chunk) -> Rows:
+        """llama.cpp's."""
+        return self._side.rows(chunk)
+
+
+@pytest.mark.slow
+def test_other_tokens_are_never_held_against_recorded_predictions(stories: Path, tmp_path: Path) -> None:
+    """A chunk that is read as other tokens is left out beside a base file, and its neighbours keep their rows; llama.cpp computes it."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    base = tmp_path / "text.base"
+    of = ScoreRequest(Request(model=stories), tmp_path / "text.txt", "ref", context=16)
+    whole, _ = score(replace(of, save_base=base, alone=True))
+    other = replace(of, opened=lambda reference, _: OneTokenLess(reference, stories))
+    beside_file, _ = score(replace(other, base=base))
+    computed, _ = score(other)
+    assert beside_file.positions == whole.positions - 7
+    assert computed.positions == whole.positions - 1
+    for answer in (beside_file, computed):
+        assert answer.kl_max is not None
+        assert answer.kl_max < 1e-6
+        assert answer.base_perplexity == pytest.approx(answer.perplexity)
+        assert "other tokens alone" in answer.notes[0]
+    assert "left out" in beside_file.notes[0]
+
+
 def test_impossible_tokens_and_broken_rows() -> None:
-    """A token that the base excludes adds nothing, one that only the side excludes makes KL infinite; a row with NaN has no log-sum."""
+    """A token that the base excludes adds nothing, one that only the side excludes makes KL infinite; a broken row has no log-sum."""
     base, ours = (np.array(row, dtype=np.float32) for row in ([1, 2, -np.inf, 0], [1, 2, 3, 0]))
     expected = kl_whole(base[[0, 1, 3]], ours[[0, 1, 3]]) + log_sum(ours) - log_sum(ours[[0, 1, 3]])
     assert kl_whole(base, ours) == pytest.approx(expected)
     assert kl_whole(ours, base) == np.inf
     assert np.isnan(log_sum(np.array([1, np.nan], dtype=np.float32)))
+    assert log_sum(np.array([1, np.inf], dtype=np.float32)) == np.inf
+    assert log_sum(np.array([-np.inf, -np.inf], dtype=np.float32)) == -np.inf
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ CASES = [
     (("run", "--prompt", "a", "--exec", "true {out}", "--devices", "0"), "--devices is for the engine that comes with parity"),
     (("run", "--prompt", "a", "--exec", "true {out}", "--bisect", "--arbiter", "all"), "--arbiter has no effect with --bisect"),
     (("run", "--prompt", "a", "--server", "http://127.0.0.1:1", "--compute", "f16"), "--compute has no effect with --server"),
+    (("run", "--prompt", "a", "--server", "http://127.0.0.1:1", "--points", "all"), "Add --dump-prefix"),
     (("run", "--prompt", "a", "--mode", "native", "--window", "2"), "--window works in exact mode only"),
     (("dump", "ours", "--prompt", "a", "--points", "embd", "--layers", "0", "-o", "x"), "--layers chooses"),
     (("dump", "ref", "--prompt", "a", "--offset", "1", "-o", "x"), "--offset is for the dump that --follow names"),
@@ -30,6 +31,7 @@ CASES = [
     (("conform", "--side", "ours", "--python", "python3"), "Add --side hf"),
     (("conform", "--exec", "true {out}", "--backend", "numpy"), "Add --side ours"),
     (("score", "--text", "{dump}", "--compute", "f16"), "--compute is for an engine of yours"),
+    (("score", "--text", "{dump}", "--exec", "true", "--backend", "numpy"), "--backend is for the engine that comes with"),
     (("drift", "record", "--prompts", "{dump}", "--out", "x", "--backend", "numpy"), "Add --side ours"),
     (("drift", "check", "x", "--ours", "{dump}", "--threads", "2"), "--threads has no effect on dumps"),
 ]  # fmt: skip
@@ -47,6 +49,14 @@ def test_an_option_that_nothing_reads_is_one_line(
     else:
         refused(ran, message)
     assert not Path("x").exists()
+
+
+def test_options_of_what_comes_after_are_not_refused(parity: Cli, stories_run: Path) -> None:
+    """--dump-prefix records the points that are named, and --explain-worst needs our engine for the cause: both reach the next error."""
+    dump = stories_run / "ours.jsonl"
+    refused(parity("run", "--prompt", "a", "--server", "http://127.0.0.1:1", "--dump-prefix", "--points", "all"), "127.0.0.1:1")
+    words = ("--exec", "no-such-program {tokens}", "--explain-worst", "--backend", "numpy")
+    refused(parity("score", "--text", dump, *words, "--context", 2), "--context 2 is too small")
 
 
 def test_what_a_variable_sets_is_not_refused(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

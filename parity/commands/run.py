@@ -188,8 +188,15 @@ def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect
     if bisect:
         o.refuse_unused(context, "layers arbiter", "has no effect with --bisect, which judges every layer")
     if given["server"] is not None:
-        names = "points layers slice_size binary strict compute arbiter backend devices despite_lint window"
-        o.refuse_unused(context, names, "has no effect with --server: a server has no checkpoints")
+        o.refuse_unused(
+            context,
+            "layers strict compute arbiter backend devices despite_lint",
+            "has no effect with --server: a server has no checkpoints",
+        )
+        if not given["server"].dump_prefix:
+            o.refuse_unused(
+                context, "points slice_size binary window", "is for what --dump-prefix records", "Add --dump-prefix."
+            )
     if given["mode"] != "exact":
         o.refuse_unused(context, "window", "works in exact mode only")
 

@@ -109,7 +109,9 @@ def score(
         o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")
         given = with_golden_model(given, golden)
     if given["command"] is not None or side is o.Side.REF or server is not None:
-        o.refuse_unused(invocation, "backend devices", "is for the engine that comes with parity")
+        searched = given["command"] is not None and explain_worst  # the cause, by that engine
+        names = "devices" if searched else "backend devices"
+        o.refuse_unused(invocation, names, "is for the engine that comes with parity")
     if given["command"] is None:
         o.refuse_unused(invocation, "names offset compute", "is for an engine of yours", "Give its command with --exec.")
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)

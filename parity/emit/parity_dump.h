@@ -143,6 +143,7 @@ struct parity_graph {
     struct parity_segments rows; /* of the last kernel */
     int device, step, decode, counted; /* counted: the step is that of the capture and one more for each replay */
     volatile int gone;                 /* the graph and all that was instantiated from it have been destroyed */
+    int emptied;                       /* it is gone, and the rows of its last replays were brought to the host */
 };
 
 /* A replay on its way to the file; its rows lie behind it. */
@@ -177,9 +178,10 @@ typedef struct parity_dump {
     int n_injected;
     parity__mutex lock; /* of the file and the fields above */
 #ifdef PARITY_CUDA
-    parity__mutex device; /* of the fields below; a replay may wait for the writers, which take the other lock: never take both */
+    parity__mutex copying; /* of the slab; another one, since replays in a stream that is waited for may need room, made under the next lock */
     void *slab; /* pinned */
     size_t slab_size;
+    parity__mutex device; /* of the fields below; a replay may wait for the writers, which take the first lock: never take both */
     const int *position, *pass; /* device memory that captured checkpoints read */
     struct parity_graph *graphs;
     void *kernels[PARITY__DEVICES]; /* by the number of the device, as the next */
@@ -288,6 +290,7 @@ static inline parity_dump *parity_open(const char *path) {
     }
     parity__new_mutex(&d->lock);
 #ifdef PARITY_CUDA
+    parity__new_mutex(&d->copying);
     parity__new_mutex(&d->device);
     parity__new_mutex(&d->queue.lock);
 #if defined(_WIN32)
@@ -885,8 +888,10 @@ static inline int parity__start_threads(parity_dump *d) {
     while (q->running < PARITY_WRITERS && parity__start(&q->writers[q->running], d, 0) == 0) q->running++;
     if (!q->running) return -1;
     if (parity__start(&q->collector, d, 1) == 0) return 0;
+    parity__enter(&q->lock);
     q->closing = 1;
     parity__wake(&q->work, 1);
+    parity__leave(&q->lock);
     while (q->running) parity__end(q->writers[--q->running]);
     q->closing = 0;
     return -1;
@@ -1172,7 +1177,7 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     g->counted = !d->pass;
     cudaGetDevice(&g->device);
     for (other = d->graphs; other && !g->ring.control; other = other->next)
-        if (other->gone && other->device == g->device) { /* everything of it has been collected */
+        if (other->emptied && other->device == g->device) {
             g->ring = other->ring;
             memset(&other->ring, 0, sizeof other->ring);
         }
@@ -1236,7 +1241,10 @@ static inline cudaError_t parity__collect_gone(parity_dump *d) {
     struct parity_graph *g;
     cudaError_t status = cudaSuccess;
     for (g = d->graphs; g && status == cudaSuccess; g = g->next)
-        if (g->gone) status = parity__collect_all(d, g);
+        if (g->gone && !g->emptied) {
+            status = parity__collect_all(d, g);
+            g->emptied = status == cudaSuccess;
+        }
     return status;
 }
 
@@ -1414,7 +1422,7 @@ static inline int parity_checkpoint_device(parity_dump *d, const char *point, in
 #else
     if (result) return parity__refuse(d, point, "graphs can be recorded from CUDA 11.3 on; run without graphs");
 #endif
-    parity__enter(&d->device); /* the slab belongs to one thread until its values have been taken out */
+    parity__enter(&d->copying); /* the slab belongs to one thread until its values have been taken out */
     if (d->slab_size < size) {
         if (d->slab) cudaFreeHost(d->slab);
         d->slab = NULL;
@@ -1426,7 +1434,7 @@ static inline int parity_checkpoint_device(parity_dump *d, const char *point, in
     if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
     copy = status == cudaSuccess ? malloc(size) : NULL;
     if (copy) memcpy(copy, d->slab, size);
-    parity__leave(&d->device);
+    parity__leave(&d->copying);
     if (!copy) return parity__refuse(d, point, status == cudaSuccess ? "out of memory" : cudaGetErrorString(status));
     result = parity__checkpoint(d, point, position, copy, type, n);
     free(copy);
@@ -1560,6 +1568,7 @@ static inline int parity_close(parity_dump *d) {
     if (fclose(d->file) != 0) result = -1;
 #ifdef PARITY_CUDA
     if (d->slab) cudaFreeHost(d->slab);
+    parity__end_mutex(&d->copying);
     parity__end_mutex(&d->device);
     parity__end_mutex(&d->queue.lock);
 #if !defined(_WIN32)

@@ -15,8 +15,10 @@ Row = NDArray[np.float32]
 
 
 def log_sum(logits: Row) -> float:
-    """log Σ exp(x) of a row [V], float64."""
+    """log Σ exp(x) of a row [V], float64; not finite if the row has NaN or ∞, or nothing but −∞."""
     largest = float(logits.max())
+    if not np.isfinite(largest):
+        return largest
     return largest + float(np.log(np.exp(logits.astype(np.float64) - largest).sum()))
 
 

@@ -68,7 +68,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
         writer = BaseWriter(side.name, request.context) if request.save_base is not None else None
         figures = _Figures(base, writer)
         for part in text.chunks:
-            figures.chunk(side.read(part) if isinstance(side, Reader) else part, side)
+            figures.chunk(part, side)
             if figures.tally.count:
                 progress(part.number + 1, len(text.chunks), figures.tally.perplexity[0])
         figures.require()
@@ -182,10 +182,26 @@ class _Figures:
         self.exact = not isinstance(base, Base)
         self._base, self._writer = base, writer
         self._rows = 0  # of a base file, before the chunk
+        self._otherwise = 0  # chunks that the side reads as other tokens
         self._worst: Worst | None = None
 
     def chunk(self, chunk: Chunk, side: Predictor) -> None:
-        """Score one chunk."""
+        """Score one chunk; left out if the side reads it as other tokens than those of recorded predictions."""
+        recorded = chunk
+        if isinstance(side, Reader):
+            chunk = side.read(chunk)
+        if chunk.tokens != recorded.tokens:
+            self._otherwise += 1
+        if chunk.tokens == recorded.tokens or not self._is_recorded:
+            self._scored(chunk, side)
+        self._rows += len(recorded.scored)
+
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether the base has predictions of the text's own chunks only, and cannot compute others."""
+        return isinstance(self._base, Base | GoldenPredictions)
+
+    def _scored(self, chunk: Chunk, side: Predictor) -> None:
         if self._writer is not None:
             self._writer.chunk(chunk)
         with ExitStack() as stack:
@@ -195,7 +211,6 @@ class _Figures:
             elif self._base is not None:
                 others = stack.enter_context(closing(self._base.rows(chunk)))
             self._positions(chunk, stack.enter_context(closing(side.rows(chunk))), others)
-        self._rows += len(chunk.scored)
 
     def _positions(self, chunk: Chunk, rows: Predicted, others: Predicted | None) -> None:
         for position, predicted in rows:
@@ -246,14 +261,20 @@ class _Figures:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was left out, in sentences."""
-        if not self.broken:
-            return ()
-        return (f"positions left out, because logits there are not numbers: {self.broken} ({self.broken_at})",)
+        notes = []
+        if self._otherwise:
+            how = "left out, since the base has no others" if self._is_recorded else "which were scored"
+            notes.append(f"chunks whose text has other tokens alone, {how}: {self._otherwise}")
+        if self.broken:
+            notes.append(f"positions left out, because logits there are not numbers: {self.broken} ({self.broken_at})")
+        return tuple(notes)
 
     def require(self) -> None:
         """Raises InputError if nothing was scored."""
         if not self.tally.count:
             problem = f" Logits are not numbers at {self.broken} positions: {self.broken_at}." if self.broken else ""
+            if self._otherwise and self._is_recorded:
+                problem += f" Chunks whose text has other tokens alone than the base: {self._otherwise}."
             raise InputError(f"nothing was predicted that could be scored.{problem}", "Take a longer text.", code="text")
 
     def worst(self, reference: Reference, model: Path) -> Worst | None:

@@ -56,7 +56,7 @@ class ServerPredictions:
     """What a server predicts behind each token of a chunk: its most probable tokens.
 
     A server gets the chunk's text, and where it does not echo its ids, if it takes them: then one request a position. Of a text that has
-    other tokens alone than within the whole text, these are scored, on both sides.
+    other tokens alone than within the whole text, these are asked about.
     """
 
     def __init__(self, wanted: ServerRequest, model: Path, reference: Reference, vocabulary: int) -> None:
@@ -68,7 +68,7 @@ class ServerPredictions:
         self._takes_ids = True
         self._asked: Sequence[Asked] = ()  # of the chunk that was read last
         self._most = 0  # candidates at any position so far
-        self._left_out = self._other_tokens = 0
+        self._left_out = 0
         self._notes: dict[str, None] = {}
 
     @property
@@ -80,8 +80,6 @@ class ServerPredictions:
     def notes(self) -> tuple[str, ...]:
         """What was left out, in sentences."""
         notes = list(self._notes)
-        if self._other_tokens:
-            notes.append(f"chunks whose text has other tokens alone, which were scored: {self._other_tokens}")
         if self._left_out:
             notes.append(f"positions left out, because the server says nothing of them: {self._left_out}")
         return tuple(notes)
@@ -107,7 +105,7 @@ class ServerPredictions:
             )
         last = len(prompt.ids) - 1
         asked = [item for item in heard.asked if chunk.first <= item.position < last and item.candidates]
-        self._most = max((len(item.candidates) for item in asked), default=self._most)
+        self._most = max(self._most, *(len(item.candidates) for item in asked)) if asked else self._most
         wanted = min(self._wanted.top, len(self._vocabulary.pieces))
         if asked and self._most < wanted:
             raise ServerError(
@@ -122,7 +120,6 @@ class ServerPredictions:
             )
         self._notes |= dict.fromkeys(note for note in heard.notes if not note.startswith("positions left out"))
         self._left_out += last - chunk.first - len(self._asked)
-        self._other_tokens += prompt.ids != chunk.tokens
         return replace(chunk, tokens=prompt.ids)
 
     def _named_alike(self, candidate: Candidate) -> bool:
