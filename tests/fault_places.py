@@ -88,6 +88,6 @@ HALVES: dict[str, tuple[str, dict[str, Any]]] = {
     "cross-attention-mask": ("decoder", {"seen": "rows up to its own position only"}),
     "cross-attention-matrices": ("decoder", {"read": "the keys' matrix for the values"}),
     "cross-attention-missing": ("decoder", {"without": "what cross-attention makes"}),
-    "relative-bias-missing": ("decoder", {"where": "in the passes behind the first"}),
+    "relative-bias-missing": ("decoder", {"where": "in the passes after the first"}),
     "relative-bias-buckets": ("encoder", {"how": "with the sign of the distance reversed"}),
 }

@@ -101,6 +101,18 @@ def test_a_row_that_cancels_blames_no_operation(size: int, sketch: bool) -> None
     assert worse.pattern.code != "undecided"
 
 
+@pytest.mark.parametrize("elements", [slice(3, 4), slice(None)])
+@pytest.mark.parametrize("sketch", [True, False])
+@pytest.mark.parametrize("theirs", [True, False])
+def test_nan_at_one_position_is_no_rounding(elements: slice, sketch: bool, theirs: bool) -> None:
+    """What is not finite has no size to be compared with the errors of positions that agree: it stays the answer."""
+    ours, right = arrays(3e-8)
+    (right if theirs else ours)[LOGITS][6, elements] = np.nan
+    told = _told(ours, right, 10, sketch)
+    assert told.pattern is not None
+    assert told.pattern.code == ("reference-nonfinite" if theirs else "nonfinite")
+
+
 def _told(ours: Arrays, right: Arrays, size: int, sketch: bool) -> Verdict:
     mine = dump(ours, slice_size=size)
     if not sketch:

@@ -10,6 +10,7 @@ import pytest
 from explaining import unstated
 from planted import PATIENT, Faulty, Planted, tokens_of
 
+from checkpoints.reading.reader import read
 from engine.backend import Array
 from engine.faults import CATALOGUE, FITTED, plant
 from engine.replay.precision import rounded
@@ -17,6 +18,7 @@ from engine.replay.wide import without_tables
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.explain import ExplainOptions, explain
 from reference.client import Reference
+from reference.jobs import DumpJob
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +52,18 @@ def test_faults_are_named_in_any_architecture(engine: Faulty, name: str, paramet
     explanation = explain(engine.dump(Planted(((name, parameters, None),)), tokens), engine.model, PATIENT)
     assert explanation.remaining is None
     assert name in [named.fault for cause in explanation.causes for named in (cause.named, *cause.equivalent)]
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "glm-dsa"])
+def test_llama_cpps_own_dump_has_no_fault(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """Neither a gate of one number that all but cancels is a fault, nor a choice of more keys than a position sees."""
+    model, out = small_model(name), tmp_path / "ref.jsonl"
+    reference.dump(DumpJob(model, out, tuple((401 * i + 37) % 1999 + 3 for i in range(37)), points="all"))
+    explanation = explain(read(out), model)
+    assert explanation
+    assert explanation.first is None
 
 
 @pytest.mark.parametrize("result", ["q_rope holds the result", "q_norm holds the result", "both hold the result"])

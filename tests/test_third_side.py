@@ -77,6 +77,14 @@ def test_off_and_all(faulty: Faulty, ref: Dump) -> None:
     assert not compared.truth.alone
 
 
+def test_without_a_common_position_nothing_is_asked(faulty: Faulty, ref: Dump) -> None:
+    """If the first token already differs no record is compared: the tokens are the divergence, with the model at hand as without it."""
+    verdict = _compared(faulty, faulty.dump(Planted(()), TOKENS[1:], bare=False), ref, "all").verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code, verdict.compared) == ("bos-missing", 0)
+
+
 def test_every_report_shows_all_three(faulty: Faulty, ref: Dump) -> None:
     """Values, distribution and distances of float64 stand in the HTML and Markdown reports and in the JSON."""
     ours = faulty.dump(_ROPE, TOKENS, bare=False)

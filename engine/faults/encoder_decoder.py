@@ -100,7 +100,7 @@ def _is_crossed(right: Steps, name: str) -> bool:
 
 
 def _of_prompt(bias: Array, passes: Array) -> Array:
-    """The bias [H, T, S] of the first pass, and none of those behind it."""
+    """The bias [H, T, S] of the first pass, and none of later passes."""
     return bias * (passes == 0)[None, :, None]
 
 
@@ -115,7 +115,7 @@ def _no_bias(step: Step, right: Steps, parameters: Parameters) -> Step:
 
 
 def _within_pass(positions: Array, passes: Array) -> Array:
-    """Positions counted from the begin of the pass that they belong to: [T]."""
+    """Positions counted from the start of the pass that they belong to: [T]."""
     xp = module_of(positions)
     begins = [positions[passes == number].min() for number in passes.tolist()]
     return positions - xp.asarray(begins)
@@ -133,8 +133,8 @@ def _other_buckets(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_parameters(step, bidirectional=not step.params["bidirectional"])
 
 
-_BEHIND = "in the passes behind the first"
-_WITHOUT_CACHE = "from the begin of each pass: what the cache holds is not counted"
+_BEHIND = "in the passes after the first"
+_WITHOUT_CACHE = "from the start of each pass: what the cache holds is not counted"
 FAULTS = (
     Fault(
         name="encoder-norm-missing",
@@ -142,7 +142,7 @@ FAULTS = (
         change=_unnormed,
         what="the decoder reads the encoder's last layer before its final norm",
         symptom="the encoder is right; the decoder is wrong from its first cross-attention on",
-        fix="hand over the encoder's output behind its norm",
+        fix="hand over the encoder's output after its norm",
         seen="encoders that return the last hidden state of the loop",
         once=True,
     ),
@@ -181,7 +181,7 @@ FAULTS = (
         name="cross-attention-missing",
         kinds=("ffn_inp.add",),
         change=_branch,
-        what="the sum behind cross-attention lacks {without}",
+        what="the sum after cross-attention lacks {without}",
         symptom="wrong from the first layer on",
         fix="add what cross-attention makes to its input; an encoder's output that is not handed over, all zeros, gives the same",
         seen="decoder-only code that loads an encoder–decoder",

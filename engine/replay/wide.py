@@ -143,7 +143,5 @@ def values_of(
     steps = [replace(step, inner=False) if step.makes in wanted else step for step in steps]
     with np.errstate(all="ignore"):  # faults may overflow
         steps = without_tables(steps[: last + 1]) if variant is Variant.EXACT else steps[: last + 1]
-        source = WideWeights(weights) if variant is Variant.WIDE else weights
-        inner = [step.makes for step in steps if step.inner and step.makes in wanted]  # which a tap does not see
-        made = graph.run(steps, values, source, KvCache(backend.xp), keep, keep=inner)
-    return kept | {name: backend.to_host(made[name]) for name in inner}
+        graph.run(steps, values, WideWeights(weights) if variant is Variant.WIDE else weights, KvCache(backend.xp), keep)
+    return kept

@@ -172,6 +172,8 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     Nothing is computed if no error is small enough to be rounding.
     """
     nmse = measured.measures.nmse
+    if not (nmse > limit).any():
+        return limit, ()
     share = _shares(measured)
     if not ((nmse > limit) & (nmse * share <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
         return limit, ()

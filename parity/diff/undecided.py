@@ -90,6 +90,8 @@ def _cancelled(records: Records) -> str:
         failing, passing = here[origins[here]], here[~records.failed[here]]
         if len(failing) > len(passing) or not (records.measures.nmse[failing] > records.limit[failing]).all():
             return ""
+        if _not_finite(records, failing).any():
+            return ""
         by_row = records.measures.nmse_row[here] > records.limit[here]  # a whole row tells more than a few of its values
         recorded, whole = _squared(records, number, here)
         fails, passes = np.isin(here, failing), np.isin(here, passing)
@@ -100,6 +102,13 @@ def _cancelled(records: Records) -> str:
         "no larger an error than at positions that agree, where the values are larger: rounding of a sum that all but cancels there, or a "
         "small fault (--model M.gguf decides)"
     )
+
+
+def _not_finite(records: Records, chosen: Ints) -> NDArray[np.bool_]:
+    """Which records fail by values that are not finite: sums of squares leave these out."""
+    measures = records.measures
+    odd = (measures.nonfinite_ours[chosen] > 0) | (measures.nonfinite_ref[chosen] > 0)
+    return np.asarray(odd & np.isinf(measures.nmse[chosen]))
 
 
 def _squared(records: Records, number: int, here: Ints) -> tuple[Floats, Floats]:

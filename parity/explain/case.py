@@ -215,10 +215,15 @@ class Case:
 def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
     """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores.
 
-    Also without masks and the like, whose rows are the second of three dimensions although they are not scores.
+    Also without masks and the like, whose rows are the second of three dimensions although they are not scores, and without nodes of
+    llama.cpp's that are no points of ours: of a choice of keys, say, what stands behind the keys that a position sees is anything.
     """
     whole = sees_later(steps)
-    once = {step.makes for step in steps if step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))}
+    once = {
+        step.makes
+        for step in steps
+        if step.inner or step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))
+    }
     if dump.points.keys() <= once:
         raise DumpError(
             f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"

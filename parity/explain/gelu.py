@@ -54,7 +54,8 @@ def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Se
     for own, entries in ((steps, with_table), (exact, without)):
         one = case.with_steps(own, entries)
         search = search_in(one)
-        states = search.simple(search.screening.start())
+        start = search.screening.start()
+        states = [] if start.first is None else search.simple(start)
         if states and _acts_by_itself(one, min(states, key=search.rank), exact):
             return one, search
     return case, None

@@ -148,7 +148,8 @@ def _merged(encoder: Explanation, decoder: Explanation) -> list[Cause]:
 
 def _same_fault(one: Cause, other: Cause) -> bool:
     mine, theirs = one.named, other.named
-    return mine.layers is None and (mine.fault, mine.parameters, None) == (theirs.fault, theirs.parameters, theirs.layers)
+    everywhere = mine.layers is None and theirs.layers is None
+    return everywhere and (mine.fault, mine.parameters) == (theirs.fault, theirs.parameters)
 
 
 def _of_encoder(answer: Explanation) -> Explanation:

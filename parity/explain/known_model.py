@@ -5,7 +5,7 @@ What computes is imported when it is asked for: two sides that agree ask nothing
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,17 +124,13 @@ def _of_encoder_decoder(ref: Dump, path: Path) -> "EncoderDecoderArbiter | None"
     """The truth about the reference's prompt and generated tokens, if the model is an encoder–decoder."""
     if ref.header is None or not ref.header.tokens:
         return None
-    from engine.opened import open_plain
-    from engine.weights.gguf_model import GgufModel
-
     from ..arbiter.encoder_decoder import EncoderDecoderArbiter
-    from ..run.graphs import recorded_graph
+    from .case import ExplainOptions, generated_of, open_model
 
     try:
-        transformer = open_plain(GgufModel(path), recorded=partial(recorded_graph, path))
+        transformer = open_model(path, ExplainOptions())
     except ParityError:
         return None
     if transformer.encoder is None:
         return None
-    generated = sorted((token.token_idx, token.id) for token in ref.tokens if token.seq == 0)
-    return EncoderDecoderArbiter(transformer, ref.header.tokens, [number for _, number in generated])
+    return EncoderDecoderArbiter(transformer, ref.header.tokens, generated_of(ref))

@@ -10,7 +10,7 @@ from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
 from ..diff.noise import excused
-from ..diff.truth import AUTO, NO_COARSE_ROUNDING, NO_ROUNDING, OFF, Truth, of_few, raised
+from ..diff.truth import AUTO, NO_COARSE_ROUNDING, NO_ROUNDING, OFF, Truth, of_few, raised, share_of_few
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
 
 EXPLAINED = 1e3  # a record's error must fall by this factor for a fault whose remaining error is its own noise
@@ -32,24 +32,23 @@ def allowed(
     return _by_truth(entries, right, positions, truth)
 
 
-def _beyond(entry: Expected, truth: Truth) -> float:
-    """NMSE above which a point's records cannot be rounding."""
-    return NO_COARSE_ROUNDING if entry.point in truth.coarse else NO_ROUNDING
+def _beyond(entry: Expected, truth: Truth) -> Floats:
+    """NMSE above which a point's records cannot be rounding: [R]."""
+    return (NO_COARSE_ROUNDING if entry.point in truth.coarse else NO_ROUNDING) / share_of_few(entry.pair.ref)
+
+
+def _shares(entries: Sequence[Expected]) -> Floats:
+    """See `share_of_few`: [R], one point after the other."""
+    return np.concatenate([share_of_few(entry.pair.ref) for entry in entries])
 
 
 def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, truth: Truth) -> Floats:
-    """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other.
-
-    NaN for a point that the truth does not compute: llama.cpp's node of a step that only others read.
-    """
+    """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other."""
     rows = right_rows(values, positions, {entry.point: entry.pair.ours for entry in entries})
     index = {entry.point: entry.rows for entry in entries}
     taken = {name: recorded.take(index[name]) for name, recorded in rows.items()}
     distances = truth.distances(taken)
-    unknown = {name: np.full(len(recorded), np.nan) for name, recorded in taken.items() if name not in distances}
-    return np.concatenate(
-        [unknown[point] if (point := entry.point) in unknown else of_few(distances[point], taken[point]) for entry in entries]
-    )
+    return np.concatenate([of_few(distances[entry.point], taken[entry.point]) for entry in entries])
 
 
 def _by_truth(
@@ -59,7 +58,7 @@ def _by_truth(
     nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
     distance = own_distance(entries, right, positions, truth)
     coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
-    higher = raised(nmse, limit, distance, point, seq, token_idx, coarse)
+    higher = raised(nmse, limit, distance, point, seq, token_idx, coarse, share=_shares(entries))
     passed = (nmse > limit) & (nmse <= higher)
     notes: tuple[str, ...] = ()
     if passed.any():
@@ -95,14 +94,14 @@ def without_own_noise(
     old, new, limit = (np.concatenate(list(part)) for part in (base, nmse, [entry.limit for entry in entries]))
     plain = as_recorded(steps)
     truth = truth_of(plain)
-    beyond = np.concatenate([np.full(len(entry.rows), _beyond(entry, truth)) for entry in entries])
+    beyond = np.concatenate([_beyond(entry, truth) for entry in entries])
     odd = (new > limit) & (new <= beyond) & (new * EXPLAINED <= old)
     if not odd.any():
         return nmse
     distance = own_distance(entries, make(plain, len(positions)), positions, truth)
     point, seq, token_idx = columns(entries)
     coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
-    own = odd & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING))
+    own = odd & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING, _shares(entries)))
     ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
     return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 
