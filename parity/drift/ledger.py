@@ -108,7 +108,7 @@ def read(path: Path) -> tuple[list[Entry], int]:
             entries.append(_entry(reader.read(type=dict, skip_empty=True)))
         except EOFError:
             return entries, skipped
-        except (jsonlines.InvalidLineError, ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError):  # jsonlines' errors of a line are ValueErrors
             skipped += 1
 
 
