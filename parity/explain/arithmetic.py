@@ -86,9 +86,12 @@ def _untouched(case: Case, kind: str, point: str) -> bool:
 
 
 def _alike(case: Case, kind: str, pair: Pair) -> float:
-    """The mean cosine of a point's errors to those of our own rounding, of products or of all activations, whichever is nearer."""
+    """The mean cosine of a point's errors to those of our own rounding, of products or of all activations, whichever is nearer.
+
+    0 where elements are listed by index, which are not matched here.
+    """
     entry, nearest = _entry(case, pair.point), 0.0
-    if entry is None or pair.ours.indices is not None:
+    if entry is None or pair.ours.indices is not None or pair.ref.indices is not None:
         return nearest
     places = zip(entry.pair.ours.seq.tolist(), entry.pair.ours.token_idx.tolist(), strict=True)
     rows = {place: number for number, place in enumerate(places)}

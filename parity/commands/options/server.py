@@ -26,8 +26,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             str | None,
             typer.Option(
                 "--server",
-                help="Compare a running server: its log-probabilities over the prompt, and with --generate its choices. "
-                "--tolerance is then a KL divergence.",
+                help="URL of a running server, which is then our side: its log-probabilities are compared, and by `parity run "
+                "--generate` its choices too. --tolerance of `parity run` is then a KL divergence.",
                 show_default=False,
             ),
         ],
@@ -78,7 +78,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             bool,
             typer.Option(
                 "--dump-prefix",
-                help="With --server: also dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
+                help="With `parity run --server`: also dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
             ),
         ],
         False,
