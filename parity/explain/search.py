@@ -31,6 +31,7 @@ _SAME = 12  # combinations with the same numbers at the first place that are che
 # Two candidates reproduce the same numbers if their errors are of one size: float32's own noise over 24 layers is 7e-13
 # (tolerance.EXACT_FLOOR), so what lies below 1e-12, or within a factor of ten, is no difference.
 _SAME_NOISE, _SAME_FACTOR = 1e-12, 10.0
+_DIGITS_LEAVE = 1e-8  # NMSE that a number with the fewest digits within the usual limits (1e-9 at the logits) stays below
 
 
 def _whole(states: Sequence[State]) -> bool:
@@ -152,10 +153,11 @@ class Search:
         size = (len(state.faults), single, sum(self.right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
             error = worst(state, len(state.nmse))
-            # A number's error comes from the digits that it was fitted with: among numbers the order of the list decides.
+            # A number's error comes from the digits that it was fitted with: among numbers the order of the list decides, unless
+            # one leaves far more than digits do, where a coarse reference (a table of float16) lets that pass.
             order = order_of_number(state.faults[-1]) if state.faults else None
             if order is not None:
-                return (0.0, 0.0, 0.0, *size, 1.0 + order)
+                return (0.0, round(float(np.log10(max(error, _DIGITS_LEAVE) / _DIGITS_LEAVE))), 0.0, *size, 1.0 + order)
             # Equal to the bit is the best; of errors that are noise none is better than another, and the order of the list decides.
             last = error if error == 0 else max(error, _SAME_NOISE)
             return (0.0, round(float(np.log10(max(error, _SAME_NOISE) / _SAME_NOISE))), 0.0, *size, last)
