@@ -52,7 +52,7 @@ def test_a_type_that_only_llama_cpp_makes(parity: Cli) -> None:
     assert sorted(path.name for path in Path().glob("m.*")) == ["m.gguf"]
 
 
-@pytest.mark.parametrize("kind", ["q4_k_m", "q2_k", "iq4_xs", "tq1_0"])
+@pytest.mark.parametrize("kind", ["q4_k_m", "q2_k", pytest.param("iq4_xs", marks=pytest.mark.slow), "tq1_0"])
 def test_quantised_while_it_is_made(
     reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stories: Path, kind: str
 ) -> None:
@@ -66,6 +66,7 @@ def test_quantised_while_it_is_made(
     assert {path.name for path in tmp_path.iterdir()} == {"f32.gguf", "expected.gguf", "m.gguf"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
 def test_drawn_from_blocks(parity: Cli, kind: str) -> None:
     """With --blocks, weights have the scale that they have without; rows and layers differ, seeds too, and our engine agrees."""
