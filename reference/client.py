@@ -17,7 +17,7 @@ from checkpoints.printable import printable
 
 from .builds import Build
 from .child import Child, finish
-from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
+from .jobs import EXACT, Description, DumpJob, DumpResult, FilePlan, Node, Tokens
 
 if TYPE_CHECKING:
     from checkpoints.graph import RecordedGraph
@@ -250,6 +250,14 @@ class Reference:
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:
         """Write a model with another file type ("Q4_K_M", "F16", …)."""
         return cast(Path, self._ask(f"quantizing {model}", "quantize", Path(model), ftype, Path(out), self._threads))
+
+    def quantised(self, model: Path, ftype: str) -> FilePlan:
+        """What a model, which may have holes for weights, would be as another file type: nothing is read of it and nothing written.
+
+        Raises:
+            InputError: no such type; ReferenceFailed: llama.cpp refuses it, or the type needs an importance matrix.
+        """
+        return cast(FilePlan, self._ask(f"planning {model} as {ftype}", "quantised", Path(model), ftype))
 
     def twin(self, model: Path, out: Path | None = None) -> Path:
         """The F32 twin of a model, from the cache or made now; with `out`, a separate copy at that path."""
