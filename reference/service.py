@@ -16,7 +16,7 @@ from checkpoints.gguf_parts import files_of
 from . import dump, twin
 from .chat import chat_texts, own_template
 from .dataflow import of_passes
-from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
+from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, FilePlan, Tokens
 from .library import Library
 from .model import Model
 from .naming import Planned
@@ -265,11 +265,17 @@ class Service:
         """See `client.Reference.quantize`."""
         return twin.quantize(self._library, path, ftype, out, threads=threads)
 
-    def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
+    def quantised(self, path: Path, ftype: str, *, item: Item) -> FilePlan:
+        """See `client.Reference.quantised`."""
+        from .quantiser import plan
+
+        return plan(self._library, path, ftype)
+
+    def twin(self, path: Path, out: Path | None, joined: bool, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.twin`."""
         if out is not None:
             return twin.quantize(self._library, path, "F32", out, threads=threads)
-        return self._twins.of(twin.checked(self._library, path), threads=threads)
+        return self._twins.of(twin.checked(self._library, path), joined=joined, threads=threads)
 
     @property
     def notes(self) -> list[str]:
