@@ -47,9 +47,9 @@ def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[
     last = explaining.faults[-1]
     if explaining.first is None or last.fault.once or len(explaining.faults) != len(state.faults) + 1:
         return
-    for layers in _of_one_pattern(screening, state):
-        if last.layers is None or not layers.isdisjoint(last.layers):
-            whole = screening.check(state, replace(last, layers=tuple(sorted(layers))))
+    for alike in _of_one_pattern(screening, state):
+        if last.layers is None or not set(alike).isdisjoint(last.layers):
+            whole = screening.check(state, replace(last, layers=alike))
             if whole is not None and further(explaining, whole):
                 yield whole
                 if whole.first is None:
@@ -70,13 +70,13 @@ def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[
                 yield shorter
 
 
-def _of_one_pattern(screening: Screening, state: State) -> list[frozenset[int]]:
+def _of_one_pattern(screening: Screening, state: State) -> list[tuple[int, ...]]:
     """The layers whose attention has the same parameters, of a model in which it differs between layers: each set of two or more."""
-    alike: dict[str, list[int]] = {}
+    patterns: dict[str, list[int]] = {}
     for layer in range(screening.n_layers):
         steps = (state.planting.right.get(in_layer(layer, kind)) for kind in _OF_PATTERN)
-        alike.setdefault(repr([step.params for step in steps if step is not None]), []).append(layer)
-    return [frozenset(layers) for layers in alike.values() if len(layers) > 1] if len(alike) > 1 else []
+        patterns.setdefault(repr([step.params for step in steps if step is not None]), []).append(layer)
+    return [tuple(layers) for layers in patterns.values() if len(layers) > 1] if len(patterns) > 1 else []
 
 
 def ranges(screening: Screening, state: State) -> Iterator[State]:
