@@ -303,19 +303,19 @@ def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, st
         began = perf_counter()
         answer = explain(dump, faulty.model, ExplainOptions(budget=budget))
         spent = perf_counter() - began
-        said = outcome(answer, faulty, edit, tokens, [step.makes for step in faulty.right if step.makes in dump.points])
+        outcome_name = outcome(answer, faulty, edit, tokens, [step.makes for step in faulty.right if step.makes in dump.points])
         shape = f"{points}, {size if size < 1 << 20 else 'all'}{'' if bare else ', sketch'}{', f32' if stated else ''}"
-        print(f"seed {seed} {name}: {edit.what} ({shape}): {said}, {spent:.1f} s; {sentence(answer)}", flush=True)
-        yield edit.how, points, said, spent
+        print(f"seed {seed} {name}: {edit.what} ({shape}): {outcome_name}, {spent:.1f} s; {sentence(answer)}", flush=True)
+        yield edit.how, points, outcome_name, spent
 
 
 def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     """Outcomes by edit, and the times."""
     words = ("named", "at the operation", "located", "elsewhere", "not seen", "acquitted", "wrong cause")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for how, points, said, _ in measured:
+    for how, points, outcome_name, _ in measured:
         for row in (how, "default points" if points == "default" else "all points", "all"):
-            counts[row][said] += 1
+            counts[row][outcome_name] += 1
     lines = [f"| edit | {' | '.join(words)} |", f"|---|{'---|' * len(words)}"]
     lines += [
         f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |"

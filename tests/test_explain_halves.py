@@ -23,7 +23,8 @@ from engine.replay.precision import rounded
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import ExplainOptions, explain
-from parity.run.ours import OursJob, dump
+from parity.run.ours import OursJob
+from parity.run.ours import dump as write_dump
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -63,12 +64,12 @@ def explained(
             engine.encoder = [*engine.encoder, replace(changed, makes="enc.handed")]
         engine.steps = _with(right[1], decoder)
         with np.errstate(all="ignore"):
-            dump(engine, OursJob(out, IDS, generated=GENERATED, points=points))
+            write_dump(engine, OursJob(out, IDS, generated=GENERATED, points=points))
     finally:
         engine.encoder, engine.steps = right
-    found = read(out)
-    found = replace(found, points={name: replace(rows, sketch=None, stats={}) for name, rows in found.points.items()})
-    return explain(found, engine.model.path, PATIENT)
+    dump = read(out)
+    dump = replace(dump, points={name: replace(rows, sketch=None, stats={}) for name, rows in dump.points.items()})
+    return explain(dump, engine.model.path, PATIENT)
 
 
 def named(explanation: Explanation) -> list[str]:
@@ -134,7 +135,7 @@ def test_lower_arithmetic_of_the_encoder_does_not_acquit_the_decoder(
     try:
         engine.encoder = as_encoder(rounded(encoder_alone(right[0]), "bf16", storage=False))
         engine.steps = rounded(_with(right[1], fault), "bf16", storage=False)
-        dump(engine, OursJob(tmp_path / "ours.jsonl", IDS, generated=GENERATED))
+        write_dump(engine, OursJob(tmp_path / "ours.jsonl", IDS, generated=GENERATED))
     finally:
         engine.encoder, engine.steps = right
     explanation = explain(
@@ -173,9 +174,9 @@ def test_llama_cpps_dump_is_explained_and_checks_our_engine(
     """`explain --ref` holds both halves to llama.cpp's dump, which has no fault itself."""
     ref = tmp_path / "ref.jsonl"
     reference.dump(DumpJob(engine.model.path, ref, IDS, lead=GENERATED))
-    code, found = parity.json("explain", ref, "--model", engine.model.path, "--ref", ref)
+    code, answer = parity.json("explain", ref, "--model", engine.model.path, "--ref", ref)
     assert code == 0
-    assert found["verdict"] == "no fault"
+    assert answer["verdict"] == "no fault"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def _cut(x: Array) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("point", "change", "said"),
+    ("point", "change", "law"),
     [
         ("blk.2.ffn_up", _swapped, "elements 3 and 7 are exchanged; the others are right"),
         ("blk.2.v", lambda x: np.roll(x, 8, axis=1), "heads 0 and 1 are exchanged"),
@@ -67,12 +67,12 @@ def _cut(x: Array) -> Array:
     ],
 )
 def test_what_the_numbers_say_is_said_in_a_sentence(
-    engine: Faulty, point: str, change: Callable[[Array], Array], said: str
+    engine: Faulty, point: str, change: Callable[[Array], Array], law: str
 ) -> None:
     """An operation with an error that no entry describes is named, with the law of its numbers; no fault is named, and the search ends."""
     explanation = explain(edited(engine, point, change), engine.model, ExplainOptions(budget=600.0))
     assert explanation.first is not None
-    assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, said, [])
+    assert (explanation.first.checkpoint, explanation.law, names(explanation)) == (point, law, [])
     assert explanation.placed is not None
     assert (explanation.placed.operations, explanation.placed.sure) == ((point,), True)
     assert explanation.complete

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import LOGITS
@@ -177,13 +178,13 @@ class _Places:
     def of(tensors: dict[str, _Tensor]) -> "_Places":
         """From what the pass itself dumped."""
 
-        def one(ending: str) -> NDArray[np.int64] | None:
+        def integers_of(ending: str) -> NDArray[np.int64] | None:
             tensor = next((t for name, t in tensors.items() if name.rpartition(".")[2] == ending and t.parts), None)
             array = None if tensor is None else tensor.parts[min(tensor.parts)]
             usable = array is not None and array.ndim == 1 and array.dtype.kind in "iu" and array.size
             return np.asarray(array, np.int64) if usable else None
 
-        positions, ids, lengths = one("positions"), one("input_ids"), one("seq_lens")
+        positions, ids, lengths = integers_of("positions"), integers_of("input_ids"), integers_of("seq_lens")
         if positions is not None and not ((positions >= 0) & (positions < POSITIONS)).all():
             positions = None
         if positions is None:
@@ -210,7 +211,7 @@ def _rows(
         whole = whole.astype(np.float32) + added if added is not None and added.shape == whole.shape else None
     if whole is None:
         return None
-    rows = rows_of(point, mapping.array(entry, whole), step)
+    rows = rows_of(point, mapped(mapping, entry, whole), step)
     if rows is None or places.positions is None or places.seq is None:
         return rows
     if len(rows) == len(places.positions):

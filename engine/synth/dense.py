@@ -163,8 +163,8 @@ def synthesize(
     check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0)
 
     def stored(rows: NDArray[np.float32], number: int) -> NDArray[Any]:
-        made: NDArray[Any] = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(number))
-        return made
+        quantised: NDArray[Any] = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(number))
+        return quantised
 
     types = {name: int(kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32) for name, dims in _tensors(shape)}
     try:

@@ -63,17 +63,17 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, State]:
     """The faults that reproduce one case's numbers, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
-    found: Search | None = None
+    sharper: Search | None = None
 
-    def search_in(one: Case) -> Search:
-        search = Search(one.screening(one.entries, budget.part(_FIRST)), lambda state: _known(one, search, state))
+    def search_in(of_case: Case) -> Search:
+        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _known(of_case, search, state))
         return search
 
     if not noise:
-        case, found = sharpened(case, search_in)
+        case, sharper = sharpened(case, search_in)
     else:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = found or search_in(case)
+    search = sharper or search_in(case)
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
     likes: tuple[str, ...] = ()
