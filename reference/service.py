@@ -271,11 +271,11 @@ class Service:
 
         return plan(self._library, path, ftype)
 
-    def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
+    def twin(self, path: Path, out: Path | None, joined: bool, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.twin`."""
         if out is not None:
             return twin.quantize(self._library, path, "F32", out, threads=threads)
-        return self._twins.of(twin.checked(self._library, path), threads=threads)
+        return self._twins.of(twin.checked(self._library, path), joined=joined, threads=threads)
 
     @property
     def notes(self) -> list[str]:
