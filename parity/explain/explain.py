@@ -82,7 +82,9 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
     else:
         likes = () if case.states_f32 else _looks_like(case, search, start, budget)
-        kinds = likes if likes and is_proof(_floor(case, likes[0])) else ()
+        # A fault that there was no time to try may fit better.
+        tried = search.screening.budget.complete
+        kinds = likes if likes and tried and is_proof(_floor(case, likes[0])) else ()
         if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
