@@ -6,19 +6,21 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import errors
 from checkpoints.errors import ReferenceFailed
-from checkpoints.graph import RecordedGraph
 from checkpoints.printable import printable
 
 from .builds import Build
 from .child import Child, finish
-from .jobs import EXACT, Description, DumpJob, DumpResult, Node, Tokens
+from .jobs import EXACT, Description, DumpJob, DumpResult, FilePlan, Node, Tokens
+
+if TYPE_CHECKING:
+    from checkpoints.graph import RecordedGraph
 
 
 class Reference:
@@ -232,7 +234,7 @@ class Reference:
         """What llama.cpp knows of a model: metadata, sizes, and the points of its graph in order."""
         return cast(Description, self._ask(f"loading {model}", "describe", Path(model)))
 
-    def graph(self, model: Path, mode: str = EXACT, *, n_ctx: int = 0, threads: int | None = None) -> RecordedGraph:
+    def graph(self, model: Path, mode: str = EXACT, *, n_ctx: int = 0, threads: int | None = None) -> "RecordedGraph":
         """The graph that llama.cpp builds for a model, with sizes that hold for every length; nothing is computed for it.
 
         `n_ctx` is the context that a run will have: some architectures choose their RoPE factors by it.
@@ -241,13 +243,21 @@ class Reference:
             ModelError: the file is not usable; ReferenceFailed: the graph changes its structure with the length.
         """
         return cast(
-            RecordedGraph,
+            "RecordedGraph",
             self._ask(f"recording the graph of {model}", "graph", Path(model), mode, n_ctx, threads or self._threads),
         )
 
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:
         """Write a model with another file type ("Q4_K_M", "F16", …)."""
         return cast(Path, self._ask(f"quantizing {model}", "quantize", Path(model), ftype, Path(out), self._threads))
+
+    def quantised(self, model: Path, ftype: str) -> FilePlan:
+        """What a model, which may have holes for weights, would be as another file type: nothing is read of it and nothing written.
+
+        Raises:
+            InputError: no such type; ReferenceFailed: llama.cpp refuses it, or the type needs an importance matrix.
+        """
+        return cast(FilePlan, self._ask(f"planning {model} as {ftype}", "quantised", Path(model), ftype))
 
     def twin(self, model: Path, out: Path | None = None) -> Path:
         """The F32 twin of a model, from the cache or made now; with `out`, a separate copy at that path."""

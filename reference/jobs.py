@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoints.dataflow import Dataflow
+from checkpoints.gguf_file import TensorInfo
 from checkpoints.record import Header, ModelInfo
 from checkpoints.recording import Recording
 
@@ -154,3 +155,12 @@ class Description:
     nodes: tuple[Node, ...]
     dataflow: Dataflow
     rope: str
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A GGUF to be written: its table of contents, its tensors in the order of the file, and its bytes in all."""
+
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+    size: int

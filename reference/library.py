@@ -3,6 +3,8 @@
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ class Library:
     def __init__(self, verbose_fd: int | None = None) -> None:
         self.api: Any = bindings()
         self.lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
+        self._whole: list[str] | None = None
         self._verbose_fd = verbose_fd
         self._log = self.api.llama_log_callback(self._note)  # llama.cpp keeps only the pointer
         self.api.llama_log_set(self._log, None)
@@ -35,9 +38,21 @@ class Library:
 
     def _note(self, level: int, text: bytes, _data: int | None) -> None:
         self.lines.append((level, text.decode(errors="replace").rstrip("\n")))
+        if self._whole is not None:
+            self._whole.append(text.decode(errors="replace"))
         if self._verbose_fd is not None:  # the log contains a model's metadata
             lines = text.decode(errors="replace").split("\n")
             os.write(self._verbose_fd, "\n".join(printable(line.expandtabs(), None) for line in lines).encode(errors="replace"))
+
+    @contextmanager
+    def whole_log(self) -> Iterator[list[str]]:
+        """Everything that is logged meanwhile, in pieces as llama.cpp hands them over."""
+        texts: list[str] = []
+        self._whole = texts
+        try:
+            yield texts
+        finally:
+            self._whole = None
 
     def reason(self) -> str:
         """The first error that llama.cpp logged since `lines` was cleared, without the names of its functions."""

@@ -16,7 +16,7 @@ from checkpoints.gguf_parts import files_of
 from . import dump, twin
 from .chat import chat_texts, own_template
 from .dataflow import of_passes
-from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, Tokens
+from .jobs import EXACT, NATIVE, Description, DumpJob, DumpResult, FilePlan, Tokens
 from .library import Library
 from .model import Model
 from .naming import Planned
@@ -264,6 +264,12 @@ class Service:
     def quantize(self, path: Path, ftype: str, out: Path, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.quantize`."""
         return twin.quantize(self._library, path, ftype, out, threads=threads)
+
+    def quantised(self, path: Path, ftype: str, *, item: Item) -> FilePlan:
+        """See `client.Reference.quantised`."""
+        from .quantiser import plan
+
+        return plan(self._library, path, ftype)
 
     def twin(self, path: Path, out: Path | None, threads: int | None, *, item: Item) -> Path:
         """See `client.Reference.twin`."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
 
+_USED = ("ggml_get_type_traits", "ggml_quantize_chunk", "ggml_quantize_requires_imatrix", "ggml_row_size")
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -26,6 +27,27 @@ class _Traits(ctypes.Structure):
     )
 
 
+def base_library() -> ctypes.CDLL:
+    """libggml-base of the installed llama-cpp-python; loading it does not start llama.cpp.
+
+    Raises:
+        ReferenceFailed: the library is missing, or lacks functions that are used through this.
+    """
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise ReferenceFailed("llama-cpp-python is not installed.", "pip install llama-cpp-python", code="abi")
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    try:
+        library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base{suffix}"))
+        for name in _USED:
+            getattr(library, name)
+    except (OSError, AttributeError) as error:
+        raise ReferenceFailed(
+            f"libggml of llama-cpp-python cannot be used: {error}.", "Install llama-cpp-python 0.3.36.", code="abi"
+        ) from error
+    return library
+
+
 class ToFloat:
     """`ggml_get_type_traits(type)->to_float` of the installed llama-cpp-python; this loads the library but does not start llama.cpp.
 
@@ -34,17 +56,7 @@ class ToFloat:
     """
 
     def __init__(self) -> None:
-        spec = find_spec("llama_cpp")
-        if spec is None or spec.origin is None:
-            raise ReferenceFailed("llama-cpp-python is not installed.", "pip install llama-cpp-python", code="abi")
-        suffix = ".dylib" if sys.platform == "darwin" else ".so"
-        try:
-            library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"libggml-base{suffix}"))
-            self._traits = library.ggml_get_type_traits
-        except (OSError, AttributeError) as error:
-            raise ReferenceFailed(
-                f"libggml of llama-cpp-python cannot be used: {error}.", "Install llama-cpp-python 0.3.36.", code="abi"
-            ) from error
+        self._traits = base_library().ggml_get_type_traits
         self._traits.argtypes = [ctypes.c_int]
         self._traits.restype = ctypes.POINTER(_Traits)
         q8_0 = self._traits(8).contents

@@ -126,6 +126,8 @@ def test_foreign_lines(tmp_path: Path, text: str, values: list[float]) -> None:
         line(indices=[1, 2]),
         line(indices=["a"]),
         line(stats={"l2": "large"}),
+        line(stats={"sum": 10**400}),
+        line(values=[10**400]),
         line(stats=[1]),
         line(step="x"),
         line(seq=-1),

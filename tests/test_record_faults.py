@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from planted import Faulty, Planted
 
 from checkpoints.answers.diff import OTHERWISE, Verdict
+from checkpoints.mapped import renamed
 from checkpoints.mapping import read_mapping
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
@@ -92,7 +93,7 @@ def test_another_order_of_the_elements_is_named(right: Dump, ref: Dump, tmp_path
     mapping = read_mapping(tmp_path / "names.toml")
     if how == "bare":  # without the row's length a slice keeps its own: head_size is in the line
         assert all("head_size = 32" in line for line in lines.splitlines())
-    settled = compare(mapping.renamed(ours), ref, F32)
+    settled = compare(renamed(mapping, ours), ref, F32)
     assert settled
     assert settled.record_faults == ()
 

@@ -12,6 +12,7 @@ from checkpoints.gguf_file import contents
 from engine.synth.recipe import parse_settings
 from engine.synth.recipes import RECIPES, names
 from engine.weights.gguf_model import GgufModel
+from reference.client import Reference
 
 Q4_K, MXFP4 = 12, 39  # enum ggml_type
 
@@ -47,6 +48,15 @@ def test_heads_take_their_keys_along(parity: Cli) -> None:
     """Where a recipe has one key head for each query head, --heads changes both."""
     assert parity("synth", "--architecture", "olmo2", "--heads", "8", "-o", "m.gguf").code == 0
     assert contents(Path("m.gguf")).integer("olmo2.attention.head_count_kv") == 8
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "mamba"])
+def test_quantised_while_it_is_made(parity: Cli, reference: Reference, architecture: str) -> None:
+    """Experts and recurrent layers: a file of type Q4_K_M has the bytes of llama.cpp's quantiser, run on the F32 file."""
+    for kind in ("f32", "q4_k_m"):
+        assert parity("synth", "--architecture", architecture, "--type", kind, "-o", f"{kind}.gguf").code == 0
+    expected = reference.quantize(Path("f32.gguf").absolute(), "q4_k_m", Path("expected.gguf").absolute())
+    assert Path("q4_k_m.gguf").read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.slow

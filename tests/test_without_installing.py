@@ -24,19 +24,16 @@ def source_tree(tmp_path: Path) -> Path:
 
 def run(source_tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`python -m parity …` by PYTHONPATH, with every package that is installed but parity itself."""
-    hide = (
-        "import sys, runpy, importlib.metadata as m\n"
-        "real = m.Distribution.from_name.__func__\n"
-        "def without_parity(cls, name):\n"
-        "    if name == 'parity':\n"
-        "        raise m.PackageNotFoundError(name)\n"
-        "    return real(cls, name)\n"
-        "m.Distribution.from_name = classmethod(without_parity)\n"
-        "sys.argv[0] = 'parity'\n"
-        "runpy.run_module('parity', run_name='__main__')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(source_tree)}
-    command = [sys.executable, "-P", "-c", hide, *words]
+    packages = source_tree / "packages"
+    packages.mkdir(exist_ok=True)
+    for folder in (Path(place) for place in sys.path if place.endswith("-packages")):
+        for package in folder.iterdir():
+            link = packages / package.name
+            if not package.name.startswith(("parity", "__editable__", "__pycache__")) and not link.exists():
+                link.symlink_to(package)
+    # Without `site`, nothing else that is installed is on the path.
+    environment = {**os.environ, "PYTHONPATH": f"{source_tree}:{packages}"}
+    command = [sys.executable, "-S", "-P", "-m", "parity", *words]
     return subprocess.run(command, cwd=source_tree, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 
 from ..errors import DumpError
+from ..mapped import renamed
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import ENCODER, parse
@@ -29,7 +30,7 @@ def load(path: str | os.PathLike[str], mapping: Mapping | None = None) -> Dump:
     place = Path(path)
     dump_format = _format_of(place) if os.fspath(path) != STDIN else None
     if dump_format is None:
-        dump = _with_unknown(given.renamed(reader.read(path)))
+        dump = _with_unknown(renamed(given, reader.read(path)))
     else:
         try:
             dump = dump_format.read(place, given)

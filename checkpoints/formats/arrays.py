@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import parse
@@ -58,7 +59,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
             numbered = _OF_PASS.fullmatch(name)
             label, number = (numbered[1], int(numbered[2])) if numbered else (name, 0)
             point, entry = mapping.entry(label)
-            rows = rows_of(point, mapping.array(entry, array), number, sum(map(len, parts.get(point, []))))
+            rows = rows_of(point, mapped(mapping, entry, array), number, sum(map(len, parts.get(point, []))))
             if rows is None:
                 notes.append(f"{name} has shape {list(array.shape)}, which is not rows of positions; left out")
             else:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..columns import KIND, beside
 from ..errors import DumpError
+from ..mapped import renamed
 from ..mapping import Mapping
 from ..reading import fields, lenient
 from ..reading.reader import notes
@@ -76,7 +77,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(f"{path} has no checkpoint record.", _AGAIN, code="no-records")
     points = {name: Rows.stack(several) for name, several in parts.items()}
     dump = Dump(str(path), header, points, tuple(tokens), end, skipped)
-    return mapping.renamed(replace(dump, notes=tuple(notes(dump))))
+    return renamed(mapping, replace(dump, notes=tuple(notes(dump))))
 
 
 def _item(line: bytes, arrays: "_Arrays") -> Rows | Token | End | None:

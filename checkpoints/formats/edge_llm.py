@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..points import LOGITS, in_layer
 from ..reading.fields import POSITIONS
@@ -77,7 +78,7 @@ def _rows(arrays: Named[str, NDArray[Any]], mapping: Mapping) -> tuple[dict[str,
                 first = before.get(seq, 0)
                 for label, values, positions in _of(match, array, seq, first, length):
                     point, entry = mapping.entry(label)
-                    ours = mapping.array(entry, np.ascontiguousarray(values, np.float32))
+                    ours = mapped(mapping, entry, np.ascontiguousarray(values, np.float32))
                     rows = summarise(point, ours, positions, step=number, decode=number > 0, slice_size=None, seq=seq)
                     rows_of.setdefault(point, []).append(rows)
         generated = arrays.get(f"{prefix}generated_token_ids")

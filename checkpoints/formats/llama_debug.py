@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..points import LOGITS, OUTPUT_NORM
 from ..record import Dump, Header, Rows
@@ -55,7 +56,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
             name, rows, positions = OUTPUT_NORM, values.reshape(last + 1, -1), np.arange(last + 1)
     point, entry = mapping.entry(name)
     with np.errstate(over="ignore"):
-        summary: Rows = summarise(point, mapping.array(entry, rows), positions.astype(np.int64), slice_size=None)
+        summary: Rows = summarise(point, mapped(mapping, entry, rows), positions.astype(np.int64), slice_size=None)
     text = _prompt(prompt) if prompt is not None else None
     header = Header(file.name.partition("-")[0], tokens=tokens, prompt=text, slice=rows.shape[1]) if tokens else None
     notes = () if tokens else (f"there is no {stem}{_TOKENS}: the position is assumed to be 0 (--offset changes it)",)

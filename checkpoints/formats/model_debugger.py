@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Entry, Mapping
 from ..nearest import unknown_names
 from ..points import EMBD, in_layer, parse
@@ -64,7 +65,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
             place = tree.parent / Path(given).name  # beside the tree, whatever path is given
             try:
                 array = next(array for _, array in safetensors(place))
-                rows = rows_of(point, mapping.array(entry, array))
+                rows = rows_of(point, mapped(mapping, entry, array))
             except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, StopIteration) as error:
                 raise DumpError(f"cannot read {place}: {error}.", "Run the debugger again.", code="array") from error
         else:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import LOGITS
@@ -210,7 +211,7 @@ def _rows(
         whole = whole.astype(np.float32) + added if added is not None and added.shape == whole.shape else None
     if whole is None:
         return None
-    rows = rows_of(point, mapping.array(entry, whole), step)
+    rows = rows_of(point, mapped(mapping, entry, whole), step)
     if rows is None or places.positions is None or places.seq is None:
         return rows
     if len(rows) == len(places.positions):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..points import EMBD, LOGITS, OUTPUT_NORM, in_layer, parse
@@ -123,7 +124,7 @@ def _rows(modules: dict[_Path, _Module], number: int, begin: int, mapping: Mappi
             continue
         point, entry = mapping.entry(name)
         total = arrays[0] if len(arrays) == 1 else np.sum([array.astype(np.float32) for array in arrays], axis=0)
-        rows = rows_of(point, mapping.array(entry, total), number, begin)
+        rows = rows_of(point, mapped(mapping, entry, total), number, begin)
         if rows is not None:
             points.setdefault(point, rows)
     if EMBD in points and LOGITS in points and len(points[LOGITS]) == 1:  # logits of the last token only

@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ..errors import DumpError
+from ..mapped import mapped
 from ..mapping import Mapping
 from ..nearest import unknown_names
 from ..record import Dump, Rows
@@ -81,7 +82,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     for file in files:
         for name, array in named(contents(file), file.stem):
             point, entry = mapping.entry(name)
-            rows = rows_of(point, mapping.array(entry, array))
+            rows = rows_of(point, mapped(mapping, entry, array))
             if rows is not None:
                 points.setdefault(point, []).append(rows)
             if len(points) > MOST:

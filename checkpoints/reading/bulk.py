@@ -170,7 +170,7 @@ class BulkParser:
             record = self._lines_with_words.decode(lenient.quoted(line))
             if record.stats:
                 record.stats = {name: fields.number(x) for name, x in fields.statistics(record.stats).items()}
-        except (*_NOT_DECODED, TypeError, ValueError):
+        except (*_NOT_DECODED, TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits
             return None
         return record
 

@@ -5,9 +5,10 @@ the residual stream is smaller by sqrt(2 · layers) (GPT-2's initialisation), no
 as in trained models (Dettmers et al. 2022, "LLM.int8()").
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from math import prod
+from functools import partial
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from checkpoints.gguf_file import contents
 from checkpoints.room import require_room
 from checkpoints.whole_file import unwritable
 
+from .blocks import SIZE, BlockStore
+from .data import PORTION, Convert, Portions, Progress, Tensor, append, converted, normal
+
 OUTLIERS = 3  # channels of a norm, and elements of a key bias, that stand out
 OUTLIER_SIZE = 4.0  # times the others; a choice, so that a few channels carry much of each sum, as in trained models
 # Random queries and keys at full scale give scores of ±90 and a softmax so sharp that float32's rounding grows to 1e-10 within
@@ -28,7 +32,9 @@ QK_SCALE = 0.5
 SLOWEST_FACTOR = 8.0
 
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in llama.cpp's llama-hparams.h
-_BYTES_AN_ELEMENT = 12  # float32 weights, their copy in the file's type, and quantising's working memory
+_BYTES_AN_ELEMENT = (
+    48  # of a portion: float32 weights, their copy in the file's type, and gguf-py's working memory, a core each
+)
 _BYTES_A_TOKEN = 400  # three Python objects and gguf-py's copies of them
 
 
@@ -124,12 +130,22 @@ def shape_like(like: str, **changes: Any) -> Shape:
     return shape
 
 
-def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int = 0, tokenizer: Path | None = None) -> int:
-    """Write a GGUF of that shape, tensor by tensor, and return its size in bytes.
+def synthesize(
+    out: Path,
+    shape: Shape,
+    *,
+    weight_type: str = "f16",
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    blocks: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write a GGUF of that shape, a few rows at a time, and return its size in bytes.
 
     Args:
         weight_type: of the matrices: f32, f16, bf16, or a type that gguf-py can quantise (q4_0, q4_1, q5_0, q5_1, q8_0).
         tokenizer: a GGUF whose tokenizer is copied, padded to the vocabulary; None writes none ("no_vocab").
+        blocks: see `weights`.
 
     Raises:
         InputError: a type that gguf-py cannot make or that does not fit the shape, or an unwritable file.
@@ -143,46 +159,80 @@ def synthesize(out: Path, shape: Shape, *, weight_type: str = "f16", seed: int =
         raise InputError(
             f"{odd} has rows that are not a multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
         )
-    check_size(
-        out,
-        [dims for _, dims in _tensors(shape)],
-        shape.vocab if tokenizer is not None else 0,
-        bits=8 * gguf.GGML_QUANT_SIZES[kind][1] / block,
-    )
+    sizes = [_stored(dims, kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32)[2] for _, dims in _tensors(shape)]
+    check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0)
+
+    def stored(rows: NDArray[np.float32], number: int) -> NDArray[Any]:
+        made: NDArray[Any] = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(number))
+        return made
+
+    types = {name: int(kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32) for name, dims in _tensors(shape)}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writer = gguf.GGUFWriter(out, shape.architecture)
-        _metadata(writer, shape, kind)
-        add_tokenizer(writer, shape, tokenizer)
-        for name, dims in _tensors(shape):
-            stored = kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32
-            dtype, raw_dtype, nbytes = _stored(dims, stored)
-            writer.add_tensor_info(name, dims if raw_dtype is None else _byte_shape(dims, stored), dtype, nbytes, raw_dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for index, (name, dims) in enumerate(_tensors(shape)):
-            values = _values(name, dims, shape, np.random.default_rng([seed, index]))
-            writer.write_tensor_data(gguf.quants.quantize(values, kind) if len(dims) == 2 else values)
-        writer.close()
+        write_header(out, shape, tokenizer, kind)
+        append(out, weights(shape, seed, types, stored, blocks), progress)
     except OSError as error:
         raise unwritable(out, error, "Choose another -o.") from error
     return out.stat().st_size
 
 
-def check_size(out: Path, tensors: Sequence[tuple[int, ...]], tokens: int, *, bits: float = 32.0) -> None:
+def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert, blocks: int | None = None) -> list[Tensor]:
+    """The tensors of a model as ggml types, in the order of `types`; the same for the same shape, seed and types.
+
+    Args:
+        types: tensor -> ggml type.
+        blocks: draw matrices from a store of so many blocks instead of making every weight (see `BlockStore`). A matrix whose rows
+            are no multiple of them is made as ever.
+    """
+    store = BlockStore(blocks, seed, convert) if blocks is not None else None
+    tensors: dict[str, Tensor] = {}
+    for index, (name, dims) in enumerate(_tensors(shape)):
+        if store is not None and len(dims) == 2 and dims[1] % SIZE == 0:
+            tensors[name] = store.tensor(types[name], _scale(name, dims, shape), prod(dims), [seed, index])
+        else:
+            tensors[name] = converted(prod(dims), types[name], partial(_values, name, dims, shape, [seed, index]), convert)
+    return [tensors[name] for name in types]
+
+
+def write_header(out: Path, shape: Shape, tokenizer: Path | None, kind: Any = None) -> None:
+    """Write a file's table of contents, without the weights: matrices of a `GGMLQuantizationType`, by default F32.
+
+    Raises:
+        InputError: a tokenizer that is larger than the vocabulary; OSError: the disk refuses it.
+    """
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.F32 if kind is None else kind
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(out, shape.architecture)
+    _metadata(writer, shape, kind)
+    add_tokenizer(writer, shape, tokenizer)
+    for name, dims in _tensors(shape):
+        stored = kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32
+        dtype, raw_dtype, nbytes = _stored(dims, stored)
+        writer.add_tensor_info(name, dims if raw_dtype is None else _byte_shape(dims, stored), dtype, nbytes, raw_dtype)
+    close_header(writer)
+
+
+def close_header(writer: Any) -> None:
+    """Write what a `GGUFWriter` was told of, without tensors' data."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def check_size(out: Path, size: int, tokens: int, largest: int = PORTION) -> None:
     """Refuse a model that the disk or the memory cannot hold while it is made.
 
     Args:
-        tensors: the shapes of its tensors; each is made whole before it is written.
+        size: bytes of its tensors in the file.
         tokens: entries of its tokenizer, whose texts are Python objects while they are written.
-        bits: bits per weight in the file.
+        largest: elements that are made at once.
 
     Raises:
         InputError: there is too little disk space or memory.
     """
-    sizes = [prod(dims) for dims in tensors]
-    require_room(out, int(sum(sizes) * bits / 8), _BYTES_AN_ELEMENT * max(sizes, default=0) + _BYTES_A_TOKEN * tokens)
+    require_room(out, size, _BYTES_AN_ELEMENT * largest + _BYTES_A_TOKEN * tokens)
 
 
 def _type(name: str) -> Any:
@@ -301,23 +351,32 @@ def _matrices(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     return ((name, dims) for name, dims in _tensors(shape) if len(dims) == 2)
 
 
-def _values(name: str, dims: tuple[int, ...], shape: Shape, rng: np.random.Generator) -> NDArray[np.float32]:
-    if name == "rope_freqs.weight":
-        return np.geomspace(1.0, SLOWEST_FACTOR, dims[0]).astype(np.float32)
-    if name.endswith("norm.weight"):
-        weight = 1 + 0.1 * rng.standard_normal(dims[0])
-        weight[rng.choice(dims[0], min(OUTLIERS, dims[0]), replace=False)] *= OUTLIER_SIZE
-        return weight.astype(np.float32)
-    if name.endswith(".bias"):
-        bias = 0.5 * rng.standard_normal(dims[0])
-        if ".attn_k." in name:
-            bias[rng.choice(dims[0], min(OUTLIERS, dims[0]), replace=False)] *= OUTLIER_SIZE
-        return bias.astype(np.float32)
-    scale = 1.0 / np.sqrt(dims[1])
+def _values(name: str, dims: tuple[int, ...], shape: Shape, seed: list[int]) -> Portions:
+    rng = np.random.default_rng(seed)
+    if len(dims) == 2:
+        yield from normal(rng, dims, _scale(name, dims, shape))
+    else:
+        yield _vector(name, dims[0], rng)
+
+
+def _scale(name: str, dims: tuple[int, ...], shape: Shape) -> float:
+    """The standard deviation of a matrix's weights."""
+    scale = 1.0 / sqrt(dims[1])
     if name.endswith(("attn_q.weight", "attn_k.weight")):
         scale *= QK_SCALE
     if name.endswith(("attn_output.weight", "ffn_down.weight")):
-        scale /= np.sqrt(2 * shape.layers)
-    matrix = rng.standard_normal(dims, dtype=np.float32)
-    matrix *= np.float32(scale)
-    return matrix
+        scale /= sqrt(2 * shape.layers)
+    return scale
+
+
+def _vector(name: str, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    if name == "rope_freqs.weight":
+        return np.geomspace(1.0, SLOWEST_FACTOR, size).astype(np.float32)
+    if name.endswith("norm.weight"):
+        weight = 1 + 0.1 * rng.standard_normal(size)
+        weight[rng.choice(size, min(OUTLIERS, size), replace=False)] *= OUTLIER_SIZE
+        return weight.astype(np.float32)
+    bias = 0.5 * rng.standard_normal(size)
+    if ".attn_k." in name:
+        bias[rng.choice(size, min(OUTLIERS, size), replace=False)] *= OUTLIER_SIZE
+    return bias.astype(np.float32)

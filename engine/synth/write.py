@@ -1,6 +1,8 @@
-"""Writes a GGUF of given metadata and tensors, its weights made one at a time."""
+"""Writes the table of contents of a GGUF of given metadata and tensors, and makes the weights for it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 from checkpoints.errors import InputError
 from checkpoints.whole_file import unwritable
 
-from .dense import Shape, add_tokenizer, check_size
+from .data import Convert, Portions, converted
+from .data import Tensor as Stored
+from .dense import Shape, add_tokenizer, close_header
 from .recipe import Recipe, Tensor, Value
 from .values import values
 
@@ -21,17 +25,15 @@ def write(
     changes: Mapping[str, Value],
     tensors: Sequence[Tensor] = (),
     *,
-    seed: int = 0,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write the model with F32 weights; without tensors only its metadata.
+    """Write the model's table of contents, with F32 weights that are missing; without tensors only its metadata.
 
     Raises:
         InputError: an unwritable file, or a tokenizer that is larger than the vocabulary.
     """
     import gguf
 
-    check_size(out, [dims for _, dims in tensors], shape.vocab if tokenizer is not None else 0)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(out, recipe.architecture)
@@ -43,16 +45,21 @@ def write(
         add_tokenizer(writer, shape, tokenizer)
         for name, dims in tensors:
             writer.add_tensor_info(name, dims, np.dtype(np.float32), 4 * int(np.prod(dims)))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, dims in tensors:
-            writer.write_tensor_data(
-                values(name, dims, seed=seed, layers=shape.layers, width=shape.width, qk_norm=recipe.qk_norm)
-            )
-        writer.close()
+        close_header(writer)
     except OSError as error:
         raise unwritable(out, error, "Choose another -o.") from error
+
+
+def weights(
+    recipe: Recipe, shape: Shape, tensors: Sequence[Tensor], seed: int, types: Mapping[str, int], convert: Convert
+) -> list[Stored]:
+    """The tensors as ggml types, in the order of `types`, each made whole; the same for the same names, shapes and seed."""
+    dims = dict(tensors)
+
+    def whole(name: str) -> Portions:
+        yield values(name, dims[name], seed=seed, layers=shape.layers, width=shape.width, qk_norm=recipe.qk_norm)
+
+    return [converted(prod(dims[name]), types[name], partial(whole, name), convert) for name in types]
 
 
 def _add_value(writer: Any, key: str, value: Value) -> None:

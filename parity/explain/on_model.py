@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from checkpoints.answers.three_way import ThreeWay
 from checkpoints.record import Dump
 
 from ..diff.align import as_wide
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode
-from ..diff.three_way import compare_three
-from ..diff.three_way import with_truth as with_truth_of_three
 from ..diff.truth import ALL, AUTO, OFF
 from .known_model import KnownModel
+
+if TYPE_CHECKING:
+    from checkpoints.answers.three_way import ThreeWay
 
 
 def compared_on(
@@ -39,7 +40,7 @@ def compared_on(
     return with_truth(compared, known.truth, everywhere=arbiter == ALL)
 
 
-def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbiter: str = AUTO) -> ThreeWay:
+def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbiter: str = AUTO) -> "ThreeWay":
     """Compare three dumps of a known model: float64 sets limits as for two, and says who is wrong where they differ.
 
     Args:
@@ -48,13 +49,15 @@ def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbi
     Raises:
         InputError, DumpError: as `compare_three`.
     """
+    from ..diff.three_way import compare_three, with_truth
+
     if arbiter == OFF:
         return compare_three(dumps, options)
     known = KnownModel(
         next((dump for dump in reversed(dumps) if dump.header is not None and dump.header.tokens), dumps[1]), model
     )
     compared = compare_three(dumps, replace(options, truth=known))
-    return compared if compared or known.truth is None else with_truth_of_three(compared, dumps, known)
+    return compared if compared or known.truth is None else with_truth(compared, dumps, known)
 
 
 def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:

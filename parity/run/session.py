@@ -23,7 +23,6 @@ from reference.jobs import DumpResult
 
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.tokens import same_model
-from ..lint.lint import refuse_unusable
 from .request import Progress, Prompt, Request
 from .results import dumps_of
 from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
@@ -108,6 +107,8 @@ def run(
                 _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
     left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
+        from ..lint.lint import refuse_unusable
+
         refuse_unusable(left, "your engine's dump")
     compared = judge(left, right, comparison_options(request))
     verdict = replace(compared.verdict, notes=(*taken_instead(request, right), *compared.verdict.notes))

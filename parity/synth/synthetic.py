@@ -1,15 +1,26 @@
-"""A synthetic model in any of llama.cpp's types: made by gguf-py where it can, quantised by llama.cpp where it can't."""
+"""A synthetic model in any of llama.cpp's types: by gguf-py where it can make them, else as llama.cpp's quantiser would.
 
-from collections.abc import Iterator, Mapping
+Either way weights are stored as they are made, a few rows at a time, so that memory does not grow with the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.errors import InputError, ModelError
+from checkpoints.gguf_file import contents
 from checkpoints.whole_file import Replacement, is_special, unwritable
 from engine.synth import Shape, synthesize
+from engine.synth.blocks import SIZE
+from engine.synth.data import PORTION, Convert, Progress, Tensor, append
+from engine.synth.dense import check_size, weights, write_header
 from engine.synth.recipe import Recipe, Value
+from engine.synth.write import weights as weights_of
 from engine.synth.write import write
+from reference.jobs import FilePlan
 
 if TYPE_CHECKING:
     from reference.client import Reference
@@ -17,23 +28,63 @@ if TYPE_CHECKING:
 _BY_GGUF = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
-def make(out: Path, shape: Shape, *, kind: str, seed: int = 0, tokenizer: Path | None = None) -> None:
-    """Write a qwen2 or llama model to `out`.
+def make(
+    out: Path,
+    shape: Shape,
+    *,
+    kind: str,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    blocks: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a qwen2 or llama model to `out`; `blocks`: see `engine.synth.dense.weights`.
 
     Raises:
         InputError: an impossible shape or type, or an unwritable file.
     """
-    by_gguf = kind.lower() in _BY_GGUF
     with _replacement(out) as replacement:
         plain = replacement.temporary
-        synthesize(plain, shape, weight_type=kind if by_gguf else "f32", seed=seed, tokenizer=tokenizer)
-        if by_gguf:
+        if kind.lower() in _BY_GGUF:
+            synthesize(plain, shape, weight_type=kind, seed=seed, tokenizer=tokenizer, blocks=blocks, progress=progress)
             replacement.commit()
         else:
             from reference.client import Reference
 
+            write_header(plain, shape, tokenizer)
+            _make_hollow(plain)
             with Reference() as reference:
-                reference.quantize(plain, kind, out)
+                planned = reference.quantised(plain, kind)
+            store = 2 * SIZE * (blocks or 0)  # in float32 while they are made, and stored
+            room = (shape.vocab if tokenizer is not None else 0, max(PORTION, store))
+            _write(out, planned, partial(weights, shape, seed, blocks=blocks), room, progress)
+
+
+def _make_hollow(path: Path) -> None:
+    """Give a table of contents of F32 tensors its data section, as a hole that takes no room on the disk."""
+    file = contents(path)
+    with path.open("r+b") as opened:
+        opened.truncate(file.data + sum(-(-4 * tensor.elements // file.alignment) * file.alignment for tensor in file.tensors))
+
+
+def _write(
+    out: Path,
+    planned: FilePlan,
+    tensors: Callable[[Mapping[str, int], Convert], Sequence[Tensor]],
+    room: tuple[int, int],
+    progress: Progress | None = None,
+) -> None:
+    """Write a file as it was planned, its weights quantised while they are made: the bytes of an F32 file that llama.cpp quantised.
+
+    `room` is `check_size`'s: tokens of the vocabulary, and elements that are made at once.
+    """
+    from reference.from_float import FromFloat
+
+    check_size(out, planned.size, *room)
+    with Replacement(out) as replacement:
+        replacement.temporary.write_bytes(planned.header)
+        types = {tensor.name: tensor.type for tensor in planned.tensors}
+        append(replacement.temporary, tensors(types, FromFloat()), progress)
 
 
 @contextmanager
@@ -88,7 +139,10 @@ def make_by_recipe(
         with nullcontext(running) if running is not None else Reference() as reference:
             write(plain, recipe, shape, changes, tokenizer=tokenizer)
             tensors = recipe.tensors(reference.wanted_tensors(plain), tied=shape.tied)
-            write(plain, recipe, shape, changes, tensors, seed=seed, tokenizer=tokenizer)
+            room = (shape.vocab if tokenizer is not None else 0, max((prod(dims) for _, dims in tensors), default=0))
+            check_size(plain, 0, *room)
+            write(plain, recipe, shape, changes, tensors, tokenizer=tokenizer)
+            _make_hollow(plain)
             try:
                 reference.load(plain)
             except ModelError as error:
@@ -96,7 +150,12 @@ def make_by_recipe(
                     error.message.replace(str(plain), f"this {recipe.name}"), "Change the shape or --set.", code="shape"
                 ) from error
             kind = kind or recipe.kind
-            if kind.lower() == "f32":
-                replacement.commit()
-            else:
-                reference.quantize(plain, kind, out)
+            planned = _as_it_is(plain) if kind.lower() == "f32" else reference.quantised(plain, kind)
+            _write(out, planned, partial(weights_of, recipe, shape, tensors, seed), room)
+
+
+def _as_it_is(path: Path) -> FilePlan:
+    """A hollow file, to be written anew with its weights."""
+    file = contents(path)
+    with path.open("rb") as opened:
+        return FilePlan(opened.read(file.data), file.tensors, file.size)

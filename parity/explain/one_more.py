@@ -1,0 +1,182 @@
+"""States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .batch import beyond, in_two, screened
+from .fits import fitted, order_of_number
+from .likely import Likely
+from .scopes import STAGES, rescoped, stages
+from .screening import Screening
+from .state import Candidate, Layers, Screened, State, key, worst
+
+BEAM = 4  # partial explanations that are followed
+# Groups of faults that rebuild a matrix, which costs more than its product with one row.
+_WEIGHTS = ("weights", "dequantisation")
+_FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
+# Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
+SAME_NOISE = 1e-12
+
+
+def all_explained(states: Sequence[State]) -> bool:
+    """Whether one of these states explains everything."""
+    return any(state.first is None for state in states)
+
+
+class OneMore:
+    """Plants one more fault in a state: every candidate of the catalogue that its place allows, with one screening. Answers are cached."""
+
+    def __init__(self, screening: Screening) -> None:
+        self.screening = screening
+        self._right = {step.makes: step for step in screening.right}
+        self._cached: dict[tuple[str, ...], list[State]] = {}
+
+    def _further(self, state: State, single: bool) -> list[State]:
+        """States that get beyond the state's first place by one more fault, the best first.
+
+        In single layers the search ends with the layer in which something is found; similar faults there are found, too. In all
+        layers it ends with the stage (`stages`) in which something explains everything.
+        """
+        if single:
+            better = self._in_single_layers(state)
+        else:
+            better = []
+            for number in range(STAGES):
+                better += self._of_stage(state, number)
+                if all_explained(better):
+                    break
+        return sorted(better, key=self.rank)
+
+    def first_stages(self, state: State) -> list[State]:
+        """States that get further by one fault in all layers, of the first two stages (`stages`)."""
+        return [*self._of_stage(state, 0), *self._of_stage(state, 1)]
+
+    def _of_stage(self, state: State, number: int) -> list[State]:
+        """States that get further by one fault in all layers, from the candidates of one stage; cached."""
+        name = (*key(state.faults), f"stage {number}")
+        if name not in self._cached:
+            candidates = list(stages(self.screening, state, None))[number]
+            results = screened(self.screening, state, None, candidates)
+            self._cached[name] = list(self._beyond(state, results))
+        return self._cached[name]
+
+    def _in_single_layers(self, state: State) -> list[State]:
+        """States that get further by one fault in one layer; if several layers are in question, likely and cheap candidates come first.
+
+        Similar faults in the layer in which something is found are found, too.
+        """
+        layers = self.screening.suspects(state)
+        likely = Likely(self.screening, state) if len(layers) > 1 else None
+        choose = likely.among if likely is not None and likely.able else None
+        postponed: dict[int, list[Iterator[tuple[Candidate, Screened]]]] = {layer: [] for layer in layers}
+
+        def of(layer: int, candidates: Sequence[Candidate]) -> list[State]:
+            now, later = in_two(self.screening, state, (layer,), candidates, choose)
+            postponed[layer].append(later)
+            return list(self._beyond(state, now))
+
+        waiting = {layer: self._by_cost(state, layer) for layer in layers}
+        better: list[State] = []
+        explaining: int | None = None
+        for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
+            for layer, lists in waiting.items():
+                if explaining in (None, layer) and turn < len(lists) and not self.screening.budget.over():
+                    better += of(layer, lists[turn])
+                    explaining = layer if better else None
+        for layer in layers if explaining is None else [explaining]:
+            for later in postponed[layer]:
+                better += self._beyond(state, later)
+            if better or self.screening.budget.over():
+                break
+        return better + self._in_all_layers(state, better)
+
+    def _by_cost(self, state: State, layer: int) -> list[list[Candidate]]:
+        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights."""
+        *shown, others = stages(self.screening, state, (layer,))
+        costly = [2 if candidate.fault.group in _WEIGHTS else int(candidate.fault.whole) for candidate in others]
+        return [
+            *shown,
+            *([candidate for candidate, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3)),
+        ]
+
+    def _in_all_layers(self, state: State, better: Sequence[State]) -> list[State]:
+        """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""
+        faults = [state.faults[-1] for state in better if state.first is None]
+        everywhere = [replace(fault, layers=None) for fault in faults if fault.fault.shows is None]
+        return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
+
+    def _beyond(self, state: State, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[State]:
+        """The states of screened candidates that get beyond the state's first place."""
+        passed: list[Candidate] = []
+        for candidate, (place, error) in results:
+            self._note(state, candidate, error)
+            if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
+                passed.append(candidate)
+        return beyond(self.screening, state, passed)
+
+    def _note(self, state: State, candidate: Candidate, error: float) -> None:
+        """Note the error that a candidate leaves at the first place, as a possible lead."""
+        first = state.first
+        if first is None or not np.isfinite(error):
+            return
+        entry = self.screening.entries[first.point]
+        before = float(state.nmse[first.point][entry.rows == first.row].max())
+        removed = 1 - error / before if np.isfinite(before) and before > 0 else 0.0
+        self.screening.tried.removed.setdefault(key(state.faults), []).append((removed, candidate))
+        if not state.faults and error > float(entry.limit[entry.rows == first.row].max()):
+            self.screening.tried.nearest = min(self.screening.tried.nearest, error)
+
+    def rank(self, state: State) -> tuple[float, ...]:
+        """A sort key, best first: everything explained, with the least error beyond noise; then the furthest first place. Among equals,
+        the fewest faults, those in all layers, and those that change the fewest steps, so that nothing is blamed without need.
+        """
+        single = sum(candidate.layers is not None for candidate in state.faults)
+        size = (len(state.faults), single, sum(self._right.get(step.makes) is not step for step in state.steps))
+        if state.first is None:
+            error = worst(state, len(state.nmse))
+            # A number's error comes from the digits that it was fitted with: among numbers the order of the list decides.
+            order = order_of_number(state.faults[-1]) if state.faults else None
+            if order is not None:
+                return (0.0, 0.0, 0.0, *size, 1.0 + order)
+            # Equal to the bit is the best; of errors that are noise none is better than another, and the order of the list decides.
+            last = error if error == 0 else max(error, SAME_NOISE)
+            return (0.0, round(float(np.log10(max(error, SAME_NOISE) / SAME_NOISE))), 0.0, *size, last)
+        return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
+
+    def numbers(self, state: State) -> list[State]:
+        """States that get further by a fitted number: in all layers, or in one of the few in question."""
+        name = (*key(state.faults), "numbers")
+        if name not in self._cached:
+            states: list[State] = []
+            layers = self.screening.suspects(state)
+            begins = not layers or layers[0] == 0
+            scopes: list[Layers] = [None]
+            scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
+            scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
+            for scope in scopes:
+                mine = fitted(self.screening, state, scope)
+                # The same number in fewer layers: it may not hold in layers that no recorded point shows.
+                states += [
+                    *mine,
+                    *(
+                        other
+                        for partial in sorted(mine, key=self.rank)[:BEAM]
+                        for other in rescoped(self.screening, state, partial)
+                    ),
+                ]
+                if all_explained(states) or self.screening.budget.over():
+                    break
+            self._cached[name] = sorted(states, key=self.rank)
+        return self._cached[name]
+
+    def once(self, state: State, single: bool) -> list[State]:
+        """States that get beyond the state's first place by one more fault, also in fewer or more layers, the best first; cached."""
+        name = (*key(state.faults), str(single))
+        if name not in self._cached:
+            further = self._further(state, single)
+            partial = further[:BEAM] if further and further[0].first is not None else []
+            more = [rescoped_state for start in partial for rescoped_state in rescoped(self.screening, state, start)]
+            self._cached[name] = sorted([*further, *more], key=self.rank)
+        return self._cached[name]
