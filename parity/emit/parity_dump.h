@@ -983,7 +983,7 @@ static inline void parity__free_graph(struct parity_graph *g) {
 #if CUDART_VERSION >= 11030
 /* The kernel that copies rows to the present replay's place, 16 bytes a thread. PTX, since this header may be compiled by any compiler.
  * Its blocks may start when those of the kernel before it end (griddepcontrol, on devices that have it), and look up the place
- * meanwhile. The first kernel of a replay waits where the ring is full, ten seconds at most, and counts the replay when all of its
+ * meanwhile; and the next kernel may start when all rows are read, as parity__let_overlap says. The first kernel of a replay waits where the ring is full, ten seconds at most, and counts the replay when all of its
  * blocks have read the count. */
 static const char parity__ptx[] =
     ".version 7.8\n"
@@ -1038,7 +1038,12 @@ static const char parity__ptx[] =
     "setp.lt.u32 %p, %i, %bytes;\n"
     "and.pred %whole, %whole, %p;\n"
     "@%whole ld.global.v4.u32 {%v0, %v1, %v2, %v3}, [%from];\n"
-    "@!%first bra STORE;\n"
+    "@%first bra LOOK;\n"
+    "bar.sync 0;\n"
+    "@%whole griddepcontrol.launch_dependents;\n"
+    "@!%p griddepcontrol.launch_dependents;\n"
+    "bra STORE;\n"
+    "LOOK:\n"
     "mov.u32 %looks, 0;\n"
     "ROOM:\n"
     "setp.eq.u32 %q, %slots, 0;\n"
@@ -1138,7 +1143,7 @@ static inline int parity__overlaps(int device) {
 /* The kernel for the current device, or NULL. */
 static inline void *parity__kernel(parity_dump *d, int device) {
     int (*load)(void **, const void *), (*get)(void **, void *, const char *);
-    char *text, *at;
+    char *text, *at, *end;
     void *module;
     if (d->kernels[device]) return d->kernels[device];
     if (parity__driver("cuModuleLoadData", &load) || parity__driver("cuModuleGetFunction", &get)) return NULL;
@@ -1147,8 +1152,11 @@ static inline void *parity__kernel(parity_dump *d, int device) {
     memcpy(text, parity__ptx, sizeof parity__ptx);
     if (!parity__overlaps(device)) {
         memcpy(strstr(text, "sm_90"), "sm_70", 5);
-        at = strstr(text, "griddepcontrol.wait;");
-        memset(at, ' ', strlen("griddepcontrol.wait;"));
+        for (at = text; (at = strstr(at, "griddepcontrol")) != NULL;) { /* with its predicate */
+            end = strchr(at, '\n');
+            while (at[-1] != '\n') at--;
+            while (at < end) *at++ = ' ';
+        }
     }
     if (load(&module, text) || get(&d->kernels[device], module, "parity_record")) d->kernels[device] = NULL;
     free(text);
@@ -1313,6 +1321,40 @@ static inline int parity__launch(parity_dump *d, struct parity_graph *g, unsigne
     return launch(&config, kernel, arguments, NULL);
 }
 
+/* Let the one kernel that follows the last one of ours start when all rows have been read, before they are written: it may change what
+ * was copied, and reads nothing that ours writes. What made the rows must be complete before it, which is now said by an edge of its
+ * own. */
+static inline void parity__let_overlap(const struct parity_graph *g, cudaGraph_t graph) {
+#if CUDART_VERSION >= 13000
+    const cudaGraphNode_t *last = &g->last;
+    cudaGraphNode_t next[2], maker[2], before[2];
+    cudaGraphEdgeData edges[2], plain, programmatic;
+    union cudaLaunchAttributeValue cooperative;
+    enum cudaGraphNodeType type;
+    size_t n = 2;
+    memset(&plain, 0, sizeof plain);
+    memset(&programmatic, 0, sizeof programmatic);
+    programmatic.from_port = cudaGraphKernelNodePortProgrammatic;
+    programmatic.type = cudaGraphDependencyTypeProgrammatic;
+    if (!g->last || g->last == g->first || !parity__overlaps(g->device)) return; /* later kernels read what the first one wrote */
+    if (cudaGraphNodeGetDependentNodes(*last, next, edges, &n) != cudaSuccess || n != 1 || edges[0].type || edges[0].from_port) return;
+    if (cudaGraphNodeGetType(next[0], &type) != cudaSuccess || type != cudaGraphNodeTypeKernel) return;
+    memset(&cooperative, 0, sizeof cooperative);
+    if (cudaGraphKernelNodeGetAttribute(next[0], cudaLaunchAttributeCooperative, &cooperative) != cudaSuccess || cooperative.cooperative)
+        return;
+    n = 2;
+    if (cudaGraphNodeGetDependencies(next[0], before, edges, &n) != cudaSuccess || n != 1) return;
+    n = 2;
+    if (cudaGraphNodeGetDependencies(*last, maker, edges, &n) != cudaSuccess || n != 1) return;
+    if (cudaGraphAddDependencies(graph, maker, next, &plain, 1) != cudaSuccess) return;
+    if (cudaGraphRemoveDependencies(graph, last, next, &plain, 1) != cudaSuccess) return;
+    if (cudaGraphAddDependencies(graph, last, next, &programmatic, 1) != cudaSuccess)
+        cudaGraphAddDependencies(graph, last, next, &plain, 1);
+#else
+    (void)g, (void)graph;
+#endif
+}
+
 /* Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one. */
 static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_graph *g, const struct parity_slot *slot,
                                               const struct parity_slot *place, const void *values, size_t bytes, cudaStream_t stream) {
@@ -1331,6 +1373,10 @@ static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_grap
     for (i = 0; i < n; i++) behind |= before[i] == g->first;
     joins = g->last && n == 1 && before[0] == g->last && rows->n + more <= PARITY__SEGMENTS;
     if (!joins) {
+        parity__let_overlap(g, graph);
+        cudaGetLastError(); /* what cannot overlap stays as it is */
+        status = parity__capture(stream, &id, &graph, &before, &n);
+        if (status != cudaSuccess) return status;
         if (n == 1 && before[0] != g->last) cudaGraphNodeGetType(before[0], &type);
         memset(rows, 0, sizeof *rows);
         rows->control = (uint64_t)(uintptr_t)g->ring.control;
