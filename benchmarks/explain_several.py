@@ -61,7 +61,7 @@ def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Rando
             without = [faulty.dump(Planted((*parts[:at], *parts[at + 1 :])), tokens) for at in range(number)]
         except NotApplicable:
             continue
-        if not any(same(dump, one) for one in without):
+        if not any(same(dump, fewer) for fewer in without):
             return Planted(tuple(parts)), dump
 
 

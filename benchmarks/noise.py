@@ -64,7 +64,7 @@ def main() -> None:
             measured = []
             for prompt in prompts:
                 measured.append(Noise.of(compared(reference, Path(name), prompt, given.points)))
-                print(kind, measured[-1].said, flush=True)
+                print(kind, measured[-1].sentence, flush=True)
             rows.append((kind, measured))
     print(environment())
     print("\n| prompts | records | worst NMSE | of its limit | over the limit | of them jumps |\n|---|---|---|---|---|---|")
@@ -85,7 +85,7 @@ class Noise:
     of_limit: float
     over: int
     jumps: int
-    said: str
+    sentence: str
 
     @staticmethod
     def of(records: Records) -> "Noise":

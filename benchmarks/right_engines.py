@@ -158,7 +158,7 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
     compute = kind if way.bare and way.stated else None
     findings = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
     errors = [finding.rule for finding in findings if finding.severity == ERROR]
-    said = {
+    answers = {
         "lint": f"accused: {errors}"
         if errors
         else f"suspected: {[finding.rule for finding in findings]}"
@@ -172,24 +172,24 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
         verdict = answer()
         precision, first = verdict.precision, verdict.first_divergence
         if first is not None and verdict.pattern is not None and verdict.pattern.code in UNDECIDED:
-            said[name] = "suspected"
+            answers[name] = "suspected"
         elif first is not None:
-            said[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
+            answers[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
         elif verdict.record_faults:
-            said[name] = f"accused: {[(fault.checkpoint, fault.kind) for fault in verdict.record_faults[:3]]}"
+            answers[name] = f"accused: {[(fault.checkpoint, fault.kind) for fault in verdict.record_faults[:3]]}"
         elif kind != "f32" and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
-            said[name] = "called exact"
+            answers[name] = "called exact"
         else:
-            said[name] = "right"
+            answers[name] = "right"
     if not explained:
-        return said
+        return answers
     answer = explain(dump, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
-        said["explain"] = f"accused: {causes} {answer.first} {answer.law}"
+        answers["explain"] = f"accused: {causes} {answer.first} {answer.law}"
     else:
-        said["explain"] = "right"
-    return said
+        answers["explain"] = "right"
+    return answers
 
 
 def _visible(verdict: Any) -> bool:
@@ -230,7 +230,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     rows = [f"{len(judged_lines)} engines, {len(lines) - len(judged_lines)} refused; not right, of all:"]
     for kind in ARITHMETIC:
         here = [line["said"] for line in judged_lines if line["kind"] == kind]
-        counts = Counter(f"{name} {text.partition(':')[0]}" for said in here for name, text in said.items() if text != "right")
+        counts = Counter(
+            f"{name} {text.partition(':')[0]}" for answers in here for name, text in answers.items() if text != "right"
+        )
         rows.append(
             f"{kind:<5} {len(here):>4}  {', '.join(f'{what} {n}' for what, n in sorted(counts.items())) or 'all right'}"
         )

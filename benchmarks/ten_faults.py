@@ -51,15 +51,15 @@ def model_of(name: str, folder: Path, reference: Reference) -> Path:
 
 def outcome(answer: Explanation, case: Case) -> dict[str, Any]:
     """How the answer counts, and whether it names the fault and nothing besides."""
-    said = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
+    causes = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
     if answer.first is None:
         return {"outcome": "no effect"}
     names = {named.fault for cause in answer.causes[:1] for named in (cause.named, *cause.equivalent)}
     whole = len(answer.causes) == 1 and answer.remaining is None
     if whole and not names.isdisjoint(case.names):
-        return {"outcome": "named", "said": said}
+        return {"outcome": "named", "said": causes}
     left = answer.remaining.checkpoint if answer.remaining else "nothing"
-    return {"outcome": "missed", "said": said, "left": left, "arithmetic": answer.precision_only, "complete": answer.complete}
+    return {"outcome": "missed", "said": causes, "left": left, "arithmetic": answer.precision_only, "complete": answer.complete}
 
 
 def judged(dump: Dump, model: Path, tokens: tuple[int, ...]) -> tuple[Explanation, float]:
@@ -92,13 +92,13 @@ def run(out: Path, only: str | None) -> None:
                 if key not in known:
                     answer, seconds = judged(dump, model, tokens_of(model, TOKENS, seed=seed))
                     accused = bool(answer.causes) or (answer.first is not None and not answer.precision_only)
-                    said = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
+                    causes = [f"{cause.named.fault} {cause.named.parameters}" for cause in answer.causes]
                     line = {
                         "key": key,
                         "model": name,
                         "title": title,
                         "outcome": "accused" if accused else "right",
-                        "said": said,
+                        "said": causes,
                     }
                     file.write(json.dumps(line | {"seconds": seconds, "arithmetic": answer.precision_only}) + "\n")
                     file.flush()
@@ -137,9 +137,9 @@ def show(path: Path) -> None:
         print(f"| {name} | {counts} | {middle:.1f} | {seconds[-1]:.1f} |")
     print("\n| architecture | fault | engine | answer |\n" + "|---" * 4 + "|")
     for line in faults:
-        said = "; ".join(line.get("said", [])) or line["outcome"]
+        causes = "; ".join(line.get("said", [])) or line["outcome"]
         mark = "" if line["outcome"] == "named" else f"**{line['outcome']}** "
-        print(f"| {line['model']} | {line['title']} | {line['engine']} | {mark}{said} |")
+        print(f"| {line['model']} | {line['title']} | {line['engine']} | {mark}{causes} |")
 
 
 def main() -> None:

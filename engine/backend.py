@@ -126,7 +126,7 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
     except ImportError as error:
         if name == "auto":
             return _numpy()
-        advice = "Install the extra for your CUDA: pip install 'parity[cuda12]' or 'parity[cuda13]'."
+        advice = "Install CuPy for your CUDA: pip install cupy-cuda12x, or cupy-cuda13x."
         raise InputError(f"CuPy cannot be imported ({error}).", advice, code="backend") from error
     if not cupy.cuda.is_available():
         if name == "auto":

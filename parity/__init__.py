@@ -31,7 +31,7 @@ def version() -> str:
     import sys
 
     # `importlib.metadata` says the same once it has imported what reads electronic mail, which is 15 ms of every `parity run`.
-    described = (found for folder in sys.path for found in Path(folder).glob("parity-*.dist-info"))
+    described = (metadata_folder for folder in sys.path for metadata_folder in Path(folder).glob("parity-*.dist-info"))
     if (installed := next(described, None)) is not None:
         return installed.name.removeprefix("parity-").removesuffix(".dist-info")
     from importlib import metadata

@@ -44,7 +44,7 @@ class Tap:
     @property
     def stop(self) -> bool:
         """Whether the computation can stop, because nothing more will be taken from it."""
-        return any(thing is not None for thing in (self._failure, self._listing, self._outlines, self._record))
+        return any(wanted is not None for wanted in (self._failure, self._listing, self._outlines, self._record))
 
     def list_nodes(self) -> None:
         """During the next pass, only note the nodes."""

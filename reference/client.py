@@ -259,9 +259,12 @@ class Reference:
         """
         return cast(FilePlan, self._ask(f"planning {model} as {ftype}", "quantised", Path(model), ftype))
 
-    def twin(self, model: Path, out: Path | None = None) -> Path:
-        """The F32 twin of a model, from the cache or made now; with `out`, a separate copy at that path."""
-        return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, self._threads))
+    def twin(self, model: Path, out: Path | None = None, *, joined: bool = False) -> Path:
+        """The F32 twin of a model, from the cache or made now; with `out`, a separate copy at that path.
+
+        An F32 model is its own twin; with `joined` one in several files is not, since who reads it may not know of the others.
+        """
+        return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, joined, self._threads))
 
     def wanted_tensors(self, metadata: Path) -> list[tuple[str, tuple[int, ...]]]:
         """Names and row-major shapes of the tensors that llama.cpp wants for a GGUF's metadata, optional ones too.

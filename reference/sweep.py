@@ -17,7 +17,6 @@ from checkpoints import points
 from checkpoints.columns import open_dump
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import Contents
-from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
@@ -41,7 +40,7 @@ _SHARE = 2  # a whole model may take half of the free memory
 _WINDOW_SHARE = 4  # a window a quarter, since its file, its F32 copy and its page cache add up
 
 
-def window_size(library: Library, contents: Contents, job: DumpJob) -> int | None:
+def window_size(library: Library, contents: Contents, job: DumpJob, free: int) -> int | None:
     """How many layers a window has, None for the whole model at once.
 
     Raises:
@@ -58,7 +57,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
     if not exact:
         return None
-    need, free = twin.twin_bytes(contents), free_memory()
+    need = twin.twin_bytes(contents)
     folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free
@@ -73,14 +72,14 @@ class _Sweep:
     """What stays the same in every sweep over the model."""
 
     library: Library
-    found: Contents
+    contents: Contents
     job: DumpJob
     spans: Sequence[tuple[int, int]]
     proof: "Proof"
 
     @property
     def n_vocab(self) -> int:
-        return next(tensor.ne[1] for tensor in self.found.tensors if tensor.name == "token_embd.weight")
+        return next(tensor.ne[1] for tensor in self.contents.tensors if tensor.name == "token_embd.weight")
 
     def _known(self, session: Session, inputs: Any, first: int) -> list[Planned]:
         return list(survey(session, inputs, offset=first).known)
@@ -92,7 +91,9 @@ class _Sweep:
         ids = tuple(token for step in steps for token in step.tokens)
         for first, stop in self.spans:
             window = Window(first, stop, ids if first == 0 else None, self.proof.untied)
-            with open_window(self.library, self.found, window, exact=self.job.mode == EXACT, threads=self.job.threads) as model:
+            with open_window(
+                self.library, self.contents, window, exact=self.job.mode == EXACT, threads=self.job.threads
+            ) as model:
                 if first == 0:
                     inputs: list[Any] = [_local(step.tokens, ids, self.n_vocab) for step in steps]
                 else:
@@ -113,7 +114,7 @@ class _Sweep:
         logits: list[NDArray[np.float32]] = []
         n_ctx = sum(len(step.tokens) for step in steps)
         output = points.in_layer(window.stop - 1, "l_out")
-        last = window.stop == self.found.layers
+        last = window.stop == self.contents.layers
         kv_type, threads = self.job.kv_type, self.job.threads
         with Session(model, n_ctx=n_ctx, n_batch=len(steps[0].tokens), kv_type=kv_type, threads=threads) as session:
             known = self._own(self._known(session, inputs[0], window.first), window)
@@ -131,7 +132,7 @@ class _Sweep:
         for item in known:
             layered = points.parse(item.point).layer is not None
             seen_layer = seen_layer or layered
-            if layered or (window.stop == self.found.layers if seen_layer else window.first == 0):
+            if layered or (window.stop == self.contents.layers if seen_layer else window.first == 0):
                 kept.append(item)
         return kept
 

@@ -62,14 +62,17 @@ class Twins:
         self._lock = -1  # a descriptor, which the end of the process closes
         self.notes: list[str] = []
 
-    def of(self, model: Contents, *, threads: int | None = None) -> Path:
+    def of(self, model: Contents, *, joined: bool = False, threads: int | None = None) -> Path:
         """The F32 twin of a `checked` model; one with F32 weights is its own twin. It is kept until the next twin is asked for.
+
+        Args:
+            joined: a single file is wanted, so that an F32 model in several files is copied too.
 
         Raises:
             ReferenceFailed: llama.cpp cannot convert it; InputError: the cache cannot hold it; ModelError: the model was changed
             meanwhile.
         """
-        if is_f32(model):
+        if is_f32(model) and not (joined and len(model.parts) > 1):
             return model.path
         if self._lock >= 0:
             os.close(self._lock)

@@ -207,11 +207,11 @@ def _load(folder: Path, kind: str, first: str) -> Dump:
 def _answer(folder: Path, ref: Dump, kind: str, first: str) -> str:
     """What `parity lint` and `parity diff` answer: "parity", "divergence", "unusable", or "refused" with one line."""
     try:
-        found = _load(folder, kind, first)
-        judged = lint(found)
-        compared = comparison(found, ref)
+        dump = _load(folder, kind, first)
+        judged = lint(dump)
+        compared = comparison(dump, ref)
         with redirect_stdout(io.StringIO()) as shown:
-            show_report(report(compared.verdict, found, ref, compared.picture), AnswerFormat.JSON, html=None, junit=None)
+            show_report(report(compared.verdict, dump, ref, compared.picture), AnswerFormat.JSON, html=None, junit=None)
         json.loads(shown.getvalue())
     except ParityError as error:
         return one_line(error)

@@ -144,7 +144,7 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reason"),
     [
         ("names.jsonl", "names.jsonl has more than 32,768 names"),
         ("long-name.jsonl", "long-name.jsonl has a name of"),
@@ -154,10 +154,10 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) 
         ("rows.npy", "more positions than any context has"),
     ],
 )
-def test_what_no_engine_writes_is_refused_by_its_reason(parity: Cli, tmp_path: Path, name: str, said: str) -> None:
+def test_what_no_engine_writes_is_refused_by_its_reason(parity: Cli, tmp_path: Path, name: str, reason: str) -> None:
     """The error line says which quantity is too large."""
     (tmp_path / name).write_bytes(FILES[name]())
-    refused(parity("lint", name), said)
+    refused(parity("lint", name), reason)
 
 
 def test_a_header_of_impossible_sizes_is_one_line(parity: Cli, tmp_path: Path) -> None:

@@ -68,13 +68,13 @@ def test_a_killed_worker_costs_its_cells_only(cluster: Cluster, parity: Cli, tmp
     once = tmp_path / "once"
     killer = tmp_path / "killer.sh"
     killer.write_text(f'[ -e {once} ] || {{ touch {once}; kill -9 $PPID; }}\nexec "$@"\n')
-    said = parity(
+    outcome = parity(
         "conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--cluster", cluster.address, "--format", "json"
     )
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert once.exists()
-    assert said.err == ""
-    assert [cell["verdict"] for cell in said.json["cells"]] == ["parity"] * 4 + ["refused"] * 2
+    assert outcome.err == ""
+    assert [cell["verdict"] for cell in outcome.json["cells"]] == ["parity"] * 4 + ["refused"] * 2
     assert parity.json("conform", "--exec", f"sh {killer} {numpy_engine()}", *CELLS, "--workers", "1")[1]["kept"] == 6
 
 

@@ -255,14 +255,14 @@ def test_next_can_be_selected() -> None:
 
 def test_an_encoder_has_no_causal_mask() -> None:
     """Right at position 0 and wrong from 1 on does not point to a mask, or to Q and K alone, if every position sees all others."""
-    made = {
+    origins = {
         "enc.embd": Made("GET_ROWS"),
         "enc.blk.0.kq": Made("MUL_MAT", ("enc.embd", "enc.embd")),
         "enc.blk.0.kq_soft_max": Made("SOFT_MAX", ("enc.blk.0.kq",)),
         "enc.blk.0.l_out": Made("MUL_MAT", ("enc.embd", "enc.blk.0.kq_soft_max")),
         "logits": Made("MUL_MAT", ("enc.blk.0.l_out",), ("output.weight",)),
     }
-    header = replace(HEADER, dataflow=Dataflow(made).to_json())
+    header = replace(HEADER, dataflow=Dataflow(origins).to_json())
     ref = random(("enc.embd", "enc.blk.0.l_out", "logits"))
     for positions in (slice(1, None), slice(None), slice(0, -1)):
         answer = compare(dump(spoiled(noisy(ref), ("enc.blk.0.l_out", "logits"), positions)), dump(ref, header=header))

@@ -331,8 +331,8 @@ def test_a_cause_of_one_kind_of_rope_says_so() -> None:
         ("llama", "rope-pairs: 1 cell · llama"),
         (" ".join(kinds), "rope-pairs: 5 cells · all architectures"),
     ):
-        found = conformance(wrong)
-        assert said(found.causes[0], found) == words
+        answer = conformance(wrong)
+        assert said(answer.causes[0], answer) == words
 
 
 def test_a_result_is_read_back() -> None:

@@ -57,9 +57,9 @@ def test_isolate_accuses_no_model_whose_weights_are_zero(
 ) -> None:
     """Queries or keys of zero leave attention uniform, and RoPE changes nothing: the operations are proven, and no finding is left."""
     model = changed(synthetic(layers=1, biases=False, heads=1, kv_heads=1), tmp_path / "zero.gguf", **{part: 0.0})
-    found = isolate(IsolateRequest(model, tokens=tokens), reference)
-    assert not [item.operation for item in found.operations if item.status == WRONG]
-    assert found.findings == ()
+    isolation = isolate(IsolateRequest(model, tokens=tokens), reference)
+    assert not [item.operation for item in isolation.operations if item.status == WRONG]
+    assert isolation.findings == ()
 
 
 def test_isolate_says_nothing_of_operations_on_nan(
@@ -67,11 +67,11 @@ def test_isolate_says_nothing_of_operations_on_nan(
 ) -> None:
     """What reads NaN is neither proven by giving NaN nor wrong."""
     model = changed(synthetic(layers=2), tmp_path / "nan.gguf", attn_v=np.nan)
-    found = isolate(IsolateRequest(model, tokens=(5, 77, 300, 9)), reference)
-    told = {(item.operation, item.layer): item for item in found.operations}
-    assert told["kqv_out", 0].status == NOT_OBSERVABLE
-    assert told["l_out", 1].reason == "its inputs are not finite"
-    assert not [item.operation for item in found.operations if item.status == WRONG]
+    isolation = isolate(IsolateRequest(model, tokens=(5, 77, 300, 9)), reference)
+    operations = {(item.operation, item.layer): item for item in isolation.operations}
+    assert operations["kqv_out", 0].status == NOT_OBSERVABLE
+    assert operations["l_out", 1].reason == "its inputs are not finite"
+    assert not [item.operation for item in isolation.operations if item.status == WRONG]
 
 
 def arrays(noise: float, at_small: float = 0.0) -> tuple[Arrays, Arrays]:
@@ -91,12 +91,12 @@ def arrays(noise: float, at_small: float = 0.0) -> tuple[Arrays, Arrays]:
 @pytest.mark.parametrize("sketch", [True, False])
 def test_a_row_that_cancels_blames_no_operation(size: int, sketch: bool) -> None:
     """An error over the limit that is no larger than at positions that agree is rounding, or a small fault: that is said."""
-    told = _told(*arrays(3e-6), size, sketch)
-    assert not told
-    assert told.pattern is not None
-    assert told.pattern.code == "undecided"
-    assert not told.operation
-    worse = _told(*arrays(3e-7, at_small=1e-5), size, sketch)
+    verdict = _verdict(*arrays(3e-6), size, sketch)
+    assert not verdict
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "undecided"
+    assert not verdict.operation
+    worse = _verdict(*arrays(3e-7, at_small=1e-5), size, sketch)
     assert worse.pattern is not None
     assert worse.pattern.code != "undecided"
 
@@ -108,12 +108,12 @@ def test_nan_at_one_position_is_no_rounding(elements: slice, sketch: bool, their
     """What is not finite has no size to be compared with the errors of positions that agree: it stays the answer."""
     ours, right = arrays(3e-8)
     (right if theirs else ours)[LOGITS][6, elements] = np.nan
-    told = _told(ours, right, 10, sketch)
-    assert told.pattern is not None
-    assert told.pattern.code == ("reference-nonfinite" if theirs else "nonfinite")
+    verdict = _verdict(ours, right, 10, sketch)
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == ("reference-nonfinite" if theirs else "nonfinite")
 
 
-def _told(ours: Arrays, right: Arrays, size: int, sketch: bool) -> Verdict:
+def _verdict(ours: Arrays, right: Arrays, size: int, sketch: bool) -> Verdict:
     mine = dump(ours, slice_size=size)
     if not sketch:
         mine = replace(mine, points={name: replace(rows, sketch=None, stats={}) for name, rows in mine.points.items()})
@@ -137,14 +137,14 @@ def test_nan_in_the_reference_is_said_and_acquits_nobody() -> None:
     for name in (POINT, "blk.10.l_out", "blk.23.l_out", "output_norm", "logits"):
         right[name][3:] = np.nan
     for mine in (ours, right):
-        told = compare(dump(mine), dump(right))
-        assert not told
-        assert told.first_divergence is not None
-        assert (told.first_divergence.checkpoint, told.first_divergence.token_idx) == (POINT, 3)
-        assert told.pattern is not None
-        assert "the reference is not finite" in told.pattern.sentence
-        assert "wrong" not in told.operation
-        assert "cannot be judged" in answer(told)
+        verdict = compare(dump(mine), dump(right))
+        assert not verdict
+        assert verdict.first_divergence is not None
+        assert (verdict.first_divergence.checkpoint, verdict.first_divergence.token_idx) == (POINT, 3)
+        assert verdict.pattern is not None
+        assert "the reference is not finite" in verdict.pattern.sentence
+        assert "wrong" not in verdict.operation
+        assert "cannot be judged" in answer(verdict)
 
 
 def test_a_mask_on_both_sides_agrees() -> None:
@@ -188,9 +188,9 @@ def test_our_own_dumps_are_clean_without_the_model(
     faulty = Faulty(model, reference.graph(model))
     out = tmp_path / "ours.jsonl"
     dump_ours(faulty.transformer, OursJob(out, (5, 77, 300, 9), points="all"))
-    found = read(out)
-    assert lint(found).findings == ()
-    assert lint(_bare(found, 10)).findings == ()
+    dump = read(out)
+    assert lint(dump).findings == ()
+    assert lint(_bare(dump, 10)).findings == ()
 
 
 def _bare(whole: Dump, size: int) -> Dump:

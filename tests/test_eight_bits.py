@@ -24,7 +24,7 @@ def engine(synthetic: Callable[..., Path]) -> Faulty:
     return Faulty(synthetic(layers=6, width=128, heads=4, kv_heads=2, ff=192))
 
 
-def told(engine: Faulty, planted: Planted = RIGHT, **asked: Any) -> Verdict:
+def judged(engine: Faulty, planted: Planted = RIGHT, **asked: Any) -> Verdict:
     """The verdict on an engine that does not state its arithmetic, compared with the right one in float32."""
     tokens = tokens_of(engine.model, 7, seed=4)
     points, strict = asked.pop("points", "default"), asked.pop("strict", False)
@@ -41,7 +41,7 @@ def _bare(dump: Dump) -> Dump:
 @pytest.mark.parametrize("size", [10, 16, 1 << 20])
 def test_undeclared_8_bit_activations_are_a_suspicion(engine: Faulty, points: str, size: int) -> None:
     """An engine that multiplies 8-bit activations and does not say so: no operation is blamed, and the answer says what settles it."""
-    verdict = told(engine, points=points, size=size, steps=rounded(engine.right, "q8", storage=False))
+    verdict = judged(engine, points=points, size=size, steps=rounded(engine.right, "q8", storage=False))
     if verdict:  # within what BF16 costs
         assert "assumed" in answer(verdict).partition(":")[0]
         return
@@ -53,12 +53,12 @@ def test_undeclared_8_bit_activations_are_a_suspicion(engine: Faulty, points: st
 
 def test_noise_of_that_size_acquits_no_fault(engine: Faulty) -> None:
     """LayerNorm for RMSNorm can make noise as large as that of 8-bit activations: it stays a divergence."""
-    assert not told(engine, Planted((("layer-norm", {}, None),)))
+    assert not judged(engine, Planted((("layer-norm", {}, None),)))
 
 
 def test_strict_assumes_nothing(engine: Faulty) -> None:
     """--strict judges the same dump by the looser types' limits only where the table has them."""
-    answer = told(engine, strict=True, steps=rounded(engine.right, "q8", storage=False))
+    answer = judged(engine, strict=True, steps=rounded(engine.right, "q8", storage=False))
     assert answer.limits.operations < 1e-3
 
 
@@ -78,6 +78,6 @@ def test_faults_are_no_8_bit_arithmetic(
 ) -> None:
     """A fault that leaves a position or a layer right, or is far larger, or is another scale: a divergence, and no suspicion."""
     parameters = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0] | parameters
-    answer = told(engine, Planted(((name, parameters, layers),)))
+    answer = judged(engine, Planted(((name, parameters, layers),)))
     assert not answer
     assert answer.pattern is None or answer.pattern.code != "eight-bits"

@@ -1,5 +1,6 @@
 """Encoder–decoders in the commands that judge passes one by one: both halves are operations like others."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -92,6 +93,23 @@ def test_an_encoder_that_was_not_recorded(t5: Path, engine: Transformer, tmp_pat
     assert states["blk.0.q"].status == PROVEN
     assert "encoder's output" in states["blk.0.cross_kq"].reason
     assert not isolation.wrong
+
+
+def test_generated_tokens_that_a_dump_does_not_say(parity: Cli, t5: Path, engine: Transformer, tmp_path: Path) -> None:
+    """isolate and explain ask for the decoder's tokens as lines of the dump: --tokens are the encoder's. With them they go on."""
+    job = OursJob(tmp_path / "whole.jsonl", IDS, generated=(5, 9), points="all", full=True)
+    dump(engine, job)
+    lines = job.out.read_text().splitlines()
+    without = tmp_path / "without.jsonl"
+    without.write_text("\n".join(line for line in lines if json.loads(line).get("type") != "token") + "\n")
+    for command in ("isolate", "explain"):
+        refused(
+            parity(command, without, "--model", t5), "has records of position", '"type": "token"', "--tokens are the encoder's"
+        )
+    # The advice's own line, for the tokens that were generated after the start token at position 0.
+    told = [json.dumps({"type": "token", "token_idx": index, "id": token}) for index, token in ((1, 5), (2, 9))]
+    without.write_text(without.read_text() + "\n".join(told) + "\n")
+    assert parity("isolate", without, "--model", t5).code == 0
 
 
 def checked(side: OurEngine | LlamaCpp, run: Request, vocabulary: int) -> Consistency:

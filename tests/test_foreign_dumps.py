@@ -112,8 +112,8 @@ def test_sglang_dumper_on_every_module(tmp_path: Path, run: Dump) -> None:
 def test_what_dims_say_is_done_or_refused(dims: str, how: str) -> None:
     """Axes that are not known are not guessed: joined along another one the tensor would be wrong."""
     parts = [np.zeros((3, 4), np.float32), np.ones((3, 4), np.float32)]
-    whole, said = joined(parts, dims)
-    assert said.startswith(how)
+    whole, sentence = joined(parts, dims)
+    assert sentence.startswith(how)
     assert (whole is None) == how.startswith(("split", "not"))
 
 

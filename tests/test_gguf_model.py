@@ -216,8 +216,8 @@ def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
     """Two tensors of a name, an offset beyond the end, an unknown type and a row of half a block are each named."""
     at = small.index(b"token_embd.weight") + len(b"token_embd.weight")  # then: dimensions, ne[2], type, offset
 
-    def patched(content: bytes, place: int, form: str, value: int) -> bytes:
-        raw = struct.pack(form, value)
+    def patched(content: bytes, place: int, layout: str, value: int) -> bytes:
+        raw = struct.pack(layout, value)
         return content[:place] + raw + content[place + len(raw) :]
 
     # Q8_0 rows of 33: the first of the two numbers is ggml's ne[0], the row.

@@ -139,11 +139,11 @@ def test_fast_logits_do_not_depend_on_what_is_captured(stories: Path) -> None:
 def test_a_step_with_a_tap_of_the_host_is_refused_before_it_runs(stories: Path) -> None:
     """The blocking tap is a TypeError, and the sequence goes on as if the step had not been asked for."""
     engine = FastTransformer(GgufModel(stories), choose("cupy"), positions=16)
-    one, logits = engine.start(), []
-    engine.forward([2047, 9, 8], one)
+    progress, logits = engine.start(), []
+    engine.forward([2047, 9, 8], progress)
     with Capture(HostStage(Sink(), ["embd"], engine.backend)) as tap, pytest.raises(TypeError, match="DeviceStage"):
-        engine.forward([7], one, tap)
-    logits.append(engine.forward([7], one))
+        engine.forward([7], progress, tap)
+    logits.append(engine.forward([7], progress))
     two = engine.start()
     engine.forward([2047, 9, 8], two)
     logits.append(engine.forward([7], two))

@@ -272,8 +272,8 @@ def test_three_dumps_name_the_one_that_is_alone(parity: Cli, stories_run: Path, 
     code, answer = parity.json("diff", *paths, "--despite-lint")
     assert (code, answer["sides"]) == (1, ["ours", "llama.cpp", "third"])
     assert {point["checkpoint"]: point["alone"] for point in answer["points"] if point["alone"]} == {"logits": "third"}
-    said = parity("diff", *paths, "--despite-lint").out
-    assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", said)
+    printed = parity("diff", *paths, "--despite-lint").out
+    assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", printed)
     assert parity("diff", paths[0], paths[1], paths[1]).code == 0
     refused = parity("diff", *paths, "--html", "x.html")
     assert (refused.code, "--html needs exactly two dumps" in refused.err) == (2, True)

@@ -119,17 +119,17 @@ def test_undeclared_8_bit_products_are_no_fault(faulty: Callable[[str], Faulty],
 def test_noise_of_every_product_is_a_suspicion() -> None:
     """Products that are all off by what 8 bits cost are not blamed; a product that is exactly right, or a wrong norm, speaks against it."""
 
-    def made(kind: str, nmse: float, weight: str = "Q8_0") -> Operation:
+    def operation(kind: str, nmse: float, weight: str = "Q8_0") -> Operation:
         status = WRONG if nmse > 3e-4 else PROVEN
         return Operation(kind, 0, status, nmse, weight=weight, sampled=1e-3 if weight else None)
 
-    products = [made(kind, nmse) for kind, nmse in (("q", 4e-4), ("k", 2e-4), ("ffn_out", 9e-4), ("attn_out", 3e-5))]
-    operations = as_eight_bits([*products, made("l_out", 1e-15, "")])
+    products = [operation(kind, nmse) for kind, nmse in (("q", 4e-4), ("k", 2e-4), ("ffn_out", 9e-4), ("attn_out", 3e-5))]
+    operations = as_eight_bits([*products, operation("l_out", 1e-15, "")])
     assert [item.status for item in operations] == [NOT_OBSERVABLE, PROVEN, NOT_OBSERVABLE, PROVEN, PROVEN]
     assert "--compute q8" in operations[0].reason
-    for other in (made("ffn_up", 1e-14), made("ffn_gate", 2e-2)):
+    for other in (operation("ffn_up", 1e-14), operation("ffn_gate", 2e-2)):
         assert WRONG in {item.status for item in as_eight_bits([*products, other])}
-    norm = replace(made("attn_norm", 5e-4, ""), status=WRONG)
+    norm = replace(operation("attn_norm", 5e-4, ""), status=WRONG)
     assert WRONG in {item.status for item in as_eight_bits([*products, norm])}
 
 
@@ -159,17 +159,17 @@ def test_what_is_left_of_a_wrong_layer_is_named(faulty: Callable[[str], Faulty],
 def test_elimination_names_attention() -> None:
     """Where only attention's inside is not observable the layer's fault is attention; a wrong operation leaves nothing to eliminate."""
 
-    def made(kind: str, status: str) -> Operation:
+    def operation(kind: str, status: str) -> Operation:
         return Operation(kind, 3, status, nmse=None if status == NOT_OBSERVABLE else 1e-13)
 
     inside = [
-        made("q_rope", PROVEN),
-        *(made(kind, NOT_OBSERVABLE) for kind in ("kq", "kq_soft_max", "kqv_out")),
-        made("l_out", PROVEN),
+        operation("q_rope", PROVEN),
+        *(operation(kind, NOT_OBSERVABLE) for kind in ("kq", "kq_soft_max", "kqv_out")),
+        operation("l_out", PROVEN),
     ]
     layer = Operation(LAYER, 3, WRONG, 1e-3, reason="something else")
     assert eliminated(inside, [layer])[0].reason.endswith(
         "every operation of it that could be judged is right: so it is attention"
     )
-    assert eliminated([*inside, made("ffn_out", WRONG)], [layer])[0].reason == "something else"
+    assert eliminated([*inside, operation("ffn_out", WRONG)], [layer])[0].reason == "something else"
     assert eliminated(inside, [replace(layer, status=PROVEN)])[0].reason == "something else"

@@ -49,7 +49,7 @@ def test_no_rule_finds_anything_in_the_right_dump(right: Dump, facts: ModelFacts
     assert lint(right, facts).findings == ()
 
 
-@pytest.mark.parametrize(("name", "message", "fault"), VARIANTS, ids=[f"{name}, {said}" for name, said, _ in VARIANTS])
+@pytest.mark.parametrize(("name", "message", "fault"), VARIANTS, ids=[f"{name}, {message}" for name, message, _ in VARIANTS])
 def test_each_way_to_break_a_rule_is_named(
     name: str, message: str, fault: Callable[[Dump], Dump], right: Dump, facts: ModelFacts
 ) -> None:

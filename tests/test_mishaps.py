@@ -14,7 +14,7 @@ from parity.weights.foreign_weights import check_foreign
 COUNT = 400
 
 
-def told(model: Path, name: str, values: np.ndarray, folder: Path) -> str:
+def status_of(model: Path, name: str, values: np.ndarray, folder: Path) -> str:
     """What is said of a tensor's leading values."""
     np.savez(folder / "theirs.npz", **{name: np.ascontiguousarray(values).reshape(-1)[:COUNT]})
     checked = check_foreign(model, folder / "theirs.npz")
@@ -37,13 +37,18 @@ def test_two_things_at_once_are_told(quantized: Callable[[str], Path], tmp_path:
     path = quantized("F32")
     name = "blk.1.attn_q.weight"
     q = GgufModel(path).load(name)
-    assert told(path, name, permuted(q, 8).astype(np.float16), tmp_path) == "equal when permuted as Hugging Face's Q/K, as F16"
-    assert told(path, name, bf16(np.ascontiguousarray(q.T)), tmp_path) == "equal when transposed, as BF16"
+    assert (
+        status_of(path, name, permuted(q, 8).astype(np.float16), tmp_path)
+        == "equal when permuted as Hugging Face's Q/K, as F16"
+    )
+    assert status_of(path, name, bf16(np.ascontiguousarray(q.T)), tmp_path) == "equal when transposed, as BF16"
     root = np.float32(1 / np.sqrt(32))
-    assert told(path, name, q * root, tmp_path) == "scaled by a constant: 0.176777 = 1/√32 times the file's values"
-    assert told(path, name, q * np.float32(1.01), tmp_path) == "scaled by a constant: 1.01 times the file's values"
-    assert told(path, name, bf16(q * np.float32(16)), tmp_path) == "scaled by a constant: 16 times the file's values, as BF16"
-    assert told(path, name, q + np.float32(0.01), tmp_path) == "different"
+    assert status_of(path, name, q * root, tmp_path) == "scaled by a constant: 0.176777 = 1/√32 times the file's values"
+    assert status_of(path, name, q * np.float32(1.01), tmp_path) == "scaled by a constant: 1.01 times the file's values"
+    assert (
+        status_of(path, name, bf16(q * np.float32(16)), tmp_path) == "scaled by a constant: 16 times the file's values, as BF16"
+    )
+    assert status_of(path, name, q + np.float32(0.01), tmp_path) == "different"
 
 
 def test_a_whole_model_held_transposed_and_rounded_is_right(quantized: Callable[[str], Path], tmp_path: Path) -> None:
@@ -67,7 +72,7 @@ def test_a_wrong_place_in_the_file_is_told(quantized: Callable[[str], Path], tmp
     def at(offset: int) -> np.ndarray:
         return np.frombuffer(data, np.float32, COUNT, offset)
 
-    answers = {by: told(path, info.name, at(info.offset + by), tmp_path) for by in (-reader.data_offset, 32, -4)}
+    answers = {by: status_of(path, info.name, at(info.offset + by), tmp_path) for by in (-reader.data_offset, 32, -4)}
     assert (
         answers[-reader.data_offset]
         == "read too early: its offset is counted from the start of the file, the header is not skipped"
@@ -76,7 +81,7 @@ def test_a_wrong_place_in_the_file_is_told(quantized: Callable[[str], Path], tmp
     assert answers[-4] in ("read 4 bytes too early", "off by one block, backwards")
     padding = reader.data_offset - end
     if padding:
-        status = told(
+        status = status_of(
             path,
             info.name,
             np.frombuffer(data, np.uint8)[info.offset - padding :][: COUNT * 4].copy().view(np.float32),
@@ -128,7 +133,7 @@ def test_what_goes_wrong_with_q3_k(change: str, status: str, quantized: Callable
     name = next(name for name, info in model.tensors.items() if info.type == 11)
     blocks = model.raw(name).reshape(-1, 110)[:2]
     values = [value for block in blocks for value in scalar_q3_k(block.tobytes(), change=change)]
-    assert told(path, name, np.array(values, np.float32), tmp_path) == status
+    assert status_of(path, name, np.array(values, np.float32), tmp_path) == status
 
 
 def _model_of(kind: gguf.GGMLQuantizationType, folder: Path) -> tuple[Path, str, np.ndarray]:
@@ -179,7 +184,7 @@ def test_what_goes_wrong_with_mxfp4(mistake: str, status: str, tmp_path: Path) -
             order = [value for pair in zip(low, high, strict=True) for value in pair]
         scale = 2.0 ** (int(block[0]) - 127)
         values += [value * scale * (2 if mistake == "doubled" else 1) for value in order]
-    assert told(path, name, np.array(values, np.float32), tmp_path) == status
+    assert status_of(path, name, np.array(values, np.float32), tmp_path) == status
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
@@ -191,4 +196,4 @@ def test_what_quants_are_stored_above(kind: str, tmp_path: Path) -> None:
         quants = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float32)
     values = quants * np.float32(np.float16(0.01))
     wanted = "8 not subtracted from the quants" if kind == "Q4_0" else "quants read as unsigned bytes"
-    assert told(path, name, values, tmp_path) == wanted
+    assert status_of(path, name, values, tmp_path) == wanted

@@ -30,11 +30,11 @@ GROWN = {"blk.2.l_out": 1e-11, "blk.3.l_out": 6e-11, "blk.4.l_out": 3e-10, "blk.
 
 def test_an_error_that_grows_at_a_single_position_is_noise() -> None:
     """Records a few times over the limit, at one position of many and each grown from the layer before, are parity, and said."""
-    found = verdict(GROWN, [100])
-    assert found.verdict == "parity"
-    assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in found.notes)
-    assert found.excused == 3
-    assert "3 of them only as amplified rounding, which is assumed (--model M.gguf settles it)" in sentence(found)
+    noisy = verdict(GROWN, [100])
+    assert noisy.verdict == "parity"
+    assert any("noise: 3 records at single positions of blk.4.l_out, blk.5.l_out" in note for note in noisy.notes)
+    assert noisy.excused == 3
+    assert "3 of them only as amplified rounding, which is assumed (--model M.gguf settles it)" in sentence(noisy)
 
 
 def test_a_short_prompt_is_not_said_to_agree_elsewhere() -> None:

@@ -173,9 +173,9 @@ def test_drift_in_every_format() -> None:
     for report in (passing(), diverging()):
         drift = drift_of(report.verdict)
         text = "\n".join(line.plain for line in lines(drift, 100))
-        for form in (text, markdown_of(drift), drift_as_junit(drift), "\n".join(drift_annotations(drift))):
-            assert "llama" in form
-            assert "grow" in form
+        for rendered in (text, markdown_of(drift), drift_as_junit(drift), "\n".join(drift_annotations(drift))):
+            assert "llama" in rendered
+            assert "grow" in rendered
         ET.fromstring(drift_as_junit(drift))
         assert ("no drift" in text) == bool(drift)
         answer = json.loads(json.dumps(drift_as_json(drift), allow_nan=False))

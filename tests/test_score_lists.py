@@ -42,9 +42,9 @@ def test_lists_bound_the_divergence_from_below() -> None:
             Listed(ids := largest(row, kept), row[ids].astype(np.float64) - log_sum(row)) for row in (base, ours)
         )  # fmt: skip
         both, left = kl_of_lists(p, q)
-        one, unseen = kl_of_list(p, ours)
-        assert both <= one + 1e-9
-        assert one <= kl_whole(base, ours) + 1e-9
+        single, unseen = kl_of_list(p, ours)
+        assert both <= single + 1e-9
+        assert single <= kl_whole(base, ours) + 1e-9
         assert left >= unseen - 1e-12
         outside = np.setdiff1d(np.arange(300), q.ids)
         assert all(ours[token] - log_sum(ours) <= q.most_of_others + 1e-9 for token in outside)

@@ -173,8 +173,10 @@ def test_tokens_are_told_by_id_bytes_or_text() -> None:
     assert vocabulary.ids(Candidate("\ufffd", 0.0)) == ()
 
 
-@pytest.mark.parametrize(("count", "said"), [(1, "1 choice is not the most probable token"), (2, "2 choices are not the most")])
-def test_choices_of_the_sampler_are_counted(count: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("count", "sentence_part"), [(1, "1 choice is not the most probable token"), (2, "2 choices are not the most")]
+)
+def test_choices_of_the_sampler_are_counted(count: int, sentence_part: str) -> None:
     """Predictions that agree and choices that are not the most probable ones: the sentence counts the latter."""
     chosen = tuple((position, "a", "b") for position in range(count))
-    assert said in sentence(ServerAnswer("", "", "", "", 1, (1,), (), 1.0, 0.0, True, 1, 0.0, unfaithful=chosen))
+    assert sentence_part in sentence(ServerAnswer("", "", "", "", 1, (1,), (), 1.0, 0.0, True, 1, 0.0, unfaithful=chosen))

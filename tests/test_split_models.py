@@ -15,7 +15,11 @@ from checkpoints.gguf_file import contents
 from engine.fast.weights import lacking
 from engine.weights.gguf_model import GgufModel
 from parity.drift.golden import seen_from
+from parity.run.command import Command
+from parity.run.request import Request
+from parity.run.sides import ExternalEngine
 from parity.weights.mishaps import mishaps
+from reference.client import Reference
 
 Make = Callable[..., Path]
 PARTS = 3
@@ -187,3 +191,13 @@ def test_a_part_that_is_cut_short_is_named(small_model: Make, tmp_path: Path) ->
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"m-00003-of-00003\.gguf is cut short"):
         GgufModel(first)
+
+
+def test_an_engine_is_given_an_f32_model_in_one_file(small_model: Make, reference: Reference, tmp_path: Path) -> None:
+    """An F32 model needs no twin, but in parts it is joined for an engine that reads the file that it is given and no other."""
+    first = in_parts(small_model, tmp_path / "m.gguf", "qwen3", "f32")
+    assert reference.twin(first) == first
+    given = ExternalEngine(Request(first, mode="exact"), Command("engine {model} {tokens} {out}"), reference).model
+    joined, whole = contents(given), contents(small_model("qwen3", "f32", layers=2))
+    assert len(joined.parts) == 1
+    assert {tensor.name for tensor in joined.tensors} == {tensor.name for tensor in whole.tensors}

@@ -12,7 +12,7 @@ from cli import Cli
 from checkpoints.errors import InputError
 from engine import backend
 from engine.synth import PRESETS, shape_like, synthesize
-from engine.synth.dense import _tensors
+from engine.synth.shape import tensors_of
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.synth.synthetic import make
@@ -221,7 +221,7 @@ def test_the_weights_are_those_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("like", PARAMETERS)
 def test_presets_have_the_models_parameters(like: str) -> None:
     """A preset has exactly as many parameters as the model it is named after."""
-    assert sum(prod(dims) for _, dims in _tensors(PRESETS[like])) == PARAMETERS[like]
+    assert sum(prod(dims) for _, dims in tensors_of(PRESETS[like])) == PARAMETERS[like]
 
 
 def test_hidden_states_stay_sane(reference: Reference, synthetic: Callable[..., Path]) -> None:

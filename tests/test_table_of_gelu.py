@@ -51,7 +51,7 @@ class Sides:
             points[name] = replace(rows, **cut, stats={}, sketch=None)
         return Dump("ours.jsonl", None, points)
 
-    def told(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
+    def judged(self, size: int, kinds: tuple[str, ...] = (), steps: list[Step] | None = None, change: Any = None) -> Verdict:
         """What is said of the bare lines of an engine that runs these steps, after `change` to each point's values."""
         dump = self.faulty.dump(RIGHT, self.tokens, points="all", size=1 << 20, steps=steps)
         points = {}
@@ -94,7 +94,7 @@ def edited(steps: list[Step], name: str, change: Callable[[Array], Array]) -> li
 @pytest.mark.parametrize(("size", "kinds"), [(16, DEFAULT), (12, ()), (1 << 20, ())])
 def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[str, ...], sides: Callable[[str], Sides]) -> None:
     """A right float32 engine meets another entry of the table here and there: agreement, and no operation is blamed."""
-    verdict = sides(recipe).told(size, kinds)
+    verdict = sides(recipe).judged(size, kinds)
     assert verdict
     assert not verdict.record_faults
 
@@ -121,11 +121,11 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
     both = sides("gemma3")
     right = list(both.faulty.right)
-    verdict = both.told(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
+    verdict = both.judged(1 << 20, steps=edited(right, "output_norm", lambda x: x * np.float32(1.0003)))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "output_norm"
     assert not any("a fault, or the table" in note for note in verdict.notes)
-    verdict = both.told(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
+    verdict = both.judged(16, steps=edited(right, "blk.1.ffn_geglu", lambda x: x * np.float32(1.01)))
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.1.ffn_geglu"
     assert any("a fault, or the table" in note for note in verdict.notes)
@@ -220,7 +220,7 @@ def halves(kind: str, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [16, 1 << 20])
 def test_another_layout_before_a_norm_of_heads_is_no_fault(size: int, sides: Callable[[str], Sides]) -> None:
     """Q and K as neighbours in front of their norms, all that is made from them right: the records are of another layout."""
-    verdict = sides("qwen3").told(size, change=halves)
+    verdict = sides("qwen3").judged(size, change=halves)
     assert verdict
     assert {fault.kind for fault in verdict.record_faults} == {"layout"}
     assert {"blk.0.q", "blk.0.k", "blk.0.q_rope"} <= {fault.checkpoint for fault in verdict.record_faults}
@@ -234,14 +234,14 @@ def test_what_a_norm_removes_is_not_acquitted_by_it(sides: Callable[[str], Sides
         ("qwen3", "blk.1.q", lambda x: x * np.float32(2)),
     ):
         both = sides(recipe)
-        verdict = both.told(1 << 20, steps=edited(list(both.faulty.right), name, change))
+        verdict = both.judged(1 << 20, steps=edited(list(both.faulty.right), name, change))
         assert verdict.first_divergence is not None
         assert verdict.first_divergence.checkpoint == name
 
 
 def test_a_factor_that_a_norm_removes_blames_no_operation(sides: Callable[[str], Sides]) -> None:
     """Keys twice as large, and all that is made of them behind their norm right: the record, or an operation that the norm hides."""
-    verdict = sides("qwen3").told(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
+    verdict = sides("qwen3").judged(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.k"
     assert "k_norm, computed from it, agree" in verdict.operation

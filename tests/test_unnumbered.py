@@ -28,11 +28,11 @@ def test_lines_without_a_position_are_counted_by_point(stories_run: Path, parity
     bare = without_positions(stories_run / "ours.jsonl")
     code, answer = parity.json("diff", bare, stories_run / "ref.jsonl", "--compute", "f32")
     assert (code, answer["compared"]) == (0, 35)
-    said = "no line has a token_idx: a point's first line is taken as position 0, its second as 1, … up to 4"
-    assert any(said in note for note in answer["notes"])
+    note = "no line has a token_idx: a point's first line is taken as position 0, its second as 1, … up to 4"
+    assert any(note in text for text in answer["notes"])
     for command_line in (("diff", bare, stories_run / "ref.jsonl", "--compute", "f32"), ("lint", bare)):
-        assert said in " ".join(parity(*command_line).out.split())
-    assert said in parity("convert", bare, "-o", "ours.jsonl").err
+        assert note in " ".join(parity(*command_line).out.split())
+    assert note in parity("convert", bare, "-o", "ours.jsonl").err
 
 
 def test_points_without_positions_are_named(stories_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

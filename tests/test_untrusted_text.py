@@ -57,13 +57,13 @@ def dump(path: str, *names: str, **header: object) -> Path:
 NAMES = ("::stop-commands::x", "::error::y", "##[error]z", EVIL, "embd", "x" * 1000)
 
 
-@pytest.mark.parametrize("form", ["text", "github", "markdown"])
-def test_names_in_a_dump_are_no_commands(parity: Cli, form: str) -> None:
+@pytest.mark.parametrize("output_format", ["text", "github", "markdown"])
+def test_names_in_a_dump_are_no_commands(parity: Cli, output_format: str) -> None:
     """Checkpoints, sources and prompts named like commands of a terminal or of GitHub's runner stand as text."""
     ours = dump("a.jsonl", *NAMES, prompt=EVIL, pieces=[EVIL], source="::add-mask::x", model={"name": EVIL})
     theirs = dump("b.jsonl", *NAMES, prompt=EVIL, pieces=[EVIL], source=EVIL, model={"name": "::error::m"})
     theirs.write_text(theirs.read_text().replace("3.5", "4.5"))
-    ran = parity("diff", ours, theirs, "--format", form)
+    ran = parity("diff", ours, theirs, "--format", output_format)
     assert ran.code == 1
     harmless(ran.out, ran.err)
 

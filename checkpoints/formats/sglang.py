@@ -178,13 +178,13 @@ class _Places:
     def of(tensors: dict[str, _Tensor]) -> "_Places":
         """From what the pass itself dumped."""
 
-        def one(ending: str) -> NDArray[np.int64] | None:
+        def integers_of(ending: str) -> NDArray[np.int64] | None:
             tensor = next((t for name, t in tensors.items() if name.rpartition(".")[2] == ending and t.parts), None)
             array = None if tensor is None else tensor.parts[min(tensor.parts)]
             usable = array is not None and array.ndim == 1 and array.dtype.kind in "iu" and array.size
             return np.asarray(array, np.int64) if usable else None
 
-        positions, ids, lengths = one("positions"), one("input_ids"), one("seq_lens")
+        positions, ids, lengths = integers_of("positions"), integers_of("input_ids"), integers_of("seq_lens")
         if positions is not None and not ((positions >= 0) & (positions < POSITIONS)).all():
             positions = None
         if positions is None:

@@ -161,8 +161,10 @@ class Planting:
             new = self.edits(fault, layers, parameters)
         else:
             for name in (self.steps[number].makes for number in self._numbers(fault, layers, parameters)):
-                made = fault.shows(name, self.right, parameters) if self._recorded is None or name in self._recorded else None
-                shown += [] if made is None else [made]
+                faulty_value = (
+                    fault.shows(name, self.right, parameters) if self._recorded is None or name in self._recorded else None
+                )
+                shown += [] if faulty_value is None else [faulty_value]
         if not new and not shown:
             raise NotApplicable(f"{fault.name} changes none of these steps")
         result: list[Step] = []

@@ -1,13 +1,47 @@
-"""Faults of the biases of Q, K and V."""
+"""Faults of the biases: of Q, K and V, of other products, of experts."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from ..graph import Altered, Step
-from .base import AT, Fault, Parameters, Steps, sibling, subsets, weight_of
+from .. import ops
+from ..backend import Array
+from ..graph import Altered, Step, WeightSource
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets, weight_of
+from .edits import ggml, only
 
 _QKV = ("q", "k", "v")
+# Other products that may have a bias; the router's scores are called by what is made of them where no other step is between.
+_PRODUCTS = ("wqkv", "wqkv_b", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "ffn_moe_logits", "ffn_moe_probs")
+_EXPERTS = ("ffn_moe_gate_biased", "ffn_moe_up_biased", "ffn_moe_down_biased")
+_OTHERS = (*_PRODUCTS, *_EXPERTS)
+
+
+def _biased(right: Steps) -> Values:
+    """The kinds of other products with a bias in this model: all together, those of the feed-forward, and each alone."""
+    kinds = {kind_of(step): None for step in right.values() if kind_of(step) in _OTHERS and _number_of_bias(step) is not None}
+    if not kinds:
+        return (_OTHERS,)
+    groups = (tuple(kinds), tuple(kind for kind in kinds if kind.startswith("ffn")), *((kind,) for kind in kinds))
+    return tuple(dict.fromkeys(group for group in groups if group))
+
+
+def _number_of_bias(step: Step) -> int | None:
+    """Which of a step's weights is its bias; None if it has none."""
+    number = 0 if ggml(step, "ADD_ID") else 1 if step.op is ops.linear else None
+    return None if number is None or not isinstance(weight_of(step, number), str) else number
+
+
+def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    number = _number_of_bias(step)
+    if number is None:
+        raise NotApplicable(f"{step.makes} has no bias")
+    return only(step, read_of(step, 0)) if number == 0 else replace(step, weights=(weight_of(step, 0), None))
+
+
+def _twice(source: WeightSource, name: str) -> Array:
+    return source.get(name) * np.float32(2)
 
 
 def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -15,10 +49,11 @@ def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _bias_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    bias = weight_of(step, 1)
-    if not isinstance(bias, str):
+    number = _number_of_bias(step)
+    bias = None if number is None else weight_of(step, number)
+    if number is None or not isinstance(bias, str):
         return step
-    return replace(step, weights=(weight_of(step, 0), Altered(bias, lambda source, name: source.get(name) * np.float32(2))))
+    return replace(step, weights=(*step.weights[:number], Altered(bias, _twice)))
 
 
 def _bias_sign(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -49,14 +84,24 @@ FAULTS = (
         parameters={AT: (*subsets(*_QKV), ("q", "k"), ("q", "v"), ("k", "v"))},
     ),
     Fault(
+        name="bias-missing",
+        kinds=_OTHERS,
+        change=_missing,
+        what="the bias of {at} is not added",
+        symptom="wrong from the first layer and position on, of plausible size",
+        fix="add the bias of every product that has one: `parity model` lists the tensors",
+        seen="Llama code that loads GPT-2, StarCoder 2 or gpt-oss",
+        parameters={AT: _biased},
+    ),
+    Fault(
         name="bias-twice",
-        kinds=_QKV,
+        kinds=(*_QKV, *_OTHERS),
         change=_bias_twice,
         what="the bias of {at} is added twice",
         symptom="wrong from the first layer and position on",
         fix="add it once",
         seen="a bias in the product's epilogue, and an add beside it",
-        parameters={AT: subsets(*_QKV)},
+        parameters={AT: lambda right: (*subsets(*_QKV), *_biased(right))},
     ),
     Fault(
         name="bias-sign",

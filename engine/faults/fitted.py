@@ -115,7 +115,7 @@ def as_root(value: float) -> str:
     return f" = 1/√{round(n)}" if n >= 1 and abs(n - round(n)) < 1e-3 * n else ""
 
 
-def _parameter(name: str, *kinds: str) -> Callable[[Steps], float | None]:
+def parameter_wanted(name: str, *kinds: str) -> Callable[[Steps], float | None]:
     """The value of a parameter of the first step of these kinds."""
 
     def wanted(right: Steps) -> float | None:
@@ -244,34 +244,34 @@ FITTED = (
     Fitted(
         fault=named(NORMS, "norm-epsilon"),
         parameter="eps",
-        wanted=_parameter("eps", "attn_norm", "ffn_norm", "output_norm"),
+        wanted=parameter_wanted("eps", "attn_norm", "ffn_norm", "output_norm"),
         starts=around(3.0, 100.0, 3e3, 1e5),
         known=_EPSILONS,
     ),
     Fitted(
         fault=_OTHER_EPSILON,
         parameter="eps",
-        wanted=_parameter("eps", *_OTHER_NORMS),
+        wanted=parameter_wanted("eps", *_OTHER_NORMS),
         starts=around(3.0, 100.0, 3e3, 1e5),
         known=_EPSILONS,
     ),
     Fitted(
         fault=named(ATTENTION, "attn-scale"),
         parameter="scale",
-        wanted=_parameter("scale", "kq_soft_max"),
+        wanted=parameter_wanted("scale", "kq_soft_max"),
         starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     Fitted(
         fault=named(ROPE, "rope-base"),
         parameter="base",
-        wanted=_parameter("base", "q_rope", "q_pe"),
+        wanted=parameter_wanted("base", "q_rope", "q_pe"),
         starts=lambda wanted: (1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
         known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
     ),
     Fitted(
         fault=named(ROPE, "rope-scaling"),
         parameter="scaling",
-        wanted=_parameter("scale", "q_rope", "q_pe"),
+        wanted=parameter_wanted("scale", "q_rope", "q_pe"),
         starts=around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
     ),
     Fitted(

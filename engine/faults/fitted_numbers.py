@@ -8,7 +8,7 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of
 from .edits import ggml, number
-from .fitted import CAPS, Fitted, around, named
+from .fitted import CAPS, Fitted, around, named, parameter_wanted
 from .multipliers import FAULTS as MULTIPLIERS
 from .windows import CAPPED, QUERY_SCALES, cap_of, recapped
 from .windows import FAULTS as WINDOWS
@@ -63,6 +63,12 @@ _CAP = Fault(
     parameters={"cap": (), AT: (("logits",),)},
     group="fitted",
 )
+_ALIBI = replace(
+    named(WINDOWS, "alibi"),
+    what="attention's linear biases (ALiBi) have max_bias {bias}",
+    parameters={"bias": ()},
+    group="fitted",
+)
 _MULTIPLIER = named(MULTIPLIERS, "multiplier")
 _MULTIPLIED = {  # the steps that multiply by a number of the metadata, with the values that other models have
     ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 45.25: "Gemma's √2048", 55.43: "Gemma's √3072"},
@@ -78,6 +84,13 @@ FITTED = (
         parameter="scale",
         wanted=_scale_of(*QUERY_SCALES),
         starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
+    ),
+    Fitted(
+        fault=_ALIBI,
+        parameter="bias",
+        wanted=parameter_wanted("max_bias", "kq_soft_max"),
+        starts=around(1.05, 2.0, 0.5),
+        known={8.0: "MPT, BLOOM"},
     ),
     *(
         Fitted(

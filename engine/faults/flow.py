@@ -73,12 +73,20 @@ def _parallel(step: Step, right: Steps, _parameters: Parameters) -> Step:
 
 
 def _sequential(step: Step, right: Steps, _parameters: Parameters) -> Step | Sequence[Step]:
-    """In a layer whose branches share one norm: the feed-forward reads the norm of the stream after attention's result was added."""
+    """The feed-forward reads the norm, its own or one that both branches share, of the stream after attention's result was added."""
     norm, attended = sibling(step, right, "attn_norm"), sibling(step, right, "attn_out")
-    if read_of(step, 0) != norm.makes:
-        raise NotApplicable(f"{step.makes} does not read what attention reads")
     prefix = f"blk.{layer_of(step)}."
     added, normed = f"{prefix}added", f"{prefix}normed"
+    own = right.get(f"{prefix}ffn_norm")
+    if own is not None and name_of(read_of(own, 0)) == layer_input(step, right):
+        if step is not own:
+            return step
+        return [
+            Step(added, ops.add, (attended.makes, layer_input(step, right)), inner=True),
+            replace(own, reads=(added, *own.reads[1:])),
+        ]
+    if read_of(step, 0) != norm.makes:
+        raise NotApplicable(f"{step.makes} does not read what attention reads")
     changed = replace(step, reads=(normed, *step.reads[1:]))
     readers = [
         name
@@ -170,11 +178,11 @@ FAULTS = (
     ),
     Fault(
         name="sequential-branches",
-        kinds=_FED,
+        kinds=("ffn_norm", *_FED),
         change=_sequential,
         what="the feed-forward reads attention's result, where this model computes both branches from the layer's input",
         symptom="wrong from layer 0, position 0 on",
-        fix="one norm, read by attention and feed-forward alike; both results are added to the layer's input",
+        fix="both norms (or the one) read the layer's input; both results are added to it",
         seen="Llama code that loads Phi-2, Command R, Falcon or GPT-NeoX",
     ),
     Fault(

@@ -32,6 +32,9 @@ def _fused(step: Step, right: Steps) -> dict[str, View]:
     return views
 
 
+_READ, _LAID = "the product is read", "the weights lie"
+
+
 def _widths(parts: dict[str, View]) -> dict[str, int]:
     return {kind: read.shape[-1].fixed for kind, read in parts.items()}
 
@@ -68,13 +71,37 @@ class _ByGroup:
         return part
 
 
-def _by_group(step: Step, right: Steps, _parameters: Parameters) -> Step:
+@dataclass(frozen=True)
+class _LaidByGroup:
+    """One of Q, K and V, read as one range of columns of their product, whose columns lie group by group in the engine's weights."""
+
+    queries: int
+    groups: int
+    begin: int
+    end: int
+
+    def __call__(self, whole: Array) -> Array:
+        """[T, (H + 2K) · d] -> [T, H · d] or [T, K · d]."""
+        xp, rows, heads = module_of(whole), whole.shape[0], self.queries * self.groups
+        parts = whole.reshape(rows, heads + 2 * self.groups, -1)
+        queries = parts[:, :heads].reshape(rows, self.groups, self.queries, -1)
+        keys, values = parts[:, heads : heads + self.groups, None], parts[:, heads + self.groups :, None]
+        laid: Array = xp.concatenate([queries, keys, values], axis=2).reshape(rows, -1)
+        return xp.ascontiguousarray(laid[:, self.begin : self.end])
+
+
+def _by_group(step: Step, right: Steps, parameters: Parameters) -> Step:
     parts = _fused(step, right)
     scores = sibling(step, right, "kq")
     heads, groups = int(parameter_of(scores, "heads")), int(parameter_of(scores, "kv_heads"))
     widths = _widths(parts)
     if step.op is not ops.part or widths["q"] * groups != widths["k"] * heads or widths["k"] != widths["v"]:
         raise NotApplicable(f"{step.makes}: the product has more than one head size")
+    if parameters["wrong"] == _LAID:
+        own = parts[kind_of(step)]
+        begin = own.offset.fixed
+        laid = _LaidByGroup(heads // groups, groups, begin, begin + own.shape[-1].fixed)
+        return replace(step, op=laid, reads=(name_of(own),))
     return replace(step, op=_ByGroup(kind_of(step), heads // groups, groups), reads=(name_of(parts["q"]),))
 
 
@@ -114,10 +141,11 @@ FAULTS = (
         name="fused-qkv-by-group",
         kinds=_QKV,
         change=_by_group,
-        what="the product of Q, K and V is read group by group: queries, key, value of each key/value head",
+        what="of Q, K and V fused {wrong} group by group: queries, key, value of each key/value head",
         symptom=_WRONG,
         fix="GGUF's attn_qkv is all of Q, then all of K, then all of V: converters have undone the groups",
         seen="Falcon's, GPT-NeoX's or InternLM 2's layout carried over",
+        parameters={"wrong": (_READ, _LAID)},
     ),
     Fault(
         name="keys-permuted-by-query-heads",

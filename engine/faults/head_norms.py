@@ -8,9 +8,9 @@ import numpy as np
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Step, name_of, read_as
+from ..graph import Altered, Step, WeightSource, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets, weight_of
 from .edits import only
 from .norms import plus_one
 
@@ -51,6 +51,25 @@ def _one_more(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if step.op is not ops.rms_norm:
         raise NotApplicable(f"{step.makes} is not an RMS norm")
     return replace(step, op=plus_one)
+
+
+def _less_one(source: WeightSource, name: str) -> Array:
+    return source.get(name) - np.float32(1)
+
+
+def _one_missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.op not in (ops.rms_norm, ops.layer_norm) or not isinstance(weight_of(step, 0), str):
+        raise NotApplicable(f"{step.makes} is no norm with a weight")
+    return replace(step, weights=(Altered(str(step.weights[0]), _less_one), *step.weights[1:]))
+
+
+def _all_with_weight(right: Steps) -> Values:
+    """All norms with a weight of a model, the usual ones, the others, and each kind alone."""
+    kinds = {kind_of(step): None for step in right.values() if step.op in (ops.rms_norm, ops.layer_norm)}
+    usual = tuple(kind for kind in kinds if kind in _CENTRED)
+    others = tuple(kind for kind in kinds if kind not in _CENTRED)
+    groups = (tuple(kinds), usual, usual[:-1], others, *((kind,) for kind in kinds))
+    return tuple(dict.fromkeys(group for group in groups if group)) or (_CENTRED,)
 
 
 def _rope_then_norm(
@@ -175,6 +194,14 @@ FAULTS = (
         "post-norm-one-plus-weight", _OTHERS, _one_more,
         "the norm multiplies by 1 + weight, in {at}", "values about twice too large",
         "GGUF stores the whole weight, also for Gemma: multiply by it unchanged", "ports of Gemma code",
+    ),
+    replace(
+        _new(
+            "norm-one-missing", (*_CENTRED, *_OTHERS), _one_missing,
+            "the norm multiplies by weight − 1, in {at}", "values far too small",
+            "GGUF stores the whole weight: the 1 + of Gemma's and Nemotron's code is in it", "converters that copy the weight as it is",
+        ),
+        parameters={AT: _all_with_weight},
     ),
     _new(
         "norm-bias-missing", _CENTRED, _without_bias,

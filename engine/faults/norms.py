@@ -193,9 +193,21 @@ _TEXTS = {
 }
 
 
+_PAIRS = (("attn_norm", "ffn_norm"), ("q_norm", "k_norm"), ("attn_post_norm", "ffn_post_norm"))
+
+
+def _pairs(right: Steps) -> Values:
+    """The pairs of norms that this model has, each with both norms wrong, and with one."""
+    known = {kind_of(step) for step in right.values()}
+    return tuple(kinds for pair in _PAIRS if known.issuperset(pair) for kinds in subsets(*pair)) or _PAIRS[:1]
+
+
 def _exchange(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    other = "ffn_norm" if kind_of(step) == "attn_norm" else "attn_norm"
-    return replace(step, weights=sibling(step, right, other).weights)
+    pair = next(pair for pair in _PAIRS if kind_of(step) in pair)
+    other = sibling(step, right, pair[pair[0] == kind_of(step)])
+    if other.op is not step.op or (other.params.get("heads", 1) == 1) != (step.params.get("heads", 1) == 1):
+        raise NotApplicable(f"{step.makes} and {other.makes} are norms of other sizes")
+    return replace(step, weights=other.weights)
 
 
 def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -217,13 +229,13 @@ FAULTS = (
     *(_by(name) for name in _TEXTS),
     Fault(
         name="norms-exchanged",
-        kinds=("attn_norm", "ffn_norm"),
+        kinds=tuple(kind for pair in _PAIRS for kind in pair),
         change=_exchange,
-        what="attention's and feed-forward's norm are exchanged, in {at}",
+        what="the weights of two norms are exchanged, or both are the same, in {at}",
         symptom="wrong from position 0 of layer 0 on",
-        fix="attn_norm before Q, K, V; ffn_norm before gate and up",
+        fix="attn_norm before Q, K, V; ffn_norm before gate and up; attn_q_norm for queries; post_attention_norm behind attention",
         seen="weights loaded by index",
-        parameters={AT: subsets("attn_norm", "ffn_norm")},
+        parameters={AT: _pairs},
     ),
     Fault(
         name="no-final-norm",

@@ -1,12 +1,13 @@
 """Faults of recurrent layers: convolutions, decays, gates, the state from pass to pass."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from .. import ops
 from ..backend import Array
-from ..graph import Step
+from ..graph import Altered, Step
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
 from .edits import WithInput, ggml, integer, left_out, only, require
@@ -34,6 +35,28 @@ def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _no_decay(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(require(step, "MUL"), read_of(step, 0))
+
+
+_DECAYS: dict[str, Callable[[Array], Array]] = {
+    "−exp of what the file has": lambda decay: -np.exp(decay),
+    "the logarithm of its size": lambda decay: np.log(np.abs(decay)),
+    "minus the logarithm of its size": lambda decay: -np.log(np.abs(decay)),
+    "without its sign": np.abs,
+}
+
+
+def _decay(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    """The step with another function of A = −exp(A_log), which the file has."""
+    change = _DECAYS[parameters["a"]]
+    weights = tuple(
+        Altered(weight, lambda source, name: change(source.get(name)))
+        if isinstance(weight, str) and weight.endswith("ssm_a")
+        else weight
+        for weight in step.weights
+    )
+    if weights == step.weights:
+        raise NotApplicable(f"{step.makes} reads no decay")
+    return replace(step, weights=weights)
 
 
 def _no_skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -86,6 +109,16 @@ FAULTS = (
         symptom="right at position 0, then wrong",
         fix="multiply softplus(dt) by ssm_a, which GGUF stores as −exp(A_log)",
         seen="exp applied a second time, or never",
+    ),
+    Fault(
+        name="decay-form",
+        kinds=("gate", "SSM_SCAN"),
+        change=_decay,
+        what="the decay A is {a}",
+        symptom="right at position 0, then wrong, or growing without bound",
+        fix="use ssm_a as it is: GGUF stores −exp(A_log)",
+        seen="exp applied a second time; A_log stored as it is; the sign lost",
+        parameters={"a": tuple(_DECAYS)},
     ),
     Fault(
         name="skip-missing",

@@ -117,7 +117,10 @@ def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if has_factors(step):
         raise NotApplicable(f"{step.makes}: there are as many frequency factors as rotated dimensions")
     if parameters["of"] != _WHOLE:
-        return with_rotary(step, dims=int(rotary(step, "dims") * parameters["of"]) & ~1)
+        dims = int(rotary(step, "dims") * parameters["of"]) & ~1
+        if not 2 <= dims <= head_size(step):
+            raise NotApplicable(f"{step.makes} cannot rotate {dims} dimensions of a head")
+        return with_rotary(step, dims=dims)
     if step.op is ops.rope:
         return replace(step, op=_whole_head, weights=())
     whole = with_rotary(step, dims=head_size(step))
@@ -261,7 +264,7 @@ FAULTS = (
         symptom=_NO_WEIGHT_AT_0,
         fix="read <architecture>.rope.dimension_count; without it, the head size",
         seen="GPT-NeoX's partial rotation carried over",
-        parameters={"of": (0.5, 0.25, 0.75, _WHOLE), **_BOTH},
+        parameters={"of": (0.5, 0.25, 0.75, _WHOLE, 2.0), **_BOTH},
     ),
     Fault(
         name="rope-exponent",

@@ -34,6 +34,10 @@ def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
         "used with its magnitude squared": {_MAGNITUDE: magnitude**2 * grown},
         "used with β fast and β slow exchanged": {_FAST: slow, _SLOW: fast},
         "used with a ramp by the extended context, not the original one": {_CONTEXT: round(context / scale)},
+        "used with a ramp by twice the original context": {_CONTEXT: 2 * context},
+        "used with a ramp by half the original context": {_CONTEXT: context // 2},
+        "used with β fast twice too large": {_FAST: 2 * fast},
+        "used with β slow twice too large": {_SLOW: 2 * slow},
     }
     return with_values(step, changes[parameters["yarn"]])
 
@@ -47,6 +51,10 @@ _YARN = (
     "used with its magnitude squared",
     "used with β fast and β slow exchanged",
     "used with a ramp by the extended context, not the original one",
+    "used with a ramp by twice the original context",
+    "used with a ramp by half the original context",
+    "used with β fast twice too large",
+    "used with β slow twice too large",
 )
 
 

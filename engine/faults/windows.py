@@ -6,10 +6,11 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, parameter_of, read_of, sibling, subsets, with_parameters
+from .base import AT, Fault, Parameters, Steps, Values, parameter_of, read_of, sibling, subsets, with_parameters
 from .edits import ggml, integer, maker, number, only, require, with_values
 
 _SOFT = ("kq_soft_max",)
+_SMALL = 17  # windows up to 16 are tried
 _TANH = 4  # GGML_UNARY_OP_TANH
 CAPPED = ("kq_scaled_2", "logits")
 QUERY_SCALES = ("scale", "Qcur")
@@ -23,6 +24,26 @@ def _off_by_one(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if not _has_window(step):
         return step
     return with_parameters(step, size=step.params["size"] + (1 if parameters["holds"] == "one more" else -1))
+
+
+def _sizes(right: Steps) -> Values:
+    """Sizes that a window may be taken for: small ones, which short prompts show, and a power of two times its own."""
+    own = {step.params["size"] for step in right.values() if _has_window(step)}
+    near = {size + by for size in own for by in (-1, 0, 1)}
+    others = {*range(1, _SMALL), *(size * 2**power // 4 for size in own for power in range(5))} if own else set()
+    return tuple(sorted(size for size in others - near if size > 0)) or (1,)
+
+
+def _of_size(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return with_parameters(step, size=parameters["size"]) if _has_window(step) else step
+
+
+def _alibi(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    own = step.params.get("max_bias", 0.0)
+    if step.op is not ops.causal_soft_max or own == 0:
+        raise NotApplicable(f"{step.makes} has no linear biases")
+    bias = parameters["bias"]
+    return with_parameters(step, max_bias=0.0 if bias == "left out" else float(bias))
 
 
 def _ignored(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -126,6 +147,16 @@ FAULTS = (
         parameters={"holds": ("one more", "one fewer")},
     ),
     Fault(
+        name="window-size",
+        kinds=_SOFT,
+        change=_of_size,
+        what="the attention's window holds {size} positions",
+        symptom="right while the text is shorter than the smaller window, then wrong in layers with a window",
+        fix="read <architecture>.attention.sliding_window",
+        seen="windows of another model of the family as constants",
+        parameters={"size": _sizes},
+    ),
+    Fault(
         name="window-ignored",
         kinds=_SOFT,
         change=_ignored,
@@ -162,6 +193,16 @@ FAULTS = (
         fix="c · tanh(x / c) with attn_logit_softcapping and final_logit_softcapping",
         seen="fused attention that has no cap",
         parameters={AT: subsets(*CAPPED)},
+    ),
+    Fault(
+        name="alibi",
+        kinds=_SOFT,
+        change=_alibi,
+        what="attention's linear biases (ALiBi) are {bias}",
+        symptom="position 0 is right, later ones are wrong",
+        fix="slopes 2^(−max_bias · i / heads) by <architecture>.attention.max_alibi_bias",
+        seen="Llama code that loads MPT, BLOOM or Baichuan 13B",
+        parameters={"bias": ("left out",)},
     ),
     Fault(
         name="sinks-missing",

@@ -13,10 +13,10 @@ from ..graph import ENCODED, POSITIONS, TOKENS, Read, Step
 from .operands import ONE, Unliftable, numpy_shape
 
 if TYPE_CHECKING:
-    from .lifter import Lifter
+    from .lifted import Lifted
 
 
-def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
+def read(lifter: "Lifted", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
     """The value that stands for an input, and its shape; if needed, a step is added that makes it from tokens or positions.
 
     Raises:
@@ -42,7 +42,7 @@ def read(lifter: "Lifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
-def of_lengths(lifter: "Lifter") -> str:
+def of_lengths(lifter: "Lifted") -> str:
     """A value that only tells how long pass and cache are: the causal mask, [T, S]."""
     parameters = {"window": "causal", "size": 0}
     return lifter.helper(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
@@ -102,7 +102,7 @@ def mean(positions: Array) -> Array:
 
 Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
 
-_STEPS: dict[str, Callable[["Lifter", Any], Made]] = {
+_STEPS: dict[str, Callable[["Lifted", Any], Made]] = {
     "positions": lambda lifter, parameters: (
         sections,
         (POSITIONS,),

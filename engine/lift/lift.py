@@ -13,10 +13,11 @@ from checkpoints.points import ENCODER, order
 from .. import ops
 from ..graph import ENCODED, PASSES, POSITIONS, TOKENS, State, Step, View, name_of, read_as
 from .generic import generic
-from .kept import leave_states, selects, writes
+from .kept import selects
 from .lifter import Lifter
 from .operands import ONE, ZERO, Unliftable, numpy_shape
 from .patterns import PATTERNS
+from .written import leave_states, writes
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class _Right(Mapping[str, Array]):
 def same_start(steps: Sequence[Step], others: Sequence[Step]) -> int:
     """How many steps at the start of two lists are identical objects."""
     pairs = enumerate(zip(steps, others, strict=False))
-    return next((number for number, (one, other) in pairs if one is not other), min(len(steps), len(others)))
+    return next((number for number, (step, other) in pairs if step is not other), min(len(steps), len(others)))
 
 
 def _first_rows(value: Array, rows: int) -> Array:
@@ -232,8 +232,8 @@ class Replay:
             if stop():
                 return
             try:
-                for one in edits[version].get(number, (step,)):
-                    self._changes(one, values)
+                for edited in edits[version].get(number, (step,)):
+                    self._changes(edited, values)
             except NotApplicable:
                 changed[version] = None
         if not same:

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.errors import InputError
 
-from .dense import MOST_LAYERS, Shape
+from .shape import MOST_LAYERS, Shape
 
 Value = bool | int | float | str | list[Any]
 Tensor = tuple[str, tuple[int, ...]]

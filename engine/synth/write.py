@@ -13,8 +13,9 @@ from checkpoints.whole_file import unwritable
 
 from .data import Convert, Portions, converted
 from .data import Tensor as Stored
-from .dense import Shape, add_tokenizer, close_header
+from .header import add_tokenizer, close_header
 from .recipe import Recipe, Tensor, Value
+from .shape import Shape
 from .values import values
 
 

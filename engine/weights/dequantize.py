@@ -92,7 +92,18 @@ def _bits(four_bytes: Array) -> Array:
 def _shifted(qs: Array, shifts: tuple[int, ...], mask: int) -> Array:
     """Each byte shifted by each of the shifts: uint8 [..., n] -> uint8 [..., len(shifts), n]."""
     by = module_of(qs).asarray(shifts, dtype=np.uint8)
-    return (qs[..., None, :] >> by[:, None]) & np.uint8(mask)
+    shifted = qs[..., None, :] >> by[:, None]
+    shifted &= np.uint8(mask)
+    return shifted
+
+
+def _scaled(q: Array, scale: Array, low: Array | None = None) -> Array:
+    """scale · q − low as float32, computed in one array: with another for each result it takes two to three times as long."""
+    values = q.astype(np.float32)
+    values *= scale
+    if low is not None:
+        values -= low
+    return values
 
 
 @_format(0, 1, 4)
@@ -117,33 +128,33 @@ def bf16(blocks: Array) -> Array:
 @_format(2, 32, 18)
 def q4_0(blocks: Array) -> Array:
     """dequantize_row_q4_0."""
-    return (_nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8)).astype(np.float32) * _half(blocks[:, :2])
+    return _scaled(_nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8), _half(blocks[:, :2]))
 
 
 @_format(3, 32, 20)
 def q4_1(blocks: Array) -> Array:
     """dequantize_row_q4_1."""
-    return _nibbles(blocks[:, 4:]).astype(np.float32) * _half(blocks[:, :2]) + _half(blocks[:, 2:4])
+    return _scaled(_nibbles(blocks[:, 4:]), _half(blocks[:, :2]), -_half(blocks[:, 2:4]))
 
 
 @_format(6, 32, 22)
 def q5_0(blocks: Array) -> Array:
     """dequantize_row_q5_0."""
     q = _nibbles(blocks[:, 6:]) | (_bits(blocks[:, 2:6]) << np.uint8(4))
-    return (q.astype(np.int8) - np.int8(16)).astype(np.float32) * _half(blocks[:, :2])
+    return _scaled(q.astype(np.int8) - np.int8(16), _half(blocks[:, :2]))
 
 
 @_format(7, 32, 24)
 def q5_1(blocks: Array) -> Array:
     """dequantize_row_q5_1."""
     q = _nibbles(blocks[:, 8:]) | (_bits(blocks[:, 4:8]) << np.uint8(4))
-    return q.astype(np.float32) * _half(blocks[:, :2]) + _half(blocks[:, 2:4])
+    return _scaled(q, _half(blocks[:, :2]), -_half(blocks[:, 2:4]))
 
 
 @_format(8, 32, 34)
 def q8_0(blocks: Array) -> Array:
     """dequantize_row_q8_0."""
-    return blocks[:, 2:].view(np.int8).astype(np.float32) * _half(blocks[:, :2])
+    return _scaled(blocks[:, 2:].view(np.int8), _half(blocks[:, :2]))
 
 
 @_format(10, 256, 84)
@@ -153,7 +164,7 @@ def q2_k(blocks: Array) -> Array:
     q = _shifted(blocks[:, 16:80].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 16, 16)
     scale = d * (scales & np.uint8(15)).astype(np.float32)
     low = dmin * (scales >> np.uint8(4)).astype(np.float32)
-    return (scale[:, :, None] * q.astype(np.float32) - low[:, :, None]).reshape(-1, 256)
+    return _scaled(q, scale[:, :, None], low[:, :, None]).reshape(-1, 256)
 
 
 def q3_k_scales(packed: Array) -> Array:
@@ -171,7 +182,7 @@ def q3_k(blocks: Array) -> Array:
     third = _shifted(blocks[:, :32], tuple(range(8)), 1)
     q = (low.astype(np.int8) - (np.int8(4) - (third << np.uint8(2)).astype(np.int8))).reshape(-1, 16, 16)
     scale = _half(blocks[:, 108:110]) * q3_k_scales(blocks[:, 96:108]).astype(np.float32)
-    return (scale[:, :, None] * q.astype(np.float32)).reshape(-1, 256)
+    return _scaled(q, scale[:, :, None]).reshape(-1, 256)
 
 
 def k4_scales_and_mins(packed: Array) -> tuple[Array, Array]:
@@ -197,7 +208,7 @@ def q4_k(blocks: Array) -> Array:
     """dequantize_row_q4_K: 8 sub-blocks of 32 with a six-bit scale and min each."""
     scale, low = _scale_and_min(blocks)
     q = _shifted(blocks[:, 16:144].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
-    return (scale * q.astype(np.float32) - low).reshape(-1, 256)
+    return _scaled(q, scale, low).reshape(-1, 256)
 
 
 @_format(13, 256, 176)
@@ -206,7 +217,7 @@ def q5_k(blocks: Array) -> Array:
     scale, low = _scale_and_min(blocks)
     q = _shifted(blocks[:, 48:176].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
     q = q | (_shifted(blocks[:, 16:48], tuple(range(8)), 1) << np.uint8(4))
-    return (scale * q.astype(np.float32) - low).reshape(-1, 256)
+    return _scaled(q, scale, low).reshape(-1, 256)
 
 
 @_format(14, 256, 210)
@@ -216,7 +227,7 @@ def q6_k(blocks: Array) -> Array:
     high = _shifted(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3)
     q = ((low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)).reshape(-1, 16, 16)
     scale = _half(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return (scale[:, :, None] * q.astype(np.float32)).reshape(-1, 256)
+    return _scaled(q, scale[:, :, None]).reshape(-1, 256)
 
 
 # kvalues_iq4nl of ggml-common.h: the 16 levels of the non-linear 4-bit types.

@@ -20,7 +20,7 @@ class ScoreFormat(StrEnum):
     MARKDOWN = "markdown"
 
 
-@o.fills("model", "command", "server", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
+@o.fills("model", "command", "scored_server", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
 def score(
     given: o.Given,
     invocation: typer.Context,
@@ -103,8 +103,6 @@ def score(
         )
     if explain_worst and alone:
         raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
-    if server is not None:
-        o.refuse_unused(invocation, "dump_prefix", "is for `parity run --server`")
     if golden is not None:
         o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")
         given = with_golden_model(given, golden)

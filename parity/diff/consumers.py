@@ -128,28 +128,28 @@ class _Consumers:
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong."""
-        decided, told, hidden = True, False, False
+        decided, consumed, hidden = True, False, False
         for child in children:
             other = self._record(child, record)
             if other is None:
                 decided = False
             elif self._otherwise[other]:
-                told = True  # judged in turn by what is made from it
+                consumed = True  # judged in turn by what is made from it
             elif self._held.failed[other]:
                 return None
             elif not np.isfinite(self._found.measures.nmse[record]):  # what is made from NaN would be NaN, too
                 if self._shows_nan(name, child, record, other) and self._model.reaches(name, child, self._model.carries_nan):
-                    told = True
+                    consumed = True
                 else:
                     decided = False
             elif self._hidden_by_a_norm(name, child, record):
                 hidden = True  # it says nothing, but a residual sum beside it does
                 self._hidden.add(name)
             elif self._telling(name, child, record, other):
-                told = True
+                consumed = True
             else:
                 decided = False
-        return decided and (told or not hidden)
+        return decided and (consumed or not hidden)
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:

@@ -5,7 +5,7 @@ from math import inf
 from pathlib import Path
 
 from checkpoints.answers.diff import Difference, Pattern
-from checkpoints.errors import InputError
+from checkpoints.errors import DumpError, InputError
 from checkpoints.points import EMBD
 from checkpoints.record import Dump, ModelInfo
 
@@ -27,6 +27,21 @@ class TokenComparison:
 
 
 SAME = TokenComparison()  # no difference of the tokens is known
+
+
+def too_few_tokens(dump: Path | str, position: int, count: int, *, decoder: bool) -> DumpError:
+    """The error of a dump with records of a position beyond its `count` known tokens.
+
+    `decoder`: they are an encoder–decoder's after the start token, which only the dump says: --tokens is the encoder's prompt.
+    """
+    line = '{"type": "token", "token_idx": 1, "id": 42}'
+    return DumpError(
+        f"{dump} has records of position {position}, but only {count} {'token is' if count == 1 else 'tokens are'} known.",
+        f"Add a line for each token that the decoder generated, such as {line}; --tokens are the encoder's."
+        if decoder
+        else "Give all of them with --tokens, including the generated ones.",
+        code="tokens",
+    )
 
 
 def same_experiment(ours: Dump, ref: Dump) -> None:

@@ -45,9 +45,7 @@ def _llama() -> dict[str, Any]:
 def _cuda() -> dict[str, Any]:
     package = next((f"{name} {version(name)}" for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy") if _installed(name)), None)
     if package is None:
-        advice = (
-            "without it our engine computes with NumPy. With a CUDA device: pip install 'parity[cuda12]' or 'parity[cuda13]'"
-        )
+        advice = "without it our engine computes with NumPy. With a CUDA device: pip install cupy-cuda12x, or cupy-cuda13x"
         return {"cupy": f"not installed; {advice}"}
     import cupy
 

@@ -22,7 +22,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
-from ..diff.tokens import same_experiment
+from ..diff.tokens import same_experiment, too_few_tokens
 from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
@@ -108,11 +108,7 @@ class Case:
         # Positions count from 0, unless the dump of a long-context run begins beyond its own tokens.
         self.first = first if last >= len(tokens) and last - first < len(tokens) else 0
         if last - self.first >= len(tokens):
-            raise DumpError(
-                f"{dump.path} has records of position {last}, but only {len(tokens)} tokens are known.",
-                "Give all of them with --tokens, including the generated ones.",
-                code="tokens",
-            )
+            raise too_few_tokens(dump.path, last, len(tokens), decoder=bool(half.given))
         self.tokens = tokens
         self.positions: Ints = np.arange(len(tokens), dtype=np.int64) + self.first
         self.passes = _passes(self.dump, self.positions, prompt)

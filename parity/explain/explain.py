@@ -63,17 +63,17 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, State]:
     """The faults that reproduce one case's numbers, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
-    found: Search | None = None
+    sharper: Search | None = None
 
-    def search_in(one: Case) -> Search:
-        search = Search(one.screening(one.entries, budget.part(_FIRST)), lambda state: _known(one, search, state))
+    def search_in(of_case: Case) -> Search:
+        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _known(of_case, search, state))
         return search
 
     if not noise:
-        case, found = sharpened(case, search_in)
+        case, sharper = sharpened(case, search_in)
     else:
         case.entries = with_noise(_floor(case, noise), case.entries)
-    search = found or search_in(case)
+    search = sharper or search_in(case)
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
     likes: tuple[str, ...] = ()
@@ -82,7 +82,9 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
     else:
         likes = () if case.states_f32 else _looks_like(case, search, start, budget)
-        kinds = likes if likes and is_proof(_floor(case, likes[0])) else ()
+        # A fault that there was no time to try may fit better.
+        tried = search.screening.budget.complete
+        kinds = likes if likes and tried and is_proof(_floor(case, likes[0])) else ()
         if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)

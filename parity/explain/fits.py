@@ -211,6 +211,8 @@ class Fitting(AtFirstPlace):
         numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS]
         if not trial.fit.positive and abs(value) < _ZERO:
             numbers.insert(0, 0.0)
+        if trial.fit.parameter == "scaling" and 0 < value < 1:  # metadata has the factor by which positions are divided
+            numbers.insert(0, 1 / round(1 / value))
         for short in numbers:
             if short == value or (short == 0.0 and trial.fit.positive):
                 continue
@@ -224,14 +226,16 @@ class Fitting(AtFirstPlace):
         return state
 
     def _passes(self, trial: _Trial, at: float) -> bool:
-        """Whether a value leaves no error at the first place."""
+        """Whether a value leaves no error at the first place, or so little that it may be the changed steps' own noise."""
         value = self._values([trial.candidate(at, self._layers)])[0]
         if value is None:
             return False
         entry, positions = self._entry, self._screening.positions[: self._rows]
         errors = entry.nmse(self._screening.backend.to_host(value), positions)
         here = entry.rows < self._rows
-        return bool((errors[here] <= _SLACK * entry.limit[here]).all())
+        within = bool((errors[here] <= _SLACK * entry.limit[here]).all())
+        at_first = entry is self._screening.entries[self._first.point]
+        return within or (at_first and self._screening.all_but_noise(self._state, errors))
 
     def _pass(self, trials: Sequence[_Trial]) -> None:
         """One pass: compute the residual of each trial's value at the first place."""

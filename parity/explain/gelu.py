@@ -52,12 +52,12 @@ def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Se
     if sum(map(len, over)) < _LEAST or over[first].max() > NO_COARSE_ROUNDING:
         return case, None
     for own, entries in ((steps, with_table), (exact, without)):
-        one = case.with_steps(own, entries)
-        search = search_in(one)
+        as_assumed = case.with_steps(own, entries)
+        search = search_in(as_assumed)
         start = search.screening.start()
         states = [] if start.first is None else search.simple(start)
-        if states and _acts_by_itself(one, min(states, key=search.rank), exact):
-            return one, search
+        if states and _acts_by_itself(as_assumed, min(states, key=search.rank), exact):
+            return as_assumed, search
     return case, None
 
 
@@ -68,8 +68,8 @@ def _acts_by_itself(case: Case, state: State, exact: Sequence[Step]) -> bool:
     """
     steps = list(exact)
     try:
-        for one in state.faults:
-            steps = Planting(steps).of(one.fault, one.layers, one.parameters)
+        for candidate in state.faults:
+            steps = Planting(steps).of(candidate.fault, candidate.layers, candidate.parameters)
     except NotApplicable:
         return False
     rows = len(case.positions)

@@ -89,8 +89,8 @@ def decoder_case(
     names = handed_over(encoder_steps)
 
     def lower(kind: str, storage: bool) -> dict[str, Array]:
-        made = Replay(rounded(steps, kind, storage=storage), prompt, numbers, passes, *computed).values
-        return {name: made[plain] for name, plain in names.items()}
+        values = Replay(rounded(steps, kind, storage=storage), prompt, numbers, passes, *computed).values
+        return {name: values[plain] for name, plain in names.items()}
 
     half = Half(
         _with_steps(transformer, decoder_alone(encoder_steps, transformer.steps)),
@@ -107,20 +107,22 @@ def decoder_case(
 def joined(encoder: Explanation, decoder: Explanation) -> Explanation:
     """One answer for both halves; the encoder's has nothing that its causes leave unexplained."""
     whole = encoder if decoder and (encoder.causes or encoder.first is not None) else decoder
-    found = _merged(encoder, decoder)
+    causes_of_both = _merged(encoder, decoder)
     differing = encoder.differing + decoder.differing
-    nearest = [one.nearest for one in (encoder, decoder) if one.nearest is not None]
+    nearest = [half.nearest for half in (encoder, decoder) if half.nearest is not None]
     notes = (*encoder.notes, *decoder.notes)
     if encoder.precision_only and not decoder:
         notes = (*notes, f"the encoder's differences are those of {encoder.precision_only} arithmetic")
+    if decoder.precision_only and encoder.causes:
+        notes = (*notes, f"the decoder's own differences are those of {decoder.precision_only} arithmetic")
     return replace(
         whole,
         records=encoder.records + decoder.records,
         differing=differing,
         first=encoder.first if encoder.causes else whole.first,
         last_agreement=encoder.last_agreement if encoder.causes else whole.last_agreement or encoder.seen[-1].checkpoint,
-        causes=tuple(replace(cause, explained=cause.records / differing) for cause in found),
-        precision_only="" if found else whole.precision_only,
+        causes=tuple(replace(cause, explained=cause.records / differing) for cause in causes_of_both),
+        precision_only="" if causes_of_both else whole.precision_only,
         faults=max(encoder.faults, decoder.faults),
         variants=encoder.variants + decoder.variants,
         nearest=min(nearest, default=None),
@@ -146,10 +148,10 @@ def _merged(encoder: Explanation, decoder: Explanation) -> list[Cause]:
     return [*causes, *others]
 
 
-def _same_fault(one: Cause, other: Cause) -> bool:
-    mine, theirs = one.named, other.named
-    everywhere = mine.layers is None and theirs.layers is None
-    return everywhere and (mine.fault, mine.parameters) == (theirs.fault, theirs.parameters)
+def _same_fault(mine: Cause, other: Cause) -> bool:
+    ours, others = mine.named, other.named
+    everywhere = ours.layers is None and others.layers is None
+    return everywhere and (ours.fault, ours.parameters) == (others.fault, others.parameters)
 
 
 def _of_encoder(answer: Explanation) -> Explanation:

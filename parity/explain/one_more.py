@@ -18,6 +18,7 @@ _WEIGHTS = ("weights", "dequantisation")
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
 SAME_NOISE = 1e-12
+_DIGITS_LEAVE = 1e-8  # NMSE that a number with the fewest digits within the usual limits (1e-9 at the logits) stays below
 
 
 def all_explained(states: Sequence[State]) -> bool:
@@ -136,10 +137,11 @@ class OneMore:
         size = (len(state.faults), single, sum(self._right.get(step.makes) is not step for step in state.steps))
         if state.first is None:
             error = worst(state, len(state.nmse))
-            # A number's error comes from the digits that it was fitted with: among numbers the order of the list decides.
+            # A number's error comes from the digits that it was fitted with: among numbers the order of the list decides, unless
+            # one leaves far more than digits do, where a coarse reference (a table of float16) lets that pass.
             order = order_of_number(state.faults[-1]) if state.faults else None
             if order is not None:
-                return (0.0, 0.0, 0.0, *size, 1.0 + order)
+                return (0.0, round(float(np.log10(max(error, _DIGITS_LEAVE) / _DIGITS_LEAVE))), 0.0, *size, 1.0 + order)
             # Equal to the bit is the best; of errors that are noise none is better than another, and the order of the list decides.
             last = error if error == 0 else max(error, SAME_NOISE)
             return (0.0, round(float(np.log10(max(error, SAME_NOISE) / SAME_NOISE))), 0.0, *size, last)

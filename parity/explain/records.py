@@ -126,10 +126,10 @@ class Expected:
             return None
         return tensor.reshape(len(positions), -1).astype(np.float64)
 
-    def between(self, one: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> Floats:
+    def between(self, values: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of one tensor against another at the recorded elements: [R]; infinite where either is not finite."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            delta = np.where(self.present, self.taken(one, positions) - self.taken(other, positions), 0.0)
+            delta = np.where(self.present, self.taken(values, positions) - self.taken(other, positions), 0.0)
             error = np.einsum("ij,ij->i", delta, delta) / self.energy
         return np.where(np.isfinite(error), error, np.inf)
 

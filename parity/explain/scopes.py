@@ -1,13 +1,17 @@
-"""The order in which faults are tried, and in which layers: in all, from one on, up to one, or in every second one."""
+"""The order in which faults are tried, and in which layers: all, from one on, up to one, every second one, or all with a window alike."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+
+from checkpoints.points import in_layer
 
 from .batch import screened
 from .screening import Screening
 from .state import Candidate, Layers, State
 
 STAGES = 3  # stages of candidates in all layers
+# The steps whose parameters differ between layers of one model: attention with a window or without, each with its own RoPE.
+_OF_PATTERN = ("q_rope", "kq_soft_max")
 
 
 def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[Candidate]]:
@@ -36,12 +40,20 @@ def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[
 def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[State]:
     """The fault that leads from a state to `explaining`, in other layers, if that gets further than `explaining`.
 
-    A fault that was found in one layer is tried in all from there on and in every second one; each of these, and a fault that was
-    found in all layers, is also tried up to a layer before the place that it does not explain.
+    First it is tried in all layers with the same attention: those with a window of a model that has others, say. A fault that was found
+    in one layer is tried in all from there on and in every second one; each of these, and a fault that was found in all layers, is also
+    tried up to a layer before the place that it does not explain.
     """
     last = explaining.faults[-1]
     if explaining.first is None or last.fault.once or len(explaining.faults) != len(state.faults) + 1:
         return
+    for alike in _of_one_pattern(screening, state):
+        if last.layers is None or not set(alike).isdisjoint(last.layers):
+            whole = screening.check(state, replace(last, layers=alike))
+            if whole is not None and further(explaining, whole):
+                yield whole
+                if whole.first is None:
+                    return
     begin = 0 if last.layers is None else last.layers[0]
     for step in (1, 2):
         layers = tuple(range(begin, screening.n_layers, step))
@@ -56,6 +68,15 @@ def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[
             shorter = screening.check(state, cut) if cut.layers and cut.layers != layers else None
             if shorter is not None and further(whole, shorter) and further(explaining, shorter):
                 yield shorter
+
+
+def _of_one_pattern(screening: Screening, state: State) -> list[tuple[int, ...]]:
+    """The layers whose attention has the same parameters, of a model in which it differs between layers: each set of two or more."""
+    patterns: dict[str, list[int]] = {}
+    for layer in range(screening.n_layers):
+        steps = (state.planting.right.get(in_layer(layer, kind)) for kind in _OF_PATTERN)
+        patterns.setdefault(repr([step.params for step in steps if step is not None]), []).append(layer)
+    return [tuple(layers) for layers in patterns.values() if len(layers) > 1] if len(patterns) > 1 else []
 
 
 def ranges(screening: Screening, state: State) -> Iterator[State]:

@@ -22,7 +22,7 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 
 from ..diff.limits import limits
-from ..diff.tokens import same_model
+from ..diff.tokens import same_model, too_few_tokens
 from ..models.embedded import path as default_model
 from ..run.request import Prompt
 from ..run.session import resolve_prompt
@@ -159,11 +159,7 @@ def _feed_dump(values: WholeValues, bench: Bench, prompt: NDArray[np.int64], gen
         if not len(positions):
             continue  # of an encoder's pass alone
         if int(positions.max()) - first >= len(tokens):
-            raise InputError(
-                f"the dump has position {int(positions.max())}, but only {len(tokens)} tokens are known.",
-                "Give all of them, including generated ones: --tokens 1,2,3.",
-                code="tokens",
-            )
+            raise too_few_tokens(values.path, int(positions.max()), len(tokens), decoder=bench.encoder is not None)
         bench.run(tokens[positions - first], positions, values.arriving(step))
     return len(values.passes)
 

@@ -150,7 +150,7 @@ class ExternalEngine:
         """The file that it loads."""
         if self._model is not None:
             return self._model
-        return self._reference.twin(self._request.model) if self._request.mode == "exact" else self._request.model
+        return self._reference.twin(self._request.model, joined=True) if self._request.mode == "exact" else self._request.model
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
         """Run it, so that it writes `out`. Raises EngineError if it does not."""

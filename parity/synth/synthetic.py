@@ -16,7 +16,8 @@ from checkpoints.whole_file import Replacement, is_special, unwritable
 from engine.synth import Shape, synthesize
 from engine.synth.blocks import SIZE
 from engine.synth.data import PORTION, Convert, Progress, Tensor, append
-from engine.synth.dense import check_size, weights, write_header
+from engine.synth.dense import check_size, weights
+from engine.synth.header import write_header
 from engine.synth.recipe import Recipe, Value
 from engine.synth.write import weights as weights_of
 from engine.synth.write import write

@@ -7,8 +7,8 @@ allows it, windows of attention shorter than a prompt of ten tokens, rotations o
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..dense import Shape
 from ..recipe import Recipe, Value
+from ..shape import Shape
 
 Metadata = Mapping[str, Value | Callable[[Shape], Value]]
 

@@ -74,6 +74,7 @@ GROUPS = {
     ),
     "others": Group(references.OPTIONS, references.others_field),
     "server": Group(server.OPTIONS, server.server_field),
+    "scored_server": Group(server.SCORED_OPTIONS, server.server_field),
     "asking": Group({name: server.OPTIONS[name] for name in ("server_api", "server_json")}, server.asking_fields),
     "despite_lint": _one("despite_lint", declared.DespiteLintOption, False),
     "verbose": _one("verbose", declared.VerboseOption, False),

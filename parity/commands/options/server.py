@@ -26,8 +26,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             str | None,
             typer.Option(
                 "--server",
-                help="URL of a running server, which is then our side: its log-probabilities are compared, and by `parity run "
-                "--generate` its choices too. --tolerance of `parity run` is then a KL divergence.",
+                help="URL of a running server, which is then our side: its log-probabilities are compared, and with --generate "
+                "its choices too. --tolerance is then a KL divergence.",
                 show_default=False,
             ),
         ],
@@ -78,10 +78,25 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
             bool,
             typer.Option(
                 "--dump-prefix",
-                help="With `parity run --server`: also dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
+                help="With --server: also dump llama.cpp on the tokens up to the first wrong prediction (ref.jsonl).",
             ),
         ],
         False,
+    ),
+}
+# The same without what records a prompt: a text is only scored.
+SCORED_OPTIONS = {
+    **{name: option for name, option in OPTIONS.items() if name != "dump_prefix"},
+    "server": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--server",
+                help="URL of a running server, which is then our side: its log-probabilities are compared.",
+                show_default=False,
+            ),
+        ],
+        None,
     ),
 }
 
@@ -94,26 +109,25 @@ def server_field(
     server_json: str,
     server_rate: float | None,
     server_timeout: float,
-    dump_prefix: bool,
+    dump_prefix: bool | None = None,
 ) -> Given:
-    """The server and how to ask it; None without --server.
+    """The server and how to ask it; None without --server. `dump_prefix` is None for a command without that option.
 
     Raises:
         InputError: the URL, the JSON or a number is wrong, or one of these options is given without --server.
     """
     if server is None:
-        others = (server_api, server_top, server_model, server_json, server_rate, server_timeout, dump_prefix)
+        others = (server_api, server_top, server_model, server_json, server_rate, server_timeout, bool(dump_prefix))
         if others != tuple(default for name, (_, default) in OPTIONS.items() if name != "server"):
-            raise InputError(
-                "The options --server-… and --dump-prefix need a server.", "Give its URL with --server.", code="server"
-            )
+            options = "--server-…" if dump_prefix is None else "--server-… and --dump-prefix"
+            raise InputError(f"The options {options} need a server.", "Give its URL with --server.", code="server")
         return {"server": None}
     from ...server.http import Connection, key_from_environment
     from ...server.session import ServerRequest
 
     extra = members(server_json)
     connection = Connection(server, key_from_environment(), server_timeout, server_rate)
-    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, dump_prefix)}
+    return {"server": ServerRequest(connection, server_api, server_top, server_model, extra, bool(dump_prefix))}
 
 
 def members(server_json: str) -> dict[str, Any]:

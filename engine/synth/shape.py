@@ -1,0 +1,129 @@
+"""The shapes of models with random weights, and the tensors that llama.cpp wants for each: qwen2 and llama only."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from checkpoints.errors import InputError
+
+MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in llama.cpp's llama-hparams.h
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a model to make; `head_size` and `rope_dims` of 0 mean width / heads and the head size."""
+
+    architecture: str = "qwen2"
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 0
+    ff: int = 128
+    vocab: int = 2048
+    tied: bool = False
+    biases: bool = True
+    eps: float = 1e-6
+    rope_base: float = 1e6
+    rope_dims: int = 0
+    rope_factors: bool = False
+    rope_scaling: float = 1.0  # factor of linear scaling; 1 writes none
+    context: int = 32768
+
+    @property
+    def head(self) -> int:
+        """The size of one head."""
+        return self.head_size or self.width // self.heads
+
+
+# From the models' own config.json.
+PRESETS: Mapping[str, Shape] = {
+    "tiny": Shape(),
+    "tiny-llama": Shape("llama", biases=False, eps=1e-5, rope_base=10000.0),
+    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 0, 4864, 151936, tied=True),
+    "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 12, 2, 0, 8960, 151936, tied=True),
+    "qwen2.5-7b": Shape("qwen2", 28, 3584, 28, 4, 0, 18944, 152064),
+    "tinyllama-1.1b": Shape("llama", 22, 2048, 32, 4, 0, 5632, 32000, biases=False, eps=1e-5, rope_base=10000.0, context=2048),
+    "llama-3.2-1b": Shape(
+        "llama",
+        16,
+        2048,
+        32,
+        8,
+        64,
+        8192,
+        128256,
+        tied=True,
+        biases=False,
+        eps=1e-5,
+        rope_base=5e5,
+        rope_factors=True,
+        context=131072,
+    ),
+    "llama-3.1-8b": Shape(
+        "llama", 32, 4096, 32, 8, 128, 14336, 128256, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True, context=131072
+    ),
+}
+
+
+def shape_like(like: str, **changes: Any) -> Shape:
+    """A preset with the given fields changed; a field of None stays unchanged.
+
+    Raises:
+        InputError: no such preset, or a shape that no engine could run.
+    """
+    if like not in PRESETS:
+        raise InputError(f"there is no shape {like!r}.", f"Take one of {', '.join(PRESETS)}.", code="shape")
+    shape = replace(PRESETS[like], **{name: value for name, value in changes.items() if value is not None})
+    numbers = {field.name: getattr(shape, field.name) for field in fields(shape) if field.type in (int, "int")}
+    small = [name for name, value in numbers.items() if value < (0 if name in ("head_size", "rope_dims") else 1)]
+    large = [name for name, value in numbers.items() if value >= 1 << 32]  # GGUF keeps these as uint32
+    rules = {
+        f"--{large[0].replace('_', '-') if large else ''} is too large": bool(large),
+        f"--{small[0].replace('_', '-') if small else ''} is too small": bool(small),
+        f"llama.cpp runs at most {MOST_LAYERS} layers": shape.layers > MOST_LAYERS,
+        "only qwen2 and llama are supported": shape.architecture not in ("qwen2", "llama"),
+        f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly": bool(
+            not small and shape.heads % shape.kv_heads
+        ),
+        f"a width of {shape.width} is not a multiple of {shape.heads} heads": not shape.head_size
+        and bool(shape.width % max(shape.heads, 1)),
+        "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2"
+        and shape.head * shape.heads != shape.width,
+        f"a head of {shape.head if not small else 0} cannot be rotated in pairs": not small and bool(shape.head % 2),
+        f"llama.cpp's {shape.architecture} rotates whole heads, not {shape.rope_dims} elements of {shape.head if not small else 0}": (
+            not small and shape.rope_dims not in (0, shape.head)
+        ),
+    }
+    wrong = [sentence for sentence, broken in rules.items() if broken]
+    if wrong:
+        raise InputError(f"{wrong[0]}.", "Change the shape.", code="shape")
+    return shape
+
+
+def tensors_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and row-major shapes of all tensors, in the order of the file."""
+    q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
+    yield "token_embd.weight", (shape.vocab, shape.width)
+    if shape.rope_factors:
+        yield "rope_freqs.weight", ((shape.rope_dims or shape.head) // 2,)
+    for i in range(shape.layers):
+        at = f"blk.{i}."
+        yield at + "attn_norm.weight", (shape.width,)
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{at}attn_{name}.weight", (rows, shape.width)
+            if shape.biases:
+                yield f"{at}attn_{name}.bias", (rows,)
+        yield at + "attn_output.weight", (shape.width, q)
+        yield at + "ffn_norm.weight", (shape.width,)
+        yield at + "ffn_gate.weight", (shape.ff, shape.width)
+        yield at + "ffn_up.weight", (shape.ff, shape.width)
+        yield at + "ffn_down.weight", (shape.width, shape.ff)
+    yield "output_norm.weight", (shape.width,)
+    if not shape.tied:
+        yield "output.weight", (shape.vocab, shape.width)
+
+
+def matrices_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The matrices among them."""
+    return ((name, dims) for name, dims in tensors_of(shape) if len(dims) == 2)

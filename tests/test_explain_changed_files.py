@@ -1,0 +1,52 @@
+"""Changed GGUF files played by llama.cpp: mistakes of a converter, or of an engine that reads one number for another, are named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faulty_engines import Case, dump_of, each, exchanged, number
+from planted import PATIENT, tokens_of
+
+from parity.explain.explain import explain
+from reference.client import Reference
+
+
+def _by_group(rows: np.ndarray) -> np.ndarray:
+    """The rows of four query heads and two key/value heads, fused, laid group by group."""
+    heads = rows.reshape(8, -1, rows.shape[1])
+    return heads[[0, 1, 4, 6, 2, 3, 5, 7]].reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A changed file of a recipe's model, the entry that names it, and the layers that are wrong (None: all)."""
+
+    recipe: str
+    case: Case
+    layers: tuple[int, ...] | None = None
+
+
+_EPS = number("attention.layer_norm_rms_epsilon", 1e-4)
+_SHOWN = (
+    _Named("gemma3", Case("ε 1e-4 for 1e-6, behind a table of float16", _EPS, ("norm-epsilon",))),
+    _Named("gemma3", Case("another base in layers with a window", number("rope.freq_base_swa", 2e4), ("rope-base",)), (0, 1, 2, 3, 4, 6)),
+    _Named("gptneox", Case("branches one after the other", number("use_parallel_residual", False), ("sequential-branches",))),
+    _Named("phi3", Case("QKV laid by group", each("attn_qkv.weight", by=_by_group), ("fused-qkv-by-group",))),
+    _Named("qwen3", Case("norms of heads exchanged", exchanged("attn_q_norm.weight", "attn_k_norm.weight"), ("norms-exchanged",))),
+    _Named("qwen35", Case("twice as many dimensions rotated", number("rope.dimension_count", 16), ("rope-dims",))),
+    _Named("qwen2-yarn", Case("YaRN of twice the context", number("rope.scaling.original_context_length", 256), ("yarn",))),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", _SHOWN, ids=lambda shown: f"{shown.recipe}: {shown.case.title}")
+def test_a_changed_file_is_named(shown: _Named, small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """From sixteen values a row at the default points, and no word about the engine: one cause, in its layers, and nothing is left."""
+    model = small_model(shown.recipe, kind="f32")
+    tokens = tokens_of(model, 12, seed=7)
+    explanation = explain(dump_of(shown.case, model, tokens, reference, tmp_path), model, replace(PATIENT, tokens=tokens))
+    assert explanation.remaining is None
+    assert [cause.named.fault for cause in explanation.causes] == list(shown.case.names)
+    assert explanation.causes[0].named.layers == shown.layers
