@@ -1,12 +1,16 @@
 """Faults that no entry of the catalogue describes, one edited operation each: is one acquitted, or given a wrong cause?
 
-Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`. Every case is drawn by
-its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation, edited in one layer, from
-one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or all, F32 stated or not.
+Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…] [--further]`. Every case
+is drawn by its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation, edited in
+one layer, from one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or all, F32
+stated or not.
 
 An edit changes the operation's result or one operand: scales it (0.5 % to 2 times), shifts it, rolls or permutes it, exchanges two
-elements, negates one, sets one or all after it to zero, or takes another position; or it takes another value of that shape as operand.
-As often it exchanges two heads, gives an expert the weights of another, halves a bias, takes the next layer's weight or scales by 1.002.
+elements, negates one, sets one or all after it to zero, or takes another position; or it takes another value of that shape as operand. As
+often it exchanges two heads, gives an expert the weights of another, halves a bias, takes the next layer's weight or scales by 1.002.
+With `--further` it is one of `FURTHER`: elements of two heads exchanged, one position stale, a product summed in F16 in blocks of 32, a
+clamp, absolute values, everything behind an element one place on, a head of zeros, the mean over positions subtracted, powers of 2 for
+exp, the first position's values at all, a value of the layer before, a bias added twice.
 
 `acquitted`: the answer is "no fault" though a recorded value differs. `wrong cause`: it names a fault that does not reproduce the engine's
 numbers, in whole rows, at every recorded point (up to the place that the answer leaves unexplained, if it leaves one). `located`: the
@@ -27,11 +31,12 @@ from typing import Any
 
 import numpy as np
 from explain_precision import random_model
-from planted import Faulty, Planted, tokens_of
+from planted import Faulty, Planted, half_sums, tokens_of
 
 from checkpoints.answers.explain import Explanation, Named
 from checkpoints.points import parse
 from checkpoints.record import Dump
+from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, FITTED, SEEN, plant
 from engine.graph import Altered, History, Step, WeightSource
@@ -61,6 +66,17 @@ PARTS = (
     "weight of the neighbouring layer",
     "scaled by 1.002",
 )
+_RESULTS = (
+    "across heads",
+    "one position stale",
+    "clamped",
+    "absolute",
+    "one place on",
+    "a head of zeros",
+    "mean over positions",
+    "first",
+)
+FURTHER = (*_RESULTS, "summed in F16", "powers of 2", "value of the layer before", "bias twice")
 _FAULTS = {**CATALOGUE, **{fit.fault.name: fit.fault for fit in FITTED}}
 _INSIDE = ("kq", "kq_soft_max")  # rows behind a mask: what moves elements of them makes values of later positions
 
@@ -105,10 +121,69 @@ def _change(how: str, draw: random.Random) -> Callable[[Array], Array]:
     return ways.get(how, changed)
 
 
+def _further_change(how: str, draw: random.Random, heads: int) -> Callable[[Array], Array]:
+    """The function that edits a value [T, …, n] in one of the further ways."""
+    part, place = draw.random(), draw.randrange(1 << 20)
+
+    def changed(x: Array) -> Array:
+        out, count = x.copy(), x.shape[-1]
+        if how == "across heads":
+            pair = [place % (count // heads), count // heads * (heads - 1) + (place + 3) % (count // heads)]
+            out[..., pair] = x[..., pair[::-1]]
+        elif how == "one position stale":
+            at = 1 + place % (len(x) - 1)
+            out[at] = x[at - 1]
+        elif how == "clamped":
+            largest = x.dtype.type((0.2 + 0.6 * part) * np.abs(x).max())
+            np.clip(x, -largest, largest, out=out)
+        elif how == "absolute":
+            np.abs(x, out=out)
+        elif how == "one place on":
+            at = place % max(1, min(count - 1, 8))
+            out[..., at:-1] = x[..., at + 1 :]
+        elif how == "a head of zeros":
+            size = count // heads
+            out[..., place % heads * size : (place % heads + 1) * size] = 0
+        elif how == "mean over positions":
+            out -= x.mean(axis=0, keepdims=True)
+        else:
+            out[:] = x[:1]
+        return out
+
+    return changed
+
+
+def _further_edited(step: Step, how: str, draw: random.Random, right: dict[str, Step]) -> Step | None:
+    """The step with one of the further edits; None where it does not apply."""
+    point = parse(step.makes)
+    if how in _RESULTS:
+        scores = right.get(f"blk.{point.layer}.kq")
+        heads = 1 if scores is None else int(scores.params.get("kv_heads" if point.kind[:1] in "kv" else "heads", 1))
+        of_heads = point.kind in ("q", "k", "v", "q_rope", "k_rope", "q_norm", "k_norm", "kqv_out")
+        if (not of_heads or heads < 2) and "head" in how:
+            return None
+        change = _further_change(how, draw, heads)
+        return replace(step, op=lambda *inputs, **params: change(step.op(*inputs, **params)))
+    if how == "summed in F16":
+        return replace(step, op=half_sums) if step.op is ops.linear else None
+    if how == "powers of 2":
+        scale = step.params.get("scale")
+        return replace(step, params={**step.params, "scale": scale * np.log(2)}) if step.op is ops.causal_soft_max else None
+    if how == "value of the layer before":
+        before = f"blk.{(point.layer or 0) - 1}.{point.kind}"
+        return Step(step.makes, np.copy, (before,)) if before in right else None
+    bias = step.weights[-1] if len(step.weights) > 1 else None
+    if not isinstance(bias, str) or "bias" not in bias:
+        return None
+    return replace(step, weights=(*step.weights[:-1], Altered(bias, lambda source, name: source.get(name) * 2)))
+
+
 def _edited(
     step: Step, how: str, draw: random.Random, right: dict[str, Step], shapes: dict[str, tuple[int, ...]]
 ) -> Step | None:
     """The step with this edit; None if its shapes do not allow it."""
+    if how in FURTHER:
+        return _further_edited(step, how, draw, right)
     if how in PARTS:
         return _part_edited(step, how, right)
     if how == "operand":
@@ -173,16 +248,19 @@ def _part_edited(step: Step, how: str, right: dict[str, Step]) -> Step | None:
     return replace(step, weights=(Altered(first, doubled), *step.weights[1:]))
 
 
-def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random) -> Edit:
-    """One operation edited in some layers."""
+def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random, further: bool = False) -> Edit:
+    """One operation edited in some layers, in a usual or in a further way."""
     right = {step.makes: step for step in faulty.right}
     values = replay(faulty, faulty.right, tokens).values
     shapes = {name: values[name].shape for name in right if values[name].dtype.kind == "f"}
     while True:
         chosen = draw.choice(faulty.right)
-        how, layers = draw.choice(WAYS if draw.random() < 0.5 else PARTS), draw.choice(["one", "all", "from"])
+        ways = FURTHER if further else WAYS if draw.random() < 0.5 else PARTS
+        how, layers = draw.choice(ways), draw.choice(["one", "all", "from"])
         head, _, kind = chosen.makes.rpartition(".")
-        inside = kind in _INSIDE and how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted")
+        inside = kind in _INSIDE and (
+            how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted") or how in _RESULTS
+        )
         history = any(isinstance(read, History) for read in chosen.reads)
         if chosen.axis != 0 or inside or history or chosen.makes not in shapes or chosen.makes.startswith(SEEN):
             continue
@@ -291,12 +369,12 @@ def dump_of(
     return dump
 
 
-def cases(models: Models, seeds: range, budget: float) -> Iterator[tuple[str, str, str, float]]:
+def cases(models: Models, seeds: range, budget: float, further: bool) -> Iterator[tuple[str, str, str, float]]:
     """Every case's edit, points, outcome and seconds; each is printed when it is done."""
     for seed in seeds:
         draw = random.Random(seed)
         name, faulty, tokens = models.of(seed, draw)
-        edit = drawn(faulty, tokens, draw)
+        edit = drawn(faulty, tokens, draw, further)
         points, size = draw.choice(["default", "*"]), draw.choice(SLICES)
         bare, stated = draw.random() < 0.5, draw.random() < 0.5
         dump = dump_of(faulty, edit.steps, tokens, points, size, bare, stated)
@@ -319,7 +397,7 @@ def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     lines = [f"| edit | {' | '.join(words)} |", f"|---|{'---|' * len(words)}"]
     lines += [
         f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |"
-        for row in (*WAYS, *PARTS, *list(counts))
+        for row in (*WAYS, *PARTS, *FURTHER, *list(counts))
         if row in counts
     ]
     times = sorted(spent for *_, spent in measured)
@@ -333,10 +411,11 @@ def main() -> None:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--budget", type=float, default=20.0)
     parser.add_argument("--arch", default=",".join(ARCHITECTURES))
+    parser.add_argument("--further", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Reference() as reference:
         models = Models(Path(folder), reference, tuple(options.arch.split(",")))
-        measured = list(cases(models, range(options.first, options.first + options.n), options.budget))
+        measured = list(cases(models, range(options.first, options.first + options.n), options.budget, options.further))
     print(table(measured))
 
 

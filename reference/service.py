@@ -12,6 +12,7 @@ from checkpoints import points
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import Contents, contents
 from checkpoints.gguf_parts import files_of
+from checkpoints.room import free_memory
 
 from . import dump, twin
 from .chat import chat_texts, own_template
@@ -113,7 +114,7 @@ class Service:
         """See `client.Reference.dump`."""
         started = time.perf_counter()
         file = twin.checked(self._library, job.model)
-        if job.plain and (size := window_size(self._library, file, job)) is not None:
+        if job.plain and (size := window_size(self._library, file, job, free_memory())) is not None:
             return dump_windows(self._library, self._vocabulary(file), file, job, size, started)
         check(job, self._vocabulary(file))  # before minutes are spent on a twin
         info = dump.describe(file, self._library)
@@ -257,7 +258,7 @@ class Service:
 
         contents = twin.checked(self._library, path)
         # A model that is computed in windows is never loaded as a twin; the file itself is only mapped into memory.
-        windows = window_size(self._library, contents, DumpJob(path, path, (), mode=mode)) is not None
+        windows = window_size(self._library, contents, DumpJob(path, path, (), mode=mode), free_memory()) is not None
         model = self._computable(contents, NATIVE if windows else mode, threads)
         return record(model, [tensor.name for tensor in contents.tensors], fingerprint=contents.fingerprint, n_ctx=n_ctx)
 

@@ -17,7 +17,6 @@ from checkpoints import points
 from checkpoints.columns import open_dump
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import Contents
-from checkpoints.room import free_memory
 from checkpoints.tensors import beside
 
 from . import dump, twin, twin_cache
@@ -41,7 +40,7 @@ _SHARE = 2  # a whole model may take half of the free memory
 _WINDOW_SHARE = 4  # a window a quarter, since its file, its F32 copy and its page cache add up
 
 
-def window_size(library: Library, contents: Contents, job: DumpJob) -> int | None:
+def window_size(library: Library, contents: Contents, job: DumpJob, free: int) -> int | None:
     """How many layers a window has, None for the whole model at once.
 
     Raises:
@@ -58,7 +57,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob) -> int | Non
         raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
     if not exact:
         return None
-    need, free = twin.twin_bytes(contents), free_memory()
+    need = twin.twin_bytes(contents)
     folder = twin_cache.workspace()
     if need * _SHARE < free:
         fits = need * _SHARE < shutil.disk_usage(folder).free

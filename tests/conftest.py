@@ -122,3 +122,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Call
         return path
 
     return make
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps were computed: the clock of `explain`'s budgets, so that an answer is the same on any machine."""
+    from explaining import count_steps
+
+    return count_steps(monkeypatch)

@@ -3,18 +3,42 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from planted import Faulty, Planted
 
 from checkpoints.answers.explain import Explanation
 from checkpoints.record import Dump
+from engine import graph
 from engine.backend import Array
 from engine.graph import Step
+from engine.replay import batched, replay
 from engine.synth import Shape, synthesize
+from parity.explain import budget as explain_budget
+from parity.explain.case import ExplainOptions
 
 SHAPE = Shape("qwen2", 4, 112, 14, 2, 0, 128, 300)
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
 RIGHT = Planted(())
+STEPS = ExplainOptions(
+    budget=20_000
+)  # some thousand candidates of a small engine, where the fixture `computed` makes steps the clock
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the steps that are computed, and make the count the clock of budgets, so that answers are the same on any machine."""
+    count = [0]
+    plain: Callable[..., Any] = graph.compute
+
+    def counted(*arguments: Any) -> Any:
+        count[0] += 1
+        return plain(*arguments)
+
+    for module in (replay, batched):
+        monkeypatch.setattr(module, "compute", counted)
+    monkeypatch.setattr(explain_budget, "perf_counter", lambda: float(count[0]))
+    return count
 
 
 def small_engine(folder: Path) -> Faulty:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli, refused
-from explaining import PROMPT, RIGHT, only, small_engine
+from explaining import PROMPT, RIGHT, STEPS, only, small_engine
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.jsonl import Writer
@@ -74,6 +74,7 @@ def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faul
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     """A known fault before an unknown one: the first is the cause, and what is left is described by its own numbers."""
     unknown = [
@@ -81,7 +82,7 @@ def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
         for step in plant(engine.right, CATALOGUE["rope-pairs"])
     ]
     dump = engine.dump(RIGHT, PROMPT, points="embd,blk.0.l_out,blk.1.l_out,blk.2.l_out,logits", steps=unknown)
-    explanation = explain(dump, engine.model, ExplainOptions(budget=6))
+    explanation = explain(dump, engine.model, STEPS)
     assert [cause.named.fault for cause in explanation.causes] == ["rope-pairs"]
     assert explanation.remaining is not None
     assert explanation.remaining.checkpoint == "blk.2.l_out"
@@ -162,6 +163,7 @@ def test_printed_decimals_are_enough(engine: Faulty, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -> None:
     """No fault that does not fit is named: the numbers are described, and the next points to record named."""
     right = [
@@ -169,7 +171,7 @@ def test_an_unknown_fault_gives_a_law_and_the_points_to_record(engine: Faulty) -
         for step in engine.right
     ]
     dump = engine.dump(RIGHT, PROMPT, points="embd,blk.1.l_out,blk.2.l_out,logits", steps=right)
-    explanation = explain(dump, engine.model, ExplainOptions(budget=6))
+    explanation = explain(dump, engine.model, STEPS)
     assert explanation.causes == ()
     assert explanation.remaining == explanation.first
     assert explanation.law == "element i is the right element i − 1: the row is rolled"
@@ -184,9 +186,10 @@ def test_a_fault_beyond_the_slice_is_named_by_the_sketch(engine: Faulty) -> None
     assert [(cause.named.fault, cause.named.parameters["part"]) for cause in explanation.causes] == [("part-missing", 32)]
 
 
+@pytest.mark.usefixtures("computed")
 def test_out_of_time_is_said(engine: Faulty) -> None:
     """A budget that is too short ends the search and says so."""
-    explanation = explain(only(engine, ("activation", {}, (2,))), engine.model, ExplainOptions(budget=0.01))
+    explanation = explain(only(engine, ("activation", {}, (2,))), engine.model, ExplainOptions(budget=100))
     assert not explanation.complete
     assert explanation.remaining is not None
 
@@ -248,6 +251,7 @@ def test_the_catalogue_is_listed(parity: Cli) -> None:
     refused(parity("explain", "--list", "ours.jsonl"), "--list takes no dump")
 
 
+@pytest.mark.usefixtures("computed")
 def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> None:
     """No fault that could be planted makes random numbers: that all else agrees names the rows of the output matrix."""
 
@@ -258,7 +262,7 @@ def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> Non
 
     steps = [replace(step, op=garbage) if step.makes == "logits" else step for step in engine.right]
     dump = engine.dump(RIGHT, PROMPT, steps=steps)
-    explanation = explain(dump, engine.model, ExplainOptions(budget=20))
+    explanation = explain(dump, engine.model, STEPS)
     assert [(cause.named.fault, cause.named.parameters) for cause in explanation.causes] == [
         ("logits-garbage", {"ids": [3, 7]})
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, edited, names, small_engine, unstated
+from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation, Place, TruthAt
@@ -101,6 +101,7 @@ def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> None:
     """An error of F16's size that spares position 0 is not due to F16."""
 
@@ -109,11 +110,9 @@ def test_what_is_exactly_right_is_not_of_lower_arithmetic(engine: Faulty) -> Non
         noise[0] = 0
         return x * (1 + np.float32(3e-4) * noise)
 
-    explanation = explain(
-        unstated(edited(engine, "blk.0.attn_out", late, "default", 16)), engine.model, ExplainOptions(budget=3)
-    )
+    explanation = explain(unstated(edited(engine, "blk.0.attn_out", late, "default", 16)), engine.model, STEPS)
     assert not explanation
-    assert explanation.precision_only == ""
+    assert (explanation.precision_only, explanation.looks_like) == ("", "")
 
 
 @pytest.mark.slow
@@ -127,7 +126,7 @@ def test_nan_agrees_with_nothing(stories: Faulty) -> None:
         for step in stories.right
     ]
     dump = stories.dump(RIGHT, tokens, points="blk.{5..9}.*", steps=steps)
-    explanation = explain(dump, stories.model, ExplainOptions(budget=20.0))
+    explanation = explain(dump, stories.model, _PATIENT)
     assert names(explanation) == []
     assert explanation.law.startswith("every recorded element is NaN")
     assert explanation.complete
@@ -165,6 +164,7 @@ def test_queries_that_are_rotated_too_far_are_named(engine: Faulty) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_a_fault_that_amplifies_rounding_has_no_second_cause(stories: Faulty) -> None:
     """Without the residual rounding grows over the limit from layer to layer: that is no second fault."""
     tokens = tokens_of(stories.model, 6, seed=3)
@@ -173,9 +173,9 @@ def test_a_fault_that_amplifies_rounding_has_no_second_cause(stories: Faulty) ->
         name: replace(rows, values=rows.values * (1 + np.float32(2e-3) * (name == "blk.23.l_out")))
         for name, rows in dump.points.items()
     }
-    explanation = explain(dump, stories.model, _PATIENT)
+    explanation = explain(dump, stories.model, replace(STEPS, budget=1e9))
     assert (names(explanation), explanation.remaining) == (["residual-missing"], None)
-    more = explain(replace(dump, points=values), stories.model, ExplainOptions(budget=10.0))
+    more = explain(replace(dump, points=values), stories.model, STEPS)
     assert more.remaining is not None, "an error of 4e-6 that is not the fault's own rounding stays"
 
 
@@ -192,6 +192,7 @@ def test_another_operand_is_named(engine: Faulty) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_a_lead_takes_the_error_away_everywhere(engine: Faulty) -> None:
     """Queries of the position before, in the upper half of each head: many entries take most of one record's error away, none all."""
 
@@ -200,7 +201,7 @@ def test_a_lead_takes_the_error_away_everywhere(engine: Faulty) -> None:
         changed[1:, :, 4:] = changed[:-1, :, 4:].copy()
         return changed.reshape(x.shape)
 
-    explanation = explain(edited(engine, "blk.0.q_rope", half, "default", 16), engine.model, ExplainOptions(budget=10.0))
+    explanation = explain(edited(engine, "blk.0.q_rope", half, "default", 16), engine.model, STEPS)
     assert names(explanation) == []
     assert [lead.sentence for lead in explanation.leads if lead.removed is not None] == []
 

@@ -1,15 +1,9 @@
 """`parity explain --budget`: how late the answer comes, counted in computed steps, not in seconds."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from explaining import only, small_engine
 from planted import Faulty
 
-from engine import graph
-from engine.replay import batched, replay
-from parity.explain import budget as explain_budget
 from parity.explain.explain import ExplainOptions, explain
 
 
@@ -17,22 +11,6 @@ from parity.explain.explain import ExplainOptions, explain
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     """A small qwen2 with groups of 7 query heads."""
     return small_engine(tmp_path_factory.mktemp("budget"))
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the steps that are computed; the budget's clock shows them."""
-    count = [0]
-    plain: Callable[..., Any] = graph.compute
-
-    def counted(*arguments: Any) -> Any:
-        count[0] += 1
-        return plain(*arguments)
-
-    for module in (replay, batched):
-        monkeypatch.setattr(module, "compute", counted)
-    monkeypatch.setattr(explain_budget, "perf_counter", lambda: float(count[0]))
-    return count
 
 
 @pytest.mark.parametrize("budget", [200, 700, 2000, 5000])

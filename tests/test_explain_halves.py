@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli
-from explaining import unstated
+from explaining import STEPS, unstated
 from fault_places import HALVES
 from planted import PATIENT, Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import Explanation
+from checkpoints.answers.explain import Cause, Explanation, Named, Place
 from checkpoints.reading.reader import read
 from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
@@ -22,7 +22,8 @@ from engine.opened import open_plain
 from engine.replay.precision import rounded
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
+from parity.explain.halves import joined
 from parity.run.ours import OursJob
 from parity.run.ours import dump as write_dump
 from reference.client import Reference
@@ -103,6 +104,17 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert explanation.causes[0].named.layers == (1,)
 
 
+def test_the_decoders_own_arithmetic_is_noted_behind_a_faulty_encoder() -> None:
+    """The encoder's cause is the answer: that what is left of the decoder is lower arithmetic is said beside it."""
+    place = Place("blk.0.l_out", 0, 1e-5, 1e-10)
+    cause = Cause(Named("transposed", {"at": ("v",)}, None, "in the encoder, v is transposed"), 1.0, 3, 1e-13, "", "", "")
+    encoder = Explanation(records=3, differing=3, first=place, last_agreement=None, causes=(cause,))
+    decoder = Explanation(records=2, differing=2, first=place, last_agreement=None, remaining=place, precision_only="bf16")
+    both = joined(encoder, decoder)
+    assert [cause.named.fault for cause in both.causes] == ["transposed"]
+    assert "the decoder's own differences are those of bf16 arithmetic" in both.notes
+
+
 @pytest.mark.slow
 def test_a_fault_of_both_halves_is_one_cause(engine: Transformer, tmp_path: Path) -> None:
     """What every layer of both halves has is named once."""
@@ -127,6 +139,7 @@ def test_a_fault_in_each_half(engine: Transformer, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, ("transposed", {"at": ("v",)}, (1,))])
+@pytest.mark.usefixtures("computed")
 def test_lower_arithmetic_of_the_encoder_does_not_acquit_the_decoder(
     engine: Transformer, tmp_path: Path, fault: Planting | None
 ) -> None:
@@ -139,10 +152,10 @@ def test_lower_arithmetic_of_the_encoder_does_not_acquit_the_decoder(
     finally:
         engine.encoder, engine.steps = right
     explanation = explain(
-        unstated(read(tmp_path / "ours.jsonl")), engine.model.path, PATIENT if fault is None else ExplainOptions(budget=5.0)
+        unstated(read(tmp_path / "ours.jsonl")), engine.model.path, replace(STEPS, budget=1e9) if fault is None else STEPS
     )
     assert bool(explanation) is (fault is None)
-    assert explanation.precision_only == ("bf16" if fault is None else "")
+    assert (explanation.precision_only, explanation.looks_like) == ("bf16" if fault is None else "", "")
 
 
 @pytest.mark.slow

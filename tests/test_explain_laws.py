@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, edited, names, small_engine, unstated
+from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
 from planted import Faulty
 
 from engine.backend import Array
@@ -99,6 +99,7 @@ def test_a_number_of_the_first_layer_is_not_said_of_all(engine: Faulty) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
     """Two small elements are exchanged in all layers: an error of the size of 8-bit noise that lies in two of all elements."""
 
@@ -113,15 +114,16 @@ def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
     explanation = explain(
         unstated(engine.dump(RIGHT, PROMPT, steps=[swapped(step) for step in engine.right])),
         engine.model,
-        ExplainOptions(budget=5.0),
+        STEPS,
     )
     assert not explanation
-    assert (explanation.precision_only, names(explanation)) == ("", [])
+    assert (explanation.precision_only, explanation.looks_like, names(explanation)) == ("", "", [])
 
 
+@pytest.mark.usefixtures("computed")
 def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
     """Zero behind the recorded values: the next point differs, and the one in front of it was seen in part."""
-    explanation = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, ExplainOptions(budget=5.0))
+    explanation = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, STEPS)
     assert names(explanation) == []
     assert explanation.first is not None
     assert explanation.first.checkpoint == "blk.2.attn_norm"
@@ -165,6 +167,7 @@ def test_nan_under_the_mask_is_no_second_fault(engine: Faulty) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("computed")
 def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     """An error in proportion to the position passes the limit somewhere: no window begins there, and no element alone is wrong."""
 
@@ -178,7 +181,7 @@ def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.token_idx > 1
     assert "window" not in verdict.pattern.sentence
-    assert "alone" not in explain(dump, engine.model, ExplainOptions(budget=5.0)).law
+    assert "alone" not in explain(dump, engine.model, STEPS).law
 
 
 def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> None:
@@ -212,3 +215,18 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
     assert explanation.first is not None
     assert explanation.first.checkpoint == "logits"
     assert explanation.law == "every recorded element is right: what differs was not recorded"
+
+
+def test_zeros_of_one_head_prove_no_factor(engine: Faulty) -> None:
+    """The only recorded head is zero: that all heads are multiplied by 0 would reproduce it, and nothing that is made from it."""
+
+    def headless(x: Array) -> Array:
+        changed = x.copy()
+        changed[:, :8] = 0
+        return changed
+
+    explanation = explain(edited(engine, "blk.1.q", headless, size=8), engine.model, _PATIENT)
+    assert names(explanation) == []
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.1.q"
+    assert explanation.law.startswith("every element is 0")

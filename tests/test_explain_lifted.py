@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import unstated
+from explaining import STEPS, unstated
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.reading.reader import read
@@ -16,7 +16,7 @@ from engine.faults import CATALOGUE, FITTED, plant
 from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
 from parity.arbiter.arbiter import Arbiter
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -122,6 +122,7 @@ def _later_ones(x: Array) -> Array:
         ("mamba2", "the state that earlier positions leave (a recurrence, a convolution, a token shift)"),
     ],
 )
+@pytest.mark.usefixtures("computed")
 def test_what_earlier_positions_leave_is_named_as_the_model_has_it(
     name: str, acts: str, reference: Reference, small_model: Callable[..., Path]
 ) -> None:
@@ -135,7 +136,7 @@ def test_what_earlier_positions_leave_is_named_as_the_model_has_it(
         for step in engine.right
     ]
     spoiled = engine.dump(Planted(()), tokens_of(model, 7, seed=2), points="embd,blk.*.l_out,logits", steps=steps)
-    explanation = explain(spoiled, model, ExplainOptions(budget=4.0))
+    explanation = explain(spoiled, model, replace(STEPS, budget=4000))
     assert f"position 0 is right, all later ones wrong: {acts}" in [lead.sentence for lead in explanation.leads]
 
 

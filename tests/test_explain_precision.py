@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, small_engine, unstated
+from explaining import PROMPT, RIGHT, STEPS, small_engine, unstated
 from planted import Faulty, half_sums
 
 from checkpoints.reading.reader import read
@@ -77,6 +77,7 @@ def _smaller(x: Array) -> Array:
     return changed
 
 
+@pytest.mark.usefixtures("computed")
 def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> None:
     """Errors as large as BF16's, but one vector at every position, each times a number."""
     steps = [replace(step, op=Then(step.op, _smaller)) if step.makes == "blk.0.ffn_gate" else step for step in blocks.right]
@@ -87,9 +88,10 @@ def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> Non
         float(entry.base.mean()) / float(costs) for entry, costs in zip(case.entries, cost, strict=True) if entry.base.any()
     ]
     assert all(0.3 < size < 3 for size in sizes)
-    explanation = explain(dump, blocks.model, ExplainOptions(budget=0.5))
+    explanation = explain(dump, blocks.model, STEPS)
     assert explanation.first is not None
-    assert (explanation.first.checkpoint, explanation.precision_only, bool(explanation)) == ("blk.0.l_out", "", False)
+    assert (explanation.first.checkpoint, bool(explanation)) == ("blk.0.l_out", False)
+    assert (explanation.precision_only, explanation.looks_like) == ("", "")
 
 
 def _by_rows(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -98,11 +100,12 @@ def _by_rows(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return ops.linear(np.rint(x / scale) * scale, weight, bias)
 
 
+@pytest.mark.usefixtures("computed")
 def test_eight_bits_that_are_not_declared_are_told_as_such(blocks: Faulty) -> None:
     """Errors of that size may hide a fault: they acquit nothing, and no fault is named. If declared, they are noise."""
     steps = [replace(step, op=_by_rows) if step.op is ops.linear else step for step in blocks.right]
     dump = unstated(blocks.dump(RIGHT, PROMPT, steps=steps))
-    explanation = explain(dump, blocks.model, ExplainOptions(budget=1.0))
+    explanation = explain(dump, blocks.model, STEPS)
     assert (bool(explanation), explanation.causes, explanation.precision_only) == (False, (), "")
     assert explanation.looks_like == "q8"
     assert any("--compute q8 treats them as noise" in line.plain for line in lines(explanation, 300))

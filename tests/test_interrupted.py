@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from cli import Cli, refused
 
 from checkpoints.reading.reader import read
 
@@ -84,16 +83,22 @@ def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> N
     assert (ran.returncode, ran.stderr) == (130, "parity: interrupted\n")
 
 
-def test_the_reference_dying_is_an_error_of_ours(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_dying_is_an_error_of_ours(tmp_path: Path) -> None:
     """When llama.cpp's process dies in the middle, the line says so and names the model."""
-    from reference.client import Reference
+    words = ["run", "--tokens", ",".join(["5"] * 400), "--points", "all", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-m", "parity", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (workers := _workers_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(workers[0], signal.SIGABRT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert message.count("\n") == 1
+    assert "llama.cpp aborted while" in message
+    assert "stories-14m-q8_0.gguf" in message
 
-    original = Reference.dump
 
-    def kill_first(self: Reference, job: object) -> object:
-        assert self.pid is not None
-        os.kill(self.pid, signal.SIGABRT)
-        return original(self, job)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Reference, "dump", kill_first)
-    refused(parity("run", "--prompt", "Once upon a time"), "stories-14m-q8_0.gguf")
+def _workers_of(pid: int) -> list[int]:
+    """The children of a process in which llama.cpp runs."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"reference.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]

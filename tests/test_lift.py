@@ -111,6 +111,15 @@ def test_an_operation_that_is_lacking_is_named(reference: Reference, small_model
     assert "parity dump ref" in error.value.advice
 
 
+@pytest.mark.slow
+def test_a_model_of_which_llama_cpp_makes_nan_is_refused(parity: Cli, small_model: Make) -> None:
+    """A soft cap of 0 is one line, since llama.cpp divides by it: no operation of its own is called wrong, and no engine diverges."""
+    path = small_model("gemma2", layers=1, settings={"attn_logit_softcapping": 0.0})
+    for command in ("run", "isolate"):
+        refused(parity(command, "--model", path, "--tokens", "5,6"), "SCALE", "multiplies by inf", "a soft cap of 0")
+    assert parity("weights", "--model", path).code == 0
+
+
 def test_views_stay_inside_their_value() -> None:
     """A view that reaches beyond its value, as a damaged recording may have it, is an error and no read of other memory."""
     from checkpoints.graph import Size

@@ -13,7 +13,6 @@ from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
 from checkpoints.reading.reader import read
 from checkpoints.tensors import TensorReader
-from reference import sweep
 from reference.client import Reference
 from reference.jobs import EXACT, NATIVE, DumpJob
 from reference.library import Library
@@ -124,14 +123,13 @@ def test_wrong_layers(reference: Reference, stories: Path) -> None:
         list(reference.layers(stories, 0, 1, np.zeros((2, 255), np.float32)))
 
 
-def test_window_size(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_size(stories: Path, tmp_path: Path) -> None:
     """By default the whole model is taken where it fits in half of the free memory, else as many layers as fit."""
     library, model_contents = Library(), contents(stories)
     job = DumpJob(stories, tmp_path / "out.jsonl", TOKENS)
-    assert window_size(library, model_contents, job) is None
-    monkeypatch.setattr(sweep, "free_memory", lambda: 100_000_000)  # the twin takes 58 MB, a layer 2.3 MB
-    assert window_size(library, model_contents, job) == 9
-    assert window_size(library, model_contents, replace(job, mode=NATIVE)) is None
-    assert window_size(library, model_contents, replace(job, window="off")) is None
-    monkeypatch.setattr(sweep, "free_memory", lambda: 1)
-    assert window_size(library, model_contents, job) == 1
+    assert window_size(library, model_contents, job, 1 << 40) is None
+    some = 100_000_000  # the twin takes 58 MB, a layer 2.3 MB
+    assert window_size(library, model_contents, job, some) == 9
+    assert window_size(library, model_contents, replace(job, mode=NATIVE), some) is None
+    assert window_size(library, model_contents, replace(job, window="off"), some) is None
+    assert window_size(library, model_contents, job, 1) == 1

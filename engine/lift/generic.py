@@ -1,5 +1,6 @@
 """A step of a node's own ggml operation, for nodes that are no operation of `engine.ops`."""
 
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from checkpoints.graph import WEIGHT, Size, Tensor
@@ -21,6 +22,11 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
     """A step of the node's own ggml operation."""
     if tensor.op not in OPERATIONS:
         raise Unliftable("it has no such operation")
+    own = OpParams(tensor.params, tensor.type)
+    # 1 / 0, as of an attention soft cap of 0. llama.cpp scales keys that the mask hides too, the zeros of an empty cache among them, and
+    # NaN is not hidden by adding -inf: its own values are NaN at every position.
+    if tensor.op == "SCALE" and not isfinite(own.float(0)):
+        raise Unliftable(f"llama.cpp multiplies by {own.float(0)} there, as for a soft cap of 0, and its values are not finite")
     reads: list[Read] = []
     weights: list[str | RowsOf | WeightPart] = []
     operands_read: list[tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None] | None] = []
@@ -60,7 +66,7 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
         for entry in operands_read
     )
     params = {
-        "params": OpParams(tensor.params, tensor.type),
+        "params": own,
         "operands": operands,
         "shape": shape,
         "result_shape": result_shape,

@@ -19,6 +19,8 @@ from engine.replay.wide import Variant, coarse_points, entry_errors, is_looked_u
 from ..diff.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
+# How many states that passes left behind are computed, each by a run over the tokens up to it: those of a prompt and of some steps.
+_STATES = 16
 _SAMPLES = 4  # runs with rounding's noise: the largest of as many is within a factor of two of what twice as many give
 
 
@@ -30,6 +32,7 @@ class Arbiter:
     Args:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
         given: further values that the steps read and none of them makes, in an arithmetic.
+        states: it knows the states that are left behind after the last token, each a single row, and no other points.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Arbiter:
         positions: Sequence[int],
         passes: Sequence[int],
         given: Callable[[Variant], Mapping[str, NDArray[Any]]] = lambda _: {},
+        *,
+        states: bool = False,
     ) -> None:
         self._steps = tuple(steps)
         self._weights = weights
@@ -49,11 +54,16 @@ class Arbiter:
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
         self._given = given
-        # A state after a pass has no row for each position, and other passes leave it at other positions; an encoder's scores have rows
-        # of other lengths than a decoder's.
+        self._states = states
+        self._rows = self._positions[-1:] if states else self._positions  # the position of each row of a value
+        # An encoder's scores have rows of other lengths than a decoder's. A state has no row for each position: what a run over the tokens
+        # up to a record's leaves behind is another arbiter's.
         whole = sees_later(steps)
         shown = [step for step in steps if not step.inner]  # a point of llama.cpp's may be a step that only others read
-        self._points = frozenset(step.makes for step in shown if step.axis == 0 or (step.axis == 1 and not whole))
+        left = frozenset(step.makes for step in shown if step.axis is None)
+        by_row = frozenset(step.makes for step in shown if step.axis == 0 or (step.axis == 1 and not whole))
+        self._points, self._left = (left, frozenset()) if states else (by_row, left)
+        self._after: dict[int, Arbiter] = {}
         self._values: dict[Variant, dict[str, NDArray[Any]]] = {variant: {} for variant in Variant}
 
     @property
@@ -81,17 +91,18 @@ class Arbiter:
         a value is not finite and the truth is. NaN for a record of another sequence or of a position without a token. Points
         that the steps do not compute are left out.
         """
-        return self._distances(points, Variant.WIDE)
+        return self._distances(points, Variant.WIDE) | self._of_states(Arbiter.distances, points, np.nan)
 
     def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `parity.diff.truth.Truth.from_table`."""
-        return self._distances(points, Variant.TABLED)
+        return self._distances(points, Variant.TABLED) | self._of_states(Arbiter.from_table, points, np.nan)
 
     def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `parity.diff.truth.Truth.own_rounding`."""
         known = self._known(points, Variant.EXACT)
         self._compute(known.keys(), Variant.WIDE)
-        return {name: self._own_rounding(rows) for name, rows in known.items()}
+        of_states = self._of_states(Arbiter.own_rounding, points, np.nan)
+        return {name: self._own_rounding(rows) for name, rows in known.items()} | of_states
 
     def _distances(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Floats]:
         return {name: self._distance(rows, self._values[variant][name]) for name, rows in self._known(points, variant).items()}
@@ -114,8 +125,30 @@ class Arbiter:
 
     def _here(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Which row of the values each record is, [R], and whether it is one of them."""
-        index = rows.token_idx - self._positions[0]
-        return index, (rows.seq == 0) & (index >= 0) & (index < len(self._positions))
+        index = rows.token_idx - self._rows[0]
+        return index, (rows.seq == 0) & (index >= 0) & (index < len(self._rows))
+
+    def _of_states(
+        self, ask: Callable[["Arbiter", Mapping[str, Rows]], dict[str, Floats]], points: Mapping[str, Rows], unknown: float
+    ) -> dict[str, Floats]:
+        """What is asked of an arbiter's records, of those of states, [R] for each of their points; `unknown` where it cannot be had."""
+        known = {name: rows for name, rows in points.items() if name in self._left}
+        answers = {name: np.full(len(rows), unknown) for name, rows in known.items()}
+        ends = {int(position) for rows in known.values() for position in rows.token_idx[rows.seq == 0]}
+        for end in sorted(ends.intersection(self._positions.tolist()))[:_STATES]:
+            at = {name: np.flatnonzero((rows.seq == 0) & (rows.token_idx == end)) for name, rows in known.items()}
+            taken = {name: known[name].take(where) for name, where in at.items() if len(where)}
+            for name, answer in ask(self._up_to(end), taken).items():
+                answers[name][at[name]] = answer
+        return answers
+
+    def _up_to(self, end: int) -> "Arbiter":
+        """The arbiter of the states that the tokens up to a position leave behind."""
+        if end not in self._after:
+            count = end - int(self._positions[0]) + 1
+            of = self._tokens[:count], self._positions[:count].tolist(), self._passes[:count]
+            self._after[end] = Arbiter(self._steps, self._weights, self._backend, *of, self._given, states=True)
+        return self._after[end]
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """See `parity.diff.truth.Truth.one_entry`; 0 for records whose positions or elements are unknown."""
@@ -158,11 +191,11 @@ class Arbiter:
 
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
-        return self._spread(points, Variant.WIDE)
+        return self._spread(points, Variant.WIDE) | self._of_states(Arbiter.spread, points, 0.0)
 
     def table_spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """As `parity.diff.truth.Truth.table_spread`; records whose positions are not known have 0."""
-        return self._spread(points, Variant.TABLED)
+        return self._spread(points, Variant.TABLED) | self._of_states(Arbiter.table_spread, points, 0.0)
 
     def _spread(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Floats]:
         """How far rounding's noise moves records from the same steps without it, the worst of some runs."""
@@ -188,15 +221,19 @@ class Arbiter:
 
     def _computed(self, variant: Variant, steps: Sequence[Step], wanted: Collection[str]) -> dict[str, NDArray[Any]]:
         positions, given = self._positions.tolist(), self._given(variant)
-        return values_of(variant, steps, self._tokens, positions, self._passes, self._weights, self._backend, wanted, given)
+        of = self._tokens, positions, self._passes, self._weights, self._backend
+        values = values_of(variant, steps, *of, wanted, given)
+        return {name: value.reshape(1, -1) for name, value in values.items()} if self._states else values
 
     def record(self, rows: Rows) -> Rows:
-        """The truth as a dump would record it, under the keys of some records, rounded to float32.
+        """The truth as a dump would record it, under the keys of some records (one of a state's), rounded to float32.
 
         Raises:
             KeyError: a point that was not requested before.
         """
-        return self._recorded(rows, rows.token_idx - self._positions[0], self._values[Variant.WIDE][rows.point])[0]
+        if rows.point in self._left:
+            return self._up_to(int(rows.token_idx[0])).record(rows)
+        return self._recorded(rows, rows.token_idx - self._rows[0], self._values[Variant.WIDE][rows.point])[0]
 
     def _distance(self, rows: Rows, truth: NDArray[Any]) -> Floats:
         index, here = self._here(rows)
@@ -211,11 +248,11 @@ class Arbiter:
         with np.errstate(over="ignore", invalid="ignore"):
             high = values.astype(np.float32)
             low = np.where(np.isfinite(high), values - high, 0.0).astype(np.float32) if values.dtype != np.float32 else None
-        first = int(self._positions[0])
+        first = int(self._rows[0])
 
         def recorded(part: NDArray[np.float32]) -> Rows:
             part = np.ascontiguousarray(part)
-            return summarise(rows.point, part, self._positions, slice_size=size, keep=index, first=first)
+            return summarise(rows.point, part, self._rows, slice_size=size, keep=index, first=first)
 
         return recorded(high), None if low is None else recorded(low)
 

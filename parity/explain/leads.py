@@ -14,6 +14,7 @@ from engine.graph import State as PassState
 
 from .beside import beside
 from .case import Case
+from .fits import order_of_number
 from .laws import ZERO, law
 from .operands import other_operand
 from .records import Expected, Floats, Ints
@@ -39,7 +40,7 @@ def believed(entries: Sequence[Expected], search: Search, start: State, best: St
 
     A cause reproduces the whole point at which the difference began, with numbers that carry information, and nowhere makes more
     records wrong than right. Faults that do so only together must reproduce most of all records: two are enough to give one layer's
-    numbers by chance.
+    numbers by chance. The last cause is none if it is a number that only the recorded part of a row follows (`_of_a_part`).
     """
     state = accepted = start
     apart = 0
@@ -49,9 +50,22 @@ def believed(entries: Sequence[Expected], search: Search, start: State, best: St
             break
         state, apart = after, apart + 1
         share = _mended(entries, accepted, after)
-        if share is not None and (apart == 1 or share >= _TOGETHER):
+        part = candidate is best.faults[-1] and share is not None and share < _TOGETHER and _of_a_part(search, accepted, after)
+        if share is not None and not part and (apart == 1 or share >= _TOGETHER):
             accepted, apart = after, 0
     return accepted
+
+
+def _of_a_part(search: Search, before: State, after: State) -> bool:
+    """Whether a fitted number may be that of the recorded elements alone: what is made of them in the same layer is wrong.
+
+    The one head that was recorded may be zero, or 1.2 times too large, and the others right.
+    """
+    if before.first is None or after.first is None or order_of_number(after.faults[-1]) is None:
+        return False
+    entries = search.screening.entries
+    layer, other = (parse(entries[state.first.point].point).layer for state in (before, after) if state.first is not None)
+    return layer is not None and layer == other and not search.screening.cone(after).sure
 
 
 def _mended(entries: Sequence[Expected], before: State, after: State) -> float | None:
@@ -64,9 +78,10 @@ def _mended(entries: Sequence[Expected], before: State, after: State) -> float |
         wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
         mended += int((was & ~now).sum())
-        finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
-        # Non-finite values prove nothing, unless the fault makes finite ones beside them.
-        shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
+        values = np.where(entry.present, entry.values, 0.0)
+        finite = np.isfinite(values).all(axis=1)
+        # Non-finite values prove nothing, unless the fault makes finite ones beside them; nor do zeros, which a single head may be.
+        shown += int((was & ~now & values.any(axis=1) & (finite | (finite.any() & ~finite.all()))).sum())
     return (mended - spoiled) / wrong if shown and spoiled < mended else None
 
 
