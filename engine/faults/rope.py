@@ -117,8 +117,9 @@ def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if has_factors(step):
         raise NotApplicable(f"{step.makes}: there are as many frequency factors as rotated dimensions")
     if parameters["of"] != _WHOLE:
-        dims = int(rotary(step, "dims") * parameters["of"]) & ~1
-        if not 2 <= dims <= head_size(step):
+        right = int(rotary(step, "dims"))
+        dims = int(right * parameters["of"]) & ~1
+        if dims < 2 or (dims > right and dims > head_size(step)):
             raise NotApplicable(f"{step.makes} cannot rotate {dims} dimensions of a head")
         return with_rotary(step, dims=dims)
     if step.op is ops.rope:
