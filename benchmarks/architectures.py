@@ -157,9 +157,9 @@ def _tables(rows: Sequence[Row], timed: dict[str, float], prompts: Sequence[int]
     lines = [
         "# Architectures",
         "",
-        f"Made by `python benchmarks/architectures.py`: small models by recipe, prompts of {' and '.join(map(str, prompts))} tokens,",
-        f"{generate} tokens generated after the first, every point, exact mode. `run` says parity if no record is over its limit",
-        "(1e-10, logits 1e-09; where the reference itself is further from float64, a multiple of that distance).",
+        f"Made by `python benchmarks/architectures.py`: small models made by recipe, prompts of {' and '.join(map(str, prompts))} tokens,",
+        f"{generate} tokens generated after the first, every point in exact mode. `run` says parity if no record exceeds its limit",
+        "(1e-10, 1e-09 for logits, or a multiple of the reference's own distance from float64 where that is larger).",
         f"{right} of {len(rows)} are parity.",
         "",
         "| architecture | run | worst NMSE | consistency |",

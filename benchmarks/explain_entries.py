@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +24,7 @@ from planted import Faulty, Planted, tokens_of
 from checkpoints.errors import ParityError
 from engine.faults import CATALOGUE, FITTED, Fault, Planting
 from engine.graph import Step
+from engine.halves import decoder_alone, encoder_alone, handed_over
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 from engine.synth.recipe import shape_of
@@ -53,15 +54,30 @@ def swept(faulty: Faulty, raised: Counter[str]) -> tuple[int, int]:
     """How many variants apply to a model, and how many do not; exceptions of other types are counted in `raised`."""
     tokens = tokens_of(faulty.model, _TOKENS, seed=1)
     transformer, passes = faulty.transformer, [0] * (_TOKENS - 2) + [1, 2]
-    right = Replay(faulty.right, tokens, range(_TOKENS), passes, transformer.weights, transformer.backend)
-    planting = Planting(faulty.right)
+    computed = transformer.weights, transformer.backend
+    if transformer.encoder is None:
+        return _swept(Replay(faulty.right, tokens, range(_TOKENS), passes, *computed), faulty.right, raised)
+    alone = encoder_alone(transformer.encoder)
+    encoder = Replay(alone, tokens, range(_TOKENS), [0] * _TOKENS, *computed)
+    given = {name: encoder.values[plain] for name, plain in handed_over(transformer.encoder).items()}
+    steps = decoder_alone(transformer.encoder, faulty.right)
+    halves = (
+        _swept(encoder, alone, raised),
+        _swept(Replay(steps, tokens, range(_TOKENS), passes, *computed, None, given), steps, raised),
+    )
+    return sum(half[0] for half in halves), sum(half[1] for half in halves)
+
+
+def _swept(right: Replay, steps: Sequence[Step], raised: Counter[str]) -> tuple[int, int]:
+    """`swept` for a list of steps of which the right run is given."""
+    planting = Planting(steps)
     applied = inapplicable = 0
     seen: set[str] = set()
-    for fault, parameters in entries({step.makes: step for step in faulty.right}):
+    for fault, parameters in entries({step.makes: step for step in steps}):
         for layers in (None, (1,)):
             if layers is not None and (fault.once or not planting.has_layers(fault)):
                 continue
-            last = len(faulty.right) if layers is None and fault.name not in seen else _VISITED
+            last = len(steps) if layers is None and fault.name not in seen else _VISITED
             visits = count()
             try:
                 right.run(planting.of(fault, layers, parameters), lambda _name, _made, n=visits, end=last: next(n) < end)

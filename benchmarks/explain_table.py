@@ -29,16 +29,19 @@ BUDGET = 300.0  # wall-clock seconds, on a machine that others use as well: no s
 WHAT = {"values": "all layers", "layer": f"layer {LAYER} only", "logits": "ten logits"}
 _HEAD = f"""# Which faults `parity explain` names
 
-Made by `python benchmarks/explain_table.py show RESULTS.jsonl` from its `run`s: each entry of the catalogue is planted with some of its
-variants, evenly spaced, into our engine, which writes a dump of values only (no sketch, no statistics); the search sees that
-dump alone. *all layers*: the seven default points with sixteen values, {TOKENS} tokens. *layer {LAYER} only*: the same, the fault in
-that layer alone, which none of the points stands at. *ten logits*: ten values of the logits and nothing else, {TOKENS} tokens and
-{GENERATED} generated ones. A cell says how many of the variants that act in this model were named (they, or one with the same
-numbers that is listed beside it), and the mean CPU time of the search. "no effect": the dump is the right one's. "–": the model has
-no place for it. stories: 24 layers of width 256; llama, qwen2: synthetic, 24 layers of width 96 and 112 (7 query heads a key head).
-Entries that act in none of these models (weight types they do not have, scaled frequencies, one projection for Q, K
-and V) are shown in `tests/test_explain_catalogue.py`, which names each entry on a model in which it acts; those that only other
-architectures can have (norms of heads, windows, experts, recurrent layers) in `tests/test_explain_architectures.py`, and have no row here.
+Made by `python benchmarks/explain_table.py show RESULTS.jsonl` from the results of its `run`. Each entry of the catalogue is planted in our
+engine with some of its variants, evenly spaced; the engine writes a dump of values only (no sketch, no statistics), and the search
+sees nothing but that dump. *all layers*: the seven default points, sixteen values a row, {TOKENS} tokens. *layer {LAYER} only*:
+the same, but the fault is in that layer alone, at which no point was recorded.
+*ten logits*: ten values of the logits and nothing else, {TOKENS} tokens and
+{GENERATED} generated ones. A cell says how many of the variants that act in this model were named (the variant itself, or one with the same
+numbers that is listed beside it), and the mean CPU time of the search. "no effect": the dump equals the right engine's. "–": the
+fault does not apply to the model. stories: 24 layers of width 256; llama, qwen2: synthetic, 24 layers of width 96 and 112 (7 query
+heads for each key head).
+
+Entries that act in none of these models (weight types that they do not have, scaled frequencies, one projection for Q, K and V) are
+tested in `tests/test_explain_catalogue.py`, which names each entry on a model in which it acts. Those that only other architectures can
+have (norms of heads, windows, experts, recurrent layers) are tested in `tests/test_explain_architectures.py` and have no row here.
 """
 
 

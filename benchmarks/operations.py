@@ -1,4 +1,4 @@
-"""Every operation of every architecture held to llama.cpp, node by node. One command, two tables last:
+"""Every operation of every architecture compared with llama.cpp, node by node. One command, two tables last:
 
     python benchmarks/operations.py [--types f32,q8_0,q4_k_m] [--out docs/operations.md] [NAME …]
 

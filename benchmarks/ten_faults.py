@@ -1,4 +1,4 @@
-"""Ten faults in each of twelve architectures, and right engines: what `parity explain` says of them.
+"""Ten faults in each of twelve architectures, and right engines: what `parity explain` says about them.
 
     PYTHONPATH=tests python benchmarks/ten_faults.py run RESULTS.jsonl [--architecture gemma3]
     python benchmarks/ten_faults.py show RESULTS.jsonl > docs/ten-faults.md
@@ -35,10 +35,11 @@ _ARITHMETIC = ("f32", "f16", "bf16")
 
 _HEAD = f"""# Ten faults in twelve architectures
 
-Made by `python benchmarks/ten_faults.py show RESULTS.jsonl` from its `run`. The engines share no code with parity's: llama.cpp
-plays a changed GGUF file, or a NumPy engine of 250 lines has the fault (`tests/foreign_families.py`). `parity explain` sees the
-default points of {TOKENS} tokens, sixteen values a row, and no word about the engine. *named*: one cause, which is the fault or an
-entry with the same numbers, and nothing is left over. Models are synthetic, 4 to 7 layers, F32; seconds are CPU time of the search.
+Made by `python benchmarks/ten_faults.py show RESULTS.jsonl` from the results of its `run`. The engines share no code with parity's:
+either llama.cpp runs a GGUF file that was changed, or a NumPy engine of 250 lines has the fault (`tests/foreign_families.py`).
+`parity explain` sees the default points of {TOKENS} tokens, sixteen values a row, and is told nothing about the engine. *named*: there
+is one cause, which is the fault or an entry with the same numbers, and it explains every record. Models are synthetic, 4 to 7 layers, F32;
+seconds are CPU time of the search.
 """
 
 

@@ -77,10 +77,7 @@ def rope_angles(
     (1 / factor), `factors` (the first dims / 2) divide each frequency (the tensor rope_freqs.weight).
     """
     xp = module_of(positions)
-    if xp is np:
-        angles = _angles(positions, dims, base)
-    else:
-        angles = _angles_there(xp.asnumpy(positions).tobytes(), positions.dtype.str, dims, base, xp.cuda.Device().id)
+    angles = (_angles if xp is np else _angles_there)(positions, dims, base)
     if factors is not None:
         angles = angles / factors[None, : dims // 2].astype(np.float32)  # a tensor may hold more, for other layers
     # cosf and sinf of the float32 angle: computed in float64, since float32 versions differ between libraries.
@@ -88,18 +85,35 @@ def rope_angles(
     return np.cos(wide).astype(dtype), np.sin(wide).astype(dtype)
 
 
+def _step_of(dims: int, base: float) -> np.float32:
+    """What an angle is multiplied by from one pair to the next."""
+    step: np.float32 = np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32)
+    return step
+
+
 def _angles(positions: Any, dims: int, base: float) -> Any:
-    """Angles [T, dims / 2], on the host because a parallel product would multiply in another order."""
-    step = np.float32(np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32))
-    factors_of_theta = np.full((len(positions), dims // 2), step, dtype=np.float32)
+    """Angles [T, dims / 2]."""
+    factors_of_theta = np.full((len(positions), dims // 2), _step_of(dims, base), dtype=np.float32)
     factors_of_theta[:, 0] = positions
     return np.multiply.accumulate(factors_of_theta, axis=1)
 
 
-@lru_cache(maxsize=16)
-def _angles_there(positions: bytes, kind: str, dims: int, base: float, device: int) -> Array:
-    """The same angles on the current device, cached: every layer needs them, and a copy to a device is not cheap."""
-    return sys.modules["cupy"].asarray(_angles(np.frombuffer(positions, kind), dims, base))
+def _angles_there(positions: Array, dims: int, base: float) -> Array:
+    """The same on the device, in the same order: a parallel product would multiply in another one."""
+    angles = sys.modules["cupy"].empty((len(positions), dims // 2), dtype=np.float32)
+    _angle_of()(positions, np.int32(dims // 2), np.float32(_step_of(dims, base)), angles)
+    return angles
+
+
+@lru_cache(maxsize=1)
+def _angle_of() -> Any:
+    """A kernel for one angle of one position."""
+    return sys.modules["cupy"].ElementwiseKernel(
+        "raw P positions, int32 pairs, float32 step",
+        "float32 angle",
+        "float product = positions[i / pairs]; for (int n = i % pairs; n > 0; n--) product = __fmul_rn(product, step); angle = product",
+        "rope_angle",
+    )
 
 
 def rope(

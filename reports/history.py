@@ -99,12 +99,7 @@ def history_as_json(
     closer = plain([{"side": label, **asdict(closer_point)} for label, every in moved for closer_point in every])
     checks = [
         {
-            "time": entry.time,
-            "commit": entry.commit,
-            "verdict": entry.verdict,
-            "source": entry.source,
-            "golden": entry.golden,
-            "versions": entry.versions,
+            **entry.identity(),
             "points": {
                 name: {"nmse": nmse, "limit": limit, "of_limit": proportion, "margin": margin(proportion)}
                 for name, (nmse, limit, proportion) in entry.points.items()

@@ -3,7 +3,8 @@
 //     graph_engine OUT MODE PASSES LAYERS WIDTH FF VOCAB
 //
 // MODE: "graph" replays one captured graph, "counted" the same without a step in device memory, "recapture" captures anew every
-// 100 passes and updates the executable graph, as llama.cpp does; "eager" makes the same passes without a graph, whose records are
+// 100 passes and updates the executable graph, as llama.cpp does; "ahead" captures a second graph, for the other half of the passes,
+// while replays of the first wait in the stream; "eager" makes the same passes without a graph, whose records are
 // blocking copies; "bare" replays a graph without checkpoints; "forked" and "forked eager" record in a second stream too, which nothing
 // orders behind the first. Prints milliseconds a pass. "unplaced" and "elsewhere" capture wrongly.
 #define PARITY_CUDA
@@ -150,6 +151,11 @@ int main(int argc, char **argv) {
                 cudaGraphExecUpdateResultInfo result;
                 graph = capture(e, false, &failed);
                 CHECK(cudaGraphExecUpdate(replay, graph, &result));
+                CHECK(cudaGraphDestroy(graph));
+            }
+            if (is("ahead") && i == passes / 2) {
+                graph = capture(e, false, &failed);
+                CHECK(cudaGraphInstantiate(&replay, graph, 0));
                 CHECK(cudaGraphDestroy(graph));
             }
             CHECK(cudaGraphLaunch(replay, e.stream));

@@ -40,8 +40,8 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("tight"), "-DPARITY_RING=1", "-DPARITY_WAITING=20000")
 
 
-def ran(engine: Path, out: Path, mode: str, passes: int) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([engine, out, mode, str(passes), *SMALL], capture_output=True, text=True, check=False)
+def ran(engine: Path, out: Path, mode: str, passes: int, shape: tuple[str, ...] = SMALL) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([engine, out, mode, str(passes), *shape], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("mode", ["graph", "counted", "recapture"])
@@ -63,6 +63,19 @@ def test_replays_wait_for_room_and_lose_nothing(tight: Path, engine: Path, tmp_p
         done = ran(program, tmp_path / name, mode, 3_000)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "tight").read_bytes() == (tmp_path / "eager").read_bytes()
+
+
+def test_a_graph_is_captured_while_replays_of_another_wait_for_room(tight: Path, engine: Path, tmp_path: Path) -> None:
+    """Memory for a new graph, whose ring grows with its rows, is had while more replays of another are queued than its ring holds."""
+    shape = ("24", "64", "128", "40000")
+    for name, program, mode in (("tight", tight, "ahead"), ("roomy", engine, "ahead"), ("eager", engine, "eager")):
+        done = ran(program, tmp_path / name, mode, 600, shape)
+        assert done.returncode == 0, done.stderr
+    tight_lines, roomy_lines, eager_lines = (
+        sorted((tmp_path / name).read_bytes().splitlines()) for name in ("tight", "roomy", "eager")
+    )
+    assert tight_lines == eager_lines
+    assert roomy_lines == eager_lines
 
 
 def test_a_second_captured_stream_records_the_same_replay(engine: Path, tmp_path: Path) -> None:
@@ -106,12 +119,12 @@ def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, f
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     (tmp_path / "parity_dump.py").write_text(emit.source("python"))
     program = Path(__file__).with_name("graph_engine.py")
-    modes = ("graph", "eager", "tight") if framework == "cupy" else ("graph", "eager")
+    modes = ("graph", "eager", "tight", "ahead") if framework == "cupy" else ("graph", "eager")
     for mode in modes:
         command = [sys.executable, program, framework, mode, "2000", *SMALL, f"{mode}.jsonl"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    assert len({(tmp_path / f"{mode}.jsonl").read_bytes() for mode in modes if mode != "eager"}) == 1
+    assert len({(tmp_path / f"{mode}.jsonl").read_bytes() for mode in modes if mode not in ("eager", "ahead")}) == 1
     graph, eager = read(tmp_path / "graph.jsonl"), read(tmp_path / "eager.jsonl")
     assert len(graph.points) == 7
     assert graph.points.keys() == eager.points.keys()
@@ -119,6 +132,11 @@ def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, f
         assert rows.token_idx.tolist() == list(range(7, 2007))
         for column in ("token_idx", "step", "values", "sketch"):
             np.testing.assert_array_equal(getattr(rows, column), getattr(eager.points[name], column), err_msg=name)
+    if "ahead" in modes:  # the first graph's last replay comes when both are flushed, as the last step
+        for name, rows in read(tmp_path / "ahead.jsonl").points.items():
+            order = rows.token_idx.argsort()
+            for column in ("token_idx", "values", "sketch"):
+                np.testing.assert_array_equal(getattr(rows, column)[order], getattr(eager.points[name], column), err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from explaining import STEPS, unstated
 from fault_places import HALVES
 from planted import PATIENT, Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import Explanation
+from checkpoints.answers.explain import Cause, Explanation, Named, Place
 from checkpoints.reading.reader import read
 from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
@@ -23,6 +23,7 @@ from engine.replay.precision import rounded
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import explain
+from parity.explain.halves import joined
 from parity.run.ours import OursJob
 from parity.run.ours import dump as write_dump
 from reference.client import Reference
@@ -101,6 +102,17 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert named(explanation) == ["transposed"]
     assert explanation.causes[0].named.sentence.startswith("in the decoder, ")
     assert explanation.causes[0].named.layers == (1,)
+
+
+def test_the_decoders_own_arithmetic_is_noted_behind_a_faulty_encoder() -> None:
+    """The encoder's cause is the answer: that what is left of the decoder is lower arithmetic is said beside it."""
+    place = Place("blk.0.l_out", 0, 1e-5, 1e-10)
+    cause = Cause(Named("transposed", {"at": ("v",)}, None, "in the encoder, v is transposed"), 1.0, 3, 1e-13, "", "", "")
+    encoder = Explanation(records=3, differing=3, first=place, last_agreement=None, causes=(cause,))
+    decoder = Explanation(records=2, differing=2, first=place, last_agreement=None, remaining=place, precision_only="bf16")
+    both = joined(encoder, decoder)
+    assert [cause.named.fault for cause in both.causes] == ["transposed"]
+    assert "the decoder's own differences are those of bf16 arithmetic" in both.notes
 
 
 @pytest.mark.slow

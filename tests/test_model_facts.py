@@ -80,3 +80,13 @@ def test_every_architecture_is_described(parity: Cli, small_model: Callable[...,
     assert len(facts["points"]) > 10
     if facts.get("steps") == "read from llama.cpp's graph":  # the rest are lists written by hand
         assert facts.get("layers_by_kind") or facts["graph"].startswith("not recorded")
+
+
+@pytest.mark.parametrize(("name", "said", "used"), [("gpt2", 1e-5, None), ("qwen2vl", 1e-6, "with 0")])
+def test_the_epsilon_of_norms(parity: Cli, small_model: Callable[..., Path], name: str, said: float, used: str | None) -> None:
+    """LayerNorm's ε is read from its own key, and an ε that llama.cpp does not read from the metadata (qwen2vl) is said not to be used."""
+    code, facts = parity.json("model", small_model(name, layers=1))
+    assert code == 0
+    assert facts["norm_epsilon"] == said
+    assert facts.get("norm_epsilon_used", "").endswith(used or "")
+    assert ("norm_epsilon_used" in facts) == (used is not None)

@@ -11,12 +11,15 @@ from cli import Cli, refused
 from servers import Start
 
 from checkpoints.answers.server import ServerAnswer
+from parity.run.session import resolve_prompt
+from parity.server.ask import Heard, _echoed
 from parity.server.base import kl, listed
 from parity.server.causes import penalised
 from parity.server.http import ServerError
-from parity.server.predictions import Candidate, legacy
+from parity.server.predictions import Candidate, Prediction, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.vocabulary import Vocabulary
+from reference.client import Reference
 from reports.server import sentence
 
 TEXT = "Lily and her mom went to the park."
@@ -141,6 +144,20 @@ def test_what_is_no_prediction_is_one_line(broken: Any) -> None:
     """Lists of other lengths, NaN, words, logits instead of log-probabilities: refused with the reason."""
     with pytest.raises(ServerError, match="cannot be read"):
         legacy(broken, "x") if isinstance(broken, dict) else read_list(broken, "x")
+
+
+@pytest.mark.parametrize(("read", "cut"), [("Once upon a", 11), ("Once upon a time", None), ("Twice", None)])
+def test_a_text_of_which_the_beginning_was_read_is_seen(
+    stories: Path, reference: Reference, read: str, cut: int | None
+) -> None:
+    """An echo that is the beginning of the text says how many characters were read; the whole text or another one is none."""
+    prompt = resolve_prompt(reference, stories, "Once upon a time", None)
+    ids = reference.tokenize(stories, read).ids[1:]
+    vocabulary = Vocabulary(reference.pieces(stories, range(reference.tokenize(stories, read).n_vocab)))
+    shown = [Prediction(Candidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
+    heard = _echoed(Heard(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
+    assert heard.cut == cut
+    assert (heard.tokenizer is None) is (read == prompt.text)
 
 
 def test_kl_is_a_lower_bound_of_the_whole() -> None:

@@ -40,7 +40,19 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _words(self) -> None:
-        self._send(200, b"<html>hello</html>")
+        self._send(200, b"hello")
+
+    def _page(self) -> None:
+        self._send(200, b"<!DOCTYPE html><title>Welcome</title>")
+
+    def _stream(self) -> None:
+        self._send(200, b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    def _error(self) -> None:
+        self._send(200, b'{"error": {"message": "no room"}}')
+
+    def _tomorrow(self) -> None:
+        self._send(429, b"", Retry_After="3600")
 
     def _list(self) -> None:
         self._send(200, b"[1]")
@@ -116,6 +128,10 @@ def hostile() -> Iterator[str]:
     ("what", "words"),
     [
         ("words", "did not answer /x with JSON"),
+        ("page", "answered /x with a web page"),
+        ("stream", "streams its answer to /x"),
+        ("error", "answered /x with an error: no room"),
+        ("tomorrow", "answered 429 to /x: it asks to wait 3,600 seconds"),
         ("list", "with a JSON object"),
         ("deep", "did not answer /x with JSON"),
         ("redirect", "redirects"),
@@ -124,7 +140,7 @@ def hostile() -> Iterator[str]:
         ("huge", "more than 64 MiB"),
         ("drip", "did not answer within 0.5 seconds"),
         ("busy", "503|within"),
-        ("cut", "broke off"),
+        ("cut", "broke off: 1 of 100 bytes came"),
     ],
 )
 def test_a_hostile_server_is_one_line(hostile: str, what: str, words: str) -> None:

@@ -100,3 +100,8 @@ class Entry:
     versions: dict[str, str] = field(default_factory=dict)
     points: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What was checked, when and with which versions, and the verdict: what the ledger's line and the history both begin with."""
+        names = ("time", "commit", "verdict", "source", "golden", "versions")
+        return {name: getattr(self, name) for name in names}

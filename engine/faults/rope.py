@@ -113,14 +113,21 @@ def _whole_head(x: Array, positions: Array, *, heads: int, **params: Any) -> Arr
     return ops.rope(x, positions, None, heads=heads, **{**params, "dims": x.shape[1] // heads})
 
 
+def _within_head(x: Array, positions: Array, factors: Array | None, *, heads: int, dims: int, **params: Any) -> Array:
+    if dims > x.shape[1] // heads:
+        raise NotApplicable(f"a head has no {dims} dimensions")
+    return ops.rope(x, positions, factors, heads=heads, dims=dims, **params)
+
+
 def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if has_factors(step):
         raise NotApplicable(f"{step.makes}: there are as many frequency factors as rotated dimensions")
     if parameters["of"] != _WHOLE:
         dims = int(rotary(step, "dims") * parameters["of"]) & ~1
-        if not 2 <= dims <= head_size(step):
+        if dims < 2 or (step.op is not ops.rope and dims > head_size(step)):
             raise NotApplicable(f"{step.makes} cannot rotate {dims} dimensions of a head")
-        return with_rotary(step, dims=dims)
+        changed = with_rotary(step, dims=dims)
+        return replace(changed, op=_within_head) if step.op is ops.rope and parameters["of"] > 1 else changed
     if step.op is ops.rope:
         return replace(step, op=_whole_head, weights=())
     whole = with_rotary(step, dims=head_size(step))

@@ -147,16 +147,6 @@ FAULTS = (
         parameters={"holds": ("one more", "one fewer")},
     ),
     Fault(
-        name="window-size",
-        kinds=_SOFT,
-        change=_of_size,
-        what="the attention's window holds {size} positions",
-        symptom="right while the text is shorter than the smaller window, then wrong in layers with a window",
-        fix="read <architecture>.attention.sliding_window",
-        seen="windows of another model of the family as constants",
-        parameters={"size": _sizes},
-    ),
-    Fault(
         name="window-ignored",
         kinds=_SOFT,
         change=_ignored,
@@ -183,6 +173,16 @@ FAULTS = (
         fix="Llama 4 attends within chunks, others to the last n positions",
         seen="one mask for all models",
         parameters={"window": ("chunked", "standard", "symmetric")},
+    ),
+    Fault(
+        name="window-size",
+        kinds=_SOFT,
+        change=_of_size,
+        what="the attention's window holds {size} positions",
+        symptom="right while the text is shorter than the smaller window, then wrong in layers with a window",
+        fix="read <architecture>.attention.sliding_window",
+        seen="windows of another model of the family as constants",
+        parameters={"size": _sizes},
     ),
     Fault(
         name="softcap-missing",

@@ -47,12 +47,7 @@ def append(path: Path, entry: Entry) -> None:
     """
     line = {
         "schema": SCHEMA,
-        "time": entry.time,
-        "commit": entry.commit,
-        "verdict": entry.verdict,
-        "source": entry.source,
-        "golden": entry.golden,
-        "versions": entry.versions,
+        **entry.identity(),
         **entry.extra,
         "points": {
             name: {"nmse": _number(nmse), "limit": limit, "margin": _number(1 / of_limit) if of_limit else None}

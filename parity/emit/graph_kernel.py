@@ -8,7 +8,8 @@ from .cuda_driver import call_driver, overlaps
 THREADS, CHUNK = 256, 16  # threads of a block, and the bytes that each one copies
 TOGETHER = 8  # rows that one kernel can copy
 # Copies rows to the present replay's place, 16 bytes a thread. Its blocks may start when those of the kernel before it end
-# (griddepcontrol, on devices that have it), and look up the place meanwhile. The first kernel of a replay waits where the ring is
+# (griddepcontrol, on devices that have it), and look up the place meanwhile; those that are allowed to start when all rows are read
+# (parity_dump.h does so) start then. The first kernel of a replay waits where the ring is
 # full, ten seconds at most, and counts the replay when all of its blocks have read the count.
 PTX = """
 .version 7.8
@@ -63,7 +64,12 @@ setp.eq.u64 %whole, %y, 0;
 setp.lt.u32 %p, %i, %bytes;
 and.pred %whole, %whole, %p;
 @%whole ld.global.v4.u32 {%v0, %v1, %v2, %v3}, [%from];
-@!%first bra STORE;
+@%first bra LOOK;
+bar.sync 0;
+@%whole griddepcontrol.launch_dependents;
+@!%p griddepcontrol.launch_dependents;
+bra STORE;
+LOOK:
 mov.u32 %looks, 0;
 ROOM:
 setp.eq.u32 %q, %slots, 0;
@@ -156,7 +162,9 @@ class Segments(ctypes.Structure):
 @functools.lru_cache(maxsize=64)
 def record_kernel(context: int) -> int:
     """The kernel in the current context."""
-    text = PTX if overlaps(context) else PTX.replace("sm_90", "sm_70").replace("griddepcontrol.wait;", "")
+    text = PTX
+    if not overlaps(context):
+        text = "\n".join(line for line in PTX.replace("sm_90", "sm_70").splitlines() if "griddepcontrol" not in line)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     call_driver("cuModuleLoadData", ctypes.byref(module), text.encode())
     call_driver("cuModuleGetFunction", ctypes.byref(function), module, b"parity_record")

@@ -82,8 +82,7 @@ class _Graph:
         while self.places > 8 and self.places * self.size > _RING:
             self.places //= 2
         if self._capacity < self.places * self.size:
-            if self._ring:
-                call_driver("cuMemFree_v2", self._ring)
+            # A ring that was too small, half of this one, stays: to free memory is to wait for the device.
             self._capacity = max(1 << 20, 1 << (self.places * self.size - 1).bit_length())
             call_driver("cuMemAlloc_v2", ctypes.byref(self._ring), ctypes.c_size_t(self._capacity))
         self._set(Control(room=self.places, places=self.places, size=self.size, ring=self._ring.value), 0)
@@ -179,6 +178,8 @@ class Graphs:
         self._waiting: deque[Replayed] = deque()
         self._size, self._busy, self._closing, self._hurried = 0, False, False, False
         self._change = threading.Condition()
+        self._capturing = threading.Lock()
+        # Never held while memory for a capture is allocated: that may wait for replays, and these for room, which is made under it.
         self._collecting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -209,16 +210,16 @@ class Graphs:
     def _put_in_line(self, point: str, row: DeviceRow, position: Any, stream: Any) -> None:
         """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
         number, graph, _ = captured_nodes(stream)
-        with self._collecting:
-            captured = self._graphs.get(number)
-            if captured is None:
-                captured = self._graphs[number] = _Graph(graph)
+        with self._capturing:
+            captured = self._graphs.get(number) or _Graph(graph)
             # A point that comes again is of another pass in the same graph, which has a position of its own.
             slots = []
             if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):
                 captured.place = captured.slot("", DeviceRow(position), None)
                 slots.append(captured.place)
             slots.append(captured.slot(point, row, captured.place))
+            with self._collecting:
+                self._graphs[number] = captured
             captured.put_in_line(slots, stream)
 
     def _collect(self) -> bool:

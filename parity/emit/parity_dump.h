@@ -113,11 +113,13 @@ struct parity_segments {
 };
 
 /* Memory of a graph's checkpoints. `seen` is pinned: each replay begins with the copy of the control there. So is `brought`, for a
- * quarter of the places: few large copies disturb the device less than many small ones. */
+ * quarter of the places: few large copies disturb the device less than many small ones. What a ring outgrows, half of it each time,
+ * is kept until the end: to free memory is to wait for the device. */
 struct parity_ring {
     struct parity_control *control, *seen;
-    unsigned char *memory, *brought;
+    unsigned char *memory, *brought, *outgrown[64][2];
     size_t size;
+    int n_outgrown;
 };
 
 /* A checkpoint of a captured graph, or, without a name, the position and step of its pass, 16 bytes apart. */
@@ -181,10 +183,12 @@ typedef struct parity_dump {
     parity__mutex copying; /* of the slab; another one, since replays in a stream that is waited for may need room, made under the next lock */
     void *slab; /* pinned */
     size_t slab_size;
-    parity__mutex device; /* of the fields below; a replay may wait for the writers, which take the first lock: never take both */
+    parity__mutex capturing; /* of the three fields below. Memory for a capture is allocated under it alone: that may wait for
+                                replays of other graphs, and these for room, which is made under the next lock. Taken before that one */
     const int *position, *pass; /* device memory that captured checkpoints read */
+    void *kernels[PARITY__DEVICES]; /* by the number of the device, as `beside` */
+    parity__mutex device; /* of the fields below; a replay may wait for the writers, which take the first lock: never take both */
     struct parity_graph *graphs;
-    void *kernels[PARITY__DEVICES]; /* by the number of the device, as the next */
     cudaStream_t beside[PARITY__DEVICES];
     struct parity_queue queue;
 #endif
@@ -291,6 +295,7 @@ static inline parity_dump *parity_open(const char *path) {
     parity__new_mutex(&d->lock);
 #ifdef PARITY_CUDA
     parity__new_mutex(&d->copying);
+    parity__new_mutex(&d->capturing);
     parity__new_mutex(&d->device);
     parity__new_mutex(&d->queue.lock);
 #if defined(_WIN32)
@@ -634,10 +639,10 @@ static inline int parity_checkpoint(parity_dump *d, const char *point, int posit
  * change. */
 static inline int parity_position_device(parity_dump *d, const int *position, const int *step) {
     if (!d) return -1;
-    parity__enter(&d->device);
+    parity__enter(&d->capturing);
     d->position = position;
     d->pass = step;
-    parity__leave(&d->device);
+    parity__leave(&d->capturing);
     return 0;
 }
 
@@ -808,7 +813,7 @@ static inline cudaError_t parity__collect(parity_dump *d, struct parity_graph *g
 static inline cudaError_t parity__collect_all(parity_dump *d, struct parity_graph *g) {
     struct parity_control now;
     cudaError_t status;
-    if (!g->ring.control) return cudaSuccess;
+    if (!g->ring.control || !g->places) return cudaSuccess; /* without places its first checkpoint is being captured */
     status = parity__bring(d, g->device, &now, g->ring.control, sizeof now, cudaMemcpyDeviceToHost);
     if (status != cudaSuccess) return status;
     if (now.lost) parity__refuse(d, "a replay", "found no room for its rows for ten seconds; they are lost");
@@ -936,7 +941,15 @@ static inline int parity_flush(parity_dump *d) {
     return d->error[0] ? -1 : 0;
 }
 
+static inline void parity__free_outgrown(struct parity_ring *ring) {
+    for (; ring->n_outgrown; ring->n_outgrown--) {
+        cudaFree(ring->outgrown[ring->n_outgrown - 1][0]);
+        cudaFreeHost(ring->outgrown[ring->n_outgrown - 1][1]);
+    }
+}
+
 static inline void parity__free_ring(struct parity_ring *ring) {
+    parity__free_outgrown(ring);
     cudaFree(ring->memory);
     cudaFree(ring->control);
     cudaFreeHost(ring->seen);
@@ -961,6 +974,7 @@ static inline void parity__free_graph(struct parity_graph *g) {
     } else if (g->ring.control) {
         const uint32_t none = 0;
         if (cudaMemcpy(&g->ring.control->places, &none, sizeof none, cudaMemcpyHostToDevice) == cudaSuccess) cudaFree(g->ring.memory);
+        parity__free_outgrown(&g->ring);
         cudaFreeHost(g->ring.brought);
         cudaGetLastError();
     }
@@ -969,7 +983,7 @@ static inline void parity__free_graph(struct parity_graph *g) {
 #if CUDART_VERSION >= 11030
 /* The kernel that copies rows to the present replay's place, 16 bytes a thread. PTX, since this header may be compiled by any compiler.
  * Its blocks may start when those of the kernel before it end (griddepcontrol, on devices that have it), and look up the place
- * meanwhile. The first kernel of a replay waits where the ring is full, ten seconds at most, and counts the replay when all of its
+ * meanwhile; and the next kernel may start when all rows are read, as parity__let_overlap says. The first kernel of a replay waits where the ring is full, ten seconds at most, and counts the replay when all of its
  * blocks have read the count. */
 static const char parity__ptx[] =
     ".version 7.8\n"
@@ -1024,7 +1038,12 @@ static const char parity__ptx[] =
     "setp.lt.u32 %p, %i, %bytes;\n"
     "and.pred %whole, %whole, %p;\n"
     "@%whole ld.global.v4.u32 {%v0, %v1, %v2, %v3}, [%from];\n"
-    "@!%first bra STORE;\n"
+    "@%first bra LOOK;\n"
+    "bar.sync 0;\n"
+    "@%whole griddepcontrol.launch_dependents;\n"
+    "@!%p griddepcontrol.launch_dependents;\n"
+    "bra STORE;\n"
+    "LOOK:\n"
     "mov.u32 %looks, 0;\n"
     "ROOM:\n"
     "setp.eq.u32 %q, %slots, 0;\n"
@@ -1124,7 +1143,7 @@ static inline int parity__overlaps(int device) {
 /* The kernel for the current device, or NULL. */
 static inline void *parity__kernel(parity_dump *d, int device) {
     int (*load)(void **, const void *), (*get)(void **, void *, const char *);
-    char *text, *at;
+    char *text, *at, *end;
     void *module;
     if (d->kernels[device]) return d->kernels[device];
     if (parity__driver("cuModuleLoadData", &load) || parity__driver("cuModuleGetFunction", &get)) return NULL;
@@ -1133,8 +1152,11 @@ static inline void *parity__kernel(parity_dump *d, int device) {
     memcpy(text, parity__ptx, sizeof parity__ptx);
     if (!parity__overlaps(device)) {
         memcpy(strstr(text, "sm_90"), "sm_70", 5);
-        at = strstr(text, "griddepcontrol.wait;");
-        memset(at, ' ', strlen("griddepcontrol.wait;"));
+        for (at = text; (at = strstr(at, "griddepcontrol")) != NULL;) { /* with its predicate */
+            end = strchr(at, '\n');
+            while (at[-1] != '\n') at--;
+            while (at < end) *at++ = ' ';
+        }
     }
     if (load(&module, text) || get(&d->kernels[device], module, "parity_record")) d->kernels[device] = NULL;
     free(text);
@@ -1167,7 +1189,7 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     struct parity_graph *g, *other;
     cudaUserObject_t object;
     cudaGraphNode_t node;
-    for (g = d->graphs; g; g = g->next)
+    for (g = d->graphs; g; g = g->next) /* only captures put graphs there */
         if (g->id == id) return g;
     g = (struct parity_graph *)calloc(1, sizeof *g);
     if (!g) return NULL;
@@ -1176,11 +1198,13 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     g->decode = d->decode;
     g->counted = !d->pass;
     cudaGetDevice(&g->device);
+    parity__enter(&d->device);
     for (other = d->graphs; other && !g->ring.control; other = other->next)
         if (other->emptied && other->device == g->device) {
             g->ring = other->ring;
             memset(&other->ring, 0, sizeof other->ring);
         }
+    parity__leave(&d->device);
     if (!g->ring.control) {
         *status = cudaMalloc((void **)&g->ring.control, sizeof *g->ring.control);
         if (*status == cudaSuccess) *status = cudaMallocHost((void **)&g->ring.seen, sizeof *g->ring.seen);
@@ -1192,8 +1216,10 @@ static inline struct parity_graph *parity__graph_of(parity_dump *d, cudaGraph_t 
     if (*status == cudaSuccess) *status = cudaUserObjectCreate(&object, g, parity__graph_gone, 1, cudaUserObjectNoDestructorSync);
     if (*status == cudaSuccess) *status = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
     if (*status == cudaSuccess) {
+        parity__enter(&d->device);
         g->next = d->graphs;
         d->graphs = g;
+        parity__leave(&d->device);
         return g;
     }
     parity__free_ring(&g->ring);
@@ -1214,25 +1240,33 @@ static inline struct parity_slot *parity__slot(struct parity_graph *g, size_t by
 
 /* Fit the ring to the size of a replay: a power of two of places, of which none is in use before the capture ends. */
 static inline cudaError_t parity__fit_ring(parity_dump *d, struct parity_graph *g) {
+    struct parity_ring *ring = &g->ring;
     struct parity_control control;
     cudaError_t status = cudaSuccess;
+    uint32_t places = 64;
     size_t needed;
-    for (g->places = 64; g->places > 8 && g->places * g->size > PARITY_RING;) g->places /= 2;
-    needed = g->places * g->size;
-    if (g->ring.size < needed) {
-        status = cudaFree(g->ring.memory);
-        if (status == cudaSuccess) status = cudaFreeHost(g->ring.brought);
-        g->ring.memory = g->ring.brought = NULL;
-        for (g->ring.size = (size_t)1 << 20; g->ring.size < needed;) g->ring.size *= 2;
-        if (status == cudaSuccess) status = cudaMalloc((void **)&g->ring.memory, g->ring.size);
-        if (status == cudaSuccess) status = cudaMallocHost((void **)&g->ring.brought, g->ring.size / 4);
-        if (status != cudaSuccess) g->ring.size = 0;
+    while (places > 8 && places * g->size > PARITY_RING) places /= 2;
+    needed = places * g->size;
+    if (ring->size < needed) {
+        if (ring->memory || ring->brought) {
+            ring->outgrown[ring->n_outgrown][0] = ring->memory;
+            ring->outgrown[ring->n_outgrown++][1] = ring->brought;
+        }
+        ring->memory = ring->brought = NULL;
+        for (ring->size = (size_t)1 << 20; ring->size < needed;) ring->size *= 2;
+        status = cudaMalloc((void **)&ring->memory, ring->size);
+        if (status == cudaSuccess) status = cudaMallocHost((void **)&ring->brought, ring->size / 4);
+        if (status != cudaSuccess) ring->size = 0;
     }
     memset(&control, 0, sizeof control);
-    control.places = control.room = g->places;
+    control.places = control.room = places;
     control.size = (uint32_t)g->size;
-    control.ring = (uint64_t)(uintptr_t)g->ring.memory;
-    if (status == cudaSuccess) status = parity__bring(d, g->device, g->ring.control, &control, sizeof control, cudaMemcpyHostToDevice);
+    control.ring = (uint64_t)(uintptr_t)ring->memory;
+    if (status != cudaSuccess) return status;
+    parity__enter(&d->device);
+    g->places = places;
+    status = parity__bring(d, g->device, ring->control, &control, sizeof control, cudaMemcpyHostToDevice);
+    parity__leave(&d->device);
     return status;
 }
 
@@ -1240,11 +1274,13 @@ static inline cudaError_t parity__fit_ring(parity_dump *d, struct parity_graph *
 static inline cudaError_t parity__collect_gone(parity_dump *d) {
     struct parity_graph *g;
     cudaError_t status = cudaSuccess;
+    parity__enter(&d->device);
     for (g = d->graphs; g && status == cudaSuccess; g = g->next)
         if (g->gone && !g->emptied) {
             status = parity__collect_all(d, g);
             g->emptied = status == cudaSuccess;
         }
+    parity__leave(&d->device);
     return status;
 }
 
@@ -1285,6 +1321,40 @@ static inline int parity__launch(parity_dump *d, struct parity_graph *g, unsigne
     return launch(&config, kernel, arguments, NULL);
 }
 
+/* Let the one kernel that follows the last one of ours start when all rows have been read, before they are written: it may change what
+ * was copied, and reads nothing that ours writes. What made the rows must be complete before it, which is now said by an edge of its
+ * own. */
+static inline void parity__let_overlap(const struct parity_graph *g, cudaGraph_t graph) {
+#if CUDART_VERSION >= 13000
+    const cudaGraphNode_t *last = &g->last;
+    cudaGraphNode_t next[2], maker[2], before[2];
+    cudaGraphEdgeData edges[2], plain, programmatic;
+    union cudaLaunchAttributeValue cooperative;
+    enum cudaGraphNodeType type;
+    size_t n = 2;
+    memset(&plain, 0, sizeof plain);
+    memset(&programmatic, 0, sizeof programmatic);
+    programmatic.from_port = cudaGraphKernelNodePortProgrammatic;
+    programmatic.type = cudaGraphDependencyTypeProgrammatic;
+    if (!g->last || g->last == g->first || !parity__overlaps(g->device)) return; /* later kernels read what the first one wrote */
+    if (cudaGraphNodeGetDependentNodes(*last, next, edges, &n) != cudaSuccess || n != 1 || edges[0].type || edges[0].from_port) return;
+    if (cudaGraphNodeGetType(next[0], &type) != cudaSuccess || type != cudaGraphNodeTypeKernel) return;
+    memset(&cooperative, 0, sizeof cooperative);
+    if (cudaGraphKernelNodeGetAttribute(next[0], cudaLaunchAttributeCooperative, &cooperative) != cudaSuccess || cooperative.cooperative)
+        return;
+    n = 2;
+    if (cudaGraphNodeGetDependencies(next[0], before, edges, &n) != cudaSuccess || n != 1) return;
+    n = 2;
+    if (cudaGraphNodeGetDependencies(*last, maker, edges, &n) != cudaSuccess || n != 1) return;
+    if (cudaGraphAddDependencies(graph, maker, next, &plain, 1) != cudaSuccess) return;
+    if (cudaGraphRemoveDependencies(graph, last, next, &plain, 1) != cudaSuccess) return;
+    if (cudaGraphAddDependencies(graph, last, next, &programmatic, 1) != cudaSuccess)
+        cudaGraphAddDependencies(graph, last, next, &plain, 1);
+#else
+    (void)g, (void)graph;
+#endif
+}
+
 /* Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one. */
 static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_graph *g, const struct parity_slot *slot,
                                               const struct parity_slot *place, const void *values, size_t bytes, cudaStream_t stream) {
@@ -1303,6 +1373,10 @@ static inline cudaError_t parity__put_in_line(parity_dump *d, struct parity_grap
     for (i = 0; i < n; i++) behind |= before[i] == g->first;
     joins = g->last && n == 1 && before[0] == g->last && rows->n + more <= PARITY__SEGMENTS;
     if (!joins) {
+        parity__let_overlap(g, graph);
+        cudaGetLastError(); /* what cannot overlap stays as it is */
+        status = parity__capture(stream, &id, &graph, &before, &n);
+        if (status != cudaSuccess) return status;
         if (n == 1 && before[0] != g->last) cudaGraphNodeGetType(before[0], &type);
         memset(rows, 0, sizeof *rows);
         rows->control = (uint64_t)(uintptr_t)g->ring.control;
@@ -1347,7 +1421,7 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
     int device = 0;
     if (strlen(point) >= sizeof slot->point) return parity__refuse(d, point, "names of captured checkpoints have at most 63 characters");
     if (bytes > (size_t)1 << 31) return parity__refuse(d, point, "a captured row has at most 2 GiB");
-    parity__enter(&d->device);
+    parity__enter(&d->capturing);
     cudaThreadExchangeStreamCaptureMode(&mode);
     cudaGetDevice(&device);
     if (!d->position)
@@ -1380,7 +1454,7 @@ static inline int parity__captured(parity_dump *d, const char *point, const void
         else if (!why && !slot) why = "out of memory";
     }
     cudaThreadExchangeStreamCaptureMode(&mode);
-    parity__leave(&d->device);
+    parity__leave(&d->capturing);
     if (why) cudaGetLastError();
     return why ? parity__refuse(d, point, why) : 0;
 }
@@ -1569,6 +1643,7 @@ static inline int parity_close(parity_dump *d) {
 #ifdef PARITY_CUDA
     if (d->slab) cudaFreeHost(d->slab);
     parity__end_mutex(&d->copying);
+    parity__end_mutex(&d->capturing);
     parity__end_mutex(&d->device);
     parity__end_mutex(&d->queue.lock);
 #if !defined(_WIN32)

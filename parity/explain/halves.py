@@ -113,6 +113,8 @@ def joined(encoder: Explanation, decoder: Explanation) -> Explanation:
     notes = (*encoder.notes, *decoder.notes)
     if encoder.precision_only and not decoder:
         notes = (*notes, f"the encoder's differences are those of {encoder.precision_only} arithmetic")
+    if decoder.precision_only and encoder.causes:
+        notes = (*notes, f"the decoder's own differences are those of {decoder.precision_only} arithmetic")
     return replace(
         whole,
         records=encoder.records + decoder.records,

@@ -35,7 +35,7 @@ def describe(path: Path) -> dict[str, Any]:
         "feed_forward": hp.n_ff,
         "vocabulary": hp.n_vocab,
         "context": hp.n_ctx_train,
-        "norm_epsilon": float(f"{hp.eps:.6g}"),  # the file holds a float32; its shortest text is the number meant
+        "norm_epsilon": _epsilon(model),
         "rope_base": hp.rope_base,
         "rope_dimensions": hp.rope_dims,
         "rope_linear_scale": hp.rope_scale,
@@ -46,7 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
         "weights": _types(model),
     }
     if not written_by_hand(hp, model.tensors):
-        return facts | _of_the_graph(path)
+        return facts | _of_the_graph(path, facts["norm_epsilon"])
     steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
@@ -55,16 +55,32 @@ def describe(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _of_the_graph(path: Path) -> dict[str, Any]:
-    """What llama.cpp's graph of a model says, and the points that it can record."""
+def _epsilon(model: GgufModel) -> float | None:
+    """The ε that the metadata have for norms, of RMS norms if they have both."""
+    keys = (f"{model.hyperparameters.architecture}.attention.layer_norm_{kind}epsilon" for kind in ("rms_", ""))
+    held = [value for key in keys if isinstance(value := model.metadata.get(key), float)]
+    return float(f"{held[0]:.6g}") if held else None  # the file holds a float32; its shortest text is the number meant
+
+
+def _of_the_graph(path: Path, epsilon: float | None) -> dict[str, Any]:
+    """What llama.cpp's graph of a model says, and the points that it can record.
+
+    Args:
+        epsilon: the metadata's; where no norm has it, that is said.
+    """
     from reference.client import Reference
 
-    from .graph_facts import graph_facts
+    from .graph_facts import epsilons, graph_facts
 
     with Reference() as reference:
         points = {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
         try:
-            facts = graph_facts(reference.graph(path, NATIVE))
+            recorded = reference.graph(path, NATIVE)
+            facts = graph_facts(recorded)
+            used = epsilons(recorded)
+            if epsilon is not None and used and epsilon not in used:
+                numbers = " and ".join(f"{number:g}" for number in sorted(used))
+                facts = {"norm_epsilon_used": f"no: llama.cpp computes this model's norms with {numbers}", **facts}
         except ParityError as error:
             facts = {"graph": f"not recorded: {error.message}"}
     return {**facts, "steps": "read from llama.cpp's graph", "points": points}

@@ -32,6 +32,12 @@ def graph_facts(recorded: RecordedGraph) -> Facts:
     return {**graph.once(), "layers_by_kind": spans}
 
 
+def epsilons(recorded: RecordedGraph) -> set[float]:
+    """The ε of all norms over a row, those that divide by a length (L2) left out."""
+    norms = [tensor for tensor in recorded.several.tensors if tensor.kind == NODE and tensor.op in ("RMS_NORM", "NORM")]
+    return {float(f"{_float(tensor, 0):.6g}") for tensor in norms}  # six digits, as metadata are shown
+
+
 def _alike(layers: Mapping[int, Facts]) -> Iterator[tuple[Facts, list[int]]]:
     """Facts with the layers that they hold for, in the order of the first of them."""
     by_facts = sorted(layers, key=lambda number: (repr(layers[number]), number))

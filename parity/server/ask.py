@@ -33,7 +33,8 @@ class Heard:
     """Everything that the server answered.
 
     `tokens` are llama.cpp's ids of the prompt and then those that the server chose; `around` is what it echoed before and after the
-    text; `tokenizer` is the first position whose piece differs, with both pieces.
+    text; `tokenizer` is the first position whose piece differs, with both pieces; `cut` is how many characters of the text the server
+    read, where it echoed its beginning only.
     """
 
     tokens: tuple[int, ...]
@@ -43,6 +44,7 @@ class Heard:
     prompt_tokens: int | None = None
     around: tuple[str, str] | None = None
     tokenizer: tuple[int, str, str] | None = None
+    cut: int | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -92,6 +94,11 @@ def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, voc
         before = before.removeprefix(shown[0].token.text)
     if match and (before.strip() or behind.strip()):
         return replace(heard, around=(before, behind))
+    echoed = "".join(item.token.text for item in shown).lstrip()
+    if hidden == 0 and prompt.text is not None and shown:
+        echoed = echoed.removeprefix(shown[0].token.text)
+    if echoed and len(echoed) < len(text.strip()) and text.lstrip().startswith(echoed):
+        heard = replace(heard, cut=len(echoed))
     asked: list[Asked] = []
     for number, item in enumerate(shown):
         index = number + hidden

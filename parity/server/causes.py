@@ -77,6 +77,12 @@ def _tokenizer(case: Case) -> ServerCause | None:
     if case.heard.tokenizer is None:
         return None
     position, ours, theirs = case.heard.tokenizer
+    if case.heard.cut is not None:
+        return ServerCause(
+            "truncated",
+            f"the server reads only the beginning of the text: its echo ends after {case.heard.cut:,} characters",
+            "Check the server's limit of the prompt's length, and its context.",
+        )
     return ServerCause(
         "tokenizer",
         f"the server's tokens differ from position {position} on: llama.cpp has {printable(repr(ours), 40)}, the server "

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
+from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, NewConnectionError, ProtocolError, SSLError
 from urllib3.response import BaseHTTPResponse
 from urllib3.util.retry import Retry
 
@@ -150,6 +150,8 @@ class Connection:
                 if attempt >= min(failure.attempts, self.retries) or stop.is_set():
                     raise failure.error from failure
                 wanted = _BACK_OFF * 2**attempt if failure.pause is None else failure.pause
+                if wanted > self.timeout:
+                    raise self._busy_for(failure, wanted) from failure
             if stop.wait(min(max(wanted, 1 / self.rate if self.rate else 0.0), _LONGEST_PAUSE)):
                 break
         raise self._late()
@@ -201,6 +203,13 @@ class Connection:
                 raise ServerError(f"{self.name} answers with more than {LARGEST >> 20} MiB.", "Is this a completion server?")
         return b"".join(parts)
 
+    def _busy_for(self, failure: "_Passing", seconds: float) -> ServerError:
+        """The refusal of a server that asks to be left alone for longer than a request may take."""
+        message = failure.error.message.rstrip(".")
+        return ServerError(
+            f"{message}: it asks to wait {seconds:,.0f} seconds.", "Run again then.", status=failure.error.status
+        )
+
     def _late(self) -> ServerError:
         return ServerError(
             f"{self.name} did not answer within {self.timeout:g} seconds.",
@@ -224,6 +233,8 @@ class Connection:
                 "SSL_CERT_FILE names a file with its certificate; a server without TLS is http://.",
             )
         words = printable(str(error), _SHOWN) or type(error).__name__
+        if isinstance(error, ProtocolError) and error.args and isinstance(cut := error.args[-1], IncompleteRead):
+            words = f"{cut.partial:,} of {cut.partial + (cut.expected or 0):,} bytes came"
         return _Passing(ServerError(f"{self.name} broke off: {words}.", "Check the server's log."), 2)
 
     def _refused(self, status: int, data: bytes, path: str) -> ServerError:
@@ -246,9 +257,22 @@ class Connection:
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError):
+            start = data[:_SHOWN].lstrip().lower()
+            if start.startswith((b"data:", b"event:")):
+                raise ServerError(
+                    f"{self.name} streams its answer to {path}, although one JSON object was asked for.",
+                    'Turn streaming off; the request said "stream": false.',
+                ) from None
+            if start.startswith(b"<"):
+                raise ServerError(
+                    f"{self.name} answered {path} with a web page, not with JSON.",
+                    "Check --server: a proxy or another program may answer there.",
+                ) from None
             raise ServerError(f"{self.name} did not answer {path} with JSON.", "Check --server and --server-api.") from None
         if not isinstance(answer, dict):
             raise ServerError(f"{self.name} did not answer {path} with a JSON object.", "Check --server and --server-api.")
+        if answer.get("error") and (words := _words(data)):  # with status 200
+            raise ServerError(f"{self.name} answered {path} with an error: {words}.", "Check the server's log.")
         return answer
 
 

@@ -126,10 +126,14 @@ def number_of(value: Any, where: str) -> float:
     if isinstance(value, str) and value in ("-Infinity", "-inf"):
         return -math.inf
     if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and math.isnan(value)):
-        raise _malformed(where, f"a log-probability is {str(value)[:40]}")
+        raise _malformed(where, f"a log-probability is {_shown(value)}")
     if value > 1e-3:
         raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0, as if it were a logit")
     return -math.inf if value < _NEVER else min(float(value), 0.0)
+
+
+def _shown(value: Any) -> str:
+    return f"the text {value[:40]!r}" if isinstance(value, str) else str(value)[:40]
 
 
 def _of_probability(value: Any, where: str) -> float:
