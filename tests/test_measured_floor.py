@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli
-from planted import Faulty, Planted
+from planted import Faulty, Planted, half_sums
 
 from checkpoints.record import Dump
+from engine import ops
 from engine.faults import CATALOGUE, plant
 from engine.faults.fitted import FITTED
 from engine.graph import Step
@@ -123,6 +124,32 @@ def test_a_fault_of_the_size_of_bf16_is_not_acquitted(engine: Faulty, factor: fl
 
     ours = _dump(engine, [scaled(step) if step.makes.endswith(".v") else step for step in engine.right], "")
     assert not compared_on(ours, right, Options(), engine.model).verdict
+
+
+@pytest.mark.parametrize("kind", ["ffn_out", "v", "attn_out"])
+def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, kind: str) -> None:
+    """A product a thousandth too large costs what F16 does, but its errors follow that factor and are not scattered: no parity."""
+    right = _dump(engine, engine.right, "f32")
+
+    def scaled(step: Step) -> Step:
+        return replace(step, op=lambda *given, **kwargs: step.op(*given, **kwargs) * np.float32(1.001))
+
+    ours = _dump(engine, [scaled(step) if step.makes.endswith(f".{kind}") else step for step in engine.right], "")
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "one-number"
+    assert "times 1 +1.0e-03" in verdict.pattern.sentence
+
+
+def test_sums_in_f16_follow_no_number(engine: Faulty) -> None:
+    """A right engine with sums in F16, whose errors are not those of our own rounding, keeps its parity."""
+    right = _dump(engine, engine.right, "f32")
+    ours = _dump(engine, [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right], "")
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert verdict
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic in ("f16", "tf32")
 
 
 @pytest.mark.slow

@@ -173,6 +173,24 @@ def test_one_vector_and_wrong_logits_is_a_divergence(right: Dump, ref: Dump) -> 
     assert idle.pattern.sentence.startswith("blk.5.l_out is embd, unchanged")
 
 
+def test_a_view_is_no_buffer_that_was_captured_twice(right: Dump, ref: Dump) -> None:
+    """Two points with one vector on both sides are one value by the model: where it is wrong, the capture is not suspected."""
+    point, view = "blk.3.ffn_out", "blk.3.ffn_view"
+    order = list(ref.points)
+    wrong = spoilt(right, lambda name: name in order and order.index(name) >= order.index(point))
+    ours, theirs = (
+        replace(dump, points={**dump.points, view: replace(dump.points[point], point=view)}) for dump in (wrong, ref)
+    )
+    verdict = compare(ours, theirs, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == point
+    assert verdict.pattern is None or verdict.pattern.code not in ("same-vector", "no-op")
+    other = {**theirs.points, view: replace(ref.points["embd"], point=view)}
+    doubled = compare(ours, replace(theirs, points=other), F32)
+    assert doubled.pattern is not None
+    assert doubled.pattern.code == "same-vector"
+
+
 @pytest.mark.parametrize(
     ("point", "unchanged", "message"),
     [

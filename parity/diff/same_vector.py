@@ -48,10 +48,17 @@ class SameVector:
 
 
 def same_vector(records: Records, first: int) -> SameVector | None:
-    """The points of ours that equal the first divergence at all of its failing positions; None if there are none."""
+    """The points of ours that equal the first divergence at all of its failing positions; None if there are none.
+
+    Points that are one vector in the reference, too, such as a view and what it shows, are not meant.
+    """
     name = records.names[records.point[first]]
     chosen = np.flatnonzero((records.point == records.point[first]) & records.failed & ~records.upstream.failed)
-    others = alike(name, records.pairs[records.point[first]].ours.take(records.row[chosen]), records.ours.points)
+    pair, rows = records.pairs[records.point[first]], records.row[chosen]
+    others = alike(name, pair.ours.take(rows), records.ours.points)
+    if others:
+        same = alike(name, pair.ref.take(rows), records.ref.points)
+        others = tuple(other for other in others if other not in same)
     if not others:
         return None
     wrong = {

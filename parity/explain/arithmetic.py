@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
 from checkpoints.record import Dump
@@ -16,8 +17,9 @@ from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
 from .case import Case
 from .known_model import KnownModel
-from .precision import KINDS, LOWER, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
-from .records import Expected
+from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
+from .records import Expected, Floats
+from .systematic import systematic
 
 
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:
@@ -38,6 +40,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     candidates: dict[str, Comparison] = {}
     far: dict[str, float] = {}
     doubtful: list[str] = []
+    followed: str | None = None
     for kind in kinds:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
@@ -51,20 +54,35 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
             errors = _errors(exact, known.case, cost)
             pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
-            if not is_reproduced(kind, _alike(known.case, kind, pair), errors):
+            alike = _alike(known.case, kind, pair)
+            if alike < REPRODUCED:
+                followed = _followed(known.case, pair) if followed is None else followed
+            if (alike < REPRODUCED and followed) or not is_reproduced(kind, alike, errors):
                 doubtful.append(kind)
                 continue
             candidates[kind], far[kind] = tried, mismatch(errors)
     agreeing = {kind: far[kind] for kind, compared in candidates.items() if compared.verdict}
     fitting = best(agreeing or far)
     if not fitting and doubtful:
-        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful))
+        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _of_their_size(verdict: Verdict, kinds: Sequence[str]) -> Verdict:
+def _followed(case: Case, pair: Pair) -> str:
+    """The one number that the errors of a point follow (`systematic`); empty if there is none."""
+    beside = _beside(case, pair)
+    return "" if beside is None else systematic(case, *beside)
+
+
+def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Verdict:
     """A divergence as large as lower arithmetics would make it, whose errors are not those of our own rounding."""
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
+    if followed:
+        sentence = (
+            f"as large as {named} arithmetic makes it, but no rounding, which is scattered: it follows one number as if {followed}: "
+            "a fault (`parity explain` and more points tell which)"
+        )
+        return replace(verdict, pattern=Pattern("one-number", sentence), operation="")
     sentence = (
         f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
         f"another way (--compute {kinds[0]} allows for it; `parity explain` and more points and values tell)"
@@ -85,27 +103,42 @@ def _untouched(case: Case, kind: str, point: str) -> bool:
     return mean_cost(entry.between(values.on_host[point], case.replay.on_host[point], case.positions)) <= EXACT_FLOOR.operations
 
 
-def _alike(case: Case, kind: str, pair: Pair) -> float:
-    """The mean cosine of a point's errors to those of our own rounding, of products or of all activations, whichever is nearer.
+def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]] | None:
+    """A point's entry, the errors of our records in its shape [R, k] against the right engine, and which of them are known.
 
-    0 where elements are listed by index, which are not matched here.
+    None where elements are listed by index, which are not matched here.
     """
-    entry, nearest = _entry(case, pair.point), 0.0
+    entry = _entry(case, pair.point)
     if entry is None or pair.ours.indices is not None or pair.ref.indices is not None:
-        return nearest
+        return None
     places = zip(entry.pair.ours.seq.tolist(), entry.pair.ours.token_idx.tolist(), strict=True)
     rows = {place: number for number, place in enumerate(places)}
-    index = np.array([rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)])
+    found = [rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)]
+    index = np.array(found, dtype=np.int64)
+    mine = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
-    theirs = pair.ours.values[:, :width].astype(np.float64)
-    right = entry.taken(case.replay.on_host[pair.point], case.positions)[index, :width]
-    known = (np.arange(width)[None, :] < pair.ours.counts[:, None]) & (index >= 0)[:, None]
+    right = entry.taken(case.replay.on_host[pair.point], case.positions)
+    theirs, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
+    theirs[index[mine], :width] = pair.ours.values[mine, :width]
+    known[index[mine], :width] = np.arange(width)[None, :] < pair.ours.counts[mine, None]
+    known &= np.isfinite(theirs) & np.isfinite(right)
+    return entry, np.where(known, theirs, 0.0) - np.where(known, right, 0.0), known
+
+
+def _alike(case: Case, kind: str, pair: Pair) -> float:
+    """The mean cosine of a point's errors to those of our own rounding, of products or of all activations, whichever is nearer; 0 where
+    that is not known."""
+    beside, nearest = _beside(case, pair), 0.0
+    if beside is None:
+        return nearest
+    entry, errors, known = beside
+    right = entry.taken(case.replay.on_host[pair.point], case.positions)
     for storage in (False, True):
         values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
-        mine = entry.taken(values.on_host[pair.point], case.positions)[index, :width]
-        usable = known & np.isfinite(theirs) & np.isfinite(mine) & np.isfinite(right)
-        errors = (np.where(usable, side, 0.0) - np.where(usable, right, 0.0) for side in (theirs, mine))
-        nearest = max(nearest, cosine(*errors))
+        mine = entry.taken(values.on_host[pair.point], case.positions)
+        usable = known & np.isfinite(mine)
+        own = np.where(usable, mine, 0.0) - np.where(usable, right, 0.0)
+        nearest = max(nearest, cosine(np.where(usable, errors, 0.0), own))
     return nearest
 
 

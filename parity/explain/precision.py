@@ -38,7 +38,7 @@ _PARALLEL, _PARALLEL_ROWS = 1e-6, 3
 _OWN_DIRECTIONS = 1e-2  # the right rows must have at least this part outside theirs: rows of one repeated token have none
 # Mean cosine of the errors at the first point, above which an engine rounds as ours does: 1.00 with blocks of Q8_0, as in
 # llama.cpp. Eight bits cost so much that a fault may hide in it: an engine that rounds in another way is not acquitted.
-_REPRODUCED = 0.5
+REPRODUCED = 0.5
 _MANY = 10  # recorded elements of a row that suffice to see that two of them have all of the error
 
 
@@ -74,7 +74,7 @@ def is_reproduced(kind: str, alike: float, points: Sequence[tuple[float, float, 
     Args:
         points: as `mismatch` takes them.
     """
-    return alike >= _REPRODUCED or (kind in ("f16", "tf32") and _even(points))
+    return alike >= REPRODUCED or (kind in ("f16", "tf32") and _even(points))
 
 
 def is_proof(measured: PrecisionFloor) -> bool:
@@ -83,7 +83,7 @@ def is_proof(measured: PrecisionFloor) -> bool:
     Unlike `is_reproduced`, which is asked at a first computed point, this is asked of points behind attention too: there llama.cpp with
     BF16 weights, whose cache is F16, leaves other errors than our BF16 does.
     """
-    return measured.kind != "q8" or measured.alike >= _REPRODUCED
+    return measured.kind != "q8" or measured.alike >= REPRODUCED
 
 
 def may_be_noise(entries: Sequence[Expected]) -> bool:
