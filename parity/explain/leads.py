@@ -78,10 +78,9 @@ def _mended(entries: Sequence[Expected], before: State, after: State) -> float |
         wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
         mended += int((was & ~now).sum())
-        values = np.where(entry.present, entry.values, 0.0)
-        finite = np.isfinite(values).all(axis=1)
-        # Non-finite values prove nothing, unless the fault makes finite ones beside them; nor do zeros, which a single head may be.
-        shown += int((was & ~now & values.any(axis=1) & (finite | (finite.any() & ~finite.all()))).sum())
+        finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
+        # Non-finite values prove nothing, unless the fault makes finite ones beside them.
+        shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
     return (mended - spoiled) / wrong if shown and spoiled < mended else None
 
 
