@@ -1,6 +1,7 @@
 """lint has no finding in llama.cpp's own dumps, which are those of a right engine."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_a_window_of_repeated_tokens_is_clean(parity: Cli, small_model: Callable
     out = tmp_path / "ref.jsonl"
     assert parity("dump", "ref", "--model", model, "--tokens", "9,8,7,7,7,7,7,6", "--points", "all", "-o", out).code == 0
     assert parity("lint", out, "--model", model).code == 0
+
+
+def test_a_window_of_one_position_is_clean(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Where each position sees itself only, equal tokens have equal rows; a row of another token is still suspected."""
+    model = small_model("gemma3", layers=2, settings={"attention.sliding_window": 1})
+    out = tmp_path / "ref.jsonl"
+    assert parity("dump", "ref", "--model", model, "--tokens", "5,6,7,5,8,5", "--points", "all", "-o", out).code == 0
+    assert parity("lint", out, "--model", model).code == 0
+    dump = read(out)
+    rows = dump.points["blk.0.kqv_out"]
+    values = rows.values.copy()
+    values[rows.token_idx == 2] = values[rows.token_idx == 1]
+    stale = replace(dump, points={**dump.points, "blk.0.kqv_out": replace(rows, values=values)})
+    assert "stale-position" in {finding.rule for finding in lint(stale, model).findings}
 
 
 def test_ids_of_experts_are_no_vectors(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) 
     assert kinds["0–2"]["states"]["recurrence"] == "GATED_DELTA_NET"
     assert kinds["0–2"]["states"]["convolution"] == "4 positions"
     assert kinds["3"]["rope"] == "8 of 32 dimensions, base 10000, interleaved sections 2, 1, 1, 0"
-    _, kinds = layers(parity, small_model("mamba", layers=2))
+    facts, kinds = layers(parity, small_model("mamba", layers=2))
+    assert [(key, value) for key, value in facts.items() if key.startswith("rope")] == [("rope", "none")]
     assert kinds["0–1"]["states"]["recurrence"] == "SSM_SCAN"
     assert "attention" not in kinds["0–1"]
     _, kinds = layers(parity, small_model("phi3-longrope", layers=1))

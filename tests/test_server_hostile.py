@@ -54,6 +54,9 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
     def _tomorrow(self) -> None:
         self._send(429, b"", Retry_After="3600")
 
+    def _never(self) -> None:
+        self._send(429, b"", Retry_After="9" * 5000)
+
     def _list(self) -> None:
         self._send(200, b"[1]")
 
@@ -132,6 +135,7 @@ def hostile() -> Iterator[str]:
         ("stream", "streams its answer to /x"),
         ("error", "answered /x with an error: no room"),
         ("tomorrow", "answered 429 to /x: it asks to wait 3,600 seconds"),
+        ("never", "answered 429 to /x|within"),
         ("list", "with a JSON object"),
         ("deep", "did not answer /x with JSON"),
         ("redirect", "redirects"),

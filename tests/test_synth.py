@@ -12,6 +12,7 @@ from cli import Cli
 from checkpoints.errors import InputError
 from engine import backend
 from engine.synth import PRESETS, shape_like, synthesize
+from engine.synth.data import append, converted
 from engine.synth.shape import tensors_of
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -241,3 +242,22 @@ def test_a_tokenizer_is_copied_and_padded(reference: Reference, synthetic: Calla
     text = "Once upon a time, there was a little girl named Lily."
     assert reference.tokenize(path, text).ids == reference.tokenize(stories, text).ids
     assert GgufModel(path).array("tokenizer.ggml.tokens")[-1] == "<|pad_4999|>"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is played by /dev/full")
+def test_a_full_disk_is_noticed_at_the_last_tensor() -> None:
+    """Weights so few that they only reach a buffer are not lost without an error."""
+    few = converted(8, 0, lambda: iter([np.ones((1, 8), np.float32)]), lambda rows, _: rows)  # 32 bytes: nothing is padded
+    with pytest.raises(OSError, match="No space left"):
+        append(Path("/dev/full"), [few])
+
+
+def test_a_store_of_blocks_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that the memory cannot hold is refused before anything is written, in types that gguf-py makes too."""
+    monkeypatch.setattr("checkpoints.room.free_memory", lambda: 1 << 30)
+    for kind in ("f16", "q6_k"):
+        make(tmp_path / "small.gguf", shape_like("tiny"), kind=kind, blocks=10)
+        (tmp_path / "small.gguf").unlink()
+        with pytest.raises(InputError, match="of memory"):
+            make(tmp_path / "m.gguf", shape_like("tiny"), kind=kind, blocks=1 << 20)
+    assert not list(tmp_path.iterdir())

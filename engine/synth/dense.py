@@ -66,7 +66,7 @@ def synthesize(
             f"{odd} has rows that are not a multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
         )
     sizes = [stored_as(dims, kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32)[2] for _, dims in tensors_of(shape)]
-    check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0)
+    check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0, at_once(blocks))
 
     def stored(rows: NDArray[np.float32], number: int) -> NDArray[Any]:
         quantised: NDArray[Any] = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(number))
@@ -97,6 +97,11 @@ def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert,
         else:
             tensors[name] = converted(prod(dims), types[name], partial(_values, name, dims, shape, [seed, index]), convert)
     return [tensors[name] for name in types]
+
+
+def at_once(blocks: int | None) -> int:
+    """The most elements that are made at once: a portion, or a store's blocks, in float32 and as they are stored."""
+    return max(PORTION, 2 * SIZE * (blocks or 0))
 
 
 def check_size(out: Path, size: int, tokens: int, largest: int = PORTION) -> None:

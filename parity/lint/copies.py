@@ -131,6 +131,7 @@ def idle_layer(subject: Subject) -> Iterator[Hit]:
 def stale_position(subject: Subject) -> Iterator[Hit]:
     """A point has the same vector at several positions whose inputs differ."""
     known = _of_their_token(subject)
+    alone = subject.model is not None and subject.model.window == 1  # a position sees itself only
     for name, rows in subject.points.items():
         point = parse(name)
         if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None):
@@ -145,8 +146,8 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
             for before, after in pairwise(ordered):
                 same = subject.same_input(before, after)
                 excused = same is not False if free else after < subject.uniform_until
-                if not excused and same and before > 0:  # an attention window with the same tokens gives the same value
-                    excused = subject.same_input(before - 1, after - 1) is True
+                if not excused and same:  # an attention window with the same tokens gives the same value
+                    excused = alone or (before > 0 and subject.same_input(before - 1, after - 1) is True)
                 if shifted and not excused:
                     excused = before > 0 and subject.same_input(before - 1, after - 1) is not False
                 if not excused:

@@ -41,6 +41,12 @@ class ModelFacts:
         return written_by_hand(self.hp, self.model.tensors)
 
     @property
+    def window(self) -> int | None:
+        """How many positions attention sees in the layers that have a window; None if the metadata state none."""
+        size = self.model.metadata.get(f"{self.hp.architecture}.attention.sliding_window")
+        return size if isinstance(size, int) else None
+
+    @property
     def layers(self) -> int:
         """How many layers it has."""
         return self.hp.n_layers

@@ -10,6 +10,8 @@ from engine.models import architectures, steps_of, written_by_hand
 from engine.weights.gguf_model import GgufModel, Hyperparameters
 from reference.jobs import NATIVE
 
+NO_ROPE = "none"
+
 
 def describe(path: Path) -> dict[str, Any]:
     """Facts of a model file, in the order in which an engine meets them.
@@ -46,7 +48,10 @@ def describe(path: Path) -> dict[str, Any]:
         "weights": _types(model),
     }
     if not written_by_hand(hp, model.tensors):
-        return facts | _of_the_graph(path, facts["norm_epsilon"])
+        of_graph = _of_the_graph(path, facts["norm_epsilon"])
+        if of_graph.get("rope") == NO_ROPE:  # what the metadata say, or leave to the defaults, is read by nobody
+            facts = {key: value for key, value in facts.items() if not key.startswith("rope_")}
+        return facts | of_graph
     steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
@@ -70,7 +75,7 @@ def _of_the_graph(path: Path, epsilon: float | None) -> dict[str, Any]:
     """
     from reference.client import Reference
 
-    from .graph_facts import epsilons, graph_facts
+    from .graph_facts import epsilons, graph_facts, rotates
 
     with Reference() as reference:
         points = {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
@@ -81,6 +86,8 @@ def _of_the_graph(path: Path, epsilon: float | None) -> dict[str, Any]:
             if epsilon is not None and used and epsilon not in used:
                 numbers = " and ".join(f"{number:g}" for number in sorted(used))
                 facts = {"norm_epsilon_used": f"no: llama.cpp computes this model's norms with {numbers}", **facts}
+            if not rotates(recorded):
+                facts = {"rope": NO_ROPE, **facts}
         except ParityError as error:
             facts = {"graph": f"not recorded: {error.message}"}
     return {**facts, "steps": "read from llama.cpp's graph", "points": points}

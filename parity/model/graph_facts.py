@@ -38,6 +38,11 @@ def epsilons(recorded: RecordedGraph) -> set[float]:
     return {float(f"{_float(tensor, 0):.6g}") for tensor in norms}  # six digits, as metadata are shown
 
 
+def rotates(recorded: RecordedGraph) -> bool:
+    """Whether anything is rotated by its position (RoPE)."""
+    return any(tensor.op == "ROPE" for tensor in recorded.several.tensors)
+
+
 def _alike(layers: Mapping[int, Facts]) -> Iterator[tuple[Facts, list[int]]]:
     """Facts with the layers that they hold for, in the order of the first of them."""
     by_facts = sorted(layers, key=lambda number: (repr(layers[number]), number))

@@ -18,6 +18,7 @@ from urllib3.util.retry import Retry
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
+from reports.numbers import count
 
 KEY_VARIABLE = "PARITY_API_KEY"
 DEFAULT_TIMEOUT = 120.0  # seconds a request: a long prompt on a CPU may take one, but should not block CI for a night
@@ -27,6 +28,7 @@ _BUSY = (429, 502, 503, 504)  # temporary failures: too many requests, a proxy w
 _RETRIES = 5
 _BACK_OFF = 0.25  # seconds before the second attempt; twice as long before each further one
 _LONGEST_PAUSE = 10.0  # most seconds between two attempts, whatever Retry-After says
+_YEAR = 366 * 86400  # seconds; a Retry-After beyond it is no time that anybody waits
 _SHOWN = 200  # characters of a server's own message that are shown
 
 
@@ -151,7 +153,7 @@ class Connection:
                     raise failure.error from failure
                 wanted = _BACK_OFF * 2**attempt if failure.pause is None else failure.pause
                 if wanted > self.timeout:
-                    raise self._busy_for(failure, wanted) from failure
+                    raise (failure.error if failure.pause is None else self._busy_for(failure, wanted)) from failure
             if stop.wait(min(max(wanted, 1 / self.rate if self.rate else 0.0), _LONGEST_PAUSE)):
                 break
         raise self._late()
@@ -207,7 +209,7 @@ class Connection:
         """The refusal of a server that asks to be left alone for longer than a request may take."""
         message = failure.error.message.rstrip(".")
         return ServerError(
-            f"{message}: it asks to wait {seconds:,.0f} seconds.", "Run again then.", status=failure.error.status
+            f"{message}: it asks to wait {count(round(seconds), 'second')}.", "Run again then.", status=failure.error.status
         )
 
     def _late(self) -> ServerError:
@@ -278,9 +280,10 @@ class Connection:
 
 def _retry_after(response: BaseHTTPResponse) -> float | None:
     try:
-        return Retry().get_retry_after(response)
-    except HTTPError:  # the header is not a time
+        seconds = Retry().get_retry_after(response)
+    except (HTTPError, ValueError, OverflowError):  # the header is not a time
         return None
+    return seconds if seconds is not None and seconds <= _YEAR else None
 
 
 def _words(data: bytes) -> str:

@@ -14,9 +14,8 @@ from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import contents
 from checkpoints.whole_file import Replacement, is_special, unwritable
 from engine.synth import Shape, synthesize
-from engine.synth.blocks import SIZE
-from engine.synth.data import PORTION, Convert, Progress, Tensor, append
-from engine.synth.dense import check_size, weights
+from engine.synth.data import Convert, Progress, Tensor, append
+from engine.synth.dense import at_once, check_size, weights
 from engine.synth.header import write_header
 from engine.synth.recipe import Recipe, Value
 from engine.synth.write import weights as weights_of
@@ -56,8 +55,7 @@ def make(
             _make_hollow(plain)
             with Reference() as reference:
                 planned = reference.quantised(plain, kind)
-            store = 2 * SIZE * (blocks or 0)  # in float32 while they are made, and stored
-            room = (shape.vocab if tokenizer is not None else 0, max(PORTION, store))
+            room = (shape.vocab if tokenizer is not None else 0, at_once(blocks))
             _write(out, planned, partial(weights, shape, seed, blocks=blocks), room, progress)
 
 
