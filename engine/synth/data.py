@@ -62,7 +62,7 @@ def append(out: Path, tensors: Iterable[Tensor], progress: Progress | None = Non
         for tensor in tensors:
             # One more than there are threads, so that each has its next rows while this one makes others.
             for size, stored in _computed(pool, tensor.parts(), cores + 1):
-                file.write(np.ascontiguousarray(stored))  # not `tofile`, which may not notice that the disk is full
+                file.write(np.ascontiguousarray(stored).data)  # not `tofile`, which may not notice that the disk is full
                 done += size
                 if progress is not None:
                     progress("weights", done, total)
