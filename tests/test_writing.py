@@ -162,6 +162,7 @@ def test_pipes_are_written_to_as_they_are(parity: Cli, stories_run: Path, tmp_pa
         (("--layers", "100000000"), "at most 512 layers"),
         (("--architecture", "gemma3", "--layers", "100000000"), "at most 512 layers"),
         (("--vocab", "1000000000"), "would take"),
+        (("--vocab", "1000000000", "--type", "q4_k_m"), "of memory"),
         (("--width", "100000000", "--heads", "1", "--kv-heads", "1"), "would take"),
         (("--architecture", "qwen3", "--vocab", "4000000000"), "of memory"),
         (("--context", "1000000000000"), "--context is too large"),

@@ -44,6 +44,7 @@ def make(
     Raises:
         InputError: an impossible shape or type, or an unwritable file.
     """
+    tokens = shape.vocab if tokenizer is not None else 0
     with _replacement(out) as replacement:
         plain = replacement.temporary
         if kind.lower() in _BY_GGUF:
@@ -52,12 +53,13 @@ def make(
         else:
             from reference.client import Reference
 
+            check_size(plain, 0, tokens)  # before the tokenizer is written, whose entries alone can fill the memory
             write_header(plain, shape, tokenizer)
             _make_hollow(plain)
             with Reference() as reference:
                 planned = reference.quantised(plain, kind)
             store = 2 * SIZE * (blocks or 0)  # in float32 while they are made, and stored
-            room = (shape.vocab if tokenizer is not None else 0, max(PORTION, store))
+            room = (tokens, max(PORTION, store))
             _write(out, planned, partial(weights, shape, seed, blocks=blocks), room, progress)
 
 
@@ -138,9 +140,11 @@ def make_by_recipe(
     with _replacement(out) as replacement:
         plain = replacement.temporary
         with nullcontext(running) if running is not None else Reference() as reference:
+            tokens = shape.vocab if tokenizer is not None else 0
+            check_size(plain, 0, tokens)  # as in `make`
             write(plain, recipe, shape, changes, tokenizer=tokenizer)
             tensors = recipe.tensors(reference.wanted_tensors(plain), tied=shape.tied)
-            room = (shape.vocab if tokenizer is not None else 0, max((prod(dims) for _, dims in tensors), default=0))
+            room = (tokens, max((prod(dims) for _, dims in tensors), default=0))
             check_size(plain, 0, *room)
             write(plain, recipe, shape, changes, tensors, tokenizer=tokenizer)
             _make_hollow(plain)
