@@ -75,7 +75,12 @@ def rope_angles(
     The angle is multiplied step by step in float32, `theta *= theta_scale`, as ggml_rope_cache_init does: computing
     position · base^(-2i/dims) directly differs by ulps that grow with the position. `scale` is the linear scaling
     (1 / factor), `factors` (the first dims / 2) divide each frequency (the tensor rope_freqs.weight).
+
+    Raises:
+        ValueError: fewer than two dimensions, which are no pair.
     """
+    if dims < 2:
+        raise ValueError(f"RoPE rotates pairs: {dims} dimensions hold none")
     xp = module_of(positions)
     angles = (_angles if xp is np else _angles_there)(positions, dims, base)
     if factors is not None:

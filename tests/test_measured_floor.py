@@ -152,6 +152,17 @@ def test_sums_in_f16_follow_no_number(engine: Faulty) -> None:
     assert verdict.precision.arithmetic in ("f16", "tf32")
 
 
+def test_a_search_for_one_number_that_is_out_of_time_acquits_nothing(engine: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same engine where no time is left to try a number: its size may be that of F16, which is undecided, and not parity."""
+    monkeypatch.setattr("parity.explain.systematic._SECONDS", 0.0)
+    right = _dump(engine, engine.right, "f32")
+    ours = _dump(engine, [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right], "")
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "undecided"
+
+
 @pytest.mark.slow
 def test_products_that_8_bits_hold_exactly_convict_nobody(small_model: Callable[..., Path], reference: Reference) -> None:
     """An embedding in IQ4_NL, which the first products read, is 8-bit numbers already: they are exact in an 8-bit engine, too."""

@@ -40,7 +40,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     candidates: dict[str, Comparison] = {}
     far: dict[str, float] = {}
     doubtful: list[str] = []
-    followed: str | None = None
+    followed: str | None = ""
+    sought = False
     for kind in kinds:
         cost = known.floor(kind)
         allowed = known.limits(ours, kind, cost)
@@ -56,8 +57,9 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
             pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
             alike = _alike(known.case, kind, pair)
             if alike < REPRODUCED:
-                followed = _followed(known.case, pair) if followed is None else followed
-            if (alike < REPRODUCED and followed) or not is_reproduced(kind, alike, errors):
+                followed = followed if sought else _followed(known.case, pair)
+                sought = True
+            if (alike < REPRODUCED and followed != "") or not is_reproduced(kind, alike, errors):
                 doubtful.append(kind)
                 continue
             candidates[kind], far[kind] = tried, mismatch(errors)
@@ -68,8 +70,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _followed(case: Case, pair: Pair) -> str:
-    """The one number that the errors of a point follow (`systematic`); empty if there is none."""
+def _followed(case: Case, pair: Pair) -> str | None:
+    """The one number that the errors of a point follow; empty if there is none, None if the time did not suffice (`systematic`)."""
     beside = _beside(case, pair)
     return "" if beside is None else systematic(case, *beside)
 
