@@ -186,6 +186,37 @@ def test_an_exact_engine_is_right_however_coarse_the_reference_is() -> None:
     assert compare(whole["ours"], whole["ref"], Options(truth=_OursIsTrue(right))).verdict == "divergence"
 
 
+class _Amplifies(_OursIsTrue):
+    """A truth whose float32 and whose noise are as far off at every record as is said."""
+
+    coarse = frozenset()
+
+    def __init__(self, ours: Arrays, float32: float, noise: float) -> None:
+        super().__init__(ours)
+        self._float32, self._noise = float32, noise
+
+    def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """Float32's own distance."""
+        return {name: np.full(len(rows), self._float32) for name, rows in points.items()}
+
+    def spread(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """The noise's."""
+        return {name: np.full(len(rows), self._noise) for name, rows in points.items()}
+
+
+@pytest.mark.parametrize(
+    ("error", "float32", "noise", "right"),
+    [(8e-7, 8e-8, 9e-6, True), (8e-7, 1e-9, 9e-6, False), (8e-7, 8e-8, 1e-7, False), (2e-6, 8e-8, 9e-6, False)],
+)
+def test_rounding_that_is_amplified_twice_over(error: float, float32: float, noise: float, right: bool) -> None:
+    """An error between 1e-7 and 1e-6 is rounding if float32 and noise are both that far off, and never beyond."""
+    ref = random(("embd", "blk.0.l_out"))
+    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + error**0.5)}
+    truth = _Amplifies(ref, float32, noise)
+    whole = dump(ours, slice_size=None), dump(ref, slice_size=None)
+    assert bool(compare(*whole, Options(compute="f32", truth=truth))) is right
+
+
 @pytest.mark.parametrize(
     ("op", "right"), [("UNARY:GELU", True), ("UNARY:GELU_QUICK", True), ("UNARY:SILU", False), ("UNARY", False)]
 )

@@ -16,7 +16,19 @@ from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDI
 from .measure import Measured
 from .noise import excused
 from .operations import ELEMENTWISE
-from .truth import BOTH, FEW_ENTRIES, NO_COARSE_ROUNDING, NO_ROUNDING, Truth, of_few, of_table, raised, share_of_few
+from .truth import (
+    AMPLIFIED,
+    BOTH,
+    FEW_ENTRIES,
+    MULTIPLE,
+    NO_COARSE_ROUNDING,
+    NO_ROUNDING,
+    Truth,
+    of_few,
+    of_table,
+    raised,
+    share_of_few,
+)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -178,7 +190,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
     if not ((nmse > limit) & (nmse * share <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
         return limit, ()
     coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
-    near = (nmse > limit) & (nmse * share <= np.where(coarse, LARGEST_ROUNDING, NO_ROUNDING))
+    near = (nmse > limit) & (nmse * share <= np.where(coarse, LARGEST_ROUNDING, AMPLIFIED))
     if not near.any():
         return limit, ()
     distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
@@ -270,17 +282,29 @@ def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
 
     That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
     """
-    nmse, rounding = measured.measures.nmse, NO_ROUNDING / _shares(measured)
-    odd = (nmse > limit) & (nmse <= rounding)
+    nmse, share = measured.measures.nmse, _shares(measured)
+    odd = (nmse > limit) & (nmse * share <= AMPLIFIED)
     if not odd.any():
         return limit
-    return np.where(odd, np.fmax(limit, np.minimum(BOTH * _asked(measured, odd, truth.spread), rounding)), limit)
+    # Of the values that are compared, which may be those of one head of many.
+    by_noise = BOTH * _asked(measured, odd, truth.spread, _compared_part)
+    limit = np.where(odd, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
+    odd &= (nmse > limit) & (nmse <= by_noise)
+    if not odd.any():
+        return limit
+    by_float32 = MULTIPLE * _asked(measured, odd, truth.own_rounding, _compared_part)
+    return np.where(odd, np.fmax(limit, np.minimum(np.minimum(by_noise, by_float32), AMPLIFIED / share)), limit)
 
 
-def _asked(measured: Measured, odd: Bools, known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]]) -> Floats:
-    """What is known of each record, [R], at the points of the odd ones; 0 elsewhere."""
+def _asked(
+    measured: Measured,
+    odd: Bools,
+    known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
+    part: Callable[[Pair], Rows] = lambda pair: pair.ref,
+) -> Floats:
+    """What is known of each record, [R], or of a part of it, at the points of the odd ones; 0 elsewhere."""
     concerned = measured.names_of(odd)
-    answers = known({pair.point: pair.ref for pair in measured.pairs if pair.point in concerned})
+    answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
     return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
 
 
