@@ -37,12 +37,13 @@ def test_the_noise_is_of_roundings_size() -> None:
         Step("product", ops.linear, ("x",)),
         Step("sum", ops.add, ("x", "x")),
         Step("ids", lambda: np.arange(5), ()),
+        Step("chosen", lambda: np.arange(5, dtype=np.float32), ()),
         Step("mask", lambda: np.array([0.0, -np.inf]), ()),
     ]
-    product, total, ids, mask = (step.op for step in disturbed(steps, 0))
+    product, total, ids, chosen, mask = (step.op for step in disturbed(steps, 0))
     assert _nmse(product(x, w, None), x @ w.T) == pytest.approx(PRODUCT, rel=0.05)
     assert _nmse(total(x, x), x + x) == pytest.approx(ELEMENT**2, rel=0.05)
-    assert ids().tolist() == [0, 1, 2, 3, 4]
+    assert ids().tolist() == chosen().tolist() == [0, 1, 2, 3, 4]
     assert mask().tolist() == [0.0, -np.inf]
     assert np.array_equal(product(x, w, None), product(x, w, None))
     assert not np.array_equal(product(x, w, None), disturbed(steps, 1)[0].op(x, w, None))
@@ -70,14 +71,20 @@ class Scaled:
     """A small model: what llama.cpp gives for a prompt, and what our engine gives with one point's rows scaled."""
 
     def __init__(
-        self, model: Path, folder: Path, reference: Reference, point: str = "blk.0.mamba_y_view", ids: tuple[int, ...] = IDS
+        self,
+        model: Path,
+        folder: Path,
+        reference: Reference,
+        point: str = "blk.0.mamba_y_view",
+        ids: tuple[int, ...] = IDS,
+        points: str = "all",
     ) -> None:
         self.engine: Transformer = open_plain(GgufModel(model), "numpy", recorded=partial(reference.graph, model))
-        self.right, self.folder, self.point, self.ids = self.engine.steps, folder, point, ids
+        self.right, self.folder, self.point, self.ids, self.points = self.engine.steps, folder, point, ids, points
         reference.dump(DumpJob(model, folder / "ref.jsonl", ids, points="all"))
 
     def agrees(self, factor: float, at: slice = slice(None)) -> bool:
-        """Whether it is parity, all points compared, if the rows at these positions are larger by that factor."""
+        """Whether it is parity, of the points that are compared, if the rows at these positions are larger by that factor."""
 
         def larger(op: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
             value = np.array(op(*inputs, **params))
@@ -89,7 +96,7 @@ class Scaled:
         self.engine.steps = [
             replace(step, op=partial(larger, step.op)) if step.makes == self.point else step for step in self.right
         ]
-        dump(self.engine, OursJob(out, self.ids, points="all"))
+        dump(self.engine, OursJob(out, self.ids, points=self.points))
         self.engine.steps = self.right
         truth = Arbiter.of(self.engine, self.ids)
         return bool(compare(load(out), load(self.folder / "ref.jsonl"), Options(truth=truth)))
@@ -128,3 +135,15 @@ def test_rows_of_which_a_table_leaves_little(small_model: Callable[..., Path], r
     gemma3n = Scaled(small_model("gemma3n"), tmp_path, reference, "blk.4.unary.2", ids)
     assert gemma3n.agrees(1.0)
     assert not gemma3n.agrees(1.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["granitemoe", "qwen3moe"])
+def test_noise_leaves_the_choice_of_experts(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, architecture: str
+) -> None:
+    """Rounding's noise chooses no other experts, so that a product which is a thousandth too large is seen behind them."""
+    model = small_model(architecture)
+    experts = Scaled(model, tmp_path, reference, "blk.0.attn_out", tuple(range(5, 13)), "default")
+    assert experts.agrees(1.0)
+    assert not experts.agrees(1.001)
