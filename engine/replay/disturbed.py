@@ -26,7 +26,10 @@ _PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
 
 @dataclass(frozen=True)
 class _Disturbed:
-    """An operation whose result is off by rounding: in a product by a share of each row's norm, elsewhere of each element."""
+    """An operation whose result is off by rounding: in a product by a share of each row's norm, elsewhere of each element.
+
+    Values that are whole numbers, such as ids of experts, carry no rounding and stay.
+    """
 
     op: Callable[..., Array]
     seed: tuple[int, int]
@@ -37,7 +40,7 @@ class _Disturbed:
         if value.dtype.kind != "f":
             return value
         xp = module_of(value)
-        # Ids of rows and of experts are whole numbers of any type; one that is a little smaller would be another's.
+        # Ids are whole numbers of a floating-point type here, and are cut to integers: one a little smaller would name another expert.
         if bool((value == xp.rint(value)).all()):
             return value
         noise = xp.asarray(np.random.default_rng(self.seed).standard_normal(value.shape))
