@@ -95,15 +95,14 @@ class Fitting(AtFirstPlace):
         for fit in FITTED:
             if self._layers is not None and fit.fault.once:
                 continue
-            wanted = fit.wanted(right)
-            starts = fit.starts(0.0 if wanted is None else wanted)
             for parameters in fit.variants(right):
                 kinds = parameters.get(AT, fit.fault.kinds)
                 if self._layers is not None and not _in_layers(kinds, self._layers, right):
                     continue
                 if not self._acts(kinds) or (self._layers is None and self._agrees_elsewhere(kinds)):
                     continue
-                for start in starts:
+                wanted = fit.wanted(right, parameters)
+                for start in fit.starts(0.0 if wanted is None else wanted):
                     if start > 0 or not fit.positive:
                         yield _Trial(fit, parameters, float(np.log(start)) if fit.positive else start)
 
@@ -319,5 +318,5 @@ def said(candidate: Candidate, right: Any) -> str:
     for fit in mine:
         value = candidate.parameters.get(fit.parameter)
         if isinstance(value, float):
-            return fit.said(value, right)
+            return fit.said(value, right, candidate.parameters)
     return ""
