@@ -1,10 +1,9 @@
 """How `parity explain` computes many candidates: together, from what is known already, and each of them once."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from explaining import PROMPT, only, small_engine
+from msgspec.structs import replace
 from planted import Faulty
 
 from engine.faults import CATALOGUE, Planting, plant

@@ -5,12 +5,12 @@ What counts as a number here is what `checkpoints.reading.fields.number` takes, 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import simdjson
+from msgspec import Struct
 from numpy.typing import NDArray
 
 Text = msgspec.Raw | memoryview | bytes
@@ -34,8 +34,7 @@ _IS_WORD = np.zeros(256, dtype=np.bool_)
 _IS_WORD[list(b"nNiI")] = True
 
 
-@dataclass(frozen=True)
-class Numbers:
+class Numbers(Struct, frozen=True):
     """The numbers of R arrays.
 
     Attributes:
@@ -123,8 +122,7 @@ def without_words(text: bytes) -> bytes:
     return text if words is None else words.dropped
 
 
-@dataclass(frozen=True)
-class _Words:
+class _Words(Struct, frozen=True):
     """Words among the numbers of a text: which elements they are [W], what they mean [W], and the text with zeros or nothing there."""
 
     at: NDArray[np.int64]

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from .http import ServerError
 
@@ -11,8 +12,7 @@ _NEVER = -1e4  # a natural logarithm below it is a probability of 0, however a s
 _MOST = 1 << 20  # most predictions of one answer
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One token with its log-probability (natural); `id` is None if the server names tokens only by their text."""
 
     text: str
@@ -21,8 +21,7 @@ class Candidate:
     data: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(Struct, frozen=True):
     """What the server said about one position: the token there, and its candidates, most probable first.
 
     The token's own log-probability is 0 if nothing predicted it (the first token of an echoed prompt).

@@ -6,10 +6,11 @@ with the results of the usual mistakes. A few rows at a time are read: memory do
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
@@ -38,8 +39,7 @@ _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _BY = ("GGUF", "folder")
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(Struct, frozen=True):
     """Where a tensor of the GGUF comes from: one tensor, or one for each expert.
 
     `in_groups`: a fused projection as the folder stores it, from which `parts` is reordered.
