@@ -140,6 +140,11 @@ class Contents(Struct, frozen=True, dict=True):
         return self.text("general.architecture")
 
     @property
+    def attention_window(self) -> int | None:
+        """How many positions attention sees in the layers that have a window; None if the metadata state none."""
+        return self.integer(f"{self.architecture}.attention.sliding_window")
+
+    @property
     def weight_families(self) -> tuple[str, ...]:
         """Which of f32, f16, bf16 and quantised types the matrices have."""
         kinds = {_FAMILIES.get(tensor.type, "quantised") for tensor in self.tensors if len(tensor.ne) > 1}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 FORMAT = 1
 DEFAULT_SLICE = 16  # leading values: a row fills a line of a screen; what lies outside of them the sketch sees
 SKETCH_SIZE = 32  # projections: the squared distance to √(2/32) = 25 %
+ATTENTION_WINDOW = "attention_window"  # of a header's `hparams`: positions that attention sees, in layers with a window
 PREFILL = "prefill"
 DECODE = "decode"
 

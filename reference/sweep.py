@@ -179,7 +179,8 @@ def dump_windows(
             break
     steps = steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
-    header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
+    made_from = dataflow(proof.whole.nodes, proof.whole.planned)
+    header = dump.header_of(job, info, pieces, library, size, made_from, contents.attention_window)
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:
         logits = sweep.run(steps, set(names), Emitter(writer, job, tensors, causal=proof.whole.causal))
         for i, token in enumerate(follow):

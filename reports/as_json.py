@@ -44,6 +44,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "left_out": verdict.left_out,
         "excused": verdict.excused,
         "notes": list(verdict.notes),
+        "ignored": list(verdict.ignored),
         "record_faults": [as_dict(fault) for fault in verdict.record_faults],
         "seen": [{**as_dict(item), "whole": item.whole} for item in verdict.seen],
         "next_slice": verdict.next_slice,

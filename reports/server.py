@@ -33,7 +33,8 @@ def lines(server_answer: ServerAnswer, width: int) -> Iterator[Text]:
             (
                 "tokens",
                 f"{count(server_answer.prompt, 'token')} of text"
-                + (f", {generated} chosen by the server" if generated else ""),
+                + (f", {generated} chosen by the server" if generated else "")
+                + (f" of {server_answer.wanted} that it was asked for" if generated < server_answer.wanted else ""),
             ),
         ],
         width,
@@ -121,6 +122,9 @@ def sentence(server_answer: ServerAnswer) -> str:
     total = len(server_answer.predictions)
     same = sum(item.same_choice for item in server_answer.predictions)
     agreement = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
+    chosen = len(server_answer.tokens) - server_answer.prompt
+    if chosen < server_answer.wanted:
+        agreement += f"; the server chose {chosen} of {server_answer.wanted} tokens"
     if server_answer:
         return f"parity: {total} of {total} predictions agree, {agreement}"
     wrong = sum(item.wrong for item in server_answer.predictions)

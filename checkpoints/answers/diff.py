@@ -206,7 +206,8 @@ class Verdict(Struct, frozen=True):
     run has to record if too little of the rows was seen. `excused` records are over the table's limit and agree by an assumption about
     rounding (a note says which), in whose place the model would put float64's answer. `truth` is what float64 says about the first
     divergence (about the worst record if there is none), `truth_points` about the points in dataflow order; both are empty if float64
-    was not computed.
+    was not computed. `ignored` are sentences on numbers of the file's metadata that the reference does not compute with: where there are
+    any, a side that differs from it may be right.
     """
 
     verdict: str
@@ -227,6 +228,7 @@ class Verdict(Struct, frozen=True):
     left_out: int = 0
     excused: int = 0
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     record_faults: tuple[RecordFault, ...] = ()
     seen: tuple[Seen, ...] = ()
     next_slice: int | None = None

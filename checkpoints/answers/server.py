@@ -61,6 +61,7 @@ class ServerAnswer(Struct, frozen=True):
         limit: the KL above which a prediction is wrong; `floor`: the most that llama.cpp differs from itself on these tokens.
         tokens: llama.cpp's ids of the prompt (the first `prompt` of them), followed by those that the server chose.
         prefix: the tokens up to the first wrong prediction.
+        wanted: how many tokens the server was asked to choose.
         unfaithful: chosen tokens that are not the most probable of the server's own candidates, as (position, chosen, better).
     """
 
@@ -81,6 +82,7 @@ class ServerAnswer(Struct, frozen=True):
     causes: tuple[ServerCause, ...] = ()
     unfaithful: tuple[tuple[int, str, str], ...] = ()
     prefix: tuple[int, ...] = ()
+    wanted: int = 0
     next_command: str = ""
     folder: str = ""
     notes: tuple[str, ...] = ()

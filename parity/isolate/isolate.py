@@ -17,6 +17,7 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.mapping import Mapping
 from checkpoints.points import parse
 from checkpoints.record import Header
+from engine.ignored import sentences
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from reference.client import Reference
@@ -111,8 +112,13 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
             "attention": bench.attention.said(),
+            "metadata": _ignored(bench.transformer),
         },
     )
+
+
+def _ignored(transformer: Transformer) -> str:
+    return "; ".join(sentences(transformer.recorded, transformer.model.metadata))
 
 
 def _started(request: IsolateRequest, running: Reference | None) -> AbstractContextManager[Reference]:
@@ -288,6 +294,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
             "attention": bench.attention.said(),
+            "metadata": _ignored(bench.transformer),
         },
     )
 

@@ -42,8 +42,7 @@ class ModelFacts(Struct, frozen=True, dict=True):
     @property
     def window(self) -> int | None:
         """How many positions attention sees in the layers that have a window; None if the metadata state none."""
-        size = self.model.metadata.get(f"{self.hp.architecture}.attention.sliding_window")
-        return size if isinstance(size, int) else None
+        return self.model.contents.attention_window
 
     @property
     def layers(self) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from checkpoints.dataflow import Dataflow, Made
 from checkpoints.points import EMBD, ENCODER, in_layer, order, parse
-from checkpoints.record import Dump, Rows
+from checkpoints.record import ATTENTION_WINDOW, Dump, Rows
 from reports.numbers import count, ranges
 
 from .model_facts import ModelFacts
@@ -129,6 +129,15 @@ class Subject(Struct, frozen=True, dict=True):
         if self.model is not None:
             return self.model.layers
         return self.dump.header.model.layers if self.dump.header is not None else None
+
+    @property
+    def window(self) -> int | None:
+        """How many positions attention sees in layers with a window, by the model file or the dump's header; None if neither says."""
+        if self.model is not None:
+            return self.model.window
+        header = self.dump.header
+        size = (header.hparams or {}).get(ATTENTION_WINDOW) if header is not None else None
+        return size if isinstance(size, int) else None
 
     @cached_property
     def ids(self) -> dict[int, int]:

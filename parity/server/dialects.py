@@ -15,19 +15,22 @@ _ABSENT = (404, 405, 501)  # the server has no such path
 class Completion(Struct, frozen=True):
     """A server's answer: its predictions for the prompt's own tokens (if it echoes them), and for those that it chose.
 
-    `prompt_tokens` is the prompt's number of tokens according to the server, None if it gives none.
+    `prompt_tokens` is the prompt's number of tokens according to the server, None if it gives none; `stopped` is why it chose no more,
+    in its words.
     """
 
     generated: tuple[Prediction, ...]
     prompt: tuple[Prediction, ...] = ()
     prompt_tokens: int | None = None
     text: str = ""
+    stopped: str = ""
 
 
 class Dialect(Protocol):
     """One way to request a completion."""
 
     name: str
+    top: int
     echoes: bool | None
 
     def complete(self, prompt: str | Sequence[int], count: int, *, echo: bool = False) -> Completion:
@@ -75,6 +78,7 @@ class OpenAI(Struct):
             tuple(predictions[:split]),
             counted if isinstance(counted, int) else None,
             text if isinstance(text, str) else "",
+            str(choice.get("finish_reason") or ""),
         )
 
     def _predictions(self, logprobs: Any, where: str) -> list[Prediction]:
@@ -113,6 +117,7 @@ class LlamaCppServer(Struct):
             tuple(listed(probabilities, where)[:count]),
             prompt_tokens=counted if isinstance(counted, int) else None,
             text=text if isinstance(text, str) else "",
+            stopped=str(answer.get("stop_type") or ""),
         )
 
 

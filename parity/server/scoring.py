@@ -17,7 +17,7 @@ from .ask import Asked, Heard, listen
 from .base import NOTHING, Row
 from .dialects import Dialect, dialect_of
 from .http import ServerError
-from .predictions import Candidate
+from .predictions import Candidate, require_logarithms
 from .session import ServerRequest
 from .vocabulary import BROKEN, Vocabulary
 
@@ -103,6 +103,7 @@ class ServerPredictions:
                 f"llama.cpp {ours[:40]!r}.",
                 "Is it the model that the server runs? If the text names special tokens, take one without them.",
             )
+        require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
         last = len(prompt.ids) - 1
         asked = [item for item in heard.asked if chunk.first <= item.position < last and item.candidates]
         self._most = max(self._most, *(len(item.candidates) for item in asked)) if asked else self._most
