@@ -45,6 +45,16 @@ def normal(rng: np.random.Generator, dims: tuple[int, ...], scale: float) -> Por
         yield portion
 
 
+def cores() -> int:
+    """The threads that quantise."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ahead() -> int:
+    """How many portions are held: one more than there are threads, so that each has its next rows while this one makes others."""
+    return cores() + 1
+
+
 def append(out: Path, tensors: Iterable[Tensor], progress: Progress | None = None) -> None:
     """Write the tensors behind the table of contents that `out` consists of so far, each padded to 32 bytes.
 
@@ -53,14 +63,12 @@ def append(out: Path, tensors: Iterable[Tensor], progress: Progress | None = Non
     Raises:
         OSError: the disk refuses it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tensors = list(tensors)
     total, done = sum(tensor.elements for tensor in tensors), 0
-    with out.open("ab") as file, ThreadPoolExecutor(cores) as pool:
+    with out.open("ab") as file, ThreadPoolExecutor(cores()) as pool:
         _pad(file)
         for tensor in tensors:
-            # One more than there are threads, so that each has its next rows while this one makes others.
-            for size, stored in _computed(pool, tensor.parts(), cores + 1):
+            for size, stored in _computed(pool, tensor.parts(), ahead()):
                 file.write(np.ascontiguousarray(stored).data)  # not `tofile`, which may not notice that the disk is full
                 done += size
                 if progress is not None:
