@@ -1,12 +1,13 @@
 """Changed GGUF files played by llama.cpp: mistakes of a converter, or of an engine that reads one number for another, are named."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faulty_engines import Case, dump_of, each, exchanged, number
+from msgspec.structs import replace
 from planted import PATIENT, tokens_of
 
 from parity.explain.explain import explain

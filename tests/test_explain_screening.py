@@ -1,12 +1,12 @@
 """How `parity explain` computes many candidates: together, from what is known already, and each of them once."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from explaining import PROMPT, only, small_engine
+from msgspec.structs import replace
 from planted import Faulty, tokens_of
 
 from engine.faults import CATALOGUE, Planting, plant

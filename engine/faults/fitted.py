@@ -1,11 +1,12 @@
 """Faults with a wrong number, which is fitted to the records, not looked up in a list."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from math import log10
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
@@ -43,8 +44,7 @@ _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
+class Fitted(Struct, frozen=True, kw_only=True):
     """A fault with one parameter that is a number to be fitted.
 
     Attributes:
@@ -125,11 +125,9 @@ def parameter_wanted(name: str, *kinds: str) -> Callable[[Steps, Parameters], fl
     return wanted
 
 
-@dataclass(frozen=True)
-class _Changed(HandsOn):
+class _Changed(HandsOn, frozen=True):
     """An operation whose result, or only its product before the bias is added, is multiplied or shifted by a number."""
 
-    op: Callable[..., Array]
     by: float
     how: str
     product: bool

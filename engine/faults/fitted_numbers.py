@@ -1,8 +1,9 @@
 """Numbers that only some models have, fitted: scales of queries, multipliers, soft caps."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from ..graph import Step
 from ..inapplicable import NotApplicable

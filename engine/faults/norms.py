@@ -1,10 +1,11 @@
 """Faults of the norms."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
@@ -120,8 +121,7 @@ def _over_positions(x: Array, weight: Array, *, eps: float) -> Array:
     return x / np.sqrt(mean + np.float32(eps))[None, :] * weight
 
 
-@dataclass(frozen=True)
-class _OfCentred:
+class _OfCentred(Struct, frozen=True):
     """A changed RMS norm in a LayerNorm: applied to the row without its mean, with the bias added."""
 
     op: Callable[..., Array]
