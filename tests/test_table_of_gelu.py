@@ -132,16 +132,14 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "size"), [("gpt2", 16), ("gemma3", 1 << 20)])
+@pytest.mark.parametrize("recipe", ["gemma3"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_fault_smaller_than_the_table_is_seen_with_the_model(
-    recipe: str, size: int, exact: bool, sides: Callable[[str], Sides]
-) -> None:
+def test_a_fault_smaller_than_the_table_is_seen_with_the_model(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
     """A layer's output scaled by 1.0003: less than the table's rounding, far more than other entries of it make."""
     both = sides(recipe)
     right = without_tables(both.faulty.right) if exact else list(both.faulty.right)
     scaled = edited(right, "blk.0.l_out", lambda x: x * np.float32(1.0003))
-    verdict = compared_on(both.bare(size, scaled), both.ref, Options(compute="f32"), both.model, third_side=False).verdict
+    verdict = compared_on(both.bare(1 << 20, scaled), both.ref, Options(compute="f32"), both.model, third_side=False).verdict
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.l_out"
 

@@ -1,10 +1,10 @@
 """The limit of a record if the truth is known: a multiple of the reference's own distance from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows
@@ -80,8 +80,7 @@ ROUNDING = 1e-8
 FEW = 16
 
 
-@dataclass(frozen=True)
-class Above:
+class Above(Struct, frozen=True):
     """What each point is made from: `parents` are the numbers of the nearest points before it; the rows of those in `everywhere` act on
     all positions of what is made from them (an encoder's).
     """
