@@ -14,11 +14,11 @@ import random
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from planted import Faulty, Planted, half_sums, tokens_of
 
 from checkpoints.answers.explain import Explanation

@@ -3,8 +3,9 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from .errors import DISK, MEMORY, InputError
 
@@ -12,8 +13,7 @@ _MOUNT = Path("/sys/fs/cgroup")
 _NONE = 1 << 60  # a limit beyond it is none: v1 writes the largest number of pages
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """Bytes that can be allocated now, and what says so: the system, or a control group of this process."""
 
     free: int

@@ -1,7 +1,6 @@
 """A server beside llama.cpp, as text and as JSON."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from checkpoints.answers.server import GREEDY, Predicted, ServerAnswer, ServerCause
 from checkpoints.printable import printable
+from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .layout import columns, labelled
@@ -143,9 +143,9 @@ def as_json(server_answer: ServerAnswer) -> dict[str, Any]:
     """The whole answer."""
 
     def prediction(item: Predicted | None) -> dict[str, Any] | None:
-        return None if item is None else asdict(item) | {"same_choice": item.same_choice}
+        return None if item is None else as_dict(item) | {"same_choice": item.same_choice}
 
-    answer = asdict(server_answer) | {
+    answer = as_dict(server_answer) | {
         "schema": 1,
         "verdict": "parity" if server_answer else "divergence",
         "compared": len(server_answer.predictions),

@@ -3,11 +3,12 @@
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.graph import RecordedGraph
 from checkpoints.reading.reader import read

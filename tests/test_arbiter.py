@@ -1,12 +1,12 @@
 """The arbiter: the same steps in float64 say which of two sides is right, and how far float32 itself is from the truth."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, only, small_engine
+from msgspec.structs import replace
 from planted import Faulty
 
 from checkpoints.record import Rows

@@ -1,13 +1,13 @@
 """`diff` without a model where llama.cpp's GELU is a table of float16, and where norms hide what is wrong before them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from dumps import HEADER, Arrays, dump, random
+from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict

@@ -2,12 +2,12 @@
 
 import json
 import stat
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..columns import KIND, beside

@@ -4,13 +4,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
@@ -22,8 +22,7 @@ Convert = Callable[[NDArray[np.float32], int], NDArray[Any]]  # rows and a ggml 
 Progress = Callable[[str, int, int | None], None]
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A tensor to write: its elements, and its parts in order, each of some rows."""
 
     elements: int

@@ -1,9 +1,10 @@
 """Compares every measured record with its limit: the table's, one set by the noise of earlier layers, or one raised for noise."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
@@ -42,8 +43,7 @@ TABLE = FEW_ENTRIES
 GROWN = 25.0
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(Struct, frozen=True):
     """For each record, [R]: its NMSE limit, its error in proportion to the limit, and whether that is above 1.
 
     `excused` records are over the table's limit and pass by an assumption about rounding.

@@ -1,11 +1,11 @@
 """The other layout, name or moment under which a record equals the reference's: reorderings of a row, other points, a constant factor."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.points import order, parse
@@ -25,8 +25,7 @@ _ENOUGH = 64  # most records that are looked at
 CLEAR = 100.0  # a reading has to reduce the error by this factor
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """What a record shows instead: `kind` is one of the above, `sentence` says it, `mapping` is the `--map` line that settles it."""
 
     kind: str
@@ -34,8 +33,7 @@ class Reading:
     mapping: str = ""
 
 
-@dataclass(frozen=True)
-class Allowed:
+class Allowed(Struct, frozen=True):
     """How far a reading may be off: NMSE [R], and half a step of the printed decimals."""
 
     nmse: Floats

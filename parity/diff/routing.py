@@ -4,9 +4,10 @@ After a flip other experts compute, so that nothing that depends on them can be 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
@@ -54,8 +55,7 @@ def _apart(ours: frozenset[int], ref: frozenset[int]) -> float:
     return len(ref - ours) / max(len(ref), 1) if len(ours) == len(ref) else 1.0
 
 
-@dataclass(frozen=True)
-class Routed:
+class Routed(Struct, frozen=True):
     """`open`: records, bool [R], that differ but cannot be compared: other experts computed them, or the same in another order."""
 
     open: Bools

@@ -3,9 +3,8 @@
 It stays a divergence and says what settles the question: with the model at hand, float64 and measured limits decide.
 """
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict

@@ -1,12 +1,12 @@
 """`parity explain`: which known fault of an engine reproduces the numbers of its dump."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.answers.explain import Cause, Explanation, Named, Place, TruthAt
 from checkpoints.answers.lint import ERROR

@@ -1,7 +1,9 @@
 """The questions: what the server predicts at each position of a text (teacher forcing), and what it chooses by itself (greedy)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..run.request import Prompt
 from .dialects import Dialect
@@ -13,8 +15,7 @@ Progress = Callable[[str, int, int | None], None]
 _AT_ONCE = 512  # most requests of one comparison if each position takes one; in longer texts they are spread out
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """What the server predicted after the tokens up to `position`.
 
     `chosen` is the token that it chose there, None if the text's own follows; `prefix` is the text that it was given, None if
@@ -28,8 +29,7 @@ class Asked:
     prefix: str | None = None
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(Struct, frozen=True):
     """Everything that the server answered.
 
     `tokens` are llama.cpp's ids of the prompt and then those that the server chose; `around` is what it echoed before and after the
@@ -47,7 +47,7 @@ class Heard:
     cut: int | None = None
     wanted: int = 0
     stopped: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def listen(

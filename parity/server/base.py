@@ -1,11 +1,11 @@
 """llama.cpp's own predictions at the positions that a server was asked about, and how far llama.cpp differs from itself there."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from reference.client import Reference
@@ -23,8 +23,7 @@ _ROUNDED = 1e-5  # how far over 1 probabilities sum by the digits with which ser
 NOTHING = -69.0  # log(1e-30): what a server calls impossible
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(Struct, frozen=True):
     """KL of two passes of llama.cpp over the same tokens, float32 and the file's own types with an F16 cache: worst and mean."""
 
     worst: float

@@ -1,11 +1,12 @@
 """Explanations of a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from checkpoints.answers.server import ServerCause
 from checkpoints.printable import printable
@@ -29,8 +30,7 @@ _TEMPERATURES = (0.05, 20.0)
 _PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.05), np.arange(0.5, 1.0, 0.05)])
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(Struct, frozen=True):
     """Everything needed to look for a cause: `sample` has llama.cpp's rows [V], `limit` is a KL; `notes` say what was not tried."""
 
     reference: Reference

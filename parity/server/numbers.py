@@ -1,11 +1,11 @@
 """What a server may give instead of natural log-probabilities: another base or sign, probabilities, logits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import log
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
@@ -16,8 +16,7 @@ _SURE = 0.05  # a log-probability nearer to 0 tells no factor: it is mostly roun
 _NEAR = 0.02  # how far a fitted factor may be from a base's
 
 
-@dataclass(frozen=True)
-class Meaning:
+class Meaning(Struct, frozen=True):
     """One reading of a server's numbers: `natural` makes log-probabilities of a position's [K], given llama.cpp's of the same tokens."""
 
     name: str

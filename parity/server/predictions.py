@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from .http import ServerError
 
@@ -13,8 +14,7 @@ _ABOVE = 1e-3  # what rounding adds to a log-probability of 0
 _MOST = 1 << 20  # most predictions of one answer
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One token with its log-probability (natural); `id` is None if the server names tokens only by their text."""
 
     text: str
@@ -23,8 +23,7 @@ class Candidate:
     data: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(Struct, frozen=True):
     """What the server said about one position: the token there, and its candidates, most probable first.
 
     The token's own log-probability is 0 if nothing predicted it (the first token of an echoed prompt).

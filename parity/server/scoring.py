@@ -1,11 +1,12 @@
 """A server's log-probabilities over the chunks of a text, for `parity score`."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reference.client import Reference
 
@@ -23,8 +24,7 @@ from .vocabulary import BROKEN, Vocabulary
 _REFUSED = (400, 404, 415, 422, 500)  # how servers say that a prompt must be a text
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(Struct, frozen=True):
     """A server's candidates of one position; several tokens may have a candidate's text."""
 
     asked: Asked

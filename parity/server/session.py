@@ -4,15 +4,17 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer
 from checkpoints.errors import InputError
+from checkpoints.structs import as_dict
 from checkpoints.whole_file import put
 from reference.client import Reference
 from reference.jobs import Tokens
@@ -38,8 +40,7 @@ _TIMES = 25.0
 _LEAST_LIMIT = 1e-5  # KL: servers print seven digits, and an F16 cache moves an F32 model's by 2e-6
 
 
-@dataclass(frozen=True)
-class ServerRequest:
+class ServerRequest(Struct, frozen=True):
     """How the server is asked: `top` candidates a position, `extra` members of every request's JSON, `model` its name there."""
 
     connection: Connection
@@ -91,7 +92,7 @@ def compare_server(
             )
             dump_reference(dumped, dumps / REF_FILE)
     answer = replace(answer, seconds=perf_counter() - began)
-    put(folder / SERVER_FILE, (json.dumps(asdict(answer), indent=1, allow_nan=False) + "\n").encode())
+    put(folder / SERVER_FILE, (json.dumps(as_dict(answer), indent=1, allow_nan=False) + "\n").encode())
     return answer
 
 

@@ -1,9 +1,9 @@
 """Log-probabilities behind a sampler that keeps only the likeliest tokens and makes their probabilities sum to 1."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from .base import Row
@@ -16,8 +16,7 @@ _NEVER = 80.0  # a logit that far below the largest has no probability in float3
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Truncated:
+class Truncated(Struct, frozen=True):
     """A sampler in front of the server's numbers: what it is called, and which of llama.cpp's logits it leaves."""
 
     what: str

@@ -1,9 +1,10 @@
 """Where each tensor of a GGUF comes from in a Hugging Face folder: names, stacked experts, grouped projections."""
 
 import re
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 
@@ -13,8 +14,7 @@ _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Struct, frozen=True):
     """Where a tensor of the GGUF comes from: one tensor, or one for each expert.
 
     `in_groups`: a fused projection as the folder stores it, from which `parts` is reordered.

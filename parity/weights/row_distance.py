@@ -1,8 +1,7 @@
 """How far a converted tensor is from its source, row by row: a single wrong row counts in a matrix of a hundred thousand."""
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from .quantisation_loss import LOSS, largest_loss
@@ -19,8 +18,7 @@ _MOST = 0.5  # a row that is another row, or zero, has an error of 1 to 2 times 
 _FAINT = 1e-3  # of the mean row's square: a row that small is judged as if it had as much
 
 
-@dataclass
-class Distance:
+class Distance(Struct):
     """Squares of differences and of right values, float64 [rows] each, of a tensor with `columns` values in each row."""
 
     errors: NDArray[np.float64]
@@ -47,8 +45,7 @@ class Distance:
         return error / energy if energy else 0.0 if error == 0 else np.inf
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(Struct, frozen=True):
     """What a type's rounding may cost: the NMSE of a whole tensor, that of one row, and the square of an element's difference."""
 
     whole: float
