@@ -30,6 +30,7 @@ class Judged:
     otherwise: Bools
     faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
+    blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
 
 
 @dataclass(frozen=True)
