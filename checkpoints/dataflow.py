@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
+
+from msgspec import Struct
 
 from .points import EMBD, ENCODER, KINDS, LAYER_KINDS, LOGITS, OUTPUT_NORM, apart, in_layer, lanes, order, parse
 
@@ -19,8 +20,7 @@ _MOST_NAMES = 1 << 17  # points and weights that they read, in total
 _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(Struct, frozen=True):
     """How one point is computed: ggml's name of the operation, the points that it reads, the GGUF names of its weights.
 
     `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU"); empty where nothing says it, as in older headers.
@@ -36,8 +36,7 @@ class Made:
         return self.function in LOOKED_UP if self.function else "gelu" in name or "geglu" in name
 
 
-@dataclass(frozen=True)
-class Dataflow:
+class Dataflow(Struct, frozen=True, dict=True):
     """Points in the order of computation, each with how it is computed. A point comes after everything it reads."""
 
     made: Mapping[str, Made]

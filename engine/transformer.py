@@ -1,10 +1,10 @@
 """Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
@@ -30,7 +30,7 @@ class Transformer:
     The first pass of an encoder–decoder is the encoder's over the prompt, and the decoder's over its start token (and any tokens
     that it is led along).
 
-    `recorded` is llama.cpp's graph of the model, if its steps are not written by hand. `steps` are those of a pass over several
+    `recorded` is llama.cpp's graph of the model, None if its steps are written by hand. `steps` are those of a pass over several
     tokens, `single` those of a pass over one token, which llama.cpp may compute differently.
 
     Raises:
@@ -46,6 +46,7 @@ class Transformer:
         self.steps: Sequence[Step]
         self.single: Sequence[Step] | None = None
         self.encoder: Sequence[Step] | None = None
+        self.recorded = recorded
         self.decoder_start = None if recorded is None else recorded.start
         self.longest = None if recorded is None else recorded.longest
         self._long_above = None if recorded is None else recorded.long_above

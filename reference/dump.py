@@ -6,10 +6,10 @@ It holds one value at a time, and needs the whole model in memory; `sweep` does 
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints import points
@@ -18,7 +18,7 @@ from checkpoints.dataflow import Dataflow
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import Contents
-from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.record import ATTENTION_WINDOW, DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.tensors import TensorWriter, beside
 
 from . import twin
@@ -70,9 +70,10 @@ def header_of(
     pieces: Sequence[str],
     library: Library,
     window: int | None,
-    made_from: Dataflow | None = None,
+    made_from: Dataflow,
+    attention_window: int | None,
 ) -> Header:
-    """The dump's first line."""
+    """The dump's first line; `window` counts layers that are in memory at a time, `attention_window` positions."""
     build = library.versions() | {
         "threads": job.threads or default_threads(),
         "flash_attention": False,
@@ -89,7 +90,8 @@ def header_of(
         compute="f32",
         kv_type=job.kv_type,
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
-        dataflow=None if made_from is None else made_from.to_json(),
+        hparams={ATTENTION_WINDOW: attention_window} if attention_window else None,
+        dataflow=made_from.to_json(),
         build=build,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -127,7 +129,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         plans = plans_of(session, prompt, job.tokens if model.encoder_decoder else (), single=job.may_step)
         check_ways(plans, job, info)
         generates(plans.prompt, job, info)
-        header = header_of(job, info, pieces, library, None, of_passes(plans))
+        header = header_of(job, info, pieces, library, None, of_passes(plans), model.window)
         names = points.select(expression(job, model.n_layers), plans.names, model.n_layers)
         planned_at = time.perf_counter()
         with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:

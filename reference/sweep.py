@@ -7,10 +7,10 @@ sweep, which is correct but slow; the whole model is the better way wherever it 
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints import points
@@ -67,8 +67,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob, free: int) -
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
 
 
-@dataclass(frozen=True)
-class _Sweep:
+class _Sweep(Struct, frozen=True):
     """What stays the same in every sweep over the model."""
 
     library: Library
@@ -180,7 +179,8 @@ def dump_windows(
             break
     steps = steps_of(job.tokens, follow, job.first_position)
     pieces = job.pieces or vocabulary.pieces(job.tokens)
-    header = dump.header_of(job, info, pieces, library, size, dataflow(proof.whole.nodes, proof.whole.planned))
+    made_from = dataflow(proof.whole.nodes, proof.whole.planned)
+    header = dump.header_of(job, info, pieces, library, size, made_from, contents.attention_window)
     with open_dump(job.out, header, binary=job.binary) as writer, dump.tensors_beside(job) as tensors:
         logits = sweep.run(steps, set(names), Emitter(writer, job, tensors, causal=proof.whole.causal))
         for i, token in enumerate(follow):

@@ -89,7 +89,9 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if verdict.pattern is not None:
         yield "pattern", clean(verdict.pattern.sentence)
     if verdict.truth is not None and verdict.first_divergence is not None:
-        yield "float64", truth(verdict.truth)
+        yield "float64", truth(verdict.truth, by_file=not verdict.ignored)
+    for number, sentence in enumerate(verdict.ignored):
+        yield "" if number else "metadata", clean(sentence)
     for origin in verdict.origins[1:4]:
         text = f"{clean(origin.first.checkpoint)}, {'position' if len(origin.positions) == 1 else 'positions'} "
         how = "not caused by the first" if origin.first.fresh else "grown from errors below the limit before it"
@@ -98,13 +100,16 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
 
 
-def truth(point: TruthPoint) -> str:
-    """How far both sides are from the same steps in float64, and which of them is the one that is off."""
+def truth(point: TruthPoint, *, by_file: bool = True) -> str:
+    """How far both sides are from the same steps in float64, and which of them is the one that is off.
+
+    The steps are those of llama.cpp's graph; unless they are `by_file`, as the metadata say, a side that is far from them may be right.
+    """
     if point.ref is not None and isinf(point.ref) and point.ours is not None and isfinite(point.ours):
         return f"ours is {error(point.ours)} from the same steps in float64; the reference is not finite"
     sentence = f"ours is {error(point.ours)} from the same steps in float64, the reference {error(point.ref)}"
     if point.alone == "ours":
-        return f"{sentence}: ours is wrong"
+        return f"{sentence}: ours {'is wrong' if by_file else 'computes something else'}"
     if point.alone == "reference":
         return f"{sentence}: the reference is the less accurate one"
     return f"{sentence}: neither is much closer"

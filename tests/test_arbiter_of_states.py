@@ -1,13 +1,13 @@
 """Float64 knows the states that passes leave behind, as it knows the values that have a row for each position."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from checkpoints.formats import load
 from checkpoints.record import Dump

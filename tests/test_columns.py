@@ -3,13 +3,13 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 
 from checkpoints.columns import ColumnsWriter, beside
 from checkpoints.errors import DumpError

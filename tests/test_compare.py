@@ -1,10 +1,9 @@
 """Faults planted in synthetic dumps: the verdict names the place, the origins, the pattern and what to record next."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import FRESH, INHERITED, Verdict
 from checkpoints.dataflow import Dataflow, Made

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from dumps import HEADER, dump, noisy, random, spoiled
+from msgspec.structs import replace
 
 from checkpoints.dataflow import CACHE, Dataflow, Made, of_vocabulary
 from checkpoints.points import LAYER_KINDS, in_layer

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli, refused
 from explaining import PROMPT, RIGHT, STEPS, only, small_engine
+from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.jsonl import Writer

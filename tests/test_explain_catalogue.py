@@ -1,12 +1,12 @@
 """Every entry of the catalogue, planted into an engine, is named by `parity explain` from a dump's values alone."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_places import HALVES, PLACES
+from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from explaining import only, small_engine
+from msgspec.structs import replace
 
 from checkpoints.gguf_file import contents, header_bytes
 from checkpoints.long_factors import LONG, SHORT

@@ -1,13 +1,13 @@
 """Faults planted in an engine whose whole values are judged: each is named at its operations and layers, and nothing else."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation

@@ -1,12 +1,12 @@
 """`parity diff --model`: what F16 and BF16 arithmetic cost is measured on this model and prompt."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 from planted import Faulty, Planted, half_sums
 
 from checkpoints.record import Dump

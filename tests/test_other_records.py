@@ -1,11 +1,11 @@
 """Records that show something other than the point they are named after: each kind is named, also where the engine is wrong besides."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import Faulty, Planted
 

@@ -1,12 +1,12 @@
 """Proves that twins hold the very weights, and that windows of layers give the whole model's numbers to the bit."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from slow import slow_but
 
 from checkpoints.errors import InputError

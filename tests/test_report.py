@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from dumps import dump, noisy, random, spoiled
+from msgspec.structs import replace
 from pictures import EVIL, diverging, hostile, huge, passing
 
 from checkpoints.answers.diff import Pattern

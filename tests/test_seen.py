@@ -1,10 +1,9 @@
 """Values that a comparison did not see acquit nothing; differences that a type or a near tie explains are not blamed on an operation."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from dumps import HEADER, Arrays, dump, noisy, random, spoiled
+from msgspec.structs import replace
 from planted import Faulty, Planted
 
 from checkpoints.dataflow import Dataflow, Made

@@ -1,13 +1,13 @@
 """`diff` without a model where llama.cpp's GELU is a table of float16, and where norms hide what is wrong before them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from dumps import HEADER, Arrays, dump, random
+from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
@@ -129,6 +129,19 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.1.ffn_geglu"
     assert any("a fault, or the table" in note for note in verdict.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gemma3"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_fault_smaller_than_the_table_is_seen_with_the_model(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
+    """A layer's output scaled by 1.0003: less than the table's rounding, far more than other entries of it make."""
+    both = sides(recipe)
+    right = without_tables(both.faulty.right) if exact else list(both.faulty.right)
+    scaled = edited(right, "blk.0.l_out", lambda x: x * np.float32(1.0003))
+    verdict = compared_on(both.bare(1 << 20, scaled), both.ref, Options(compute="f32"), both.model, third_side=False).verdict
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.l_out"
 
 
 def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Sides]) -> None:

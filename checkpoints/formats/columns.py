@@ -1,12 +1,12 @@
 """Dumps whose records are stored as arrays in a safetensors file beside the JSON lines (`checkpoints.columns` writes them)."""
 
 import stat
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..columns import KIND, beside

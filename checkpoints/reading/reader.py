@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..errors import DumpError
 from ..record import Dump, End, Rows, Token

@@ -1,9 +1,9 @@
 """Records whose line says no position: an engine that prints one line a point and pass, in order, says it by the order."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..errors import DumpError
 from ..record import Rows

@@ -3,10 +3,11 @@
 What only a difference needs is imported where one shows: most comparisons agree, and importing takes longer than comparing.
 """
 
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import Limits, RecordFault, Verdict
 from checkpoints.answers.picture import Picture
@@ -27,8 +28,7 @@ from .truth import Truth
 from .whole_rows import sizes
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """How to compare.
 
     `tolerance`: one NMSE limit for everything. `compute`: the arithmetic of our side (f32, tf32, f16, bf16, q8), if its header
@@ -47,8 +47,7 @@ class Options:
     truth: Truth | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Struct, frozen=True, dict=True):
     """The result of a comparison: every record with its figures, and the answer.
 
     `truth` is the record that the answer is about, in float64, if that was computed.

@@ -4,10 +4,10 @@ The value at (point p, position t) depends on every point that p is made from, d
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.dataflow import CACHE, Dataflow, of_vocabulary
@@ -27,16 +27,14 @@ _FUNCTIONS_OF_NAN = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(Struct, frozen=True):
     """For each record, [R]: the worst NMSE of everything that it depends on, and whether any of that failed."""
 
     worst: Floats
     failed: Bools
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(Struct, frozen=True):
     """What lies between a point and the compared points before it.
 
     `inputs` are the compared points that it begins with; `unrecorded` are points in between that could be recorded, too. `nodes` are
@@ -48,8 +46,7 @@ class Stretch:
     nodes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Flow:
+class Flow(Struct, frozen=True, dict=True):
     """A model's dataflow reduced to the compared points: `names`, in the order of computation.
 
     `known` is False if no dump says how points are made, and the vocabulary's order is used instead. `unmasked`: every position sees all
@@ -274,8 +271,7 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
     return Upstream(worst, spoiled)
 
 
-@dataclass(frozen=True)
-class _Front:
+class _Front(Struct, frozen=True):
     """Per position: the worst error at it or before it, and whether anything failed there."""
 
     worst: Floats

@@ -4,9 +4,8 @@ This is no proof: a fault can make noise of that size (LayerNorm instead of RMSN
 The answer stays a divergence, blames no operation and says what settles the question.
 """
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict

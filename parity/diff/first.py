@@ -1,9 +1,9 @@
 """What explains the first divergence: the last agreement, the operation or what to record next, and the pattern."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
@@ -27,8 +27,7 @@ BLAMED = "this operation is wrong"  # the end of a sentence that names an operat
 _ALIKE = 30.0
 
 
-@dataclass(frozen=True)
-class First:
+class First(Struct, frozen=True):
     """Everything that a verdict says about the first divergence."""
 
     divergence: Difference

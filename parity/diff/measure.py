@@ -5,9 +5,10 @@ NMSE is Σ(a−b)²/Σb², b the reference. Everything is accumulated in float64
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
@@ -24,8 +25,7 @@ Ints = NDArray[np.int64]
 _BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
 
 
-@dataclass(frozen=True)
-class Measures:
+class Measures(Struct, frozen=True):
     """One element a record, [R]; NaN (or -1 for an index) where it is not known.
 
     `nmse` is the larger of `nmse_slice` and `nmse_row`, infinite where only one side has a non-finite value.
@@ -52,11 +52,10 @@ class Measures:
 
     def take(self, keep: NDArray[np.bool_]) -> "Measures":
         """The measures of some of the records; `keep` is bool [R]."""
-        return Measures(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
+        return Measures(**{name: getattr(self, name)[keep] for name in self.__struct_fields__})
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Struct, frozen=True):
     """The pairs in which anything could be compared, and the measures of their R records.
 
     `point` [R] is the index of a record's pair, `row` [R] its row there; `decode` is our side's phase.
@@ -166,7 +165,7 @@ def measure(pairs: Sequence[Pair]) -> Measures:
         return _measure([], [])
     order = np.argsort(np.concatenate(places), kind="stable")
     return Measures(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Measures)}
+        **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in Measures.__struct_fields__}
     )
 
 
@@ -219,8 +218,7 @@ def _whole(pair: Pair) -> NDArray[np.bool_]:
     return np.asarray(mine & pair.ref.full())
 
 
-@dataclass(frozen=True)
-class _Nonfinite:
+class _Nonfinite(Struct, frozen=True):
     """NaN and infinities, [R]: how many each side has, whether only one side has some, and the first such
     element (-1: none was recorded). `nothing`: both have NaN wherever something was recorded; NaN agrees with nothing."""
 

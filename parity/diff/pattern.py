@@ -1,8 +1,7 @@
 """The diagnosis that costs nothing: what the positions at which the first diverging point is wrong say about the cause."""
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern
@@ -19,8 +18,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """The first diverging point's records of one sequence that nothing upstream explains, by position, [P].
 
     `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference does not have; `unjudged`: the

@@ -1,10 +1,10 @@
 """What a wrong record may show instead of its point, and the comparison that all such readings share."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
@@ -20,8 +20,7 @@ TELLING = 8  # elements that have to be compared before a reading is believed
 CLEAR = 100.0  # a reading has to reduce the error by this factor
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """What a record shows instead.
 
     `kind` is one of the above, `sentence` says it, `mapping` is the `--map` line that settles it, for this point. `relation` is equal
@@ -42,8 +41,7 @@ class Reading:
         return self.relation or self.sentence
 
 
-@dataclass(frozen=True)
-class Allowed:
+class Allowed(Struct, frozen=True):
     """How far a reading may be off: NMSE [R], and half a step of the printed decimals."""
 
     nmse: Floats

@@ -4,9 +4,10 @@ After a flip other experts compute, so that nothing that depends on them can be 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
@@ -54,8 +55,7 @@ def _apart(ours: frozenset[int], ref: frozenset[int]) -> float:
     return len(ref - ours) / max(len(ref), 1) if len(ours) == len(ref) else 1.0
 
 
-@dataclass(frozen=True)
-class Routed:
+class Routed(Struct, frozen=True):
     """`open`: records, bool [R], that differ but cannot be compared: other experts computed them, or the same in another order."""
 
     open: Bools
@@ -198,6 +198,30 @@ def may_have_flipped(model: Flow, point: str, seq: int, position: int, ref: Mapp
             continue
         for read in how.reads:
             scores = _scores(ref, read, seq, position)
-            if scores is not None and nearest(scores, limit) is not None:
+            if scores is None:
+                continue
+            chosen = _chosen(model, name, seq, position, ref)
+            if (nearest(scores, limit) if chosen is None else _of_the_last(scores, chosen, limit)) is not None:
                 return name
     return ""
+
+
+def _chosen(model: Flow, name: str, seq: int, position: int, ref: Mapping[str, Rows]) -> frozenset[int] | None:
+    """The experts that the reference chose at a node, if it recorded them."""
+    for point in (name, *model.whole.readers.get(name, ())):
+        rows = ref.get(point)
+        if rows is None or not parse(point).kind.endswith("moe_topk"):
+            continue
+        at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
+        if len(at) and rows.full()[at[0]]:
+            return _ids(rows, int(at[0]))
+    return None
+
+
+def _of_the_last(scores: Floats, chosen: frozenset[int], limit: float) -> float | None:
+    """How far the last chosen expert's score is from the next one's, if an error within the limit can exchange them; else None."""
+    if not chosen or max(chosen) >= len(scores) or len(chosen) >= len(scores) or not np.isfinite(scores).all():
+        return nearest(scores, limit)
+    inside = np.isin(np.arange(len(scores)), sorted(chosen))
+    margin = float(scores[inside].min() - scores[~inside].max())
+    return margin if margin**2 <= limit * float(np.sum(scores**2)) else None

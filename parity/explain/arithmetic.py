@@ -1,9 +1,9 @@
 """Two dumps compared where nothing says in which arithmetic one of them was computed: the one that fits best is found."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict

@@ -1,17 +1,18 @@
 """`parity explain`: which known fault of an engine reproduces the numbers of its dump."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.answers.explain import Cause, Explanation, Named, Place, TruthAt
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
+from engine.ignored import sentences
 from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
@@ -56,7 +57,8 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         answer, _ = _explained(Case(dump, Half(transformer), options), options, budget)
     else:
         answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
-    notes = (*answer.notes, *_lint(dump, transformer))
+    otherwise = () if answer else sentences(transformer.recorded, transformer.model.metadata)
+    notes = (*otherwise, *answer.notes, *_lint(dump, transformer))
     return replace(answer, notes=notes, seconds=perf_counter() - began)
 
 

@@ -4,12 +4,13 @@ What computes is imported when it is asked for: two sides that agree ask nothing
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
@@ -20,33 +21,55 @@ from checkpoints.record import Dump, Rows
 from ..diff.limits import limits
 
 if TYPE_CHECKING:
+    from engine.transformer import Transformer
+
     from ..arbiter.encoder_decoder import EncoderDecoderArbiter
     from ..arbiter.third_side import AnyArbiter
     from .case import Case
     from .precision import PrecisionFloor
 
 
-@dataclass(frozen=True)
-class KnownModel:
+class KnownModel(Struct, frozen=True, dict=True):
     """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model."""
 
     ref: Dump
     path: Path
 
     @cached_property
-    def case(self) -> "Case | None":
-        """The right engine beside the reference, whose tokens and positions are known, unlike those of bare lines."""
-        from .case import Case, ExplainOptions
+    def transformer(self) -> "Transformer | None":
+        """Our engine of the model; None if it cannot compute it."""
+        from .case import ExplainOptions, open_model
 
         try:
-            return Case(self.ref, self.path, ExplainOptions())
+            return open_model(self.path, ExplainOptions())
+        except ParityError:
+            return None
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """What the metadata say and the reference computes otherwise, a sentence each."""
+        if self.transformer is None or self.transformer.recorded is None:
+            return ()
+        from engine.ignored import sentences
+
+        return sentences(self.transformer.recorded, self.transformer.model.metadata)
+
+    @cached_property
+    def case(self) -> "Case | None":
+        """The right engine beside the reference, whose tokens and positions are known, unlike those of bare lines."""
+        from .case import Case, ExplainOptions, Half
+
+        if self.transformer is None:
+            return None
+        try:
+            return Case(self.ref, Half(self.transformer), ExplainOptions())
         except ParityError:
             return None
 
     @cached_property
     def truth(self) -> "AnyArbiter | None":
         """The steps in float64 over the reference's tokens; None if our engine cannot compute the model."""
-        return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.path)
+        return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.transformer)
 
     @property
     def asked(self) -> bool:
@@ -120,17 +143,11 @@ class KnownModel:
         )
 
 
-def _of_encoder_decoder(ref: Dump, path: Path) -> "EncoderDecoderArbiter | None":
+def _of_encoder_decoder(ref: Dump, transformer: "Transformer | None") -> "EncoderDecoderArbiter | None":
     """The truth about the reference's prompt and generated tokens, if the model is an encoder–decoder."""
-    if ref.header is None or not ref.header.tokens:
+    if ref.header is None or not ref.header.tokens or transformer is None or transformer.encoder is None:
         return None
     from ..arbiter.encoder_decoder import EncoderDecoderArbiter
-    from .case import ExplainOptions, generated_of, open_model
+    from .case import generated_of
 
-    try:
-        transformer = open_model(path, ExplainOptions())
-    except ParityError:
-        return None
-    if transformer.encoder is None:
-        return None
     return EncoderDecoderArbiter(transformer, ref.header.tokens, generated_of(ref))

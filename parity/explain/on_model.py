@@ -1,8 +1,9 @@
 """A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from checkpoints.record import Dump
 
@@ -30,6 +31,8 @@ def compared_on(
     """
     known = KnownModel(_as_seen(ref, ours), model)
     compared = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
+    if not compared.verdict:
+        compared = replace(compared, verdict=replace(compared.verdict, ignored=known.ignored))
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.asked))):
         return compared
@@ -51,13 +54,14 @@ def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbi
     """
     from ..diff.three_way import compare_three, with_truth
 
-    if arbiter == OFF:
-        return compare_three(dumps, options)
     known = KnownModel(
         next((dump for dump in reversed(dumps) if dump.header is not None and dump.header.tokens), dumps[1]), model
     )
-    compared = compare_three(dumps, replace(options, truth=known))
-    return compared if compared or known.truth is None else with_truth(compared, dumps, known)
+    compared = compare_three(dumps, replace(options, truth=None if arbiter == OFF else known))
+    if compared:
+        return compared
+    compared = replace(compared, notes=(*known.ignored, *compared.notes))
+    return compared if arbiter == OFF or known.truth is None else with_truth(compared, dumps, known)
 
 
 def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:

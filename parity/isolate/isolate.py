@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
@@ -16,6 +17,7 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.mapping import Mapping
 from checkpoints.points import parse
 from checkpoints.record import Header
+from engine.ignored import sentences
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from reference.client import Reference
@@ -42,8 +44,7 @@ _NO_OUTPUT = "its output was not recorded as a whole"
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens will do: operations are judged one by one
 
 
-@dataclass(frozen=True)
-class IsolateRequest:
+class IsolateRequest(Struct, frozen=True):
     """The request of `parity isolate`; with `dump` a foreign engine's whole values are judged, else llama.cpp's."""
 
     model: Path
@@ -111,8 +112,13 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
             "attention": bench.attention.said(),
+            "metadata": _ignored(bench.transformer),
         },
     )
+
+
+def _ignored(transformer: Transformer) -> str:
+    return "; ".join(sentences(transformer.recorded, transformer.model.metadata))
 
 
 def _started(request: IsolateRequest, running: Reference | None) -> AbstractContextManager[Reference]:
@@ -288,6 +294,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
             "attention": bench.attention.said(),
+            "metadata": _ignored(bench.transformer),
         },
     )
 

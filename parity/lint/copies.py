@@ -131,7 +131,7 @@ def idle_layer(subject: Subject) -> Iterator[Hit]:
 def stale_position(subject: Subject) -> Iterator[Hit]:
     """A point has the same vector at several positions whose inputs differ."""
     known = _of_their_token(subject)
-    alone = subject.model is not None and subject.model.window == 1  # a position sees itself only
+    alone = subject.window == 1  # a position sees itself only
     for name, rows in subject.points.items():
         point = parse(name)
         if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None):

@@ -1,23 +1,22 @@
 """The definition of a rule, and of the subject that it checks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.dataflow import Dataflow, Made
 from checkpoints.points import EMBD, ENCODER, in_layer, order, parse
-from checkpoints.record import Dump, Rows
+from checkpoints.record import ATTENTION_WINDOW, Dump, Rows
 from reports.numbers import count, ranges
 
 from .model_facts import ModelFacts
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(Struct, frozen=True):
     """One finding before the table adds its texts. `severity` replaces the rule's own; `points` are all that it is about."""
 
     checkpoint: str | None
@@ -27,8 +26,7 @@ class Hit:
     points: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """One thing that can be wrong with a dump; `check` yields where it is wrong.
 
     `of_weights`: flat weights of the model (`ModelFacts.has_flat_weights`) give a right engine such values, too.
@@ -53,8 +51,7 @@ Place = tuple[int, int, int]  # seq, token_idx, step
 TELLING = 4
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True, dict=True):
     """A dump as rules see it; `model` is known with `--model`, `given` is the dataflow of another dump of the model."""
 
     dump: Dump
@@ -132,6 +129,15 @@ class Subject:
         if self.model is not None:
             return self.model.layers
         return self.dump.header.model.layers if self.dump.header is not None else None
+
+    @property
+    def window(self) -> int | None:
+        """How many positions attention sees in layers with a window, by the model file or the dump's header; None if neither says."""
+        if self.model is not None:
+            return self.model.window
+        header = self.dump.header
+        size = (header.hparams or {}).get(ATTENTION_WINDOW) if header is not None else None
+        return size if isinstance(size, int) else None
 
     @cached_property
     def ids(self) -> dict[int, int]:

@@ -48,7 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
         "weights": _types(model),
     }
     if not written_by_hand(hp, model.tensors):
-        of_graph = _of_the_graph(path, facts["norm_epsilon"])
+        of_graph = _of_the_graph(model)
         if of_graph.get("rope") == NO_ROPE:  # what the metadata say, or leave to the defaults, is read by nobody
             facts = {key: value for key, value in facts.items() if not key.startswith("rope_")}
         return facts | of_graph
@@ -67,25 +67,20 @@ def _epsilon(model: GgufModel) -> float | None:
     return float(f"{held[0]:.6g}") if held else None  # the file holds a float32; its shortest text is the number meant
 
 
-def _of_the_graph(path: Path, epsilon: float | None) -> dict[str, Any]:
-    """What llama.cpp's graph of a model says, and the points that it can record.
-
-    Args:
-        epsilon: the metadata's; where no norm has it, that is said.
-    """
+def _of_the_graph(model: GgufModel) -> dict[str, Any]:
+    """What llama.cpp's graph of a model says, numbers of the metadata that it computes otherwise, and the points that it can record."""
+    from engine.ignored import sentences
     from reference.client import Reference
 
-    from .graph_facts import epsilons, graph_facts, rotates
+    from .graph_facts import graph_facts, rotates
 
     with Reference() as reference:
-        points = {name: [str(size) for size in shape] for name, shape in reference.describe(path).points}
+        points = {name: [str(size) for size in shape] for name, shape in reference.describe(model.path).points}
         try:
-            recorded = reference.graph(path, NATIVE)
+            recorded = reference.graph(model.path, NATIVE)
             facts = graph_facts(recorded)
-            used = epsilons(recorded)
-            if epsilon is not None and used and epsilon not in used:
-                numbers = " and ".join(f"{number:g}" for number in sorted(used))
-                facts = {"norm_epsilon_used": f"no: llama.cpp computes this model's norms with {numbers}", **facts}
+            if otherwise := sentences(recorded, model.metadata):
+                facts = {"not_as_the_file_says": list(otherwise), **facts}
             if not rotates(recorded):
                 facts = {"rope": NO_ROPE, **facts}
         except ParityError as error:

@@ -32,12 +32,6 @@ def graph_facts(recorded: RecordedGraph) -> Facts:
     return {**graph.once(), "layers_by_kind": spans}
 
 
-def epsilons(recorded: RecordedGraph) -> set[float]:
-    """The ε of all norms over a row, those that divide by a length (L2) left out."""
-    norms = [tensor for tensor in recorded.several.tensors if tensor.kind == NODE and tensor.op in ("RMS_NORM", "NORM")]
-    return {float(f"{_float(tensor, 0):.6g}") for tensor in norms}  # six digits, as metadata are shown
-
-
 def rotates(recorded: RecordedGraph) -> bool:
     """Whether anything is rotated by its position (RoPE)."""
     return any(tensor.op == "ROPE" for tensor in recorded.several.tensors)

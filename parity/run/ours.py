@@ -1,7 +1,6 @@
 """Our side: the engine's run over a prompt, written as a dump."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.columns import open_dump
 from checkpoints.points import default_points, layer_outputs, select
-from checkpoints.record import DEFAULT_SLICE, Header, Token
+from checkpoints.record import ATTENTION_WINDOW, DEFAULT_SLICE, Header, Token
 from checkpoints.recording import Recording, passes
 from checkpoints.tensors import TensorWriter, beside
 from engine import ops
@@ -25,8 +24,7 @@ from .sequences import computed
 TOP = 5  # logits in a token record: enough to see what was nearly chosen
 
 
-@dataclass(frozen=True)
-class OursJob(Recording):
+class OursJob(Recording, frozen=True):
     """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest is as in `Prompt`."""
 
     out: Path
@@ -39,7 +37,7 @@ class OursJob(Recording):
     decoded: tuple[int, ...] = ()
     companions: tuple[tuple[int, ...], ...] = ()
     saved: int = 0
-    on_step: Callable[[int, int], None] | None = field(default=None, compare=False)
+    on_step: Callable[[int, int], None] | None = None
 
     @classmethod
     def of(
@@ -91,6 +89,7 @@ def chosen_points(engine: Engine, points: str, layers: tuple[int, ...] | None) -
 def header(engine: Engine, job: OursJob) -> Header:
     """The dump's header: everything that could later explain a difference."""
     hp = engine.hp
+    window = engine.model.contents.attention_window
     sinks = any(step.op is ops.causal_soft_max and any(step.weights) for step in engine.steps)
     hparams = {"eps": hp.eps, "heads": hp.n_heads, "kv_heads": hp.n_kv_heads, "vocab": hp.n_vocab, "rope_base": hp.rope_base}
     return Header(
@@ -103,7 +102,7 @@ def header(engine: Engine, job: OursJob) -> Header:
         compute=engine.compute,
         kv_type="f32",
         slice=job.slice_size if job.slice_size is not None else DEFAULT_SLICE,
-        hparams={**hparams, **({"attention_sinks": True} if sinks else {})},
+        hparams={**hparams, **({ATTENTION_WINDOW: window} if window else {}), **({"attention_sinks": True} if sinks else {})},
         build={"version": version(), "backend": engine.backend.name, "device": engine.backend.device},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
