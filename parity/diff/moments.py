@@ -229,12 +229,13 @@ def _other_type(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     a, b = ours.values[:, :width], ref.values[:, :width]
     if width < TELLING or not np.isfinite(b).all() or not b.any(axis=1).all():
         return None
-    for what, misread in _MISREAD.items():
-        other, low = misread(b), misread(_lower(b))
-        near = np.abs(wide(a) - wide(other)) <= np.abs(wide(low) - wide(other)) + allowed.step
-        same, telling = near | (np.isnan(a) & np.isnan(other)), np.isfinite(other) & (other != 0)
-        if same.mean() > _SAME_BITS and telling.mean() > _SAME_BITS / 2:
-            return Reading(TYPE, what)
+    with np.errstate(over="ignore", invalid="ignore"):  # bits of another type may be infinite, or signalling NaN
+        for what, misread in _MISREAD.items():
+            other, low = misread(b), misread(_lower(b))
+            near = np.abs(wide(a) - wide(other)) <= np.abs(wide(low) - wide(other)) + allowed.step
+            same, telling = near | (np.isnan(a) & np.isnan(other)), np.isfinite(other) & (other != 0)
+            if same.mean() > _SAME_BITS and telling.mean() > _SAME_BITS / 2:
+                return Reading(TYPE, what)
     rounded = rounded_to(ours, ref)
     return Reading(TYPE, f"rounded to {rounded}: captured in that type") if rounded else None
 
@@ -280,6 +281,6 @@ def _likelihoods(ours: Rows, ref: Rows) -> Reading | None:
     logarithms -= np.log(np.sum(np.exp(logarithms), axis=1, keepdims=True))
     if np.abs(a - logarithms).max() < _LIKELIHOODS:
         return Reading(MOMENT, "log-probabilities: captured after the log soft max", proof=True)
-    if np.abs(a / np.exp(logarithms) - 1).max() < _LIKELIHOODS:
+    if np.abs(a - np.exp(logarithms)).max() < _LIKELIHOODS * np.exp(logarithms).max():
         return Reading(MOMENT, "probabilities: captured after the soft max", proof=True)
     return None

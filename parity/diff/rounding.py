@@ -27,7 +27,8 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     a, b = ours.values[:, :width], ref.values[:, :width]
     if width < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
         return ""
-    fitting = [name for name, rounding in _types() if _rounds(a, b, rounding)]
+    with np.errstate(over="ignore"):  # what F16 cannot hold becomes infinite, and fits nothing
+        fitting = [name for name, rounding in _types() if _rounds(a, b, rounding)]
     if fitting:
         return " or ".join(fitting)
     return "8 bits a block" if _steps(a, b) else ""
