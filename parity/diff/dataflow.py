@@ -172,7 +172,7 @@ class Flow(Struct, frozen=True, dict=True):
 
     def carries_infinity(self, name: str) -> bool:
         """Whether a node's operation leaves an infinity in an operand's leading values not finite: sums, norms, rotations, products."""
-        how = self.whole.made[name]
+        how = self.whole.computations[name]
         return how.op in _CARRY_INFINITY or (how.op == "MUL_MAT" and (bool(how.weights) or len(how.reads) == 1))
 
     def mixes(self, above: str, below: str) -> bool:
