@@ -12,10 +12,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
+
+from msgspec.structs import replace
 
 from checkpoints.errors import ParityError
 from checkpoints.graph import RecordedGraph

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tempfile
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from msgspec.structs import replace
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "tests" / "golden" / "stories"

@@ -25,13 +25,13 @@ import statistics
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from explain_precision import random_model
+from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 from random_edits import FAULTS, FURTHER, PARTS, WAYS, Edit, drawn, replay
 

@@ -44,9 +44,9 @@ def entries(right: dict[str, Step]) -> Iterator[tuple[Fault, dict[str, Any]]]:
         for parameters in fault.variants(right):
             yield fault, parameters
     for fit in FITTED:
-        wanted = fit.wanted(right)
-        for start in fit.starts(0.0 if wanted is None else wanted)[:2]:
-            for parameters in fit.variants(right):
+        for parameters in fit.variants(right):
+            wanted = fit.wanted(right, parameters)
+            for start in fit.starts(0.0 if wanted is None else wanted)[:2]:
                 yield fit.fault, {fit.parameter: start, **parameters}
 
 

@@ -14,11 +14,11 @@ import random
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from planted import Faulty, Planted, half_sums, tokens_of
 
 from checkpoints.answers.explain import Explanation
@@ -41,7 +41,7 @@ Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
 def other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A product in float32 that is summed in another order than BLAS does."""
-    product = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+    product = np.einsum("ti,oi->to", x[:, ::-1], weight.reshape(-1, x.shape[1])[:, ::-1], optimize=False)
     return product if bias is None else product + bias
 
 

@@ -10,11 +10,12 @@ import argparse
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from cpu import environment
+from msgspec.structs import replace
 
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM
 from checkpoints.reading.reader import read

@@ -11,13 +11,13 @@ NumPy engine in F32, F16 and BF16 arithmetic and llama.cpp itself, on one prompt
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 from faulty_engines import CASES, Case, bare, dump_of
 from foreign_families import HABITS, Families
+from msgspec.structs import replace
 from planted import tokens_of
 
 from checkpoints.answers.explain import Explanation

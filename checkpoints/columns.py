@@ -8,11 +8,11 @@ int64 [R, k] and `quantum` float64 [R, k]. `checkpoints.formats.columns` reads t
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .jsonl import Writer

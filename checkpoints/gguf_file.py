@@ -9,10 +9,12 @@ first part has the metadata, every part has tensors.
 import hashlib
 import mmap
 import struct
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .content import content_hash
 from .errors import ModelError
@@ -31,8 +33,7 @@ STRING, ARRAY, UINT32 = 8, 9, 4
 _FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f32"}  # by ggml_type; F64 is no coarser than F32
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(Struct, frozen=True):
     """A metadata value: its `gguf_type` and its bytes as they are in the file."""
 
     type: int
@@ -61,8 +62,7 @@ class Value:
         return texts
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True):
     """A tensor's place: `ne` in ggml's order, `type` a `ggml_type`, `offset` from the start of the data section.
 
     `part` is the index of the file that holds it, among `Contents.parts`.
@@ -83,8 +83,7 @@ class TensorInfo:
         return count
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(Struct, frozen=True, dict=True):
     """What a GGUF file contains, and where: `data` is the file offset of the data section, `size` that of the file's end.
 
     `header_end` is where the table of contents ends, before the padding to a multiple of `alignment`. A split model has its

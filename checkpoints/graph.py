@@ -6,9 +6,11 @@ stored beside a dump and is read without llama.cpp.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from .errors import DumpError
 
@@ -53,16 +55,14 @@ Sizes = tuple[Size, Size, Size, Size]
 NOTHING = Size(0)
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """How an input follows from tokens and positions; `kind` is one of `checkpoints.rules.RULES`, checked on the recorded data."""
 
     kind: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A node of the graph or one of its leaves.
 
     Attributes:
@@ -102,8 +102,7 @@ class Tensor:
         return axes[0] if len(axes) == 1 and self.ne[axes[0]] == Size(0, 1) else None
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(Struct, frozen=True, dict=True):
     """The graph of one kind of pass: leaves and nodes, the nodes in the order of computation."""
 
     tensors: tuple[Tensor, ...]
@@ -124,8 +123,7 @@ class Graph:
         return index if root is None else root
 
 
-@dataclass(frozen=True)
-class RecordedGraph:
+class RecordedGraph(Struct, frozen=True):
     """The graphs of a model: for a pass over several tokens, and for one token if that graph is built differently.
 
     Attributes:

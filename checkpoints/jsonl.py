@@ -3,11 +3,11 @@
 import contextlib
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
 import orjson
+from msgspec.structs import replace
 
 from .errors import InputError
 from .lines import checkpoint_lines, end_line, header_line, token_line

@@ -1,7 +1,6 @@
 """Records as JSON objects, in the format's order of keys: what every writer writes."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from .points import parse
 from .record import DECODE, PREFILL, Header, Rows, Token, statistic_as_json
+from .structs import as_dict
 
 
 def _as_text(value: float) -> float | str:
@@ -80,8 +80,8 @@ def token_line(token: Token) -> dict[str, Any]:
 
 def header_line(header: Header) -> dict[str, Any]:
     """The header as a JSON object; unknown fields are left out."""
-    fields = {name: value for name, value in asdict(header).items() if value not in (None, "", {}, ())}
-    fields["model"] = {name: value for name, value in asdict(header.model).items() if value not in (None, "")}
+    fields = {name: value for name, value in as_dict(header).items() if value not in (None, "", {}, ())}
+    fields["model"] = {name: value for name, value in as_dict(header.model).items() if value not in (None, "")}
     return {"type": "header", "format": fields.pop("format"), **fields, "tokens": list(header.tokens)}
 
 

@@ -1,9 +1,9 @@
 """Arrays and dumps of a foreign engine as ours, as a mapping says (`checkpoints.mapping`)."""
 
-from dataclasses import replace
 from math import prod
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .errors import InputError

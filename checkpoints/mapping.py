@@ -10,9 +10,10 @@ wte = { point = "embd", transpose = true }
 """
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from .errors import InputError
 from .points import parse, resolve
@@ -22,8 +23,7 @@ _LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
 _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """What one of their names means, and the changes that turn its array into ours, in this order: reshape, transpose, rope_pairs."""
 
     pattern: re.Pattern[str]
@@ -40,14 +40,13 @@ class Entry:
         return bool(self.reshape or self.transpose or self.rope_pairs)
 
 
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(Struct, frozen=True):
     """The whole mapping file; an empty one knows only the aliases."""
 
     entries: tuple[Entry, ...] = ()
     layer_offset: int = 0
     position_offset: int | None = None
-    path: str = field(default="", compare=False)
+    path: str = ""
 
     def entry(self, name: str) -> tuple[str, Entry | None]:
         """Our point for their name, and the entry that says so (None if it is an alias)."""

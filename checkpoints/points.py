@@ -6,9 +6,10 @@ A *point* is the name of an activation: `embd`, `blk.5.q_rope`, `logits`. The vo
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+
+from msgspec import Struct
 
 from .errors import InputError
 
@@ -18,8 +19,7 @@ LOGITS = "logits"
 ENCODER = "enc."  # in front of the points of an encoder whose output a decoder reads, as in its weights' names
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """What one name stands for in every layer (or once in the model).
 
     `row` is the shape of one position's row, in these letters: D embedding, H heads, K key/value heads,
@@ -75,8 +75,7 @@ DEFAULT_LAYERS = (0, 5, 10, 23)
 _LAYER_POINT = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(Struct, frozen=True):
     """A parsed point: `layer` is None for the points that occur once in a model; `kind` is its name within the layer."""
 
     name: str

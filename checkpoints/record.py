@@ -5,12 +5,13 @@ point and step; a reader gives back one `Rows` a point for the whole dump, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Self
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 FORMAT = 1
@@ -21,8 +22,7 @@ PREFILL = "prefill"
 DECODE = "decode"
 
 
-@dataclass(frozen=True)
-class ModelInfo:
+class ModelInfo(Struct, frozen=True):
     """Which model a dump is of.
 
     `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, which reads parts of it, `content` is
@@ -49,8 +49,7 @@ class ModelInfo:
         return bool({self.fingerprint, self.twin} & {other.fingerprint, other.twin} - {""})
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Struct, frozen=True):
     """The first line of a dump: everything that could explain a difference later.
 
     `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
@@ -75,8 +74,7 @@ class Header:
     format: int = FORMAT
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(Struct, frozen=True):
     """One generated token: `token_idx` is the position it will stand at, `top` the largest logits as (id, value)."""
 
     token_idx: int
@@ -86,8 +84,7 @@ class Token:
     seq: int = 0
 
 
-@dataclass(frozen=True)
-class End:
+class End(Struct, frozen=True):
     """The last line of a dump that was written to its end: how many lines of each kind came before it."""
 
     checkpoints: int
@@ -103,8 +100,7 @@ def statistic_as_json(name: str, value: float) -> int | float:
     return int(value) if name in _INTEGER_STATISTICS and np.isfinite(value) else float(value)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(Struct, frozen=True, dict=True):
     """Records of one point, one row each; R rows.
 
     Attributes:
@@ -216,8 +212,7 @@ def _stack_optional(arrays: list[NDArray[Any] | None], parts: Sequence[Rows], wi
     return np.concatenate(full)
 
 
-@dataclass(frozen=True)
-class Dump:
+class Dump(Struct, frozen=True):
     """A dump that was read: rows by point in the order of first appearance, and what the reader noticed.
 
     `end` is None for a file that was cut short, `torn` says that its last line was; `skipped` counts lines that were no

@@ -1,8 +1,9 @@
 """What is to be recorded of a prompt: the same words for every side, from the command line to whoever computes."""
 
-from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from .errors import InputError
 from .record import DEFAULT_SLICE
@@ -10,8 +11,7 @@ from .record import DEFAULT_SLICE
 Positions = Literal["all", "last"] | tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recording:
+class Recording(Struct, frozen=True, kw_only=True):
     """What a side is to record; requests and jobs are made of this and of what they need besides.
 
     Attributes:
@@ -36,7 +36,7 @@ class Recording:
 
     def recording(self) -> dict[str, Any]:
         """These fields by name: what another request or job of the same recording is made with."""
-        return {field.name: getattr(self, field.name) for field in fields(Recording)}
+        return {name: getattr(self, name) for name in Recording.__struct_fields__}
 
 
 def passes(count: int, portions: tuple[int, ...] = ()) -> list[slice]:

@@ -2,25 +2,75 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from msgspec import Struct
 
 from .errors import DISK, MEMORY, InputError
 
+_MOUNT = Path("/sys/fs/cgroup")
+_NONE = 1 << 60  # a limit beyond it is none: v1 writes the largest number of pages
+
+
+class Memory(Struct, frozen=True):
+    """Bytes that can be allocated now, and what says so: the system, or a control group of this process."""
+
+    free: int
+    source: str
+
 
 def free_memory() -> int:
-    """Bytes that can be allocated now: the system's, or what its control group leaves."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that can be allocated now."""
+    return memory().free
+
+
+def memory(system: Path = Path("/proc"), mount: Path = _MOUNT) -> Memory:
+    """What the system has available, or the least that a control group of this process leaves.
+
+    A group's usage counts the pages of files that were read; those that are not in use (`inactive_file`) are given back when memory is
+    short, and count as free here, as `docker stats` and Kubernetes count them.
+    """
+    free, source = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "in the machine"
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (system / "meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+                free, source = int(line.split()[1]) * 1024, "available (/proc/meminfo)"
     except (OSError, ValueError):
-        pass  # not Linux, or no control group: the first number stands
-    return max(free, 0)
+        pass  # not Linux: the first number stands
+    for left, said in _groups(system, mount):
+        if left < free:
+            free, source = left, said
+    return Memory(max(free, 0), source)
+
+
+def _groups(system: Path, mount: Path) -> Iterator[tuple[int, str]]:
+    """(bytes that it leaves, what says so) of each control group with a limit that this process is in: its own and all above."""
+    try:
+        lines = (system / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2) if line.count(":") > 1 else ("", "-", "")
+        if controllers == "":
+            kinds = [
+                (mount, "memory.max", "memory.current", "inactive_file"),
+                (mount / "unified", "memory.max", "memory.current", "inactive_file"),
+            ]
+        elif "memory" in controllers.split(","):
+            kinds = [(mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]
+        else:
+            continue
+        for root, limit, usage, idle in kinds:
+            # Within a container the group's own path may not exist: its files are the mount's.
+            for group in {root, *(root.joinpath(*Path(name).parts[1:count]) for count in range(2, len(Path(name).parts) + 1))}:
+                try:
+                    most, used = int((group / limit).read_text()), int((group / usage).read_text())
+                    entries = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                    if most < _NONE:
+                        yield most - max(used - int(entries.get(idle, 0)), 0), f"left in the control group {group} ({limit})"
+                except (OSError, ValueError):
+                    continue  # no limit ("max"), or no such group
 
 
 def free_disk(path: Path) -> int:
@@ -31,12 +81,12 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def require_room(path: Path, size: int, memory: int) -> None:
+def require_room(path: Path, size: int, needed: int) -> None:
     """Refuse to begin what cannot end well.
 
     Args:
         size: bytes that the file at `path` will have.
-        memory: bytes that making it takes at once.
+        needed: bytes of memory that making it takes at once.
 
     Raises:
         InputError: there is less of either.
@@ -47,9 +97,9 @@ def require_room(path: Path, size: int, memory: int) -> None:
             "Make it smaller, or write to another disk.",
             code=DISK,
         )
-    if memory > (free := free_memory()):
+    if needed > (now := memory()).free:
         raise InputError(
-            f"making {path} takes {_amount(memory)} of memory, but only {_amount(free)} are free.",
+            f"making {path} takes {_amount(needed)} of memory, but only {_amount(now.free)} are {now.source}.",
             "Make it smaller.",
             code=MEMORY,
         )

@@ -4,10 +4,11 @@ A rule is a function of one pass; it is believed only if it gives back the recor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .graph import Rule
@@ -16,8 +17,7 @@ Values = NDArray[Any]
 UNDEFINED = "undefined"  # the rule of memory that a graph only takes the shape of: it has no values
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(Struct, frozen=True):
     """One forward pass: ids and positions of its T tokens, and the positions of the S keys that the cache holds after it.
 
     `encoded` is what an encoder left for this pass of a decoder: float32 [E, D].
@@ -29,8 +29,7 @@ class Pass:
     encoded: NDArray[np.float32] | None = None
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(Struct, frozen=True):
     """The data of one input in one pass, flat, and its `ne`."""
 
     now: Pass

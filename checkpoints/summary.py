@@ -6,10 +6,10 @@ distance of two vectors: Alon, Matias and Szegedy 1996, "AMS sketch"). Its signs
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .points import of_scores, parse

@@ -7,11 +7,11 @@ The plain operations of `engine.ops` are written in NumPy functions, which hand 
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
@@ -21,8 +21,7 @@ from .device import wake
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(Struct, frozen=True):
     """Where arrays live: `xp` is the numpy or cupy module, `device` names the device in words for the dump's header.
 
     `number` is the device's CUDA number, 0 on the host; `spread` says that an engine's values are not all on the current device.

@@ -6,7 +6,6 @@ CuPy keeps compiled binaries in ~/.cupy/kernel_cache, so that only the first pro
 import ctypes
 import re
 from functools import lru_cache
-from importlib.resources import files
 from threading import Thread
 from typing import Any
 
@@ -42,6 +41,8 @@ def module(name: str, device: int, defines: tuple[str, ...] = ()) -> Any:
 
 def source(file: str) -> str:
     """A file of `kernels` with its headers inlined where they are first included: the cache of binaries is keyed by the text."""
+    from importlib.resources import files
+
     there: set[str] = set()
 
     def read(name: str) -> str:

@@ -1,10 +1,10 @@
 """The interface of our engines, the same for the plain one, the one over several devices, and the fast mode."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
@@ -16,8 +16,7 @@ from .kv_cache import KvCache
 from .weights.gguf_model import GgufModel, Hyperparameters
 
 
-@dataclass
-class Progress:
+class Progress(Struct):
     """One sequence in progress: the position of its first token, how many tokens it has taken, how many passes were made.
 
     `caches` hold its earlier keys and values, one cache a device; there are none if the engine keeps them itself. `encoded` is an

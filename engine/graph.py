@@ -5,12 +5,13 @@ one step was replaced.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.graph import NOTHING, Size
@@ -25,23 +26,20 @@ ENCODED = "encoded"  # an encoder's output, which a decoder reads: [E, D]
 PASSES = "passes"  # the number of the forward pass that each position belongs to: 0 for the prompt, then 1, 2, …
 
 
-@dataclass(frozen=True)
-class History:
+class History(Struct, frozen=True):
     """A step reads rows 0…t of a value: those of earlier passes come from the KV cache."""
 
     of: str
 
 
-@dataclass(frozen=True)
-class State:
+class State(Struct, frozen=True):
     """A step reads what the previous pass left: its value of `of`, which a step of this pass makes anew; zeros in the first pass."""
 
     of: str
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class View:
+class View(Struct, frozen=True):
     """A step reads a part of a value, or its elements in another order, as ggml's views do: no copy.
 
     Attributes:
@@ -96,15 +94,13 @@ def bound(sizes: Sequence[Size], shape: Sequence[int]) -> tuple[int, int, int]:
 Read = str | History | State | View
 
 
-@dataclass(frozen=True)
-class RowsOf:
+class RowsOf(Struct, frozen=True):
     """A step takes single rows of a weight: it is given a function ids -> rows, so that only those are dequantised."""
 
     weight: str
 
 
-@dataclass(frozen=True)
-class WeightPart:
+class WeightPart(Struct, frozen=True):
     """A step takes a part of a weight: shape, strides and offset in elements."""
 
     weight: str
@@ -113,8 +109,7 @@ class WeightPart:
     offset: int
 
 
-@dataclass(frozen=True)
-class Altered:
+class Altered(Struct, frozen=True):
     """A weight that differs from the file's: `make(source, name)` gives it. Faults are planted with it."""
 
     weight: str
@@ -124,8 +119,7 @@ class Altered:
 Weight = str | RowsOf | WeightPart | Altered | None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True, dict=True):
     """One operation: `makes = op(*reads, *weights, **params)`.
 
     `reads` names values made by earlier steps (or `tokens`, `positions`, `passes`), their `History`, a `View` of one of these, or

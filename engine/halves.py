@@ -1,7 +1,8 @@
 """The two halves of an encoder–decoder, each as the steps of a model by itself, with the names of one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from checkpoints.points import ENCODER
 

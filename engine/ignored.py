@@ -6,8 +6,9 @@ kinds are those of operations' parameters; no architecture is known here.
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from checkpoints.graph import INPUT, NODE, Graph, RecordedGraph, Tensor
 
@@ -22,8 +23,7 @@ _MEANS = "an engine that follows the file differs from this reference"
 Metadata = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Ignored:
+class Ignored(Struct, frozen=True):
     """A number `stated` under `key` of the metadata, where llama.cpp's graph has `used` (empty: no such operation)."""
 
     key: str
@@ -39,8 +39,7 @@ class Ignored:
         return f"{self.what}: llama.cpp {computes}, the file says {self.stated:g} ({self.key}): {_MEANS}"
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(Struct, frozen=True):
     """One kind of number.
 
     Attributes:

@@ -1,8 +1,10 @@
 """One model over several devices: consecutive layers lie on consecutive devices, each with its own weights and KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.graph import RecordedGraph
 from checkpoints.points import parse
@@ -17,8 +19,7 @@ from .weights.gguf_model import GgufModel
 from .weights.source import Weights
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(Struct, frozen=True):
     """The steps of one device. `needs` are the values that they read but do not make, `leaves` those that later stages need."""
 
     backend: Backend

@@ -1,10 +1,10 @@
 """Our engine: a GGUF model as a list of steps, its weights and its KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError

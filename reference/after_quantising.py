@@ -7,8 +7,9 @@ have these as F16 or BF16 too. libggml's own functions dequantise them here, ins
 
 import mmap
 import os
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from checkpoints.gguf_file import Contents, TensorInfo, contents, header_bytes, uint32_value
 

@@ -2,8 +2,9 @@
 
 import json
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
@@ -17,8 +18,7 @@ _PROBE = (
 _SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Build:
+class Build(Struct, frozen=True):
     """A llama.cpp: the folders of its Python bindings and of its libraries, None for those that are installed here."""
 
     package: Path | None = None

@@ -6,10 +6,10 @@ It holds one value at a time, and needs the whole model in memory; `sweep` does 
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints import points

@@ -1,10 +1,10 @@
 """From values, as they are computed, to records of a dump."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints import points
@@ -18,8 +18,7 @@ from .naming import Planned
 from .rows import arrange
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True):
     """One forward pass: its number, its first position, its tokens."""
 
     number: int
@@ -48,8 +47,7 @@ def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, porti
     return [Step(number, start, part) for number, (start, part) in enumerate(zip(starts, parts, strict=False))]
 
 
-@dataclass
-class Emitter:
+class Emitter(Struct):
     """Turns values into records (and whole tensors) as they come; `step` is set before each forward pass.
 
     `first` is where the sequence begins, if that is not the job's first position; `causal` says whether earlier positions do not

@@ -1,8 +1,9 @@
-"""What the parent asks of the child and what it gets back: small frozen dataclasses that are sent through the pipe."""
+"""What the parent asks of the child and what it gets back: small frozen structs that are sent through the pipe."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from msgspec import Struct, field
 
 from checkpoints.dataflow import Dataflow
 from checkpoints.gguf_file import TensorInfo
@@ -13,8 +14,7 @@ EXACT = "exact"
 NATIVE = "native"
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(Struct, frozen=True):
     """A tokenized text, and what the vocabulary says about special tokens; llama.cpp's -1 is None here."""
 
     ids: tuple[int, ...]
@@ -28,8 +28,7 @@ class Tokens:
     architecture: str = ""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Struct, frozen=True):
     """An operand of a node: `ne` is ggml's order, the fastest dimension first; `address` tells it from others of one name."""
 
     name: str
@@ -39,8 +38,7 @@ class Source:
     address: int = 0
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Struct, frozen=True):
     """One node of the graph as ggml sees it, and the point that it stands for ("" while it has none).
 
     `op_params` are the 16 raw int32 of `ggml_tensor.op_params` (a float is the same 32 bits); `address` is that of its struct.
@@ -67,8 +65,7 @@ class Outline(NamedTuple):
     ne: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class DumpJob(Recording):
+class DumpJob(Recording, frozen=True):
     """One dump to write.
 
     Attributes:
@@ -117,8 +114,7 @@ class DumpJob(Recording):
         return not self.plain or bool(self.portions or self.generate or self.lead)
 
 
-@dataclass(frozen=True)
-class DumpResult:
+class DumpResult(Struct, frozen=True):
     """What was written. `generated` are the ids that were decoded after the prompt, `chosen` llama.cpp's own choices."""
 
     out: Path
@@ -136,8 +132,7 @@ class DumpResult:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(Struct, frozen=True):
     """A model as llama.cpp sees it; `points` are (point, row shape) in the order of computation.
 
     A row shape is written as text, with "t+1" for the positions seen so far; `nodes` are the nodes of those points; `dataflow` is
@@ -157,8 +152,7 @@ class Description:
     rope: str
 
 
-@dataclass(frozen=True)
-class FilePlan:
+class FilePlan(Struct, frozen=True):
     """A GGUF to be written: its table of contents, its tensors in the order of the file, and its bytes in all."""
 
     header: bytes

@@ -1,8 +1,9 @@
 """The passes of a run and what each of them computes: an encoder's, the prompt's, and those over one token."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from checkpoints.points import ENCODER
 
@@ -11,8 +12,7 @@ from .rows import Survey, survey
 from .session import Session
 
 
-@dataclass(frozen=True)
-class Plans:
+class Plans(Struct, frozen=True, dict=True):
     """Surveys of a run's passes; `single` is that of a single token, which llama.cpp may build differently (None: not listed)."""
 
     prompt: Survey

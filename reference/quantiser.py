@@ -7,8 +7,9 @@ table of contents and holes for weights is enough to ask (`dry_run` of `llama_mo
 import ctypes
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from checkpoints.errors import ReferenceFailed
 from checkpoints.gguf_file import TensorInfo, contents, header_bytes, uint32_value

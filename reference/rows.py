@@ -1,10 +1,11 @@
 """A value in ggml's dimensions: which of them counts the positions, and the value rearranged to one row a position."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints import points
@@ -14,8 +15,7 @@ from .naming import Planned, Signer, plan
 from .session import Session
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Struct, frozen=True):
     """What a pass computes.
 
     Attributes:

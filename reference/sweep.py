@@ -7,10 +7,10 @@ sweep, which is correct but slow; the whole model is the better way wherever it 
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints import points
@@ -67,8 +67,7 @@ def window_size(library: Library, contents: Contents, job: DumpJob, free: int) -
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
 
 
-@dataclass(frozen=True)
-class _Sweep:
+class _Sweep(Struct, frozen=True):
     """What stays the same in every sweep over the model."""
 
     library: Library

@@ -9,8 +9,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from checkpoints.cache import cache_dir, cache_limit, require_cache
 from checkpoints.content import content_hash
@@ -24,8 +25,7 @@ _USES = "used"  # the folder of empty files, named as the twins, whose times say
 _LONGEST_STEM = 60  # characters of the model's name that a twin's begins with
 
 
-@dataclass(frozen=True)
-class CachedTwin:
+class CachedTwin(Struct, frozen=True):
     """One file of the cache: its size in bytes, and when it was last used (seconds since 1970)."""
 
     path: Path

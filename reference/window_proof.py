@@ -7,9 +7,9 @@ windows. Nothing is computed, and a window's file has holes instead of weights.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
@@ -31,16 +31,14 @@ _VOCABULARY = ("token_embd.weight", "output.weight")
 _Key = tuple[object, ...]
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(Struct, frozen=True):
     """The proof that a model's windows are the model: what the whole model computes, and whether a window needs an output matrix."""
 
     whole: Survey
     untied: bool
 
 
-@dataclass(frozen=True)
-class _Listed:
+class _Listed(Struct, frozen=True):
     """A graph's nodes and masks."""
 
     nodes: Sequence[Node]

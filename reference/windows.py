@@ -9,9 +9,11 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
@@ -29,8 +31,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(Struct, frozen=True):
     """Layers first … stop − 1 of a model.
 
     Attributes:
@@ -44,8 +45,7 @@ class Window:
     untied: bool = False
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(Struct, frozen=True):
     """A tensor of the new file: `rows` of the original in this order (None for all, a number for the first so many)."""
 
     name: str

@@ -1,10 +1,10 @@
 """A verdict as JSON: the contract that scripts read. Adding keys is allowed, changing or dropping them is not."""
 
-from dataclasses import asdict
 from math import isfinite, isnan
 from typing import Any
 
 from checkpoints.answers.diff import Difference, Missing, Verdict
+from checkpoints.structs import as_dict
 
 SCHEMA = 1
 
@@ -20,14 +20,14 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "compared": verdict.compared,
         "mode": verdict.mode,
         "limit": verdict.limits.operations,
-        "limits": asdict(verdict.limits),
+        "limits": as_dict(verdict.limits),
         "worst": _difference(verdict.worst),
         "first_divergence": _difference(verdict.first_divergence),
         "origins": [{**(_difference(origin.first) or {}), "positions": list(origin.positions)} for origin in verdict.origins],
-        "last_agreement": asdict(verdict.last_agreement) if verdict.last_agreement else None,
+        "last_agreement": as_dict(verdict.last_agreement) if verdict.last_agreement else None,
         "next": verdict.next,
         "operation": verdict.operation,
-        "pattern": asdict(verdict.pattern) if verdict.pattern else None,
+        "pattern": as_dict(verdict.pattern) if verdict.pattern else None,
         "missing": {"ours": _missing(verdict.missing_ours), "ref": _missing(verdict.missing_ref)},
         "points": [
             {
@@ -40,17 +40,17 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
             }
             for point in verdict.points
         ],
-        "choices": asdict(verdict.choices) if verdict.choices else None,
+        "choices": as_dict(verdict.choices) if verdict.choices else None,
         "left_out": verdict.left_out,
         "excused": verdict.excused,
         "notes": list(verdict.notes),
         "ignored": list(verdict.ignored),
-        "record_faults": [asdict(fault) for fault in verdict.record_faults],
-        "seen": [{**asdict(item), "whole": item.whole} for item in verdict.seen],
+        "record_faults": [as_dict(fault) for fault in verdict.record_faults],
+        "seen": [{**as_dict(item), "whole": item.whole} for item in verdict.seen],
         "next_slice": verdict.next_slice,
-        "precision": asdict(verdict.precision) if verdict.precision else None,
-        "truth": asdict(verdict.truth) if verdict.truth else None,
-        "truth_points": [asdict(point) for point in verdict.truth_points],
+        "precision": as_dict(verdict.precision) if verdict.precision else None,
+        "truth": as_dict(verdict.truth) if verdict.truth else None,
+        "truth_points": [as_dict(point) for point in verdict.truth_points],
     }
     return {key: plain(value) for key, value in fields.items()}
 
@@ -69,7 +69,7 @@ def plain(value: Any) -> Any:
 def _difference(difference: Difference | None, *, values: bool = True) -> dict[str, Any] | None:
     if difference is None:
         return None
-    fields = asdict(difference)
+    fields = as_dict(difference)
     if not values:
         del fields["ours"], fields["ref"]
     return fields

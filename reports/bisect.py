@@ -1,12 +1,12 @@
 """Which layers are wrong given right inputs, as text and as JSON."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.bisect import NOT_JUDGED, RIGHT, Bisected, JudgedPart
+from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .layout import columns
@@ -50,7 +50,7 @@ def sentence(bisected: Bisected) -> str:
 
 def as_json(bisected: Bisected) -> dict[str, Any]:
     """Every part, and the names of the wrong ones."""
-    answer = asdict(bisected) | {
+    answer = as_dict(bisected) | {
         "schema": 1,
         "verdict": "parity" if bisected else "divergence",
         "wrong": [part.name for part in bisected.wrong],

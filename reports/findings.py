@@ -1,16 +1,16 @@
 """Answers of `parity lint`, `isolate` and `explain` (their --format json) as parts of a report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from checkpoints.errors import InputError
 
 from .numbers import clean, count, error
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One answer: a title, the answer in a sentence, and a table of texts."""
 
     title: str

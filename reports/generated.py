@@ -1,14 +1,13 @@
 """The generated text as both sides would have written it, token by token."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from checkpoints.record import Dump, Token
 
 from .numbers import token as quoted
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """The token at one position: what each side would choose; `margin` is the distance of the reference's first two logits."""
 
     position: int

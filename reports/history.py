@@ -1,13 +1,13 @@
 """The margins of a ledger over commits."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from math import log10
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.drift import Closer, Entry
+from checkpoints.structs import as_dict
 
 from .as_json import SCHEMA, plain
 from .drift import factor
@@ -96,7 +96,7 @@ def history_as_json(
     entries: Sequence[Entry], findings: Sequence[str], moved: Sequence[tuple[str, Sequence[Closer]]] = ()
 ) -> dict[str, Any]:
     """One JSON object: `checks`, oldest first, each with `points` and their `margin`; `findings` of the last ones; `closer`."""
-    closer = plain([{"side": label, **asdict(closer_point)} for label, every in moved for closer_point in every])
+    closer = plain([{"side": label, **as_dict(closer_point)} for label, every in moved for closer_point in every])
     checks = [
         {
             **entry.identity(),

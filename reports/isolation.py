@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
 from checkpoints.points import KINDS
+from checkpoints.structs import as_dict
 
 from .as_json import SCHEMA, plain
 from .layout import columns, labelled
@@ -168,18 +168,18 @@ def _counted(isolation: Isolation) -> str:
 
 def as_json(isolation: Isolation) -> dict[str, Any]:
     """One JSON object with `operations`, `wrong` and every other figure."""
-    answer = {key: value for key, value in asdict(isolation).items() if key not in ("operations", "graft", "elements")}
+    answer = {key: value for key, value in as_dict(isolation).items() if key not in ("operations", "graft", "elements")}
     fields = {
         "schema": SCHEMA,
         "verdict": "right" if isolation else "wrong",
         **{key: list(value) if isinstance(value, tuple) else value for key, value in answer.items()},
         "operations": [_operation(item) for item in isolation.operations],
         "wrong": [item.name for item in isolation.wrong],
-        "elements": [asdict(item) for item in isolation.elements],
-        "graft": [asdict(item) | {"changes": item.changes} for item in isolation.graft],
+        "elements": [as_dict(item) for item in isolation.elements],
+        "graft": [as_dict(item) | {"changes": item.changes} for item in isolation.graft],
     }
     return {key: plain(value) for key, value in fields.items()}
 
 
 def _operation(item: Operation) -> dict[str, Any]:
-    return {"point": item.name, **asdict(item)}
+    return {"point": item.name, **as_dict(item)}

@@ -1,11 +1,11 @@
 """A lint report for the terminal and as JSON."""
 
-from dataclasses import asdict
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.lint import ERROR, LintReport
+from checkpoints.structs import as_dict
 
 from .as_json import SCHEMA, plain
 from .layout import labelled
@@ -21,7 +21,7 @@ def as_json(report: LintReport) -> dict[str, Any]:
         "usable": report.usable,
         "records": report.records,
         "notes": list(report.notes),
-        "findings": [plain(asdict(finding)) for finding in report.findings],
+        "findings": [plain(as_dict(finding)) for finding in report.findings],
     }
 
 

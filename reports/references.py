@@ -1,12 +1,12 @@
 """What other versions of llama.cpp differ by, as text and as JSON."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.references import Moved, MovedPoint, References
+from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .layout import columns
@@ -54,6 +54,6 @@ def sentence(moved: Moved) -> str:
 
 def as_json(references: References) -> dict[str, Any]:
     """Everything, with the sentences."""
-    moved = [asdict(reference) | {"answer": sentence(reference)} for reference in references.moved]
-    answer: dict[str, Any] = plain(asdict(references) | {"moved": moved})
+    moved = [as_dict(reference) | {"answer": sentence(reference)} for reference in references.moved]
+    answer: dict[str, Any] = plain(as_dict(references) | {"moved": moved})
     return answer

@@ -1,7 +1,8 @@
 """What a report consists of, in any format: gathered once, formatted by html.py, markdown.py and terminal.py."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
@@ -11,8 +12,7 @@ from .findings import Finding
 from .numbers import clean
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Struct, frozen=True):
     """A comparison with everything that belongs beside it. `findings` are answers of other commands on the same dumps."""
 
     verdict: Verdict

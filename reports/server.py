@@ -1,7 +1,6 @@
 """A server beside llama.cpp, as text and as JSON."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from checkpoints.answers.server import GREEDY, Predicted, ServerAnswer, ServerCause
 from checkpoints.printable import printable
+from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .layout import columns, labelled
@@ -33,7 +33,8 @@ def lines(server_answer: ServerAnswer, width: int) -> Iterator[Text]:
             (
                 "tokens",
                 f"{count(server_answer.prompt, 'token')} of text"
-                + (f", {generated} chosen by the server" if generated else ""),
+                + (f", {generated} chosen by the server" if generated else "")
+                + (f" of {server_answer.wanted} that it was asked for" if generated < server_answer.wanted else ""),
             ),
         ],
         width,
@@ -121,6 +122,9 @@ def sentence(server_answer: ServerAnswer) -> str:
     total = len(server_answer.predictions)
     same = sum(item.same_choice for item in server_answer.predictions)
     agreement = f"first choices the same at {same} of {total}; limit KL {error(server_answer.limit)}"
+    chosen = len(server_answer.tokens) - server_answer.prompt
+    if chosen < server_answer.wanted:
+        agreement += f"; the server chose {chosen} of {server_answer.wanted} tokens"
     if server_answer:
         return f"parity: {total} of {total} predictions agree, {agreement}"
     wrong = sum(item.wrong for item in server_answer.predictions)
@@ -139,9 +143,9 @@ def as_json(server_answer: ServerAnswer) -> dict[str, Any]:
     """The whole answer."""
 
     def prediction(item: Predicted | None) -> dict[str, Any] | None:
-        return None if item is None else asdict(item) | {"same_choice": item.same_choice}
+        return None if item is None else as_dict(item) | {"same_choice": item.same_choice}
 
-    answer = asdict(server_answer) | {
+    answer = as_dict(server_answer) | {
         "schema": 1,
         "verdict": "parity" if server_answer else "divergence",
         "compared": len(server_answer.predictions),

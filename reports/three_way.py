@@ -1,11 +1,11 @@
 """A comparison of three sides as text and as JSON."""
 
-from dataclasses import asdict
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint
+from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .layout import columns
@@ -86,7 +86,7 @@ def as_json(three_way: ThreeWay) -> dict[str, Any]:
 
     def point(summary: ThreeWayPoint) -> dict[str, Any]:
         alone = three_way.sides[summary.alone] if summary.alone is not None else None
-        return asdict(summary) | {"alone": alone, "wrong": [three_way.sides[side] for side in summary.wrong]}
+        return as_dict(summary) | {"alone": alone, "wrong": [three_way.sides[side] for side in summary.wrong]}
 
     answer = {
         "schema": 1,

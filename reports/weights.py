@@ -1,13 +1,13 @@
 """The result of checking weights, as text and as JSON."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
 from rich.text import Text
 
 from checkpoints.answers.weights import NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
+from checkpoints.structs import as_dict
 
 from .layout import columns, labelled
 from .numbers import clean, count
@@ -80,7 +80,7 @@ def as_json(check: WeightsCheck) -> dict[str, Any]:
 
 
 def _as_json(tensor: TensorCheck) -> dict[str, Any]:
-    fields = asdict(tensor)
+    fields = as_dict(tensor)
     if fields["first"] is not None:  # JSON has no infinity
         fields["first"]["values"] = {k: v if isfinite(v) else str(v) for k, v in fields["first"]["values"].items()}
     return fields

@@ -1,9 +1,9 @@
 """Dumps made from arrays, for tests of code that works on dumps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.record import Dump, End, Header, ModelInfo, Rows, Token

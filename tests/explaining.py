@@ -1,11 +1,11 @@
 """A small engine to plant faults in, and its dumps."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from planted import Faulty, Planted
 
 from checkpoints.answers.explain import Explanation

@@ -6,13 +6,14 @@ the catalogue that name it: several if they give the same numbers.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from changed_files import File, permuted, transposed
 from foreign_families import Families, lines
+from msgspec.structs import replace
 
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Rows

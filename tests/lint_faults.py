@@ -1,11 +1,11 @@
 """Right dumps of the embedded model, and faults of a capture in them: for tests of lint."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.reading.reader import read

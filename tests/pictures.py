@@ -1,9 +1,8 @@
 """Reports made of arrays, for tests of what is written and drawn."""
 
-from dataclasses import replace
-
 import numpy as np
 from dumps import HEADER, dump, noisy, random, spoiled
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import AGREES, DIVERGENCE, FRESH, INHERITED, Difference, Limits, Origin, PointSummary, Verdict
 from checkpoints.answers.picture import Grid, Picture, Spread

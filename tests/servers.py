@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Start = Callable[..., str]
 
 
@@ -72,6 +74,27 @@ def changed(fault: str, prompt: str, given: dict[str, Any]) -> str:
     return prompt
 
 
+def of_largest(logits: Any, log_softmax: Any, count: int) -> Any:
+    """Log-probabilities of which only the `count` largest logits of each row are left."""
+    edge = np.sort(logits, axis=-1)[..., -count, None]
+    return log_softmax(np.where(logits >= edge, logits, -1e30).astype(np.float32))
+
+
+# What a server may give instead of log_softmax(logits).
+NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
+    "log10": lambda logits, log_softmax: log_softmax(logits) / np.log(10),
+    "log2": lambda logits, log_softmax: log_softmax(logits) / np.log(2),
+    "logits": lambda logits, _: logits,
+    "unsettled": lambda logits, log_softmax: log_softmax(logits) - np.abs(logits[..., :1]),
+    "sign": lambda logits, log_softmax: -log_softmax(logits),
+    "probabilities": lambda logits, log_softmax: np.exp(log_softmax(logits)),
+    "scaled": lambda logits, log_softmax: 0.7 * log_softmax(logits),
+    "heated": lambda logits, log_softmax: log_softmax((logits / 0.7).astype(np.float32)),
+    "top-k": lambda logits, log_softmax: of_largest(logits, log_softmax, 40),
+    "top-3": lambda logits, log_softmax: of_largest(logits, log_softmax, 3),
+}
+
+
 def llama_cpp(model: str, port: int, fault: str) -> None:
     import llama_cpp
     import uvicorn
@@ -79,7 +102,10 @@ def llama_cpp(model: str, port: int, fault: str) -> None:
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
     right = llama_cpp.Llama.create_completion
-    if fault:
+    if fault in NUMBERS:
+        log_softmax = llama_cpp.Llama.logits_to_logprobs
+        llama_cpp.Llama.logits_to_logprobs = staticmethod(lambda logits, axis=-1: NUMBERS[fault](logits, log_softmax))
+    elif fault:
 
         def create_completion(self: Any, prompt: str, *arguments: Any, **given: Any) -> Any:
             return right(self, changed(fault, prompt, given), *arguments, **given)

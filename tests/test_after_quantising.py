@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli, refused
 from gguf import GGMLQuantizationType, GGUFReader, quants
+from msgspec.structs import replace
 
 from checkpoints.gguf_file import TensorInfo, contents, header_bytes, uint32_value
 from engine.weights.gguf_model import GgufModel

@@ -1,12 +1,11 @@
 """Records are paired by their key; duplicates are merged, selected or refused; token sequences are compared first."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from dumps import HEADER, dump, noisy, random
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from checkpoints.errors import DumpError, InputError
 from checkpoints.record import Dump, ModelInfo, Rows, Token

@@ -1,7 +1,6 @@
 """`parity consistency`: an engine against itself, and what is suspected if it disagrees."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from foreign import numpy_engine
+from msgspec.structs import replace
 from split_files import split
 
 from checkpoints.answers.consistency import Consistency

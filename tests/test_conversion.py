@@ -209,6 +209,27 @@ def test_a_quantised_file_is_equal_as_its_type(
     assert parity("weights", "--model", model, "--hf", source).code == 1
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_one_lost_row_is_named(
+    kind: str, folder: Callable[..., Path], reference: Reference, parity: Cli, tmp_path: Path
+) -> None:
+    """A row of the vocabulary that is its neighbour's, in a type that rounds: the row, and the first element that differs in it."""
+    source = folder("qwen2")
+    model = reference.quantize(convert(source, tmp_path / "m.gguf"), kind, tmp_path / "quantised.gguf")
+    info = next(tensor for tensor in gguf.GGUFReader(model).tensors if tensor.name == "token_embd.weight")
+    rows = int(info.shape[1])
+    size = int(info.n_bytes) // rows
+    data = bytearray(model.read_bytes())
+    at = int(info.data_offset) + (rows - 1) * size
+    data[at : at + size] = data[at - size : at]
+    model.write_bytes(data)
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    (wrong,) = [tensor for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
+    assert (code, wrong["name"]) == (1, "token_embd.weight")
+    assert wrong["reason"].startswith(f"row {rows - 1:,} of {rows:,}")
+    assert wrong["first"]["element"] // int(info.shape[0]) == rows - 1
+
+
 def test_bfloat16_is_read_by_its_bits(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
     """A folder in bfloat16 against a GGUF of the same numbers in float32 is equal to the bit."""
     source = folder("llama")

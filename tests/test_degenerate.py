@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dumps import Arrays, dump, random
 from gguf import GGUFReader
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import Faulty
 

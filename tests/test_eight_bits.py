@@ -1,11 +1,11 @@
 """`diff` without a model and without a declared arithmetic: noise of 8-bit activations is told from faults."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli, refused
+from msgspec.structs import replace
 
 from checkpoints.answers.consistency import Consistency
 from checkpoints.answers.isolate import PROVEN

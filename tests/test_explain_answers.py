@@ -1,12 +1,12 @@
 """`parity explain` neither acquits the guilty nor accuses the innocent: cases that once got a misleading answer, with the right one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
+from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation, Place, TruthAt

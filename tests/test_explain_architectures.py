@@ -1,11 +1,11 @@
 """Faults that only some architectures can have: each is named in a model to which it applies, in all layers and in one."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fault_places import GENERATED, PLACES, SETTINGS
+from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE

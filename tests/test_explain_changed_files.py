@@ -1,12 +1,13 @@
 """Changed GGUF files played by llama.cpp: mistakes of a converter, or of an engine that reads one number for another, are named."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faulty_engines import Case, dump_of, each, exchanged, number
+from msgspec.structs import replace
 from planted import PATIENT, tokens_of
 
 from parity.explain.explain import explain
@@ -28,9 +29,13 @@ class _Named:
     layers: tuple[int, ...] | None = None
 
 
-_EPS = number("attention.layer_norm_rms_epsilon", 1e-4)
+_EPS, _EPS_OF_LAYER_NORM = number("attention.layer_norm_rms_epsilon", 1e-4), number("attention.layer_norm_epsilon", 1e-4)
 _SHOWN = (
     _Named("gemma3", Case("ε 1e-4 for 1e-6, behind a table of float16", _EPS, ("norm-epsilon",))),
+    _Named("deepseek32", Case("ε 1e-4, in a model that chooses keys", _EPS, ("norm-epsilon",))),
+    _Named("llama4", Case("ε 1e-4, of norms without a weight, too", _EPS, ("norm-epsilon",))),
+    _Named("phimoe", Case("ε 1e-4, of norms with names of their own", _EPS, ("norm-epsilon",))),
+    _Named("rwkv7", Case("ε 1e-4, of all norms but the heads' own", _EPS_OF_LAYER_NORM, ("norm-epsilon",))),
     _Named("gemma3", Case("another base in layers with a window", number("rope.freq_base_swa", 2e4), ("rope-base",)), (0, 1, 2, 3, 4, 6)),
     _Named("gptneox", Case("branches one after the other", number("use_parallel_residual", False), ("sequential-branches",))),
     _Named("phi3", Case("QKV laid by group", each("attn_qkv.weight", by=_by_group), ("fused-qkv-by-group",))),

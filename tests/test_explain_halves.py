@@ -1,7 +1,6 @@
 """`explain` of encoder–decoders: faults of the encoder, of the decoder, of what one reads of the other; and of encoders alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from cli import Cli
 from explaining import STEPS, unstated
 from fault_places import HALVES
+from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Cause, Explanation, Named, Place

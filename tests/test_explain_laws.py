@@ -1,12 +1,12 @@
 """What the numbers say is said in a sentence: which elements are wrong, and how they come from the right ones."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
+from msgspec.structs import replace
 from planted import Faulty
 
 from engine.backend import Array

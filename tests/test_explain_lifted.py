@@ -1,13 +1,13 @@
 """`parity explain` and the arbiter on models whose steps are read from llama.cpp's graph."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from explaining import STEPS, unstated
+from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.reading.reader import read

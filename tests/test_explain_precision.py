@@ -1,11 +1,11 @@
 """`parity explain` tells lower arithmetic from faults."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, small_engine, unstated
+from msgspec.structs import replace
 from planted import Faulty, half_sums
 
 from checkpoints.reading.reader import read

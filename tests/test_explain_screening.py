@@ -1,13 +1,16 @@
 """How `parity explain` computes many candidates: together, from what is known already, and each of them once."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from explaining import PROMPT, only, small_engine
-from planted import Faulty
+from msgspec.structs import replace
+from planted import Faulty, tokens_of
 
 from engine.faults import CATALOGUE, Planting, plant
+from engine.replay.replay import Replay
 from parity.explain.batch import in_two, screened
 from parity.explain.budget import Budget
 from parity.explain.carry import carry
@@ -15,6 +18,7 @@ from parity.explain.explain import Case, ExplainOptions
 from parity.explain.likely import Likely
 from parity.explain.scopes import stages
 from parity.explain.state import RecordKey
+from reference.client import Reference
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,24 @@ def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faul
         # Fewer rows are another shape of matrix product, which BLAS may add up in another order.
         assert np.abs(own - taken).max() < 1e-5 * np.abs(own).max(), step.makes
         assert np.shares_memory(taken, longer) == (number < changed), step.makes
+
+
+@pytest.mark.parametrize("name", ["deepseek32", "rwkv7"])
+def test_a_shorter_replay_has_the_shapes_of_fewer_rows(
+    name: str, small_model: Callable[..., Path], reference: Reference
+) -> None:
+    """What has a column for each key, or chooses keys, is computed for the fewer rows and not cut from the longer run."""
+    model = small_model(name)
+    engine = Faulty(model, reference.graph(model)).transformer
+    tokens = tokens_of(model, 9, seed=1)
+    longer = Replay(engine.steps, tokens, range(9), [0] * 9, engine.weights, engine.backend)
+    for rows in (1, 3):
+        shorter = tokens[:rows], range(rows), [0] * rows, engine.weights, engine.backend
+        alone, shared = Replay(engine.steps, *shorter), Replay(engine.steps, *shorter, longer)
+        for step in engine.steps:
+            own, taken = alone.values[step.makes], shared.values[step.makes]
+            assert own.shape == taken.shape, step.makes
+            assert np.allclose(own, taken, rtol=1e-3, atol=1e-5), step.makes
 
 
 @pytest.mark.parametrize("point", [0, 2, 4])

@@ -1,11 +1,11 @@
 """Ten hand-made faults in our engine: the comparator names the operation, the interval, and the points that find it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 from slow import slow_but
 
 from checkpoints.answers.diff import Verdict

@@ -3,12 +3,12 @@
 import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 

@@ -1,6 +1,5 @@
 """Our GGUF reader against gguf-py's, and against files that were damaged on purpose."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
 from checkpoints.gguf_file import contents

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from checkpoints.errors import DumpError
 from checkpoints.graph import INPUT, WEIGHT, RecordedGraph, Rule, Size

@@ -1,11 +1,11 @@
 """Where llama.cpp computes with another number than the file states, every answer about a side that differs says so."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 
 from engine.ignored import ignored
 from engine.synth.recipe import Value

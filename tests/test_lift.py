@@ -1,13 +1,13 @@
 """The lift: a graph becomes steps of the engine, which compute what llama.cpp computes."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli import Cli, refused
+from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
 from engine import ops

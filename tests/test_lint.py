@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lint_faults import FAULTS, MISREAD, VARIANTS, changed, copied, right_dump, swapped_buffers
+from msgspec.structs import replace
 
 from checkpoints.answers.lint import ERROR
 from checkpoints.errors import DumpError

@@ -1,12 +1,12 @@
 """lint has no finding in llama.cpp's own dumps, which are those of a right engine."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from changed_files import File
 from cli import Cli
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read

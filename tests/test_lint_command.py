@@ -1,12 +1,12 @@
 """`parity lint` and the lint before a diff: what they refuse, print and exit with."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli
 from lint_faults import PROMPT, right_dump, swapped_buffers
+from msgspec.structs import replace
 
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read

@@ -1,13 +1,13 @@
 """Lint has no finding on right dumps: our engine's and llama.cpp's, of any type, prompt and set of points."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli
 from lint_faults import PROMPT, bf16_bits, bf16_of, right_dump, whole_dump
+from msgspec.structs import replace
 from other_models import write_model
 
 from checkpoints.reading.reader import read

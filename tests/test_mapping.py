@@ -1,13 +1,13 @@
 """Foreign names become ours by a mapping file, even if only a slice was recorded; names that stay unknown are listed."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli
 from dumps import dump, noisy, random
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 

@@ -1,12 +1,11 @@
 """Each measure against a plain computation in float64, record by record."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from dumps import dump, random
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from checkpoints.record import Dump, Rows
 from checkpoints.short_rows import reduced

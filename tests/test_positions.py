@@ -1,12 +1,12 @@
 """Dumps that count their positions from another start are aligned by tokens, else by values, and the answer says which and how sure."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli, refused
 from dumps import dump, noisy, random
+from msgspec.structs import replace
 
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer

@@ -3,12 +3,12 @@
 import os
 import resource
 import signal
-from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer

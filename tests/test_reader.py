@@ -2,7 +2,6 @@
 
 import json
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from careful import NUMBERS, all_left, fields_of
 from dumps import HEADER, random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer

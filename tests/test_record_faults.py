@@ -1,11 +1,11 @@
 """The record or the operation: a right engine that records something else is not accused, a wrong one is not acquitted."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import Faulty, Planted
 

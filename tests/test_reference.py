@@ -1,10 +1,10 @@
 """Proves that the reference's dumps are what llama.cpp computed: every point, exact shapes, no effect of the capture."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints import points

@@ -3,13 +3,13 @@
 import os
 import signal
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError, ModelError, ParityError, ReferenceFailed
 from checkpoints.gguf_file import contents, header_bytes, string_value

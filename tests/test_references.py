@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
 from cli import Cli, refused
+from msgspec.structs import replace
 
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump

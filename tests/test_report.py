@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from dumps import dump, noisy, random, spoiled
+from msgspec.structs import replace
 from pictures import EVIL, diverging, hostile, huge, passing
 
 from checkpoints.answers.diff import Pattern
@@ -181,6 +181,14 @@ def test_drift_in_every_format() -> None:
         answer = json.loads(json.dumps(drift_as_json(drift), allow_nan=False))
         assert answer["verdict"] == report.verdict.verdict
         assert all(point["margin"] is None or point["margin"] > 0 for point in answer["points"])
+
+
+def test_what_was_not_stated_is_called_so() -> None:
+    """A fact that one of two checks lacks is "not stated", not an empty place in the sentence."""
+    drift = replace(drift_of(passing().verdict), changes=(Change("compute", "", "f32"), Change("build", "a", "")))
+    text = "\n".join(line.plain for line in lines(drift, 100))
+    assert "compute was not stated, is now f32" in text
+    assert "build was a, is now not stated" in text
 
 
 def markdown_of(drift: Drift) -> str:

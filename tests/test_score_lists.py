@@ -4,12 +4,12 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import Cli, refused
+from msgspec.structs import replace
 from servers import Start
 
 from parity.run.request import Request

@@ -18,6 +18,7 @@ from parity.server.causes import penalised
 from parity.server.http import ServerError
 from parity.server.predictions import Candidate, Prediction, legacy
 from parity.server.predictions import listed as read_list
+from parity.server.truncation import truncations
 from parity.server.vocabulary import Vocabulary
 from reference.client import Reference
 from reports.server import sentence
@@ -81,6 +82,45 @@ def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, pari
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "cause", "words"),
+    [
+        ("log10", "log-base", "to the base 10"),
+        ("log2", "log-base", "to the base 2"),
+        ("logits", "logits", "the sum of their exponentials is not subtracted"),
+        ("unsettled", "not-normalised", "plus a constant"),
+        ("sign", "log-sign", "sign is wrong"),
+        ("probabilities", "probabilities", "not their logarithms"),
+        ("scaled", "log-scale", "times llama.cpp's, with no new normalisation"),
+        ("heated", "temperature", "divided by a temperature of 0.7"),
+        ("top-3", "truncated-logprobs", "behind a top-k of 3"),
+    ],
+)
+def test_numbers_that_are_no_log_probabilities_are_named(
+    serve: Start, stories: Path, parity: Cli, fault: str, cause: str, words: str
+) -> None:
+    """Another base, sign, scale or sum, logits, probabilities, a sampler in front: what the server gives is named, by a real server's
+    numbers.
+    """
+    code, answer = asked(parity, serve("llama_cpp", stories, fault))
+    assert (code, [item["name"] for item in answer["causes"]]) == (1, [cause])
+    assert words in answer["causes"][0]["sentence"]
+    # Which token is the last of three may differ in the server's own arithmetic.
+    assert answer["causes"][0]["kl"] < answer["causes"][0]["without"] / 10 > answer["limit"] / 10
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_early_says_how_much_was_compared(serve: Start, stories: Path, parity: Cli) -> None:
+    """Fewer chosen tokens than asked for are a note and part of the verdict, with llama.cpp's next token."""
+    text = "Lily and her mom went to the park."
+    url, stop = serve("llama_cpp", stories), '{"stop": [" big"]}'
+    ran = parity("run", "--prompt", text, "--server", url, "--generate", 12, "--server-json", stop, "--out", "folder")
+    assert ran.code == 0
+    assert "the server chose 4 of the 12 tokens that it was asked for, and says 'stop'; llama.cpp would go on with" in ran.out
+    assert "; the server chose 4 of 12 tokens" in ran.out
+
+
+@pytest.mark.slow
 def test_the_prefix_is_dumped(serve: Start, without_bos: Path, parity: Cli) -> None:
     """--dump-prefix records llama.cpp on exactly the tokens up to the first wrong prediction, as the printed command does."""
     code, answer = asked(parity, serve("xllamacpp", without_bos), "--dump-prefix")
@@ -126,7 +166,7 @@ def test_every_schema_is_read() -> None:
         {"tokens": ["a"], "token_logprobs": [math.nan]},
         {"tokens": ["a"], "token_logprobs": ["x"]},
         {"tokens": ["a"], "token_logprobs": [True]},
-        {"tokens": ["a"], "token_logprobs": [5.0]},
+        {"tokens": ["a"], "token_logprobs": [5e9]},
         {"tokens": [1], "token_logprobs": [-1]},
         {"tokens": "a", "token_logprobs": [-1]},
         {"tokens": ["a"], "token_logprobs": [-1], "top_logprobs": [["b"]]},
@@ -141,7 +181,7 @@ def test_every_schema_is_read() -> None:
     ],
 )
 def test_what_is_no_prediction_is_one_line(broken: Any) -> None:
-    """Lists of other lengths, NaN, words, logits instead of log-probabilities: refused with the reason."""
+    """Lists of other lengths, NaN, words, numbers that are no logits either: refused with the reason."""
     with pytest.raises(ServerError, match="cannot be read"):
         legacy(broken, "x") if isinstance(broken, dict) else read_list(broken, "x")
 
@@ -171,6 +211,31 @@ def test_kl_is_a_lower_bound_of_the_whole() -> None:
     p = row - np.log(np.exp(row.astype(np.float64)).sum())
     assert 0 < kl(row, server) <= float(np.sum(np.exp(p) * (p - log)))
     assert kl(other, server) == pytest.approx(0, abs=1e-9)
+
+
+def test_what_sums_to_more_than_1_is_never_right() -> None:
+    """A confident row to the base 10: its entries are all nearly 0, but they sum to more than 1."""
+    row = np.array([12.0, 6.0, 1.0, *[-20.0] * 29], dtype=np.float32)
+    vocabulary = Vocabulary([f"t{number}" for number in range(32)])
+    log = row - np.log(np.exp(row.astype(np.float64)).sum())
+    server = listed([Candidate(f"t{n}", float(log[n] / np.log(10))) for n in range(3)], vocabulary, row)
+    assert kl(row, server) > 0.05
+    assert kl(row, listed([Candidate(f"t{n}", float(log[n])) for n in range(3)], vocabulary, row)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("what", "kept"), [("a top-k of 7", 7), ("a top-p of 0.9", None), ("a min-p of 0.1", None)])
+def test_a_truncation_is_found_by_its_offsets(what: str, kept: int | None) -> None:
+    """Rows cut by top-k, top-p or min-p: of the three that fit best, one is it, and it leaves the same tokens."""
+    random = np.random.default_rng(3)
+    rows = [random.normal(0, 2, 300).astype(np.float32) for _ in range(8)]
+    offsets, cuts = [], []
+    for row in rows:
+        p = np.sort(np.exp(row.astype(np.float64)) / np.exp(row.astype(np.float64)).sum())[::-1]
+        count = kept or (int(np.searchsorted(np.cumsum(p), 0.9)) + 1 if "top-p" in what else int((p >= 0.1 * p[0]).sum()))
+        offsets.append(float(-np.log(p[:count].sum())))
+        cuts.append(count)
+    fit = next(found for found in truncations(rows, offsets) if found.what == what)
+    assert [int((fit.left(row) > -60).sum()) for row in rows] == cuts
 
 
 def test_a_penalty_is_llama_cpps() -> None:

@@ -98,6 +98,10 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         logprobs = {"tokens": ["a"], "token_logprobs": [math.nan], "top_logprobs": [None]}
         self._send(200, json.dumps({"choices": [{"text": "a", "logprobs": logprobs}]}).encode())
 
+    def _positive(self) -> None:
+        logprobs = {"tokens": [" and"], "token_logprobs": [5.0], "top_logprobs": [{" and": 5.0}]}
+        self._send(200, json.dumps({"choices": [{"text": " and", "logprobs": logprobs}]}).encode())
+
     def _strange(self) -> None:
         entry = {"token": "no such piece", "logprob": -0.5}
         logprobs = {"content": [entry | {"top_logprobs": [entry]}]}
@@ -227,6 +231,7 @@ def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatc
 def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) -> None:
     """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")
+    refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/positive"), "above 0, as if it were a logit")
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/strange"), "none of the server's candidates is a token")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--exec", "x {out}"), "--server cannot be combined with")
     refused(parity("run", "--prompt", "hi", "--server", hostile, "--first-position", "5"), "--first-position")

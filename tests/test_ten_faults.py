@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from changed_files import File
 from cli import Cli
 from faulty_engines import CASES, Case, bare, dump_of
 from foreign_families import HABITS, Families
+from msgspec.structs import replace
 from planted import PATIENT, tokens_of
 
 from engine.synth.recipes import recipe

@@ -2,11 +2,11 @@
 
 import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
+from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.console import Console
 

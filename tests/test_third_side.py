@@ -1,10 +1,10 @@
 """Float64 as the third side of a comparison: which side is off, by how much, and what the answers say of it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 from planted import Faulty, Planted
 
 from checkpoints.reading.reader import read

@@ -1,11 +1,11 @@
 """Files of qwen2 and llama with other tensors than their written lists read: they are computed from llama.cpp's graph."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli import Cli
+from msgspec.structs import replace
 
 from engine.models import written_by_hand
 from engine.synth.recipe import shape_of

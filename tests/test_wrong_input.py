@@ -193,14 +193,14 @@ def test_bad_dumps(parity: Cli, tmp_path: Path, name: str) -> None:
 
 def test_two_prompts_are_two_experiments(parity: Cli) -> None:
     """Dumps of different prompts are refused: nothing can be said of them."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     refused(parity("diff", write("a.jsonl"), write("b.jsonl", replace(HEADER, prompt="xyz", tokens=(4, 5, 6)))), "prompt")
 
 
 def test_two_models_are_two_experiments(parity: Cli) -> None:
     """Dumps of different models are refused by name."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     other = replace(HEADER, model=ModelInfo("other", "qwen2", "F32", 2, "0" * 32))
     refused(parity("diff", write("a.jsonl"), write("b.jsonl", other)), "other")

@@ -1,12 +1,11 @@
 """Which layers of an engine are wrong, each given the reference's input: data; `reports` formats it."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 RIGHT, WRONG, NOT_JUDGED = "right", "wrong", "not judged"
 
 
-@dataclass(frozen=True)
-class JudgedPart:
+class JudgedPart(Struct, frozen=True):
     """One part of the model: the embedding, a layer, or what follows the last one.
 
     `name` is "embd", "blk.7" or "output". If the part is wrong, `point` is the first of its points that differs, with the worst record's
@@ -23,8 +22,7 @@ class JudgedPart:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Bisected:
+class Bisected(Struct, frozen=True):
     """The answer; true if every part that was judged is right, and at least one was judged."""
 
     parts: tuple[JudgedPart, ...]

@@ -2,8 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from msgspec import Struct
+
+from ..structs import as_dict
 
 PARITY = "parity"
 LOWER = "parity at "  # + "F16", "BF16"
@@ -17,8 +20,7 @@ CHANGED = "changed"  # the key of a result of which nobody knows by which build 
 WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """One cell of the matrix: a tiny model of an architecture and a weight type, a prompt, and how it is fed."""
 
     architecture: str
@@ -32,8 +34,7 @@ class Cell:
         return f"{self.architecture} {self.type} {self.prompt} {self.mode}"
 
 
-@dataclass(frozen=True)
-class CellResult:
+class CellResult(Struct, frozen=True):
     """The result of one cell.
 
     Attributes:
@@ -73,8 +74,8 @@ class CellResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The cell's and the result's fields in one flat dictionary, for JSON and tables."""
-        own = {name: value for name, value in asdict(self).items() if name != "cell"}
-        return asdict(self.cell) | own
+        own = {name: value for name, value in as_dict(self).items() if name != "cell"}
+        return as_dict(self.cell) | own
 
     @staticmethod
     def from_dict(facts: dict[str, Any]) -> "CellResult":
@@ -83,13 +84,12 @@ class CellResult:
         Raises:
             KeyError, TypeError: it was written by another version.
         """
-        cell = Cell(**{field.name: facts[field.name] for field in fields(Cell)})
-        own = {field.name: facts[field.name] for field in fields(CellResult) if field.name != "cell"}
+        cell = Cell(**{name: facts[name] for name in Cell.__struct_fields__})
+        own = {name: facts[name] for name in CellResult.__struct_fields__ if name != "cell"}
         return CellResult(cell, **own)
 
 
-@dataclass(frozen=True)
-class SharedCause:
+class SharedCause(Struct, frozen=True):
     """Cells that fail in the same way."""
 
     cause: str
@@ -97,8 +97,7 @@ class SharedCause:
     cells: tuple[Cell, ...]
 
 
-@dataclass(frozen=True)
-class Conformance:
+class Conformance(Struct, frozen=True):
     """The whole matrix; true if nothing is wrong.
 
     Attributes:

@@ -1,12 +1,11 @@
 """The result of comparing an engine with itself: one entry for each way of computing the same positions."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from .diff import Verdict
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """One way against another.
 
     Attributes:
@@ -24,8 +23,7 @@ class Check:
     differs: str = ""
 
 
-@dataclass(frozen=True)
-class Consistency:
+class Consistency(Struct, frozen=True):
     """The whole answer."""
 
     engine: str

@@ -4,7 +4,8 @@ Unknown numbers are None; an error that no number expresses (NaN on one side onl
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 PARITY = "parity"
 DIVERGENCE = "divergence"
@@ -16,8 +17,7 @@ GROWN = "grown"  # over the limit without a jump anywhere before it
 OTHERWISE = "recorded otherwise"  # the operation is right, but the record shows another value
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """One compared record.
 
     `nmse` is the larger of `nmse_slice` (the recorded values) and `nmse_row` (the whole row: exact if it was recorded
@@ -55,16 +55,14 @@ class Difference:
     future_mass: float | None = None
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(Struct, frozen=True):
     """A point with failing records that no earlier failing record explains; `first` is the earliest of them."""
 
     first: Difference
     positions: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class PointSummary:
+class PointSummary(Struct, frozen=True):
     """All compared records of one point: how many there are, how many failed, the worst one, and the verdict on the point."""
 
     checkpoint: str
@@ -75,8 +73,7 @@ class PointSummary:
     worst: Difference
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(Struct, frozen=True):
     """The last point before the first divergence that agrees at every position up to it; `whole`: at every position of the dump."""
 
     checkpoint: str
@@ -84,21 +81,19 @@ class Agreement:
     whole: bool
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(Struct, frozen=True):
     """What the shape of the error suggests on its own: a stable code and a sentence."""
 
     code: str
     sentence: str
 
 
-@dataclass(frozen=True)
-class RecordFault:
+class RecordFault(Struct, frozen=True):
     """Records that show something other than their name says, while everything computed from them agrees: the operation is right.
 
-    `kind`: "layout" (another order of the elements), "name" (another point of the layer), "moment" (another time: captured late, or
-    before a scale), "nonfinite" (NaN that nothing made from it has) or "unknown". `map` is the line of a `--map` file that settles it,
-    empty where none does.
+    `kind`: "layout" (another order of the elements), "length" (longer or shorter rows), "name" (another point of the layer), "moment"
+    (another time: captured late, or before a scale), "type" (rounded, or misread bits), "nonfinite" (NaN or infinity that nothing made from
+    it has) or "unknown". `map` is the line of a `--map` file that settles it, empty where none does.
     """
 
     checkpoint: str
@@ -110,8 +105,7 @@ class RecordFault:
     map: str = ""
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """How much of a point's rows the comparison saw: `values` of `of` elements (None: unknown), and whether a sketch or
     statistics cover the rest."""
 
@@ -127,8 +121,7 @@ class Seen:
         return self.sketch or self.statistics or (self.of is not None and self.values >= self.of)
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(Struct, frozen=True):
     """The arithmetic (f32, tf32, f16, bf16, q8) at which the sides agree, or by which they were judged; empty if modes are mixed.
 
     `source`: "stated" by a header or --compute, "measured" on the model, "assumed" if nothing states it; `assumed` is true for the
@@ -143,8 +136,7 @@ class Precision:
     alike: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TruthPoint:
+class TruthPoint(Struct, frozen=True):
     """How far both sides are from a float64 computation of the same steps at one point: NMSE of each side's worst record, or None.
 
     `alone` is the side that is far from it while the other is near ("ours" or "reference"), empty if both are about equally far.
@@ -156,16 +148,14 @@ class TruthPoint:
     alone: str = ""
 
 
-@dataclass(frozen=True)
-class TruthRecord(TruthPoint):
+class TruthRecord(TruthPoint, frozen=True):
     """The same for the single record that an answer is about; `values` are its first values in float64, rounded to float32."""
 
     token_idx: int = 0
     values: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(Struct, frozen=True):
     """What one side lacks: points with no record at all, positions missing from common points, and the number of records."""
 
     points: tuple[str, ...] = ()
@@ -173,8 +163,7 @@ class Missing:
     records: int = 0
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(Struct, frozen=True):
     """The next token as each side would choose it.
 
     `known` counts the positions at which both first choices are known, `agree` those at which they are equal. The other figures need
@@ -196,8 +185,7 @@ class Choices:
     differs_margin: float | None = None
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """The limits that were applied; `assumed` if the arithmetic of one side is unknown.
 
     `points` holds the measured limits of single points; `operations` is the largest of them.
@@ -210,8 +198,7 @@ class Limits:
     points: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """The answer to "do these two dumps agree?"; true for parity.
 
     `next` is a `--points` value, empty if the records already identify the operation (then `operation` names it).

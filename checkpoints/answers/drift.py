@@ -1,13 +1,13 @@
 """The result of a check against golden dumps, and a line of its ledger: pure data. `parity.drift` makes it, `reports` formats it."""
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from .diff import DIVERGENCE, PARITY, Verdict
 
 
-@dataclass(frozen=True)
-class Margin:
+class Margin(Struct, frozen=True):
     """The worst record of one point over all prompts. `of_limit` is its error divided by its limit.
 
     `prompt` is the prompt's number, `before` the smallest such ratio in earlier checks (None: no earlier check).
@@ -27,16 +27,14 @@ class Margin:
         return 1 / self.of_limit if self.of_limit else None
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """One prompt of the set, and its comparison."""
 
     prompt: str
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Struct, frozen=True):
     """A version or setting that has changed."""
 
     what: str
@@ -44,8 +42,7 @@ class Change:
     now: str
 
 
-@dataclass(frozen=True)
-class Drift:
+class Drift(Struct, frozen=True):
     """The answer to "has anything moved?"; true where nothing left its limit.
 
     `golden` and `side` describe the two in a line each. `findings` are sentences about errors that are within their limits but growing
@@ -75,8 +72,7 @@ class Drift:
         return sum(item.verdict.compared for item in self.checked)
 
 
-@dataclass(frozen=True)
-class Closer:
+class Closer(Struct, frozen=True):
     """A point (or a cell of a conformance run) that is closer to its limit than before; both errors are divided by the limit."""
 
     name: str
@@ -85,8 +81,7 @@ class Closer:
     since: str
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One check (or one conformance run, with cells in place of points) as the ledger keeps it.
 
     `points`: point -> (nmse, limit, of_limit); `golden` distinguishes sets of dumps.

@@ -1,13 +1,13 @@
 """The result of `parity explain`: data; `reports` formats it."""
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from .diff import Seen
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(Struct, frozen=True):
     """A fault by name, with its parameters and layers; `layers` is None for all layers."""
 
     fault: str
@@ -16,8 +16,7 @@ class Named:
     sentence: str
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(Struct, frozen=True):
     """A fault that reproduces the recorded values.
 
     `explained` is the fraction of the differing records that it (with the causes before it) reproduces, `nmse` the worst error
@@ -35,8 +34,7 @@ class Cause:
     apart: str = ""
 
 
-@dataclass(frozen=True)
-class Lead:
+class Lead(Struct, frozen=True):
     """A fault that removes part of the error, or an observation about the numbers themselves.
 
     `removed` is the share of the squared error at the first divergence that it removes; None for an observation.
@@ -47,8 +45,7 @@ class Lead:
     named: Named | None = None
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where the dump first differs from the right engine."""
 
     checkpoint: str
@@ -57,16 +54,14 @@ class Place:
     limit: float
 
 
-@dataclass(frozen=True)
-class TruthAt:
+class TruthAt(Struct, frozen=True):
     """How far both sides are from float64 at the first differing place: NMSE of the dump, and of our right engine in float32."""
 
     ours: float
     right: float
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """Which operations may be wrong at the place that the causes leave unexplained.
 
     Attributes:
@@ -80,8 +75,7 @@ class Placed:
     seen: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(Struct, frozen=True):
     """The answer. True if there is no fault: nothing differs, or only by precision.
 
     Attributes:

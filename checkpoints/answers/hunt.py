@@ -1,13 +1,12 @@
 """The result of a hunt: the runs of an engine that led from the first divergence to an operation, and the cause."""
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from .diff import Verdict
 from .explain import Explanation
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(Struct, frozen=True):
     """One run of the engine.
 
     Attributes:
@@ -23,8 +22,7 @@ class Round:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class Hunt:
+class Hunt(Struct, frozen=True):
     """All runs; true if the sides agree.
 
     Attributes:

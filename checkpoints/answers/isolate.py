@@ -1,15 +1,15 @@
 """The result of isolating: one entry for each operation of each layer, judged only by its own inputs and output."""
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 PROVEN = "proven"
 WRONG = "wrong"
 NOT_OBSERVABLE = "not observable"
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """One operation of one layer (`layer` None: once in the model).
 
     Attributes:
@@ -38,8 +38,7 @@ class Operation:
         return self.operation if self.layer is None else f"blk.{self.layer}.{self.operation}"
 
 
-@dataclass(frozen=True)
-class Element:
+class Element(Struct, frozen=True):
     """One element of the logits recomputed as a float64 dot product: row `row` of the output matrix at a position."""
 
     row: int
@@ -50,8 +49,7 @@ class Element:
     right: bool
 
 
-@dataclass(frozen=True)
-class Graft:
+class Graft(Struct, frozen=True):
     """What the reference predicts from a foreign hidden state at one position, compared with its own run."""
 
     position: int
@@ -67,8 +65,7 @@ class Graft:
         return self.own_choice != self.grafted_choice
 
 
-@dataclass(frozen=True)
-class Isolation:
+class Isolation(Struct, frozen=True):
     """The whole answer.
 
     Attributes:

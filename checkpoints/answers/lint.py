@@ -1,14 +1,13 @@
 """The result of linting one dump: pure data. `parity.lint` makes it, `reports` formats it."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 ERROR = "error"  # no engine can compute this: a comparison would say nothing about the engine
 SUSPICION = "suspicion"  # captured wrong, or computed wrong: a comparison decides by what is computed from it
 WARNING = "warning"  # suspicious, but an engine may really compute this: a comparison is the judge
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One thing that is wrong with a dump.
 
     `checkpoint` and `token_idx` say where it begins (None: the whole dump); `evidence` is what was seen, `cause` what
@@ -24,8 +23,7 @@ class Finding:
     advice: str
 
 
-@dataclass(frozen=True)
-class LintReport:
+class LintReport(Struct, frozen=True):
     """All findings of one dump, the most severe first; true if there are none. `notes` are remarks from reading the file."""
 
     path: str

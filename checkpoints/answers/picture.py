@@ -1,13 +1,11 @@
 """What a report draws besides the verdict: a grid of all compared records, and the first divergence's values. Pure data."""
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(Struct, frozen=True):
     """Errors of all compared records, [P, T]: points in dataflow order by positions.
 
     NaN if there is no such record or its error is unknown. `columns` are (seq, token_idx), `tokens` their texts if
@@ -23,8 +21,7 @@ class Grid:
     limit: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(Struct, frozen=True):
     """How one side's row is distributed: `values` recorded values of `n`, and its statistics (None: unknown)."""
 
     values: tuple[float, ...]
@@ -35,8 +32,7 @@ class Spread:
     deviation: float | None = None
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(Struct, frozen=True):
     """`ours` and `ref` are the spreads of the record that the report is about: the first divergence, else the worst.
 
     `truth` is the spread in float64, if it was computed.

@@ -1,10 +1,9 @@
 """How far two versions of llama.cpp are from each other on the same tokens: data; `reports` formats it."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True)
-class MovedPoint:
+class MovedPoint(Struct, frozen=True):
     """One kind of point, over all layers ("blk.*.ffn_gate"). `nmse`, `layer` and `token_idx` are those of the worst record."""
 
     kind: str
@@ -14,8 +13,7 @@ class MovedPoint:
     token_idx: int
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(Struct, frozen=True):
     """The reference compared with another version or build of llama.cpp.
 
     Attributes:
@@ -37,8 +35,7 @@ class Moved:
     same_instructions: bool = False
 
 
-@dataclass(frozen=True)
-class References:
+class References(Struct, frozen=True):
     """All other references of a run, and what they mean for our side.
 
     `within`: our side differs from the reference, but nowhere more than `times` as much as the references differ among themselves.

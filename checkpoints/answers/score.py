@@ -1,12 +1,11 @@
 """How well a side predicts a text, and how far its predictions are from another's: data; `reports` formats it."""
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0)
 
 
-@dataclass(frozen=True)
-class Worst:
+class Worst(Struct, frozen=True):
     """The position at which the two sides differ most.
 
     `position` counts from the start of its chunk; `before` is the text up to there, `token` the id that follows in the text.
@@ -23,8 +22,7 @@ class Worst:
     base: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(Struct, frozen=True):
     """The figures of one run over a text. Natural logarithms throughout.
 
     Attributes:

@@ -1,13 +1,13 @@
 """The result of a comparison with a server's log-probabilities: data; `reports` formats it."""
 
-from dataclasses import dataclass
 from math import inf
+
+from msgspec import Struct
 
 TEACHER_FORCED, GREEDY = "text", "greedy"
 
 
-@dataclass(frozen=True)
-class Predicted:
+class Predicted(Struct, frozen=True):
     """One prediction. Natural logarithms.
 
     Attributes:
@@ -38,8 +38,7 @@ class Predicted:
         return self.server[:1] == () or self.server[0][0] == self.ref[0][0]
 
 
-@dataclass(frozen=True)
-class ServerCause:
+class ServerCause(Struct, frozen=True):
     """What explains the server's numbers: llama.cpp gives the same ones if the request is read this way.
 
     `kl` is the worst over the `tried` positions under this explanation, `without` the worst over the same positions as requested.
@@ -53,8 +52,7 @@ class ServerCause:
     tried: int = 0
 
 
-@dataclass(frozen=True)
-class ServerAnswer:
+class ServerAnswer(Struct, frozen=True):
     """The whole answer; true if the server predicts and chooses as llama.cpp does.
 
     Attributes:
@@ -63,6 +61,7 @@ class ServerAnswer:
         limit: the KL above which a prediction is wrong; `floor`: the most that llama.cpp differs from itself on these tokens.
         tokens: llama.cpp's ids of the prompt (the first `prompt` of them), followed by those that the server chose.
         prefix: the tokens up to the first wrong prediction.
+        wanted: how many tokens the server was asked to choose.
         unfaithful: chosen tokens that are not the most probable of the server's own candidates, as (position, chosen, better).
     """
 
@@ -83,6 +82,7 @@ class ServerAnswer:
     causes: tuple[ServerCause, ...] = ()
     unfaithful: tuple[tuple[int, str, str], ...] = ()
     prefix: tuple[int, ...] = ()
+    wanted: int = 0
     next_command: str = ""
     folder: str = ""
     notes: tuple[str, ...] = ()

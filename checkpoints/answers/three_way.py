@@ -1,12 +1,11 @@
 """The result of a comparison of three sides: at each point, which side disagrees with the other two."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 PAIRS = ((0, 1), (0, 2), (1, 2))  # the two sides that each figure of a point compares
 
 
-@dataclass(frozen=True)
-class ThreeWayPoint:
+class ThreeWayPoint(Struct, frozen=True):
     """One point. `nmse` and `of_limit` are each pair's worst, in the order of PAIRS, None if a pair has no such record.
 
     `differs`: `diff` judges some pair to differ. `alone` is the side that differs from the two others, which agree.
@@ -23,8 +22,7 @@ class ThreeWayPoint:
     wrong: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class ThreeWay:
+class ThreeWay(Struct, frozen=True):
     """The answer for three sides; true if all agree. `first` is the first point in dataflow order at which they do not."""
 
     sides: tuple[str, str, str]

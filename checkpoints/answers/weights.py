@@ -1,14 +1,13 @@
 """The result of checking a model's weights: one entry for each tensor."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 EQUAL = "equal"
 DIFFERENT = "different"
 NOT_CHECKED = "not checked"
 
 
-@dataclass(frozen=True)
-class FirstDifference:
+class FirstDifference(Struct, frozen=True):
     """Where the results differ: element (row-major), its block's number and bytes (hex), and the values by their origin."""
 
     element: int
@@ -17,8 +16,7 @@ class FirstDifference:
     values: dict[str, float]
 
 
-@dataclass(frozen=True)
-class TensorCheck:
+class TensorCheck(Struct, frozen=True):
     """One tensor. `status` is "equal", "different", "not checked", or a phrase on what it equals ("equal when transposed").
 
     `reason` explains; `by` names what was compared; `elements` is the number of values, `nonfinite` of NaN and infinities.
@@ -40,8 +38,7 @@ class TensorCheck:
         return (self.status.startswith(EQUAL) and not self.reason) or self.status == NOT_CHECKED
 
 
-@dataclass(frozen=True)
-class WeightsCheck:
+class WeightsCheck(Struct, frozen=True):
     """The whole answer; `theirs` names the file of a foreign engine's weights, or is empty. `tolerance` is the difference
     that still counts as equal.
     """

@@ -1,11 +1,11 @@
 """Whatever an engine wrote, read as a dump: one file for each format, with `detect` and `read`."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..errors import DumpError
 from ..mapped import renamed

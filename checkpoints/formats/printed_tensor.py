@@ -1,8 +1,7 @@
 """A tensor that a log prints in part, row by row, and the records made of its rows."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
+from msgspec import Struct, field
 
 from ..points import parse
 from ..record import Rows
@@ -17,8 +16,7 @@ _QUANTUM = 1e-4  # %.4f
 _MOST = 0.5
 
 
-@dataclass
-class Tensor:
+class Tensor(Struct):
     """A tensor of a pass: rows of values, each with its number, counted over dimensions 1 and 2; None stands for a gap.
 
     `total` is the sum that is printed below it; `every` means that it is known to be of all values.
@@ -89,8 +87,7 @@ class Tensor:
         return abs(self.total - float(np.sum(printed))) > len(printed) * _QUANTUM / 2 + 1e-6 * size
 
 
-@dataclass
-class Printed:
+class Printed(Struct):
     """The records of one point: by position its pass, its values by element, its row's shape, its statistics."""
 
     records: dict[int, tuple[int, dict[int, float], tuple[int, ...], dict[str, float]]] = field(default_factory=dict)

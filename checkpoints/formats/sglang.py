@@ -10,11 +10,11 @@ comes after it, above all the logits, is in the next pass's file. A layer return
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from ..errors import DumpError
@@ -46,8 +46,7 @@ _LARGEST_NUMBER = 1 << 40
 _AGAIN = "Dump again, into an empty folder."
 
 
-@dataclass
-class _Tensor:
+class _Tensor(Struct):
     """One tensor of one pass: its parts by rank; `number` is its place in the order of dumping."""
 
     name: str
@@ -162,8 +161,7 @@ def _label(name: str, layer: str) -> str | None:
     return name
 
 
-@dataclass(frozen=True)
-class _Places:
+class _Places(Struct, frozen=True):
     """Where the rows of a pass belong: their positions and sequences, None if those were not dumped.
 
     `tokens` are the ids of sequence 0 from position `begin` on, () if they were not dumped.

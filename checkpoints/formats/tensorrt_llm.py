@@ -8,11 +8,12 @@ outermost modules are numbered on from one forward pass to the next.
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..errors import DumpError
@@ -34,8 +35,7 @@ _TOTAL = 4 << 30  # bytes of all files
 _Path = tuple[tuple[int, str], ...]
 
 
-@dataclass
-class _Module:
+class _Module(Struct):
     """The files of a module's arguments and of its results, by rank and argument."""
 
     inputs: dict[str, dict[int, Path]] = field(default_factory=dict)

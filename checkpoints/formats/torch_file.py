@@ -7,12 +7,12 @@ it names (a class of somebody's engine) becomes an `Opaque` value, and is neithe
 
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
@@ -42,8 +42,7 @@ _TYPES = {
 _AGAIN = "Save it again, as torch.save(tensor.cpu(), path) does."
 
 
-@dataclass(frozen=True)
-class Opaque:
+class Opaque(Struct, frozen=True):
     """A value of a class that is not known here; only its name is kept."""
 
     name: str
@@ -57,8 +56,7 @@ def _instructions(description: bytes) -> Iterator[tuple[Any, Any]]:
         yield opcode, argument
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(Struct, frozen=True):
     type: str
     key: str
     order: str

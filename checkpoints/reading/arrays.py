@@ -5,26 +5,25 @@ What counts as a number here is what `checkpoints.reading.fields.number` takes, 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import simdjson
+from msgspec import Struct
 from numpy.typing import NDArray
 
 Text = msgspec.Raw | memoryview | bytes
 
-_WORD = re.compile(
-    rb'"[+-]?nan(?:\(\w*\))?"|"[+-]?inf(?:inity)?"|-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|(?-i:null)', re.IGNORECASE
-)
-_NUMBER = re.compile(rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_QUOTED = re.compile(rb'"(' + _NUMBER.pattern + rb')"')
-_INSIDE = re.compile(rb'"(?<![\[\], \t\r\n]")(?![\[\], \t\r\n])')  # a quote that neither begins nor ends an element, as in "4"1
+# Patterns of what few dumps have: they are compiled by whoever first needs them, since that takes 10 ms.
+_WORD = rb'(?i:"[+-]?nan(?:\(\w*\))?"|"[+-]?inf(?:inity)?"|-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?|(?-i:null))'
+_NUMBER = rb"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_QUOTED = rb'"(' + _NUMBER + rb')"'
+_INSIDE = rb'"(?<![\[\], \t\r\n]")(?![\[\], \t\r\n])'  # a quote that neither begins nor ends an element, as in "4"1
 _BLANKS = b" \t\r\n"
-_TWO = re.compile(rb"[^\[\], \t\r\n][ \t\r\n]+[^\[\], \t\r\n]")  # numbers with no comma between them
+_TWO = rb"[^\[\], \t\r\n][ \t\r\n]+[^\[\], \t\r\n]"  # numbers with no comma between them
 _LONGEST = 300  # characters of an integer that float64 surely holds; longer ones are read, or refused, line by line
-_FAR = re.compile(rb"[eE]\+?0*[1-9]\d\d")  # an exponent that may be beyond float64's
+_FAR = rb"[eE]\+?0*[1-9]\d\d"  # an exponent that may be beyond float64's
 _INTEGER = 18  # characters of which every integer fits 64 bits
 
 _SEPARATOR = np.zeros(256, dtype=np.bool_)
@@ -34,8 +33,7 @@ _IS_WORD = np.zeros(256, dtype=np.bool_)
 _IS_WORD[list(b"nNiI")] = True
 
 
-@dataclass(frozen=True)
-class Numbers:
+class Numbers(Struct, frozen=True):
     """The numbers of R arrays.
 
     Attributes:
@@ -79,9 +77,9 @@ class NumberParser:
     def _with_words(self, array: bytes) -> Numbers | None:
         """The same with words for numbers, numbers in quotes and numbers beyond float64."""
         if b'"' in array:
-            if _INSIDE.search(array):
+            if re.search(_INSIDE, array):
                 return None
-            array = _QUOTED.sub(rb"\1", array)
+            array = re.sub(_QUOTED, rb"\1", array)
         words = _words(array)
         plain = None if words is None else self._plain(words.zeroed) or self._with_huge(words.zeroed)
         if plain is None or words is None:
@@ -97,12 +95,14 @@ class NumberParser:
 
     def _with_huge(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
         """The same with numbers that no float64 or 64-bit integer holds, which simdjson refuses: infinite, as Python reads them."""
-        if _TWO.search(array):
+        if re.search(_TWO, array):
             return None
         rows = array.translate(None, _BLANKS)[2:-2].split(b"],[")
         elements = [number for row in rows if row for number in row.split(b",")]
-        special = {text for text in set(elements) if len(text) > _INTEGER or _FAR.search(text)}
-        if not all(map(_NUMBER.fullmatch, special)) or any(len(x) > _LONGEST and x.strip(b"-").isdigit() for x in special):
+        special = {text for text in set(elements) if len(text) > _INTEGER or re.search(_FAR, text)}
+        if not all(re.fullmatch(_NUMBER, text) for text in special) or any(
+            len(x) > _LONGEST and x.strip(b"-").isdigit() for x in special
+        ):
             return None
         values = {text: float(text) for text in special}
         rare = [i for i, text in enumerate(elements) if text in special]
@@ -119,12 +119,11 @@ class NumberParser:
 
 def without_words(text: bytes) -> bytes:
     """The text of one array with nothing where words stand for numbers."""
-    words = _words(_QUOTED.sub(rb"\1", text) if b'"' in text else text)
+    words = _words(re.sub(_QUOTED, rb"\1", text) if b'"' in text else text)
     return text if words is None else words.dropped
 
 
-@dataclass(frozen=True)
-class _Words:
+class _Words(Struct, frozen=True):
     """Words among the numbers of a text: which elements they are [W], what they mean [W], and the text with zeros or nothing there."""
 
     at: NDArray[np.int64]
@@ -152,7 +151,7 @@ def _words(array: bytes) -> _Words | None:
     each = of_word.copy()
     each[:-1] |= of_word[1:]  # with what separates it from the one before
     different = set(data[each].tobytes().translate(_TO_COMMAS).split(b",")) - {b""}
-    if not all(map(_WORD.fullmatch, different)):
+    if not all(re.fullmatch(_WORD, text) for text in different):
         return None
     zeroed, kept = data.copy(), ~of_word
     zeroed[starts[at]] = ord("0")

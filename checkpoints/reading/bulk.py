@@ -7,7 +7,6 @@ line by line, with the same result.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from operator import attrgetter
@@ -15,6 +14,8 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..record import DECODE, SKETCH_SIZE, STATISTICS
@@ -64,8 +65,7 @@ _columns = attrgetter(
 )
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(Struct, frozen=True):
     """The records that the bulk parser took of a block's lines, and what it left.
 
     Attributes:

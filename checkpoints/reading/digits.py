@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from .arrays import Text
@@ -85,8 +85,7 @@ def _shows_all_digits(numbers: list[bytes]) -> bool:
     return digits > _PRINTED_DIGITS and len({len(number.partition(b".")[2]) for number in mantissas}) > 1
 
 
-@dataclass(frozen=True)
-class _Decimals:
+class _Decimals(Struct, frozen=True):
     """How k numbers are printed: decimals after the point, significant digits, exponent; `printed` are finite and no words."""
 
     places: NDArray[np.int64]

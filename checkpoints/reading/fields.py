@@ -5,7 +5,6 @@ Foreign engines print numbers as words, shapes as text and decimals that were ro
 
 import re
 from contextlib import suppress
-from dataclasses import fields
 from math import prod
 from typing import Any
 
@@ -142,8 +141,7 @@ def header(content: dict[str, Any]) -> Header:
     version = content.get("format", FORMAT)
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"format {version!r} is newer than this parity, which reads format {FORMAT}")
-    names = {field.name for field in fields(Header)}
-    taken = {name: value for name, value in content.items() if name in names and value is not None}
+    taken = {name: value for name, value in content.items() if name in Header.__struct_fields__ and value is not None}
     for name in _TEXTS:
         if not isinstance(taken.get(name, ""), str):
             raise TypeError(f'"{name}" must be a text, not {taken[name]!r:.40}')
@@ -168,8 +166,7 @@ def _model(content: Any) -> ModelInfo:
     content = {"name": content} if isinstance(content, str) else content
     if not isinstance(content, dict):
         raise TypeError(f'"model" must be a name or an object, not {content!r:.40}')
-    names = {field.name for field in fields(ModelInfo)}
-    taken = {name: value for name, value in content.items() if name in names and value is not None}
+    taken = {name: value for name, value in content.items() if name in ModelInfo.__struct_fields__ and value is not None}
     for name, value in taken.items():
         if name == "layers":
             integer(value, name)

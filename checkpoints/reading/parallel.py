@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
+
+from msgspec import Struct
 
 from ..errors import DumpError
 from ..record import Header
@@ -31,8 +32,7 @@ _BOOT = (
 )
 
 
-@dataclass(frozen=True)
-class Sharing:
+class Sharing(Struct, frozen=True):
     """How a file is shared out.
 
     `processes` read it beside this one: None for one a core, 0 for none. A file of less than `smallest` bytes is read before
@@ -50,8 +50,7 @@ class Sharing:
 SHARED = Sharing()
 
 
-@dataclass(frozen=True)
-class RangeContent:
+class RangeContent(Struct, frozen=True):
     """The content of a range, and where the next one begins."""
 
     items: list[Item]

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..errors import DumpError
 from ..record import Dump, End, Rows, Token
 from .parallel import SHARED, Sharing
 from .scan import Scan
 from .slabs import blown_up
-from .unnumbered import counted, said
+from .unnumbered import counted, note_on
 
 
 def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
@@ -43,7 +44,7 @@ def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
         if points[name] is not rows:
             unnumbered[name] = len(rows)
     dump = Dump(scan.name, header, points, tuple(tokens), end, scan.skipped, (), scan.torn)
-    counted_by_point = [said(unnumbered, len(points))] if unnumbered else []
+    counted_by_point = [note_on(unnumbered, len(points))] if unnumbered else []
     return replace(dump, notes=(*notes(dump), *counted_by_point))
 
 

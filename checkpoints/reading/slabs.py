@@ -1,18 +1,17 @@
 """Records on their way from lines to arrays: many at a time, of all points together, then one `Rows` a point."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from ..record import SKETCH_SIZE, Rows
 
 
-@dataclass(frozen=True)
-class Slab:
+class Slab(Struct, frozen=True):
     """R records with the same number of values each, of any points.
 
     Attributes:

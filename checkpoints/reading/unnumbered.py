@@ -1,9 +1,9 @@
 """Records whose line says no position: an engine that prints one line a point and pass, in order, says it by the order."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..errors import DumpError
 from ..record import Rows
@@ -35,7 +35,7 @@ def counted(rows: Rows, path: str) -> Rows:
     return replace(rows, token_idx=token_idx)
 
 
-def said(counts: Mapping[str, int], points: int) -> str:
+def note_on(counts: Mapping[str, int], points: int) -> str:
     """The note on a dump of `points` points of which some were counted: their names with how many records each."""
     most = max(counts.values())
     listed = ", ".join([*list(counts)[:_LISTED], *["…"] * (len(counts) > _LISTED)])

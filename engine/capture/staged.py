@@ -1,9 +1,9 @@
 """Records as the device's kernels stage them, and the rows that are made of them for the writer."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.points import of_scores, parse
@@ -24,8 +24,7 @@ def record_type(slice_size: int) -> np.dtype[Any]:
 PART_DOUBLES = SKETCH_SIZE + 8  # doubles of one partial sum, PART of summary.cuh
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Struct, frozen=True):
     """The staged rows of one point: where they begin, and what determines the shapes of the rows.
 
     If `blocks` is not 0, the record itself has only its slice; the sums of that many parts of the row follow it, in order.
@@ -39,8 +38,7 @@ class Part:
     blocks: int = 0
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(Struct, frozen=True):
     """What was staged in one pass."""
 
     now: Pass

@@ -9,10 +9,10 @@ written, which is counted.
 import atexit
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows, Token
@@ -32,8 +32,7 @@ class RowSink(Protocol):
         """Take one generated token."""
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(Struct, frozen=True):
     """Where in the sequence a forward pass stands; `causal`: whether no position sees a later one."""
 
     token_idx: NDArray[np.int64]

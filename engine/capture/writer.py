@@ -8,8 +8,10 @@ work aside unprocessed, which costs a copy and hardly any of Python's time.
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from time import monotonic
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 _LIMIT = 64 << 20  # bytes that may wait: the logits of a hundred positions of a vocabulary of 150,000
 _QUIET = 0.1  # seconds without new work that count as idle: longer than a decode step of a small model on a CPU (20 ms)
@@ -22,8 +24,7 @@ def _nothing() -> None:
     """The `discard` of work that holds nothing."""
 
 
-@dataclass(frozen=True)
-class _Work:
+class _Work(Struct, frozen=True):
     write: Write
     discard: Write
     size: int

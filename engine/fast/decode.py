@@ -1,10 +1,11 @@
 """Decode steps of the fast mode: one kernel computes a whole step and makes its records."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.points import in_layer, parse
@@ -47,8 +48,7 @@ def _places(xp: Any, layers: int, sizes: dict[str, int]) -> list[dict[str, Array
     return [{name: layer[starts[name] : starts[name] + size] for name, size in sizes.items()} for layer in everything]
 
 
-@dataclass(frozen=True)
-class _Wanted:
+class _Wanted(Struct, frozen=True):
     """What a step records: the kernel's arguments but for the records' address, and the parts that the tap is told of.
 
     `places` is the room that they take, in records: the logits' sums by blocks follow their record.

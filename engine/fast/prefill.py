@@ -5,10 +5,10 @@ The products are the same whatever is captured.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.points import in_layer
@@ -27,8 +27,7 @@ _KERNELS = ("get_rows", "unpack", "add_norm", "project", "soft_max", "lower", "a
 Keep = Callable[[str, Array], None]
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(Struct, frozen=True):
     """What stays the same in every pass of one layer: names of its points, biases of Q, K and V (or null), its caches."""
 
     names: list[str]

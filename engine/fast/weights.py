@@ -1,8 +1,8 @@
 """A model's weights on the device in the file's own types, and the dimensions that the fast mode's kernels are compiled for."""
 
-from dataclasses import dataclass, replace
-
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
 
@@ -17,8 +17,7 @@ _FLOATS = {F32, F16, BF16}
 _GROUPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Struct, frozen=True):
     """Matrices that are multiplied in one product.
 
     `kind` is their ggml type if they share one float type and lie one after the other in `joined`, else -1: then they are
@@ -30,8 +29,7 @@ class Group:
     joined: Array
 
 
-@dataclass(frozen=True)
-class LayerWeights:
+class LayerWeights(Struct, frozen=True):
     """One layer: seven matrices with their biases, by name and as the groups of a prefill's products; two norms."""
 
     matrices: dict[str, Packed]

@@ -5,7 +5,8 @@ file and a test.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from . import (
     attention,

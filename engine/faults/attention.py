@@ -1,9 +1,9 @@
 """Faults of the attention: scale, heads, mask, softmax, cache."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

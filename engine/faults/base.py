@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from inspect import signature
 from itertools import product
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from checkpoints.points import ENCODER, parse
 
@@ -32,8 +34,7 @@ Record = Callable[[str, Steps, Parameters], "Step | None"]
 Values = tuple[Any, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fault:
+class Fault(Struct, frozen=True, kw_only=True):
     """One way in which an engine can be wrong.
 
     Attributes:

@@ -1,8 +1,7 @@
 """Faults of the biases: of Q, K and V, of other products, of experts."""
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array

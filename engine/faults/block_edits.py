@@ -5,9 +5,9 @@ for a type that it does not affect.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from .base import Parameters
@@ -17,8 +17,7 @@ F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 1, 2, 3, 6, 7, 8  # ggml_type
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16, MXFP4 = 10, 11, 12, 13, 14, 30, 39
 
 
-@dataclass(frozen=True)
-class _Parts:
+class _Parts(Struct, frozen=True):
     """The layout of a block: byte ranges of the nibbles, high bits, minimum, scale and packed scales."""
 
     nibbles: slice | None = None

@@ -1,7 +1,8 @@
 """Faults of the cache and of how attention sees it: another layer's rows, heads left at zero, caps in the wrong place."""
 
-from dataclasses import replace
 from math import exp
+
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

@@ -1,7 +1,8 @@
 """Faults of the gated delta rule: its gate, its β, and the norms of queries and keys."""
 
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..backend import Array, module_of
 from ..graph import Step, name_of

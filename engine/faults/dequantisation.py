@@ -4,10 +4,10 @@ A weight of a type that a fault does not affect is read correctly. Layouts are t
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..backend import Array
 from ..graph import Altered, RowsOf, Step, WeightSource

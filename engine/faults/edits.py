@@ -2,9 +2,11 @@
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from inspect import Signature, signature
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..backend import Array
 from ..graph import Read, Step, name_of
@@ -29,7 +31,7 @@ def left_out(step: Step) -> Step:
     return replace(step, op=GgmlOperation("SCALE"), params={**step.params, "params": params})
 
 
-class HandsOn:
+class HandsOn(Struct, frozen=True):
     """An operation that wraps another one and passes it all operands: it takes the same arguments."""
 
     op: Callable[..., Array]
@@ -39,11 +41,9 @@ class HandsOn:
         return signature(self.op)
 
 
-@dataclass(frozen=True)
-class Then(HandsOn):
+class Then(HandsOn, frozen=True):
     """An operation whose result is changed afterwards."""
 
-    op: Callable[..., Array]
     change: Callable[[Array], Array]
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
@@ -51,8 +51,7 @@ class Then(HandsOn):
         return self.change(self.op(*inputs, **params))
 
 
-@dataclass(frozen=True)
-class WithInput:
+class WithInput(Struct, frozen=True):
     """An operation with one of its inputs changed by `change`, which is given that input and any further ones.
 
     `at` is the number of the input, `besides` the numbers of inputs that only `change` reads.

@@ -1,9 +1,9 @@
 """Faults of encoder–decoders: what a decoder reads of its encoder, its cross-attention, and biases by relative position."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..backend import Array, module_of
 from ..graph import ENCODED, PASSES, Step, Weight, name_of

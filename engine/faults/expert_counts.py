@@ -1,7 +1,9 @@
 """Faults of how many experts are used: one more than the model's own number."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -13,8 +15,7 @@ from .edits import ggml, integer, maker, number, require
 _SOFT_MAX, _SUM = "soft max", "sum"
 
 
-@dataclass(frozen=True)
-class _Weighting:
+class _Weighting(Struct, frozen=True):
     """How the chosen experts' raw weights are processed: which norm, its least sum, and the scale."""
 
     norm: str = ""

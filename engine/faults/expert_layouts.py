@@ -1,8 +1,10 @@
 """Faults of how experts' weights are laid out: their order, their three dimensions, gate and up in one tensor."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -99,8 +101,7 @@ def _exchanged(gate: Array, up: Array) -> tuple[Array, Array]:
 _SPLITS = {"in turn, for halves": _in_turn, "as halves, for rows in turn": _in_halves, "in the other order": _exchanged}
 
 
-@dataclass(frozen=True)
-class _Resplit:
+class _Resplit(Struct, frozen=True):
     """A gated activation whose two inputs were split wrongly; `experts` lie side by side in a row."""
 
     op: Callable[..., Array]

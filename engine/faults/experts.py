@@ -1,10 +1,11 @@
 """Faults of mixtures of experts: how experts are chosen, weighted, added, and what each of them computes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
@@ -59,8 +60,7 @@ def _unbiased(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(require(step, "ADD"), read_of(step, 0))
 
 
-@dataclass(frozen=True)
-class _WithoutLast:
+class _WithoutLast(Struct, frozen=True):
     """Weights without the last one: it becomes 0, or −∞ where a soft max follows."""
 
     nothing: float

@@ -1,9 +1,9 @@
 """Faults of the feed-forward network."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array

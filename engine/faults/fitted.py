@@ -1,22 +1,23 @@
 """Faults with a wrong number, which is fitted to the records, not looked up in a list."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from math import log10
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
 from ..graph import Step
-from ..inapplicable import NotApplicable
 from .attention import FAULTS as ATTENTION
-from .base import AT, Fault, Parameters, Steps, with_parameters
+from .base import AT, Fault, Parameters, Steps, kinds_of
 from .edits import HandsOn
 from .head_norms import unlisted
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
+from .norms import epsilon_of, kinds_with_epsilon, with_epsilon
 from .rope import FAULTS as ROPE
 from .rotation import is_rotation, rotary
 from .windows import soft_capped
@@ -38,22 +39,17 @@ _SCALED = (
     "ffn_inp",
     "l_out",
 )
+_USUAL_NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
-# Norms that not every model has: of heads, of compressed queries and keys, inside and after a branch.
-_OTHER_NORMS = (
-    "q_norm", "k_norm", "attn_q_a_norm", "kv_cmpr", "kv_compressed", "attn_sub_norm", "ffn_sub_norm", "ssm_norm", "attn_norm_2",
-    "attn_post_norm", "ffn_post_norm", "post_attn_norm", "post_mlp_norm",
-)  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
+class Fitted(Struct, frozen=True, kw_only=True):
     """A fault with one parameter that is a number to be fitted.
 
     Attributes:
         parameter: its name; `fault.parameters` has the others and the values to try for them.
-        wanted: the right value for this model, given the steps by name; None if the model has no such number.
+        wanted: the right value for this model, given the steps by name and the other parameters; None if the model has no such number.
         starts: the values from which the fit begins, given the right one (0 if there is none).
         positive: whether the number is positive, and fitted on a logarithmic scale.
         whole: whether only the starts themselves are tried.
@@ -62,7 +58,7 @@ class Fitted:
 
     fault: Fault
     parameter: str
-    wanted: Callable[[Steps], float | None]
+    wanted: Callable[[Steps, Parameters], float | None]
     starts: Callable[[float], tuple[float, ...]]
     positive: bool = True
     whole: bool = False
@@ -73,18 +69,18 @@ class Fitted:
         others = {name: values for name, values in self.fault.parameters.items() if name != self.parameter}
         return replace(self.fault, parameters=others).variants(right)
 
-    def said(self, value: float, right: Steps) -> str:
+    def remarks(self, value: float, right: Steps, parameters: Parameters) -> str:
         """Remarks on a fitted value: the right value, and the nearest one of other models."""
-        wanted = self.wanted(right)
-        remarks = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
-        remarks += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        wanted = self.wanted(right, parameters)
+        notes = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
+        notes += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
         if self.parameter == "scale" and wanted:
-            remarks += _near_scale(value, wanted, right)
+            notes += _near_scale(value, wanted, right)
         if self.known and value > 0:
             near = min(self.known, key=lambda usual: abs(log10(usual) - log10(value)))
             if wanted is None or near != np.float32(wanted):
-                remarks.append(f"the nearest that others have is {near:g} ({self.known[near]})")
-        return ", ".join(remarks)
+                notes.append(f"the nearest that others have is {near:g} ({self.known[near]})")
+        return ", ".join(notes)
 
 
 def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
@@ -115,10 +111,10 @@ def as_root(value: float) -> str:
     return f" = 1/√{round(n)}" if n >= 1 and abs(n - round(n)) < 1e-3 * n else ""
 
 
-def parameter_wanted(name: str, *kinds: str) -> Callable[[Steps], float | None]:
+def parameter_wanted(name: str, *kinds: str) -> Callable[[Steps, Parameters], float | None]:
     """The value of a parameter of the first step of these kinds."""
 
-    def wanted(right: Steps) -> float | None:
+    def wanted(right: Steps, _parameters: Parameters) -> float | None:
         for step in right.values():
             if step.makes.rpartition(".")[2] in kinds and name in step.params:
                 return float(step.params[name])
@@ -129,11 +125,9 @@ def parameter_wanted(name: str, *kinds: str) -> Callable[[Steps], float | None]:
     return wanted
 
 
-@dataclass(frozen=True)
-class _Changed(HandsOn):
+class _Changed(HandsOn, frozen=True):
     """An operation whose result, or only its product before the bias is added, is multiplied or shifted by a number."""
 
-    op: Callable[..., Array]
     by: float
     how: str
     product: bool
@@ -197,23 +191,33 @@ _ATTENTION_CAP = Fault(
 
 
 def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    if "eps" not in step.params:
-        raise NotApplicable(f"{step.makes} is not a norm")
-    return with_parameters(step, eps=parameters["eps"])
+    return with_epsilon(step, parameters["eps"])
 
 
 def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
-    """The kinds of such norms that a model has: all together, those of queries and keys, each alone."""
-    have = {step.makes.rpartition(".")[2] for step in right.values() if "eps" in step.params}
+    """The kinds of norms that not every model has (of heads, of latents, behind a branch): all together, those of queries and keys,
+    each alone."""
+    each = tuple(kind for kind in kinds_with_epsilon(right) if kind not in _USUAL_NORMS)
     own = unlisted(right)
-    each = (*(kind for kind in _OTHER_NORMS if kind in have), *own)
     heads = tuple(kind for kind in each if kind in ("q_norm", "k_norm", *own))
     return tuple(dict.fromkeys(chosen for chosen in (each, heads, *((kind,) for kind in each)) if chosen))
 
 
+def _epsilon_wanted(right: Steps, parameters: Parameters) -> float | None:
+    """The ε of the first norm that these parameters mean."""
+    kinds = parameters[AT]
+    known = (epsilon_of(step) for step in right.values() if not set(kinds).isdisjoint(kinds_of(step)))
+    return next((eps for eps in known if eps is not None), None)
+
+
+def _epsilons(wanted: float) -> tuple[float, ...]:
+    """Values from which the fit of an ε begins."""
+    return around(3.0, 100.0, 3e3, 1e5)(wanted) if wanted > 0 else (1e-6, 1e-4, 1e-2)
+
+
 _OTHER_EPSILON = Fault(
     name="head-norm-epsilon",
-    kinds=_OTHER_NORMS,
+    kinds=("RMS_NORM", "NORM", "L2_NORM"),
     change=_epsilon,
     what="ε is {eps}, which is not this model's, in {at}",
     symptom="a difference of 1e-8 to 1e-3 that looks like rounding",
@@ -244,15 +248,15 @@ FITTED = (
     Fitted(
         fault=named(NORMS, "norm-epsilon"),
         parameter="eps",
-        wanted=parameter_wanted("eps", "attn_norm", "ffn_norm", "output_norm"),
-        starts=around(3.0, 100.0, 3e3, 1e5),
+        wanted=_epsilon_wanted,
+        starts=_epsilons,
         known=_EPSILONS,
     ),
     Fitted(
         fault=_OTHER_EPSILON,
         parameter="eps",
-        wanted=parameter_wanted("eps", *_OTHER_NORMS),
-        starts=around(3.0, 100.0, 3e3, 1e5),
+        wanted=_epsilon_wanted,
+        starts=_epsilons,
         known=_EPSILONS,
     ),
     Fitted(
@@ -277,7 +281,7 @@ FITTED = (
     Fitted(
         fault=named(ROPE, "rope-position"),
         parameter="position",
-        wanted=lambda _right: None,
+        wanted=lambda *_: None,
         starts=lambda _wanted: tuple(float(n) for n in (*range(-16, 0), *range(1, 17))),
         positive=False,
         whole=True,
@@ -285,35 +289,35 @@ FITTED = (
     Fitted(
         fault=_new("multiplier", _TIMES, _SCALE_FIX, _EVERY, "times"),
         parameter="by",
-        wanted=lambda _right: None,
+        wanted=lambda *_: None,
         starts=lambda _wanted: (1.01, 2.0, -1.0),
         positive=False,
     ),
     Fitted(
         fault=_new("product-multiplier", _TIMES, _SCALE_FIX, _PRODUCTS, "times"),
         parameter="by",
-        wanted=lambda _right: None,
+        wanted=lambda *_: None,
         starts=lambda _wanted: (1.01, 2.0, -1.0),
         positive=False,
     ),
     Fitted(
         fault=_new("constant-added", _PLUS, _PLUS_FIX, _EVERY, "plus"),
         parameter="by",
-        wanted=lambda _right: None,
+        wanted=lambda *_: None,
         starts=lambda _wanted: (0.01,),
         positive=False,
     ),
     Fitted(
         fault=named(LOGITS, "logits-softcap"),
         parameter="cap",
-        wanted=lambda _right: None,
+        wanted=lambda *_: None,
         starts=lambda _wanted: (10.0, 30.0, 100.0),
         known=CAPS,
     ),
     Fitted(
         fault=_ATTENTION_CAP,
         parameter="cap",
-        wanted=lambda _right: None,
+        wanted=lambda *_: None,
         starts=lambda _wanted: (10.0, 30.0, 100.0),
         known=CAPS,
     ),

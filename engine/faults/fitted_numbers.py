@@ -1,8 +1,9 @@
 """Numbers that only some models have, fitted: scales of queries, multipliers, soft caps."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from ..graph import Step
 from ..inapplicable import NotApplicable
@@ -14,10 +15,10 @@ from .windows import CAPPED, QUERY_SCALES, cap_of, recapped
 from .windows import FAULTS as WINDOWS
 
 
-def _scale_of(*kinds: str) -> Callable[[Steps], float | None]:
+def _scale_of(*kinds: str) -> Callable[[Steps, Parameters], float | None]:
     """The factor of the first SCALE of these kinds that is not part of a soft cap."""
 
-    def wanted(right: Steps) -> float | None:
+    def wanted(right: Steps, _parameters: Parameters) -> float | None:
         for step in right.values():
             if kind_of(step) in kinds and ggml(step, "SCALE"):
                 try:
@@ -29,8 +30,8 @@ def _scale_of(*kinds: str) -> Callable[[Steps], float | None]:
     return wanted
 
 
-def _cap(kind: str) -> Callable[[Steps], float | None]:
-    def wanted(right: Steps) -> float | None:
+def _cap(kind: str) -> Callable[[Steps, Parameters], float | None]:
+    def wanted(right: Steps, _parameters: Parameters) -> float | None:
         for step in right.values():
             if kind_of(step) == kind:
                 try:

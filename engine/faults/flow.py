@@ -1,10 +1,10 @@
 """Faults of the residual stream and of the order of layers."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array

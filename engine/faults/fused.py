@@ -1,6 +1,7 @@
 """Faults of fused projections and of gates after attention: parts taken from the wrong place of one product."""
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -51,8 +52,7 @@ def _in_order(step: Step, right: Steps, parameters: Parameters) -> Step:
     return replace(step, reads=(replace(own, offset=own.offset._replace(fixed=offset)), *step.reads[1:]))
 
 
-@dataclass(frozen=True)
-class _ByGroup:
+class _ByGroup(Struct, frozen=True):
     """One of Q, K and V, read group by group from their product [T, (H + 2K) · d]: each group is its queries, its key, its value."""
 
     kind: str
@@ -71,8 +71,7 @@ class _ByGroup:
         return part
 
 
-@dataclass(frozen=True)
-class _LaidByGroup:
+class _LaidByGroup(Struct, frozen=True):
     """One of Q, K and V, read as one range of columns of their product, whose columns lie group by group in the engine's weights."""
 
     queries: int

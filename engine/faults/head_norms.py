@@ -1,10 +1,10 @@
 """Faults of norms that not every model has: of single heads, after a branch, with a bias."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

@@ -1,7 +1,8 @@
 """Faults of multi-head latent attention: norms of the latents, the place of the rotated part, the matrices of the heads."""
 
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from checkpoints.graph import Size
 

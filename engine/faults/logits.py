@@ -1,8 +1,7 @@
 """Faults of the logits."""
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

@@ -1,10 +1,10 @@
 """Faults of attention's mask: which keys a position sees, of its own pass and of earlier ones."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.rules import visible
 

@@ -1,11 +1,11 @@
 """Faults of what only some models have: multipliers of embedding, residuals and logits, two RoPE bases, other activations."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import inf
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array

@@ -1,10 +1,11 @@
 """Faults of the norms."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
@@ -16,6 +17,7 @@ from .edits import ggml, number, with_values
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
 _OPERATIONS = ("RMS_NORM", "NORM")
+_WITH_EPSILON = (*_OPERATIONS, "L2_NORM")  # operations of ggml's whose first parameter is ε
 
 
 def _others(right: Steps) -> tuple[str, ...]:
@@ -24,9 +26,30 @@ def _others(right: Steps) -> tuple[str, ...]:
     return tuple(kind for kind in kinds if kind not in _NORMS)
 
 
+def epsilon_of(step: Step) -> float | None:
+    """The ε of a norm; None if the step is none."""
+    if "eps" in step.params:
+        return float(step.params["eps"])
+    return number(step, 0) if ggml(step, *_WITH_EPSILON) else None
+
+
+def kinds_with_epsilon(right: Steps) -> Mapping[str, float]:
+    """The kinds of a model's norms, with the ε of the first of each."""
+    kinds: dict[str, float] = {}
+    for step in right.values():
+        eps = epsilon_of(step)
+        if eps is not None:
+            kinds.setdefault(kind_of(step), eps)
+    return kinds
+
+
 def _everywhere(right: Steps) -> Values:
-    """All norms of a model together if it has others than the usual ones, then the usual ones."""
-    return (*((_OPERATIONS,) if _others(right) else ()), *_ANY_NORM[AT])
+    """All norms of a model together if it has others than the usual ones, those of one ε, then the usual ones."""
+    kinds = kinds_with_epsilon(right)
+    alike = (tuple(kind for kind in kinds if kinds[kind] == eps) for eps in dict.fromkeys(kinds.values()))
+    groups = (group for group in alike if 1 < len(group) < len(kinds))
+    every = (_OPERATIONS,) if kinds.keys() - set(_NORMS) else ()
+    return tuple(dict.fromkeys((*every, *groups, *_ANY_NORM[AT])))
 
 
 def _also_others(right: Steps) -> Values:
@@ -34,10 +57,21 @@ def _also_others(right: Steps) -> Values:
     return (*_ANY_NORM[AT], *(subsets(*others) if (others := _others(right)) else ()))
 
 
+def with_epsilon(step: Step, eps: float) -> Step:
+    """A norm with another ε.
+
+    Raises:
+        NotApplicable: the step is no norm.
+    """
+    if epsilon_of(step) is None:
+        raise NotApplicable(f"{step.makes} is not a norm")
+    return with_values(step, {0: float(eps)}) if ggml(step, *_WITH_EPSILON) else with_parameters(step, eps=float(eps))
+
+
 def _epsilon(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if parameters.get(AT) != _OPERATIONS or not ggml(step, *_OPERATIONS):
+        return with_epsilon(step, parameters["eps"])
     eps = float(parameters["eps"])
-    if not ggml(step, *_OPERATIONS):
-        return with_parameters(step, eps=eps)
     # A norm without a weight may imitate another norm with a proportionally different ε: a length is a root mean square times √d.
     common = next((float(other.params["eps"]) for other in right.values() if other.op in (ops.rms_norm, ops.layer_norm)), 0.0)
     return with_values(step, {0: number(step, 0) * eps / common if common else eps})
@@ -87,8 +121,7 @@ def _over_positions(x: Array, weight: Array, *, eps: float) -> Array:
     return x / np.sqrt(mean + np.float32(eps))[None, :] * weight
 
 
-@dataclass(frozen=True)
-class _OfCentred:
+class _OfCentred(Struct, frozen=True):
     """A changed RMS norm in a LayerNorm: applied to the row without its mean, with the bias added."""
 
     op: Callable[..., Array]

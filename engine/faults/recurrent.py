@@ -1,9 +1,9 @@
 """Faults of recurrent layers: convolutions, decays, gates, the state from pass to pass."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array

@@ -1,10 +1,11 @@
 """Faults of the state of recurrent layers: it is emptied before each pass, or left over from another sequence."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..backend import Array, module_of
 from ..ggml_ops.params import on_host
@@ -20,8 +21,7 @@ _CONVOLUTION = ("SSM_CONV",)
 _JOINS = ("CONCAT",)  # a convolution's inputs: what is left from the last pass, then this pass's
 
 
-@dataclass(frozen=True)
-class _ByPass:
+class _ByPass(Struct, frozen=True):
     """An operation computed pass by pass, each from an empty state. `at` is the number of the input that holds `passes`."""
 
     op: Callable[..., Array]
@@ -36,8 +36,7 @@ class _ByPass:
         return own, list(zip(numbers.tolist(), starts.tolist(), ends, strict=True))
 
 
-@dataclass(frozen=True)
-class _ScanByPass(_ByPass):
+class _ScanByPass(_ByPass, frozen=True):
     """A scan, whose result is the rows, then the state that it leaves."""
 
     state: int
@@ -73,8 +72,7 @@ def _rows(value: Any, place: int, operands: tuple[Operand | None, ...], begin: i
     return value if axis is None else value[(slice(None),) * axis + (slice(begin, end),)]
 
 
-@dataclass(frozen=True)
-class _ConvolutionByPass(_ByPass):
+class _ConvolutionByPass(_ByPass, frozen=True):
     """A convolution over [·, T + taps − 1], whose first columns come from the last pass."""
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:

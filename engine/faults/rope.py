@@ -1,8 +1,9 @@
 """Faults of the rotary position embedding."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

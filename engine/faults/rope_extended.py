@@ -1,7 +1,8 @@
 """Faults of rotations that only ggml's own operation computes: YaRN, frequency factors for long contexts, sections of several positions."""
 
-from dataclasses import replace
 from math import log
+
+from msgspec.structs import replace
 
 from checkpoints.long_factors import LONG, SHORT
 

@@ -1,8 +1,9 @@
 """A rotation as faults see it: the RoPE of `engine.ops`, or ggml's with its further options (YaRN, sections, an offset in the head)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -133,10 +134,7 @@ def at_positions(step: Step, change: Callable[..., Array], *reads: Read) -> Step
     return replace(step, op=WithInput(step.op, at, change, besides), reads=(*step.reads, *reads))
 
 
-@dataclass(frozen=True)
-class _Twice(HandsOn):
-    op: Callable[..., Array]
-
+class _Twice(HandsOn, frozen=True):
     def __call__(self, x: Array, *inputs: Any, **params: Any) -> Array:
         return self.op(self.op(x, *inputs, **params).reshape(x.shape), *inputs, **params)
 

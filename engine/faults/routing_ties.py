@@ -1,7 +1,9 @@
 """The other outcome of a near tie: at some positions the first expert not chosen replaces the last one chosen. This is no fault."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
@@ -10,8 +12,7 @@ from .base import Steps
 from .edits import ggml
 
 
-@dataclass(frozen=True)
-class _Taken:
+class _Taken(Struct, frozen=True):
     """The chosen experts, out of all in the order of their scores; at `rows`, the first that was not chosen replaces the last."""
 
     rows: tuple[int, ...]

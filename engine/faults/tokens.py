@@ -1,8 +1,9 @@
 """Faults of the tokens that go in. Positions keep their numbers: the dump's position t holds another token."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

@@ -1,10 +1,10 @@
 """The value cache read in another layout than it was written in: pass by pass, since each pass sees a cache of another length."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..backend import Array
 from ..graph import PASSES, Step

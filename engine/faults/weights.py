@@ -1,11 +1,11 @@
 """Faults of reading weights: layout, order, which tensor, which rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -174,11 +174,9 @@ def _zeroed(weight: Array, *, part: str | int, axis: str) -> Array:
     return weight
 
 
-@dataclass(frozen=True)
-class _WithoutPart(HandsOn):
+class _WithoutPart(HandsOn, frozen=True):
     """A product with the last rows or columns of its matrix missing: no copy of it is made, zeroed inputs or outputs do the same."""
 
-    op: Callable[..., Array]
     part: str | int
     axis: str
 

@@ -1,6 +1,6 @@
 """Faults of features that only some models' attention has: windows, soft caps, sinks, a scale of the queries."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of

@@ -2,11 +2,11 @@
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ..backend import Array, module_of
@@ -17,8 +17,7 @@ Operation = Callable[..., Array]  # operation(*operands: Array | None, params: O
 _Index = int  # inside the class `int` is the method
 
 
-@dataclass(frozen=True)
-class OpParams:
+class OpParams(Struct, frozen=True):
     """`ggml_tensor.op_params`: raw int32, some of which are the bits of a float.
 
     Attributes:

@@ -5,7 +5,8 @@ the way an operand is read; every other node becomes a step of its ggml operatio
 or of a state says what it holds.
 """
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
 from checkpoints.graph import NODE, VIEWS, RecordedGraph, Size, Tensor
@@ -21,8 +22,7 @@ from .patterns import PATTERNS
 from .written import leave_states, writes
 
 
-@dataclass(frozen=True)
-class Lifted:
+class Lifted(Struct, frozen=True):
     """The steps of a model: of a pass over several tokens, and of a pass over a single token where those differ.
 
     `encoder`, in an encoder–decoder, are the steps of the encoder's pass, whose last value the other passes read as `ENCODED`.

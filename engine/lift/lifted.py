@@ -1,6 +1,6 @@
 """What has been lifted of a graph so far: the steps, the values that they make, and how a tensor is read from those."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
 from checkpoints.graph import CACHE, INPUT, WEIGHT, Graph, RecordedGraph, Size, Tensor

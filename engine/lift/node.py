@@ -1,11 +1,11 @@
 """A node of ggml's as a step's operation: operands brought into ggml's four dimensions, the result into the engine's layout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from checkpoints.graph import Size
 
@@ -16,8 +16,7 @@ from ..graph import bound
 Shape = tuple[Size, ...]
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(Struct, frozen=True, dict=True):
     """One operand of a node: which of the step's inputs it is, that input's shape, and the four dimensions it is read in.
 
     A matrix of which single rows are taken is a function ids -> rows and has no shape: `shape` is None.
@@ -33,8 +32,7 @@ class Operand:
         return any(not size.constant for size in self.whole)
 
 
-@dataclass(frozen=True)
-class GgmlOperation:
+class GgmlOperation(Struct, frozen=True):
     """A step's operation that is one of ggml's, by its name."""
 
     name: str

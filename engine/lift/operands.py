@@ -1,7 +1,8 @@
 """How a node's operands are read: which value owns the memory, and which of its elements are read in which order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from checkpoints.graph import CACHE, NODE, VIEWS, WEIGHT, Graph, Size, Sizes, Tensor
 from checkpoints.points import of_scores
@@ -16,8 +17,7 @@ class Unliftable(Exception):
     """A node cannot be turned into a step; the text says why."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """The memory that a tensor shows: node `base` owns it, `offset` counts bytes from its start."""
 
     base: int

@@ -1,7 +1,8 @@
 """How nodes write what is kept from pass to pass: rows of a cache, and recurrent states."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from checkpoints.graph import CACHE, NODE, STATE, VIEWS, Tensor
 

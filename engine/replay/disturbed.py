@@ -5,11 +5,12 @@ a scan's terms cancel or two attention scores nearly tie (Monte Carlo arithmetic
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -24,8 +25,7 @@ ELEMENT = 2.0**-24
 _PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
 
 
-@dataclass(frozen=True)
-class _Disturbed:
+class _Disturbed(Struct, frozen=True):
     """An operation whose result is off by rounding: in a product by a share of each row's norm, elsewhere of each element.
 
     Values that are whole numbers, such as ids of experts, carry no rounding and stay.

@@ -1,10 +1,11 @@
 """The right engine in lower arithmetic: what precision alone costs on this model and prompt."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
@@ -36,8 +37,7 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Rounded:
+class _Rounded(Struct, frozen=True):
     """An operation whose factors (and, with `storage`, result) are rounded; of its operands only the first `reads` are activations."""
 
     op: Callable[..., Array]

@@ -4,9 +4,8 @@ Weights are dequantised a few rows at a time, activations are rounded to the wei
 own types are computed with (`native`), and sums are float64: what is left as a difference is the reference's own float32 sums.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 
 from ..backend import Array, module_of
 from ..ggml_ops import OpParams
@@ -19,8 +18,7 @@ _CHUNK = 1 << 22  # weights dequantised at once: 32 MiB as float64
 _HADAMARD = 1  # GGML_HINT_SRC0_IS_HADAMARD: ggml transforms the activations themselves, in float32
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(Struct, frozen=True):
     """A weight as the file holds it: uint8 [matrices · out, bytes a row], its ggml type, and its shape [..., out, in]."""
 
     raw: Array

@@ -5,10 +5,11 @@ difference is the reference's own float32 sums.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.points import parse
 
@@ -38,8 +39,7 @@ def _stored(history: Array, *, kv_kind: int) -> Array:
 _SHOWN = ("k_read", "v_read")  # points that show the cache
 
 
-@dataclass(frozen=True)
-class _Product(GgmlOperation):
+class _Product(GgmlOperation, frozen=True):
     """MUL_MAT or MUL_MAT_ID, accumulated in float64; `kind` is the type of values that take the place of the weight."""
 
     native: bool = False
@@ -53,8 +53,7 @@ class _Product(GgmlOperation):
         return mul_mat(*arguments, params=params, shape=shape, native=rounds, kind=self.kind)
 
 
-@dataclass(frozen=True)
-class _FromCache:
+class _FromCache(Struct, frozen=True):
     """An operation some of whose inputs the cache holds as `kind`: they are rounded first."""
 
     op: Callable[..., Array]

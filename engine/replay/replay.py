@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from ..backend import Array, Backend, all_equal
 from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute, inputs_of
 from ..inapplicable import NotApplicable
+from ..lift.node import GgmlOperation
 from .batched import can_batch, compute_batch
 
 _QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults may overflow
+_CHOICES = frozenset({"TOP_K", "ARGSORT"})
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
 Edits = Mapping[int, Sequence[Step]]  # the steps that replace a right one, by its number
 Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
@@ -43,19 +45,20 @@ class _Right(Mapping[str, Array]):
         self._by_name = {step.makes: step for step in steps}
         self._next = 0 if longer is None else same_start(steps, longer.steps)
         self._longer = longer
-        self._taken = frozenset(step.makes for step in steps[: self._next])
+        self._same = frozenset(step.makes for step in steps[: self._next])
+        self._taken = _by_rows(steps[: self._next])
         self._weights = weights
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._known:
             raise KeyError(name)
-        if name in self._taken and name not in self._made and self._longer is not None:
-            step = self._by_name[name]
-            if step.axis is None:  # its value has no rows by position
+        if name not in self._made and self._longer is not None and name in self._same:
+            if name in self._taken:
+                self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
+            else:
+                step = self._by_name[name]
                 with _QUIET():
                     self._made[name] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
-            else:
-                self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
         while name not in self._made:
             step = self._steps[self._next]
             with _QUIET():
@@ -74,6 +77,27 @@ def same_start(steps: Sequence[Step], others: Sequence[Step]) -> int:
     """How many steps at the start of two lists are identical objects."""
     pairs = enumerate(zip(steps, others, strict=False))
     return next((number for number, (step, other) in pairs if step is not other), min(len(steps), len(others)))
+
+
+def _by_rows(steps: Sequence[Step]) -> frozenset[str]:
+    """The values that over fewer tokens are a part of those over more: rows by position, the same whatever follows.
+
+    Others are values without positions, columns for as many keys as there are, and chosen keys, which of a row with few keys may be
+    ones behind it; and what is made of these and is no point.
+    """
+    others: set[str] = set()
+    for step in steps:
+        of_others = step.inner and not others.isdisjoint(step.names)
+        if step.axis is None or of_others or (isinstance(step.op, GgmlOperation) and _follows_length(step, step.op.name)):
+            others.add(step.makes)
+    return frozenset(step.makes for step in steps) - others
+
+
+def _follows_length(step: Step, operation: str) -> bool:
+    """Whether the rows of a ggml operation's value have as many columns as there are keys, or numbers of keys."""
+    columns = step.params["result_shape"][1:] if step.axis == 0 else ()
+    read = [size for operand in step.params["operands"] if operand is not None for size in operand.whole]
+    return any(not size.constant for size in columns) or (operation in _CHOICES and any(size.cached for size in read))
 
 
 def _first_rows(value: Array, rows: int) -> Array:

@@ -6,13 +6,13 @@ same steps show what rounding costs, with ggml's tables of float16 and without.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from enum import Enum
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .. import graph

@@ -4,13 +4,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
@@ -22,8 +22,7 @@ Convert = Callable[[NDArray[np.float32], int], NDArray[Any]]  # rows and a ggml 
 Progress = Callable[[str, int, int | None], None]
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A tensor to write: its elements, and its parts in order, each of some rows."""
 
     elements: int
@@ -46,6 +45,16 @@ def normal(rng: np.random.Generator, dims: tuple[int, ...], scale: float) -> Por
         yield portion
 
 
+def cores() -> int:
+    """The threads that quantise."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ahead() -> int:
+    """How many portions are held: one more than there are threads, so that each has its next rows while this one makes others."""
+    return cores() + 1
+
+
 def append(out: Path, tensors: Iterable[Tensor], progress: Progress | None = None) -> None:
     """Write the tensors behind the table of contents that `out` consists of so far, each padded to 32 bytes.
 
@@ -54,14 +63,12 @@ def append(out: Path, tensors: Iterable[Tensor], progress: Progress | None = Non
     Raises:
         OSError: the disk refuses it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tensors = list(tensors)
     total, done = sum(tensor.elements for tensor in tensors), 0
-    with out.open("ab") as file, ThreadPoolExecutor(cores) as pool:
+    with out.open("ab") as file, ThreadPoolExecutor(cores()) as pool:
         _pad(file)
         for tensor in tensors:
-            # One more than there are threads, so that each has its next rows while this one makes others.
-            for size, stored in _computed(pool, tensor.parts(), cores + 1):
+            for size, stored in _computed(pool, tensor.parts(), ahead()):
                 file.write(np.ascontiguousarray(stored).data)  # not `tofile`, which may not notice that the disk is full
                 done += size
                 if progress is not None:

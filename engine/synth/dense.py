@@ -19,7 +19,7 @@ from checkpoints.room import require_room
 from checkpoints.whole_file import unwritable
 
 from .blocks import SIZE, BlockStore
-from .data import PORTION, Convert, Portions, Progress, Tensor, append, converted, normal
+from .data import PORTION, Convert, Portions, Progress, Tensor, ahead, append, converted, normal
 from .header import stored_as, write_header
 from .shape import Shape, matrices_of, tensors_of
 
@@ -66,7 +66,7 @@ def synthesize(
             f"{odd} has rows that are not a multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
         )
     sizes = [stored_as(dims, kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32)[2] for _, dims in tensors_of(shape)]
-    check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0, at_once(blocks))
+    check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0, at_once(shape, blocks))
 
     def stored(rows: NDArray[np.float32], number: int) -> NDArray[Any]:
         quantised: NDArray[Any] = gguf.quants.quantize(rows, gguf.GGMLQuantizationType(number))
@@ -99,9 +99,10 @@ def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert,
     return [tensors[name] for name in types]
 
 
-def at_once(blocks: int | None) -> int:
-    """The most elements that are made at once: a portion, or a store's blocks, in float32 and as they are stored."""
-    return max(PORTION, 2 * SIZE * (blocks or 0))
+def at_once(shape: Shape, blocks: int | None) -> int:
+    """The most elements that are held at once: portions of a matrix, or a store's blocks, in float32 and as they are stored."""
+    largest = max((prod(dims) for _, dims in tensors_of(shape)), default=0)
+    return max(min(PORTION, largest) * ahead(), 2 * SIZE * (blocks or 0))
 
 
 def check_size(out: Path, size: int, tokens: int, largest: int = PORTION) -> None:
@@ -110,7 +111,7 @@ def check_size(out: Path, size: int, tokens: int, largest: int = PORTION) -> Non
     Args:
         size: bytes of its tensors in the file.
         tokens: entries of its tokenizer, whose texts are Python objects while they are written.
-        largest: elements that are made at once.
+        largest: elements that are held at once.
 
     Raises:
         InputError: there is too little disk space or memory.

@@ -7,8 +7,10 @@ that the model leaves out.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 
@@ -19,8 +21,7 @@ Tensor = tuple[str, tuple[int, ...]]
 _QUANTISATION_SCALE = r"\.(scale|input_scale)$"  # of NVFP4 weights: scalars beside a matrix, which no plain file has
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Struct, frozen=True):
     """How to make one kind of model.
 
     Attributes:

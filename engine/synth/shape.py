@@ -1,16 +1,17 @@
 """The shapes of models with random weights, and the tensors that llama.cpp wants for each: qwen2 and llama only."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS in llama.cpp's llama-hparams.h
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(Struct, frozen=True):
     """The shape of a model to make; `head_size` and `rope_dims` of 0 mean width / heads and the head size."""
 
     architecture: str = "qwen2"
@@ -75,7 +76,7 @@ def shape_like(like: str, **changes: Any) -> Shape:
     if like not in PRESETS:
         raise InputError(f"there is no shape {like!r}.", f"Take one of {', '.join(PRESETS)}.", code="shape")
     shape = replace(PRESETS[like], **{name: value for name, value in changes.items() if value is not None})
-    numbers = {field.name: getattr(shape, field.name) for field in fields(shape) if field.type in (int, "int")}
+    numbers = {name: getattr(shape, name) for name, kind in Shape.__annotations__.items() if kind is int}
     small = [name for name, value in numbers.items() if value < (0 if name in ("head_size", "rope_dims") else 1)]
     large = [name for name, value in numbers.items() if value >= 1 << 32]  # GGUF keeps these as uint32
     rules = {

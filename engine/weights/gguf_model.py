@@ -1,12 +1,12 @@
 """GGUF -> hyperparameters and named weights."""
 
 import mmap
-from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
@@ -27,8 +27,7 @@ FILE_TYPES = {
 # fmt: on
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True):
     """Where a tensor lies. `shape` is row-major, (out, in) for a matrix; `offset` counts from the start of the file.
 
     `part` is the index of that file among a split model's.
@@ -42,8 +41,7 @@ class TensorInfo:
     part: int = 0
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(Struct, frozen=True):
     """What the metadata say of a model, in the field's terms.
 
     `rope_scale` multiplies the position (1 / factor of linear scaling), `value_size` is the width of one value head; a number that

@@ -5,9 +5,8 @@ aligned bytes of 32 neighbouring elements. K-quants' packed six-bit scales are u
 `weights.cuh` reads the planes; the values are exactly those of `dequantize.py`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 
 from ..backend import Array, module_of
 from .dequantize import k4_scales_and_mins
@@ -16,8 +15,7 @@ F32, F16, Q4_0, Q5_0, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 6, 8, 12, 14, 30
 PACKED = (F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q4_K, Q6_K)
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(Struct, frozen=True):
     """Planes of a matrix [rows, columns] of one ggml type; a plane that the type lacks is None."""
 
     kind: int

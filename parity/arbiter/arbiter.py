@@ -1,11 +1,11 @@
 """Which of two differing sides is right: both are compared with a float64 computation of the same steps."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows

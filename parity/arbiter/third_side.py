@@ -1,9 +1,9 @@
 """Float64 beside the two sides of a comparison: how far each of them is from it, point by point."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Difference, TruthPoint, TruthRecord

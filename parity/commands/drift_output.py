@@ -1,9 +1,10 @@
 """What `parity drift` prints, and its exit codes."""
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from checkpoints.answers.drift import Drift, Entry, Margin
 from checkpoints.errors import InputError

@@ -1,8 +1,10 @@
 """One cell after another: make the model, get llama.cpp's dump, run the side, compare both, look for the cause."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.conform import (
     CHANGED,
@@ -47,8 +49,7 @@ _EXPLAIN = 20.0  # seconds for the cause of one cell
 _VERDICTS = {engines.CRASHED: CRASHED, engines.REFUSED: REFUSED, engines.TIMED_OUT: TIMED_OUT}
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """What all cells of a run share: how the side is started and judged (`run`; model and tokens come from the cells).
 
     The side is `run.command` (an engine that writes dumps, or with `server` one that is asked over HTTP), else `hugging_face`, else

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from time import perf_counter
+
+from msgspec import Struct
 
 from checkpoints.answers.conform import CHANGED, CRASHED, Cell, CellResult, Conformance
 from checkpoints.errors import InputError
@@ -20,8 +21,7 @@ Progress = Callable[[CellResult, int, int], None]  # a result, the number of res
 _ATTEMPTS = 3  # at a part whose worker dies; after that the part itself is taken as the reason
 
 
-@dataclass(frozen=True)
-class ConformRequest:
+class ConformRequest(Struct, frozen=True):
     """The request of `parity conform`.
 
     `workers`: processes, each with its own llama.cpp. `cluster`: the address of a Dask scheduler, whose workers run the cells.

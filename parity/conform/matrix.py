@@ -1,10 +1,12 @@
 """The cells of a run: profiles, lists and globs of architectures, weight types, prompts and modes."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import product
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.conform import Cell
 from checkpoints.errors import InputError
@@ -34,8 +36,7 @@ _LISTED = 20  # names that an error lists
 _CHUNK = 4  # tokens in each pass of CHUNKED
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(Struct, frozen=True):
     """A named part of the matrix."""
 
     architectures: tuple[str, ...]

@@ -6,8 +6,9 @@ They are sorted into folders by the first two digits of the key: each write look
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from checkpoints.answers.conform import CellResult
 from checkpoints.errors import InputError

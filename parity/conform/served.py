@@ -1,8 +1,10 @@
 """A cell of a server: it is started for the model, asked for its log-probabilities over a text and, to decode, for its own choices."""
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.conform import DIVERGENCE, PARITY, TIMED_OUT, UNUSABLE, Cell, CellResult
 from checkpoints.answers.server import ServerAnswer
@@ -27,8 +29,7 @@ TEXTS = {
 }
 
 
-@dataclass(frozen=True)
-class Asking:
+class Asking(Struct, frozen=True):
     """How servers are asked: the dialect, and a JSON object whose members go into every request."""
 
     api: str

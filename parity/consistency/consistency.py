@@ -1,11 +1,12 @@
 """An engine compared with itself: the same positions computed in other portions must give the same values."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.consistency import Check, Consistency
@@ -51,8 +52,7 @@ _BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
 _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 
 
-@dataclass(frozen=True)
-class ConsistencyRequest:
+class ConsistencyRequest(Struct, frozen=True):
     """The request of `parity consistency`; with two dumps, an external engine's, only `run`'s mapping and limits matter."""
 
     run: Request

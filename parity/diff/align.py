@@ -4,9 +4,10 @@ All later stages work on arrays: a `Pair` holds the rows of one point of both si
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Missing
@@ -23,8 +24,7 @@ _POSITION_BITS = 40  # the reader accepts positions below 2^40
 _SAME = 1e-10
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """Records of one point that both sides have; row i of `ours` and row i of `ref` have the same key."""
 
     point: str
@@ -32,8 +32,7 @@ class Pair:
     ref: Rows
 
 
-@dataclass(frozen=True)
-class Alignment:
+class Alignment(Struct, frozen=True):
     """Pairs in dataflow order, what each side lacks, and sentences for the user.
 
     `left_out` counts the records after the position where the token sequences diverge. `may_be_empty`: there may be no pairs at all,

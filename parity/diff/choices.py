@@ -1,8 +1,7 @@
 """The next token that each side would choose, as far as the dumps really show it."""
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Choices
@@ -17,8 +16,7 @@ from .records import Records
 _TOP = 5  # first choices that are compared as a set
 
 
-@dataclass
-class _Tally:
+class _Tally(Struct):
     """Collects what is known about single positions."""
 
     known: int = 0

@@ -4,8 +4,9 @@ All limits are NMSE, Σ(a−b)²/Σb², of an end-to-end run; a record fails abo
 """
 
 import re
-from dataclasses import dataclass
 from math import inf
+
+from msgspec import Struct
 
 from checkpoints.answers.diff import Limits
 from checkpoints.errors import InputError
@@ -20,8 +21,7 @@ COMPUTES = ("f32", "tf32", "f16", "bf16", "q8")
 FUTURE_MASS = 1e-6
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(Struct, frozen=True):
     """What one property of a side allows: `operations` for every point but the logits."""
 
     operations: float

@@ -4,10 +4,11 @@ NMSE is Σ(a−b)²/Σb², b the reference. Everything is accumulated in float64
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Sequence
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
@@ -24,8 +25,7 @@ Ints = NDArray[np.int64]
 _BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
 
 
-@dataclass(frozen=True)
-class Measures:
+class Measures(Struct, frozen=True):
     """One element a record, [R]; NaN (or -1 for an index) where it is not known.
 
     `nmse` is the larger of `nmse_slice` and `nmse_row`, infinite where only one side has a non-finite value.
@@ -52,11 +52,10 @@ class Measures:
 
     def take(self, keep: NDArray[np.bool_]) -> "Measures":
         """The measures of some of the records; `keep` is bool [R]."""
-        return Measures(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
+        return Measures(**{name: getattr(self, name)[keep] for name in self.__struct_fields__})
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Struct, frozen=True):
     """The pairs in which anything could be compared, and the measures of their R records.
 
     `point` [R] is the index of a record's pair, `row` [R] its row there; `decode` is our side's phase.
@@ -76,6 +75,22 @@ class Measured:
     def names(self) -> tuple[str, ...]:
         """The points in dataflow order."""
         return tuple(pair.point for pair in self.pairs)
+
+    def without(self, points: Collection[str]) -> "Measured":
+        """The same without some points."""
+        left = [number for number, pair in enumerate(self.pairs) if pair.point not in points]
+        keep = np.isin(self.point, left)
+        return replace(
+            self,
+            pairs=tuple(self.pairs[number] for number in left),
+            measures=self.measures.take(keep),
+            point=np.searchsorted(left, self.point[keep]),
+            row=self.row[keep],
+            seq=self.seq[keep],
+            token_idx=self.token_idx[keep],
+            step=self.step[keep],
+            decode=self.decode[keep],
+        )
 
     def names_of(self, some: NDArray[np.bool_]) -> frozenset[str]:
         """The points of these records, bool [R]."""
@@ -150,7 +165,7 @@ def measure(pairs: Sequence[Pair]) -> Measures:
         return _measure([], [])
     order = np.argsort(np.concatenate(places), kind="stable")
     return Measures(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Measures)}
+        **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in Measures.__struct_fields__}
     )
 
 
@@ -203,8 +218,7 @@ def _whole(pair: Pair) -> NDArray[np.bool_]:
     return np.asarray(mine & pair.ref.full())
 
 
-@dataclass(frozen=True)
-class _Nonfinite:
+class _Nonfinite(Struct, frozen=True):
     """NaN and infinities, [R]: how many each side has, whether only one side has some, and the first such
     element (-1: none was recorded). `nothing`: both have NaN wherever something was recorded; NaN agrees with nothing."""
 

@@ -1,9 +1,9 @@
 """Where our records lie among the reference's positions: decided by both sides' tokens, else by their values; never silently."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from checkpoints.distinct import distinct
 from checkpoints.errors import DumpError
@@ -25,16 +25,14 @@ _RECORDS = 64  # most records of one point at one offset; their median is its er
 _EXACT = 1e-10  # two errors below this are equal: two right engines differ by no more (the limit of exact mode)
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """Our dump at the reference's positions; `note` says how they are known, empty if both sides count by their tokens."""
 
     ours: Dump
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(Struct, frozen=True):
     """The error (median NMSE of the records) of one point at each offset that was tried."""
 
     point: str

@@ -1,9 +1,9 @@
 """Every compared record as columns, which `judge` and `table` read."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Difference, Limits, Missing, RecordFault
@@ -23,17 +23,16 @@ Bools = NDArray[np.bool_]
 _SHOWN = 16  # values of a record that a verdict carries
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(Struct, frozen=True):
     """Which of our records show something other than the point they are named after, bool [R], and what they show."""
 
     otherwise: Bools
     faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
+    blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(Struct, frozen=True, dict=True):
     """R compared records, sorted by dataflow, then sequence and position.
 
     Attributes:

@@ -1,9 +1,9 @@
 """Points of ours with the same vector: an operation between them does nothing, or they were captured from one buffer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows
@@ -15,8 +15,7 @@ Floats = NDArray[np.float32]
 _TELLING = 4  # different values that a row needs in order to identify it
 
 
-@dataclass(frozen=True)
-class SameVector:
+class SameVector(Struct, frozen=True):
     """A wrong point of ours that equals another one of ours, value by value.
 
     `input` is an agreeing point that it is made from and equals (empty: none): then the operation does nothing. `others` are all equal

@@ -1,8 +1,7 @@
 """Errors of the recorded values, leading or scattered ones, element by element. float64 throughout."""
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows
@@ -30,8 +29,7 @@ def without_subnormal(delta: Floats) -> Floats:
     return np.where(np.abs(delta) < _NORMAL, 0.0, delta)
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(Struct, frozen=True):
     """The values that both sides have of each record: float32 [R, k]; `present` says which exist, `index` which elements they are."""
 
     a: NDArray[np.float32]
@@ -83,8 +81,7 @@ def _recorded(rows: Rows, r: int) -> Ints:
     return rows.indices[r, :count]
 
 
-@dataclass(frozen=True)
-class SliceErrors:
+class SliceErrors(Struct, frozen=True):
     """The errors of the values that both sides have, [R]; elements that are not finite on both sides are left out."""
 
     nmse: Floats

@@ -1,9 +1,9 @@
 """Three dumps of one experiment: every pair is compared as by `diff`, and at each point the odd one out is named."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import PointSummary, Verdict
 from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint

@@ -1,8 +1,10 @@
 """Are the two dumps of the same experiment? Compares models, prompts and token ids before any number."""
 
-from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import Difference, Pattern
 from checkpoints.errors import DumpError, InputError
@@ -12,8 +14,7 @@ from checkpoints.record import Dump, ModelInfo
 TOKENS = "tokens"
 
 
-@dataclass(frozen=True)
-class TokenComparison:
+class TokenComparison(Struct, frozen=True):
     """Where the token sequences diverge.
 
     `until`: records at this position and later are left out (None: all are compared). `divergence` and `pattern`: the prompt

@@ -16,12 +16,20 @@ def check(*, empty_cache: bool = False) -> dict[str, Any]:
         "parity": parity_version(),
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "memory": _memory(),
         "packages": {name: _version(name) for name in requirements()},
         "llama.cpp": _llama(),
         "cuda": _cuda(),
     }
     facts["twin cache"] = _cache(empty_cache)
     return facts
+
+
+def _memory() -> str:
+    from checkpoints.room import memory
+
+    now = memory()
+    return f"{now.free / 2**30:.1f} GiB {now.source}"
 
 
 def _version(name: str) -> str:

@@ -3,8 +3,10 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints import formats
 from checkpoints.answers.diff import Verdict
@@ -28,8 +30,7 @@ Progress = Callable[[str, int, int], None]
 _NAMED = 3  # points that a note names
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(Struct, frozen=True):
     """The request of `parity drift record`: how `side` ("ours", "ref", "exec") runs, on which prompts, and the folder to write.
 
     `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
@@ -41,8 +42,7 @@ class Recording:
     side: str = REF
 
 
-@dataclass(frozen=True)
-class Checking:
+class Checking(Struct, frozen=True):
     """The request of `parity drift check`. A `side` of None is the recorded one; `dumps` are a foreign engine's own.
 
     `workers`: processes that run prompts, each with the model opened once; `cluster`: the address of a Dask scheduler instead.

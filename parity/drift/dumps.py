@@ -5,9 +5,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 from checkpoints.formats import load

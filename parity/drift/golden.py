@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import contents
 from checkpoints.points import resolve
 from checkpoints.regular import read_text
+from checkpoints.structs import as_dict
 from checkpoints.whole_file import put
 
 from ..models import embedded as default_model
@@ -23,8 +26,7 @@ MANIFEST = "drift.json"
 EMBEDDED = "embedded"
 
 
-@dataclass(frozen=True)
-class GoldenPrompt:
+class GoldenPrompt(Struct, frozen=True):
     """One prompt, its token ids and those that were generated after it; `file` is its dump's name."""
 
     text: str
@@ -40,8 +42,7 @@ class GoldenPrompt:
         return Prompt(self.text, self.tokens, self.pieces, self.generated, self.generated_pieces)
 
 
-@dataclass(frozen=True)
-class Golden:
+class Golden(Struct, frozen=True):
     """How golden dumps were made: `source` is the side ("ours", "ref" or "exec"), `model` its path seen from the folder."""
 
     folder: Path
@@ -117,7 +118,7 @@ class Golden:
 
     def save(self) -> None:
         """Write `drift.json`."""
-        facts = {"format": FORMAT} | {name: value for name, value in asdict(self).items() if name != "folder"}
+        facts = {"format": FORMAT} | {name: value for name, value in as_dict(self).items() if name != "folder"}
         put(self.folder / MANIFEST, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -9,6 +9,17 @@ _MODULES = ("errors", "record", "points", "summary", "lines")  # each one needs 
 
 _RECORDER = ("cuda_driver", "graph_kernel", "graph_rows", "graphs", "recorder")  # beside this file
 
+# Our data classes are msgspec's, which an engine's environment may lack: in the printed file they are the standard library's.
+_STRUCTS = '''from dataclasses import asdict as as_dict, dataclass, field, replace
+
+
+class Struct:
+    """A base class that makes its subclasses dataclasses."""
+
+    def __init_subclass__(cls, *, frozen: bool = False, **_: bool) -> None:
+        dataclass(frozen=frozen)(cls)
+'''
+
 _TOP = '''"""Write checkpoints of a Python engine for `parity diff` and `parity lint`. One file; needs Python 3.10 and NumPy only.
 
     from parity_dump import Recorder
@@ -58,7 +69,7 @@ def _put_together(top: str, *names: str) -> str:
     bodies = [_body(path.read_text(encoding="utf-8"), imports) for path in files]
     plain = sorted(line for line in imports if line.startswith("import "))
     named = sorted(line for line in imports if line.startswith("from "))
-    return top + "\n".join((*plain, *named)) + "\n\n" + "\n".join(bodies)
+    return top + "\n".join((*plain, *named)) + "\n" + _STRUCTS + "\n\n" + "\n".join(bodies)
 
 
 def _body(source: str, imports: set[str]) -> str:
@@ -69,7 +80,11 @@ def _body(source: str, imports: set[str]) -> str:
         docstring = number == 0 and isinstance(node, ast.Expr)
         if isinstance(node, ast.Import):
             imports.add(ast.unparse(node))
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and not (node.module or "").startswith("checkpoints"):
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 0
+            and not (node.module or "").startswith(("checkpoints", "msgspec"))
+        ):
             # Annotations are not evaluated, so that Self, which Python 3.10 lacks, is not needed.
             node.names = [name for name in node.names if name.name != "Self"]
             imports.add(ast.unparse(node))

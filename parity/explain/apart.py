@@ -2,10 +2,10 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 
 from engine.backend import Array
 from engine.faults import SEEN, Planting
@@ -42,8 +42,7 @@ _MODELS = {
 Values = Mapping[str, Array]
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """A run in which faults are compared: the right engine's replay and steps, up to step number `end`."""
 
     sentence: str

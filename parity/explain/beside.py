@@ -1,9 +1,9 @@
 """The wrong records of a place beside the right values, element by element."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from engine.backend import Array
@@ -21,8 +21,7 @@ ROOM = 10.0
 _LEFT = 0.1
 
 
-@dataclass(frozen=True)
-class Beside:
+class Beside(Struct, frozen=True):
     """The wrong records of a place, with the right values.
 
     Attributes:

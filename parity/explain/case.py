@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError, ModelError
@@ -32,8 +33,7 @@ from .screening import Screening
 from .ties import resolved
 
 
-@dataclass(frozen=True)
-class ExplainOptions:
+class ExplainOptions(Struct, frozen=True):
     """How to search.
 
     `tokens` are those of the dump, if its header does not list them; `budget` is in seconds. `arbiter`: whether the same steps
@@ -49,8 +49,7 @@ class ExplainOptions:
     arbiter: str = AUTO
 
 
-@dataclass(frozen=True)
-class Half:
+class Half(Struct, frozen=True):
     """A model by itself, or one half of an encoder–decoder by the names of one.
 
     `given` are the values that its steps read and none of them makes; `truth` gives those of another variant, `rounded` those

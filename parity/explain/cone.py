@@ -1,9 +1,9 @@
 """The steps in question at a place: from it back to the recorded points that agree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from checkpoints.points import parse
 from engine.faults.base import kinds_of
@@ -12,8 +12,7 @@ from .records import Expected
 from .state import State, rows_enough
 
 
-@dataclass(frozen=True)
-class Cone:
+class Cone(Struct, frozen=True):
     """The steps that may be wrong at a place.
 
     Attributes:

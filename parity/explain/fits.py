@@ -1,10 +1,10 @@
 """Faults with a wrong number (an epsilon, a scale, a base, a multiplier), which is fitted to the first place's records in a few passes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from engine.backend import Array
 from engine.faults import AT, FITTED, Fitted
@@ -29,8 +29,7 @@ _NEAR = 0.01  # part of the error that a fit may leave for round numbers near it
 _AGAIN = 3  # times that a number is fitted again if it leaves an error at a later place
 
 
-@dataclass
-class _Trial:
+class _Trial(Struct):
     """One number while it is being fitted, `at` on the fit's scale; residuals are float64 vectors."""
 
     fit: Fitted
@@ -39,7 +38,7 @@ class _Trial:
     best: float = np.inf
     best_at: float = np.nan
     last: tuple[float, Floats] | None = None
-    done: bool = field(default=False)
+    done: bool = False
 
     def value(self, at: float) -> float:
         return float(np.exp(at)) if self.fit.positive else at
@@ -95,15 +94,14 @@ class Fitting(AtFirstPlace):
         for fit in FITTED:
             if self._layers is not None and fit.fault.once:
                 continue
-            wanted = fit.wanted(right)
-            starts = fit.starts(0.0 if wanted is None else wanted)
             for parameters in fit.variants(right):
                 kinds = parameters.get(AT, fit.fault.kinds)
                 if self._layers is not None and not _in_layers(kinds, self._layers, right):
                     continue
                 if not self._acts(kinds) or (self._layers is None and self._agrees_elsewhere(kinds)):
                     continue
-                for start in starts:
+                wanted = fit.wanted(right, parameters)
+                for start in fit.starts(0.0 if wanted is None else wanted):
                     if start > 0 or not fit.positive:
                         yield _Trial(fit, parameters, float(np.log(start)) if fit.positive else start)
 
@@ -311,7 +309,7 @@ def order_of_number(candidate: Candidate) -> int | None:
     return None
 
 
-def said(candidate: Candidate, right: Any) -> str:
+def remarks(candidate: Candidate, right: Any) -> str:
     """The remarks on a candidate's fitted number; "" for a fault without one."""
     mine = [fit for fit in FITTED if fit.fault is candidate.fault] or [
         fit for fit in FITTED if fit.fault.name == candidate.fault.name
@@ -319,5 +317,5 @@ def said(candidate: Candidate, right: Any) -> str:
     for fit in mine:
         value = candidate.parameters.get(fit.parameter)
         if isinstance(value, float):
-            return fit.said(value, right)
+            return fit.remarks(value, right, candidate.parameters)
     return ""

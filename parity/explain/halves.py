@@ -7,8 +7,10 @@ the encoder makes: what a faulty encoder makes once its fault is known, so that 
 import re
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.explain import Cause, Explanation
 from checkpoints.points import ENCODER
@@ -191,8 +193,8 @@ def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
         return rename(value)
     if isinstance(value, tuple | list):
         return type(value)(_renamed(part, rename) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _renamed(getattr(value, field.name), rename) for field in fields(value)})
+    if isinstance(value, Struct):
+        return replace(value, **{name: _renamed(getattr(value, name), rename) for name in value.__struct_fields__})
     return value
 
 

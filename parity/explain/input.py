@@ -1,7 +1,8 @@
 """The input of `parity explain`: the prompt, and a reference that our own engine is checked against first."""
 
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation

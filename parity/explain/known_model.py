@@ -4,12 +4,13 @@ What computes is imported when it is asked for: two sides that agree ask nothing
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
     from .precision import PrecisionFloor
 
 
-@dataclass(frozen=True)
-class KnownModel:
+class KnownModel(Struct, frozen=True, dict=True):
     """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model."""
 
     ref: Dump

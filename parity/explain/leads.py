@@ -1,9 +1,9 @@
 """What can be said when no known fault reproduces the numbers: which operation it is, what the numbers say, partial candidates."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.explain import Lead, Named, Placed

@@ -1,8 +1,9 @@
 """A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from checkpoints.record import Dump
 

@@ -1,9 +1,9 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from .batch import beyond, in_two, screened
 from .fits import fitted, order_of_number

@@ -1,9 +1,9 @@
 """If one operation is wrong: is it the right operation on another value or with another weight?"""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from engine.graph import Step, compute, inputs_of
 from engine.replay.replay import Replay

@@ -1,9 +1,10 @@
 """Whether lower arithmetic alone explains the differences: measured by the right engine with rounding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.points import LOGITS, of_scores, parse
 from engine.backend import Array
@@ -42,8 +43,7 @@ REPRODUCED = 0.5
 _MANY = 10  # recorded elements of a row that suffice to see that two of them have all of the error
 
 
-@dataclass(frozen=True)
-class PrecisionFloor:
+class PrecisionFloor(Struct, frozen=True):
     """The NMSE that one arithmetic costs at every record: with products rounded, and with every activation rounded; [R] a point.
 
     `alike`: the mean cosine of the dump's errors to those of our own rounding, at the first point that differs; 0 if none does.

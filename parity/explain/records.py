@@ -1,9 +1,10 @@
 """A dump's records beside the values of the right engine, in a form with which many candidates are compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
@@ -22,8 +23,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(Struct, frozen=True):
     """The records of one point; R records of k values.
 
     Attributes:

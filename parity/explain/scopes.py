@@ -1,7 +1,8 @@
 """The order in which faults are tried, and in which layers: all, from one on, up to one, every second one, or all with a window alike."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from checkpoints.points import in_layer
 

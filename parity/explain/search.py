@@ -6,8 +6,9 @@ beyond that place, checked on all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import product, zip_longest
+
+from msgspec.structs import replace
 
 from engine.faults import Planting
 from engine.inapplicable import NotApplicable

@@ -1,12 +1,12 @@
 """States and candidates of the search: what `parity explain` has found so far, and what it may add."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import Step, sees_later
@@ -17,8 +17,7 @@ from .records import Floats
 Layers = tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A fault with its parameters in some layers (None: all)."""
 
     fault: Fault
@@ -30,8 +29,7 @@ class Candidate:
         return state.planting.of(self.fault, self.layers, self.parameters)
 
 
-@dataclass(frozen=True)
-class RecordKey:
+class RecordKey(Struct, frozen=True):
     """A record: the number of its point in the dump, and the replay's row."""
 
     point: int
@@ -44,8 +42,7 @@ class RecordKey:
 Screened = tuple[RecordKey | None, float]  # the first place that still differs, and the NMSE that is left at the old one
 
 
-@dataclass(frozen=True)
-class State:
+class State(Struct, frozen=True, dict=True):
     """A list of steps and how far it reproduces the dump.
 
     `nmse` holds an array for each point; `first` is the first place that differs, None if none does. `root` is the state that
@@ -74,8 +71,7 @@ class State:
         return shown_points(self.steps)
 
 
-@dataclass
-class Tried:
+class Tried(Struct):
     """What the search has tried: counts, and for each state (by its `key`) the part of the error at its first place that each
     candidate removes.
     """

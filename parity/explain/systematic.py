@@ -5,10 +5,11 @@ preferred direction: in many values its error along any given one is next to not
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
@@ -32,8 +33,7 @@ _SECONDS = (
 _LAYERS = 2  # layers before the first difference up to which each is tried by itself, as well as all together
 
 
-@dataclass(frozen=True)
-class _Moved:
+class _Moved(Struct, frozen=True):
     """An operation whose result is changed a little."""
 
     op: Callable[..., Array]

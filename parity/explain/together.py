@@ -6,10 +6,10 @@ are planted together first.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import permutations, product
 
 import numpy as np
+from msgspec import Struct
 
 from engine.backend import Array
 from engine.faults import AT, SEEN, Planting
@@ -32,8 +32,7 @@ _REPLAYS = 64  # replays that are kept, of one interval each
 _RIDGE = 1e-9
 
 
-@dataclass(frozen=True, eq=False)
-class Effect:
+class Effect(Struct, frozen=True, eq=False):
     """The change of the recorded elements of the first place by one candidate alone, float64 [k], and all candidates with that effect."""
 
     value: Floats

@@ -6,11 +6,11 @@ and injects.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.bisect import NOT_JUDGED, RIGHT, WRONG, Bisected, JudgedPart

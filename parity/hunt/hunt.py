@@ -1,12 +1,13 @@
 """A foreign engine is run again, each time with the points that the last comparison asks for, until the operation has a name."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
@@ -32,8 +33,7 @@ from ..run.sides import ExternalEngine, LlamaCpp
 MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five places to one operation, a few more where slices are small
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(Struct, frozen=True):
     """What is known after a round, for display: the round, and both sides' dumps."""
 
     round: Round
@@ -41,8 +41,7 @@ class Heard:
     ref: Dump
 
 
-@dataclass(frozen=True)
-class Hunted:
+class Hunted(Struct, frozen=True):
     """The answer, and the last comparison with its dumps and folder."""
 
     hunt: Hunt

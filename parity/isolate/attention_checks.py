@@ -1,9 +1,9 @@
 """Laws of attention that hold in any engine, whatever its weights, checked on the values themselves."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from engine import ops
@@ -25,8 +25,7 @@ _DEGENERATE = frozenset({_UNIFORM_ROWS, _ONE_ROW, _UNTURNED, _ONE_ANGLE})
 _UNIFORM = 1e-6
 
 
-@dataclass(frozen=True)
-class Law:
+class Law(Struct, frozen=True):
     """What must hold for attention's weights: `causal`: 0 for later positions; `sinks`: a part of the sum may be missing;
     `whole`: every earlier position is seen.
     """
@@ -36,8 +35,7 @@ class Law:
     whole: bool = True
 
 
-@dataclass
-class AttentionChecks:
+class AttentionChecks(Struct):
     """Checks the values as they come.
 
     Attributes:
@@ -99,7 +97,7 @@ class AttentionChecks:
     def _plain(self) -> bool:
         return all(self.laws[name] == _PLAIN for name in self.layers)
 
-    def said(self) -> str:
+    def sentence(self) -> str:
         """A sentence on what was shown about attention as a whole."""
         if self.faults:
             return f"{len(self.faults)} findings"

@@ -1,11 +1,11 @@
 """The judges of a model: an isolator of its steps (and one of its encoder's), and checks that watch the values as they pass."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import Operation
@@ -32,8 +32,7 @@ class Define(Protocol):
         """One step for each of `steps`."""
 
 
-@dataclass
-class Bench:
+class Bench(Struct):
     """The model's steps, the checks that watch the values, and the isolators that judge them; both halves of an encoder–decoder."""
 
     transformer: Transformer

@@ -5,11 +5,11 @@ wrong leading dimension, layout or row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from math import prod, sqrt
 from zlib import crc32
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import Element
@@ -24,8 +24,7 @@ _FEW_OUTPUTS = 16
 _SAMPLES = 8  # elements of each product: a wrong layout leaves hardly any element in place
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """Rows t of the input and rows o of the weight whose dot products are computed: two int64 [n]."""
 
     t: NDArray[np.int64]
@@ -87,8 +86,7 @@ def sample_product(
     return float(np.nan_to_num(error, nan=0.0, posinf=np.inf).max())
 
 
-@dataclass
-class RowChecks:
+class RowChecks(Struct):
     """Recomputes chosen logits at the last position of each pass (`--rows`).
 
     Raises:
@@ -100,7 +98,7 @@ class RowChecks:
     weights: WeightSource
     limit: float
     elements: list[Element] = field(default_factory=list)
-    _steps: list[Step] = field(default_factory=list, init=False)
+    _steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.rows:

@@ -6,12 +6,12 @@ from earlier passes, states are what the last pass left.
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints.points import of_scores, parse
@@ -24,8 +24,7 @@ from .values import CACHED, Value, rows_at
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Struct, frozen=True, dict=True):
     """The steps of one kind of pass, and the recorded values that each of them needs.
 
     `passed_over` are points that the dump lacks and that are computed instead.
@@ -95,8 +94,7 @@ class Program:
         return self._needs[step.makes]
 
 
-@dataclass
-class Memory:
+class Memory(Struct):
     """What passes leave for later ones: the rows of values that histories read, and states; a state of None is not known."""
 
     past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))

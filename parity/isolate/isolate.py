@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
@@ -43,8 +44,7 @@ _NO_OUTPUT = "its output was not recorded as a whole"
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens will do: operations are judged one by one
 
 
-@dataclass(frozen=True)
-class IsolateRequest:
+class IsolateRequest(Struct, frozen=True):
     """The request of `parity isolate`; with `dump` a foreign engine's whole values are judged, else llama.cpp's."""
 
     model: Path
@@ -111,7 +111,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         elements=tuple(bench.rows.elements),
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
-            "attention": bench.attention.said(),
+            "attention": bench.attention.sentence(),
             "metadata": _ignored(bench.transformer),
         },
     )
@@ -293,7 +293,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         graft_from=request.graft or "",
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
-            "attention": bench.attention.said(),
+            "attention": bench.attention.sentence(),
             "metadata": _ignored(bench.transformer),
         },
     )

@@ -1,10 +1,10 @@
 """llama.cpp as the judge of a foreign engine's layers: it is fed that engine's own hidden state, window by window."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Graft, Operation

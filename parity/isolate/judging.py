@@ -2,8 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+
+from msgspec import Struct, field
 
 from engine.graph import Step, WeightSource
 
@@ -14,8 +15,7 @@ from .values import Value
 NOT_FINITE = "its inputs are not finite"
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(Struct, frozen=True, dict=True):
     """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list."""
 
     several: Sequence[Step]
@@ -33,8 +33,7 @@ class Definition:
         return self.programs[tokens == 1]
 
 
-@dataclass
-class Record:
+class Record(Struct):
     """What the passes so far have shown about one operation."""
 
     nmse: float = -1.0
@@ -46,8 +45,7 @@ class Record:
     denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
 
 
-@dataclass
-class Judging:
+class Judging(Struct):
     """The state of an isolation over all passes.
 
     Args:
@@ -62,8 +60,8 @@ class Judging:
     limit: float
     sample: bool = True
     stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    records: dict[str, Record] = field(default_factory=lambda: defaultdict(Record), init=False)
-    memory: Memory = field(default_factory=Memory, init=False)
+    records: dict[str, Record] = field(default_factory=lambda: defaultdict(Record))
+    memory: Memory = field(default_factory=Memory)
     # Values that every pass reads and none makes: an encoder's output.
-    given: dict[str, Value] = field(default_factory=dict, init=False)
-    epsilons: set[float] = field(default_factory=set, init=False)  # the wrong epsilons that norms have shown
+    given: dict[str, Value] = field(default_factory=dict)
+    epsilons: set[float] = field(default_factory=set)  # the wrong epsilons that norms have shown

@@ -2,9 +2,10 @@
 
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
@@ -47,8 +48,7 @@ def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArra
     return unknown
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(Struct, frozen=True):
     """An operation's recorded value and the one that follows from its inputs, at the positions [R] that all of them have."""
 
     inputs: Sequence[NDArray[np.float32]]

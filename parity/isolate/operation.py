@@ -1,10 +1,10 @@
 """One operation of one layer at a time: computed from the inputs that it really had, and compared with its recorded output."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
@@ -19,8 +19,7 @@ from .values import Value
 _LISTED = 3  # readers of a suspect record that are named
 
 
-@dataclass
-class Isolator(Judging):
+class Isolator(Judging, dict=True):
     """Takes values as they come and judges each step as soon as its inputs and its output are known."""
 
     @cached_property

@@ -1,10 +1,10 @@
 """Choices of experts (and of keys, in sparse attention), compared as sets: their order does not matter, and ties may fall either way."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from engine import ops
@@ -15,8 +15,7 @@ _ORDERS = ("ARGSORT", "TOP_K")
 NEAR_TIE = 1e-6
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(Struct, frozen=True):
     """A choice: the step that sorts values, and how many of the resulting indices are used afterwards (0: all)."""
 
     ordering: Step

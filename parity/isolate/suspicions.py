@@ -1,7 +1,8 @@
 """Signs of another arithmetic than the one that operations were judged in, reported before any of them is blamed."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Operation
 from engine.graph import Step

@@ -4,7 +4,8 @@ Attention can be judged without scores: queries, keys and values at all position
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from engine import ops
 from engine.graph import Step

@@ -5,12 +5,13 @@ A dump has whole values in the safetensors file beside it, or in records that ca
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError, ModelError
@@ -32,8 +33,7 @@ ROW_FLOOR = 0.01
 CACHED = ("k_read", "v_read")  # kinds of points whose rows are the cache's, not the pass's
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(Struct, frozen=True):
     """One point's value in one forward pass, with the positions of its rows: [T, …], [H, T, S], or [S, K·d] if read from the cache."""
 
     data: NDArray[Any]

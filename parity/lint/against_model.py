@@ -1,9 +1,9 @@
 """Rules that need the model file: other tokens' embeddings, late captures, a header that contradicts it."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.lint import ERROR

@@ -1,13 +1,13 @@
 """What lint needs from a model file (`--model`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # a comparison lints without a model and must not import the engine for nothing
@@ -17,16 +17,15 @@ _SAMPLED = 16  # rows of a matrix that are looked at
 _BLOCK = 8192  # embedding rows that are dequantised at once: 29 MiB at a width of 896
 
 
-@dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(Struct, frozen=True, dict=True):
     """Hyperparameters, and the few weights that lint compares with.
 
     Raises (on construction with `open_model`):
         ModelError: the file cannot be read as a model.
     """
 
-    model: "GgufModel" = field(repr=False)
-    _flat: dict[int | None, bool] = field(default_factory=dict, repr=False)
+    model: "GgufModel"
+    _flat: dict[int | None, bool] = field(default_factory=dict)
 
     @property
     def hp(self) -> "Hyperparameters":

@@ -1,14 +1,14 @@
 """The definition of a rule, and of the subject that it checks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
-from checkpoints.dataflow import Dataflow, Made
+from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.points import EMBD, ENCODER, in_layer, order, parse
 from checkpoints.record import ATTENTION_WINDOW, Dump, Rows
 from reports.numbers import count, ranges
@@ -16,8 +16,7 @@ from reports.numbers import count, ranges
 from .model_facts import ModelFacts
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(Struct, frozen=True):
     """One finding before the table adds its texts. `severity` replaces the rule's own; `points` are all that it is about."""
 
     checkpoint: str | None
@@ -27,8 +26,7 @@ class Hit:
     points: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """One thing that can be wrong with a dump; `check` yields where it is wrong.
 
     `of_weights`: flat weights of the model (`ModelFacts.has_flat_weights`) give a right engine such values, too.
@@ -53,8 +51,7 @@ Place = tuple[int, int, int]  # seq, token_idx, step
 TELLING = 4
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True, dict=True):
     """A dump as rules see it; `model` is known with `--model`, `given` is the dataflow of another dump of the model."""
 
     dump: Dump
@@ -82,14 +79,14 @@ class Subject:
         except ValueError as error:
             return None, str(error)
 
-    def made(self, name: str) -> Made | None:
+    def computation(self, name: str) -> Computation | None:
         """How a point is made, None if it is not known."""
-        return None if self.dataflow is None else self.dataflow.made.get(name)
+        return None if self.dataflow is None else self.dataflow.computations.get(name)
 
     def home(self, name: str) -> int | None:
         """The layer whose keys and values a point is made from: layers may share a cache."""
         layer = parse(name).layer
-        read = None if layer is None else self.made(in_layer(layer, "v_read"))
+        read = None if layer is None else self.computation(in_layer(layer, "v_read"))
         shared = {parse(other).layer for other in read.reads} if read is not None else set()
         return shared.pop() if len(shared) == 1 else layer
 

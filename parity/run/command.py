@@ -11,10 +11,11 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import IO
+
+from msgspec import Struct
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
@@ -44,8 +45,7 @@ class EngineError(InputError):
         self.how = how
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(Struct, frozen=True):
     """A foreign engine as `--exec` or `--exec-shell` describes it.
 
     `line` may contain {model}, {tokens} (ids with commas), {sequences} (several prompts, with semicolons), {out}, {points},

@@ -6,9 +6,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from msgspec import Struct
 
 from checkpoints.errors import InputError
 from checkpoints.whole_file import Replacement, unwritable
@@ -23,8 +24,7 @@ _ROOM = "Set TMPDIR to a folder that has room."
 ADVICE = "pip install torch transformers gguf accelerate there, or name an interpreter that has them with --python."
 
 
-@dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(Struct, frozen=True):
     """The ids that transformers' own tokenizer gives a prompt; `problem` says why there are none."""
 
     ids: tuple[int, ...] = ()
@@ -50,8 +50,7 @@ class Tokenizer:
         return ""
 
 
-@dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(Struct, frozen=True):
     """transformers' model, float32, eager attention.
 
     `model` is a GGUF file, which transformers dequantises itself, or a folder with config.json and safetensors. `points` are

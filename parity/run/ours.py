@@ -1,7 +1,6 @@
 """Our side: the engine's run over a prompt, written as a dump."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from .sequences import computed
 TOP = 5  # logits in a token record: enough to see what was nearly chosen
 
 
-@dataclass(frozen=True)
-class OursJob(Recording):
+class OursJob(Recording, frozen=True):
     """What our engine has to record. `generated` are the ids that follow the prompt, with their texts; the rest is as in `Prompt`."""
 
     out: Path
@@ -39,7 +37,7 @@ class OursJob(Recording):
     decoded: tuple[int, ...] = ()
     companions: tuple[tuple[int, ...], ...] = ()
     saved: int = 0
-    on_step: Callable[[int, int], None] | None = field(default=None, compare=False)
+    on_step: Callable[[int, int], None] | None = None
 
     @classmethod
     def of(

@@ -1,10 +1,11 @@
 """Other versions or builds of llama.cpp beside the reference: how far apart they are, and what that allows our side."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import Limits
 from checkpoints.answers.references import Moved, MovedPoint, References
@@ -27,8 +28,7 @@ from .sides import LlamaCpp
 TIMES = 10.0
 
 
-@dataclass(frozen=True)
-class Other:
+class Other(Struct, frozen=True):
     """Another llama.cpp, and the user's name for it."""
 
     build: Build

@@ -1,9 +1,11 @@
 """A run's request: plain data that commands fill in and that is passed on as a whole."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from checkpoints.mapping import Mapping
 from checkpoints.recording import Recording
@@ -13,8 +15,7 @@ from .command import Command
 Progress = Callable[[str, int, int | None], None]  # (side, done, total); total is None if it is not known
 
 
-@dataclass(frozen=True)
-class Request(Recording):
+class Request(Recording, frozen=True):
     """The request of `parity run`. If ids are given, `tokens` are used and `prompt` is only their text.
 
     `command` starts a foreign engine; `mapping` says what its names mean and where its positions begin. `generate` is how many
@@ -41,8 +42,7 @@ class Request(Recording):
     verbose: bool = False
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """Token ids with their texts, the same for the generated tokens that follow them, and how they are computed.
 
     Attributes:

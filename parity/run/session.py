@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
@@ -33,8 +35,7 @@ if TYPE_CHECKING:
 OURS_FILE, REF_FILE, HF_FILE = "ours.jsonl", "ref.jsonl", "hf.jsonl"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """The result of a run, and its folder. `seconds` is the wall time of both sides and the comparison."""
 
     folder: Path

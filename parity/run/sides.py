@@ -1,10 +1,11 @@
 """The sides that compute a prompt: our engine, a foreign engine that a command line starts, and llama.cpp, all with one protocol."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 from checkpoints.mapping import Mapping

@@ -2,10 +2,10 @@
 
 import shutil
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.formats import load
 from checkpoints.mapping import Mapping

@@ -1,11 +1,11 @@
 """A base file: each prediction of one side as its largest logits and the logarithm of the sum of all, O(K) a position."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
@@ -18,8 +18,7 @@ KEPT = 256  # logits a position: 2 KB, where a row of 151,936 has 594 KB
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Base:
+class Base(Struct, frozen=True):
     """The predictions of one side over a text.
 
     Attributes:

@@ -1,6 +1,6 @@
 """A folder of golden dumps as the base of a score: its prompts are the text, its whole rows of logits the predictions."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from checkpoints.errors import DumpError, InputError
 
@@ -9,8 +9,7 @@ from .predictions import Rows, whole_rows
 from .text import Chunk
 
 
-@dataclass(frozen=True)
-class GoldenPredictions:
+class GoldenPredictions(Struct, frozen=True):
     """What golden dumps predict: a chunk is a prompt with the tokens that were generated after it."""
 
     golden: Golden

@@ -1,9 +1,9 @@
 """What one prediction says: figures of single rows of logits, float64 accumulation, natural logarithms."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints.answers.score import PERCENTILES
@@ -30,8 +30,7 @@ def kl_whole(base: Row, ours: Row) -> float:
     return max(float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely]))), 0.0)
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(Struct, frozen=True):
     """A prediction of which only the most probable tokens are known: ids int64 [K], natural logarithms float64 [K], largest first.
 
     `own`: the text's own next token and its logarithm, where that is known besides.
@@ -91,8 +90,7 @@ def largest(logits: Row, count: int) -> NDArray[np.int64]:
     return near[np.lexsort((near, -logits[near]))].astype(np.int64)
 
 
-@dataclass
-class Tally:
+class Tally(Struct):
     """Sums over positions, and every KL as one float64: 8 bytes a position, whatever the vocabulary."""
 
     count: int = 0
@@ -107,9 +105,7 @@ class Tally:
     bounded: int = 0  # positions at which the side's probability of the text's own token is only bounded
     unseen: float = 0.0
     most_unseen: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.kl: list[float] = []
+    kl: list[float] = field(default_factory=list)
 
     def predicted(self, log_p: float, *, bounded: bool = False) -> None:
         """The side's log-probability of the text's own next token; `bounded`: the most that it can be."""

@@ -1,12 +1,13 @@
 """The predictions of a side over a chunk, one row of logits at a time: no more than a few rows are in memory."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
@@ -67,8 +68,7 @@ class Reader(Protocol):
         """The chunk as it was read. Called before `rows`."""
 
 
-@dataclass(frozen=True)
-class LlamaCppPredictions:
+class LlamaCppPredictions(Struct, frozen=True):
     """llama.cpp, exact (the F32 twin) or native."""
 
     reference: Reference

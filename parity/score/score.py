@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from checkpoints.answers.score import Scored, Worst
 from checkpoints.errors import InputError
@@ -28,8 +29,7 @@ Progress = Callable[[int, int, float], None]  # chunks done, of how many, perple
 _LEADING = 60  # characters of text before the worst position
 
 
-@dataclass(frozen=True)
-class ScoreRequest:
+class ScoreRequest(Struct, frozen=True):
     """What `parity score` was asked for: `run` says how the side computes.
 
     `base` is a base file, `golden` a folder of golden dumps, whose prompts are then the text; without them the base is llama.cpp in
@@ -100,8 +100,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
     )
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(Struct, frozen=True):
     """What is scored: a text in chunks, or golden prompts, each a chunk."""
 
     name: str

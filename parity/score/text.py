@@ -1,8 +1,9 @@
 """A text as chunks of token ids, cut and scored as llama-perplexity does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from checkpoints import regular
 from checkpoints.errors import InputError
@@ -11,8 +12,7 @@ from reference.client import Reference
 _LARGEST = 1 << 28  # bytes of a text: a hundred times what perplexity is measured on
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """One stretch of the text that is computed by itself, from position 0 on.
 
     `first` is the first position whose prediction is scored: of the token behind it. Earlier ones have too little context.

@@ -1,7 +1,9 @@
 """The questions: what the server predicts at each position of a text (teacher forcing), and what it chooses by itself (greedy)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..run.request import Prompt
 from .dialects import Dialect
@@ -13,8 +15,7 @@ Progress = Callable[[str, int, int | None], None]
 _AT_ONCE = 512  # most requests of one comparison if each position takes one; in longer texts they are spread out
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """What the server predicted after the tokens up to `position`.
 
     `chosen` is the token that it chose there, None if the text's own follows; `prefix` is the text that it was given, None if
@@ -28,13 +29,12 @@ class Asked:
     prefix: str | None = None
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(Struct, frozen=True):
     """Everything that the server answered.
 
     `tokens` are llama.cpp's ids of the prompt and then those that the server chose; `around` is what it echoed before and after the
     text; `tokenizer` is the first position whose piece differs, with both pieces; `cut` is how many characters of the text the server
-    read, where it echoed its beginning only.
+    read, where it echoed its beginning only; `stopped` is why it chose fewer tokens than `wanted`, in its own words.
     """
 
     tokens: tuple[int, ...]
@@ -45,7 +45,9 @@ class Heard:
     around: tuple[str, str] | None = None
     tokenizer: tuple[int, str, str] | None = None
     cut: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    wanted: int = 0
+    stopped: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def listen(
@@ -70,7 +72,9 @@ def listen(
     answer = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
     if not answer.generated and (generate or not answer.prompt):
         raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Take another prompt.")
-    heard = Heard(prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens)
+    heard = Heard(
+        prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens, wanted=generate, stopped=answer.stopped
+    )
     listened = (
         _echoed(heard, answer.prompt, prompt, vocabulary)
         if answer.prompt
@@ -100,6 +104,7 @@ def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, voc
     if echoed and len(echoed) < len(text.strip()) and text.lstrip().startswith(echoed):
         heard = replace(heard, cut=len(echoed))
     asked: list[Asked] = []
+    bare = 0
     for number, item in enumerate(shown):
         index = number + hidden
         piece = prompt.pieces[index] if index < len(prompt.ids) else ""
@@ -109,10 +114,13 @@ def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, voc
             return replace(heard, asked=tuple(asked), tokenizer=(index, piece, item.token.text))
         if item.candidates and index > 0:
             asked.append(Asked(index - 1, item.candidates, item.token))
+        elif index > 1:  # nothing precedes the first token that is shown
+            bare += 1
     if len(shown) + hidden < len(prompt.ids):
         index = len(shown) + hidden
         return replace(heard, asked=tuple(asked), tokenizer=(index, prompt.pieces[index], ""))
-    return replace(heard, asked=tuple(asked))
+    notes = (f"positions of which the server gave no candidates: {bare} of {len(shown)}",) if bare else ()
+    return replace(heard, asked=tuple(asked), notes=notes)
 
 
 def _hidden(prompt: Prompt) -> int:
@@ -167,6 +175,8 @@ def _one_by_one(
         if answer.generated and answer.generated[0].candidates:
             own = next((c for c in answer.generated[0].candidates if c.id == prompt.ids[index + 1]), None)
             asked.append(Asked(index, answer.generated[0].candidates, own, prefix=known))
+    if len(asked) < len(questions):
+        notes.append(f"positions of which the server gave no candidates: {len(questions) - len(asked)} of {len(questions)}")
     return replace(heard, asked=tuple(asked), notes=tuple(notes))
 
 

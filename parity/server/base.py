@@ -1,11 +1,11 @@
 """llama.cpp's own predictions at the positions that a server was asked about, and how far llama.cpp differs from itself there."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from reference.client import Reference
@@ -18,11 +18,12 @@ from .vocabulary import Vocabulary
 Row = NDArray[np.float32]  # logits [V]
 _KEPT = 256  # largest logits of a row that are kept to compare two passes
 _PORTION = 16
+_LARGEST = 40.0  # of what is no logarithm of a probability: its exponential is a number still
+_ROUNDED = 1e-5  # how far over 1 probabilities sum by the digits with which servers print them
 NOTHING = -69.0  # log(1e-30): what a server calls impossible
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(Struct, frozen=True):
     """KL of two passes of llama.cpp over the same tokens, float32 and the file's own types with an F16 cache: worst and mean."""
 
     worst: float
@@ -66,7 +67,14 @@ def kl(row: Row, server: Listed) -> float:
     """KL(llama.cpp ‖ server) over the server's candidates, all other tokens together as one more: a lower bound of the whole."""
     if not len(server.ids):
         return 0.0
-    return kl_of_shared(row[server.ids].astype(np.float64) - log_sum(row), server.logprobs, LEAST)[0]
+    within = kl_of_shared(log_probabilities(row, server.ids), server.logprobs, LEAST)[0]
+    # Of probabilities that sum to more than 1 the generalised divergence: what they sum to beyond 1 counts, too.
+    return within + max(float(np.exp(np.minimum(server.logprobs, _LARGEST)).sum()) - 1.0 - _ROUNDED, 0.0)
+
+
+def log_probabilities(row: Row, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """llama.cpp's natural log-probabilities of these tokens."""
+    return np.asarray(row[ids].astype(np.float64) - log_sum(row))
 
 
 def probability(row: Row, number: int) -> float:

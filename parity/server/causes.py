@@ -1,11 +1,12 @@
 """Explanations of a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from checkpoints.answers.server import ServerCause
 from checkpoints.printable import printable
@@ -13,8 +14,11 @@ from reference.client import Reference
 from reference.jobs import Tokens
 
 from ..run.request import Prompt
+from ..score.measures import Listed, log_sum
+from . import numbers
 from .ask import Asked, Heard
-from .base import Row, kl, listed, rows
+from .base import Row, kl, listed, log_probabilities, rows
+from .truncation import truncations
 from .vocabulary import Vocabulary
 
 _SAMPLE = 12  # predictions on which a reading is tried
@@ -26,8 +30,7 @@ _TEMPERATURES = (0.05, 20.0)
 _PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.05), np.arange(0.5, 1.0, 0.05)])
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(Struct, frozen=True):
     """Everything needed to look for a cause: `sample` has llama.cpp's rows [V], `limit` is a KL; `notes` say what was not tried."""
 
     reference: Reference
@@ -47,7 +50,16 @@ class Case:
 
     def of(self, asked: Asked, row: Row) -> float:
         """KL of one prediction, if llama.cpp's row is this one."""
-        return kl(row, listed(asked.candidates, self.vocabulary, row))
+        return kl(row, self.listed(asked, row))
+
+    def listed(self, asked: Asked, row: Row) -> Listed:
+        """The server's numbers of one prediction, by tokens."""
+        return listed(asked.candidates, self.vocabulary, row)
+
+    def meant(self, asked: Asked, row: Row, meaning: numbers.Meaning) -> float:
+        """KL of one prediction, if the server's numbers are to be read this way."""
+        server = self.listed(asked, row)
+        return kl(row, replace(server, logprobs=meaning.natural(server.logprobs, log_probabilities(row, server.ids))))
 
 
 def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
@@ -58,7 +70,7 @@ def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
 
 def cause_of(case: Case) -> ServerCause | None:
     """The first reading that explains the predictions, if one does."""
-    readings = (_echo, _beginning, _temperature, _penalty, _template, _tokenizer)
+    readings = (_echo, _numbers, _beginning, _temperature, _truncation, _not_normalised, _penalty, _template, _tokenizer)
     return next((cause for find in readings if (cause := find(case)) is not None), None)
 
 
@@ -71,6 +83,29 @@ def _echo(case: Case) -> ServerCause | None:
         f"the server does not complete the text as given: its echo has {before} before it and {behind} after it",
         "Turn off the chat template for completions, or give both sides the whole text.",
     )
+
+
+def _not_normalised(case: Case) -> ServerCause | None:
+    """Log-probabilities that are off by another constant at each position."""
+    theirs = [case.listed(asked, row) for asked, row in case.sample]
+    ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, theirs, strict=True)]
+    meaning = numbers.unnormalised([server.logprobs for server in theirs], ours)
+    if meaning is None:
+        return None
+    explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
+    return _judged(case, meaning.name, meaning.sentence, numbers.advice(meaning), explained, case.sample)
+
+
+def _numbers(case: Case) -> ServerCause | None:
+    """Numbers that are something other than natural log-probabilities."""
+    theirs = [case.listed(asked, row) for asked, row in case.sample]
+    ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, theirs, strict=True)]
+    sums = [log_sum(row) for _, row in case.sample]
+    for meaning in numbers.meanings([server.logprobs for server in theirs], ours, sums):
+        explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
+        if cause := _judged(case, meaning.name, meaning.sentence, numbers.advice(meaning), explained, case.sample):
+            return cause
+    return None
 
 
 def _tokenizer(case: Case) -> ServerCause | None:
@@ -176,6 +211,29 @@ def _temperature(case: Case) -> ServerCause | None:
     return _judged(
         case, "temperature", sentence, "Request those before the sampler, or at temperature 1.", explained, case.sample
     )
+
+
+def _truncation(case: Case) -> ServerCause | None:
+    """Probabilities of which only the largest were kept and made to sum to 1: top-k, top-p, min-p."""
+    offsets, cut = [], []
+    for asked, row in case.sample:
+        server = case.listed(asked, row)
+        keep = server.logprobs > -30
+        if keep.any():
+            offsets.append(float(np.median(server.logprobs[keep] - log_probabilities(row, server.ids[keep]))))
+            cut.append(row)
+    if not offsets:
+        return None
+    fits = []
+    for truncated in truncations(cut, offsets):
+        explained = [case.of(asked, truncated.left(row)) for asked, row in case.sample]
+        sentence = (
+            f"the sampler: the log-probabilities are those behind {truncated.what}, "
+            "which leaves out all other tokens and makes the rest sum to 1"
+        )
+        fits.append((sentence, explained))
+    sentence, explained = min(fits, key=lambda fit: float(np.median(fit[1])))
+    return _judged(case, "truncated-logprobs", sentence, "Request those before the sampler.", explained, case.sample)
 
 
 def _penalty(case: Case) -> ServerCause | None:

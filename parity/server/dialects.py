@@ -1,8 +1,9 @@
 """How a completion is requested, and how its answer is read: OpenAI's /v1/completions and llama.cpp's own /completion."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec import Struct, field
 
 from .http import Connection, ServerError
 from .predictions import Prediction, legacy, listed
@@ -11,23 +12,25 @@ AUTO, OPENAI, LLAMA_CPP = "auto", "openai", "llama.cpp"
 _ABSENT = (404, 405, 501)  # the server has no such path
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(Struct, frozen=True):
     """A server's answer: its predictions for the prompt's own tokens (if it echoes them), and for those that it chose.
 
-    `prompt_tokens` is the prompt's number of tokens according to the server, None if it gives none.
+    `prompt_tokens` is the prompt's number of tokens according to the server, None if it gives none; `stopped` is why it chose no more,
+    in its words.
     """
 
     generated: tuple[Prediction, ...]
     prompt: tuple[Prediction, ...] = ()
     prompt_tokens: int | None = None
     text: str = ""
+    stopped: str = ""
 
 
 class Dialect(Protocol):
     """One way to request a completion."""
 
     name: str
+    top: int
     echoes: bool | None
 
     def complete(self, prompt: str | Sequence[int], count: int, *, echo: bool = False) -> Completion:
@@ -38,8 +41,7 @@ class Dialect(Protocol):
         """
 
 
-@dataclass
-class OpenAI:
+class OpenAI(Struct):
     """`/v1/completions`; `echoes` is whether the server predicts the prompt's own tokens, None until it is known."""
 
     connection: Connection
@@ -76,6 +78,7 @@ class OpenAI:
             tuple(predictions[:split]),
             counted if isinstance(counted, int) else None,
             text if isinstance(text, str) else "",
+            str(choice.get("finish_reason") or ""),
         )
 
     def _predictions(self, logprobs: Any, where: str) -> list[Prediction]:
@@ -89,8 +92,7 @@ class OpenAI:
         )
 
 
-@dataclass
-class LlamaCppServer:
+class LlamaCppServer(Struct):
     """llama.cpp's own `/completion`; it never echoes."""
 
     connection: Connection
@@ -115,6 +117,7 @@ class LlamaCppServer:
             tuple(listed(probabilities, where)[:count]),
             prompt_tokens=counted if isinstance(counted, int) else None,
             text=text if isinstance(text, str) else "",
+            stopped=str(answer.get("stop_type") or ""),
         )
 
 

@@ -6,12 +6,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
+from msgspec import Struct, field
 from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, NewConnectionError, ProtocolError, SSLError
 from urllib3.response import BaseHTTPResponse
 from urllib3.util.retry import Retry
@@ -51,8 +51,7 @@ class _Passing(Exception):
         self.pause = pause
 
 
-@dataclass
-class Connection:
+class Connection(Struct):
     """One server. `rate` is the largest number of requests a second, None for as many as it answers; `timeout` is in seconds
     and counts for a whole request with its retries.
 
@@ -65,8 +64,10 @@ class Connection:
     timeout: float = DEFAULT_TIMEOUT
     rate: float | None = None
     retries: int = _RETRIES
-    requests: int = field(default=0, init=False)
-    _last: float = field(default=-math.inf, init=False)
+    requests: int = 0
+    _last: float = -math.inf
+    # No redirects, since the key is for this server only; and none of urllib3's retries, which read the whole body of an error.
+    _pool: urllib3.PoolManager = field(default_factory=lambda: urllib3.PoolManager(num_pools=1, retries=False))
 
     def __post_init__(self) -> None:
         try:
@@ -88,8 +89,6 @@ class Connection:
             raise InputError("--server-rate must be a positive number of requests a second.", code="server")
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise ServerError("the API key has characters that no HTTP header can hold.", f"Check ${KEY_VARIABLE}.")
-        # No redirects, since the key is for this server only; and none of urllib3's retries, which read the whole body of an error.
-        self._pool = urllib3.PoolManager(num_pools=1, retries=False)
 
     @property
     def path(self) -> str:

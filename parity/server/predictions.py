@@ -1,18 +1,20 @@
 """What a server says about one prediction, read from the three forms in which servers write it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from msgspec import Struct
 
 from .http import ServerError
 
 _NEVER = -1e4  # a natural logarithm below it is a probability of 0, however a server writes that (-inf, -3.4e38, -9999)
+_LARGEST = 1e4  # no logit, and no other number of a prediction, is larger
+_ABOVE = 1e-3  # what rounding adds to a log-probability of 0
 _MOST = 1 << 20  # most predictions of one answer
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One token with its log-probability (natural); `id` is None if the server names tokens only by their text."""
 
     text: str
@@ -21,8 +23,7 @@ class Candidate:
     data: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(Struct, frozen=True):
     """What the server said about one position: the token there, and its candidates, most probable first.
 
     The token's own log-probability is 0 if nothing predicted it (the first token of an echoed prompt).
@@ -120,16 +121,29 @@ def _numbered(text: str) -> int | None:
 def number_of(value: Any, where: str) -> float:
     """A log-probability as a number; every way to write a probability of 0 gives −∞.
 
+    Positive numbers are kept: `require_logarithms` refuses them where nothing explains them.
+
     Raises:
-        ServerError: it is not a number, NaN, or above 0 by more than rounding.
+        ServerError: it is not a number, or NaN.
     """
     if isinstance(value, str) and value in ("-Infinity", "-inf"):
         return -math.inf
     if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and math.isnan(value)):
         raise _malformed(where, f"a log-probability is {_shown(value)}")
-    if value > 1e-3:
-        raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0, as if it were a logit")
-    return -math.inf if value < _NEVER else min(float(value), 0.0)
+    if value > _LARGEST:
+        raise _malformed(where, f"a log-probability is {str(value)[:40]}, above 0")
+    return -math.inf if value < _NEVER else float(value)
+
+
+def require_logarithms(candidates: Iterable[Candidate], where: str) -> None:
+    """Refuse numbers that cannot be log-probabilities.
+
+    Raises:
+        ServerError: one is above 0 by more than rounding.
+    """
+    for candidate in candidates:
+        if candidate.logprob > _ABOVE:
+            raise _malformed(where, f"a log-probability is {candidate.logprob:g}, above 0, as if it were a logit")
 
 
 def _shown(value: Any) -> str:

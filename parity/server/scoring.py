@@ -1,11 +1,12 @@
 """A server's log-probabilities over the chunks of a text, for `parity score`."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reference.client import Reference
 
@@ -16,15 +17,14 @@ from .ask import Asked, Heard, listen
 from .base import NOTHING, Row
 from .dialects import Dialect, dialect_of
 from .http import ServerError
-from .predictions import Candidate
+from .predictions import Candidate, require_logarithms
 from .session import ServerRequest
 from .vocabulary import BROKEN, Vocabulary
 
 _REFUSED = (400, 404, 415, 422, 500)  # how servers say that a prompt must be a text
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(Struct, frozen=True):
     """A server's candidates of one position; several tokens may have a candidate's text."""
 
     asked: Asked
@@ -103,6 +103,7 @@ class ServerPredictions:
                 f"llama.cpp {ours[:40]!r}.",
                 "Is it the model that the server runs? If the text names special tokens, take one without them.",
             )
+        require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
         last = len(prompt.ids) - 1
         asked = [item for item in heard.asked if chunk.first <= item.position < last and item.candidates]
         self._most = max(self._most, *(len(item.candidates) for item in asked)) if asked else self._most

@@ -2,17 +2,19 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer
 from checkpoints.errors import InputError
+from checkpoints.structs import as_dict
 from checkpoints.whole_file import put
 from reference.client import Reference
 from reference.jobs import Tokens
@@ -27,6 +29,7 @@ from .base import Floor, Row, floor_of, kl, listed, rows
 from .causes import Case, cause_of, sampled
 from .dialects import AUTO, Dialect, dialect_of
 from .http import Connection
+from .predictions import require_logarithms
 from .vocabulary import Vocabulary
 
 SERVER_FILE = "server.json"
@@ -37,8 +40,7 @@ _TIMES = 25.0
 _LEAST_LIMIT = 1e-5  # KL: servers print seven digits, and an F16 cache moves an F32 model's by 2e-6
 
 
-@dataclass(frozen=True)
-class ServerRequest:
+class ServerRequest(Struct, frozen=True):
     """How the server is asked: `top` candidates a position, `extra` members of every request's JSON, `model` its name there."""
 
     connection: Connection
@@ -80,6 +82,8 @@ def compare_server(
         if progress is not None:
             progress("llama.cpp", 0, None)
         answer = _compared(reference, request, prompt, heard, special, vocabulary, dialect)
+        if not answer.causes:
+            require_logarithms((item for asked in heard.asked for item in asked.candidates), connection.name)
     answer = replace(answer, requests=connection.requests, folder=str(folder), url=connection.name)
     with dumps_of(folder) as dumps:  # an earlier run's are replaced, asked for or not
         if wanted.dump_prefix and answer.prefix:
@@ -88,7 +92,7 @@ def compare_server(
             )
             dump_reference(dumped, dumps / REF_FILE)
     answer = replace(answer, seconds=perf_counter() - began)
-    put(folder / SERVER_FILE, (json.dumps(asdict(answer), indent=1, allow_nan=False) + "\n").encode())
+    put(folder / SERVER_FILE, (json.dumps(as_dict(answer), indent=1, allow_nan=False) + "\n").encode())
     return answer
 
 
@@ -107,12 +111,16 @@ def _compared(
     kept: list[tuple[Asked, Row]] = []
     greedy: list[tuple[Asked, Row]] = []
     unknown = 0
+    ended = _ended(heard)
+    next_choice: int | None = None
     if by_position:
-        first, tokens = min(by_position), heard.tokens[: max(by_position) + 1]
+        first, tokens = min(by_position), heard.tokens[: max(by_position) + 1 + ended]
         floor = floor_of(reference, request.model, tokens, first)
         limit = request.tolerance if request.tolerance is not None else max(_TIMES * floor.worst, _LEAST_LIMIT)
         wanted = {asked.position for asked in sampled(heard.asked)}
         for position, row in rows(reference, request.model, tokens, first, request.mode):
+            if ended and position == len(heard.tokens) - 1:
+                next_choice = int(row.argmax())
             asked = by_position.get(position)
             if asked is None:
                 continue
@@ -133,7 +141,8 @@ def _compared(
             code="server",
         )
     left_out = (
-        (f"predictions left out, because none of their candidates is a token of this model: {unknown}",) if unknown else ()
+        *_fewer(heard, next_choice, special, vocabulary, min(dialect.top, special.n_vocab)),
+        *((f"predictions left out, because none of their candidates is a token of this model: {unknown}",) if unknown else ()),
     )
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
@@ -172,9 +181,32 @@ def _compared(
         causes=(cause,) if cause is not None else (),
         unfaithful=unfaithful,
         prefix=prefix,
+        wanted=heard.wanted,
         next_command=_next(request.model, prefix) if wrong is not None else "",
         notes=(*heard.notes, *left_out, *case.notes),
     )
+
+
+def _ended(heard: Heard) -> bool:
+    """Whether the server chose fewer tokens than it was asked for."""
+    return len(heard.tokens) - heard.prompt < heard.wanted
+
+
+def _fewer(heard: Heard, next_choice: int | None, special: Tokens, vocabulary: Vocabulary, top: int) -> Iterator[str]:
+    """Notes on tokens and candidates that the server was asked for and did not give."""
+    chosen = len(heard.tokens) - heard.prompt
+    if _ended(heard):
+        why = f", and says {reason!r}" if (reason := heard.stopped[:40]) else ""
+        if next_choice is None:
+            then = ""
+        elif next_choice == special.eos:
+            then = "; llama.cpp, too, ends the text there"
+        else:
+            then = f"; llama.cpp would go on with {vocabulary.pieces[next_choice]!r}"
+        yield f"the server chose {chosen} of the {heard.wanted} tokens that it was asked for{why}{then}"
+    most = max((len(asked.candidates) for asked in heard.asked), default=top)
+    if most < top:
+        yield f"the server gives {most} candidates a position, not the {top} that it was asked for"
 
 
 def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, limit: float) -> Predicted:

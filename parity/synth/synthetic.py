@@ -57,7 +57,7 @@ def make(
             _make_hollow(plain)
             with Reference() as reference:
                 planned = reference.quantised(plain, kind)
-            room = (tokens, at_once(blocks))
+            room = (tokens, at_once(shape, blocks))
             _write(out, planned, partial(weights, shape, seed, blocks=blocks), room, progress)
 
 

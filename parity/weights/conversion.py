@@ -6,7 +6,6 @@ with the results of the usual mistakes. A few rows at a time are read: memory do
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,12 @@ from engine.weights.dequantize import dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
 from .conversion_settings import FACTOR_ROUNDING, MADE, rope_factors, settings
-from .quantisation_loss import largest_loss
-from .safetensors_folder import Floats, Folder, Stored
+from .conversion_sources import Source, shaped, sources_of, ungrouped
+from .row_distance import Distance, Limit, limit_of
+from .safetensors_folder import Floats, Folder
 from .weights import Progress, type_name
 
-# A type of 16 bits rounds: half a step of bfloat16's 8 bits is 2^-9.
-_ROUNDED = 2.0**-17
-_CHUNK = 1 << 22  # elements that are read at a time
+_CHUNK = 1 << 18  # elements that are read at a time: what is computed from them stays in the cache (1 MB as float32)
 _PERMUTING = frozenset(
     ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
 )
@@ -33,34 +31,7 @@ _GROUPED = frozenset(("falcon", "gptneox", "bloom"))  # keep queries, keys and v
 _DECAY = ".ssm_a"  # −exp of the folder's A_log (`MambaModel.modify_tensors`)
 _EXP = 1e-13  # NMSE: exp as two libraries round it to float32, a unit in the last place of each value
 _TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
-_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
-_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _BY = ("GGUF", "folder")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a tensor of the GGUF comes from: one tensor, or one for each expert.
-
-    `in_groups`: a fused projection as the folder stores it, from which `parts` is reordered.
-    """
-
-    parts: tuple[Stored, ...]
-    names: tuple[str, ...]
-    in_groups: "_Source | None" = None
-
-    def rows(self, start: int, stop: int, per_part: int, *, transposed: bool = False) -> Floats:
-        """Rows [start, stop) of the concatenated parts; they must lie in one part."""
-        part = self.parts[start // per_part]
-        first = start % per_part
-        if len(part.shape) == 1:
-            return part.part()[None]
-        if transposed:
-            return np.ascontiguousarray(part.part((slice(None), slice(first, first + stop - start))).T)
-        if len(part.shape) == 3:  # experts that are stacked already
-            rows = part.shape[1]
-            return part.part((start // rows, slice(start % rows, start % rows + stop - start)))
-        return part.part(slice(first, first + stop - start))
 
 
 Change = Callable[[Floats], Floats]
@@ -74,9 +45,9 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     """
     model, source = GgufModel(path), Folder(folder)
     arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
-    sources, stray = _sources(arch, model.hyperparameters.n_layers, source)
+    sources, stray = sources_of(arch, model.hyperparameters.n_layers, source)
     if arch in _GROUPED:
-        sources = {name: _ungrouped(of, heads) if ".attn_qkv." in name else of for name, of in sources.items()}
+        sources = {name: ungrouped(of, heads) if ".attn_qkv." in name else of for name, of in sources.items()}
     if not sources.keys() & model.tensors.keys():
         raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder from which this GGUF was made?")
     checks: list[TensorCheck] = []
@@ -98,69 +69,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
 
 
-def _sources(arch: str, layers: int, folder: Folder) -> tuple[dict[str, _Source], list[str]]:
-    """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
-    import gguf
-
-    kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
-    if kind is None:
-        raise InputError(f"gguf-py has no names of the architecture {arch}.", "Conversion cannot be checked for it.")
-    names = gguf.get_tensor_name_map(kind, layers)
-    sources: dict[str, _Source] = {}
-    experts: dict[str, dict[int, str]] = {}
-    stray: list[str] = []
-    for name, stored in folder.tensors.items():
-        if match := _EXPERT.fullmatch(name):
-            head = match[1].replace("block_sparse_moe", "mlp")
-            experts.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}.weight", {})[int(match[2])] = name
-            continue
-        plain = name.replace("model.language_model.", "model.")
-        # As the converters of BLOOM and Mamba 2 change them.
-        spellings = (plain, plain.removeprefix("transformer."), plain.replace(".dt_bias", ".dt_proj.bias"))
-        to = next(filter(None, (names.get_name(text, try_suffixes=(".weight", ".bias")) for text in spellings)), None)
-        if to is None:
-            stray.append(name)
-        else:
-            sources[to] = _Source((stored,), (name,))
-    for joined, members in experts.items():
-        to = names.get_name(joined, try_suffixes=(".weight",))
-        if to is None or sorted(members) != list(range(len(members))):
-            stray += members.values()
-            continue
-        ordered = tuple(members[number] for number in range(len(members)))
-        sources[to] = _Source(tuple(folder.tensors[name] for name in ordered), ordered)
-    return sources, stray
-
-
-def _ungrouped(source: _Source, heads: tuple[int, int]) -> _Source:
-    """A fused projection whose rows are grouped (queries, then a key head and a value head for each group), reordered to all queries,
-    keys, values: `FalconModel.modify_tensors` of convert_hf_to_gguf.py. The result has a part for each head.
-    """
-    (whole,), (many, few) = source.parts, heads
-    group = many // few + 2 if few else 0
-    count = few * group
-    if not count or many % few or whole.shape[0] % count:
-        return source
-    rows = whole.shape[0] // count
-    size = len(whole.raw) // count
-    cut = [Stored(whole.raw[i * size : (i + 1) * size], whole.dtype, (rows, *whole.shape[1:])) for i in range(count)]
-    places = [i for i in range(count) if i % group < group - 2]
-    places += [*range(group - 2, count, group), *range(group - 1, count, group)]
-    if len(whole.shape) == 1:  # a bias
-        together = Stored(np.concatenate([cut[i].raw for i in places]), whole.dtype, whole.shape)
-        return _Source((together,), source.names, source)
-    return _Source(tuple(cut[i] for i in places), source.names, source)
-
-
-def _shaped(source: _Source, shape: tuple[int, ...]) -> _Source:
-    """A tensor in the GGUF's shape if the two differ only in dimensions of 1: the kernels of convolutions, [n, 1, k] in PyTorch."""
-    part = source.parts[0]
-    if len(source.parts) > 1 or part.shape == shape or [n for n in part.shape if n > 1] != [n for n in shape if n > 1]:
-        return source
-    return replace(source, parts=(Stored(part.raw, part.dtype, shape),))
-
-
-def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
+def _tied(name: str, model: GgufModel, sources: dict[str, Source]) -> bool:
     """Whether a GGUF rightly lacks the output matrix: it is the embedding's, which is stored once."""
     if name != "output.weight" or "token_embd.weight" not in sources or "token_embd.weight" not in model.tensors:
         return False
@@ -171,7 +80,7 @@ def _tied(name: str, model: GgufModel, sources: dict[str, _Source]) -> bool:
     )
 
 
-def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
+def _tensor(model: GgufModel, info: TensorInfo, source: Source | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
     if source is None:
         if info.name in MADE or info.name == "output.weight":
@@ -180,28 +89,29 @@ def _tensor(model: GgufModel, info: TensorInfo, source: _Source | None, arch: st
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
-    source = _shaped(source, info.shape)
+    source = shaped(source, info.shape)
     size = sum(int(np.prod(part.shape)) for part in source.parts)
     if size != count:
         shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{size:,} values in the folder, {shapes}")
     right = _expected(info, arch, heads)
-    error, first = _compare(model, info, source, right, heads, arch)
-    exactly = _EXP if info.name.endswith(_DECAY) else 0.0
-    limit = exactly if info.type == 0 else _ROUNDED if info.type in (1, 30) else largest_loss(info.type)
-    if error <= limit:
-        status = EQUAL if error == 0 else f"{EQUAL} as {kind}"
+    distance = _compare(model, info, source, right, heads, arch)
+    limit = limit_of(info.type, _EXP if info.name.endswith(_DECAY) else 0.0)
+    if limit.holds(distance):
+        status = EQUAL if distance is not None and not distance.errors.any() else f"{EQUAL} as {kind}"
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
-    if source.in_groups is not None and _compare(model, info, source.in_groups, right, heads, arch)[0] <= limit:
+    wrong = [] if distance is None else limit.wrong_rows(distance).tolist()
+    first = _first_of(model, info, source, right, heads, arch, wrong[0] if wrong else 0)
+    if source.in_groups is not None and limit.holds(_compare(model, info, source.in_groups, right, heads, arch)):
         mistake = "left in groups: llama.cpp expects all queries, then all keys, then all values"
         return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     for mistake, change in _mistakes(info, arch, heads):
-        if _compare(model, info, source, change, heads, arch)[0] <= limit:
+        if limit.holds(_compare(model, info, source, change, heads, arch)):
             return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     if other := _other(model, info, source, right, heads, arch, limit):
         mistake = f"it is {other}"
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, mistake, first)
-    reason = f"nothing known gives these values (NMSE {error:.1e})"
+    reason = "nothing known gives these values" if distance is None else limit.excess(distance)
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
 
 
@@ -264,42 +174,65 @@ def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
 
 
 def _other(
-    model: GgufModel, info: TensorInfo, source: _Source, right: Change, heads: tuple[int, int], arch: str, limit: float
+    model: GgufModel, info: TensorInfo, source: Source, right: Change, heads: tuple[int, int], arch: str, limit: Limit
 ) -> str:
     """The name of the GGUF tensor with the same shape and layer that has these values, "" if there is none."""
     layer = info.name.rsplit(".", 2)[0]
     for name, other in model.tensors.items():
         if name == info.name or other.shape != info.shape or not name.startswith(layer):
             continue
-        if _compare(model, other, source, right, heads, arch)[0] <= limit:
+        if limit.holds(_compare(model, other, source, right, heads, arch)):
             return f"exchanged: its values are in {name}"
     return ""
 
 
-def _compare(
-    model: GgufModel, info: TensorInfo, source: _Source, change: Change, heads: tuple[int, int], arch: str
-) -> tuple[float, FirstDifference | None]:
-    """NMSE of a tensor against its source, and the first element that is off by more than a hundredth of its row's size."""
+def _portions(
+    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str
+) -> Iterator[tuple[int, Floats, Floats]]:
+    """(first row, the GGUF's values, those that it should have) of a few rows at a time."""
     raw = model.raw(info.name)
     rows, columns = len(raw), info.shape[-1]
     per_part = rows // len(source.parts)
     turned = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")  # Conv1D keeps [in, out]
     unit = info.shape[0] // _heads(info.name, heads) if _heads(info.name, heads) and len(info.shape) == 2 else 1
     step = max(unit, _CHUNK // columns // unit * unit)
-    error = energy = 0.0
-    first: FirstDifference | None = None
     for part in range(0, rows, per_part):
         for start in range(part, part + per_part, step):
             stop = min(start + step, part + per_part)
-            held = dequantize(raw[start:stop], info.type, columns).astype(np.float64)
-            wanted = change(source.rows(start, stop, per_part, transposed=turned)).astype(np.float64)
-            if wanted.shape != held.shape:
-                return np.inf, None
-            error += float(((held - wanted) ** 2).sum())
-            energy += float((wanted**2).sum())
-            if first is None:
-                first = _first(held, wanted, start, columns, info)
-    return error / energy if energy else (0.0 if error == 0 else np.inf), first
+            yield (
+                start,
+                dequantize(raw[start:stop], info.type, columns),
+                change(source.rows(start, stop, per_part, transposed=turned)),
+            )
+
+
+def _compare(
+    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str
+) -> Distance | None:
+    """How far each row of a tensor is from its source; None if they do not have one shape."""
+    distance = Distance.of(len(model.raw(info.name)), info.shape[-1])
+    for start, held, wanted in _portions(model, info, source, change, heads, arch):
+        if wanted.shape != held.shape:
+            return None
+        distance.put(start, held, wanted)
+    return distance
+
+
+def _first_of(
+    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str, row: int
+) -> FirstDifference | None:
+    """The first element from a row on that is off by more than a hundredth of its row's size."""
+    for start, held, wanted in _portions(model, info, source, change, heads, arch):
+        if wanted.shape != held.shape:
+            return None
+        skip = max(row - start, 0)
+        if skip < len(held) and (
+            first := _first(
+                held[skip:].astype(np.float64), wanted[skip:].astype(np.float64), start + skip, info.shape[-1], info
+            )
+        ):
+            return first
+    return None
 
 
 def _first(

@@ -1,10 +1,10 @@
 """Weights that a foreign engine dumped after loading, compared with the file: what was done to each of them."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
 from checkpoints.errors import DumpError

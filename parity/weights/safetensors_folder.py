@@ -1,12 +1,12 @@
 """A Hugging Face model's folder: config.json and the tensors of its safetensors files, a few rows at a time."""
 
 import json
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
@@ -17,8 +17,7 @@ _TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _LARGEST_HEADER = 100_000_000  # bytes: what the format's own reader allows
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """One tensor: its bytes in a memory map, their type, and the shape in PyTorch's order."""
 
     raw: NDArray[np.uint8]

@@ -1,6 +1,6 @@
 """The points that a recorded graph's nodes, operands and parts stand for."""
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from ..ggml import Ggml
 from ..jobs import Node, Source
@@ -8,8 +8,7 @@ from ..naming import Signer, plan
 from .raw import FlatPass, RawTensor
 
 
-@dataclass
-class Names:
+class Names(Struct):
     """The points that stand for nodes, for operands of nodes and for parts of nodes, by index."""
 
     points: dict[int, str] = field(default_factory=dict)

@@ -2,10 +2,10 @@
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
@@ -34,8 +34,7 @@ class RawTensor(NamedTuple):
     offset: int
 
 
-@dataclass
-class RawPass:
+class RawPass(Struct):
     """One pass as the callback saw it: its nodes in order, its leaves, and the data of the inputs."""
 
     now: Pass
@@ -95,8 +94,7 @@ class Recorder:
         )
 
 
-@dataclass
-class FlatPass:
+class FlatPass(Struct):
     """A pass with indices instead of addresses: leaves first, then nodes. `numbers` are ne, nb and offset: int64 [tensors, 9]."""
 
     tensors: list[RawTensor]

@@ -3,8 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import prod
+
+from msgspec import Struct, field
 
 from .planned import VIEWS
 from .structure import NORMS, WRITES, Structure, stem
@@ -17,8 +18,7 @@ _VALUE = ("attn_v.weight", _FUSED)
 _OUTPUT = ("attn_output.weight", "attn_o.weight")
 
 
-@dataclass
-class Points:
+class Points(Struct):
     """The names of one layer: of nodes, by index, and of operands, by the index of the node that reads them."""
 
     nodes: dict[int, str] = field(default_factory=dict)

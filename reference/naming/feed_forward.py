@@ -1,7 +1,8 @@
 """Points of norms and of the feed-forward part: recognised by the weight that is multiplied, not by ggml's name of the result."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .attention import with_bias
 from .structure import NORMS, Structure, stem
@@ -12,8 +13,7 @@ _SWIGLU = 2  # enum ggml_glu_op
 _ROUTED = ("MUL_MAT_ID",)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Struct, frozen=True):
     """A point that is a part of a node's rows: elements start … stop − 1 of the innermost dimension."""
 
     name: str

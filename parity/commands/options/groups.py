@@ -2,19 +2,19 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from . import declared, references, server, values
 from .choices import Arbiter, BackendName, Mode
 from .values import Given
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Struct, frozen=True):
     """Options that set one or more fields of a request together: `fields` computes those from their texts."""
 
     options: Mapping[str, tuple[Any, Any]]  # parameter: (annotation, default)

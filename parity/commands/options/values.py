@@ -37,7 +37,7 @@ def mapping(names: Path | None, offset: int | None) -> "Mapping":
     Raises:
         InputError: the mapping cannot be read.
     """
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from checkpoints.mapping import Mapping, read_mapping
 

@@ -1,0 +1,98 @@
+"""What a server may give instead of natural log-probabilities: another base or sign, probabilities, logits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import log
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
+_ADVICE = "Let the server give natural log-probabilities: log_softmax of the logits."
+_LEAST = 1e-30  # a probability of 0, of which the logarithm is still a number
+_OF_LOGITS = 1.0  # how far logits as a whole may lie from llama.cpp's: softmax does not see it, and quantised weights move them
+_SURE = 0.05  # a log-probability nearer to 0 tells no factor: it is mostly rounding
+_NEAR = 0.02  # how far a fitted factor may be from a base's
+
+
+class Meaning(Struct, frozen=True):
+    """One reading of a server's numbers: `natural` makes log-probabilities of a position's [K], given llama.cpp's of the same tokens."""
+
+    name: str
+    sentence: str
+    natural: Callable[[Numbers, Numbers], Numbers]
+
+
+def meanings(theirs: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequence[float]) -> Iterator[Meaning]:
+    """Readings to be tried.
+
+    `theirs` are the server's numbers at each position, `ours` llama.cpp's log-probabilities of the same tokens, `sums` the logarithms
+    of the sums of llama.cpp's exponentials.
+    """
+    yield Meaning("log-sign", "the numbers are negative log-probabilities: their sign is wrong", lambda numbers, _: -numbers)
+    yield Meaning(
+        "probabilities",
+        "the numbers are probabilities, not their logarithms",
+        lambda numbers, _: np.log(np.maximum(numbers, _LEAST)),
+    )
+    off = [_offset(their, our) - log_sum for their, our, log_sum in zip(theirs, ours, sums, strict=True) if len(their) > 1]
+    if off and abs(float(np.median(off))) < _OF_LOGITS:
+        sentence = "the numbers are logits: the logarithm of the sum of their exponentials is not subtracted"
+        yield Meaning("logits", sentence, _moved)
+    factor = _factor(theirs, ours)
+    if factor is None:
+        return
+    for base, of_base in ((10, 1 / log(10)), (2, 1 / log(2))):
+        if abs(factor / of_base - 1) < _NEAR:
+            sentence = f"the log-probabilities are to the base {base}: each is {of_base:.4f} times the natural logarithm"
+            yield Meaning("log-base", sentence, partial(_divided, by=of_base))
+            return
+    if abs(factor - 1) > _NEAR:
+        sentence = f"each log-probability is {factor:.4g} times llama.cpp's, with no new normalisation"
+        yield Meaning("log-scale", sentence, partial(_divided, by=factor))
+
+
+def unnormalised(theirs: Sequence[Numbers], ours: Sequence[Numbers]) -> Meaning | None:
+    """The reading that every position's numbers are off by a constant of its own; None where single candidates cannot show it."""
+    off = [_offset(their, our) for their, our in zip(theirs, ours, strict=True) if len(their) > 1]
+    if len(off) < len(theirs):
+        return None
+    sentence = (
+        "the log-probabilities of each position are llama.cpp's plus a constant: they are not normalised over the vocabulary "
+        f"({min(off):+.3g} to {max(off):+.3g})"
+    )
+    return Meaning("not-normalised", sentence, _moved)
+
+
+def _divided(numbers: Numbers, _: Numbers, *, by: float) -> Numbers:
+    return numbers / by
+
+
+def _moved(numbers: Numbers, ours: Numbers) -> Numbers:
+    return numbers - _offset(numbers, ours)
+
+
+def _offset(numbers: Numbers, ours: Numbers) -> float:
+    """How far a position's numbers are above llama.cpp's."""
+    return float(np.median(numbers - ours)) if len(numbers) else 0.0
+
+
+def advice(meaning: Meaning) -> str:
+    """What to do about it."""
+    if meaning.name == "log-base":
+        return "Take log, not log10 or log2, or multiply by the logarithm of the base."
+    return _ADVICE
+
+
+def _factor(theirs: Sequence[Numbers], ours: Sequence[Numbers]) -> float | None:
+    """The median ratio of the server's numbers to llama.cpp's; None if nothing tells it."""
+    both = [(their, our) for their, our in zip(theirs, ours, strict=True) if len(their)]
+    if not both:
+        return None
+    their, our = (np.concatenate([pair[side] for pair in both]) for side in (0, 1))
+    keep = np.isfinite(their) & (their > -30) & (our < -_SURE) & (our > -30)
+    if not keep.any():
+        return None
+    factor = float(np.median(their[keep] / our[keep]))
+    return factor if factor > 0 else None
