@@ -168,7 +168,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
     flow = subject.dataflow
     of_tokens = frozenset() if flow is None else flow.behind(lambda name, _: name.endswith(EMBD))
     for name, rows in subject.points.items():
-        if of_tokens and flow is not None and name in flow.made and name not in of_tokens:
+        if of_tokens and flow is not None and name in flow.computations and name not in of_tokens:
             continue
         if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
