@@ -41,7 +41,7 @@ Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
 def other_order(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A product in float32 that is summed in another order than BLAS does."""
-    product = np.einsum("ti,oi->to", x[:, ::-1], weight[:, ::-1], optimize=False)
+    product = np.einsum("ti,oi->to", x[:, ::-1], weight.reshape(-1, x.shape[1])[:, ::-1], optimize=False)
     return product if bias is None else product + bias
 
 

@@ -153,6 +153,18 @@ def model_of(seed: int, folder: Path, reference: Reference) -> Model:
     return Model(f"{name} {kind}", path, faulty, tokens, read(out), graph)
 
 
+def computed(model: Model, arithmetic: Arithmetic) -> Dump:
+    """The whole dump of an engine in this arithmetic, its encoder's too if there is one."""
+    transformer = model.faulty.transformer
+    encoder = transformer.encoder
+    transformer.encoder = None if encoder is None else arithmetic(encoder)
+    steps = arithmetic(model.faulty.right)
+    try:
+        return model.faulty.dump(Planted(()), model.tokens, points="all", size=1 << 20, bare=False, steps=steps)
+    finally:
+        transformer.encoder = encoder
+
+
 def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool) -> dict[str, str]:
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
     explain_case.recorded_graph = lambda _: model.graph  # recorded once a model, not once a command
@@ -211,8 +223,7 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
         way_of_it = draw.choice(ways)
         if way_of_it is HALF_SUMS and any(step.op is not ops.linear and _multiplies(step) for step in model.faulty.right):
             way_of_it = ways[0]  # experts would stay in float32: a mixture of arithmetics
-        steps = way_of_it(model.faulty.right)
-        whole = model.faulty.dump(Planted(()), model.tokens, points="all", size=1 << 20, bare=False, steps=steps)
+        whole = computed(model, way_of_it)
         for _ in range(EACH):
             way = Written.drawn(draw)
             began = perf_counter()

@@ -45,11 +45,13 @@ def tokens_of(model: Path, count: int, seed: int) -> tuple[int, ...]:
 
 
 def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A product with partial sums of 32 terms in float16, as a tensor core with F16 accumulation: [T, in], [out, in] -> [T, out].
+    """A product with partial sums of 32 terms in float16, as a tensor core with F16 accumulation: [T, in], [out, in] -> [T, out] or, for a
+    weight [in], [T, 1].
 
     A right engine's arithmetic that `engine.replay.precision` does not copy.
     """
-    total = np.zeros((x.shape[0], weight.shape[0]), dtype=np.float16)
+    weight = weight.reshape(-1, x.shape[1])
+    total = np.zeros((x.shape[0], len(weight)), dtype=np.float16)
     for start in range(0, x.shape[1], 32):
         part = x[:, start : start + 32].astype(np.float16).astype(np.float32) @ weight[:, start : start + 32].T
         total = (total + part.astype(np.float16)).astype(np.float16)

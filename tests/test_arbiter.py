@@ -19,7 +19,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.limits import EXACT_FLOOR
-from parity.diff.truth import COARSE_MULTIPLE, MULTIPLE, raised
+from parity.diff.truth import COARSE_MULTIPLE, MULTIPLE, Above, raised
 from reference.client import Reference
 
 
@@ -124,6 +124,16 @@ def test_a_limit_is_raised_at_the_position_where_the_reference_is_far_from_the_t
     nmse, fine = np.full(6, 5e-10), np.zeros(6, np.bool_)
     limits = raised(nmse, limit, distance, point, np.zeros(6, np.int64), token_idx, fine)
     assert limits.tolist() == [1e-10, 1e-10, 1e-10, MULTIPLE * 2e-11, 1e-9, MULTIPLE * 2e-11]
+
+
+def test_a_limit_is_raised_by_what_a_point_is_made_from() -> None:
+    """A point that is made from the first alone keeps its limit whatever stands between; an encoder's rows act on every position."""
+    point, token_idx = np.array([0, 1, 1, 2, 3]), np.array([0, 0, 1, 0, 0])
+    distance = np.array([1e-14, 1e-14, 2e-11, 1e-14, 1e-14])
+    limit, nmse, fine = np.full(5, 1e-10), np.full(5, 5e-10), np.zeros(5, np.bool_)
+    above = Above(((), (0,), (0,), (1, 2)), frozenset({1}))
+    limits = raised(nmse, limit, distance, point, np.zeros(5, np.int64), token_idx, fine, above=above)
+    assert limits.tolist() == [1e-10, 1e-10, MULTIPLE * 2e-11, 1e-10, MULTIPLE * 2e-11]
 
 
 def test_a_coarse_reference_raises_limits_by_less_and_further_up() -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
-from checkpoints.dataflow import Made
+from checkpoints.dataflow import Computation
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Rows
 from engine.backend import Array
@@ -131,6 +131,19 @@ def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None
     assert any("a fault, or the table" in note for note in verdict.notes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gemma3"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_fault_smaller_than_the_table_is_seen_with_the_model(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
+    """A layer's output scaled by 1.0003: less than the table's rounding, far more than other entries of it make."""
+    both = sides(recipe)
+    right = without_tables(both.faulty.right) if exact else list(both.faulty.right)
+    scaled = edited(right, "blk.0.l_out", lambda x: x * np.float32(1.0003))
+    verdict = compared_on(both.bare(1 << 20, scaled), both.ref, Options(compute="f32"), both.model, third_side=False).verdict
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.l_out"
+
+
 def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Sides]) -> None:
     """Beside an engine with the function itself llama.cpp's table is far from float64, and right: the faulty side alone is wrong."""
     both = sides("gpt2")
@@ -234,10 +247,10 @@ def test_the_header_says_which_function_is_looked_up(op: str, right: bool) -> No
 
 def test_an_erf_is_not_looked_up() -> None:
     """What is said decides; the name only where nothing is said, as in headers of older versions."""
-    assert Made("GLU", function="GEGLU").looked_up("blk.0.ffn_act")
-    assert not Made("GLU", function="GEGLU_ERF").looked_up("blk.0.ffn_geglu")
-    assert Made("GLU").looked_up("blk.0.ffn_geglu")
-    assert not Made("GLU").looked_up("blk.0.ffn_swiglu")
+    assert Computation("GLU", function="GEGLU").looked_up("blk.0.ffn_act")
+    assert not Computation("GLU", function="GEGLU_ERF").looked_up("blk.0.ffn_geglu")
+    assert Computation("GLU").looked_up("blk.0.ffn_geglu")
+    assert not Computation("GLU").looked_up("blk.0.ffn_swiglu")
 
 
 def halves(kind: str, values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Dumps whose records are stored as arrays in a safetensors file beside the JSON lines (`checkpoints.columns` writes them)."""
 
+import json
 import stat
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..regular import require_regular
 
 _FIRST_LINE = 1 << 24  # bytes of a header at most: the pieces and the dataflow of a long prompt
 _KINDS = {"place": np.int64, "shape": np.int64, "counts": np.int64, "values": np.float32, "stats": np.float64}
+_NAMES: dict[type[Any], str] = {np.int64: "I64", np.float32: "F32", np.float64: "F64"}  # safetensors' of these types
 _OPTIONAL = {"sketch": np.float32, "indices": np.int64, "quantum": np.float64}
 _AGAIN = "Dump again: the two files belong together."
 
@@ -55,11 +57,11 @@ def read(path: Path, mapping: Mapping) -> Dump:
     header = _header(first)
     if header is None:
         raise DumpError(f"{path} changed while it was being read.", _AGAIN, code="columns")
-    arrays = _Arrays(path, header)
     parts: dict[str, list[Rows]] = {}
     tokens: list[Token] = []
     end: End | None = None
     skipped = 0
+    arrays = _Arrays(path, header)
     for number, line in enumerate(lines, 2):
         try:
             item = _item(line, arrays)
@@ -110,11 +112,16 @@ class _Arrays:
         self._tables: dict[bytes, tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]] = {}
         try:
             require_regular(self.path, DumpError, _AGAIN)
-            file: Any = safe_open(self.path, framework="numpy")
-            self._open = file
-            self._names = set(file.keys())
-            identity = (file.metadata() or {}).get("dump")
-        except (OSError, SafetensorError) as error:
+            checked: Any = safe_open(self.path, framework="numpy")  # the header's form, offsets within the file
+            self._names = set(checked.keys())
+            identity = (checked.metadata() or {}).get("dump")
+            # Arrays are views of the file's pages: copying them would take most of the time of reading. What is changed in them
+            # stays in this process.
+            mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
+            size = int.from_bytes(mapped[:8].tobytes(), "little")
+            self._header: dict[str, Any] = json.loads(mapped[8 : 8 + size].tobytes())
+            self._data = mapped.view(np.ndarray)[8 + size :]
+        except (OSError, ValueError, SafetensorError) as error:
             why = " ".join(str(error).split())[:100]
             raise DumpError(f"cannot read {self.path}, the arrays of {dump}: {why}.", _AGAIN, code="columns") from error
         if identity != (header.columns or {}).get("id"):
@@ -123,15 +130,12 @@ class _Arrays:
     def _get(self, name: str, kind: type[Any]) -> NDArray[Any]:
         if name not in self._names:
             raise DumpError(f"{self.path} has no array {name!r:.80}.", _AGAIN, code="columns")
-        try:
-            array: NDArray[Any] = self._open.get_tensor(name)
-        except Exception as error:  # the library's own, and NumPy's where it lacks the type
-            raise DumpError(
-                f"{self.path}: {name:.80} is not {kind.__name__}: {error!s:.80}.", _AGAIN, code="columns"
-            ) from error
-        if array.dtype != kind:
-            raise DumpError(f"{self.path}: {name:.80} is {array.dtype}, not {kind.__name__}.", _AGAIN, code="columns")
-        return array
+        entry = self._header.get(name, {})
+        if entry.get("dtype") != _NAMES[kind]:
+            raise DumpError(f"{self.path}: {name:.80} is {entry.get('dtype')}, not {kind.__name__}.", _AGAIN, code="columns")
+        begin, end = entry["data_offsets"]
+        array: NDArray[Any] = self._data[begin:end].view(kind).reshape(entry["shape"])
+        return array if array.flags.aligned else array.copy()
 
     def rows(self, line: dict[str, Any]) -> Rows:
         """The records of one part.

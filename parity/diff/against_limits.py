@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
-from checkpoints.points import LOGITS, OUTPUT_NORM, parse
+from checkpoints.points import ENCODER, LOGITS, OUTPUT_NORM, parse
 from checkpoints.record import Rows
 
 from .align import Pair, as_wide
@@ -20,10 +20,10 @@ from .operations import ELEMENTWISE
 from .truth import (
     AMPLIFIED,
     BOTH,
-    FEW_ENTRIES,
     MULTIPLE,
     NO_COARSE_ROUNDING,
     NO_ROUNDING,
+    Above,
     Truth,
     of_few,
     of_table,
@@ -38,7 +38,7 @@ Bools = NDArray[np.bool_]
 # operation (parity/diff/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six prompts each of 4
 # to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
 # divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
-TABLE = FEW_ENTRIES
+TABLE = 1e-6
 # The factor by which lower arithmetic's error may grow over the table's limit: twice what was measured (`_grown`).
 GROWN = 25.0
 
@@ -82,7 +82,7 @@ def hold(
     notes: tuple[str, ...] = ()
     assumed = tabled
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
-        higher = None if truth is None else _by_truth(measured, limit, truth)
+        higher = None if truth is None else _by_truth(measured, limit, truth, _above(model))
         if higher is not None:
             limit, notes = higher
         else:
@@ -124,7 +124,7 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 
     They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
     """
-    makers = model.whole.made
+    makers = model.whole.computations
     # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
     tables = set[str]()
     for name, how in makers.items():  # a point comes after what it reads
@@ -178,7 +178,14 @@ def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) 
     return np.where(above.failed, limit, np.fmax(limit, above.worst))
 
 
-def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, tuple[str, ...]] | None:
+def _above(model: Flow) -> Above:
+    """What each compared point is made from, by their numbers."""
+    numbers = {name: number for number, name in enumerate(model.names)}
+    parents = tuple(tuple(numbers[other] for other in model.parents[name]) for name in model.names)
+    return Above(parents, frozenset(number for name, number in numbers.items() if name.startswith(ENCODER)))
+
+
+def _by_truth(measured: Measured, limit: Floats, truth: Truth, above: Above) -> tuple[Floats, tuple[str, ...]] | None:
     """Every record's limit, raised where the reference itself is far from float64, and the note on it; None if that is not known.
 
     Nothing is computed if no error is small enough to be rounding.
@@ -198,9 +205,9 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth) -> tuple[Floats, 
         return None
     distance = _joined(measured, distances)
     keys = measured.point, measured.seq, measured.token_idx
-    higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share)
+    higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
     if (near & coarse).any():
-        higher = np.where(coarse, _behind_known_tables(measured, limit, distance, near & coarse, truth), higher)
+        higher = np.where(coarse, _behind_known_tables(measured, limit, distance, near & coarse, truth, above), higher)
     higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():
@@ -231,7 +238,9 @@ def _compared_part(pair: Pair) -> Rows:
     return ref if pair.ours.sketch is not None else replace(ref, sketch=None)
 
 
-def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth) -> Floats:
+def _behind_known_tables(
+    measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth, above: Above
+) -> Floats:
     """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
     nor with the exact function is wrong.
 
@@ -249,15 +258,15 @@ def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, ne
     higher = limit
     if (near & ~exact).any():
         own = _joined(measured, truth.own_rounding(ref))
-        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_), share=share))
+        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_), share=share, above=above))
     if (near & ~exact).any():
         apart = _joined(measured, truth.from_table(ref))
-        higher = _one_entry(measured, of_table(limit, distance, apart, *keys, share), truth)
+        higher = _one_entry(measured, of_table(limit, apart, *keys, above), truth)
         odd = near & ~exact & (measured.measures.nmse > higher)
         if odd.any():  # `apart` is one sample of which entries rounding chooses
             further = _asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
             apart = np.fmax(apart, np.fmax(_asked(measured, odd, truth.table_spread), further))
-            higher = np.fmax(higher, of_table(limit, distance, apart, *keys, share))
+            higher = np.fmax(higher, of_table(limit, apart, *keys, above))
     # The distance between the two, which may be on opposite sides of the truth.
     nmse = measured.measures.nmse
     between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))

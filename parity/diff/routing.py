@@ -71,10 +71,9 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
         if not is_routing(pair):
             continue
         below = model.descendants(pair.point)
-        layer = parse(pair.point).layer
-        how = model.whole.made.get(pair.point)
+        how = model.whole.computations.get(pair.point)
         scores = np.flatnonzero(_of(measured, set(how.reads if how is not None else ())))
-        inside = {name for name in below if parse(name).layer == layer and "moe" in name and not name.endswith("moe_out")}
+        inside = _in_order_of(model, pair.point, below)
         for record in np.flatnonzero(measured.point == number).tolist():
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
@@ -106,6 +105,20 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     if orders:
         notes.append(f"{orders[0]}{' and others' if len(set(orders)) > 1 else ''}: the same experts in another order")
     return Routed(left_open & held.failed, tuple(notes))
+
+
+def _in_order_of(model: Flow, point: str, below: set[str]) -> set[str]:
+    """The points of the layer whose values are in the order of the chosen experts: those before their sum.
+
+    Nodes without a telling name are among them if they are made from nothing else (a scaled copy of the ids, say).
+    """
+    inside = {point}
+    for name in model.names:
+        if name not in below or parse(name).layer != parse(point).layer or name.endswith("moe_out"):
+            continue
+        if "moe" in name or (parse(name).known is None and inside.issuperset(model.parents[name])):
+            inside.add(name)
+    return inside - {point}
 
 
 def _limit_of_scores(measured: Measured, held: Held, scores: Ints, seq: int, position: int) -> float:
@@ -163,7 +176,7 @@ def _chosen_by(model: Flow, point: str) -> list[str]:
     waiting, chosen = [point], list[str]()
     while waiting:
         name = waiting.pop(0)
-        how = model.whole.made.get(name)
+        how = model.whole.computations.get(name)
         for other in how.reads if how is not None and (how.op not in MIXING or name == point) else ():
             if other not in chosen:
                 chosen.append(other)
@@ -193,11 +206,35 @@ def may_have_flipped(model: Flow, point: str, seq: int, position: int, ref: Mapp
     """The node between a point and the compared points before it that chooses by a near tie in the reference's scores; else empty."""
     stretch = model.between(point)
     for name in stretch.nodes if stretch is not None else ():
-        how = model.whole.made[name]
+        how = model.whole.computations[name]
         if how.op not in CHOICES:
             continue
         for read in how.reads:
             scores = _scores(ref, read, seq, position)
-            if scores is not None and nearest(scores, limit) is not None:
+            if scores is None:
+                continue
+            chosen = _chosen(model, name, seq, position, ref)
+            if (nearest(scores, limit) if chosen is None else _of_the_last(scores, chosen, limit)) is not None:
                 return name
     return ""
+
+
+def _chosen(model: Flow, name: str, seq: int, position: int, ref: Mapping[str, Rows]) -> frozenset[int] | None:
+    """The experts that the reference chose at a node, if it recorded them."""
+    for point in (name, *model.whole.readers.get(name, ())):
+        rows = ref.get(point)
+        if rows is None or not parse(point).kind.endswith("moe_topk"):
+            continue
+        at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
+        if len(at) and rows.full()[at[0]]:
+            return _ids(rows, int(at[0]))
+    return None
+
+
+def _of_the_last(scores: Floats, chosen: frozenset[int], limit: float) -> float | None:
+    """How far the last chosen expert's score is from the next one's, if an error within the limit can exchange them; else None."""
+    if not chosen or max(chosen) >= len(scores) or len(chosen) >= len(scores) or not np.isfinite(scores).all():
+        return nearest(scores, limit)
+    inside = np.isin(np.arange(len(scores)), sorted(chosen))
+    margin = float(scores[inside].min() - scores[~inside].max())
+    return margin if margin**2 <= limit * float(np.sum(scores**2)) else None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.record import Rows
@@ -69,9 +70,6 @@ AMPLIFIED = 1e-6
 # (`diff` into those up to `limits.LARGEST_ROUNDING`).
 COARSE_MULTIPLE = 4.0
 NO_COARSE_ROUNDING = 1e-3
-# NMSE up to which a few other entries of the table pass although `apart` shows none: the default points' limit without a model
-# (`parity.diff.against_limits.TABLE`, which has the measurement).
-FEW_ENTRIES = 1e-6
 # Two right engines, each as far from the truth as rounding carries a value (`Truth.spread`), are twice as far from each other.
 BOTH = 4.0
 # Rounding alone reaches no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
@@ -80,6 +78,15 @@ ROUNDING = 1e-8
 # Rows with at most this many elements may cancel as a whole: a gate of one number is a product of a whole row. `isolate` uses the same
 # number (`parity.isolate.one_pass`).
 FEW = 16
+
+
+class Above(Struct, frozen=True):
+    """What each point is made from: `parents` are the numbers of the nearest points before it; the rows of those in `everywhere` act on
+    all positions of what is made from them (an encoder's).
+    """
+
+    parents: tuple[tuple[int, ...], ...]
+    everywhere: frozenset[int] = frozenset()
 
 
 def share_of_few(rows: Rows) -> Floats:
@@ -120,6 +127,7 @@ def raised(
     coarse: Bools,
     rounding: float = ROUNDING,
     share: Floats | float = 1.0,
+    above: Above | None = None,
 ) -> Floats:
     """Every record's limit [R], raised where the reference itself is far from the truth; never lowered.
 
@@ -130,39 +138,56 @@ def raised(
         coarse: whether the reference computes the record's point coarsely.
         rounding: NMSE up to which `MULTIPLE` times the distance counts as rounding; beyond it, `COARSE_MULTIPLE` times.
         share: of each record, as `share_of_few` gives it.
+        above: what each point is made from; without it, all points before it.
     """
-    worst = _so_far(distance, point, seq, token_idx)
+    worst = _so_far(distance, point, seq, token_idx, above)
     near = nmse * share <= np.where(coarse, NO_COARSE_ROUNDING, NO_ROUNDING)
     by_distance = np.maximum(np.minimum(MULTIPLE * worst, rounding / share), COARSE_MULTIPLE * worst)
     return np.where(near, np.maximum(limit, by_distance), limit)
 
 
-def of_table(
-    limit: Floats, distance: Floats, apart: Floats, point: Ints, seq: Ints, token_idx: Ints, share: Floats | float = 1.0
-) -> Floats:
+def of_table(limit: Floats, apart: Floats, point: Ints, seq: Ints, token_idx: Ints, above: Above | None = None) -> Floats:
     """Every record's limit [R] for an engine that looks GELU up in a table of float16 as the reference does; never lowered.
 
-    Two such engines use different entries here and there, if their arguments lie on the two sides of a step: `apart` shows how often.
-    If that is rare, and by luck did not occur in our steps, the reference may still have a single one.
+    Two such engines use different entries here and there, if their arguments lie on the two sides of a step: `apart` shows how far apart
+    that carries them.
 
     Args:
-        limit: each record's limit by the table of limits. distance: NMSE of the reference's record from the truth; apart: from our
-            float32 steps with the same table. NaN where it is not known.
-        point, seq, token_idx, share: as in `raised`.
+        limit: each record's limit by the table of limits. apart: NMSE of the reference's record from our float32 steps with the same
+            table, or how far a few other entries would move it; NaN where it is not known.
+        point, seq, token_idx, above: as in `raised`.
     """
-    worst, flipped = (_so_far(far, point, seq, token_idx) for far in (distance, apart))
-    return np.maximum(limit, COARSE_MULTIPLE * np.maximum(flipped, np.minimum(worst, FEW_ENTRIES / COARSE_MULTIPLE / share)))
+    return np.maximum(limit, COARSE_MULTIPLE * _so_far(apart, point, seq, token_idx, above))
 
 
-def _so_far(distance: Floats, point: Ints, seq: Ints, token_idx: Ints) -> Floats:
+def _so_far(distance: Floats, point: Ints, seq: Ints, token_idx: Ints, above: Above | None) -> Floats:
     """The worst known distance at each record's position up to its point, [R]."""
+    known = np.where(np.isfinite(distance), distance, 0.0)
+    if above is not None:
+        return _of_all_above(known, point, seq, token_idx, above)
     order = np.lexsort((point, token_idx, seq))
-    known = np.where(np.isfinite(distance), distance, 0.0)[order]
     borders = (np.diff(seq[order]) != 0) | (np.diff(token_idx[order]) != 0)
     starts = [0, *(np.flatnonzero(borders) + 1).tolist()]
     so_far = np.empty_like(known)
     for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
-        so_far[begin:end] = np.maximum.accumulate(known[begin:end])
+        so_far[begin:end] = np.maximum.accumulate(known[order][begin:end])
     worst = np.empty_like(known)
     worst[order] = so_far
+    return worst
+
+
+def _of_all_above(known: Floats, point: Ints, seq: Ints, token_idx: Ints, above: Above) -> Floats:
+    """The same of those points alone that each point is made from, directly or not."""
+    places, place = np.unique(np.stack([seq, token_idx]), axis=1, return_inverse=True)
+    worst, here = np.empty_like(known), np.zeros((len(above.parents), places.shape[1]))
+    bounds = np.searchsorted(point, np.arange(len(above.parents) + 1))
+    for number, parents in enumerate(above.parents):
+        rows = slice(bounds[number], bounds[number + 1])
+        at = place[rows]
+        for parent in parents:
+            np.maximum(
+                here[number], here[parent].max(initial=0.0) if parent in above.everywhere else here[parent], out=here[number]
+            )
+        np.maximum.at(here[number], at, known[rows])
+        worst[rows] = here[number][at]
     return worst

@@ -12,8 +12,9 @@ from checkpoints.answers.diff import Pattern, Verdict
 from .against_limits import GROWN
 from .eight_bits import is_noise
 from .first import BLAMED
-from .limits import EXACT_FLOOR
+from .limits import EXACT_FLOOR, LARGEST_ROUNDING, limits
 from .noise import BEYOND
+from .operations import recurrent
 from .records import Records
 from .routing import may_have_flipped
 from .slices import prepare
@@ -25,6 +26,9 @@ Ints = NDArray[np.int64]
 # Squared errors of two rows of one point by rounding alone: at the failing ones of right engines at most 1.1 times the largest of those
 # that agree (a gate of one number in F32, scans in F16 and with 8-bit activations; benchmarks/right_engines.py); twice that is allowed.
 _AS_LARGE = 2.0
+
+# A recurrence that amplifies rounding does so at one position in this many at most: a choice, since faults are wrong at most positions.
+FEW_POSITIONS = 4
 
 # Patterns of positions, or none: such answers point at operations, which is wrong for rounding.
 _OF_POSITIONS = frozenset(
@@ -53,7 +57,7 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
     if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
         return verdict
-    sentence = _rounding(records, first.checkpoint) or _flipped(records, first.checkpoint, first.seq, first.token_idx)
+    sentence = _rounding(records, first.checkpoint) or _flipped(records) or _amplified(records, first.checkpoint)
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
 
@@ -129,13 +133,51 @@ def _few(records: Records, chosen: Ints) -> bool:
     return bool((whole & ((np.isfinite(values) & inside).sum(axis=1) <= FEW)).all())
 
 
-def _flipped(records: Records, name: str, seq: int, position: int) -> str:
+def _flipped(records: Records) -> str:
+    """What is to be said if lower arithmetic may have chosen other experts wherever an error is too large for its rounding; else empty."""
     if records.limits.operations <= EXACT_FLOOR.operations:
         return ""
-    choice = may_have_flipped(records.flow, name, seq, position, records.ref.points, records.limits.operations)
-    if not choice:
+    # Where nothing states the arithmetic, it may be 8 bits.
+    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWN * records.limits.operations
+    origins = np.flatnonzero(records.failed & ~records.upstream.failed & (records.measures.nmse > most))
+    choices = [
+        may_have_flipped(
+            records.flow,
+            records.names[records.point[at]],
+            int(records.seq[at]),
+            int(records.token_idx[at]),
+            records.ref.points,
+            most,
+        )
+        for at in origins.tolist()
+    ]
+    if not choices or not all(choices):
         return ""
     return (
-        f"a fault, or other experts: {choice} chooses by a near tie there, which lower arithmetic may decide the other way "
-        f"(record it on both sides, or --model M.gguf)"
+        f"a fault, or other experts: {choices[0]} chooses by a near tie at position {records.token_idx[origins[0]]}, which lower "
+        "arithmetic may decide the other way (record it on both sides, or --model M.gguf)"
+    )
+
+
+def _amplified(records: Records, name: str) -> str:
+    """What is to be said if a recurrence may have amplified lower arithmetic's error at single positions; else empty.
+
+    The sum that a state is read with may nearly cancel at one position, and a norm behind it divides by what is left. A right F16 engine of
+    qwen3next was 1.9e-3 off at one of nine positions, and 1e-5 at the others (benchmarks/right_engines.py --from 2074).
+    """
+    stretch = records.flow.between(name)
+    if records.limits.operations <= EXACT_FLOOR.operations or stretch is None:
+        return ""
+    if not any(map(recurrent, records.flow.operations(stretch.nodes))):
+        return ""
+    number = records.names.index(name)
+    errors, failed = records.measures.nmse[records.point == number], records.failed[records.point == number]
+    if (
+        failed.sum() * FEW_POSITIONS > len(failed)
+        or not EXACT_FLOOR.operations < errors.min() <= errors.max() <= LARGEST_ROUNDING
+    ):
+        return ""
+    return (
+        "noise at every position and more at single ones, where the recurrence may amplify it: a fault, or the cost of lower arithmetic in "
+        "this model (--model M.gguf measures it)"
     )
