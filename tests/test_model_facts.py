@@ -75,10 +75,11 @@ def test_encoders(parity: Cli, small_model: Callable[..., Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_architecture_is_described(parity: Cli, small_model: Callable[..., Path], name: str) -> None:
-    """No architecture is refused, and every layer of its graph is in one of the spans."""
+    """No architecture is refused, every layer of its graph is in one of the spans, and llama.cpp ignores no number but those known."""
     code, facts = parity.json("model", small_model(name))
     assert code == 0
     assert len(facts["points"]) > 10
+    assert ("not_as_the_file_says" in facts) == (name in {"qwen2vl", "smallthinker"})
     if facts.get("steps") == "read from llama.cpp's graph":  # the rest are lists written by hand
         assert facts.get("layers_by_kind") or facts["graph"].startswith("not recorded")
 
