@@ -22,7 +22,7 @@ import numpy as np
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.errors import ParityError
-from engine.faults import CATALOGUE, FITTED, Fault, Planting
+from engine.faults import CATALOGUE, FITTED, FITTED_PARTS, Fault, Planting
 from engine.graph import Step
 from engine.halves import decoder_alone, encoder_alone, handed_over
 from engine.inapplicable import NotApplicable
@@ -43,7 +43,7 @@ def entries(right: dict[str, Step]) -> Iterator[tuple[Fault, dict[str, Any]]]:
     for fault in CATALOGUE.values():
         for parameters in fault.variants(right):
             yield fault, parameters
-    for fit in FITTED:
+    for fit in (*FITTED, *FITTED_PARTS):
         for parameters in fit.variants(right):
             wanted = fit.wanted(right, parameters)
             for start in fit.starts(0.0 if wanted is None else wanted)[:2]:

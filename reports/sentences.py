@@ -1,5 +1,6 @@
 """A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
 
+import re
 from collections.abc import Iterator, Sequence
 from math import isclose, isfinite, isinf
 
@@ -173,6 +174,8 @@ RECORDED = {
     "layout": "another layout",
     "name": "another point",
     "moment": "another moment",
+    "type": "another type",
+    "length": "another length",
     "nonfinite": "NaN in the record only",
     "unknown": "recorded otherwise",
 }  # what a record shows instead, by the kind of the fault
@@ -183,18 +186,36 @@ def _recorded(verdict: Verdict) -> Iterator[str]:
     alike: dict[tuple[str, str, str], list[RecordFault]] = {}
     for fault in verdict.record_faults:
         reading, _, agreeing = fault.sentence.partition("; ")
+        reading = _by_distance(reading, fault.layer)
         alike.setdefault((parse(fault.checkpoint).kind, reading, agreeing if fault.layer is None else ""), []).append(fault)
     for (kind, reading, _), faults in list(alike.items())[:6]:
         layers = tuple(fault.layer for fault in faults if fault.layer is not None)
         where = clean(faults[0].checkpoint) if len(faults) == 1 else f"blk.{_layers(layers)}.{clean(kind)}"
         agreeing = faults[0].sentence.partition("; ")[2]
-        yield clean(f"{where}: {reading}; {agreeing}")
+        shown = _in_layers(reading, layers)
+        yield clean(f"{where}: {shown}" + (f"; {agreeing}" if agreeing else ""))
     if len(alike) > 6:
         yield f"and {len(alike) - 6} more like this (--format json: record_faults)"
 
 
+_LAYER = re.compile(r"\bblk\.(\d+)\.")
+_AWAY = re.compile(r"blk\.<(-?\d+)>\.")  # a layer by its distance
+
+
+def _by_distance(sentence: str, layer: int | None) -> str:
+    """A sentence about a layer's point with other points' layers as distances from it, so that those of all layers are alike."""
+    return sentence if layer is None else _LAYER.sub(lambda match: f"blk.<{int(match[1]) - layer}>.", sentence)
+
+
+def _in_layers(sentence: str, layers: tuple[int, ...]) -> str:
+    """The sentence with these layers' numbers instead of distances."""
+    return _AWAY.sub(lambda match: f"blk.{_layers(tuple(layer + int(match[1]) for layer in layers))}.", sentence)
+
+
 def _layers(layers: tuple[int, ...]) -> str:
-    """Layers as `--points` has them: "{0,5,10}", "{0..23}"."""
+    """Layers as `--points` has them: "5", "{0,5,10}", "{0..23}"."""
+    if len(layers) == 1:
+        return str(layers[0])
     spans = ranges(layers)
     whole = "–" in spans and "," not in spans
     return "{" + (spans.replace("–", "..") if whole else ",".join(map(str, layers))) + "}"

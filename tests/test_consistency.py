@@ -189,3 +189,10 @@ def test_llama_cpp_is_consistent_on_a_split_model(parity: Cli, small_model: Call
     """The first of several files is taken for the model."""
     first = split(small_model("qwen3", "f32", layers=2), tmp_path / "split.gguf")
     assert "consistent" in parity("consistency", "--side", "ref", "--model", first, "--tokens", "5,6,7").out
+
+
+def test_a_model_without_a_tokenizer(parity: Cli, tmp_path: Path) -> None:
+    """Token ids are enough: nothing of the checks needs a text."""
+    model = tmp_path / "model.gguf"
+    assert parity("synth", "--architecture", "qwen3", "--layers", "1", "--stub-vocabulary", "-o", model).code == 0
+    assert "consistent" in parity("consistency", "--model", model, "--tokens", "5,6,7").out

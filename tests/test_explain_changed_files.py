@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty_engines import Case, dump_of, each, exchanged, number
+from faulty_engines import Case, dump_of, each, exchanged, further, number
 from msgspec.structs import replace
 from planted import PATIENT, tokens_of
 
@@ -18,6 +18,16 @@ def _by_group(rows: np.ndarray) -> np.ndarray:
     """The rows of four query heads and two key/value heads, fused, laid group by group."""
     heads = rows.reshape(8, -1, rows.shape[1])
     return heads[[0, 1, 4, 6, 2, 3, 5, 7]].reshape(rows.shape)
+
+
+def _half_of_head_1(matrix: np.ndarray) -> np.ndarray:
+    """The output's matrix [D, 4 · 48] with half of what it takes from head 1."""
+    return np.concatenate([matrix[:, :48], matrix[:, 48:96] * np.float32(0.5), matrix[:, 96:]], axis=1)
+
+
+def _expert_2(matrices: np.ndarray) -> np.ndarray:
+    """The experts' matrices [E, out, in] with those of expert 2 half as large again."""
+    return matrices * np.where(np.arange(len(matrices)) == 2, np.float32(1.5), np.float32(1))[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ _SHOWN = (
     _Named("llama4", Case("ε 1e-4, of norms without a weight, too", _EPS, ("norm-epsilon",))),
     _Named("phimoe", Case("ε 1e-4, of norms with names of their own", _EPS, ("norm-epsilon",))),
     _Named("rwkv7", Case("ε 1e-4, of all norms but the heads' own", _EPS_OF_LAYER_NORM, ("norm-epsilon",))),
+    _Named("gemma3", Case("a head's columns of the output product", each("attn_output.weight", by=_half_of_head_1), ("head-multiplier",))),
+    _Named("gpt-oss", Case("sinks 1.3 times as large", each("attn_sinks.weight", by=lambda sinks: sinks * 1.3), ("sinks-multiplier",))),
+    _Named("gpt-oss", Case("one expert more", further("expert_used_count", 1), ("experts-one-more",))),
+    _Named("olmoe", Case("expert 2 alone, where it is chosen", each("ffn_down_exps.weight", by=_expert_2), ("expert-multiplier",))),
     _Named("gemma3", Case("another base in layers with a window", number("rope.freq_base_swa", 2e4), ("rope-base",)), (0, 1, 2, 3, 4, 6)),
     _Named("gptneox", Case("branches one after the other", number("use_parallel_residual", False), ("sequential-branches",))),
     _Named("phi3", Case("QKV laid by group", each("attn_qkv.weight", by=_by_group), ("fused-qkv-by-group",))),

@@ -112,6 +112,14 @@ def test_an_operation_that_is_lacking_is_named(reference: Reference, small_model
 
 
 @pytest.mark.slow
+def test_layers_that_are_computed_twice_are_refused(reference: Reference, small_model: Make) -> None:
+    """Where a pass goes through the same layers again, a point is made from itself; the message names it."""
+    recorded = reference.graph(small_model("qwen3", layers=2))
+    again = tuple(replace(tensor, point=tensor.point.replace("blk.1.", "blk.0.")) for tensor in recorded.several.tensors)
+    with pytest.raises(ModelError, match=r"more than once in a pass: blk\.0\.\w+ is made from itself"):
+        lift(replace(recorded, several=replace(recorded.several, tensors=again)))
+
+
 def test_a_model_of_which_llama_cpp_makes_nan_is_refused(parity: Cli, small_model: Make) -> None:
     """A soft cap of 0 is one line, since llama.cpp divides by it: no operation of its own is called wrong, and no engine diverges."""
     path = small_model("gemma2", layers=1, settings={"attn_logit_softcapping": 0.0})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from changed_files import File
 from cli import Cli
 from msgspec.structs import replace
 
@@ -73,3 +74,26 @@ def test_ids_of_experts_are_no_vectors(parity: Cli, small_model: Callable[..., P
     tokens = ",".join(str(20 + 7 * i) for i in range(16))
     assert parity("dump", "ours", "--model", model, "--tokens", tokens, "--points", "all", "-o", out).code == 0
     assert parity("lint", out, "--model", model).code == 0
+
+
+def test_last_layers_that_add_little_are_no_late_capture(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Outputs of nearly the same direction as the last one's, which is recorded as another vector, were captured in time."""
+    file = File(small_model("qwen3", "f32", layers=3))
+    for name in ("attn_output.weight", "ffn_down.weight"):
+        for layer in (1, 2):
+            file.tensors[f"blk.{layer}.{name}"] *= 1e-4
+    model, out = file.write(tmp_path / "model.gguf"), tmp_path / "dump.jsonl"
+    assert parity("dump", "ref", "--model", model, "--tokens", "5,6,7,8", "--points", "all", "-o", out).code == 0
+    assert parity("lint", out, "--model", model).code == 0
+    dump = read(out)
+    late = replace(dump, points={**dump.points, "blk.0.l_out": replace(dump.points["blk.2.l_out"], point="blk.0.l_out")})
+    assert "captured-late" in {finding.rule for finding in lint(late, model).findings}
+
+
+def test_a_bias_by_distance_may_be_flat(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Beyond the largest distance, all positions have one bucket of T5's relative bias."""
+    out = tmp_path / "ref.jsonl"
+    model = small_model("t5encoder", layers=1, settings={"attention.relative_buckets_count": 8})
+    tokens = ",".join(str(20 + 7 * i) for i in range(150))
+    assert parity("dump", "ref", "--model", model, "--tokens", tokens, "--points", "blk.0.{kq_b,l_out}", "-o", out).code == 0
+    assert lint(read(out)).findings == ()

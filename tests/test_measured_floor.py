@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from msgspec.structs import replace
-from planted import Faulty, Planted, half_sums
+from planted import PATIENT, Faulty, Planted, half_sums
 
 from checkpoints.record import Dump
 from engine import ops
@@ -17,6 +17,7 @@ from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
+from parity.explain.explain import explain
 from parity.explain.on_model import compared_on
 from parity.explain.precision import PrecisionFloor, mismatch
 from reference.client import Reference
@@ -140,6 +141,22 @@ def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, kind: str) -
     assert verdict.pattern is not None
     assert verdict.pattern.code == "one-number"
     assert "times 1 +1.0e-03" in verdict.pattern.sentence
+
+
+@pytest.mark.slow
+def test_explain_takes_no_factor_for_f16(engine: Faulty) -> None:
+    """The same factor is no arithmetic to `explain` either, at the default points; sums in F16 are."""
+    scaled = [
+        replace(step, op=lambda *given, _op=step.op, **kwargs: _op(*given, **kwargs) * np.float32(1.001))
+        if step.makes.endswith(".v")
+        else step
+        for step in engine.right
+    ]
+    answer = explain(_dump(engine, scaled, ""), engine.model, PATIENT)
+    assert not answer
+    assert not answer.precision_only
+    sums = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
+    assert explain(_dump(engine, sums, ""), engine.model, PATIENT).precision_only in ("f16", "tf32")
 
 
 def test_sums_in_f16_follow_no_number(engine: Faulty) -> None:

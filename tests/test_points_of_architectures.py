@@ -15,6 +15,7 @@ from checkpoints import points
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from engine.synth.recipe import Value
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -199,3 +200,19 @@ def test_a_factor_without_a_type_scales(reference: Reference, parity: Cli, small
     model = small_model("llama3-factors", layers=1, settings={setting: 4.0})
     assert parity("run", "--model", model, "--tokens", "1,2,3,4,5,6", "--points", "all").code == 0
     assert parity.json("model", model)[1]["rope_linear_scale"] == 0.25
+
+
+def test_values_that_are_padded_for_the_cache(reference: Reference, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """With head counts by layer, `v` is the layer's own values, also where the fused product is as wide as the padded values."""
+    settings: dict[str, Value] = {
+        "attention.head_count": [8, 2, 8],
+        "attention.head_count_kv": [2, 1, 4],
+        "feed_forward_length": [96, 96, 96],
+    }
+    model, out = small_model("openelm", layers=3, settings=settings), tmp_path / "ref.jsonl"
+    reference.dump(DumpJob(model, out, (5, 6, 7), points="blk.{0,1,2}.{v,Vcur}"))
+    points = read(out).points
+    for layer, heads in enumerate((2, 1, 4)):
+        values, named = points[f"blk.{layer}.v"], points[f"blk.{layer}.Vcur"]
+        assert values.shapes[0] == (heads * 32,)
+        assert np.array_equal(values.values, named.values)

@@ -91,9 +91,9 @@ class Pattern(Struct, frozen=True):
 class RecordFault(Struct, frozen=True):
     """Records that show something other than their name says, while everything computed from them agrees: the operation is right.
 
-    `kind`: "layout" (another order of the elements), "name" (another point of the layer), "moment" (another time: captured late, or
-    before a scale), "nonfinite" (NaN that nothing made from it has) or "unknown". `map` is the line of a `--map` file that settles it,
-    empty where none does.
+    `kind`: "layout" (another order of the elements), "length" (longer or shorter rows), "name" (another point of the layer), "moment"
+    (another time: captured late, or before a scale), "type" (rounded, or misread bits), "nonfinite" (NaN or infinity that nothing made from
+    it has) or "unknown". `map` is the line of a `--map` file that settles it, empty where none does.
     """
 
     checkpoint: str

@@ -31,6 +31,7 @@ from . import (
     masks,
     multipliers,
     norms,
+    parts,
     recurrent,
     recurrent_state,
     rope,
@@ -42,7 +43,7 @@ from . import (
 from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
 from .fitted import Fitted
 
-__all__ = ["AT", "CATALOGUE", "FITTED", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
+__all__ = ["AT", "CATALOGUE", "FITTED", "FITTED_PARTS", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
 
 _GROUPS = {  # the first of several faults with the same numbers is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,
@@ -60,6 +61,8 @@ _GROUPS = {  # the first of several faults with the same numbers is named: a for
     "dequantisation": (*dequantisation.FAULTS, *block_scales.FAULTS),
     "capture": capture.FAULTS,
 }
+# Numbers of one head or expert: there are many of them, so that they are fitted only where no other number explains everything.
+FITTED_PARTS = parts.FITTED
 FITTED = (*fitted_numbers.FITTED, *fitted.FITTED)  # a number of the metadata before a factor that is not in the file
 CATALOGUE: Mapping[str, Fault] = {
     fault.name: replace(fault, group=group) for group, faults in _GROUPS.items() for fault in faults

@@ -8,6 +8,7 @@ or of a state says what it holds.
 from msgspec import Struct
 from msgspec.structs import replace
 
+from checkpoints.errors import ModelError
 from checkpoints.graph import NODE, VIEWS, RecordedGraph, Size, Tensor
 from checkpoints.points import ENCODER, order
 
@@ -139,19 +140,33 @@ def _without_unread(steps: list[Step]) -> list[Step]:
 
 
 def _ordered(steps: list[Step]) -> list[Step]:
-    """The steps in the vocabulary's order where each still comes after what it reads, else in the graph's."""
+    """The steps in the vocabulary's order where each still comes after what it reads, else in the graph's.
+
+    Raises:
+        ModelError: a point is made from itself, because the model computes its layers several times in a pass.
+    """
     by_name = {step.makes: step for step in steps}
     place = {name: number for number, name in enumerate(order([step.makes for step in steps if not step.inner]))}
     result: list[Step] = []
     known = {TOKENS, POSITIONS, PASSES, ENCODED}
 
     def put(step: Step) -> None:
-        for name in step.names:
-            if name not in known:
-                put(by_name[name])
-        if step.makes not in known:
-            known.add(step.makes)
-            result.append(step)
+        waiting, begun = [step], set[str]()
+        while waiting:
+            missing = [name for name in waiting[-1].names if name not in known]
+            begun.add(waiting[-1].makes)
+            if begun.intersection(missing):
+                raise ModelError(
+                    f"this model computes its layers more than once in a pass: {missing[0]} is made from itself.",
+                    "Our engine computes each layer once; `parity dump ref` records every time.",
+                    code="graph",
+                )
+            waiting += [by_name[name] for name in missing[:1]]
+            if not missing:
+                made = waiting.pop()
+                if made.makes not in known:
+                    known.add(made.makes)
+                    result.append(made)
 
     for step in sorted((step for step in steps if not step.inner), key=lambda step: place[step.makes]):
         put(step)

@@ -19,6 +19,7 @@ from checkpoints.record import Dump, Header
 from engine.engine import Engine, whole_input
 from engine.graph import sees_later
 from engine.transformer import Transformer
+from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 
 from ..arbiter.arbiter import Arbiter
@@ -77,7 +78,7 @@ def consistency(request: ConsistencyRequest) -> Consistency:
         # The decoder is led along the prompt, in as many positions.
         if _DECODER in {tensor.name for tensor in contents(run.model).tensors}:
             prompt = replace(prompt, decoded=prompt.ids[:-1])
-        vocabulary = reference.tokenize(run.model, "a").n_vocab
+        vocabulary = GgufModel(run.model).hyperparameters.n_vocab  # a file need not have a tokenizer
         return of_side(side, replace(prompt, text=None), request, vocabulary)
 
 

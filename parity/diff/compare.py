@@ -9,22 +9,23 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import Limits, Verdict
+from checkpoints.answers.diff import Limits, RecordFault, Verdict
 from checkpoints.answers.picture import Picture
 from checkpoints.record import Dump, Header, Rows
 
-from .against_limits import hold
+from .against_limits import Held, hold
 from .align import Pair, align
-from .dataflow import dataflow_of, flow, upstream, without_mask
+from .dataflow import Flow, dataflow_of, flow, upstream, without_mask
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
-from .measure import Measures, measured
+from .measure import Measured, Measures, measured
 from .offsets import Placed, elsewhere, place
 from .picture import picture
 from .records import Judged, Records
-from .routing import as_sets, routed
+from .routing import Routed, as_sets, routed
 from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
 from .truth import Truth
+from .whole_rows import sizes
 
 
 class Options(Struct, frozen=True):
@@ -107,27 +108,28 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     errors = as_sets(measured(alignment, ours, ref))
     unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record masked columns
     unmasked = without_mask(ours.points) if unmasked is None else unmasked
-    model = flow(errors.names, whole, _layers(ref) or _layers(ours), unmasked=bool(unmasked))
+    layers = _layers(ref) or _layers(ours)
+    model = flow(errors.names, whole, layers, unmasked=bool(unmasked))
     lower = (
         (options.limits is None or allowed.assumed)
         and common_mode(ours.header, ref.header) != NATIVE
         and allowed.operations > EXACT_FLOOR.operations
     )
-    held = hold(
-        errors,
-        allowed,
-        model,
-        excuse_noise=options.tolerance is None,
-        truth=options.truth,
-        lower_arithmetic=lower and not options.strict,
-    )
-    routing = routed(errors, held, model, ref.points)
-    held = replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes))
+    lower = lower and not options.strict
+    held, routing = _held(errors, allowed, model, options, ref, lower=lower)
     verdicts = Judged(np.zeros(len(errors.point), dtype=np.bool_))
     if held.failed.any() and not options.strict:
         from .consumers import judged
 
         verdicts = judged(errors, held, model, ours, ref)
+        shown: tuple[RecordFault, ...] = ()
+        while verdicts.blind and len(verdicts.blind) < len(errors.pairs):
+            # What these points hold is not known: they are left out, as if they had not been recorded.
+            shown = tuple(fault for fault in verdicts.faults if fault.checkpoint in verdicts.blind or fault in shown)
+            errors = errors.without(verdicts.blind)
+            model = flow(errors.names, whole, layers, unmasked=bool(unmasked))
+            held, routing = _held(errors, allowed, model, options, ref, lower=lower)
+            verdicts = judged(errors, held, model, ours, ref, shown)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
     agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))
@@ -173,6 +175,13 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         ),
     )
     return Comparison(records, judge(records))
+
+
+def _held(errors: Measured, allowed: Limits, model: Flow, options: Options, ref: Dump, *, lower: bool) -> tuple[Held, Routed]:
+    """The errors held against their limits, without what other experts computed than the reference's."""
+    held = hold(errors, allowed, model, excuse_noise=options.tolerance is None, truth=options.truth, lower_arithmetic=lower)
+    routing = routed(errors, held, model, ref.points)
+    return replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes)), routing
 
 
 def _layers(dump: Dump) -> int | None:
@@ -223,6 +232,6 @@ def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
 
 
 def _lengths(pair: Pair) -> bool:
-    """Whether the statistics of a point belong to rows of another length."""
-    a, b = pair.ours.stats.get("n"), pair.ref.stats.get("n")
-    return a is not None and b is not None and bool(np.any((a != b) & ~np.isnan(a) & ~np.isnan(b)))
+    """Whether the sides say different lengths of a point's rows."""
+    a, b = sizes(pair.ours), sizes(pair.ref)
+    return bool(np.any((a != b) & ~np.isnan(a) & ~np.isnan(b)))

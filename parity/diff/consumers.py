@@ -3,6 +3,8 @@
 The record then shows another layout, another moment or another point than its name says.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,9 +14,11 @@ from checkpoints.record import Dump
 
 from .against_limits import Held
 from .dataflow import Flow
-from .layouts import MOMENT, Allowed, Reading, head_size_of, reading
 from .measure import Measured
+from .moments import Others, reading
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
+from .readings import MOMENT, Allowed, Reading, head_size_of
+from .record_faults import in_order, listed
 from .records import Judged
 from .same_vector import alike
 
@@ -25,14 +29,15 @@ Bools = NDArray[np.bool_]
 # A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, if
 # the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides its error.
 _BELOW = 100.0
-# If at least this share of an error's energy is neither a factor nor a constant, a norm after it still shows it. A choice: a scaled row
+# If at least this share of an error's energy is neither a factor nor a constant, or far more than a norm that agrees may be off, a norm
+# after it still shows it. The share is a choice: a scaled row
 # leaves only rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
 _LEFT = 0.25
 
 
-def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> Judged:
-    """Judge every failing point by what is made from it."""
-    return _Consumers(measured, held, model, ours, ref).judged()
+def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump, known: Sequence[RecordFault] = ()) -> Judged:
+    """Judge every failing point by what is made from it. `known`: faults of points that are not compared any more."""
+    return _Consumers(measured, held, model, ours, ref).judged(known)
 
 
 class _Consumers:
@@ -48,39 +53,72 @@ class _Consumers:
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
         self._energy = _energies(measured)
         self._hidden: set[str] = set()  # points whose error a norm after them removes
+        self._readings: dict[str, Reading | None] = {}
+        self._others = Others(ref.points)
+        self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
 
-    def judged(self) -> Judged:
+    def judged(self, known: Sequence[RecordFault]) -> Judged:
         """All record faults, in dataflow order."""
-        faults: list[RecordFault] = []
+        shown: dict[str, Reading | None] = {}
         undecided: set[str] = set()
+        while self._judge_once(shown, undecided):
+            pass  # what one layer shows may be known from another one
+        wrong = {name: self._wrong(name) for name in self._found.names if name in shown}
+        faults = [*known, *(self._fault(name, wrong[name], shown[name]) for name in wrong)]
+        return Judged(
+            self._otherwise,
+            in_order(faults, self._found.names, self._model),
+            frozenset(undecided),
+            frozenset(self._blind),
+        )
+
+    def _wrong(self, name: str) -> Ints:
+        rows = self._rows[self._place[name]]
+        return rows[self._held.failed[rows]]
+
+    def _judge_once(self, shown: dict[str, Reading | None], undecided: set[str]) -> bool:
+        """Judge the points that are not yet acquitted; whether any of them is now."""
+        known = {(parse(name).kind, read.same) for name, read in shown.items() if read is not None}
+        before = len(shown)
+        undecided.clear()
         for name in reversed(self._found.names):
-            rows = self._rows[self._place[name]]
-            wrong = rows[self._held.failed[rows]]
-            if not len(wrong) or not (np.isfinite(self._found.measures.nmse[wrong]) | self._nan(name, wrong).any(axis=1)).all():
-                continue  # an infinity may come and go; nothing is known of NaN that was not recorded
+            wrong = self._wrong(name)
+            if name in shown or not len(wrong):
+                continue
+            if not (np.isfinite(self._found.measures.nmse[wrong]) | self._nonfinite(name, wrong).any(axis=1)).all():
+                continue  # nothing is known of NaN that was not recorded
             decided = self._decisions(name, wrong)
-            if decided is None:
+            alike = {reading for kind, reading in known if kind == parse(name).kind}
+            if decided is None and not alike and not self._begins(name):
                 continue
             read = self._reading(name, wrong)
-            if self._acquitted(name, decided, read):
+            acquitted = self._acquitted(name, decided, read)
+            if acquitted or (read is not None and (read.proof or read.same in alike)):
+                if not acquitted and read is not None and not read.own:
+                    self._blind.add(name)
                 self._otherwise[wrong] = True
-                faults.append(self._fault(name, wrong, read))
-            elif any(decided) or name in self._hidden:
+                shown[name] = read
+            elif decided is not None and (any(decided) or name in self._hidden):
                 undecided.add(name)
-        return Judged(self._otherwise, tuple(reversed(faults)), frozenset(undecided))
+        return len(shown) > before
 
-    def _nan(self, name: str, wrong: Ints) -> Bools:
-        """The values of these records that are NaN though the reference's are not: bool [len(wrong), N]."""
+    def _begins(self, name: str) -> bool:
+        """Whether nothing that a point is made from is wrong."""
+        parents = [self._wrong(other) for other in self._model.parents[name]]
+        return all(self._otherwise[rows].all() for rows in parents)
+
+    def _nonfinite(self, name: str, wrong: Ints) -> Bools:
+        """The values of these records that are NaN or infinite though the reference's are not: bool [len(wrong), N]."""
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         width = min(ours.values.shape[1], ref.values.shape[1])
         inside = np.arange(width) < np.minimum(ours.counts, ref.counts)[:, None]
-        return np.asarray(np.isnan(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
+        return np.asarray(~np.isfinite(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
 
-    def _shows_nan(self, name: str, child: str, record: int, other: int) -> bool:
-        """Whether NaN at the element of a record's first one would show in the recorded values of a consumer."""
+    def _shows_nonfinite(self, name: str, child: str, record: int, other: int) -> bool:
+        """Whether NaN, or infinity, at the element of a record's first one would show in the recorded values of a consumer."""
         if not (np.isnan(self._found.measures.nmse_row[other]) or self._found.measures.bound[other]):
             return True
         parent, consumer = (self._found.pairs[self._place[point]] for point in (name, child))
@@ -89,19 +127,31 @@ class _Consumers:
             return False
         n, of = (pair.ref.stats.get("n") for pair in (parent, consumer))
         alike = n is not None and of is not None and n[above] == of[below]
-        place = int(self._nan(name, np.array([record]))[0].argmax())
+        place = int(self._nonfinite(name, np.array([record]))[0].argmax())
         # The first element is made from the first one, however a narrow row is spread over a wide one.
         return place == 0 or bool(alike and place < min(consumer.ours.counts[below], consumer.ref.counts[below]))
 
     def _reading(self, name: str, wrong: Ints) -> Reading | None:
+        if name not in self._readings:
+            self._readings[name] = self._read(name, wrong)
+        return self._readings[name]
+
+    def _read(self, name: str, wrong: Ints) -> Reading | None:
         if not np.isfinite(self._found.measures.nmse[wrong]).all():
             return None
         pair = self._found.pairs[self._place[name]]
         ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
         allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
-        layout = reading(ours, ref, allowed, self._ref.points, self._head_size)
+        layout = reading(ours, ref, allowed, self._others, self._head_size)
         if layout is None and (others := alike(name, ours, self._ours.points)):
-            return Reading(MOMENT, f"it is {others[0]} of ours: captured late, or from its buffer")
+            here, there = parse(name), parse(others[0])
+            away = "" if here.layer is None or there.layer is None else str(there.layer - here.layer)
+            return Reading(
+                MOMENT,
+                f"it is {others[0]} of ours: captured late, or from its buffer",
+                relation=f"{there.kind} {away or there.name}",
+                own=False,
+            )
         return layout
 
     def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
@@ -117,8 +167,10 @@ class _Consumers:
             decided.append(judged_by_consumers)
         return decided
 
-    def _acquitted(self, name: str, decided: list[bool], read: Reading | None) -> bool:
+    def _acquitted(self, name: str, decided: list[bool] | None, read: Reading | None) -> bool:
         """Whether what is made from a point shows that its wrong records are no fault of the operation."""
+        if decided is None:
+            return False
         if read is not None:
             return any(decided)
         # Without a reading the proof must be complete: all positions, and no consumer behind a soft max, which may hide the error.
@@ -127,8 +179,12 @@ class _Consumers:
         return all(decided) and not behind
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
-        """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong."""
+        """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong.
+
+        Where something is wrong, a norm or a product with weights that agrees has still read the right row.
+        """
         decided, consumed, hidden = True, False, False
+        failing, read = False, False
         for child in children:
             other = self._record(child, record)
             if other is None:
@@ -136,9 +192,10 @@ class _Consumers:
             elif self._otherwise[other]:
                 consumed = True  # judged in turn by what is made from it
             elif self._held.failed[other]:
-                return None
+                failing = True
             elif not np.isfinite(self._found.measures.nmse[record]):  # what is made from NaN would be NaN, too
-                if self._shows_nan(name, child, record, other) and self._model.reaches(name, child, self._model.carries_nan):
+                carries = self._carries(name, record)
+                if self._shows_nonfinite(name, child, record, other) and self._model.reaches(name, child, carries):
                     consumed = True
                 else:
                     decided = False
@@ -147,9 +204,21 @@ class _Consumers:
                 self._hidden.add(name)
             elif self._telling(name, child, record, other):
                 consumed = True
+                read = read or (self._reads_rows(name, child) and not self._model.hidden(name, child))
             else:
                 decided = False
+        if failing:
+            return True if read else None
         return decided and (consumed or not hidden)
+
+    def _carries(self, name: str, record: int) -> Callable[[str], bool]:
+        """Which operations leave no finite value of what a record has that is not finite."""
+        nan = np.isnan(self._found.pairs[self._place[name]].ours.values[self._found.row[record]]).any()
+        return self._model.carries_nan if nan else self._model.carries_infinity
+
+    def _reads_rows(self, name: str, child: str) -> bool:
+        """Whether a consumer reads whole rows: through a norm or a product with weights."""
+        return self._model.mixes(name, child) or bool(self._model.operations(self._model.path(name, child)) & NORMS)
 
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:
@@ -197,7 +266,8 @@ class _Consumers:
             return True  # the wrong elements were not recorded
         removed = np.stack([values, np.ones(count)], axis=1)
         left = delta - removed @ np.linalg.lstsq(removed, delta, rcond=None)[0]
-        return float(left @ left) < _LEFT * float(delta @ delta)
+        shown = self._held.limit[record] * _BELOW * float(values @ values)  # far more than what an agreeing norm may be off
+        return bool(float(left @ left) < min(_LEFT * float(delta @ delta), shown))
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)
@@ -220,18 +290,21 @@ class _Consumers:
 
     def _fault(self, name: str, wrong: Ints, read: Reading | None) -> RecordFault:
         agreeing = self._agreeing(name)
-        children, agree = " and ".join(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
+        children, agree = listed(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
         what = read.sentence if read is not None else "another layout, moment or point than its name says"
         nan = not np.isfinite(self._found.measures.nmse[wrong]).all()
         if nan:
-            what = "NaN that no later operation used: memory captured before it was written, or after it was reused"
+            pair = self._found.pairs[self._place[name]]
+            numbers = "NaN" if np.isnan(pair.ours.values[self._found.row[wrong]]).any() else "infinity"
+            what = f"{numbers} that no later operation used: memory captured before it was written, or after it was reused"
+            what += "" if numbers == "NaN" else ", or an overflow of the capture's own type"
         return RecordFault(
             checkpoint=name,
             layer=parse(name).layer,
             kind="nonfinite" if nan else (read.kind if read is not None else "unknown"),
             positions=tuple(sorted(set(self._found.token_idx[wrong].tolist()))),
             records=len(wrong),
-            sentence=f"{what}; {children}, computed from it, {agree}",
+            sentence=f"{what}; {children}, computed from it, {agree}" if agreeing else what,
             map=read.mapping if read is not None else "",
         )
 

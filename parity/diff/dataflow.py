@@ -20,6 +20,8 @@ Bools = NDArray[np.bool_]
 
 # `Flow.carries_nan`: arithmetic in which NaN gives NaN (IEEE 754), element by element or over the row that a norm divides by.
 _CARRY_NAN = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
+# `Flow.carries_infinity`: what is not finite stays so; a norm divides it by itself.
+_CARRY_INFINITY = frozenset({"ADD", "SUB", "MUL", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
 _FUNCTIONS_OF_NAN = frozenset(
     {"SILU", "SIGMOID", "TANH", "GELU", "GELU_ERF", "GELU_QUICK", "SWIGLU", "GEGLU", "GEGLU_ERF", "GEGLU_QUICK"}
 )
@@ -167,6 +169,11 @@ class Flow(Struct, frozen=True, dict=True):
         if how.op == "MUL_MAT":
             return bool(how.weights)
         return how.op in _CARRY_NAN or how.function in _FUNCTIONS_OF_NAN
+
+    def carries_infinity(self, name: str) -> bool:
+        """Whether a node's operation leaves an infinity in an operand's leading values not finite: sums, norms, rotations, products."""
+        how = self.whole.computations[name]
+        return how.op in _CARRY_INFINITY or (how.op == "MUL_MAT" and (bool(how.weights) or len(how.reads) == 1))
 
     def mixes(self, above: str, below: str) -> bool:
         """Whether a product with weights lies on a path between two points: each element of the lower is then made from whole rows."""

@@ -71,4 +71,4 @@ def is_noise(records: Records, number: int) -> bool:
         return False
     along = float((delta * b).sum()) ** 2 / (energy * max(float((b * b).sum()), 1e-300))
     common = len(delta) * float((delta.mean(axis=0) ** 2).sum()) / energy
-    return along <= _ALONG and common <= _COMMON
+    return along <= _ALONG and (common <= _COMMON or len(delta) == 1)

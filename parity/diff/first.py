@@ -10,11 +10,12 @@ from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
 from checkpoints.points import EMBD
 
 from .dataflow import Stretch
-from .layouts import Allowed, head_size_of, reading
 from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING
+from .moments import Others, reading
 from .next_points import listed, next_points
 from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
+from .readings import LAYOUT, Allowed, head_size_of
 from .records import Records
 from .rounding import rounded_to
 from .same_vector import SameVector, same_vector
@@ -151,14 +152,14 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
         )
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    if layout := reading(ours, ref, allowed, records.ref.points, head_size_of(records.ref.points, headers)):
+    if layout := reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref.points, headers)):
         after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
         sentence = (
             f"{layout.sentence}; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too"
             if after
             else layout.sentence
         )
-        return Pattern("order" if layout.kind == "layout" else "other-record", f"{name}: {sentence}")
+        return Pattern("order" if layout.kind == LAYOUT else "other-record", f"{name}: {sentence}")
     return diagnose(
         Evidence(
             point=name,

@@ -4,7 +4,7 @@ NMSE is Σ(a−b)²/Σb², b the reference. Everything is accumulated in float64
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -75,6 +75,22 @@ class Measured(Struct, frozen=True):
     def names(self) -> tuple[str, ...]:
         """The points in dataflow order."""
         return tuple(pair.point for pair in self.pairs)
+
+    def without(self, points: Collection[str]) -> "Measured":
+        """The same without some points."""
+        left = [number for number, pair in enumerate(self.pairs) if pair.point not in points]
+        keep = np.isin(self.point, left)
+        return replace(
+            self,
+            pairs=tuple(self.pairs[number] for number in left),
+            measures=self.measures.take(keep),
+            point=np.searchsorted(left, self.point[keep]),
+            row=self.row[keep],
+            seq=self.seq[keep],
+            token_idx=self.token_idx[keep],
+            step=self.step[keep],
+            decode=self.decode[keep],
+        )
 
     def names_of(self, some: NDArray[np.bool_]) -> frozenset[str]:
         """The points of these records, bool [R]."""

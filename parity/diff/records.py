@@ -29,6 +29,7 @@ class Judged(Struct, frozen=True):
     otherwise: Bools
     faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
+    blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
 
 
 class Records(Struct, frozen=True, dict=True):

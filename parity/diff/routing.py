@@ -71,10 +71,9 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
         if not is_routing(pair):
             continue
         below = model.descendants(pair.point)
-        layer = parse(pair.point).layer
         how = model.whole.computations.get(pair.point)
         scores = np.flatnonzero(_of(measured, set(how.reads if how is not None else ())))
-        inside = {name for name in below if parse(name).layer == layer and "moe" in name and not name.endswith("moe_out")}
+        inside = _in_order_of(model, pair.point, below)
         for record in np.flatnonzero(measured.point == number).tolist():
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
@@ -106,6 +105,20 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     if orders:
         notes.append(f"{orders[0]}{' and others' if len(set(orders)) > 1 else ''}: the same experts in another order")
     return Routed(left_open & held.failed, tuple(notes))
+
+
+def _in_order_of(model: Flow, point: str, below: set[str]) -> set[str]:
+    """The points of the layer whose values are in the order of the chosen experts: those before their sum.
+
+    Nodes without a telling name are among them if they are made from nothing else (a scaled copy of the ids, say).
+    """
+    inside = {point}
+    for name in model.names:
+        if name not in below or parse(name).layer != parse(point).layer or name.endswith("moe_out"):
+            continue
+        if "moe" in name or (parse(name).known is None and inside.issuperset(model.parents[name])):
+            inside.add(name)
+    return inside - {point}
 
 
 def _limit_of_scores(measured: Measured, held: Held, scores: Ints, seq: int, position: int) -> float:

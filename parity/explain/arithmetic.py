@@ -31,7 +31,9 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return as_float32
     before = _computed_before(exact, first.checkpoint)
     if known.case is None:
-        return as_float32 if before else comparison(ours, ref, options)
+        return (
+            as_float32 if before else comparison(ours, ref, replace(options, truth=None))
+        )  # as though the model were not known
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
     wanted = next((number for number, entry in enumerate(known.case.entries) if entry.point == first.checkpoint), None)
     if wanted is None:

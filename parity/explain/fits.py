@@ -7,7 +7,7 @@ import numpy as np
 from msgspec import Struct
 
 from engine.backend import Array
-from engine.faults import AT, FITTED, Fitted
+from engine.faults import AT, FITTED, FITTED_PARTS, Fitted
 from engine.inapplicable import NotApplicable
 
 from .first_place import AtFirstPlace
@@ -73,8 +73,9 @@ class _Trial(Struct):
 class Fitting(AtFirstPlace):
     """Fits numbers at a state's first place, in one scope of layers."""
 
-    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
+    def __init__(self, screening: Screening, state: State, layers: Layers, fits: Sequence[Fitted] = FITTED) -> None:
         super().__init__(screening, state, layers)
+        self._fits = fits
         self._rows = screening.enough(self._first.row + 2)
 
     def states(self) -> Iterator[State]:
@@ -91,14 +92,16 @@ class Fitting(AtFirstPlace):
 
     def _trials(self) -> Iterator[_Trial]:
         right = self._state.planting.right
-        for fit in FITTED:
+        for fit in self._fits:
             if self._layers is not None and fit.fault.once:
                 continue
             for parameters in fit.variants(right):
                 kinds = parameters.get(AT, fit.fault.kinds)
                 if self._layers is not None and not _in_layers(kinds, self._layers, right):
                     continue
-                if not self._acts(kinds) or (self._layers is None and self._agrees_elsewhere(kinds)):
+                # An expert's fault shows only in the layers that choose it.
+                rare = fit in FITTED_PARTS
+                if not self._acts(kinds) or (self._layers is None and not rare and self._agrees_elsewhere(kinds)):
                     continue
                 wanted = fit.wanted(right, parameters)
                 for start in fit.starts(0.0 if wanted is None else wanted):
@@ -294,16 +297,16 @@ def _in_layers(kinds: Sequence[str], layers: Sequence[int], right: Any) -> bool:
     return any(f"blk.{layers[0]}.{kind}" in right or kind.isupper() for kind in kinds)
 
 
-def fitted(screening: Screening, state: State, layers: Layers) -> list[State]:
+def fitted(screening: Screening, state: State, layers: Layers, fits: Sequence[Fitted] = FITTED) -> list[State]:
     """States in which a fitted number gets beyond the state's first place."""
     if state.first is None:
         return []
-    return list(Fitting(screening, state, layers).states())
+    return list(Fitting(screening, state, layers, fits).states())
 
 
 def order_of_number(candidate: Candidate) -> int | None:
     """The index of a candidate's fault in the list of fitted faults; None for other faults."""
-    for place, fit in enumerate(FITTED):
+    for place, fit in enumerate((*FITTED, *FITTED_PARTS)):
         if fit.fault.name == candidate.fault.name and isinstance(candidate.parameters.get(fit.parameter), float):
             return place
     return None
@@ -311,8 +314,8 @@ def order_of_number(candidate: Candidate) -> int | None:
 
 def remarks(candidate: Candidate, right: Any) -> str:
     """The remarks on a candidate's fitted number; "" for a fault without one."""
-    mine = [fit for fit in FITTED if fit.fault is candidate.fault] or [
-        fit for fit in FITTED if fit.fault.name == candidate.fault.name
+    mine = [fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault is candidate.fault] or [
+        fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault.name == candidate.fault.name
     ]
     for fit in mine:
         value = candidate.parameters.get(fit.parameter)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from msgspec.structs import replace
 
+from engine.faults import FITTED_PARTS
+
 from .batch import beyond, in_two, screened
 from .fits import fitted, order_of_number
 from .likely import Likely
@@ -169,6 +171,11 @@ class OneMore:
                     ),
                 ]
                 if all_explained(states) or self.screening.budget.over():
+                    break
+            for scope in () if all_explained(states) else scopes:
+                of_parts = [other for other in fitted(self.screening, state, scope, FITTED_PARTS) if other.first is None]
+                states += of_parts
+                if of_parts or self.screening.budget.over():
                     break
             self._cached[name] = sorted(states, key=self.rank)
         return self._cached[name]

@@ -71,6 +71,12 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
     if model is None or final is None or weight is None:
         return
     last = in_layer(model.hp.n_layers - 1, "l_out")
+    final_rows = subject.points.get(last)
+    lasts = (
+        {}
+        if final_rows is None or final_rows.indices is not None
+        else {place: leading(final_rows, r) for r, place in enumerate(_places(final_rows))}
+    )
     normed = {place: leading(final, r) for r, place in enumerate(_places(final)) if telling(final)[r]}
     late: dict[str, list[int]] = {}
     for name, rows in subject.points.items():
@@ -82,7 +88,8 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
             if result is None or width < TELLING or not (np.isfinite(row[:width]).all() and np.isfinite(result[:width]).all()):
                 continue
             expected = row[:width].astype(np.float64) * weight[:width]
-            same = _cosine(expected, result[:width].astype(np.float64)) > _SAME_NORM
+            normal = result[:width].astype(np.float64)
+            same = _cosine(expected, normal) > _SAME_NORM and not _is_another(row, lasts.get(place), weight, normal)
             if same and not _is_embedding(subject, model, place[1], row):
                 late.setdefault(name, []).append(place[1])
     if late:
@@ -91,6 +98,18 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
         positions = [position for listed in late.values() for position in listed]
         evidence = f"captured late: these are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
         yield Hit(names[0], min(positions), evidence)
+
+
+def _is_another(
+    row: NDArray[np.float32], last: NDArray[np.float32] | None, weight: NDArray[np.float32], normal: NDArray[np.float64]
+) -> bool:
+    """Whether the last layer's output was recorded as another vector, of which `normal` is the norm as well: where the last layers add
+    next to nothing, the outputs before them have nearly the same direction.
+    """
+    if last is None or len(last) != len(row) or np.allclose(row, last, rtol=1e-6, atol=0):
+        return False
+    width = len(normal)
+    return _cosine(last[:width].astype(np.float64) * weight[:width], normal) > _SAME_NORM
 
 
 def _is_embedding(subject: Subject, model: ModelFacts, position: int, row: NDArray[np.float32]) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.lint import WARNING
-from checkpoints.points import LOGITS, parse
+from checkpoints.points import EMBD, LOGITS, parse
 from checkpoints.record import Rows
 from reports.numbers import count, ranges
 
@@ -164,7 +164,12 @@ def _median(row: NDArray[np.float64]) -> float:
 
 def flat_row(subject: Subject) -> Iterator[Hit]:
     """Rows of one repeated number, or of numbers in even steps."""
+    # A bias that is looked up by distance is the same for all distances beyond the largest.
+    flow = subject.dataflow
+    of_tokens = frozenset() if flow is None else flow.behind(lambda name, _: name.endswith(EMBD))
     for name, rows in subject.points.items():
+        if of_tokens and flow is not None and name in flow.computations and name not in of_tokens:
+            continue
         if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
         origin = subject.computation(name)

@@ -152,12 +152,19 @@ def _projected(graph: Structure, end: int, weights: tuple[str, ...]) -> int | No
     chain = _chain(graph, end, weights)
     if not chain:
         return None
-    product, size = chain[-1], _size(graph, end)
+    product, size = chain[-1], _size(graph, _unpadded(graph, end))
     whole = with_bias(graph, product)
     plain = [i for i in reversed(chain) if i >= whole and _size(graph, i) == size and not _changed(graph, i, whole)]
     if plain:
         return plain[0]
     return whole if graph.weight(product) != _FUSED else None  # latent attention uses queries of another size
+
+
+def _unpadded(graph: Structure, end: int) -> int:
+    """The value itself, where it is written into a cache that has more values a position in other layers."""
+    at = graph.base(end)
+    source = graph.sources[at][0] if graph.nodes[at].op == "PAD" else None
+    return end if source is None else source
 
 
 def _changed(graph: Structure, i: int, whole: int) -> bool:

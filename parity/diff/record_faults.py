@@ -1,0 +1,43 @@
+"""The list of points that were recorded otherwise, with the lines of a `--map` file that settle it."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from checkpoints.answers.diff import RecordFault
+from checkpoints.points import parse
+
+from .dataflow import Flow, ordered
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)
+
+
+def in_order(faults: Sequence[RecordFault], compared: Sequence[str], model: Flow) -> tuple[RecordFault, ...]:
+    """The faults in the order of computation.
+
+    Where every recorded layer of a kind of point has the same `--map` line, that becomes one line, with `{i}` for the layer.
+    """
+    faulty = [fault.checkpoint for fault in faults]
+    place = {name: number for number, name in enumerate(ordered(faulty, model.whole))}
+    names = {*compared, *faulty}
+    recorded: dict[str, int] = Counter(point.kind for point in map(parse, names) if point.layer is not None)
+    lines: dict[str, list[str]] = {}
+    for fault in faults:
+        lines.setdefault(parse(fault.checkpoint).kind, []).append(_for_any_layer(fault))
+    return tuple(
+        replace(fault, map=_for_any_layer(fault)) if _one_line(lines[kind], recorded.get(kind, 0)) else fault
+        for fault in sorted(faults, key=lambda fault: place[fault.checkpoint])
+        for kind in (parse(fault.checkpoint).kind,)
+    )
+
+
+def _one_line(lines: Sequence[str], layers: int) -> bool:
+    return len(lines) == layers and len(lines) > 1 and len(set(lines)) == 1
+
+
+def _for_any_layer(fault: RecordFault) -> str:
+    return fault.map.replace(f"blk.{fault.layer}.", "blk.{i}.") if fault.layer is not None else fault.map
