@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="recipes; all without")
     parser.add_argument("--prompts", default="5,33", help="lengths of the prompts")
     parser.add_argument("--generate", type=int, default=4, help="tokens generated after the first prompt")
+    parser.add_argument("--layers", type=int, default=_WIDE["layers"], help="layers of the model that is timed")
     parser.add_argument("--out", type=Path, help="a file for the tables")
     options = parser.parse_args()
     prompts = [int(text) for text in options.prompts.split(",")]
@@ -69,7 +70,7 @@ def main() -> None:
         for name in options.names or RECIPES:
             rows.append(_measured(RECIPES[name], prompts, options.generate, Path(folder)))
             print(" | ".join(vars(rows[-1]).values()), flush=True)
-        timed = _timed(Path(folder))
+        timed = _timed(Path(folder), options.layers)
     text = _tables(rows, timed, prompts, options.generate)
     print(text)
     if options.out:
@@ -111,19 +112,19 @@ def _consistent(model: Path, count: int) -> str:
     return f"differs: {', '.join(wrong)}" if wrong else "consistent"
 
 
-def _timed(folder: Path) -> dict[str, float]:
+def _timed(folder: Path, layers: int) -> dict[str, float]:
     """Seconds, and ratios within this run: a prompt and a token through lifted steps against the written list; the lift; the recording."""
     times: dict[str, float] = {}
     written = folder / "written.gguf"
-    synthesize(written, shape_like("tiny", **_WIDE), weight_type="f16", tokenizer=embedded())
+    synthesize(written, shape_like("tiny", **_WIDE | {"layers": layers}), weight_type="f16", tokenizer=embedded())
     deep = folder / "deep.gguf"
     synthesize(deep, shape_like("tiny", layers=_LAYERS), tokenizer=embedded())
     with Reference() as reference:
         recorded = reference.graph(written)
         began = perf_counter()
-        layers = reference.graph(deep)
+        many = reference.graph(deep)
         times[f"recording the graph of {_LAYERS} layers (with loading the model)"] = perf_counter() - began
-    times["lifting it, the worst of five"] = max(_lifted(layers) for _ in range(_TIMES))
+    times["lifting it, the worst of five"] = max(_lifted(many) for _ in range(_TIMES))
     engines = (_engine(written, None), _engine(written, recorded))
     pairs = [[_forward(engine) for engine in engines] for _ in range(_TIMES)]
     for at, what in enumerate((f"a prompt of {_TOKENS} tokens", "one more token")):
