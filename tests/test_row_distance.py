@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.weights.gguf_model import GgufModel
-from parity.weights.row_distance import Distance, limit_of
+from parity.weights.row_distance import Distance, Limit, limit_of
 from reference.client import Reference
 
 TYPES = ["F16", "BF16", "Q4_0", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K"))]
@@ -64,3 +64,15 @@ def test_rows_that_all_but_vanish_are_not_wrong() -> None:
     assert limit_of(1).holds(distance_of(held, wanted))
     assert not limit_of(0).holds(distance_of(held, wanted))
     assert limit_of(0).holds(distance_of(np.zeros_like(held), np.zeros_like(held)))
+
+
+def test_a_faint_row_is_judged_as_a_thousandth_of_the_mean() -> None:
+    """A row of a fiftieth of the others' size may be off by what a row of a thousandth of the mean square may, and by no more."""
+    energies = np.full(64, 1.0)
+    energies[3] = 4e-4
+    limit = Limit(whole=1e-3, row=1e-2, element=0.0)
+    for share, wrong in ((0.9, []), (1.1, [3])):
+        distance = Distance.of(64, 8)
+        distance.energies[:] = energies
+        distance.errors[3] = share * limit.row * 1e-3 * energies.mean()
+        assert list(limit.wrong_rows(distance)) == wrong
