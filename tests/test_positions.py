@@ -78,13 +78,14 @@ def test_a_wrong_engine_is_aligned_by_what_it_still_has_right() -> None:
 
 
 def test_logits_of_the_last_token_printed_as_position_0_are_told() -> None:
-    """A point whose records fit the reference elsewhere is a divergence, and the note says where it fits."""
+    """A single row of logits that is the reference's last is right, and a record fault says that only its number is wrong."""
     ours = bare(0)
     last = ours.points["logits"].take([ALL - 1])
     moved = replace(ours, points={**ours.points, "logits": replace(last, token_idx=np.zeros(1, np.int64))})
     verdict = compare(moved, reference())
-    assert not verdict
-    assert any("logits of ours fits the reference +19 positions on" in note for note in verdict.notes)
+    assert verdict
+    (fault,) = verdict.record_faults
+    assert (fault.checkpoint, fault.sentence) == ("logits", "it is the reference's at position 19, the last: only its number is wrong")
     assert not any("fits the reference" in note for note in compare(bare(0, noise=0.1), reference()).notes)
 
 

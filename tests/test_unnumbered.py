@@ -56,4 +56,6 @@ def test_the_last_position_alone_is_not_taken_for_the_first(stories_run: Path, p
     bare.write_text("\n".join([*(line for line in lines if line not in logits), logits[-1], ""]))
     _, answer = parity.json("diff", bare, stories_run / "ref.jsonl", "--compute", "f32")
     assert any("logits has only 1" in note for note in answer["notes"])
-    assert any("logits of ours fits the reference +4 positions on" in note for note in answer["notes"])
+    assert [fault["sentence"] for fault in answer["record_faults"]] == [
+        "it is the reference's at position 4, the last: only its number is wrong"
+    ]

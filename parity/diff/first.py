@@ -152,8 +152,10 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
         )
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    if layout := reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref.points, headers)):
-        after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
+    layout = reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref.points, headers))
+    after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
+    zero = len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all())
+    if layout is not None and not (zero and after):  # zeros that are used were computed
         sentence = (
             f"{layout.sentence}; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too"
             if after
@@ -178,7 +180,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             token=records.text_of(name, int(records.token_idx[first])),
             alike=_alike(records, here, failing),
             gradual=_gradual(records, here),
-            zero=len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all()),
+            zero=zero,
         )
     )
 
