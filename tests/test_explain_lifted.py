@@ -13,6 +13,7 @@ from planted import PATIENT, Faulty, Planted, tokens_of
 from checkpoints.reading.reader import read
 from engine.backend import Array
 from engine.faults import CATALOGUE, FITTED, plant
+from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
 from parity.arbiter.arbiter import Arbiter
@@ -158,3 +159,24 @@ def test_a_fault_smaller_than_what_the_table_of_gelu_costs(
     assert bool(explanation) is (eps is None)
     assert [cause.named.fault for cause in explanation.causes] == ([] if eps is None else ["norm-epsilon"])
     assert explanation.remaining is None
+
+
+def test_a_last_layer_whose_output_has_another_name(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """A small ramp in the last layer's V of step35, where no point is called l_out: it is placed, and nothing breaks."""
+    model = small_model("step35")
+    engine = Faulty(model, reference.graph(model))
+    assert "blk.3.l_out" not in {step.makes for step in engine.right}
+
+    def ramp(step: Step) -> Step:
+        def op(*inputs: Array, **params: Any) -> Array:
+            value = step.op(*inputs, **params)
+            return value * (1 + np.float32(2e-4) * np.linspace(0, 1, value.shape[-1], dtype=np.float32))
+
+        return replace(step, op=op)
+
+    steps = [ramp(step) if step.makes == "blk.3.v_read" else step for step in engine.right]
+    dump = engine.dump(Planted(()), tokens_of(model, 6, seed=1), points="all", size=1 << 20, steps=steps)
+    answer = explain(dump, model, PATIENT)
+    assert answer.first is not None
+    assert answer.first.checkpoint == "blk.3.v_read"
+    assert not answer.causes

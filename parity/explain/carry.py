@@ -16,8 +16,11 @@ _CARRIED = 512  # rows computed at once: enough to keep the matrix products busy
 
 
 def steps_between(state: State, layer: int, point: str) -> list[Step]:
-    """The steps between a layer's output and a point, if `carry` can compute them; else none."""
-    steps = list(state.steps[state.order[f"blk.{layer}.l_out"] + 1 : state.order[point] + 1])
+    """The steps between a layer's output and a point, if `carry` can compute them; else none (a last layer's may have no name)."""
+    start = state.order.get(f"blk.{layer}.l_out")
+    if start is None:
+        return []
+    steps = list(state.steps[start + 1 : state.order[point] + 1])
     known = parse(point).known
     plain = known is not None and "t+1" not in known.row
     return steps if plain and all(can_batch(step) for step in steps) else []
