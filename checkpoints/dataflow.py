@@ -20,7 +20,7 @@ _MOST_NAMES = 1 << 17  # points and weights that they read, in total
 _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 
 
-class Made(Struct, frozen=True):
+class Computation(Struct, frozen=True):
     """How one point is computed: ggml's name of the operation, the points that it reads, the GGUF names of its weights.
 
     `function` is which one a UNARY or GLU computes ("GELU", "SWIGLU"); empty where nothing says it, as in older headers.
@@ -39,21 +39,21 @@ class Made(Struct, frozen=True):
 class Dataflow(Struct, frozen=True, dict=True):
     """Points in the order of computation, each with how it is computed. A point comes after everything it reads."""
 
-    made: Mapping[str, Made]
+    computations: Mapping[str, Computation]
 
     @cached_property
     def readers(self) -> Mapping[str, tuple[str, ...]]:
         """The points that read each point, in the order of computation."""
-        readers: dict[str, list[str]] = {name: [] for name in self.made}
-        for name, how in self.made.items():
+        readers: dict[str, list[str]] = {name: [] for name in self.computations}
+        for name, how in self.computations.items():
             for other in how.reads:
                 readers[other].append(name)
         return {name: tuple(names) for name, names in readers.items()}
 
-    def behind(self, operation: Callable[[str, Made], bool]) -> frozenset[str]:
+    def behind(self, operation: Callable[[str, Computation], bool]) -> frozenset[str]:
         """The points that are made by such an operation, or from what one made."""
         behind: set[str] = set()
-        for name, how in self.made.items():  # what a point reads stands before it
+        for name, how in self.computations.items():  # what a point reads stands before it
             if operation(name, how) or not behind.isdisjoint(how.reads):
                 behind.add(name)
         return frozenset(behind)
@@ -63,12 +63,16 @@ class Dataflow(Struct, frozen=True, dict=True):
 
         Only nodes outside the vocabulary can be; so can what attention reads from its cache, which is another point's value.
         """
-        how, readers = self.made[name], self.readers[name]
+        how, readers = self.computations[name], self.readers[name]
         if how.op == CACHE:
             return True
-        if parse(name).known is not None or not readers or any(self.made[reader].reads != (name,) for reader in readers):
+        if (
+            parse(name).known is not None
+            or not readers
+            or any(self.computations[reader].reads != (name,) for reader in readers)
+        ):
             return False
-        return len(readers) == 1 or all(self.made[reader].op in _VIEWS for reader in readers)
+        return len(readers) == 1 or all(self.computations[reader].op in _VIEWS for reader in readers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers that are computed alike are given once.
@@ -77,7 +81,7 @@ class Dataflow(Struct, frozen=True, dict=True):
         "^" for the one before. An operation's function follows it: "UNARY:GELU".
         """
         layers: dict[int | None, dict[str, Any]] = {}
-        for name, how in self.made.items():
+        for name, how in self.computations.items():
             point = parse(name)
             op = f"{how.op}:{how.function}" if how.function else how.op
             entry = [op, *([[_relative(other, point.layer) for other in names] for names in (how.reads, how.weights)])]
@@ -102,7 +106,7 @@ class Dataflow(Struct, frozen=True, dict=True):
         Raises:
             ValueError: the data are damaged.
         """
-        origins: dict[str, Made] = {}
+        origins: dict[str, Computation] = {}
         names = 0
         for span, kinds in plain.items():
             for layer in _layers(span):
@@ -116,7 +120,7 @@ class Dataflow(Struct, frozen=True, dict=True):
                     if len(origins) >= _MOST or names > _MOST_NAMES:
                         raise ValueError(f"the dataflow has more than {_MOST:,} points or {_MOST_NAMES:,} names")
                     points, tensors = (tuple(_absolute(text, layer) for text in texts) for texts in (reads, weights))
-                    origins[name] = Made(op, points, tensors, function)
+                    origins[name] = Computation(op, points, tensors, function)
         for name, how in origins.items():
             if missing := [other for other in how.reads if other not in origins]:
                 raise ValueError(f"the dataflow of {name!r} reads {missing[0]!r}, which is not in it")
@@ -156,13 +160,13 @@ def _absolute(text: str, layer: int | None) -> str:
     return in_layer(layer - (text[0] == "^"), text[1:])
 
 
-def _sorted(origins: dict[str, Made]) -> dict[str, Made]:
+def _sorted(origins: dict[str, Computation]) -> dict[str, Computation]:
     """Sorted so that every point comes after what it reads, and by layer as far as that leaves a choice.
 
     Raises:
         ValueError: a point depends on itself.
     """
-    placed: dict[str, Made] = {}
+    placed: dict[str, Computation] = {}
     for start in sorted(origins, key=_section):
         stack = [(start, iter(origins[start].reads))]
         open_names = {start}
@@ -203,23 +207,23 @@ def of_vocabulary(recorded: Sequence[str], n_layers: int | None = None) -> Dataf
         else:
             inside.setdefault(point.layer, []).append(point.kind)
     count = n_layers or max((layer + 1 for layer in inside), default=0)
-    origins: dict[str, Made] = {EMBD: Made(KINDS[EMBD].op)}
+    origins: dict[str, Computation] = {EMBD: Computation(KINDS[EMBD].op)}
     last = EMBD
-    templates: dict[tuple[str, ...], dict[str, Made]] = {}
+    templates: dict[tuple[str, ...], dict[str, Computation]] = {}
     for layer in sorted({*range(count), *inside}):
         kinds = tuple(inside.get(layer, ()))
         for kind, how in _template(kinds, templates).items():
             reads = tuple(last if other == _INPUT else in_layer(layer, other) for other in how.reads)
-            origins[in_layer(layer, kind)] = Made(how.op, reads)
+            origins[in_layer(layer, kind)] = Computation(how.op, reads)
         last = next(reversed(origins))
     for name in outside:
         if name not in origins:
-            origins[name] = Made(KINDS[name].op if name in KINDS else "", (last,))
+            origins[name] = Computation(KINDS[name].op if name in KINDS else "", (last,))
             last = name
     return Dataflow(origins)
 
 
-def _template(kinds: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Made]]) -> dict[str, Made]:
+def _template(kinds: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Computation]]) -> dict[str, Computation]:
     if kinds not in known:
         known[kinds] = _layer(kinds)
     return known[kinds]
@@ -228,11 +232,11 @@ def _template(kinds: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Mad
 _INPUT = "-"  # the input of a layer
 
 
-def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
+def _layer(recorded: tuple[str, ...]) -> dict[str, Computation]:
     """The points of one layer by their kinds."""
     wanted = [kind.name for kind in LAYER_KINDS if kind.name in recorded or not kind.optional]
     names = [parse(name).kind for name in order([in_layer(0, kind) for kind in (*recorded, *wanted)])]
-    origins: dict[str, Made] = {}
+    origins: dict[str, Computation] = {}
     above: dict[str, set[str]] = {_INPUT: set()}
     front = [_INPUT]
     for name in names:
@@ -241,7 +245,7 @@ def _layer(recorded: tuple[str, ...]) -> dict[str, Made]:
         parents = [other for other in front if not apart(_lane(other), lane)]
         direct = [other for other in parents if not any(other in above[third] for third in parents)]
         reads = dict.fromkeys([*direct, kind.adds] if kind is not None and kind.adds else direct)
-        origins[name] = Made("" if kind is None else kind.op, tuple(reads))
+        origins[name] = Computation("" if kind is None else kind.op, tuple(reads))
         above[name] = {*direct, *(further for other in direct for further in above[other])}
         # A point stays at the front as long as a branch other than this one may read it.
         front = [

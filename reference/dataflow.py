@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from checkpoints.dataflow import CACHE, Dataflow, Made
+from checkpoints.dataflow import CACHE, Computation, Dataflow
 from checkpoints.points import parse
 
 from .jobs import Node, Source
@@ -30,8 +30,8 @@ def of_passes(plans: Plans) -> Dataflow:
     if plans.encoder is None:
         return dataflow(plans.prompt.nodes, plans.prompt.planned)
     first = dataflow(plans.encoder.nodes, plans.encoder.planned)
-    second = dataflow(plans.prompt.nodes, plans.prompt.planned, list(first.made)[-1])
-    return Dataflow({**first.made, **second.made})
+    second = dataflow(plans.prompt.nodes, plans.prompt.planned, list(first.computations)[-1])
+    return Dataflow({**first.computations, **second.computations})
 
 
 class _Walk:
@@ -59,11 +59,13 @@ class _Walk:
     def dataflow(self) -> Dataflow:
         """The dataflow, points in the order of computation; a read of a later point is left out."""
         read = {(item.node.address, item.operand): item.point for item in self._planned if item.operand is not None}
-        origins: dict[str, Made] = {}
+        origins: dict[str, Computation] = {}
         for item in self._planned:
             node = item.node
             if item.part is not None and node.address in self._point:
-                origins[item.point] = Made("VIEW", (self._point[node.address],) if self._point[node.address] in origins else ())
+                origins[item.point] = Computation(
+                    "VIEW", (self._point[node.address],) if self._point[node.address] in origins else ()
+                )
                 continue
             sources = node.sources if item.operand is None else (node.sources[item.operand],)
             points: list[str] = []
@@ -76,7 +78,7 @@ class _Walk:
             known = [name for name in dict.fromkeys(points) if name in origins or name == self._encoded]
             maker = self._maker(node)
             op, function = (maker.op, maker.function) if item.operand is None else (CACHE, "")
-            origins[item.point] = Made(op, tuple(known), tuple(dict.fromkeys(weights)), function)
+            origins[item.point] = Computation(op, tuple(known), tuple(dict.fromkeys(weights)), function)
         return Dataflow(origins)
 
     def _maker(self, node: Node) -> Node:

@@ -50,7 +50,7 @@ def lines(conformance: Conformance, width: int) -> Iterator[Text]:
     yield from matrix(conformance, width)
     yield Text("")
     for number, cause in enumerate(conformance.causes[:_CAUSES]):
-        yield from labelled([("causes" if not number else "", clean(said(cause, conformance)))], width, label=8)
+        yield from labelled([("causes" if not number else "", clean(cause_line(cause, conformance)))], width, label=8)
     if len(conformance.causes) > _CAUSES:
         yield from labelled([("", f"and {len(conformance.causes) - _CAUSES} more (--format json lists them)")], width, label=8)
     if refusals := _refusals(conformance):
@@ -120,7 +120,7 @@ def legend(conformance: Conformance) -> list[str]:
     return [f"{letter} {words}" for name, (letter, words) in reversed(LETTERS.items()) if name in seen]
 
 
-def said(cause: SharedCause, conformance: Conformance) -> str:
+def cause_line(cause: SharedCause, conformance: Conformance) -> str:
     """One cause in a line: what, how many cells, which."""
     parts = (_axis(name, [str(getattr(cell, name)) for cell in cause.cells], conformance) for name in _AXES)
     return " · ".join([f"{cause.cause}: {count(len(cause.cells), 'cell')}", *filter(None, parts)])
@@ -243,7 +243,7 @@ def markdown(conformance: Conformance) -> str:
     for name in axis(conformance.results, "architecture"):
         letters = [LETTERS[worst][0] if (worst := worst_of(conformance, name, column)) else "" for column in types]
         rows.append(f"| {clean(name)} | {' | '.join(letters)} |")
-    causes = [f"- `{clean(said(cause, conformance)).replace('`', chr(39))}`" for cause in conformance.causes]
+    causes = [f"- `{clean(cause_line(cause, conformance)).replace('`', chr(39))}`" for cause in conformance.causes]
     head = "## Conformance: " + (
         "nothing is wrong" if conformance else f"{sum(r.wrong for r in conformance.results)} cells fail"
     )

@@ -2,7 +2,7 @@
 
 from checkpoints.answers.conform import Conformance, axis
 
-from .conform import LETTERS, legend, outcome, said, summary, worst_of
+from .conform import LETTERS, cause_line, legend, outcome, summary, worst_of
 from .html import template
 
 
@@ -14,7 +14,7 @@ def conform_html(conformance: Conformance) -> str:
         found=conformance,
         headline="nothing is wrong" if conformance else f"{failing} of {len(conformance.results)} cells fail",
         summary=summary(conformance),
-        causes=[(said(cause, conformance), cause.sentence) for cause in conformance.causes],
+        causes=[(cause_line(cause, conformance), cause.sentence) for cause in conformance.causes],
         legend=" · ".join(legend(conformance)),
         types=types,
         matrix=[

@@ -58,8 +58,8 @@ def remarks(drift: Drift) -> Iterator[tuple[str, str]]:
     """Named sentences: which versions changed, which errors grow, what was rewritten."""
     moved = max((point.of_limit for point in drift.points), default=0.0)
     for change in drift.changes:
-        sentence = f"{clean(change.what)} was {clean(change.before)}, is now {clean(change.now)}"
-        yield "changed", sentence
+        before, now = clean(change.before) or "not stated", clean(change.now) or "not stated"
+        yield "changed", f"{clean(change.what)} was {before}, is now {now}"
     if drift.changes:
         yield "", f"the numbers {'moved by up to ' + of_limit(moved) + ' of their limits' if moved else 'did not move'}"
     for finding in drift.findings:

@@ -25,7 +25,7 @@ def flows(verdict: Verdict, points: Sequence[str], sides: Sequence[Dump]) -> dic
     place = {name: number for number, name in enumerate(points)}
     status = {point.checkpoint: point.status for point in verdict.points}
     layers: dict[int | None, list[str]] = {}
-    for name in flow.made:
+    for name in flow.computations:
         point = parse(name)
         if name in place or (point.known is not None and not point.known.optional):
             layers.setdefault(point.layer, []).append(name)
@@ -68,7 +68,7 @@ def _graph(
         {
             "name": clean(name),
             "label": clean(parse(name).kind if name in inside and layer is not None else name),
-            "op": clean(flow.made[name].op),
+            "op": clean(flow.computations[name].op),
             "row": rows[name],
             "column": columns[name],
             "point": place.get(name),
@@ -83,16 +83,16 @@ def _graph(
 def _sources(name: str, inside: set[str], flow: Dataflow) -> list[str]:
     """The drawn points that a point is made from, through those that are not drawn; points of the vocabulary end a way from outside."""
     sources: dict[str, None] = {}
-    waiting, seen = list(reversed(flow.made[name].reads)), set[str]()
+    waiting, seen = list(reversed(flow.computations[name].reads)), set[str]()
     while waiting:
         source = waiting.pop()
         if source in seen:
             continue
         seen.add(source)
-        if source in inside or parse(source).known is not None or not flow.made[source].reads:
+        if source in inside or parse(source).known is not None or not flow.computations[source].reads:
             sources[source] = None
         else:
-            waiting += reversed(flow.made[source].reads)
+            waiting += reversed(flow.computations[source].reads)
     return list(sources)
 
 

@@ -54,7 +54,7 @@ def test_float64_knows_states(
     dump(engine, OursJob(wrong, PROMPT, generated=GENERATED, points="all"))
     llama, ours = load(right), load(wrong)
 
-    def said(left: Dump, other: Dump) -> str:
+    def nearer(left: Dump, other: Dump) -> str:
         verdict = compared_on(left, other, Options(), model).verdict
         assert verdict.first_divergence is not None
         assert (verdict.first_divergence.checkpoint, verdict.first_divergence.token_idx) == (STATE, len(PROMPT) - 1)
@@ -63,8 +63,8 @@ def test_float64_knows_states(
         assert len(verdict.truth.values) == 16
         return verdict.truth.alone
 
-    assert said(ours, llama) == "ours"
-    assert said(llama, ours) == "reference"
+    assert nearer(ours, llama) == "ours"
+    assert nearer(llama, ours) == "reference"
     distances = KnownModel(llama, model).distances({STATE: llama.points[STATE]})[STATE]
     assert llama.points[STATE].token_idx.tolist() == [2, 3, 4]
     assert (distances < NEAR).all()

@@ -6,7 +6,7 @@ from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
 from msgspec.structs import replace
 
 from checkpoints.answers.diff import FRESH, INHERITED, Verdict
-from checkpoints.dataflow import Dataflow, Made
+from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.errors import DumpError, InputError
 from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
@@ -255,11 +255,11 @@ def test_next_can_be_selected() -> None:
 def test_an_encoder_has_no_causal_mask() -> None:
     """Right at position 0 and wrong from 1 on does not point to a mask, or to Q and K alone, if every position sees all others."""
     origins = {
-        "enc.embd": Made("GET_ROWS"),
-        "enc.blk.0.kq": Made("MUL_MAT", ("enc.embd", "enc.embd")),
-        "enc.blk.0.kq_soft_max": Made("SOFT_MAX", ("enc.blk.0.kq",)),
-        "enc.blk.0.l_out": Made("MUL_MAT", ("enc.embd", "enc.blk.0.kq_soft_max")),
-        "logits": Made("MUL_MAT", ("enc.blk.0.l_out",), ("output.weight",)),
+        "enc.embd": Computation("GET_ROWS"),
+        "enc.blk.0.kq": Computation("MUL_MAT", ("enc.embd", "enc.embd")),
+        "enc.blk.0.kq_soft_max": Computation("SOFT_MAX", ("enc.blk.0.kq",)),
+        "enc.blk.0.l_out": Computation("MUL_MAT", ("enc.embd", "enc.blk.0.kq_soft_max")),
+        "logits": Computation("MUL_MAT", ("enc.blk.0.l_out",), ("output.weight",)),
     }
     header = replace(HEADER, dataflow=Dataflow(origins).to_json())
     ref = random(("enc.embd", "enc.blk.0.l_out", "logits"))

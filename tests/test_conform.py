@@ -19,7 +19,7 @@ from checkpoints.errors import InputError
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROMPTS, TYPES, cells, modes_of, prompt_of
 from parity.conform.table import GrowingTable
-from reports.conform import said
+from reports.conform import cause_line
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -332,7 +332,7 @@ def test_a_cause_of_one_kind_of_rope_says_so() -> None:
         (" ".join(kinds), "rope-pairs: 5 cells · all architectures"),
     ):
         answer = conformance(wrong)
-        assert said(answer.causes[0], answer) == words
+        assert cause_line(answer.causes[0], answer) == words
 
 
 def test_a_result_is_read_back() -> None:

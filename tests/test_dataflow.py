@@ -8,7 +8,7 @@ import pytest
 from dumps import HEADER, dump, noisy, random, spoiled
 from msgspec.structs import replace
 
-from checkpoints.dataflow import CACHE, Dataflow, Made, of_vocabulary
+from checkpoints.dataflow import CACHE, Computation, Dataflow, of_vocabulary
 from checkpoints.points import LAYER_KINDS, in_layer
 from checkpoints.reading.reader import read
 from engine.backend import choose
@@ -25,18 +25,18 @@ from reference.jobs import DumpJob
 
 # A layer as Cohere builds it: attention and feed-forward side by side, both of one norm.
 PARALLEL = {
-    "embd": Made("GET_ROWS", (), ("token_embd.weight",)),
-    "blk.0.attn_norm": Made("NORM", ("embd",), ("blk.0.attn_norm.weight",)),
-    "blk.0.attn_out": Made("MUL_MAT", ("blk.0.attn_norm",), ("blk.0.attn_output.weight",)),
-    "blk.0.ffn_out": Made("MUL_MAT", ("blk.0.attn_norm",), ("blk.0.ffn_down.weight",)),
-    "blk.0.l_out": Made("ADD", ("blk.0.attn_out", "blk.0.ffn_out", "embd")),
-    "logits": Made("MUL_MAT", ("blk.0.l_out",), ("output.weight",)),
+    "embd": Computation("GET_ROWS", (), ("token_embd.weight",)),
+    "blk.0.attn_norm": Computation("NORM", ("embd",), ("blk.0.attn_norm.weight",)),
+    "blk.0.attn_out": Computation("MUL_MAT", ("blk.0.attn_norm",), ("blk.0.attn_output.weight",)),
+    "blk.0.ffn_out": Computation("MUL_MAT", ("blk.0.attn_norm",), ("blk.0.ffn_down.weight",)),
+    "blk.0.l_out": Computation("ADD", ("blk.0.attn_out", "blk.0.ffn_out", "embd")),
+    "logits": Computation("MUL_MAT", ("blk.0.l_out",), ("output.weight",)),
 }
 
 
 def test_the_vocabularys_order() -> None:
     """Branches that have not met do not read each other; residual sums read both of their operands."""
-    origins = of_vocabulary(["blk.1.l_out"], 2).made
+    origins = of_vocabulary(["blk.1.l_out"], 2).computations
     assert origins["blk.0.kq"].reads == ("blk.0.q_rope", "blk.0.k_rope")
     assert origins["blk.0.kqv_out"].reads == ("blk.0.v", "blk.0.kq_soft_max")
     assert origins["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
@@ -47,7 +47,7 @@ def test_the_vocabularys_order() -> None:
     assert all(place[other] < place[name] for name, how in origins.items() for other in how.reads)
     optional = {kind.name for kind in LAYER_KINDS if kind.optional}
     assert not optional & {name.rpartition(".")[2] for name in origins}
-    assert of_vocabulary(["blk.0.q_norm"], 1).made["blk.0.q_rope"].reads == ("blk.0.q_norm",)
+    assert of_vocabulary(["blk.0.q_norm"], 1).computations["blk.0.q_rope"].reads == ("blk.0.q_norm",)
 
 
 def test_a_mask_is_seen_in_the_references_scores(tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_it_survives_a_header() -> None:
     plain = json.loads(json.dumps(whole.to_json()))
     assert list(plain) == ["", "0", "1..39"]
     again = Dataflow.from_json(plain)
-    assert list(again.made.items()) == list(whole.made.items())
-    function = Dataflow({"embd": Made("GET_ROWS"), "blk.0.act": Made("UNARY", ("embd",), (), "GELU")})
+    assert list(again.computations.items()) == list(whole.computations.items())
+    function = Dataflow({"embd": Computation("GET_ROWS"), "blk.0.act": Computation("UNARY", ("embd",), (), "GELU")})
     assert function.to_json()["0"] == {"act": ["UNARY:GELU", ["embd"], []]}
-    assert Dataflow.from_json(function.to_json()).made == function.made
+    assert Dataflow.from_json(function.to_json()).computations == function.computations
     for damaged in (
         {"0": {"q": ["MUL_MAT", [".strange"], []]}},
         {"0": {"q": ["MUL_MAT", [".q"], []]}},
@@ -123,10 +123,10 @@ def test_llama_cpps_graph(tmp_path: Path) -> None:
     assert header.dataflow is not None
     assert len(json.dumps(header.dataflow)) < 4096
     whole = Dataflow.from_json(header.dataflow)
-    assert whole.made["blk.7.k_read"] == Made(CACHE, ("blk.7.k_rope",))
-    assert whole.made["blk.7.attn_out"].weights == ("blk.7.attn_output.weight",)
-    assert (whole.made["blk.7.ffn_swiglu"].op, whole.made["blk.7.ffn_swiglu"].function) == ("GLU", "SWIGLU")
-    every = tuple(name for name in of_vocabulary([], 24).made)
+    assert whole.computations["blk.7.k_read"] == Computation(CACHE, ("blk.7.k_rope",))
+    assert whole.computations["blk.7.attn_out"].weights == ("blk.7.attn_output.weight",)
+    assert (whole.computations["blk.7.ffn_swiglu"].op, whole.computations["blk.7.ffn_swiglu"].function) == ("GLU", "SWIGLU")
+    every = tuple(name for name in of_vocabulary([], 24).computations)
     parents = [{name: sorted(names) for name, names in model.parents.items()} for model in (flow(every, whole), flow(every))]
     assert parents[0] == parents[1]
     unread = {name for name, readers in whole.readers.items() if not readers}
@@ -141,8 +141,8 @@ def test_a_fused_product_is_read_by_its_parts(small_model: Callable[..., Path], 
     header = read(tmp_path / "ref.jsonl").header
     assert header is not None
     whole = Dataflow.from_json(header.dataflow or {})
-    assert whole.made["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
-    assert whole.made["blk.0.ffn_gate"].reads == whole.made["blk.0.ffn_up"].reads == ("blk.0.ffn_gate_up",)
+    assert whole.computations["blk.0.ffn_swiglu"].reads == ("blk.0.ffn_gate", "blk.0.ffn_up")
+    assert whole.computations["blk.0.ffn_gate"].reads == whole.computations["blk.0.ffn_up"].reads == ("blk.0.ffn_gate_up",)
     assert whole.part_of_next("blk.0.ffn_gate_up")
     assert [name for name, readers in whole.readers.items() if not readers] == ["logits"]
 
@@ -153,8 +153,8 @@ def test_experts_are_read_by_the_router(small_model: Callable[..., Path], refere
     dumped = read(tmp_path / "ref.jsonl")
     assert dumped.header is not None
     whole = Dataflow.from_json(dumped.header.dataflow or {})
-    assert "blk.0.ffn_moe_topk" in whole.made["blk.0.ffn_moe_gate"].reads
-    assert whole.made["blk.0.ffn_moe_topk"].op in ("ARGSORT", "TOP_K")
+    assert "blk.0.ffn_moe_topk" in whole.computations["blk.0.ffn_moe_gate"].reads
+    assert whole.computations["blk.0.ffn_moe_topk"].op in ("ARGSORT", "TOP_K")
     assert compare(dumped, dumped)
 
 

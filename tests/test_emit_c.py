@@ -156,6 +156,7 @@ def test_swapped_buffers_are_linted_and_wrong_rope_is_diffed(
 
 
 @needs_gcc
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_the_cuda_part_compiles(tmp_path: Path) -> None:
     """nvcc takes the header with PARITY_CUDA, and a call with a stream."""

@@ -10,6 +10,7 @@ from cli import Cli, refused
 from explaining import PROMPT, RIGHT, STEPS, only, small_engine
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
+from slow import slow_but
 
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
@@ -51,7 +52,12 @@ def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) ->
 
 
 @pytest.mark.parametrize(
-    ("layers", "points"), [((2, 3), "embd,blk.0.l_out,blk.3.l_out"), ((0, 1), "default"), ((1, 3), "default")]
+    ("layers", "points"),
+    [
+        pytest.param((2, 3), "embd,blk.0.l_out,blk.3.l_out", marks=pytest.mark.slow),
+        ((0, 1), "default"),
+        pytest.param((1, 3), "default", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_in_some_layers_is_named_with_them(engine: Faulty, layers: tuple[int, ...], points: str) -> None:
     """From one layer on, up to one, or in every second one: one cause, not one for each layer."""
@@ -60,6 +66,7 @@ def test_a_fault_in_some_layers_is_named_with_them(engine: Faulty, layers: tuple
     assert explanation.remaining is None
 
 
+@pytest.mark.slow
 def test_three_faults_in_front_of_one_checkpoint_are_tried_together(engine: Faulty) -> None:
     """None of them gets past it alone: those whose effects add up to the error are tried first, and reproduce it."""
     faults = (
@@ -118,7 +125,16 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("no-qkv-bias", "rope-pairs"), ("rope-base", "no-final-norm"), ("layer-norm", "logits-row-order"), ("bos", "activation")],
+    slow_but(
+        [
+            ("no-qkv-bias", "rope-pairs"),
+            ("rope-base", "no-final-norm"),
+            ("layer-norm", "logits-row-order"),
+            ("bos", "activation"),
+        ],
+        ("rope-base", "no-final-norm"),
+        ("bos", "activation"),
+    ),
 )
 def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str]) -> None:
     """What the first fault leaves is searched again, also where both act in front of one checkpoint."""

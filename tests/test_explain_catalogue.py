@@ -8,6 +8,7 @@ import pytest
 from fault_places import HALVES, PLACES
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
+from slow import slow_but
 
 from engine.faults import CATALOGUE
 from engine.synth import Shape, synthesize
@@ -46,6 +47,10 @@ _MODELS: dict[str, tuple[Shape, str]] = {
 }
 # Those that only some architectures can have are shown in test_explain_architectures.
 _ANYWHERE = [name for name in CATALOGUE if name not in PLACES and name not in HALVES]
+_SLOW = (  # a second and more each
+    *("cache-shifted", "norm-in-halves", "cache-of-other", "rope-position-per-pass", "rope-after-cache", "nibble-order"),
+    *("cache-row-missing", "no-gate", "layer-norm", "attn-scale"),
+)
 _BY_LLAMA = {"Q3_K_M", "Q4_K_M", "Q6_K"}  # types that gguf-py cannot make
 
 Models = Callable[[str], Faulty]
@@ -72,7 +77,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, reference: Reference) -> Mo
     return of
 
 
-@pytest.mark.parametrize("name", _ANYWHERE)
+@pytest.mark.parametrize("name", slow_but(_ANYWHERE, *(name for name in _ANYWHERE if name not in _SLOW)))
 def test_each_fault_is_named(name: str, faulty: Models) -> None:
     """A dump of sixteen values a record, without sketch and statistics, is enough to name the fault or one that is its equal."""
     engine = faulty(name)

@@ -183,6 +183,14 @@ def test_drift_in_every_format() -> None:
         assert all(point["margin"] is None or point["margin"] > 0 for point in answer["points"])
 
 
+def test_what_was_not_stated_is_called_so() -> None:
+    """A fact that one of two checks lacks is "not stated", not an empty place in the sentence."""
+    drift = replace(drift_of(passing().verdict), changes=(Change("compute", "", "f32"), Change("build", "a", "")))
+    text = "\n".join(line.plain for line in lines(drift, 100))
+    assert "compute was not stated, is now f32" in text
+    assert "build was a, is now not stated" in text
+
+
 def markdown_of(drift: Drift) -> str:
     """Markdown with its escapes taken out, to be searched."""
     return drift_as_markdown(drift).replace("\\", "")

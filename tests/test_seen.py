@@ -6,7 +6,7 @@ from dumps import HEADER, Arrays, dump, noisy, random, spoiled
 from msgspec.structs import replace
 from planted import Faulty, Planted
 
-from checkpoints.dataflow import Dataflow, Made
+from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.record import Dump
 from engine.replay.precision import ROUNDINGS
 from parity.diff.compare import Options, compare
@@ -119,13 +119,13 @@ def test_an_engine_with_8_bit_activations_is_judged_as_one(stories) -> None:  # 
 
 
 ROUTER = {
-    "embd": Made("GET_ROWS"),
-    "blk.0.ffn_moe_probs": Made("SOFT_MAX", ("embd",)),
-    "blk.0.ffn_moe_topk": Made("ARGSORT", ("blk.0.ffn_moe_probs",)),
-    "blk.0.ffn_moe_gate": Made("MUL_MAT_ID", ("embd", "blk.0.ffn_moe_topk")),
-    "blk.0.ffn_moe_out": Made("ADD", ("blk.0.ffn_moe_gate",)),
-    "blk.0.l_out": Made("ADD", ("blk.0.ffn_moe_out", "embd")),
-    "logits": Made("MUL_MAT", ("blk.0.l_out",), ("output.weight",)),
+    "embd": Computation("GET_ROWS"),
+    "blk.0.ffn_moe_probs": Computation("SOFT_MAX", ("embd",)),
+    "blk.0.ffn_moe_topk": Computation("ARGSORT", ("blk.0.ffn_moe_probs",)),
+    "blk.0.ffn_moe_gate": Computation("MUL_MAT_ID", ("embd", "blk.0.ffn_moe_topk")),
+    "blk.0.ffn_moe_out": Computation("ADD", ("blk.0.ffn_moe_gate",)),
+    "blk.0.l_out": Computation("ADD", ("blk.0.ffn_moe_out", "embd")),
+    "logits": Computation("MUL_MAT", ("blk.0.l_out",), ("output.weight",)),
 }
 
 
@@ -188,8 +188,8 @@ def test_chosen_experts_tell_nothing_of_their_scores() -> None:
 
 
 GROUPS = ROUTER | {
-    "blk.0.get_rows": Made("GET_ROWS", ("blk.0.ffn_moe_probs",)),
-    "blk.0.ffn_moe_topk": Made("ARGSORT", ("blk.0.get_rows",)),
+    "blk.0.get_rows": Computation("GET_ROWS", ("blk.0.ffn_moe_probs",)),
+    "blk.0.ffn_moe_topk": Computation("ARGSORT", ("blk.0.get_rows",)),
 }
 
 

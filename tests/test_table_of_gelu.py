@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
-from checkpoints.dataflow import Made
+from checkpoints.dataflow import Computation
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Rows
 from engine.backend import Array
@@ -247,10 +247,10 @@ def test_the_header_says_which_function_is_looked_up(op: str, right: bool) -> No
 
 def test_an_erf_is_not_looked_up() -> None:
     """What is said decides; the name only where nothing is said, as in headers of older versions."""
-    assert Made("GLU", function="GEGLU").looked_up("blk.0.ffn_act")
-    assert not Made("GLU", function="GEGLU_ERF").looked_up("blk.0.ffn_geglu")
-    assert Made("GLU").looked_up("blk.0.ffn_geglu")
-    assert not Made("GLU").looked_up("blk.0.ffn_swiglu")
+    assert Computation("GLU", function="GEGLU").looked_up("blk.0.ffn_act")
+    assert not Computation("GLU", function="GEGLU_ERF").looked_up("blk.0.ffn_geglu")
+    assert Computation("GLU").looked_up("blk.0.ffn_geglu")
+    assert not Computation("GLU").looked_up("blk.0.ffn_swiglu")
 
 
 def halves(kind: str, values: np.ndarray) -> np.ndarray:

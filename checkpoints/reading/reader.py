@@ -10,7 +10,7 @@ from ..record import Dump, End, Rows, Token
 from .parallel import SHARED, Sharing
 from .scan import Scan
 from .slabs import blown_up
-from .unnumbered import counted, said
+from .unnumbered import counted, note_on
 
 
 def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
         if points[name] is not rows:
             unnumbered[name] = len(rows)
     dump = Dump(scan.name, header, points, tuple(tokens), end, scan.skipped, (), scan.torn)
-    counted_by_point = [said(unnumbered, len(points))] if unnumbered else []
+    counted_by_point = [note_on(unnumbered, len(points))] if unnumbered else []
     return replace(dump, notes=(*notes(dump), *counted_by_point))
 
 

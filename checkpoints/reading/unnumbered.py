@@ -35,7 +35,7 @@ def counted(rows: Rows, path: str) -> Rows:
     return replace(rows, token_idx=token_idx)
 
 
-def said(counts: Mapping[str, int], points: int) -> str:
+def note_on(counts: Mapping[str, int], points: int) -> str:
     """The note on a dump of `points` points of which some were counted: their names with how many records each."""
     most = max(counts.values())
     listed = ", ".join([*list(counts)[:_LISTED], *["…"] * (len(counts) > _LISTED)])

@@ -69,18 +69,18 @@ class Fitted(Struct, frozen=True, kw_only=True):
         others = {name: values for name, values in self.fault.parameters.items() if name != self.parameter}
         return replace(self.fault, parameters=others).variants(right)
 
-    def said(self, value: float, right: Steps, parameters: Parameters) -> str:
+    def remarks(self, value: float, right: Steps, parameters: Parameters) -> str:
         """Remarks on a fitted value: the right value, and the nearest one of other models."""
         wanted = self.wanted(right, parameters)
-        remarks = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
-        remarks += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        notes = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
+        notes += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
         if self.parameter == "scale" and wanted:
-            remarks += _near_scale(value, wanted, right)
+            notes += _near_scale(value, wanted, right)
         if self.known and value > 0:
             near = min(self.known, key=lambda usual: abs(log10(usual) - log10(value)))
             if wanted is None or near != np.float32(wanted):
-                remarks.append(f"the nearest that others have is {near:g} ({self.known[near]})")
-        return ", ".join(remarks)
+                notes.append(f"the nearest that others have is {near:g} ({self.known[near]})")
+        return ", ".join(notes)
 
 
 def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:

@@ -124,7 +124,7 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 
     They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
     """
-    makers = model.whole.made
+    makers = model.whole.computations
     # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
     tables = set[str]()
     for name, how in makers.items():  # a point comes after what it reads

@@ -66,13 +66,13 @@ class Flow(Struct, frozen=True, dict=True):
 
     @cached_property
     def _place(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.whole.made)}
+        return {name: number for number, name in enumerate(self.whole.computations)}
 
     @cached_property
     def parents(self) -> dict[str, tuple[str, ...]]:
         """The nearest compared points that each compared point is made from."""
         nearest: dict[str, tuple[str, ...]] = {}
-        for name, how in self.whole.made.items():
+        for name, how in self.whole.computations.items():
             behind = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
             nearest[name] = tuple(dict.fromkeys(behind))
         for number, name in enumerate(
@@ -100,12 +100,12 @@ class Flow(Struct, frozen=True, dict=True):
 
     def between(self, name: str) -> Stretch | None:
         """The stretch from a compared point back to the compared points before it; None if the dataflow does not know the point."""
-        if name not in self.whole.made:
+        if name not in self.whole.computations:
             return None
         waiting, inputs, unrecorded, nodes = [name], list[str](), list[str](), [name]
         seen = {name}
         while waiting:
-            for other in self.whole.made[waiting.pop(0)].reads:
+            for other in self.whole.computations[waiting.pop(0)].reads:
                 if other in seen:
                     continue
                 seen.add(other)
@@ -124,19 +124,19 @@ class Flow(Struct, frozen=True, dict=True):
         on_the_way: set[str] = set()
         nodes = sorted(stretch.nodes, key=self._place.__getitem__) if stretch is not None else []
         for name in nodes:  # a node comes after what it reads
-            if any(other == above or other in on_the_way for other in self.whole.made[name].reads):
+            if any(other == above or other in on_the_way for other in self.whole.computations[name].reads):
                 on_the_way.add(name)
         return on_the_way
 
     def attends(self, name: str) -> bool:
         """Whether a node is the soft max of attention: over the product of two activations, and not over a router's scores."""
-        how = self.whole.made.get(name)
+        how = self.whole.computations.get(name)
         if how is None or how.op not in ("SOFT_MAX", "FLASH_ATTN_EXT"):
             return False
         waiting, seen = list(how.reads), set[str]()
         while waiting:
             other = waiting.pop()
-            origin = self.whole.made[other]
+            origin = self.whole.computations[other]
             if len(origin.reads) > 1 and origin.op == "MUL_MAT":
                 return True
             if other not in seen and origin.op not in ("MUL_MAT", "RMS_NORM", "NORM", "GET_ROWS"):
@@ -163,19 +163,19 @@ class Flow(Struct, frozen=True, dict=True):
 
         Functions that compare (ReLU, bounds), attention, caches, and operations that take or move parts of rows do not count.
         """
-        how = self.whole.made[name]
+        how = self.whole.computations[name]
         if how.op == "MUL_MAT":
             return bool(how.weights)
         return how.op in _CARRY_NAN or how.function in _FUNCTIONS_OF_NAN
 
     def mixes(self, above: str, below: str) -> bool:
         """Whether a product with weights lies on a path between two points: each element of the lower is then made from whole rows."""
-        nodes = [self.whole.made[name] for name in self.path(above, below) if name in self.whole.made]
+        nodes = [self.whole.computations[name] for name in self.path(above, below) if name in self.whole.computations]
         return any(how.op in ("MUL_MAT", "MUL_MAT_ID", "OUT_PROD") and (how.weights or len(how.reads) == 1) for how in nodes)
 
     def operations(self, nodes: Iterable[str]) -> frozenset[str]:
         """ggml's names of the operations that make these nodes."""
-        return frozenset(self.whole.made[name].op for name in nodes if name in self.whole.made)
+        return frozenset(self.whole.computations[name].op for name in nodes if name in self.whole.computations)
 
 
 def _closure(name: str, step: dict[str, tuple[str, ...]]) -> set[str]:
@@ -205,7 +205,7 @@ def ordered(names: Collection[str], whole: Dataflow | None) -> list[str]:
     listed = order(names)
     if whole is None:
         return listed
-    place = {name: number for number, name in enumerate(whole.made)}
+    place = {name: number for number, name in enumerate(whole.computations)}
     keys: dict[str, tuple[int, int]] = {}
     last = -1
     for number, name in enumerate(listed):

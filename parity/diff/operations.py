@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from checkpoints.dataflow import CACHE, Made
+from checkpoints.dataflow import CACHE, Computation
 
 from .dataflow import Flow, Stretch
 
@@ -52,7 +52,7 @@ def recurrent(op: str) -> bool:
 
 def suspects(flow: Flow, nodes: Iterable[str]) -> str:
     """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them."""
-    every = [(name, flow.whole.made[name]) for name in nodes if name in flow.whole.made]
+    every = [(name, flow.whole.computations[name]) for name in nodes if name in flow.whole.computations]
     weights = tuple(dict.fromkeys(weight for _, how in every for weight in how.weights))
     operations = [how.op for _, how in every]
     named = [weight for weight in weights if weight.endswith(".weight")]
@@ -92,17 +92,18 @@ _NOUNS = {
 
 def noun(flow: Flow, stretch: Stretch, unchanged: str) -> str:
     """The name of a stretch's first operation if it leaves `unchanged` as it is, such as "the addition of blk.2.l_out"; else empty."""
-    last = flow.whole.made[stretch.nodes[0]]
+    last = flow.whole.computations[stretch.nodes[0]]
     if last.op == "ADD" and unchanged in last.reads:
         return f"the addition of {' and '.join(name for name in last.reads if name != unchanged)}"
     if stretch.unrecorded:
         return ""
     return next(
-        (_NOUNS[op] for op in (flow.whole.made[name].op for name in reversed(stretch.nodes)) if op in _NOUNS), "the operation"
+        (_NOUNS[op] for op in (flow.whole.computations[name].op for name in reversed(stretch.nodes)) if op in _NOUNS),
+        "the operation",
     )
 
 
-def _product(every: Sequence[tuple[str, Made]], named: list[str]) -> str:
+def _product(every: Sequence[tuple[str, Computation]], named: list[str]) -> str:
     if named:
         return f"the product with {' and '.join(named)}: transposed, or another layer's"
     both = next((how.reads for _, how in every if how.op == "MUL_MAT" and len(how.reads) > 1), ())

@@ -92,7 +92,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
         likely = suspects(seen.flow, seen.stretch.nodes) if seen.stretch is not None else ""
         return Pattern("operation", f"{where}, and its inputs agree" + (f": {likely}" if likely else ""))
     if seen.point == LOGITS:
-        likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.made else "the output matrix"
+        likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.computations else "the output matrix"
         return Pattern("output-matrix", f"{where}: the last norm or {likely}, a soft cap")
     if seen.point == OUTPUT_NORM and shape is not None and shape.code == "from-position-0":
         return Pattern("output-norm", f"{where}: a layer after the last recorded one, or the last norm")
@@ -103,7 +103,7 @@ def _attends(seen: Evidence) -> bool:
     """Whether operations of attention, through which other positions act, lie between what agrees and this point."""
     if seen.stretch is None:
         return False
-    every = [seen.flow.whole.made[node] for node in seen.stretch.nodes]
+    every = [seen.flow.whole.computations[node] for node in seen.stretch.nodes]
     return any(map(seen.flow.attends, seen.stretch.nodes)) or any(how.op == "MUL_MAT" and len(how.reads) > 1 for how in every)
 
 
@@ -117,7 +117,7 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
         name = waiting.pop()
         if seen.flow.attends(name):
             continue
-        for other in seen.flow.whole.made[name].reads:
+        for other in seen.flow.whole.computations[name].reads:
             if other in inside and other not in past:
                 past.add(other)
                 waiting.append(other)
@@ -239,7 +239,7 @@ def _at_every_position(seen: Evidence, first: int) -> str:
     """What can be wrong at position 0, too, where attention has one key, so that its soft max is 1 whatever the score (without sinks)."""
     sides = None if seen.flow.sees_later(seen.point) else _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
-    sinks = any(seen.flow.attends(name) and seen.flow.whole.made[name].weights for name in nodes)
+    sinks = any(seen.flow.attends(name) and seen.flow.whole.computations[name].weights for name in nodes)
     named = _listed(seen, sides[1] if sides is not None and first == 0 and not sinks else nodes)
     if named:
         return named

@@ -72,7 +72,7 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
             continue
         below = model.descendants(pair.point)
         layer = parse(pair.point).layer
-        how = model.whole.made.get(pair.point)
+        how = model.whole.computations.get(pair.point)
         scores = np.flatnonzero(_of(measured, set(how.reads if how is not None else ())))
         inside = {name for name in below if parse(name).layer == layer and "moe" in name and not name.endswith("moe_out")}
         for record in np.flatnonzero(measured.point == number).tolist():
@@ -163,7 +163,7 @@ def _chosen_by(model: Flow, point: str) -> list[str]:
     waiting, chosen = [point], list[str]()
     while waiting:
         name = waiting.pop(0)
-        how = model.whole.made.get(name)
+        how = model.whole.computations.get(name)
         for other in how.reads if how is not None and (how.op not in MIXING or name == point) else ():
             if other not in chosen:
                 chosen.append(other)
@@ -193,7 +193,7 @@ def may_have_flipped(model: Flow, point: str, seq: int, position: int, ref: Mapp
     """The node between a point and the compared points before it that chooses by a near tie in the reference's scores; else empty."""
     stretch = model.between(point)
     for name in stretch.nodes if stretch is not None else ():
-        how = model.whole.made[name]
+        how = model.whole.computations[name]
         if how.op not in CHOICES:
             continue
         for read in how.reads:

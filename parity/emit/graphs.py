@@ -168,7 +168,7 @@ class _Graph:
             call_driver("cuStreamSynchronize", self.stream)
             self.collected += count
             self._set(ctypes.c_uint32((self.collected + self.places) % (1 << 32)), Control.room.offset)
-        return [Replayed(slot, slot.place, one) for one in rows for slot in self.slots if slot.place is not None]
+        return [Replayed(slot, slot.place, replay) for replay in rows for slot in self.slots if slot.place is not None]
 
     def end(self) -> None:
         """Record no replay that comes later."""
@@ -231,19 +231,19 @@ class Graphs:
 
     def _collect(self) -> bool:
         """Bring complete replays to the host, some of each graph; whether there were any."""
-        found = False
+        any_complete = False
         with self._collecting:
             for graph in list(self._graphs.values()):
                 complete = graph.complete()
                 if complete > graph.collected:
                     self._wait_with(graph.collect(complete, self._size >= _WAITING))
-                    found = True
-        return found
+                    any_complete = True
+        return any_complete
 
     def _wait_with(self, replayed: "list[Replayed]") -> None:
         with self._change:
             self._waiting.extend(replayed)
-            self._size += sum(one.size for one in replayed)
+            self._size += sum(rows.size for rows in replayed)
 
     def _run(self) -> None:
         """Bring replays to the host, and write them when none came for a while, or when everything must be written."""
@@ -252,13 +252,13 @@ class Graphs:
         last = time.monotonic()
         pause = _BUSY
         while True:
-            found = False
+            collected = False
             try:
-                found = self._collect()
+                collected = self._collect()
             except BaseException as error:
                 self._failure = self._failure or error
                 self._end()
-            if found:
+            if collected:
                 last, pause = time.monotonic(), _BUSY
             with self._change:
                 self._hurried = self._hurried and bool(self._waiting)

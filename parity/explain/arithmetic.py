@@ -115,8 +115,8 @@ def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]
         return None
     places = zip(entry.pair.ours.seq.tolist(), entry.pair.ours.token_idx.tolist(), strict=True)
     rows = {place: number for number, place in enumerate(places)}
-    found = [rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)]
-    index = np.array(found, dtype=np.int64)
+    numbers = [rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)]
+    index = np.array(numbers, dtype=np.int64)
     mine = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
@@ -169,7 +169,11 @@ def _computed_before(compared: Comparison, first: str) -> str:
     for point in compared.verdict.points:
         if point.checkpoint == first:
             break
-        behind = {point.checkpoint, *_above(compared, point.checkpoint)} if point.checkpoint in model.whole.made else set[str]()
+        behind = (
+            {point.checkpoint, *_above(compared, point.checkpoint)}
+            if point.checkpoint in model.whole.computations
+            else set[str]()
+        )
         if point.status == AGREES and MIXING & model.operations(behind):
             return point.checkpoint
     return ""
@@ -193,7 +197,7 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
 
 def _above(compared: Comparison, name: str) -> set[str]:
     """All nodes that a point is made from."""
-    makers = compared.records.flow.whole.made
+    makers = compared.records.flow.whole.computations
     every, waiting = set[str](), [name]
     while waiting:
         for other in makers[waiting.pop()].reads:

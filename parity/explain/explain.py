@@ -24,7 +24,7 @@ from . import halves
 from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
-from .fits import said as said_of_number
+from .fits import remarks as remarks_on_number
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
@@ -262,7 +262,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
 
 
 def _named(candidate: Candidate, state: State) -> Named:
-    number = said_of_number(candidate, state.planting.right)
+    number = remarks_on_number(candidate, state.planting.right)
     sentence = candidate.fault.sentence(candidate.parameters)
     return Named(
         candidate.fault.name,

@@ -309,7 +309,7 @@ def order_of_number(candidate: Candidate) -> int | None:
     return None
 
 
-def said(candidate: Candidate, right: Any) -> str:
+def remarks(candidate: Candidate, right: Any) -> str:
     """The remarks on a candidate's fitted number; "" for a fault without one."""
     mine = [fit for fit in FITTED if fit.fault is candidate.fault] or [
         fit for fit in FITTED if fit.fault.name == candidate.fault.name
@@ -317,5 +317,5 @@ def said(candidate: Candidate, right: Any) -> str:
     for fit in mine:
         value = candidate.parameters.get(fit.parameter)
         if isinstance(value, float):
-            return fit.said(value, right, candidate.parameters)
+            return fit.remarks(value, right, candidate.parameters)
     return ""

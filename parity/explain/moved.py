@@ -109,8 +109,8 @@ def _permutation(compared: Beside, whole: Floats) -> Iterator[str]:
         return
     for size, of in ((right.shape[1], "the row"), (right.shape[1] // (compared.heads or 1), "each head")):
         for how, order in _ORDERS.items():
-            stands = [i // size * size + order(i % size, size) for i in compared.index.tolist()]
-            if size > 2 and size % 2 == 0 and stands == source:
+            reordered = [i // size * size + order(i % size, size) for i in compared.index.tolist()]
+            if size > 2 and size % 2 == 0 and reordered == source:
                 yield f"the right values stand in another order: {of} {how}"
                 return
     shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:LISTED])

@@ -97,7 +97,7 @@ class AttentionChecks(Struct):
     def _plain(self) -> bool:
         return all(self.laws[name] == _PLAIN for name in self.layers)
 
-    def said(self) -> str:
+    def sentence(self) -> str:
         """A sentence on what was shown about attention as a whole."""
         if self.faults:
             return f"{len(self.faults)} findings"

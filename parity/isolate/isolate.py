@@ -111,7 +111,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         elements=tuple(bench.rows.elements),
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
-            "attention": bench.attention.said(),
+            "attention": bench.attention.sentence(),
             "metadata": _ignored(bench.transformer),
         },
     )
@@ -293,7 +293,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         graft_from=request.graft or "",
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
-            "attention": bench.attention.said(),
+            "attention": bench.attention.sentence(),
             "metadata": _ignored(bench.transformer),
         },
     )

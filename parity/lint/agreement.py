@@ -99,7 +99,7 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
 
 def _has_sinks(subject: Subject, name: str) -> bool:
     """Whether sinks take a share of the attention (`attn_sinks.weight`, an additional score of each head)."""
-    origin, layer = subject.made(name), parse(name).layer
+    origin, layer = subject.computation(name), parse(name).layer
     if origin is not None and any("sinks" in weight for weight in origin.weights):
         return True
     if subject.model is None:

@@ -56,9 +56,14 @@ def _one_cache(subject: Subject, layer: int | None) -> bool:
 
 def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
     """The values that a value is made from, looking through copies in another layout."""
-    origin = subject.made(name)
+    origin = subject.computation(name)
     reads = frozenset() if origin is None else frozenset(origin.reads)
-    while len(reads) == 1 and (origin := subject.made(next(iter(reads)))) is not None and origin.op in _COPIES and origin.reads:
+    while (
+        len(reads) == 1
+        and (origin := subject.computation(next(iter(reads)))) is not None
+        and origin.op in _COPIES
+        and origin.reads
+    ):
         reads = frozenset(origin.reads)
     return reads
 
@@ -169,7 +174,7 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
     mixed_before_cache: dict[str, bool] = {}
     shifts: dict[str, bool] = {}
     seen: dict[str, tuple[bool, bool]] = {}
-    for name, how in subject.dataflow.made.items() if subject.dataflow is not None else ():
+    for name, how in subject.dataflow.computations.items() if subject.dataflow is not None else ():
         own = of_scores(name) or how.op in _MIXING or any("position" in weight for weight in how.weights)
         above = any(mixed_before_cache.get(read, False) for read in how.reads)
         shifted = any(shifts.get(read, False) for read in how.reads)

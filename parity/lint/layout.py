@@ -100,7 +100,7 @@ def _streams(subject: Subject, name: str) -> bool:
     """Whether a value consists of several streams side by side: joined, or made by an AltUp projection."""
     if parse(name).kind != "l_out":
         return False
-    origin = subject.made(name)
+    origin = subject.computation(name)
     side_by_side = subject.model is not None and "altup_proj.weight" in subject.model.model.tensors
     return side_by_side or (origin is not None and origin.op == "CONCAT")
 

@@ -38,7 +38,7 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
         odd = ~np.isfinite(rows.values) & inside
-        origin = subject.made(name)
+        origin = subject.computation(name)
         if "kq" in kind(name) or "mask" in kind(name):
             odd &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
@@ -167,7 +167,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
     for name, rows in subject.points.items():
         if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
-        origin = subject.made(name)
+        origin = subject.computation(name)
         even = _even_steps(rows)
         if parse(name).known is None or (origin is not None and origin.op in _PADDED):
             even &= rows.values[:, 0] != 0

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from checkpoints.dataflow import Dataflow, Made
+from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.points import EMBD, ENCODER, in_layer, order, parse
 from checkpoints.record import ATTENTION_WINDOW, Dump, Rows
 from reports.numbers import count, ranges
@@ -79,14 +79,14 @@ class Subject(Struct, frozen=True, dict=True):
         except ValueError as error:
             return None, str(error)
 
-    def made(self, name: str) -> Made | None:
+    def computation(self, name: str) -> Computation | None:
         """How a point is made, None if it is not known."""
-        return None if self.dataflow is None else self.dataflow.made.get(name)
+        return None if self.dataflow is None else self.dataflow.computations.get(name)
 
     def home(self, name: str) -> int | None:
         """The layer whose keys and values a point is made from: layers may share a cache."""
         layer = parse(name).layer
-        read = None if layer is None else self.made(in_layer(layer, "v_read"))
+        read = None if layer is None else self.computation(in_layer(layer, "v_read"))
         shared = {parse(other).layer for other in read.reads} if read is not None else set()
         return shared.pop() if len(shared) == 1 else layer
 
