@@ -23,7 +23,8 @@ _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
     """Write the model in `folder` to `out`, float32. `source` are its tensors, where NumPy cannot read their type.
 
-    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, skip_decay, eps=…, swap=(name, name), drop=name.
+    `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, skip_decay, eps=…, swap=(name, name), turn=name,
+    drop=name.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
@@ -43,6 +44,8 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
         tensors[to] = _converted(arch, name, value, config, changes)
     if swap := changes.get("swap"):
         tensors[swap[0]], tensors[swap[1]] = tensors[swap[1]], tensors[swap[0]]
+    if turn := changes.get("turn"):
+        tensors[turn] = tensors[turn].T
     tensors.pop(changes.get("drop", ""), None)
     for to, value in tensors.items():
         writer.add_tensor(to, np.ascontiguousarray(value, dtype=np.float32))
@@ -134,6 +137,8 @@ def _metadata(writer: gguf.GGUFWriter, arch: str, config: dict[str, Any], layers
     writer.add_head_count_kv(1 if arch == "deepseek2" else of("num_key_value_heads", "num_kv_heads", default=heads))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
+    if "eos_token_id" in config:
+        writer.add_eos_token_id(config["eos_token_id"])
     rope = config.get("rope_parameters") or {}
     rotated = int(of("head_dim", default=width // heads) * rope.get("partial_rotary_factor", 1.0))
     if arch in ("stablelm", "gptneox"):

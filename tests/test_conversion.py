@@ -171,6 +171,9 @@ def test_a_right_conversion_is_equal_tensor_by_tensor(
         ("mamba", {"skip_decay": True}, {"ssm_a"}, "the logarithm of the decay"),
         ("gemma2", {"skip_norm_offset": True}, NORMS, "without the 1"),
         ("qwen2", {"swap": ("blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")}, {"ffn_gate", "ffn_up"}, "exchanged"),
+        ("qwen2", {"swap": ("blk.0.ffn_down.weight", "blk.1.ffn_down.weight")}, {"ffn_down"}, "exchanged: its values are in blk."),
+        ("qwen2", {"turn": "blk.1.attn_output.weight"}, {"attn_output"}, "transposed"),
+        ("gpt2", {"turn": "blk.0.attn_output.weight"}, {"attn_output"}, "transposed"),
         ("qwen2", {"drop": "blk.1.attn_k.bias"}, {"attn_k"}, "the GGUF does not"),
         ("qwen2", {"eps": 1e-5}, {"ε"}, "config.json says 1e-06, the GGUF"),
     ],
@@ -207,6 +210,52 @@ def test_a_quantised_file_is_equal_as_its_type(
     wrong = convert(source, tmp_path / "w.gguf", swap=("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"))
     model = reference.quantize(wrong, kind, tmp_path / "wrong.gguf")
     assert parity("weights", "--model", model, "--hf", source).code == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after", "setting"),
+    [
+        ("gemma2", {}, {"attn_logit_softcapping": 30.0}, "soft cap of attention"),
+        ("gemma2", {}, {"final_logit_softcapping": 20.0}, "soft cap of logits"),
+        ("llama", {}, {"head_dim": 32}, "head size"),
+        ("gpt_neox", {}, {"rotary_pct": 0.25}, "rotated dimensions"),
+        ("qwen2", {"eos_token_id": 7}, {"eos_token_id": [5, 6]}, "eos token"),
+        ("qwen2", {"eos_token_id": 7}, {"eos_token_id": [5, 7]}, ""),
+    ],
+)
+def test_a_number_that_config_json_gives_otherwise_is_named(
+    family: str,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    setting: str,
+    folder: Callable[..., Path],
+    parity: Cli,
+    tmp_path: Path,
+) -> None:
+    """Soft caps, the heads' size, rotated dimensions, the token that ends a text, of which config.json may give several."""
+    source = folder(family, **before)
+    model = convert(source, tmp_path / "m.gguf")
+    assert parity("weights", "--model", model, "--hf", source).code == 0
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | after), encoding="utf-8")
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    wrong = [tensor["name"] for tensor in answer["tensors"] if not tensor["status"].startswith("equal")]
+    assert (code, wrong) == ((1, [setting]) if setting else (0, []))
+
+
+def test_the_tokenizers_files_name_the_end_of_a_text(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
+    """An id that only tokenizer_config.json's added tokens, or generation_config.json, have is right as well."""
+    source = folder("qwen2", eos_token_id=7)
+    model = convert(source, tmp_path / "m.gguf")
+    config = source / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"eos_token_id": 7', '"eos_token_id": 5'), encoding="utf-8")
+    assert parity("weights", "--model", model, "--hf", source).code == 1
+    tokenizer = {"eos_token": {"content": "<end>"}, "added_tokens_decoder": {"7": {"content": "<end>"}, "x": 1}}
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert parity("weights", "--model", model, "--hf", source).code == 0
+    (source / "tokenizer_config.json").write_text("[", encoding="utf-8")
+    (source / "generation_config.json").write_text('{"eos_token_id": [7]}', encoding="utf-8")
+    assert parity("weights", "--model", model, "--hf", source).code == 0
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])

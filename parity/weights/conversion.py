@@ -108,6 +108,10 @@ def _tensor(model: GgufModel, info: TensorInfo, source: Source | None, arch: str
     for mistake, change in _mistakes(info, arch, heads):
         if limit.holds(_compare(model, info, source, change, heads, arch)):
             return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
+    turned = len(info.shape) == 2 and len(source.parts) == 1 and info.shape == source.parts[0].shape[::-1]
+    if turned and limit.holds(_compare(model, info, source, right, heads, arch, turn=True)):
+        mistake = "transposed: llama.cpp expects a row for each output"
+        return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     if other := _other(model, info, source, right, heads, arch, limit):
         mistake = f"it is {other}"
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, mistake, first)
@@ -176,24 +180,30 @@ def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
 def _other(
     model: GgufModel, info: TensorInfo, source: Source, right: Change, heads: tuple[int, int], arch: str, limit: Limit
 ) -> str:
-    """The name of the GGUF tensor with the same shape and layer that has these values, "" if there is none."""
-    layer = info.name.rsplit(".", 2)[0]
+    """The name of the GGUF tensor of its layer, or of its kind in another one, that has these values; "" if there is none."""
+    layer, kind = info.name.rsplit(".", 2)[0], info.name.split(".", 2)[-1]
     for name, other in model.tensors.items():
-        if name == info.name or other.shape != info.shape or not name.startswith(layer):
+        related = name.startswith(f"{layer}.") or (info.name.startswith("blk.") and name.split(".", 2)[-1] == kind)
+        if name == info.name or other.shape != info.shape or not related:
             continue
-        if limit.holds(_compare(model, other, source, right, heads, arch)):
+        _, held, wanted = next(_portions(model, other, source, right, heads, arch))
+        if wanted.shape != held.shape:
+            continue
+        begins = Distance.of(len(held), held.shape[1])  # before the whole is compared
+        begins.put(0, held, wanted)
+        if limit.holds(begins) and limit.holds(_compare(model, other, source, right, heads, arch)):
             return f"exchanged: its values are in {name}"
     return ""
 
 
 def _portions(
-    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str
+    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str, *, turn: bool = False
 ) -> Iterator[tuple[int, Floats, Floats]]:
-    """(first row, the GGUF's values, those that it should have) of a few rows at a time."""
+    """(first row, the GGUF's values, those that it should have) of a few rows at a time; with `turn` of the transposed source."""
     raw = model.raw(info.name)
     rows, columns = len(raw), info.shape[-1]
     per_part = rows // len(source.parts)
-    turned = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")  # Conv1D keeps [in, out]
+    conv1d = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")  # keeps [in, out]
     unit = info.shape[0] // _heads(info.name, heads) if _heads(info.name, heads) and len(info.shape) == 2 else 1
     step = max(unit, _CHUNK // columns // unit * unit)
     for part in range(0, rows, per_part):
@@ -202,16 +212,16 @@ def _portions(
             yield (
                 start,
                 dequantize(raw[start:stop], info.type, columns),
-                change(source.rows(start, stop, per_part, transposed=turned)),
+                change(source.rows(start, stop, per_part, transposed=conv1d != turn)),
             )
 
 
 def _compare(
-    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str
+    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str, *, turn: bool = False
 ) -> Distance | None:
     """How far each row of a tensor is from its source; None if they do not have one shape."""
     distance = Distance.of(len(model.raw(info.name)), info.shape[-1])
-    for start, held, wanted in _portions(model, info, source, change, heads, arch):
+    for start, held, wanted in _portions(model, info, source, change, heads, arch, turn=turn):
         if wanted.shape != held.shape:
             return None
         distance.put(start, held, wanted)

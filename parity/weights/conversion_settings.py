@@ -13,6 +13,16 @@ from .safetensors_folder import Floats, Folder
 
 MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, from config.json
 FACTOR_ROUNDING = 1e-5  # converters compute the factors in float32, from powers: a few ulps
+# Setting, its key in a GGUF under the architecture's name, its names in config.json.
+_FURTHER = (
+    ("sliding window", "attention.sliding_window", ("sliding_window",)),
+    ("soft cap of attention", "attn_logit_softcapping", ("attn_logit_softcapping",)),
+    ("soft cap of logits", "final_logit_softcapping", ("final_logit_softcapping",)),
+    ("scale of logits", "logit_scale", ("logit_scale", "logits_scaling")),
+    ("scale of residuals", "residual_scale", ("residual_multiplier",)),
+    ("scale of embeddings", "embedding_scale", ("embedding_multiplier",)),
+    ("scale of attention", "attention.scale", ("attention_multiplier",)),
+)
 _NAMES = {"llama3": "none", "linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope", "default": "none"}
 
 
@@ -41,6 +51,51 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     if isinstance(base, (int, float)) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
         yield TensorCheck("RoPE base", "", (), DIFFERENT, reason=f"config.json says {base:g}, the GGUF {hp.rope_base:g}")
     yield from _scaling(model, folder, rope)
+    yield from _numbers(model, folder, rope)
+    yield from special_tokens(model, folder)
+
+
+def _numbers(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:
+    """Check further numbers that both sides give: those that only some architectures have."""
+    config, hp = folder.config, model.hyperparameters
+    for setting, key, names in _FURTHER:
+        held = _of(model, key)
+        given = next((config[name] for name in names if isinstance(config.get(name), (int, float))), None)
+        if setting == "sliding window" and config.get("use_sliding_window") is False:
+            continue
+        if held is not None and given is not None and not isclose(held, given, rel_tol=1e-6):
+            yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {given:g}, the GGUF {held:g}")
+    head = folder.number("head_dim")
+    if "kv_lora_rank" in config:  # latent attention has heads of several sizes
+        return
+    if head is not None and hp.n_heads and hp.head_size != head:
+        yield TensorCheck("head size", "", (), DIFFERENT, reason=f"config.json says {head}, the GGUF {hp.head_size}")
+    share = next(
+        (
+            part
+            for part in (rope.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct"))
+            if part
+        ),
+        None,
+    )
+    rotated = _of(model, "rope.dimension_count")
+    if str(rope.get("rope_type", rope.get("type", "default"))) not in _NAMES:
+        return
+    if isinstance(share, (int, float)) and rotated is not None and hp.n_heads:
+        possible = {int(share * hp.head_size), int(share * hp.n_embd) // hp.n_heads}  # as converters round it
+        if rotated not in possible:
+            reason = f"config.json says {share:g} of {hp.head_size}, the GGUF {rotated:g}"
+            yield TensorCheck("rotated dimensions", "", (), DIFFERENT, reason=reason)
+
+
+def special_tokens(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
+    """Check the ids of the tokens that begin and end a text, which may be any of those that the folder's files name."""
+    for short in ("bos", "eos"):
+        held = model.metadata.get(f"tokenizer.ggml.{short}_token_id")
+        possible = folder.special(short)
+        if isinstance(held, int) and possible and held not in possible:
+            named = " or ".join(map(str, sorted(possible)))
+            yield TensorCheck(f"{short} token", "", (), DIFFERENT, reason=f"the folder says {named}, the GGUF {held}")
 
 
 def _rope(folder: Folder) -> dict[str, Any]:

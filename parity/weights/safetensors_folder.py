@@ -55,10 +55,39 @@ class Folder:
         for file in files:
             self.tensors.update(_stored(file))
 
+    def special(self, short: str) -> frozenset[int]:
+        """The ids that config.json, generation_config.json and the tokenizer's files give for its "bos" or "eos" token."""
+        found: set[int] = set()
+        files = [self.config, *(_json(self.path / name) for name in ("generation_config.json", "tokenizer_config.json"))]
+        texts = set()
+        for content in files:
+            ids = content.get(f"{short}_token_id")
+            found |= {number for number in (ids if isinstance(ids, list) else [ids]) if isinstance(number, int)}
+            token = content.get(f"{short}_token")
+            texts.add(token.get("content") if isinstance(token, dict) else token)
+        added = _json(self.path / "tokenizer.json").get("added_tokens")
+        entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+        decoder = files[-1].get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            entries += [
+                entry | {"id": int(key)} for key, entry in decoder.items() if isinstance(entry, dict) and key.isdecimal()
+            ]
+        found |= {entry["id"] for entry in entries if entry.get("content") in texts and isinstance(entry.get("id"), int)}
+        return frozenset(found)
+
     def number(self, *names: str) -> int | None:
         """The first of these entries of config.json that is a whole number."""
         values = (self.config.get(name) for name in names)
         return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
+    try:
+        content = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError, InputError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _stored(file: Path) -> dict[str, Stored]:
