@@ -42,12 +42,13 @@ def sentence(three_way: ThreeWay) -> str:
     if point.wrong or any(far is not None for far in point.truth):
         return f"divergence at {clean(point.checkpoint)}: {_by_truth(three_way, point)}"
     if point.alone is None:
-        worst = max(value for value in point.nmse if value is not None)
-        return f"divergence at {clean(point.checkpoint)}: which side disagrees with the others is undecided, worst NMSE {error(worst)}"
+        figures = [value for value in point.nmse if value is not None]
+        worst = f", worst NMSE {error(max(figures))}" if figures else ""
+        return f"divergence at {clean(point.checkpoint)}: which side disagrees with the others is undecided{worst}"
     pair = next(number for number, sides in enumerate(PAIRS) if point.alone not in sides)
     first, second = (three_way.sides[side] for side in PAIRS[pair])
     value = point.nmse[pair]
-    agreement = "exactly" if value == 0 else f"to {error(value)}"
+    agreement = "exactly" if value == 0 or value is None else f"to {error(value)}"  # tokens have no error
     return f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
 
 

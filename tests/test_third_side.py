@@ -109,6 +109,20 @@ def test_run_takes_the_option(parity: Cli) -> None:
     assert "float64" not in parity("run", "--prompt", "Once").out
 
 
+def test_of_three_sides_one_may_have_other_tokens(faulty: Faulty, ref: Dump) -> None:
+    """A side that was given another token is alone at the tokens, though everything before that token agrees."""
+    ours, other = (faulty.dump(Planted(()), tokens, bare=False) for tokens in (TOKENS, (*TOKENS[:-1], 77)))
+    assert other.header is not None
+    other = replace(other, header=replace(other.header, source="another"))
+    assert compare_three((ours, ref, replace(ours, header=other.header and replace(other.header, tokens=TOKENS))))
+    parted = compare_three((ours, ref, other))
+    assert parted.first is not None
+    assert (parted.first.checkpoint, parted.first.alone) == ("tokens", 2)
+    assert sentence(parted) == "divergence at tokens: ours and llama.cpp agree exactly, another is alone"
+    third = faulty.dump(Planted(()), (*TOKENS[:-1], 78), bare=False)
+    assert "undecided" in sentence(compare_three((third, ref, other)))
+
+
 def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> None:
     """Two that share a fault outvote the one that is right: with the model they are the wrong ones, without it the right one is alone."""
     wrong = faulty.dump(_ROPE, TOKENS, bare=False)

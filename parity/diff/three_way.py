@@ -12,6 +12,7 @@ from checkpoints.points import order
 from checkpoints.record import Dump
 
 from .compare import Options, compare
+from .tokens import TOKENS
 from .truth import MULTIPLE, Floats, Truth
 
 
@@ -31,8 +32,9 @@ def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None
             kind = type(error)
             raise kind(f"{sides[first]} and {sides[second]}: {error.message}", error.advice, code=error.code) from error
     points_of = [{point.checkpoint: point for point in verdict.points} for verdict in verdicts]
-    points = tuple(
-        _point(name, [pair.get(name) for pair in points_of]) for name in order(name for pair in points_of for name in pair)
+    points = (
+        *_tokens(verdicts),
+        *(_point(name, [pair.get(name) for pair in points_of]) for name in order(name for pair in points_of for name in pair)),
     )
     wrong = next((point for point in points if point.differs), None)
     return ThreeWay(sides, points, _counts(verdicts), wrong, _notes(sides, verdicts))
@@ -81,6 +83,16 @@ def _notes(sides: tuple[str, str, str], verdicts: list[Verdict]) -> tuple[str, .
         for note in verdict.notes:
             pairs_of.setdefault(note, []).append(f"{sides[first]} – {sides[second]}")
     return tuple(note if len(pairs) == len(PAIRS) else f"{', '.join(pairs)}: {note}" for note, pairs in pairs_of.items())
+
+
+def _tokens(verdicts: Sequence[Verdict]) -> tuple[ThreeWayPoint, ...]:
+    """The point at which tokens differ, as in `diff`; empty if those of all three sides are the same."""
+    firsts = [verdict.first_divergence for verdict in verdicts]
+    wrong = [first is not None and first.checkpoint == TOKENS for first in firsts]
+    if not any(wrong):
+        return ()
+    alone = next(side for side in range(3) if side not in PAIRS[wrong.index(False)]) if wrong.count(False) == 1 else None
+    return (ThreeWayPoint(TOKENS, (None, None, None), (None, None, None), alone, differs=True),)
 
 
 def _point(name: str, pairs: list[PointSummary | None]) -> ThreeWayPoint:
