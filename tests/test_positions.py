@@ -85,7 +85,10 @@ def test_logits_of_the_last_token_printed_as_position_0_are_told() -> None:
     verdict = compare(moved, reference())
     assert verdict
     (fault,) = verdict.record_faults
-    assert (fault.checkpoint, fault.sentence) == ("logits", "it is the reference's at position 19, the last: only its number is wrong")
+    assert (fault.checkpoint, fault.sentence) == (
+        "logits",
+        "it is the reference's at position 19, the last: only its number is wrong",
+    )
     assert not any("fits the reference" in note for note in compare(bare(0, noise=0.1), reference()).notes)
 
 
