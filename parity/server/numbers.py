@@ -48,7 +48,7 @@ def meanings(theirs: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequence[
             sentence = f"the log-probabilities are to the base {base}: each is {of_base:.4f} times the natural logarithm"
             yield Meaning("log-base", sentence, partial(_divided, by=of_base))
             return
-    if abs(factor - 1) > _NEAR:
+    if abs(factor - 1) > _NEAR and sum(map(len, theirs)) > 1:  # a single number fits any factor
         sentence = f"each log-probability is {factor:.4g} times llama.cpp's, with no new normalisation"
         yield Meaning("log-scale", sentence, partial(_divided, by=factor))
 
