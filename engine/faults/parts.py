@@ -1,6 +1,5 @@
 """Numbers that are wrong in a part alone: in the weights of one head, in one expert, in attention's sinks; they are fitted."""
 
-from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
@@ -15,7 +14,6 @@ from .edits import HandsOn, ggml
 from .fitted import Fitted
 
 _MOST = 64  # parts of one kind that are tried: each is some three passes up to the first place
-_STARTS = (1.01, 0.0)
 
 
 class _OfHead(HandsOn, frozen=True):
@@ -112,7 +110,9 @@ def _sinks(how: str) -> Change:
     return change
 
 
-def _new(name: str, change: Change, what: str, where: dict[str, Any], *texts: str) -> Fitted:
+def _new(
+    name: str, change: Change, what: str, where: dict[str, Any], *texts: str, starts: tuple[float, ...] = (1.01, 0.0)
+) -> Fitted:
     symptom, fix, seen = texts
     kinds = tuple(dict.fromkeys(kind for chosen in where[AT] for kind in chosen))
     fault = Fault(
@@ -126,11 +126,7 @@ def _new(name: str, change: Change, what: str, where: dict[str, Any], *texts: st
         parameters={"by": (), **where},
         group="fitted",
     )
-    return Fitted(fault=fault, parameter="by", wanted=lambda *_: None, starts=_started(name), positive=False)
-
-
-def _started(name: str) -> Callable[[float], tuple[float, ...]]:
-    return lambda _wanted: (0.01,) if name == "sinks-offset" else _STARTS
+    return Fitted(fault=fault, parameter="by", wanted=lambda *_: None, starts=lambda _wanted: starts, positive=False)
 
 
 def _each(*kinds: str) -> tuple[tuple[str, ...], ...]:
@@ -173,5 +169,6 @@ FITTED = (
         "attention's weights are all too small or too large by one factor",
         "one sink a head, whose exponential is added once to the sum",
         "a sink for each of several keys; sinks that count more than once",
+        starts=(0.01,),
     ),
 )

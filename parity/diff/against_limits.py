@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
-from checkpoints.points import ENCODER, LOGITS, OUTPUT_NORM, parse
+from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 from checkpoints.record import Rows
 
 from .align import Pair, as_wide
@@ -82,7 +82,7 @@ def hold(
     notes: tuple[str, ...] = ()
     assumed = tabled
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
-        higher = None if truth is None else _by_truth(measured, limit, truth, _above(model))
+        higher = None if truth is None else _by_truth(measured, limit, truth, Above.of(model.names, model.parents))
         if higher is not None:
             limit, notes = higher
         else:
@@ -176,13 +176,6 @@ def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) 
     nmse = measured.measures.nmse
     above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
     return np.where(above.failed, limit, np.fmax(limit, above.worst))
-
-
-def _above(model: Flow) -> Above:
-    """What each compared point is made from, by their numbers."""
-    numbers = {name: number for number, name in enumerate(model.names)}
-    parents = tuple(tuple(numbers[other] for other in model.parents[name]) for name in model.names)
-    return Above(parents, frozenset(number for name, number in numbers.items() if name.startswith(ENCODER)))
 
 
 def _by_truth(measured: Measured, limit: Floats, truth: Truth, above: Above) -> tuple[Floats, tuple[str, ...]] | None:

@@ -1,12 +1,13 @@
 """The limit of a record if the truth is known: a multiple of the reference's own distance from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from checkpoints.points import ENCODER
 from checkpoints.record import Rows
 
 Floats = NDArray[np.float64]
@@ -87,6 +88,13 @@ class Above(Struct, frozen=True):
 
     parents: tuple[tuple[int, ...], ...]
     everywhere: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, names: Sequence[str], parents: Mapping[str, Sequence[str]]) -> "Above":
+        """Of points in dataflow order, from the names of what each is made from."""
+        numbers = {name: number for number, name in enumerate(names)}
+        encoder = frozenset(number for name, number in numbers.items() if name.startswith(ENCODER))
+        return cls(tuple(tuple(numbers[other] for other in parents[name]) for name in names), encoder)
 
 
 def share_of_few(rows: Rows) -> Floats:
