@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from careful import NUMBERS, all_left, fields_of
 from dumps import HEADER, random
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -238,6 +238,7 @@ def printed_lines(draw: st.DrawFn) -> str:
 
 
 @same_file
+@example([f'{{"checkpoint":"embd","token_idx":0,"values":[{text}]}}' for text in ("", "true", "[1]")])
 @given(st.lists(printed_lines(), min_size=1, max_size=8))
 def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: list[str]) -> None:
     """The fast way and the careful one read the same values, places, shapes, quanta and skipped lines, or both refuse."""

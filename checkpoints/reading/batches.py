@@ -73,7 +73,11 @@ class LineReader:
         self.skipped += taken.skipped
         start = 0
         for number, line in taken.left:
-            item = self._one_line(number, line)
+            try:
+                item = self._one_line(number, line)
+            except DumpError:
+                self._keep(taken.between(start, number), block)  # the first wrong line is the one to be named
+                raise
             if isinstance(item, Header):  # what stands before it is read as the header before says
                 self._keep(taken.between(start, number), block)
                 start = number
