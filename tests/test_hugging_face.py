@@ -176,7 +176,7 @@ def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
 
 def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the dump that cannot be written, and the message says what to set."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # what TMPDIR sets, which a process reads only once
     with pytest.raises(InputError) as caught:
         HuggingFace(Path("m.gguf"), sys.executable).dump(Prompt(None, TOKENS, ()), tmp_path / "hf.jsonl")
     assert "gone" in caught.value.message
