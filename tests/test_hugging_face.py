@@ -160,7 +160,13 @@ def test_three_sides_of_a_run_agree(parity: Cli) -> None:
     )
     assert (code, answer["verdict"], answer["sides"]) == (0, "parity", ["ours", "llama.cpp", "Hugging Face"])
     assert min(answer["compared"]) > 1500
-    assert Path("whole/hf.jsonl").exists()
+    assert answer["folder"] == "whole"
+    assert {path.name for path in Path("whole").iterdir()} == {"ours.jsonl", "ref.jsonl", "hf.jsonl", "diff.json", "report.html"}
+    assert json.loads(Path("whole/diff.json").read_text()) == answer
+    assert "<h2>Three sides" in Path("whole/report.html").read_text(encoding="utf-8")
+    printed = parity("run", "--prompt", "Once", "--with", "hf", "--python", PYTHON, "--out", "few").out.splitlines()
+    assert printed[-1].startswith("few/  report.html  ref.jsonl  ours.jsonl  hf.jsonl  diff.json ")
+    assert not any(line.startswith("note") for line in printed), printed
 
 
 def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
