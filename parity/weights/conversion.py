@@ -17,8 +17,8 @@ from engine.weights.gguf_model import GgufModel, TensorInfo
 from .conversion_compare import Change, Held
 from .conversion_forms import Model
 from .conversion_guesses import first_wrong_row, guess
-from .conversion_settings import FACTOR_ROUNDING, MADE, rope_factors, settings
-from .conversion_sources import Source, sources_of
+from .conversion_settings import FACTOR_ROUNDING, DERIVED_TENSORS, rope_factors, settings
+from .conversion_sources import TensorSource, sources_of
 from .row_distance import limit_of
 from .safetensors_folder import Floats, Folder
 from .weights import Progress, type_name
@@ -55,7 +55,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
     for info in model.tensors.values():
-        factors = rope_factors(info.name, source) if info.name in MADE else None
+        factors = rope_factors(info.name, source) if info.name in DERIVED_TENSORS else None
         checks.append(
             _factors(model, info, factors)
             if factors is not None
@@ -83,7 +83,7 @@ def _heads_of_layer(model: GgufModel, name: str) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _tied(name: str, model: GgufModel, sources: dict[str, Source]) -> bool:
+def _tied(name: str, model: GgufModel, sources: dict[str, TensorSource]) -> bool:
     """Whether a GGUF rightly lacks the output matrix: it is the embedding's, which is stored once."""
     if name != "output.weight" or "token_embd.weight" not in sources or "token_embd.weight" not in model.tensors:
         return False
@@ -96,12 +96,14 @@ def _tied(name: str, model: GgufModel, sources: dict[str, Source]) -> bool:
     )
 
 
-def _tensor(model: GgufModel, info: TensorInfo, source: Source | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
+def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
     if source is None:
-        if info.name in MADE or info.name == "output.weight":
+        if info.name in DERIVED_TENSORS or info.name == "output.weight":
             reason = (
-                "no tensor of the folder, and config.json does not give it" if info.name in MADE else "no tensor of the folder"
+                "no tensor of the folder, and config.json does not give it"
+                if info.name in DERIVED_TENSORS
+                else "no tensor of the folder"
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
@@ -126,7 +128,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: Source | None, arch: str
     wrong = [] if distance is None else limit.wrong_rows(distance).tolist()
     first = held.first(source, right, wrong[0] if wrong else 0)
     for mistake, parts in stored.mistakes:
-        if limit.holds(held.distance(Source(parts).shaped(info.shape), right)):
+        if limit.holds(held.distance(TensorSource(parts).shaped(info.shape), right)):
             return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     for mistake, change in _mistakes(info, arch, heads):
         if limit.holds(held.distance(source, change)):

@@ -10,7 +10,7 @@ from checkpoints.answers.weights import FirstDifference
 from engine.weights.dequantize import dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
-from .conversion_sources import Source
+from .conversion_sources import TensorSource
 from .row_distance import Distance
 from .safetensors_folder import Floats
 
@@ -31,12 +31,12 @@ class Held(Struct, frozen=True):
         row: Floats = self._rows(number, number + 1)[0]
         return row
 
-    def beside(self, source: Source, change: Change) -> Iterator[tuple[int, Floats, Floats]]:
+    def beside(self, source: TensorSource, change: Change) -> Iterator[tuple[int, Floats, Floats]]:
         """(first row, its values, those that it should have) of a few rows at a time; nothing if their rows differ in length."""
         for start, rows in source.portions(self.info.shape[-1], CHUNK, self.unit):
             yield start, self._rows(start, start + len(rows)), change(rows)
 
-    def distance(self, source: Source, change: Change) -> Distance | None:
+    def distance(self, source: TensorSource, change: Change) -> Distance | None:
         """How far each row is from its source; None if they do not have one shape."""
         distance, compared = Distance.of(len(self.model.raw(self.info.name)), self.info.shape[-1]), False
         for start, held, wanted in self.beside(source, change):
@@ -44,7 +44,7 @@ class Held(Struct, frozen=True):
             compared = True
         return distance if compared else None
 
-    def first(self, source: Source, change: Change, row: int) -> FirstDifference | None:
+    def first(self, source: TensorSource, change: Change, row: int) -> FirstDifference | None:
         """The first element from a row on that is off by more than a hundredth of its row's size."""
         for start, held, wanted in self.beside(source, change):
             skip = max(row - start, 0)

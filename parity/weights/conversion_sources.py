@@ -21,7 +21,7 @@ _STACKED = re.compile(r"(.*\.altup_(?:\w+_)?projections)\.(\d+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-class Source(Struct, frozen=True):
+class TensorSource(Struct, frozen=True):
     """Where a tensor of the GGUF comes from: parts one after the other, and under `mistakes` what usual errors would have made."""
 
     parts: tuple[Stored, ...]
@@ -37,7 +37,7 @@ class Source(Struct, frozen=True):
         """The number of values."""
         return sum(part.array.size for part in self.parts)
 
-    def shaped(self, shape: tuple[int, ...]) -> "Source":
+    def shaped(self, shape: tuple[int, ...]) -> "TensorSource":
         """With parts that have the rows of a GGUF tensor of that shape, where their number of values allows it."""
         columns = shape[-1]
         if len(shape) == 1 and len(self.parts) + self.parts[0].array.ndim > 2:
@@ -45,7 +45,7 @@ class Source(Struct, frozen=True):
             return replace(self, parts=(Stored(row, self.parts[0].factors),))
         return replace(self, parts=tuple(piece for part in self.parts for piece in matrices(part, columns)))
 
-    def turned(self) -> "Source":
+    def turned(self) -> "TensorSource":
         """Each part transposed."""
         return replace(self, parts=tuple(Stored(part.array.T, part.factors) for part in self.parts))
 
@@ -65,7 +65,7 @@ class Source(Struct, frozen=True):
             begin += len(part.array)
 
 
-def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, Source], list[str]]:
+def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, TensorSource], list[str]]:
     """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
     import gguf
 
@@ -74,7 +74,7 @@ def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, Sou
     if kind is None:
         raise InputError(f"gguf-py has no names of the architecture {arch}.", "Conversion cannot be checked for it.")
     names = gguf.get_tensor_name_map(kind, layers)
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     stacks: dict[str, dict[int, str]] = {}
     stray: list[str] = []
     for name, stored in folder.tensors.items():
@@ -88,7 +88,7 @@ def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, Sou
         to = _named(name, names, model.held)
         made = forms(name, to, stored, model) or ({to: Form((stored,))} if to else {})
         if made:
-            sources |= {key: Source(form.parts, form.mistakes) for key, form in made.items()}
+            sources |= {key: TensorSource(form.parts, form.mistakes) for key, form in made.items()}
         elif stored.readable:
             stray.append(name)
     for joined, members in stacks.items():
@@ -96,7 +96,7 @@ def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, Sou
         if not to or sorted(members) != list(range(len(members))):
             stray += members.values()
             continue
-        sources[to] = Source(tuple(folder.tensors[members[number]] for number in range(len(members))))
+        sources[to] = TensorSource(tuple(folder.tensors[members[number]] for number in range(len(members))))
     return sources, stray
 
 
