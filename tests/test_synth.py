@@ -10,7 +10,7 @@ import pytest
 from cli import Cli
 
 from checkpoints.errors import InputError
-from checkpoints.room import Memory
+from checkpoints.room import FreeMemory
 from engine import backend
 from engine.synth import PRESETS, shape_like, synthesize
 from engine.synth.data import append, converted
@@ -255,7 +255,7 @@ def test_a_full_disk_is_noticed_at_the_last_tensor() -> None:
 
 def test_a_store_of_blocks_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that the memory cannot hold is refused before anything is written, in types that gguf-py makes too."""
-    monkeypatch.setattr("checkpoints.room.memory", lambda: Memory(1 << 30, "free"))
+    monkeypatch.setattr("checkpoints.room.memory", lambda: FreeMemory(1 << 30, "free"))
     for kind in ("f16", "q6_k"):
         make(tmp_path / "small.gguf", shape_like("tiny"), kind=kind, blocks=10)
         (tmp_path / "small.gguf").unlink()
@@ -267,7 +267,7 @@ def test_a_store_of_blocks_counts_as_memory(tmp_path: Path, monkeypatch: pytest.
 def test_the_portions_of_all_cores_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a core holds counts once for each core and once more; a model whose matrices are small needs no more than these."""
     monkeypatch.setattr("engine.synth.data.cores", lambda: 15)
-    monkeypatch.setattr("checkpoints.room.memory", lambda: Memory(1 << 30, "free"))
+    monkeypatch.setattr("checkpoints.room.memory", lambda: FreeMemory(1 << 30, "free"))
     with pytest.raises(InputError, match=r"takes 3\.2 GB of memory, but only 1\.1 GB are free"):
         make(tmp_path / "m.gguf", shape_like("tiny", vocab=65536), kind="f16")
     make(tmp_path / "small.gguf", shape_like("tiny"), kind="f16")

@@ -129,10 +129,10 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     if layer is None or not step.weights:
         return step
     weights = tuple(_name_in(weight, layer, to(layer)) for weight in step.weights)
-    theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if theirs is None and step.inner:  # a step without a name of its own is identified by its weights
-        theirs = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
-    if theirs is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in theirs.weights}:
+    twin_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
+    if twin_step is None and step.inner:  # a step without a name of its own is identified by its weights
+        twin_step = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
+    if twin_step is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in twin_step.weights}:
         return step
     return replace(step, weights=weights)
 

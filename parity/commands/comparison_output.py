@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from checkpoints.answers.picture import Picture
     from checkpoints.answers.references import References
     from checkpoints.record import Dump
-    from reports.findings import Finding
+    from reports.findings import ReportSection
     from reports.report import Report
 
     from ..run.session import Outcome
@@ -61,14 +61,16 @@ def finish(outcome: "Outcome", output_format: Format, references: "References | 
     return code
 
 
-def report(verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[Finding]" = ()) -> "Report":
+def report(
+    verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[ReportSection]" = ()
+) -> "Report":
     """A comparison with everything that belongs beside it."""
     from reports.report import Report
 
     return Report(verdict, ours, ref, picture, tuple(findings))
 
 
-def findings(paths: Sequence[Path]) -> "list[Finding]":
+def findings(paths: Sequence[Path]) -> "list[ReportSection]":
     """JSON answers of other commands as parts of a report.
 
     Raises:
@@ -78,7 +80,7 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
     from checkpoints.regular import read_text
     from reports.findings import finding
 
-    read: list[Finding] = []
+    read: list[ReportSection] = []
     for path in paths:
         try:
             read.append(finding(json.loads(read_text(path)), str(path)))

@@ -122,11 +122,11 @@ def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]
     mine = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
-    theirs, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
-    theirs[index[mine], :width] = pair.ours.values[mine, :width]
+    dumped, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
+    dumped[index[mine], :width] = pair.ours.values[mine, :width]
     known[index[mine], :width] = np.arange(width)[None, :] < pair.ours.counts[mine, None]
-    known &= np.isfinite(theirs) & np.isfinite(right)
-    return entry, np.where(known, theirs, 0.0) - np.where(known, right, 0.0), known
+    known &= np.isfinite(dumped) & np.isfinite(right)
+    return entry, np.where(known, dumped, 0.0) - np.where(known, right, 0.0), known
 
 
 def _alike(case: Case, kind: str, pair: Pair) -> float:

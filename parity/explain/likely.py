@@ -17,7 +17,7 @@ from engine.graph import POSITIONS, WeightSource
 from .carry import carry, steps_between
 from .records import Floats
 from .screening import Screening
-from .state import State
+from .state import SearchState
 
 _ALIKE = 0.3  # least cosine of two changes that may come from one fault
 _SAME = 1e-8  # most squared change, in proportion, of rows before the first wrong one: where the dump is right the candidate must be, too
@@ -30,7 +30,7 @@ class Likely:
         ValueError: the state has no place that differs.
     """
 
-    def __init__(self, screening: Screening, state: State) -> None:
+    def __init__(self, screening: Screening, state: SearchState) -> None:
         if state.first is None:
             raise ValueError("nothing is left to explain")
         self._screening = screening
@@ -62,7 +62,7 @@ class Likely:
             if rows <= self._row or not numbers:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
-            changed = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
+            changed = self._logits_of(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
             was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
             mine = self._screening.backend.to_host(changed)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
@@ -74,7 +74,7 @@ class Likely:
         changed = value[: self._row] - before
         return bool((changed * changed).sum() <= _SAME * (before * before).sum())
 
-    def _made(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
+    def _logits_of(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
         """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""
         if not self._after:
             return rows

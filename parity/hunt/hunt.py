@@ -35,7 +35,7 @@ _FOR_TOKENS = 10.0  # seconds to look for a fault of the tokens: few are tried, 
 MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five places to one operation, a few more where slices are small
 
 
-class Heard(Struct, frozen=True):
+class RoundReport(Struct, frozen=True):
     """What is known after a round, for display: the round, and both sides' dumps."""
 
     round: Round
@@ -54,7 +54,7 @@ def hunt(
     request: Request,
     progress: Progress | None = None,
     started: Reference | None = None,
-    heard: Callable[[Heard], None] = lambda _: None,
+    heard: Callable[[RoundReport], None] = lambda _: None,
 ) -> Hunted:
     """Run the engine until the operation has a name, then look for the cause.
 
@@ -110,7 +110,7 @@ class _Chase:
         self.stopped = ""
         self.notes: list[str] = []
 
-    def rounds(self) -> Iterator[Heard]:
+    def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
         asked = self._request.points
         known: Dump | None = None
@@ -129,7 +129,7 @@ class _Chase:
                 third_side=False,
             )
             verdict = self.result.verdict
-            yield Heard(Round(number, asked, new, verdict), self.ours, self.ref)
+            yield RoundReport(Round(number, asked, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:
                 return
             if number > 1 and not new:

@@ -16,8 +16,8 @@ from checkpoints.errors import InputError
 from engine.weights.dequantize import dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
-from .conversion_settings import FACTOR_ROUNDING, MADE, rope_factors, settings
-from .conversion_sources import Source, shaped, sources_of, ungrouped
+from .conversion_settings import DERIVED_TENSORS, FACTOR_ROUNDING, rope_factors, settings
+from .conversion_sources import TensorSource, shaped, sources_of, ungrouped
 from .row_distance import Distance, Limit, limit_of
 from .safetensors_folder import Floats, Folder
 from .weights import Progress, type_name
@@ -54,7 +54,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
     for info in model.tensors.values():
-        factors = rope_factors(info.name, source) if info.name in MADE else None
+        factors = rope_factors(info.name, source) if info.name in DERIVED_TENSORS else None
         checks.append(
             _factors(model, info, factors) if factors is not None else _tensor(model, info, sources.get(info.name), arch, heads)
         )
@@ -69,7 +69,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
 
 
-def _tied(name: str, model: GgufModel, sources: dict[str, Source]) -> bool:
+def _tied(name: str, model: GgufModel, sources: dict[str, TensorSource]) -> bool:
     """Whether a GGUF rightly lacks the output matrix: it is the embedding's, which is stored once."""
     if name != "output.weight" or "token_embd.weight" not in sources or "token_embd.weight" not in model.tensors:
         return False
@@ -80,12 +80,14 @@ def _tied(name: str, model: GgufModel, sources: dict[str, Source]) -> bool:
     )
 
 
-def _tensor(model: GgufModel, info: TensorInfo, source: Source | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
+def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
     if source is None:
-        if info.name in MADE or info.name == "output.weight":
+        if info.name in DERIVED_TENSORS or info.name == "output.weight":
             reason = (
-                "no tensor of the folder, and config.json does not give it" if info.name in MADE else "no tensor of the folder"
+                "no tensor of the folder, and config.json does not give it"
+                if info.name in DERIVED_TENSORS
+                else "no tensor of the folder"
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
@@ -178,7 +180,7 @@ def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
 
 
 def _other(
-    model: GgufModel, info: TensorInfo, source: Source, right: Change, heads: tuple[int, int], arch: str, limit: Limit
+    model: GgufModel, info: TensorInfo, source: TensorSource, right: Change, heads: tuple[int, int], arch: str, limit: Limit
 ) -> str:
     """The name of the GGUF tensor of its layer, or of its kind in another one, that has these values; "" if there is none."""
     layer, kind = info.name.rsplit(".", 2)[0], info.name.split(".", 2)[-1]
@@ -197,7 +199,14 @@ def _other(
 
 
 def _portions(
-    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str, *, turn: bool = False
+    model: GgufModel,
+    info: TensorInfo,
+    source: TensorSource,
+    change: Change,
+    heads: tuple[int, int],
+    arch: str,
+    *,
+    turn: bool = False,
 ) -> Iterator[tuple[int, Floats, Floats]]:
     """(first row, the GGUF's values, those that it should have) of a few rows at a time; with `turn` of the transposed source."""
     raw = model.raw(info.name)
@@ -217,7 +226,14 @@ def _portions(
 
 
 def _compare(
-    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str, *, turn: bool = False
+    model: GgufModel,
+    info: TensorInfo,
+    source: TensorSource,
+    change: Change,
+    heads: tuple[int, int],
+    arch: str,
+    *,
+    turn: bool = False,
 ) -> Distance | None:
     """How far each row of a tensor is from its source; None if they do not have one shape."""
     distance = Distance.of(len(model.raw(info.name)), info.shape[-1])
@@ -229,7 +245,7 @@ def _compare(
 
 
 def _first_of(
-    model: GgufModel, info: TensorInfo, source: Source, change: Change, heads: tuple[int, int], arch: str, row: int
+    model: GgufModel, info: TensorInfo, source: TensorSource, change: Change, heads: tuple[int, int], arch: str, row: int
 ) -> FirstDifference | None:
     """The first element from a row on that is off by more than a hundredth of its row's size."""
     for start, held, wanted in _portions(model, info, source, change, heads, arch):

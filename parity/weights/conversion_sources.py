@@ -14,7 +14,7 @@ _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-class Source(Struct, frozen=True):
+class TensorSource(Struct, frozen=True):
     """Where a tensor of the GGUF comes from: one tensor, or one for each expert.
 
     `in_groups`: a fused projection as the folder stores it, from which `parts` is reordered.
@@ -22,7 +22,7 @@ class Source(Struct, frozen=True):
 
     parts: tuple[Stored, ...]
     names: tuple[str, ...]
-    in_groups: "Source | None" = None
+    in_groups: "TensorSource | None" = None
 
     def rows(self, start: int, stop: int, per_part: int, *, transposed: bool = False) -> Floats:
         """Rows [start, stop) of the concatenated parts; they must lie in one part."""
@@ -38,7 +38,7 @@ class Source(Struct, frozen=True):
         return part.part(slice(first, first + stop - start))
 
 
-def sources_of(arch: str, layers: int, folder: Folder) -> tuple[dict[str, Source], list[str]]:
+def sources_of(arch: str, layers: int, folder: Folder) -> tuple[dict[str, TensorSource], list[str]]:
     """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
     import gguf
 
@@ -46,7 +46,7 @@ def sources_of(arch: str, layers: int, folder: Folder) -> tuple[dict[str, Source
     if kind is None:
         raise InputError(f"gguf-py has no names of the architecture {arch}.", "Conversion cannot be checked for it.")
     names = gguf.get_tensor_name_map(kind, layers)
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     experts: dict[str, dict[int, str]] = {}
     stray: list[str] = []
     for name, stored in folder.tensors.items():
@@ -61,18 +61,18 @@ def sources_of(arch: str, layers: int, folder: Folder) -> tuple[dict[str, Source
         if to is None:
             stray.append(name)
         else:
-            sources[to] = Source((stored,), (name,))
+            sources[to] = TensorSource((stored,), (name,))
     for joined, members in experts.items():
         to = names.get_name(joined, try_suffixes=(".weight",))
         if to is None or sorted(members) != list(range(len(members))):
             stray += members.values()
             continue
         ordered = tuple(members[number] for number in range(len(members)))
-        sources[to] = Source(tuple(folder.tensors[name] for name in ordered), ordered)
+        sources[to] = TensorSource(tuple(folder.tensors[name] for name in ordered), ordered)
     return sources, stray
 
 
-def ungrouped(source: Source, heads: tuple[int, int]) -> Source:
+def ungrouped(source: TensorSource, heads: tuple[int, int]) -> TensorSource:
     """A fused projection whose rows are grouped (queries, then a key head and a value head for each group), reordered to all queries,
     keys, values: `FalconModel.modify_tensors` of convert_hf_to_gguf.py. The result has a part for each head.
     """
@@ -88,11 +88,11 @@ def ungrouped(source: Source, heads: tuple[int, int]) -> Source:
     places += [*range(group - 2, count, group), *range(group - 1, count, group)]
     if len(whole.shape) == 1:  # a bias
         together = Stored(np.concatenate([cut[i].raw for i in places]), whole.dtype, whole.shape)
-        return Source((together,), source.names, source)
-    return Source(tuple(cut[i] for i in places), source.names, source)
+        return TensorSource((together,), source.names, source)
+    return TensorSource(tuple(cut[i] for i in places), source.names, source)
 
 
-def shaped(source: Source, shape: tuple[int, ...]) -> Source:
+def shaped(source: TensorSource, shape: tuple[int, ...]) -> TensorSource:
     """A tensor in the GGUF's shape if the two differ only in dimensions of 1: the kernels of convolutions, [n, 1, k] in PyTorch."""
     part = source.parts[0]
     if len(source.parts) > 1 or part.shape == shape or [n for n in part.shape if n > 1] != [n for n in shape if n > 1]:

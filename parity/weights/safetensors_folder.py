@@ -57,12 +57,12 @@ class Folder:
 
     def special(self, short: str) -> frozenset[int]:
         """The ids that config.json, generation_config.json and the tokenizer's files give for its "bos" or "eos" token."""
-        found: set[int] = set()
+        special_ids: set[int] = set()
         files = [self.config, *(_json(self.path / name) for name in ("generation_config.json", "tokenizer_config.json"))]
         texts = set()
         for content in files:
             ids = content.get(f"{short}_token_id")
-            found |= {number for number in (ids if isinstance(ids, list) else [ids]) if isinstance(number, int)}
+            special_ids |= {number for number in (ids if isinstance(ids, list) else [ids]) if isinstance(number, int)}
             token = content.get(f"{short}_token")
             texts.add(token.get("content") if isinstance(token, dict) else token)
         added = _json(self.path / "tokenizer.json").get("added_tokens")
@@ -72,8 +72,8 @@ class Folder:
             entries += [
                 entry | {"id": int(key)} for key, entry in decoder.items() if isinstance(entry, dict) and key.isdecimal()
             ]
-        found |= {entry["id"] for entry in entries if entry.get("content") in texts and isinstance(entry.get("id"), int)}
-        return frozenset(found)
+        special_ids |= {entry["id"] for entry in entries if entry.get("content") in texts and isinstance(entry.get("id"), int)}
+        return frozenset(special_ids)
 
     def number(self, *names: str) -> int | None:
         """The first of these entries of config.json that is a whole number."""
