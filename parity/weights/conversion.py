@@ -14,10 +14,10 @@ from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDiff
 from checkpoints.errors import InputError
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
-from .conversion_compare import Change, Held
-from .conversion_forms import Model
+from .conversion_compare import Change, HeldTensor
+from .conversion_forms import ConvertedModel
 from .conversion_guesses import first_wrong_row, guess
-from .conversion_settings import FACTOR_ROUNDING, DERIVED_TENSORS, rope_factors, settings
+from .conversion_settings import DERIVED_TENSORS, FACTOR_ROUNDING, rope_factors, settings
 from .conversion_sources import TensorSource, sources_of
 from .row_distance import limit_of
 from .safetensors_folder import Floats, Folder
@@ -47,7 +47,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     model, source = GgufModel(path), Folder(folder)
     arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
     sources, stray = sources_of(
-        Model(arch, frozenset(model.tensors), heads, source.config), model.hyperparameters.n_layers, source
+        ConvertedModel(arch, frozenset(model.tensors), heads, source.config), model.hyperparameters.n_layers, source
     )
     if not sources.keys() & model.tensors.keys():
         raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder from which this GGUF was made?")
@@ -119,7 +119,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arc
         source = source.turned()
     right = _expected(info, arch, heads)
     count_of = _heads(info.name, heads)
-    held = Held(model, info, info.shape[0] // count_of if count_of and len(info.shape) == 2 else 1)
+    held = HeldTensor(model, info, info.shape[0] // count_of if count_of and len(info.shape) == 2 else 1)
     distance = held.distance(source, right)
     limit = limit_of(info.type, _EXP if info.name.endswith(_DECAY) else 0.0)
     if limit.holds(distance):

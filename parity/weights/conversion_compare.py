@@ -19,7 +19,7 @@ CHUNK = 1 << 18  # elements that are read at a time: what is computed from them 
 Change = Callable[[Floats], Floats]
 
 
-class Held(Struct, frozen=True):
+class HeldTensor(Struct, frozen=True):
     """A tensor of a GGUF; `unit` is the number of rows that a change needs together, those of a head."""
 
     model: GgufModel

@@ -24,7 +24,7 @@ GROUPED_HEADS = "value heads left beside their key head: llama.cpp expects the f
 UNSCALED = "without the multiplier that config.json gives, which llama.cpp expects in the weights"
 
 
-class Model(Struct, frozen=True):
+class ConvertedModel(Struct, frozen=True):
     """What forms depend on: the GGUF's architecture, names of its tensors, numbers of heads (queries, keys), and config.json."""
 
     architecture: str
@@ -45,14 +45,14 @@ class Model(Struct, frozen=True):
         return float(value) if isinstance(value, (int, float)) else 1.0
 
 
-class Form(Struct, frozen=True):
+class ConvertedForm(Struct, frozen=True):
     """What a GGUF tensor is made of, one part after the other by rows; `mistakes`: what usual errors would have made of it."""
 
     parts: tuple[Stored, ...]
     mistakes: tuple[tuple[str, tuple[Stored, ...]], ...] = ()
 
 
-def forms(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def forms(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """What a tensor of the folder becomes: a form by GGUF name. Empty for one that is stored as it is.
 
     `to` is the GGUF name that gguf-py's table gives to `name`, "" if it has none.
@@ -69,7 +69,7 @@ def forms(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
     return {}
 
 
-def _latent(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _latent(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """kv_b_proj [heads · (nope + v), rank]: each head's key part, transposed, and its value part."""
     if not any(held.endswith(".attn_k_b.weight") for held in model.held):
         return {}
@@ -77,10 +77,13 @@ def _latent(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]
     heads = stored.array.reshape(model.number("num_attention_heads"), -1, rank)
     keys, values = heads[:, :nope], heads[:, nope:]
     turned = ("each head's key part not transposed", tuple(Stored(head.reshape(-1)) for head in keys))
-    return {"attn_k_b.weight": Form((Stored(keys.swapaxes(1, 2)),), (turned,)), "attn_v_b.weight": Form((Stored(values),))}
+    return {
+        "attn_k_b.weight": ConvertedForm((Stored(keys.swapaxes(1, 2)),), (turned,)),
+        "attn_v_b.weight": ConvertedForm((Stored(values),)),
+    }
 
 
-def _gate_and_up(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _gate_and_up(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Experts' gate and up in one tensor: as halves, or one row of each in turns."""
     bias = name.endswith("bias")
     array = stored.array if bias or model.architecture not in _EXPERTS_TURNED else stored.array.swapaxes(1, 2)
@@ -91,67 +94,67 @@ def _gate_and_up(name: str, to: str, stored: Stored, model: Model) -> dict[str, 
     kind = "bias" if bias else "weight"
     mistake = HALVES if interleaved else TURNS
     return {
-        f"ffn_{part}_exps.{kind}": Form((Stored(right[i]),), ((mistake, (Stored(wrong[i]),)),))
+        f"ffn_{part}_exps.{kind}": ConvertedForm((Stored(right[i]),), ((mistake, (Stored(wrong[i]),)),))
         for i, part in enumerate(("gate", "up"))
     }
 
 
-def _down(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _down(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Experts' down in one tensor."""
     bias = name.endswith("bias")
     turned = not bias and model.architecture in _EXPERTS_TURNED
     array = stored.array.swapaxes(1, 2) if turned else stored.array
-    return {f"ffn_down_exps.{'bias' if bias else 'weight'}": Form((Stored(array),))}
+    return {f"ffn_down_exps.{'bias' if bias else 'weight'}": ConvertedForm((Stored(array),))}
 
 
-def _halves(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _halves(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Gate and up, one after the other: [2 · width, in] or [experts, 2 · width, in]."""
     axis = stored.array.ndim - 2
     gate, up = np.split(stored.array, 2, axis=axis)
     kind = "" if name.startswith("transformer.") else "_exps" if axis else "_shexp"
     if kind == "_shexp" and not model.number("num_local_experts"):
         kind = ""
-    return {f"ffn_gate{kind}.weight": Form((Stored(gate),)), f"ffn_up{kind}.weight": Form((Stored(up),))}
+    return {f"ffn_gate{kind}.weight": ConvertedForm((Stored(gate),)), f"ffn_up{kind}.weight": ConvertedForm((Stored(up),))}
 
 
-def _shared_down(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _shared_down(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """The feed-forward part of a layer without experts has the name of the part that experts share."""
-    return {} if model.number("num_local_experts") else {"ffn_down.weight": Form((stored,))}
+    return {} if model.number("num_local_experts") else {"ffn_down.weight": ConvertedForm((stored,))}
 
 
-def _experts_in_rows(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _experts_in_rows(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """DBRX: [experts · width, hidden] each, of which down is transposed."""
     experts = stored.array.reshape(model.config["ffn_config"]["moe_num_experts"], -1, stored.shape[-1])
     kind = {"w1": "gate", "v1": "up", "w2": "down"}[name[-2:]]
-    return {f"ffn_{kind}_exps.weight": Form((Stored(experts.swapaxes(1, 2) if kind == "down" else experts),))}
+    return {f"ffn_{kind}_exps.weight": ConvertedForm((Stored(experts.swapaxes(1, 2) if kind == "down" else experts),))}
 
 
-def _correction(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _correction(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """The bias of experts' choice, whose name in a GGUF ends with .bias."""
-    return {"exp_probs_b.bias": Form((stored,))}
+    return {"exp_probs_b.bias": ConvertedForm((stored,))}
 
 
-def _grouped(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _grouped(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """A fused projection in groups (queries, then a key head and a value head): all queries, all keys, all values."""
     many, few = model.heads
     if model.architecture not in _GROUPED or not few or many % few:
         return {}
     group = stored.array.reshape(few, many // few + 2, -1, *stored.shape[1:])
     parts = tuple(Stored(part) for part in (group[:, :-2], group[:, -2], group[:, -1]))
-    return {to: Form(parts, ((IN_GROUPS, (stored,)),))} if to else {}
+    return {to: ConvertedForm(parts, ((IN_GROUPS, (stored,)),))} if to else {}
 
 
-def _queries_to_gates(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _queries_to_gates(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Qwen3-Next's in_proj_qkvz: for each key head its query, key, values and gates."""
     few, many = model.number("linear_num_key_heads"), model.number("linear_num_value_heads")
     key, value = model.number("linear_key_head_dim"), model.number("linear_value_head_dim") * many // max(few, 1)
     heads = stored.array.reshape(few, 2 * key + 2 * value, -1)
     cuts = (slice(0, key), slice(key, 2 * key), slice(2 * key, 2 * key + value))
-    fused = Form(tuple(Stored(heads[:, cut]) for cut in cuts))
-    return {"attn_qkv.weight": fused, "attn_gate.weight": Form((Stored(heads[:, 2 * key + value :]),))}
+    fused = ConvertedForm(tuple(Stored(heads[:, cut]) for cut in cuts))
+    return {"attn_qkv.weight": fused, "attn_gate.weight": ConvertedForm((Stored(heads[:, 2 * key + value :]),))}
 
 
-def _value_heads(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _value_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Qwen3.5's linear attention: value heads grouped by key head become the first of each group, the second of each, and so on."""
     few, many = model.number("linear_num_key_heads"), model.number("linear_num_value_heads")
     if model.architecture not in ("qwen35", "qwen35moe") or few == many or not few or many % few:
@@ -164,16 +167,16 @@ def _value_heads(name: str, to: str, stored: Stored, model: Model) -> dict[str, 
     else:
         tiled = array[before:].reshape(few, many // few, -1, *array.shape[1:]).swapaxes(0, 1)
     parts = (Stored(array[:before]), Stored(tiled)) if before else (Stored(tiled),)
-    return {to: Form(parts, ((GROUPED_HEADS, (stored,)),))} if to else {}
+    return {to: ConvertedForm(parts, ((GROUPED_HEADS, (stored,)),))} if to else {}
 
 
-def _positions(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _positions(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """RoBERTa's positions begin behind the padding token's."""
     if "roberta" not in str(model.config.get("model_type")) and model.config.get("model_type") != "camembert":
         return {}
     first = (model.config.get("pad_token_id") or 0) + 1
     shifted = ("begins with the rows of padding, which llama.cpp does not expect", (Stored(stored.array[:-first]),))
-    return {to: Form((Stored(stored.array[first:]),), (shifted,))}
+    return {to: ConvertedForm((Stored(stored.array[first:]),), (shifted,))}
 
 
 _FALCON_H1 = (
@@ -189,7 +192,7 @@ _FALCON_H1 = (
 )
 
 
-def _multiplied(name: str, to: str, stored: Stored, model: Model) -> dict[str, Form]:
+def _multiplied(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Falcon-H1: multipliers of activations, which converters apply to the weights."""
     if model.architecture != "falcon-h1" or not to:
         return {}
@@ -199,7 +202,7 @@ def _multiplied(name: str, to: str, stored: Stored, model: Model) -> dict[str, F
         edges = np.cumsum([inner, inner, states, states]).tolist()
         scale = model.scale("ssm_in_multiplier")
         return {
-            to: Form(
+            to: ConvertedForm(
                 tuple(
                     Stored(part, (scale, model.scale("ssm_multipliers", i)))
                     for i, part in enumerate(np.split(stored.array, edges))
@@ -208,10 +211,10 @@ def _multiplied(name: str, to: str, stored: Stored, model: Model) -> dict[str, F
             )
         }
     keys = next((keys for word, keys in _FALCON_H1 if word in name), ())
-    return {to: Form((Stored(stored.array, tuple(model.scale(*key) for key in keys)),), unscaled)} if keys else {}
+    return {to: ConvertedForm((Stored(stored.array, tuple(model.scale(*key) for key in keys)),), unscaled)} if keys else {}
 
 
-_FORMS: tuple[tuple[str, Callable[[str, str, Stored, Model], dict[str, Form]]], ...] = (
+_FORMS: tuple[tuple[str, Callable[[str, str, Stored, ConvertedModel], dict[str, ConvertedForm]]], ...] = (
     (r"\.kv_b_proj\.weight$", _latent),
     (r"\.experts\.gate_up_proj(_bias|_blocks)?$", _gate_and_up),
     (r"\.experts\.down_proj(_bias|_blocks)?$", _down),

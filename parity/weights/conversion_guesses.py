@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .conversion_compare import CHUNK, Change, Held
+from .conversion_compare import CHUNK, Change, HeldTensor
 from .conversion_sources import TensorSource
 from .row_distance import Distance, Limit
 from .safetensors_folder import Stored
@@ -13,7 +13,7 @@ MATRICES_TURNED = "each of its matrices is transposed: llama.cpp expects a row f
 RESHAPED = "reshaped where it should be transposed: its values are in the order of the folder's"
 
 
-def guess(held: Held, source: TensorSource, right: Change, limit: Limit) -> str:
+def guess(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -> str:
     """What the values are as a whole, in words; "" if no guess gives them."""
     columns, turned = held.info.shape[-1], source.turned()
     if all(part.array.ndim == 2 for part in turned.parts):
@@ -28,7 +28,7 @@ def guess(held: Held, source: TensorSource, right: Change, limit: Limit) -> str:
     return _scaled(held, source, right, limit)
 
 
-def first_wrong_row(held: Held, source: TensorSource, right: Change, limit: Limit, at: int) -> str:
+def first_wrong_row(held: HeldTensor, source: TensorSource, right: Change, limit: Limit, at: int) -> str:
     """Which of the source's rows a wrong row is, in words; "" if it is none of them. Of three dimensions, which matrix."""
     values = held.row(at)
     if not values.any():
@@ -49,7 +49,7 @@ def _as_words(shape: tuple[int, ...], at: int, of: int) -> str:
     return f"row {at:,} is the folder's row {of:,}"
 
 
-def _other(held: Held, source: TensorSource, right: Change, limit: Limit) -> str:
+def _other(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -> str:
     """The GGUF tensor of its layer, or of its kind in another one, that has the source's values; "" if there is none."""
     info, tensors = held.info, held.model.tensors
     layer, kind = info.name.rsplit(".", 2)[0], info.name.split(".", 2)[-1]
@@ -57,7 +57,7 @@ def _other(held: Held, source: TensorSource, right: Change, limit: Limit) -> str
         related = name.startswith(f"{layer}.") or (info.name.startswith("blk.") and name.split(".", 2)[-1] == kind)
         if name == info.name or other.shape != info.shape or not related:
             continue
-        candidate = Held(held.model, other, held.unit)
+        candidate = HeldTensor(held.model, other, held.unit)
         for _, values, wanted in candidate.beside(source, right):
             begins = Distance.of(len(values), values.shape[1])  # before the whole is compared
             begins.put(0, values, wanted)
@@ -67,7 +67,7 @@ def _other(held: Held, source: TensorSource, right: Change, limit: Limit) -> str
     return ""
 
 
-def _scaled(held: Held, source: TensorSource, right: Change, limit: Limit) -> str:
+def _scaled(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -> str:
     """Whether one factor gives all values, or they are all zero."""
     product = energy = largest = 0.0
     for _, values, wanted in held.beside(source, right):

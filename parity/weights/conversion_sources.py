@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 
-from .conversion_forms import Form, Model, forms, matrices
+from .conversion_forms import ConvertedForm, ConvertedModel, forms, matrices
 from .safetensors_folder import Floats, Folder, Stored
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class TensorSource(Struct, frozen=True):
             begin += len(part.array)
 
 
-def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, TensorSource], list[str]]:
+def sources_of(model: ConvertedModel, layers: int, folder: Folder) -> tuple[dict[str, TensorSource], list[str]]:
     """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
     import gguf
 
@@ -86,7 +86,7 @@ def sources_of(model: Model, layers: int, folder: Folder) -> tuple[dict[str, Ten
             stacks.setdefault(match[1].replace("model.language_model.", "model.") + ".weight", {})[int(match[2])] = name
             continue
         to = _named(name, names, model.held)
-        made = forms(name, to, stored, model) or ({to: Form((stored,))} if to else {})
+        made = forms(name, to, stored, model) or ({to: ConvertedForm((stored,))} if to else {})
         if made:
             sources |= {key: TensorSource(form.parts, form.mistakes) for key, form in made.items()}
         elif stored.readable:
