@@ -161,7 +161,13 @@ def test_three_sides_of_a_run_agree(parity: Cli) -> None:
     assert (code, answer["verdict"], answer["sides"]) == (0, "parity", ["ours", "llama.cpp", "Hugging Face"])
     assert min(answer["compared"]) > 1500
     assert answer["folder"] == "whole"
-    assert {path.name for path in Path("whole").iterdir()} == {"ours.jsonl", "ref.jsonl", "hf.jsonl", "diff.json", "report.html"}
+    assert {path.name for path in Path("whole").iterdir()} == {
+        "ours.jsonl",
+        "ref.jsonl",
+        "hf.jsonl",
+        "diff.json",
+        "report.html",
+    }
     assert json.loads(Path("whole/diff.json").read_text()) == answer
     assert "<h2>Three sides" in Path("whole/report.html").read_text(encoding="utf-8")
     printed = parity("run", "--prompt", "Once", "--with", "hf", "--python", PYTHON, "--out", "few").out.splitlines()
