@@ -127,15 +127,15 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             except NotApplicable:
                 continue
             seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
-            took = []
+            durations = []
             for _ in range(SEARCHES):
                 with multiply_adds() as count:
                     began = clock()
                     answer = explain(seen, model, ExplainOptions(budget=300, backend=backend))
-                    took.append(clock() - began)
+                    durations.append(clock() - began)
             if answer.first is None:
                 continue
-            spent = median(took)
+            spent = median(durations)
             costs.append((spent / seconds, count[0] / work, spent))
             print(
                 f"{name}, {scope}, {fault.name}: {answer.variants:,} variants, {spent:.2f} s ="

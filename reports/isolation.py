@@ -78,7 +78,7 @@ def _words(isolation: Isolation, groups: dict[str, list[Operation]]) -> Iterator
     if right and isolation.wrong:
         yield "right", ", ".join(right)
     for item in isolation.wrong[:_WRONG_SHOWN]:
-        yield "wrong", _said(item)
+        yield "wrong", _description(item)
     if len(isolation.wrong) > _WRONG_SHOWN:
         yield "wrong", f"and {count(len(isolation.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
     for reason, items in _hidden(isolation).items():
@@ -107,7 +107,7 @@ def _in_layers(layers: list[int]) -> str:
     return f" ({ranges(tuple(layers))})" if layers else ""
 
 
-def _said(item: Operation) -> str:
+def _description(item: Operation) -> str:
     known = KINDS.get(item.operation)
     meaning = f", {known.meaning}" if known is not None else ""
     weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""

@@ -96,10 +96,10 @@ def _place(item: Predicted) -> Iterator[tuple[str, str]]:
 
 def _choice(item: Predicted) -> str:
     """The first position at which both would go on differently."""
-    ours, theirs = item.ref[0], item.server[0]
+    our_token, server_token = item.ref[0], item.server[0]
     return (
-        f"the choices differ first at position {item.position}: llama.cpp {clean(repr(ours[1]))}, the server {clean(repr(theirs[1]))}, "
-        f"which llama.cpp has {item.margin:.3g} below its own, in log-probability"
+        f"the choices differ first at position {item.position}: llama.cpp {clean(repr(our_token[1]))}, the server "
+        f"{clean(repr(server_token[1]))}, which llama.cpp has {item.margin:.3g} below its own, in log-probability"
     )
 
 

@@ -53,7 +53,7 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
     edits = [planting.edits(fault, None, parameters) for fault, parameters in variants]
     together = replay.run_batch(edits, len(engine.right), frozenset(), lambda _name, shown: [True] * len(shown))
     for (fault, parameters), shown in zip(variants, together, strict=True):
-        alone = replay.run(planting.of(fault, None, parameters), lambda _name, _made: True)["logits"]
+        alone = replay.run(planting.of(fault, None, parameters), lambda _name, _value: True)["logits"]
         assert shown is not None
         assert np.abs(alone - shown["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 

@@ -88,9 +88,9 @@ def test_what_a_record_shows_is_named_once(right: Dump, kinds: tuple[str, ...], 
     verdict = compare(shown(right, change, *kinds), right, F32)
     assert verdict, verdict.operation
     assert {parse(fault.checkpoint).kind for fault in verdict.record_faults} == set(kinds)
-    said = sentences(verdict)
-    assert said.count(message) == len(kinds), said
-    assert said.count("blk.{0..23}.") == len(kinds), said
+    answer = sentences(verdict)
+    assert answer.count(message) == len(kinds), answer
+    assert answer.count("blk.{0..23}.") == len(kinds), answer
 
 
 def test_a_rank_whose_part_comes_first_is_noted(right: Dump) -> None:

@@ -16,7 +16,7 @@ from parity.server.ask import Heard, _echoed
 from parity.server.base import kl, listed
 from parity.server.causes import penalised
 from parity.server.http import ServerError
-from parity.server.predictions import Candidate, Prediction, legacy
+from parity.server.predictions import Prediction, TokenCandidate, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.truncation import truncations
 from parity.server.vocabulary import Vocabulary
@@ -194,7 +194,7 @@ def test_a_text_of_which_the_beginning_was_read_is_seen(
     prompt = resolve_prompt(reference, stories, "Once upon a time", None)
     ids = reference.tokenize(stories, read).ids[1:]
     vocabulary = Vocabulary(reference.pieces(stories, range(reference.tokenize(stories, read).n_vocab)))
-    shown = [Prediction(Candidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
+    shown = [Prediction(TokenCandidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
     heard = _echoed(Heard(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
     assert heard.cut == cut
     assert (heard.tokenizer is None) is (read == prompt.text)
@@ -207,7 +207,7 @@ def test_kl_is_a_lower_bound_of_the_whole() -> None:
     vocabulary = Vocabulary([f"t{number}" for number in range(300)])
     log = other - np.log(np.exp(other.astype(np.float64)).sum())
     top = np.argsort(-other)[:5]
-    server = listed([Candidate(f"t{n}", float(log[n])) for n in top], vocabulary, row)
+    server = listed([TokenCandidate(f"t{n}", float(log[n])) for n in top], vocabulary, row)
     p = row - np.log(np.exp(row.astype(np.float64)).sum())
     assert 0 < kl(row, server) <= float(np.sum(np.exp(p) * (p - log)))
     assert kl(other, server) == pytest.approx(0, abs=1e-9)
@@ -218,9 +218,11 @@ def test_what_sums_to_more_than_1_is_never_right() -> None:
     row = np.array([12.0, 6.0, 1.0, *[-20.0] * 29], dtype=np.float32)
     vocabulary = Vocabulary([f"t{number}" for number in range(32)])
     log = row - np.log(np.exp(row.astype(np.float64)).sum())
-    server = listed([Candidate(f"t{n}", float(log[n] / np.log(10))) for n in range(3)], vocabulary, row)
+    server = listed([TokenCandidate(f"t{n}", float(log[n] / np.log(10))) for n in range(3)], vocabulary, row)
     assert kl(row, server) > 0.05
-    assert kl(row, listed([Candidate(f"t{n}", float(log[n])) for n in range(3)], vocabulary, row)) == pytest.approx(0, abs=1e-9)
+    assert kl(row, listed([TokenCandidate(f"t{n}", float(log[n])) for n in range(3)], vocabulary, row)) == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(("what", "kept"), [("a top-k of 7", 7), ("a top-p of 0.9", None), ("a min-p of 0.1", None)])
@@ -234,7 +236,7 @@ def test_a_truncation_is_found_by_its_offsets(what: str, kept: int | None) -> No
         count = kept or (int(np.searchsorted(np.cumsum(p), 0.9)) + 1 if "top-p" in what else int((p >= 0.1 * p[0]).sum()))
         offsets.append(float(-np.log(p[:count].sum())))
         cuts.append(count)
-    fit = next(found for found in truncations(rows, offsets) if found.what == what)
+    fit = next(truncation for truncation in truncations(rows, offsets) if truncation.what == what)
     assert [int((fit.left(row) > -60).sum()) for row in rows] == cuts
 
 
@@ -247,12 +249,12 @@ def test_a_penalty_is_llama_cpps() -> None:
 def test_tokens_are_told_by_id_bytes_or_text() -> None:
     """A server that strips the blank is understood; half a character, which many tokens share, is not guessed."""
     vocabulary = Vocabulary([" a", "b", "b", "\ufffd", "\ufffd"])
-    assert vocabulary.ids(Candidate("a", 0.0)) == [0]
-    assert vocabulary.ids(Candidate("?", 0.0, data=b" a")) == [0]
-    assert vocabulary.ids(Candidate("x", 0.0, id=1)) == (1,)
-    assert vocabulary.ids(Candidate("x", 0.0, id=9)) == ()
-    assert vocabulary.most_probable(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
-    assert vocabulary.ids(Candidate("\ufffd", 0.0)) == ()
+    assert vocabulary.ids(TokenCandidate("a", 0.0)) == [0]
+    assert vocabulary.ids(TokenCandidate("?", 0.0, data=b" a")) == [0]
+    assert vocabulary.ids(TokenCandidate("x", 0.0, id=1)) == (1,)
+    assert vocabulary.ids(TokenCandidate("x", 0.0, id=9)) == ()
+    assert vocabulary.most_probable(TokenCandidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
+    assert vocabulary.ids(TokenCandidate("\ufffd", 0.0)) == ()
 
 
 @pytest.mark.parametrize(

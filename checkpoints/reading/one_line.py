@@ -11,8 +11,8 @@ from . import digits as printed
 from . import fields, lenient
 from .arrays import without_words
 from .labels import Labels
+from .line_order import UNNUMBERED
 from .slabs import Slab
-from .unnumbered import UNNUMBERED
 
 RECORD = "checkpoint"
 

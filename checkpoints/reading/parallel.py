@@ -148,20 +148,27 @@ class _Child:
         from multiprocessing import Pipe  # for large files only
 
         self._started = False
-        self._pipe, theirs = Pipe()
+        self._pipe, child_end = Pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).resolve().parent.parent.parent), str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    _BOOT,
+                    str(Path(__file__).resolve().parent.parent.parent),
+                    str(child_end.fileno()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
             )
         except OSError:
             self._pipe.close()
             raise
         finally:
-            theirs.close()
+            child_end.close()
 
     def started(self, *, wait: bool) -> bool:
         """Whether it has reported that it is ready. Raises EOFError if it has died."""

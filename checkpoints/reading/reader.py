@@ -7,10 +7,10 @@ from msgspec.structs import replace
 
 from ..errors import DumpError
 from ..record import Dump, End, Rows, Token
+from .line_order import counted, note_on
 from .parallel import SHARED, Sharing
 from .scan import Scan
 from .slabs import blown_up
-from .unnumbered import counted, note_on
 
 
 def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:

@@ -19,6 +19,7 @@ EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _QKV = ("q", "k", "v")
 # Operations that read weights of a layer.
 _WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
+_WHOLE_LAYER = (*MATRICES, "attn_norm", "ffn_norm")
 _EACH_MATRIX = (*((kind,) for kind in ("ffn_gate", "q", "k", "v", "attn_out", "ffn_up", "ffn_out", "logits")), MATRICES)
 
 
@@ -138,10 +139,10 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     if layer is None or not step.weights:
         return step
     weights = tuple(_name_in(weight, layer, to(layer)) for weight in step.weights)
-    theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if theirs is None and step.inner:  # a step without a name of its own is identified by its weights
-        theirs = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
-    if theirs is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in theirs.weights}:
+    twin_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
+    if twin_step is None and step.inner:  # a step without a name of its own is identified by its weights
+        twin_step = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
+    if twin_step is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in twin_step.weights}:
         return step
     return replace(step, weights=weights)
 
@@ -273,16 +274,24 @@ FAULTS = (
     ),
     Fault(
         name="layer-offset",
-        kinds=(*_WITH_WEIGHTS, *MATRICES, "attn_norm", "ffn_norm"),
+        kinds=(*_WITH_WEIGHTS, *_WHOLE_LAYER),
         change=_offset,
-        what="each layer takes the weights of the layer at an offset of {by}",
+        what="{at} takes the weights of the layer at an offset of {by}",
         symptom="wrong from layer 0 on, of plausible size",
         fix="layer i reads blk.i.*, from 0",
         seen="loops from 1",
         parameters={
             "by": (1, -1),
-            AT: (_WITH_WEIGHTS, (*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm")),
+            AT: (
+                _WITH_WEIGHTS,
+                _WHOLE_LAYER,
+                ("attn_norm",),
+                ("ffn_norm",),
+                ("attn_norm", "ffn_norm"),
+                *((kind,) for kind in MATRICES),
+            ),
         },
+        says={_WITH_WEIGHTS: "each layer", _WHOLE_LAYER: "each layer"},
     ),
     Fault(
         name="layers-swapped",

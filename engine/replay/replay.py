@@ -39,7 +39,7 @@ class _Right(Mapping[str, Array]):
     """
 
     def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource, longer: "Replay | None") -> None:
-        self._made = given
+        self._computed = given
         self._names = (*given, *(step.makes for step in steps))
         self._known = frozenset(self._names)
         self._steps = tuple(steps)
@@ -53,19 +53,19 @@ class _Right(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         if name not in self._known:
             raise KeyError(name)
-        if name not in self._made and self._longer is not None and name in self._same:
+        if name not in self._computed and self._longer is not None and name in self._same:
             if name in self._taken:
-                self._made[name] = _first_rows(self._longer.values[name], len(self._made[TOKENS]))
+                self._computed[name] = _first_rows(self._longer.values[name], len(self._computed[TOKENS]))
             else:
                 step = self._by_name[name]
                 with _QUIET():
-                    self._made[name] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
-        while name not in self._made:
+                    self._computed[name] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
+        while name not in self._computed:
             step = self._steps[self._next]
             with _QUIET():
-                self._made[step.makes] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
+                self._computed[step.makes] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
             self._next += 1
-        return self._made[name]
+        return self._computed[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

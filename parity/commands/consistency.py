@@ -20,7 +20,9 @@ def consistency(
         list[Path] | None,
         typer.Argument(help="Two dumps of your engine over the same tokens, computed in different portions."),
     ] = None,
-    side: Annotated[o.Side | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")] = None,
+    side: Annotated[
+        o.SideChoice | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")
+    ] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens per chunk when the prefill is checked in chunks.")] = 4,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
@@ -58,7 +60,7 @@ def consistency(
         o.refuse_unused(
             context, "names offset compute", "is for an engine of yours", "Give its command with --exec, or two dumps."
         )
-    if side is o.Side.REF or given["command"] is not None:
+    if side is o.SideChoice.REF or given["command"] is not None:
         o.refuse_unused(context, "backend", "is for the engine that comes with parity")
     if pair is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)

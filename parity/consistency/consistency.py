@@ -182,7 +182,7 @@ def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[s
     ids, count = prompt.ids, len(prompt.ids)
     if PORTIONS in ways:
         for name, portions in _portions(count, chunk).items():
-            yield name, replace(prompt, portions=tuple(portions)), _said(portions)
+            yield name, replace(prompt, portions=tuple(portions)), _portions_text(portions)
     if UBATCH in ways:
         for size in dict.fromkeys((1, chunk)):
             if size < count:
@@ -231,7 +231,7 @@ def _starts(portions: Sequence[int]) -> NDArray[np.int64]:
     return np.cumsum([0, *portions[:-1]])
 
 
-def _said(portions: Sequence[int]) -> str:
+def _portions_text(portions: Sequence[int]) -> str:
     if len(set(portions)) == 1 and len(portions) > 1:
         return f"{len(portions)} × {portions[0]}"
     return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
@@ -291,7 +291,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     passes = [_passes(dump) for dump in (a, b)]
     if passes[0] == passes[1]:
         raise DumpError(
-            f"{left.name} and {right.name} were computed in the same portions ({_said(passes[0])}).",
+            f"{left.name} and {right.name} were computed in the same portions ({_portions_text(passes[0])}).",
             "Dump once with the prompt in one pass and once with decode steps or chunks, and record `step`.",
             code="portions",
         )
@@ -301,7 +301,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     source = (a.header or b.header or Header("")).source
     check = Check(
         "two dumps",
-        f"{left.name} ({_said(passes[0])}) against {right.name} ({_said(passes[1])})",
+        f"{left.name} ({_portions_text(passes[0])}) against {right.name} ({_portions_text(passes[1])})",
         verdict,
         suspect,
         reason,

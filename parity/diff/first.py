@@ -188,8 +188,8 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
 def _unjudged(records: Records, failing: Ints) -> bool:
     """Whether all that fails are NaN or infinities of the reference's that ours has not, or that are NaN in both."""
     measures = records.measures
-    theirs = measures.nonfinite_ref[failing] > 0
-    return bool((theirs & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
+    broken_ref = measures.nonfinite_ref[failing] > 0
+    return bool((broken_ref & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
         np.isinf(measures.nmse[failing]).all()
     )
 

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 _NAMED = 3  # points that a note names
 
 
-class Recording(Struct, frozen=True):
+class GoldenRecording(Struct, frozen=True):
     """The request of `parity drift record`: how `side` ("ours", "ref", "exec") runs, on which prompts, and the folder to write.
 
     `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
@@ -66,7 +66,7 @@ class Checking(Struct, frozen=True):
     cluster: str = ""
 
 
-def record(request: Recording, progress: Progress | None = None) -> Golden:
+def record(request: GoldenRecording, progress: Progress | None = None) -> Golden:
     """Write golden dumps of every prompt.
 
     Raises:

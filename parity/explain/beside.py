@@ -25,14 +25,14 @@ class Beside(Struct, frozen=True):
     """The wrong records of a place, with the right values.
 
     Attributes:
-        theirs, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
+        dumped, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
         room: [R], the squared error that counts as noise. rows: [R], the right run's rows.
         whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
         bias: [k], the vector that the operation adds last, if it has one.
         heads: how many heads a row consists of, if it does.
     """
 
-    theirs: Floats
+    dumped: Floats
     right: Floats
     index: Ints
     room: Floats
@@ -42,18 +42,18 @@ class Beside(Struct, frozen=True):
     heads: int | None = None
 
     def holds(self, law: Floats, elements: Bools | None = None) -> bool:
-        """Whether values [R, k] equal theirs up to rounding, at these elements."""
+        """Whether values [R, k] equal the dump's up to rounding, at these elements."""
         with np.errstate(invalid="ignore"):
-            delta = self.theirs - law if elements is None else (self.theirs - law)[:, elements]
+            delta = self.dumped - law if elements is None else (self.dumped - law)[:, elements]
         if not np.isfinite(delta).all():
             return False
-        wrong = self.theirs - self.right if elements is None else (self.theirs - self.right)[:, elements]
+        wrong = self.dumped - self.right if elements is None else (self.dumped - self.right)[:, elements]
         left, before = (np.einsum("ij,ij->i", part, part) for part in (delta, wrong))
         within = (left <= self.room / ROOM).all() or float(left.sum()) <= _LEFT * float(before.sum())
         return bool((left <= self.room).all() and within)
 
     def holds_at(self, some: Bools, values: Floats) -> bool:
-        """Whether values of some elements [R, s] equal theirs up to rounding."""
+        """Whether values of some elements [R, s] equal the dump's up to rounding."""
         whole = self.right.copy()
         whole[:, some] = values
         return self.holds(whole, some)
@@ -81,7 +81,7 @@ def beside(
     whole = entry.whole_values(values[name], positions)
     fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
     return Beside(
-        theirs=entry.values[wrong][:, :count],
+        dumped=entry.values[wrong][:, :count],
         right=right,
         index=index,
         room=ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),

@@ -13,7 +13,7 @@ from engine.inapplicable import NotApplicable
 from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
-from .state import Candidate, Layers, State
+from .state import Candidate, Layers, SearchState
 
 _STEP = 1e-2  # size of the first step away from a start, on the fit's own scale
 _ROUNDS = 10  # passes after which a fit ends
@@ -73,12 +73,12 @@ class _Trial(Struct):
 class Fitting(AtFirstPlace):
     """Fits numbers at a state's first place, in one scope of layers."""
 
-    def __init__(self, screening: Screening, state: State, layers: Layers, fits: Sequence[Fitted] = FITTED) -> None:
+    def __init__(self, screening: Screening, state: SearchState, layers: Layers, fits: Sequence[Fitted] = FITTED) -> None:
         super().__init__(screening, state, layers)
         self._fits = fits
         self._rows = screening.enough(self._first.row + 2)
 
-    def states(self) -> Iterator[State]:
+    def states(self) -> Iterator[SearchState]:
         """States that get beyond the first place by a fitted number; each fault once, with as few digits as suffice."""
         entry = self._entry
         if entry.point in self._state.shown or self._state.root is not None:
@@ -176,7 +176,7 @@ class Fitting(AtFirstPlace):
             if number and (number > 0 or not trial.fit.positive):
                 yield float(np.log(number)) if trial.fit.positive else number
 
-    def _checked(self, trial: _Trial) -> State | None:
+    def _checked(self, trial: _Trial) -> SearchState | None:
         """The state with the fitted number on all rows and points, if it gets beyond the first place."""
         first = self._state.first
         state = self._screening.check(self._state, trial.candidate(trial.best_at, self._layers))
@@ -206,7 +206,7 @@ class Fitting(AtFirstPlace):
             self._pass([other])
         return other if np.isfinite(other.best) else None
 
-    def _rounded(self, trial: _Trial, state: State) -> State:
+    def _rounded(self, trial: _Trial, state: SearchState) -> SearchState:
         """The state with the number of the fewest digits that gets as far."""
         value = trial.value(trial.best_at)
         numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS]
@@ -297,7 +297,7 @@ def _in_layers(kinds: Sequence[str], layers: Sequence[int], right: Any) -> bool:
     return any(f"blk.{layers[0]}.{kind}" in right or kind.isupper() for kind in kinds)
 
 
-def fitted(screening: Screening, state: State, layers: Layers, fits: Sequence[Fitted] = FITTED) -> list[State]:
+def fitted(screening: Screening, state: SearchState, layers: Layers, fits: Sequence[Fitted] = FITTED) -> list[SearchState]:
     """States in which a fitted number gets beyond the state's first place."""
     if state.first is None:
         return []

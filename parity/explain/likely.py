@@ -20,7 +20,7 @@ from engine.replay.adjoint import derivatives
 from .carry import carry, steps_between
 from .records import Floats
 from .screening import Screening
-from .state import State
+from .state import SearchState
 
 # Least cosine of two changes that may come from one fault: by residuals alone, and by derivatives.
 _ALIKE, _DERIVED = 0.3, 0.5
@@ -34,7 +34,7 @@ class Likely:
         ValueError: the state has no place that differs.
     """
 
-    def __init__(self, screening: Screening, state: State) -> None:
+    def __init__(self, screening: Screening, state: SearchState) -> None:
         if state.first is None:
             raise ValueError("nothing is left to explain")
         self._screening = screening
@@ -71,7 +71,7 @@ class Likely:
             if name in self._derivatives:
                 mine = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
             else:
-                changed = self._made(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
+                changed = self._logits_of(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
                 mine = self._screening.backend.to_host(changed)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
         least = _DERIVED if name in self._derivatives else _ALIKE
@@ -93,7 +93,7 @@ class Likely:
         changed = value[: self._row] - before
         return bool((changed * changed).sum() <= _SAME * (before * before).sum())
 
-    def _made(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
+    def _logits_of(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
         """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""
         if not self._after:
             return rows

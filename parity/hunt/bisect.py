@@ -137,7 +137,7 @@ def _reference(
     """llama.cpp's dump of everything that either run printed."""
     together = replace(even, points=odd.points | even.points)
     known = [name for name, _ in reference.describe(request.model).points]
-    LlamaCpp(following(request, together, known), reference).dump(prompt, folder / REF_FILE, progress)
+    LlamaCpp(following(request, together, prompt, known), reference).dump(prompt, folder / REF_FILE, progress)
     return load(folder / REF_FILE)
 
 

@@ -24,10 +24,10 @@ class Meaning(Struct, frozen=True):
     natural: Callable[[Numbers, Numbers], Numbers]
 
 
-def meanings(theirs: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequence[float]) -> Iterator[Meaning]:
+def meanings(reported: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequence[float]) -> Iterator[Meaning]:
     """Readings to be tried.
 
-    `theirs` are the server's numbers at each position, `ours` llama.cpp's log-probabilities of the same tokens, `sums` the logarithms
+    `reported` are the server's numbers at each position, `ours` llama.cpp's log-probabilities of the same tokens, `sums` the logarithms
     of the sums of llama.cpp's exponentials.
     """
     yield Meaning("log-sign", "the numbers are negative log-probabilities: their sign is wrong", lambda numbers, _: -numbers)
@@ -36,11 +36,11 @@ def meanings(theirs: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequence[
         "the numbers are probabilities, not their logarithms",
         lambda numbers, _: np.log(np.maximum(numbers, _LEAST)),
     )
-    off = [_offset(their, our) - log_sum for their, our, log_sum in zip(theirs, ours, sums, strict=True) if len(their) > 1]
+    off = [_offset(their, our) - log_sum for their, our, log_sum in zip(reported, ours, sums, strict=True) if len(their) > 1]
     if off and abs(float(np.median(off))) < _OF_LOGITS:
         sentence = "the numbers are logits: the logarithm of the sum of their exponentials is not subtracted"
         yield Meaning("logits", sentence, _moved)
-    factor = _factor(theirs, ours)
+    factor = _factor(reported, ours)
     if factor is None:
         return
     for base, of_base in ((10, 1 / log(10)), (2, 1 / log(2))):
@@ -48,15 +48,15 @@ def meanings(theirs: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequence[
             sentence = f"the log-probabilities are to the base {base}: each is {of_base:.4f} times the natural logarithm"
             yield Meaning("log-base", sentence, partial(_divided, by=of_base))
             return
-    if abs(factor - 1) > _NEAR and sum(map(len, theirs)) > 1:  # a single number fits any factor
+    if abs(factor - 1) > _NEAR and sum(map(len, reported)) > 1:  # a single number fits any factor
         sentence = f"each log-probability is {factor:.4g} times llama.cpp's, with no new normalisation"
         yield Meaning("log-scale", sentence, partial(_divided, by=factor))
 
 
-def unnormalised(theirs: Sequence[Numbers], ours: Sequence[Numbers]) -> Meaning | None:
+def unnormalised(reported: Sequence[Numbers], ours: Sequence[Numbers]) -> Meaning | None:
     """The reading that every position's numbers are off by a constant of its own; None where single candidates cannot show it."""
-    off = [_offset(their, our) for their, our in zip(theirs, ours, strict=True) if len(their) > 1]
-    if len(off) < len(theirs):
+    off = [_offset(their, our) for their, our in zip(reported, ours, strict=True) if len(their) > 1]
+    if len(off) < len(reported):
         return None
     sentence = (
         "the log-probabilities of each position are llama.cpp's plus a constant: they are not normalised over the vocabulary "
@@ -85,9 +85,9 @@ def advice(meaning: Meaning) -> str:
     return _ADVICE
 
 
-def _factor(theirs: Sequence[Numbers], ours: Sequence[Numbers]) -> float | None:
+def _factor(reported: Sequence[Numbers], ours: Sequence[Numbers]) -> float | None:
     """The median ratio of the server's numbers to llama.cpp's; None if nothing tells it."""
-    both = [(their, our) for their, our in zip(theirs, ours, strict=True) if len(their)]
+    both = [(their, our) for their, our in zip(reported, ours, strict=True) if len(their)]
     if not both:
         return None
     their, our = (np.concatenate([pair[side] for pair in both]) for side in (0, 1))

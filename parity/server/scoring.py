@@ -17,7 +17,7 @@ from .ask import Asked, Heard, listen
 from .base import NOTHING, Row
 from .dialects import Dialect, dialect_of
 from .http import ServerError
-from .predictions import Candidate, require_logarithms
+from .predictions import TokenCandidate, require_logarithms
 from .session import ServerRequest
 from .vocabulary import BROKEN, Vocabulary
 
@@ -97,10 +97,10 @@ class ServerPredictions:
                 "Turn off its chat template for completions; `parity run --server` shows what it adds.",
             )
         if heard.tokenizer is not None:
-            position, ours, theirs = heard.tokenizer
+            position, our_text, server_text = heard.tokenizer
             raise ServerError(
-                f"the server's tokens are not {self._model.name}'s: at position {position} of chunk {chunk.number} it has {theirs[:40]!r}, "
-                f"llama.cpp {ours[:40]!r}.",
+                f"the server's tokens are not {self._model.name}'s: at position {position} of chunk {chunk.number} it has "
+                f"{server_text[:40]!r}, llama.cpp {our_text[:40]!r}.",
                 "Is it the model that the server runs? If the text names special tokens, take one without them.",
             )
         require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
@@ -123,7 +123,7 @@ class ServerPredictions:
         self._left_out += last - chunk.first - len(self._asked)
         return replace(chunk, tokens=prompt.ids)
 
-    def _named_alike(self, candidate: Candidate) -> bool:
+    def _named_alike(self, candidate: TokenCandidate) -> bool:
         """Whether a candidate's text is that of the token that it stands for."""
         pieces = [self._vocabulary.pieces[number] for number in self._vocabulary.ids(candidate)]
         return any(BROKEN in piece or piece.strip() == candidate.text.strip() for piece in pieces) or not candidate.text.strip()

@@ -25,8 +25,8 @@ from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import Asked, Heard, Progress, listen
-from .base import Floor, Row, floor_of, kl, listed, rows
-from .causes import Case, cause_of, sampled
+from .base import KlFloor, Row, floor_of, kl, listed, rows
+from .causes import ServerCase, cause_of, sampled
 from .dialects import AUTO, Dialect, dialect_of
 from .http import Connection
 from .predictions import require_logarithms
@@ -106,7 +106,7 @@ def _compared(
     dialect: Dialect,
 ) -> ServerAnswer:
     by_position = {asked.position: asked for asked in heard.asked}
-    floor = Floor(0.0, 0.0)
+    floor = KlFloor(0.0, 0.0)
     predictions: list[Predicted] = []
     kept: list[tuple[Asked, Row]] = []
     greedy: list[tuple[Asked, Row]] = []
@@ -146,7 +146,7 @@ def _compared(
     )
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
-    case = Case(
+    case = ServerCase(
         reference,
         request.model,
         request.mode,
@@ -218,7 +218,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
     shown = [(vocabulary.most_probable(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
     in_text = asked.position + 1 < heard.prompt
     follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
-    theirs = next((number for number, _ in shown[:1] if number is not None), None)
+    server_choice = next((number for number, _ in shown[:1] if number is not None), None)
     distance = kl(row, server)
     return Predicted(
         asked.position,
@@ -230,7 +230,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
         follows,
         known.get(follows, _own(asked)),
         float(row[follows]) - total if follows >= 0 else None,
-        float(row[top[0]] - row[theirs]) if theirs is not None else 0.0,
+        float(row[top[0]] - row[server_choice]) if server_choice is not None else 0.0,
         wrong=not np.isfinite(distance) or distance > limit,
     )
 
