@@ -242,7 +242,8 @@ def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array
     """Run one step on given inputs: whole values in the order of `step.reads`, of which the step's views are taken."""
     single = getattr(step.op, "takes_matrices", False)
     arguments = [
-        weights.matrices(weight) if single and isinstance(weight, str) else weight_of_step(weight, weights) for weight in step.weights
+        weights.matrices(weight) if single and isinstance(weight, str) else weight_of_step(weight, weights)
+        for weight in step.weights
     ]
     seen = [viewed(read, value) for read, value in zip(step.reads, inputs, strict=True)]
     return step.op(*seen, *arguments, **step.params)

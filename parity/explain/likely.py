@@ -71,7 +71,9 @@ class Likely:
             if name in self._derivatives:
                 mine = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
             else:
-                changed = self._logits_of(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
+                changed = self._logits_of(
+                    replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights
+                )
                 mine = self._screening.backend.to_host(changed)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
         least = _DERIVED if name in self._derivatives else _ALIKE
