@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .beside import ROOM, Beside, Bools
+from .beside import LEFT_OF_MANY, ROOM, Beside, Bools
 from .moved import LISTED, moved
 from .records import Floats, Ints
 
@@ -118,14 +118,14 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     if len(dumped) < 2:
         return
     vector = (dumped - right).mean(axis=0)
-    if vector.any() and compared.holds_at(some, right + vector):
+    if vector.any() and compared.holds_at(some, right + vector, LEFT_OF_MANY):
         yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
         return
     energy = np.einsum("ij,ij->i", right, right)
     if some.sum() > 1 and (energy > 0).all():
         each = np.einsum("ij,ij->i", dumped, right) / energy
-        if compared.holds_at(some, right * each[:, None]):
-            yield f"{be} off by a factor of the position's own ({each.min():.4g} to {each.max():.4g})"
+        if compared.holds_at(some, right * each[:, None], LEFT_OF_MANY):
+            yield f"{be} off by a factor of the position's own ({_apart(float(each.min()), float(each.max()))})"
 
 
 def _factor(dumped: Floats, right: Floats) -> float | None:
@@ -140,6 +140,12 @@ def _short(value: float, holds: Callable[[float], bool]) -> str:
         if holds(float(short)):
             return f"{float(short):g}" if digits <= 6 else short
     return f"{value:.9g}"
+
+
+def _apart(low: float, high: float) -> str:
+    """A range in as few digits as tell its ends from each other and from 1."""
+    ends = ((f"{low:.{digits}g}", f"{high:.{digits}g}") for digits in range(4, 9))
+    return " to ".join(next((pair for pair in ends if len({*pair, "1"}) == 3), (f"{low:.9g}", f"{high:.9g}")))
 
 
 def _signed(number: str) -> str:
