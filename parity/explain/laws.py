@@ -10,6 +10,7 @@ from .records import Floats, Ints
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
+_SCALES = ": a norm's weight, or scales of channels"
 _OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
 _SIGN = 1e-5  # the most that a factor called -1 may differ from it
 
@@ -112,20 +113,30 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
 
 
 def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
-    """The same vector added at every position, or one factor for each position."""
+    """One vector at every position, added or as factors, or one factor for each position: of these the one that leaves least."""
     dumped, right = compared.dumped[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
     if len(dumped) < 2:
         return
+    laws: list[tuple[Floats, str]] = []
     vector = (dumped - right).mean(axis=0)
-    if vector.any() and compared.holds_at(some, right + vector, LEFT_OF_MANY):
-        yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
-        return
-    energy = np.einsum("ij,ij->i", right, right)
-    if some.sum() > 1 and (energy > 0).all():
-        each = np.einsum("ij,ij->i", dumped, right) / energy
-        if compared.holds_at(some, right * each[:, None], LEFT_OF_MANY):
-            yield f"{be} off by a factor of the position's own ({_apart(float(each.min()), float(each.max()))})"
+    if vector.any():
+        laws.append((right + vector, f"{have} the same vector added at every position: a bias missing, wrong or doubled"))
+    both = dumped * right, right * right
+    # Of one element alone a factor is no vector.
+    for axis, what in ((0, "its own at every position"), (1, "the position's own")) if some.sum() > 1 else ():
+        product, energy = (part.sum(axis=axis, keepdims=True) for part in both)
+        if (energy > 0).all():
+            each = product / energy
+            ends = _apart(float(each.min()), float(each.max()))
+            laws.append((right * each, f"{be} off by a factor of {what} ({ends}){_SCALES if axis == 0 else ''}"))
+    held = [
+        (float(((dumped - values) ** 2).sum()), sentence)
+        for values, sentence in laws
+        if compared.holds_at(some, values, LEFT_OF_MANY)
+    ]
+    if held:
+        yield min(held)[1]
 
 
 def _factor(dumped: Floats, right: Floats) -> float | None:
