@@ -10,6 +10,7 @@ from .records import Floats, Ints
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
+_ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
 _SCALES = ": a norm's weight, or scales of channels"
 _OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
 _SIGN = 1e-5  # the most that a factor called -1 may differ from it
@@ -135,7 +136,9 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
         for values, sentence in laws
         if compared.holds_at(some, values, LEFT_OF_MANY)
     ]
-    if held:
+    if len(held) > 1 and float(np.ptp(right, axis=0).max()) <= _ALIKE * float(np.abs(right).max()):
+        yield f"{have} the same error at every position, as the rows are alike: a vector that is added, or factors of elements"
+    elif held:
         yield min(held)[1]
 
 
@@ -154,9 +157,9 @@ def _short(value: float, holds: Callable[[float], bool]) -> str:
 
 
 def _apart(low: float, high: float) -> str:
-    """A range in as few digits as tell its ends from each other and from 1."""
-    ends = ((f"{low:.{digits}g}", f"{high:.{digits}g}") for digits in range(4, 9))
-    return " to ".join(next((pair for pair in ends if len({*pair, "1"}) == 3), (f"{low:.9g}", f"{high:.9g}")))
+    """A range in four digits, or in eight where four would not tell its ends apart."""
+    digits = 4 if high - low > _ALIKE else 8
+    return f"{low:.{digits}g} to {high:.{digits}g}"
 
 
 def _signed(number: str) -> str:
