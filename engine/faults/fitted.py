@@ -35,6 +35,7 @@ _SCALED = (
     "ffn_swiglu",
     "ffn_moe_down",
     "ffn_moe_out",
+    "ffn_shexp",
     "ffn_out",
     "ffn_inp",
     "l_out",
@@ -276,7 +277,12 @@ FITTED = (
         fault=_ROPE_BASE,
         parameter="base",
         wanted=parameter_wanted("base", "q_rope", "q_pe"),
-        starts=lambda wanted: (1.001 * wanted, 1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
+        starts=lambda wanted: (
+            1.001 * wanted,
+            1.05 * wanted,
+            0.95 * wanted,
+            *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8)),
+        ),
         known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
     ),
     Fitted(
