@@ -1,6 +1,5 @@
 """`parity run`: both sides, the comparison, one screen."""
 
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
@@ -203,22 +202,27 @@ def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect
 
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
     """Our side, llama.cpp and Hugging Face: print which one disagrees, and return the exit code."""
+    from time import perf_counter
+
+    from msgspec.structs import replace
+
     from ..explain.on_model import three_on
     from ..run import session
     from ..run.hugging_face import HuggingFace
     from .output import progress_bar
-    from .three_way_output import show_three
+    from .three_way_output import finish_three
 
+    began = perf_counter()
     with progress_bar(output_format) as progress:
         side = HuggingFace(request.model, python, device, slice_size=None if request.full else request.slice_size)
         side.check()
-        outcome = session.run(request, progress, started)
+        outcome = session.run(request, progress, started, judge=partial(_judged, request))
         third, note = session.with_hugging_face(outcome, side, progress)
         dumps = outcome.ours, outcome.ref, third
         compared = three_on(dumps, session.comparison_options(request), request.model, request.arbiter)
     if note:
-        print(f"note: {note}", file=sys.stderr)
-    return show_three(compared, dumps, output_format)
+        compared = replace(compared, notes=(note, *compared.notes))
+    return finish_three(replace(outcome, seconds=perf_counter() - began), compared, output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:

@@ -220,8 +220,9 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
-    # Fingerprints are more reliable, and a foreign engine may give its file's path (the twin's, for instance) as the name.
-    named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
+    # Fingerprints are more reliable, and a foreign side may give its file's path (the twin's, for instance) as the name.
+    paths = any(header.model.name.endswith(".gguf") for header in (left, right))
+    named = not (left.model.fingerprint and right.model.fingerprint) and not paths
     return [
         ("mode", left.mode, right.mode),
         ("KV type", left.kv_type, right.kv_type),

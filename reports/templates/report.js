@@ -94,11 +94,11 @@
     map.svg.querySelector(`#${id}`)?.remove();
     const [x1, x2, y1, y2] = [map.x(c), map.x(c + 1), map.y(r), map.y(r + 1)];
     const [w, h] = [Math.max(x2 - x1, 9), Math.max(y2 - y1, 9)]; // a cell may be smaller than a pixel: the frame is not
-    const found = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    const outline = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const shape = { id, x: (x1 + x2 - w) / 2, y: (y1 + y2 - h) / 2, width: w, height: h, fill: "none", stroke, "stroke-width": 2.5, rx: 2 };
-    for (const [name, value] of Object.entries(shape)) found.setAttribute(name, value);
-    map.svg.append(found);
-    return found;
+    for (const [name, value] of Object.entries(shape)) outline.setAttribute(name, value);
+    map.svg.append(outline);
+    return outline;
   }
   function tell([r, c]) {
     at = [r, c];
