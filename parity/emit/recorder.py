@@ -255,13 +255,19 @@ class Recorder:
     def hook(self, module: Any, names: "Mapping[str, str] | None" = None) -> "list[Any]":
         """Record the outputs of a PyTorch model's submodules: module name -> point, by default all whose names are known.
 
+        Of a module and one inside it with the same point ("self_attn" and its "o_proj"), the outer one is recorded.
+
         Returns the handles: `handle.remove()` removes a hook.
         """
         handles = []
+        hooked: dict[str, str] = {}  # module -> point
         for name, part in module.named_modules():
             point = names.get(name) if names is not None else resolve(name, self.layers)
             if point is None or (names is None and parse(point).known is None):
                 continue
+            if names is None and any(point == other and name.startswith(f"{outer}.") for outer, other in hooked.items()):
+                continue
+            hooked[name] = point
 
             def record(_module: Any, _inputs: Any, output: Any, point: str = point) -> Any:
                 value = output[0] if isinstance(output, tuple) else output
