@@ -41,7 +41,8 @@ def section(three_way: ThreeWay) -> ReportSection:
         for point in _shown(three_way)
     )
     columns = ("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")
-    return ReportSection("Three sides", "; ".join((sentence(three_way), *three_way.notes)), columns, rows)
+    text = "; ".join((sentence(three_way), *map(clean, three_way.notes)))
+    return ReportSection("Three sides", text, columns, rows, verdict=(sentence(three_way), bool(three_way)))
 
 
 def sentence(three_way: ThreeWay) -> str:
