@@ -8,6 +8,7 @@ from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint
 from checkpoints.structs import as_dict
 
 from .as_json import plain
+from .findings import ReportSection
 from .layout import columns
 from .numbers import clean, error
 
@@ -30,6 +31,18 @@ def lines(three_way: ThreeWay, width: int) -> list[Text]:
     more = [Text(f"… {rest} more points", style="dim")] if rest else []
     notes = [Text(f"note  {note}", style="dim") for note in three_way.notes]
     return [*table, *more, Text(""), *notes, Text(sentence(three_way), style="bold")]
+
+
+def section(three_way: ThreeWay) -> ReportSection:
+    """The same table as a part of a report."""
+    heads = [_SHORT.get(side, side) for side in three_way.sides]
+    rows = tuple(
+        (clean(point.checkpoint), *(error(value) for value in point.nmse), _who(three_way, point))
+        for point in _shown(three_way)
+    )
+    columns = ("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")
+    text = "; ".join((sentence(three_way), *map(clean, three_way.notes)))
+    return ReportSection("Three sides", text, columns, rows, verdict=(sentence(three_way), bool(three_way)))
 
 
 def sentence(three_way: ThreeWay) -> str:

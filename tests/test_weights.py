@@ -58,7 +58,7 @@ def test_a_wrong_dequantiser_is_named_with_its_block(parity: Cli, stories: Path,
             values.reshape(-1)[70] = np.nextafter(values.reshape(-1)[70], np.float32(np.inf))
         return values
 
-    monkeypatch.setattr(weights, "dequantize", wrong)
+    monkeypatch.setattr(weights, "dequantize", wrong)  # a bug of ours, which no file and no option can bring about
     code, answer = parity.json("weights", "--backend", "numpy", "--model", stories)
     assert code == 1
     (bad,) = [tensor for tensor in answer["tensors"] if tensor["status"] != "equal"]

@@ -56,7 +56,7 @@ def _as_it_is(source: WeightSource, name: str) -> Array:
 
 
 def _transposed(weight: Array) -> Array:
-    return weight.T.copy().reshape(weight.shape)
+    return weight.T.reshape(weight.shape)  # a square matrix needs no copy
 
 
 def each_transposed(weight: Array) -> Array:
@@ -70,11 +70,21 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _stride(weight: Array, stride: int) -> Array:
+    """The matrix whose row i begins at element i · stride; beyond the end the elements begin anew: [out, in]."""
     rows, columns = weight.shape
     xp, flat = module_of(weight), weight.reshape(-1)
-    twice = xp.concatenate([flat, flat[:columns]])
-    windows = xp.lib.stride_tricks.as_strided(twice, (weight.size, columns), (twice.itemsize, twice.itemsize))
-    taken: Array = windows[xp.arange(rows) * stride % weight.size]
+    taken = xp.empty_like(weight)
+    begin = 0
+    while begin < rows:
+        start = begin * stride % weight.size
+        count = min(rows - begin, 1 + (weight.size - columns - start) // stride)  # rows that end within the matrix
+        if count > 0:
+            strides = (stride * flat.itemsize, flat.itemsize)
+            taken[begin : begin + count] = xp.lib.stride_tricks.as_strided(flat[start:], (count, columns), strides)
+        else:
+            count = 1
+            taken[begin] = xp.concatenate([flat[start:], flat[: columns - (weight.size - start)]])
+        begin += count
     return taken
 
 
