@@ -42,6 +42,7 @@ def test_what_the_first_line_lacks_is_said(text: str, message: str, parity: Cli)
         (bz2.compress(RECORD.encode()), "compressed with bzip2"),
         (b"\x7fELF\x02\x01\x01\0\0", "not a text file"),
     ],
+    ids=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "xz", "bzip2", "elf"],  # gzip's bytes hold the time
 )
 def test_a_file_of_another_kind_is_called_by_its_name(content: bytes, kind: str, parity: Cli) -> None:
     """Other encodings, compressed files and programs are said to be what they are."""

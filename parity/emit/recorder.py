@@ -98,7 +98,8 @@ class Recorder:
 
     In a stream that is being captured into a CUDA graph (`torch.cuda.graph`, CuPy's `begin_capture`) a call becomes part of the graph
     and records at every replay; `positions_from` says where replays read their position. A replay is written when the engine is idle,
-    and by `flush` and `close`.
+    and by `flush` and `close`. Where several graphs record one point in turns, its `step` counts in the order in which their replays were
+    brought to the host, which may be several of one graph and then several of another; positions are the graph's own.
 
     A value is copied in the call. The rows of a point take the positions after those already recorded for it, so that
     a prefill [T, n] and decode steps [1, n] number themselves; give `positions` if some are left out.
