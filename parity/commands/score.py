@@ -71,7 +71,7 @@ def score(
     llama-perplexity --kl-divergence, and take one row of logits at a time. A server lists its most probable tokens only: KL is then a
     lower bound.
 
-      parity score --text t.txt -m M.gguf --exec "./engine {model} {tokens} {out}"
+      parity score --text t.txt -m M.gguf --exec "./e {model} {tokens} {out}"
 
       parity score --text t.txt -m Q4.gguf --base-model F16.gguf --side ref
 
