@@ -69,3 +69,13 @@ def test_an_engine_that_goes_on_is_compared_over_the_prompt(
     longer = f"{c_engine} {{model}} {{tokens}},17,99 {{out}}"
     code, answer = parity.json("run", "--model", model, "--tokens", PROMPT, "--generate", "2", "--exec", longer)
     assert (answer["compared"], answer["missing"]["ref"]["records"]) == (7 * 7, 2 * 7)
+
+
+def test_layers_are_not_judged_on_other_tokens(c_engine: Path, parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """--bisect of an engine that doubles BOS: rows would be injected at other positions, so the tokens are the answer, not "all right"."""
+    line = f"{c_engine} {{model}} {DOUBLED} {{out}} '' {{points}}"
+    words = ("run", "--model", synthetic(layers=2), "--tokens", PROMPT, "--exec", line, "--bisect", "--out", "h")
+    code, answer = parity.json(*words)
+    assert (code, answer["verdict"], answer["wrong"]) == (1, "divergence", ["tokens"])
+    assert "ours has the first token twice" in answer["answer"]
+    assert "(no layer was judged)" in parity(*words).out

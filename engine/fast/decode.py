@@ -25,8 +25,8 @@ _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of others.
-# Measured (BENCHMARKS.md): an H100 (3.35 TB/s) takes 0.502 ms a step at 310, 0.508 at 320 and 0.509 at 280; an H200 (4.9 TB/s) takes
-# 0.443 at 280, and took 0.461 there and 0.480 at 320 with longer words.
+# Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.502 ms a step at 310, 0.508 at 320 and 0.509 at 280, with no first pause;
+# an H200 (4.9 TB/s) takes 0.423 at 260, 0.433 at 280 and 0.455 at 300.
 _SLOWER_MEMORY, _SLOWER_PACE = 4e12, 310
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.

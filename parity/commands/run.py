@@ -95,7 +95,7 @@ def run(
     With --exec every point that your engine prints is compared; {points} stands for the names of the wanted points, separated by commas.
     With --hunt the run continues by itself from the first divergence to the operation, and then looks for the cause:
 
-      parity run --prompt "Hi" --exec "./engine {model} {tokens} {out} {points}" --compute f32 --hunt
+      parity run -p Hi --exec "./engine {model} {tokens} {out} {points}" --hunt
 
     With --bisect two runs tell which layers are wrong: each gets llama.cpp's own input, so no error is inherited. The engine
     takes that input with parity_inject (in `parity emit c` and `python`), after the checkpoints of embd and of each blk.N.l_out.
@@ -103,7 +103,7 @@ def run(
     With --server a running server is our side. It has no checkpoints: its log-probabilities and choices are compared, an explanation
     is named (BOS, template, sampler), and the command that continues with checkpoints is printed:
 
-      parity run --prompt-file text.txt --model M.gguf --server http://127.0.0.1:8080 --generate 32
+      parity run -p Hi -m M.gguf --server http://127.0.0.1:8080 --generate 32
 
     With --ref-python or --ref-lib other versions or builds of llama.cpp run beside the installed one: a table shows at which points the
     reference itself moved, and our side may differ as much as references differ from each other by rounding.
@@ -222,7 +222,7 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         compared = three_on(dumps, session.comparison_options(request), request.model, request.arbiter)
     if note:
         compared = replace(compared, notes=(note, *compared.notes))
-    return finish_three(replace(outcome, seconds=perf_counter() - began), compared, output_format)
+    return finish_three(replace(outcome, seconds=perf_counter() - began), third, compared, output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:

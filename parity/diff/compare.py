@@ -129,7 +129,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
             errors = errors.without(verdicts.blind)
             model = flow(errors.names, whole, layers, unmasked=bool(unmasked))
             held, routing = _held(errors, allowed, model, options, ref, lower=lower)
-            verdicts = judged(errors, held, model, ours, ref, shown)
+            verdicts = judged(errors, held, model, ours, ref, shown, verdicts.elsewhere)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
     agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))

@@ -109,6 +109,7 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Others) -> Reading
                 relation=f"{there.kind} {away or there.name}",
                 proof=later,
                 own=False,
+                shows=name,
             )
     return None
 
