@@ -232,7 +232,7 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         compared = three_on(dumps, session.comparison_options(request), request.model, request.arbiter)
     if note:
         compared = replace(compared, notes=(note, *compared.notes))
-    return finish_three(replace(outcome, seconds=perf_counter() - began), compared, output_format)
+    return finish_three(replace(outcome, seconds=perf_counter() - began), third, compared, output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:
