@@ -144,34 +144,44 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
     from checkpoints.mapping import Mapping
 
     engine, server, others = given["command"] is not None, given["server"] is not None, bool(given["others"])
-    if not engine and given["mapping"] != Mapping():
-        raise InputError("--map and --offset need an engine of yours.", "Give its command with --exec.", code="exec")
-    if hunt and not engine:
-        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
-    if bisect and (not engine or hunt or third or server or others):
-        raise InputError(
+    late, command, leave = bool(given["first_position"]), "Give its command with --exec.", "Leave them out."
+    mixtures = (  # whether it was asked for, what is wrong with it, what to do, the error's code
+        (not engine and given["mapping"] != Mapping(), "--map and --offset need an engine of yours.", command, "exec"),
+        (hunt and not engine, "--hunt needs an engine of yours.", command, "exec"),
+        (
+            bisect and (not engine or hunt or third or server or others),
             "--bisect needs an engine of yours (--exec), and cannot be combined with --hunt, another side or another llama.cpp.",
             "Leave the others out.",
-            code="bisect",
-        )
-    if others and (hunt or third or server):
-        raise InputError(
+            "bisect",
+        ),
+        (
+            others and (hunt or third or server),
             "--ref-python and --ref-lib (or $LLAMA_CPP_LIB) cannot be combined with --hunt, --with or --server.",
-            "Leave them out.",
-            code="builds",
-        )
-    if third and (given["mode"] != "exact" or hunt):
-        raise InputError("--with hf works in exact mode only (it computes in float32), and not with --hunt.", code="three")
-    if server and (engine or third or given["positions"] != "all" or given["full"] or given["first_position"]):
-        raise InputError(
+            leave,
+            "builds",
+        ),
+        (
+            third and (given["mode"] != "exact" or hunt),
+            "--with hf works in exact mode only (it computes in float32), and not with --hunt.",
+            "",
+            "three",
+        ),
+        (
+            server and (engine or third or given["positions"] != "all" or given["full"] or late),
             "--server cannot be combined with --exec, --with, --positions, --first-position or --full.",
-            "Leave them out.",
-            code="server",
-        )
-    if bisect and given["first_position"]:
-        raise InputError(
-            "--bisect works only for a prompt that starts at position 0.", "Leave --first-position out.", code="bisect"
-        )
+            leave,
+            "server",
+        ),
+        (
+            bisect and late,
+            "--bisect works only for a prompt that starts at position 0.",
+            "Leave --first-position out.",
+            "bisect",
+        ),
+    )
+    for asked, message, advice, code in mixtures:
+        if asked:
+            raise InputError(message, advice, code=code)
 
 
 def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect: bool, third: bool) -> None:
