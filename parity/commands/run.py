@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..diff.compare import Comparison, Options
     from ..run.references import Other
     from ..run.request import Request
+    from ..server.session import ServerRequest
 
 
 def _judged(request: "Request", ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
@@ -114,9 +115,7 @@ def run(
     _refuse_unused(context, given, hunt=hunt, bisect=bisect, third=other is not None)
     python, device, others = given.pop("python"), given.pop("device"), given.pop("others")
     if (server := given.pop("server")) is not None:
-        from .server_output import compared_with_server
-
-        raise typer.Exit(compared_with_server({**given, "out": out}, server, output_format))
+        raise typer.Exit(_with_server({**given, "out": out}, server, output_format))
     from reference.child import Child
 
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
@@ -127,9 +126,7 @@ def run(
 
     request = Request(**given, out=out)
     if bisect:
-        from .bisect_output import bisected
-
-        raise typer.Exit(bisected(request, started, output_format))
+        raise typer.Exit(_bisected(request, started, output_format))
     if hunt:
         from .hunt_output import hunted
 
@@ -208,6 +205,35 @@ def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect
             )
     if given["mode"] != "exact":
         o.refuse_unused(context, "window", "works in exact mode only")
+
+
+def _with_server(given: o.Given, server: "ServerRequest", output_format: o.Format) -> int:
+    """A server and llama.cpp: print the comparison, and return the exit code."""
+    from reports import server as room
+
+    from ..run.request import Request
+    from ..server.session import compare_server
+    from .output import answer, progress_bar
+
+    with progress_bar(output_format) as progress:
+        compared = compare_server(Request(**given), server, progress)
+    return answer(compared, room, output_format)
+
+
+def _bisected(request: "Request", started: "Reference", output_format: o.Format) -> int:
+    """The layers of an engine, each on llama.cpp's input: print the answer, write it as diff.json, and return the exit code."""
+    import json
+
+    from checkpoints.whole_file import put
+    from reports import bisect as room
+
+    from ..hunt.bisect import bisect
+    from .output import answer, progress_bar
+
+    with progress_bar(output_format) as progress:
+        bisected = bisect(request, progress, started)
+    put(Path(bisected.folder) / "diff.json", (json.dumps(room.as_json(bisected), indent=1) + "\n").encode())
+    return answer(bisected, room, output_format)
 
 
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
