@@ -180,3 +180,23 @@ def test_a_last_layer_whose_output_has_another_name(reference: Reference, small_
     assert answer.first is not None
     assert answer.first.checkpoint == "blk.3.v_read"
     assert not answer.causes
+
+
+def test_a_missing_residual_is_that_in_either_order_of_the_operands(engine: Faulty) -> None:
+    """llama.cpp adds the branch to the stream or the stream to the branch: without the residual the branch is left, never the stream."""
+    for point, stream in (("l_out", "ffn_inp"), ("ffn_inp", "l_out")):
+        changed = plant(engine.transformer.steps, CATALOGUE["residual-missing"], None, at=(point,))
+        sums = [step for step in changed if step.makes.startswith("blk.") and step.makes.endswith(f".{point}")]
+        assert len(sums) > 1
+        for step in sums:
+            (read,) = step.names
+            assert not read.endswith((f".{stream}", "embd")), (step.makes, read)
+
+
+def test_token_faults_where_the_row_is_scaled(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """Gemma scales the embedding: a doubled BOS and the row of the next id change the row, which has a name of its own."""
+    path = small_model("gemma3")
+    engine = Faulty(path, reference.graph(path))
+    for name in ("bos", "embedding-row"):
+        right, wrong = engine.transformer.steps, plant(engine.transformer.steps, CATALOGUE[name])
+        assert [step.makes for step, other in zip(wrong, right, strict=True) if step != other] == ["node.embd"]

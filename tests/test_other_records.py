@@ -218,3 +218,26 @@ def _nearest_bf16(x: Values) -> Values:
     bits = np.ascontiguousarray(x).view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return np.asarray(((bits + half) & np.uint32(0xFFFF0000)).view(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("the first one is doubled", "is the first token, BOS, there twice"),
+        ("the first one is missing", "is the first token, BOS, missing"),
+    ],
+    ids=["doubled", "missing"],
+)
+def test_shifted_tokens_are_told_by_the_embedding(engine: Faulty, tokens: str, message: str) -> None:
+    """An engine that lists the prompt's ids and reads others: the rows say so, also where an id comes several times."""
+    ids = (2047, 430, 457, 430, 403, 430, 99, 457)
+    right = engine.dump(Planted(()), ids, points="embd,blk.0.attn_norm,blk.0.l_out,logits", size=64, bare=False)
+    wrong = engine.dump(
+        Planted((("bos", {"tokens": tokens}, ()),)), ids, points="embd,blk.0.attn_norm,blk.0.l_out,logits", size=64, bare=False
+    )
+    last = len(ids) - 1  # where the missing token's row would be another token's
+    wrong = replace(wrong, points={name: rows.take(rows.token_idx < last) for name, rows in wrong.points.items()})
+    verdict = compare(wrong, right, F32)
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code, verdict.operation) == ("tokens-shifted", "")
+    assert message in verdict.pattern.sentence

@@ -5,10 +5,12 @@ from itertools import count, takewhile
 
 import numpy as np
 
+from .. import ops
 from ..backend import Array, module_of
-from ..graph import PASSES, Step
-from .base import AT, SEEN, Fault, Parameters, Steps, read_of, unchanged
+from ..graph import PASSES, Step, name_of
+from .base import AT, SEEN, Fault, Parameters, Steps, read_of, subsets, unchanged
 from .edits import copied
+from .flow import branch_and_stream
 
 
 def _show(point: str, other: str, right: Steps) -> Step | None:
@@ -62,12 +64,14 @@ def _other_row(point: str, _right: Steps, parameters: Parameters) -> Step | None
 
 
 def _before_residual(point: str, right: Steps, parameters: Parameters) -> Step | None:
-    head, _, kind = point.rpartition(".")
-    branch = {"l_out": "ffn_out", "ffn_inp": "attn_out"} if parameters["shown"] == "the branch alone" else {"l_out": "ffn_inp"}
-    return _show(point, f"{head}.{branch[kind]}", right) if kind in branch else None
+    step = right[point]
+    if len(step.reads) != 2 or step.op is not ops.add:
+        return None
+    branch, stream = branch_and_stream(step, right)
+    return _show(point, name_of(branch if parameters["shown"] == "the branch alone" else stream), right)
 
 
-def _before_norm(point: str, right: Steps, _parameters: Parameters) -> Step | None:
+def _input(point: str, right: Steps, _parameters: Parameters) -> Step | None:
     read = read_of(right[point], 0)
     return _show(point, read, right) if isinstance(read, str) else None
 
@@ -147,7 +151,18 @@ FAULTS = (
         fix="capture after the norm and its weight",
         seen="norms fused into the next product",
         parameters={AT: (("output_norm",), ("attn_norm", "ffn_norm"))},
-        shows=_before_norm,
+        shows=_input,
+    ),
+    Fault(
+        name="capture-before-rope",
+        kinds=("q_rope", "k_rope"),
+        change=unchanged,
+        what="{at} shows the values before RoPE",
+        symptom="position 0 and all that follows are right",
+        fix="capture after the rotation",
+        seen="RoPE fused into attention's kernel",
+        parameters={AT: subsets("q_rope", "k_rope")},
+        shows=_input,
     ),
     Fault(
         name="capture-normed",

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import Step, name_of, read_as
+from ..graph import Read, Step, name_of, read_as
 from ..inapplicable import NotApplicable
 from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, sibling, subsets
 from .edits import copied
@@ -20,12 +20,28 @@ def _only(step: Step, name: Any) -> Step:
     return replace(step, op=copied, reads=(name,))
 
 
-def _no_residual(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, read_of(step, 0))
+def branch_and_stream(step: Step, right: Steps) -> tuple[Read, Read]:
+    """What a residual addition adds to the stream, and the stream: llama.cpp's graphs have them in either order.
+
+    Raises:
+        NotApplicable: the step reads only one value.
+    """
+    first, second = read_of(step, 0), read_of(step, 1)
+    prefix = f"blk.{layer_of(step)}."
+    stream: Read = ""
+    if kind_of(step) == "l_out":
+        stream = f"{prefix}ffn_inp"
+    elif f"{prefix}attn_norm" in right:
+        stream = layer_input(step, right)
+    return (second, first) if name_of(first).rstrip(COPY) == stream else (first, second)
 
 
-def _branch_missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, read_of(step, 1))
+def _no_residual(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    return _only(step, branch_and_stream(step, right)[0])
+
+
+def _branch_missing(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    return _only(step, branch_and_stream(step, right)[1])
 
 
 def _after_norm(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -20,11 +20,17 @@ _CHANGES: dict[str, Callable[[Any, Array], Array]] = {
 }
 
 
+# Models that scale the embedding call the row itself node.embd.
+_LOOKED_UP = ("embd", "node.embd")
+
+
 def _moved(ids: Array, take: Any, *, how: str) -> Array:
     return ops.get_rows(_CHANGES[how](module_of(ids), ids), take)
 
 
-def _change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+def _change(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if step.makes == "embd" and "node.embd" in right:
+        return step  # it is made from the row, which is changed
     if step.op is not ops.get_rows:
         raise NotApplicable(f"{step.makes} is not a plain look-up of rows")
     return replace(step, op=_moved, params={"how": parameters["tokens"]})
@@ -33,7 +39,7 @@ def _change(step: Step, _right: Steps, parameters: Parameters) -> Step:
 FAULTS = (
     Fault(
         name="bos",
-        kinds=("embd",),
+        kinds=_LOOKED_UP,
         change=_change,
         what="the beginning of the sequence is wrong: {tokens}",
         symptom="position 0 is another token, all later ones are shifted",
@@ -45,7 +51,7 @@ FAULTS = (
     ),
     Fault(
         name="prompt-shifted",
-        kinds=("embd",),
+        kinds=_LOOKED_UP,
         change=_change,
         what="the prompt's tokens are not those of the reference: {tokens}",
         symptom="embd is that of another token",

@@ -208,8 +208,10 @@ def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return altered(step, lambda weight: _zeroed(weight, part=parameters["part"], axis=parameters["axis"]))
 
 
-def _neighbour(step: Step, _right: Steps, parameters: Parameters) -> Step:
+def _neighbour(step: Step, right: Steps, parameters: Parameters) -> Step:
     """The rows of ids nearby; beyond the ends, that of the first or last id."""
+    if step.makes == "embd" and "node.embd" in right:
+        return step  # it is made from the row, which is changed
     rows, by = weight_of(step, 0), parameters["by"]
     if not isinstance(rows, RowsOf):
         raise NotApplicable(f"{step.makes} takes no rows of a matrix")
@@ -326,7 +328,7 @@ FAULTS = (
     ),
     Fault(
         name="embedding-row",
-        kinds=("embd",),
+        kinds=("embd", "node.embd"),
         change=_neighbour,
         what="the embedding's row is looked up at an id offset of {by}",
         symptom="embd is that of another token",

@@ -77,10 +77,11 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
             f"{name} shows {later}, which is computed later: its own value was not seen" if later else _operation(name, stretch)
         )
     pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
+    looked_up = stretch is not None and not stretch.inputs
     if pattern is not None and (
-        pattern.code == "reference-nonfinite" or (pattern.code == "rounded" and stretch is not None and not stretch.inputs)
+        pattern.code == "reference-nonfinite" or (pattern.code in ("rounded", "tokens-shifted") and looked_up)
     ):
-        operation = ""  # a table that is stored in a lower type is neither another table nor another row
+        operation = ""  # a table that is stored in a lower type, or another token, is neither another table nor another row
     return First(divergence, agreement, advice, wider, operation, pattern)
 
 
@@ -160,6 +161,9 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     layout = reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref.points, headers))
     after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
     zero = len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all())
+    if layout is not None and layout.relation in _SHIFTED and stretch is not None and not stretch.inputs and after:
+        sentence = f"{name}: position t holds the reference's {layout.relation}, and what follows is computed from that"
+        return Pattern("tokens-shifted", f"{sentence}: {_SHIFTED[layout.relation]}")
     if layout is not None and not (zero and after):  # zeros that are used were computed
         sentence = (
             f"{layout.sentence}; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too"
@@ -208,6 +212,10 @@ def _differs(records: Records, name: str, like: Ints) -> bool:
 # An edge (a window's, the cache's, RoPE's) separates right positions from wrong ones: the right ones have noise, 1e-12 or so, the wrong
 # ones an error beyond the limit of 1e-10. An error that grows from position to position has less than this factor between two neighbours.
 _EDGE = 30.0
+_SHIFTED = {
+    "t − 1": "is the first token, BOS, there twice, or is there a slot in front of it?",
+    "t + 1": "is the first token, BOS, missing?",
+}
 _COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
 
 

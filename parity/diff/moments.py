@@ -1,5 +1,6 @@
 """The other point, position, moment or type under which records equal the reference's."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 
@@ -182,7 +183,7 @@ def _other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
         return Reading(MOMENT, f"it is the reference's at position {last}, the last: only its number is wrong", proof=True)
     if away in ({-1}, {1}):
         shift, when = ("− 1", "late") if away == {-1} else ("+ 1", "early")
-        return Reading(MOMENT, f"position t holds the reference's t {shift}: captured a pass too {when}")
+        return Reading(MOMENT, f"position t holds the reference's t {shift}: captured a pass too {when}", relation=f"t {shift}")
     if not known.all():
         return None
     turned = (shown - ours.token_idx) % len(rows)
@@ -207,7 +208,10 @@ def _other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
 
 
 def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
-    """The position of the reference whose record each of ours is, [R]; -1 if there is none."""
+    """The position of the reference whose record each of ours is, [R]; -1 if there is none.
+
+    If several positions have that record, as those of one token do before attention, the one at the commonest distance counts.
+    """
     width = min(int(ours.counts.min()), rows.values.shape[1])
     shown = np.full(len(ours), -1, dtype=np.int64)
     if rows.indices is not None or width < 4 or width < min(TELLING, ours.values.shape[1]):
@@ -215,6 +219,7 @@ def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
     candidates = wide(rows.values[:, :width])
     energy = np.sum(candidates**2, axis=1)
     usable = np.isfinite(candidates).all(axis=1) & (energy > 0)
+    matches: dict[int, list[int]] = {}
     for i in range(len(ours)):
         row = wide(ours.values[i, :width])
         if not np.isfinite(row).all() or len(set(row.tolist())) < 3:
@@ -222,7 +227,10 @@ def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
         delta = np.maximum(np.abs(candidates - row) - allowed.step, 0.0)
         near = usable & (rows.seq == ours.seq[i]) & (np.sum(delta**2, axis=1) <= allowed.nmse[i] * energy)
         if near.any():
-            shown[i] = rows.token_idx[near.argmax()]
+            matches[i] = rows.token_idx[near].tolist()
+    distances = Counter(position - int(ours.token_idx[i]) for i, positions in matches.items() for position in positions)
+    for i, positions in matches.items():
+        shown[i] = max(positions, key=lambda position: distances[position - int(ours.token_idx[i])])
     return shown
 
 
