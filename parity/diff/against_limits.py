@@ -1,18 +1,14 @@
 """Compares every measured record with its limit: the table's, one set by the noise of earlier layers, or one raised for noise."""
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 from msgspec import Struct
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
-from checkpoints.record import Rows
 
-from .align import Pair, as_wide
 from .dataflow import Flow, upstream
+from .known_tables import asked, behind_known_tables, compared_part, joined, shares
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .measure import Measured
 from .noise import excused
@@ -25,10 +21,7 @@ from .truth import (
     NO_ROUNDING,
     Above,
     Truth,
-    of_few,
-    of_table,
     raised,
-    share_of_few,
 )
 
 Floats = NDArray[np.float64]
@@ -39,7 +32,6 @@ Bools = NDArray[np.bool_]
 # to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
 # divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
 TABLE = 1e-6
-_SEVERAL = 4  # records of a point, of which most cannot have a row's rarest entry by chance
 # The factor by which lower arithmetic's error may grow over the table's limit: twice what was measured (`_grown`).
 GROWN = 25.0
 
@@ -187,7 +179,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> t
     nmse = measured.measures.nmse
     if not (nmse > limit).any():
         return limit, ()
-    share = _shares(measured)
+    share = shares(measured)
     if not ((nmse > limit) & (nmse * share <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
         return limit, ()
     coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
@@ -197,11 +189,11 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> t
     distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
     if not distances:
         return None
-    distance = _joined(measured, distances)
+    distance = joined(measured, distances)
     keys, above = (measured.point, measured.seq, measured.token_idx), Above.of(model.names, model.parents)
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
     if (near & coarse).any():
-        higher = np.where(coarse, _behind_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
+        higher = np.where(coarse, behind_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
     higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():
@@ -214,115 +206,23 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> t
     )
 
 
-def _shares(measured: Measured) -> Floats:
-    """See `share_of_few`, for all records, [R]."""
-    return np.concatenate([share_of_few(pair.ref) for pair in measured.pairs])
-
-
-def _joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
-    """The distances of all records, [R]; NaN where none is known."""
-    none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
-    known = [of_few(answers.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
-    return np.concatenate(known)
-
-
-def _compared_part(pair: Pair) -> Rows:
-    """The reference's records reduced to what ours has of each: as many leading values, and no sketch if ours has none."""
-    ref = as_wide(pair.ref, pair.ours)
-    return ref if pair.ours.sketch is not None else replace(ref, sketch=None)
-
-
-def _behind_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth, model: Flow) -> Floats:
-    """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
-    nor with the exact function is wrong.
-
-    An exact engine is as far from the reference as the reference is from the truth, and only float32's rounding away from the truth.
-
-    Args:
-        distance: NMSE of the reference's records from the truth. near: the records that are asked about.
-    """
-    keys, share = (measured.point, measured.seq, measured.token_idx), _shares(measured)
-    nmse, above = measured.measures.nmse, Above.of(model.names, model.parents)
-    asked = measured.names_of(near)
-    ours = {pair.point: pair.ours for pair in measured.pairs if pair.point in asked}
-    far = _joined(measured, truth.distances(ours))
-    ref = {pair.point: _compared_part(pair) for pair in measured.pairs if pair.point in truth.coarse}
-    exact = near & (far <= limit)
-    higher = limit
-    if (near & ~exact).any():
-        own = _joined(measured, truth.own_rounding(ref))
-        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_), share=share, above=above))
-    if (near & ~exact).any():
-        apart = _joined(measured, truth.from_table(ref))
-        sampled = of_table(limit, apart, *keys, above)
-        higher = _one_entry(measured, sampled, truth)
-        odd = near & ~exact & (nmse > higher)
-        if odd.any():  # `apart` is one sample of which entries rounding chooses
-            apart = np.fmax(apart, _asked(measured, odd, truth.table_spread))
-            further = _asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
-            sampled = np.fmax(sampled, of_table(limit, apart, *keys, above))
-            higher = np.fmax(higher, of_table(limit, np.fmax(apart, further), *keys, above))
-        higher = np.where(_at_most_positions(measured, near & ~exact & (nmse > sampled), model), sampled, higher)
-    # The distance between the two, which may be on opposite sides of the truth.
-    between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
-    return np.where(exact, np.fmax(higher, between), higher)
-
-
-def _at_most_positions(measured: Measured, over: Bools, model: Flow) -> Bools:
-    """Which records, bool [R], are of a point at which most records are over and do not inherit that.
-
-    Rounding changes the entry of a table that single elements use, one in thousands: as often as in the samples that are known. Which row
-    is concerned differs from run to run, but not how many are.
-    """
-    nmse = measured.measures.nmse
-    worst = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, over).worst
-    fresh = np.bincount(measured.point, weights=over & (nmse > JUMP * worst), minlength=len(measured.pairs))
-    records = np.bincount(measured.point, minlength=len(measured.pairs))
-    return np.asarray((2 * fresh > records)[measured.point] & (records >= _SEVERAL)[measured.point])
-
-
-def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
-    """Limits, [R], raised where a few elements may come from the neighbouring entry of a table; only for errors of the recorded values.
-
-    Two right engines whose arguments lie on the two sides of a rounding step look up different entries, and one of sixteen values then
-    dominates them all. In a whole row few elements do so: its estimate keeps its limit.
-    """
-    measures = measured.measures
-    odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    if not odd.any():
-        return limit
-    return np.where(odd, np.fmax(limit, _asked(measured, odd, truth.one_entry)), limit)
-
-
 def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """Limits, [R], raised where rounding is amplified more than the reference's own distance shows, which may be small by luck.
 
     That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
     """
-    nmse, share = measured.measures.nmse, _shares(measured)
+    nmse, share = measured.measures.nmse, shares(measured)
     odd = (nmse > limit) & (nmse * share <= AMPLIFIED)
     if not odd.any():
         return limit
     # Of the values that are compared, which may be those of one head of many.
-    by_noise = BOTH * _asked(measured, odd, truth.spread, _compared_part)
+    by_noise = BOTH * asked(measured, odd, truth.spread, compared_part)
     limit = np.where(odd, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
     odd &= (nmse > limit) & (nmse <= by_noise)
     if not odd.any():
         return limit
-    by_float32 = MULTIPLE * _asked(measured, odd, truth.own_rounding, _compared_part)
+    by_float32 = MULTIPLE * asked(measured, odd, truth.own_rounding, compared_part)
     return np.where(odd, np.fmax(limit, np.minimum(np.minimum(by_noise, by_float32), AMPLIFIED / share)), limit)
-
-
-def _asked(
-    measured: Measured,
-    odd: Bools,
-    known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
-    part: Callable[[Pair], Rows] = lambda pair: pair.ref,
-) -> Floats:
-    """What is known of each record, [R], or of a part of it, at the points of the odd ones; 0 elsewhere."""
-    concerned = measured.names_of(odd)
-    answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
-    return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
 
 
 def _reason(coarse: bool) -> str:
