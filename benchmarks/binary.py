@@ -32,9 +32,9 @@ def read(path: Path) -> tuple[float, int, int]:
     """Seconds that reading a dump takes, its records, and the numbers of all its arrays."""
     began = process_time()
     dump = load(path)
-    took = process_time() - began
+    seconds = process_time() - began
     arrays = [array for rows in dump.points.values() for array in (rows.values, rows.sketch, *rows.stats.values())]
-    return took, dump.records, sum(array.size for array in arrays if array is not None)
+    return seconds, dump.records, sum(array.size for array in arrays if array is not None)
 
 
 def compare(folder: Path) -> tuple[float, float]:

@@ -57,13 +57,13 @@ def start_up(folder: Path) -> list[tuple[str, str, str]]:
         "alone": [sys.executable, "-c", ALONE, str(path()), PROMPT],
     }
     subprocess.run(commands["run"], check=True, stdout=subprocess.DEVNULL)  # makes the twin and the compiled modules
-    took = in_turns({name: (lambda words=words: wall(words)) for name, words in commands.items()})
+    durations = in_turns({name: (lambda words=words: wall(words)) for name, words in commands.items()})
     return [
-        ("`parity --help`", f"{took['help']:.2f} s", "≤ 0.25 s"),
-        ("`parity diff` of two default dumps", f"{took['diff']:.2f} s", "≤ 0.6 s"),
+        ("`parity --help`", f"{durations['help']:.2f} s", "≤ 0.25 s"),
+        ("`parity diff` of two default dumps", f"{durations['diff']:.2f} s", "≤ 0.6 s"),
         (
             "`parity run` on the stories model / llama-cpp-python alone",
-            f"{took['run']:.2f} s / {took['alone']:.2f} s = {took['run'] / took['alone']:.2f}",
+            f"{durations['run']:.2f} s / {durations['alone']:.2f} s = {durations['run'] / durations['alone']:.2f}",
             "≤ 3",
         ),
     ]
@@ -91,11 +91,11 @@ def many_records() -> list[tuple[str, str, str]]:
         return time.perf_counter() - began
 
     large, small = (dump(280), dump(280)), (dump(28), dump(28))
-    took = in_turns({"large": lambda: once(large), "small": lambda: once(small)})
+    durations = in_turns({"large": lambda: once(large), "small": lambda: once(small)})
     return [
         (
             "comparing 100,000 records / 10,000",
-            f"{took['large']:.2f} s / {took['small']:.2f} s = {took['large'] / took['small']:.1f}",
+            f"{durations['large']:.2f} s / {durations['small']:.2f} s = {durations['large'] / durations['small']:.1f}",
             "≤ 5 s",
         )
     ]
@@ -145,12 +145,12 @@ def prefill(model: Path, folder: Path) -> list[tuple[str, str, str]]:
         return time.perf_counter() - began
 
     ours_once(), theirs_once()  # weights are dequantised and pages touched in the first pass
-    took = in_turns({"ours": ours_once, "theirs": theirs_once})
-    ratio = took["ours"] / took["theirs"]
+    durations = in_turns({"ours": ours_once, "theirs": theirs_once})
+    ratio = durations["ours"] / durations["theirs"]
     return [
         (
             f"prefill of {PREFILL} tokens, 0.5 B shape: our engine / llama.cpp F32",
-            f"{1000 * took['ours']:.0f} ms / {1000 * took['theirs']:.0f} ms = {ratio:.2f}",
+            f"{1000 * durations['ours']:.0f} ms / {1000 * durations['theirs']:.0f} ms = {ratio:.2f}",
             "≤ 1.5",
         )
     ]
@@ -170,7 +170,7 @@ def memory(model: Path, folder: Path) -> list[tuple[str, str, str]]:
     threading.Thread(target=lambda: (process.wait(), done.set())).start()
     while not done.wait(0.02):
         peak = max(peak, sum(map(proportional_set_size, tree(process.pid))))
-    took = time.perf_counter() - began
+    durations = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} exited {process.returncode}")
     return [
@@ -179,7 +179,7 @@ def memory(model: Path, folder: Path) -> list[tuple[str, str, str]]:
             f"{peak / 2**30:.2f} GiB / {size / 2**30:.2f} GiB = {peak / size:.2f}",
             "≤ 2.5",
         ),
-        (f"`parity run`, 0.5 B shape, F16, {PREFILL} tokens, twin made and loaded", f"{took:.1f} s", ""),
+        (f"`parity run`, 0.5 B shape, F16, {PREFILL} tokens, twin made and loaded", f"{durations:.1f} s", ""),
     ]
 
 

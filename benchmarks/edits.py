@@ -113,7 +113,7 @@ class Models:
         self._folder = folder
         self._reference = reference
         self._names = architectures
-        self._made: dict[str, Faulty] = {}
+        self._engines: dict[str, Faulty] = {}
 
     def of(self, seed: int, draw: random.Random) -> tuple[str, Faulty, tuple[int, ...]]:
         """An architecture's name, its engine, and a prompt."""
@@ -121,11 +121,11 @@ class Models:
             faulty, tokens = random_model(self._folder, seed)
             return faulty.transformer.model.hyperparameters.architecture, faulty, tokens[:12]
         name = self._names[seed % len(self._names)]
-        if name not in self._made:
+        if name not in self._engines:
             path = self._folder / f"{name}.gguf"
             make_by_recipe(path, RECIPES[name], shape_of(RECIPES[name]), {}, tokenizer=embedded())
-            self._made[name] = Faulty(path, self._reference.graph(path))
-        return name, self._made[name], tokens_of(self._made[name].model, draw.randrange(4, 12), seed)
+            self._engines[name] = Faulty(path, self._reference.graph(path))
+        return name, self._engines[name], tokens_of(self._engines[name].model, draw.randrange(4, 12), seed)
 
 
 def dump_of(

@@ -80,7 +80,7 @@ def _swept(right: Replay, steps: Sequence[Step], raised: Counter[str]) -> tuple[
             last = len(steps) if layers is None and fault.name not in seen else _VISITED
             visits = count()
             try:
-                right.run(planting.of(fault, layers, parameters), lambda _name, _made, n=visits, end=last: next(n) < end)
+                right.run(planting.of(fault, layers, parameters), lambda _name, _value, n=visits, end=last: next(n) < end)
                 seen.add(fault.name)
                 applied += 1
             except NotApplicable:

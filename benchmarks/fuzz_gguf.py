@@ -21,7 +21,7 @@ from statistics import median
 
 import forked
 
-from checkpoints.gguf_file import ARRAY, STRING, Contents, TensorInfo, Value, contents, header_bytes, string_value
+from checkpoints.gguf_file import ARRAY, STRING, Contents, TensorEntry, Value, contents, header_bytes, string_value
 
 ARCHITECTURES = ("qwen2", "llama", "qwen3", "gemma3", "phi3")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -40,7 +40,7 @@ Draw = random.Random
 Accident = Callable[[Contents, bytes, Draw], bytes]
 
 
-def _with(contents: Contents, data: bytes, metadata: dict[str, Value], tensors: list[TensorInfo]) -> bytes:
+def _with(contents: Contents, data: bytes, metadata: dict[str, Value], tensors: list[TensorEntry]) -> bytes:
     return header_bytes(metadata, tensors) + data[contents.data :]
 
 
@@ -74,7 +74,7 @@ def table(contents: Contents, data: bytes, draw: Draw) -> bytes:
     if kind == 0:
         del tensors[i]
     elif kind == 1:
-        tensors[i] = TensorInfo(
+        tensors[i] = TensorEntry(
             draw.choice(("x", tensor.name.upper(), "blk.0.attn_q.weight", "")), tensor.ne, tensor.type, tensor.offset
         )
     elif kind == 2:
@@ -82,7 +82,7 @@ def table(contents: Contents, data: bytes, draw: Draw) -> bytes:
     else:
         sizes = list(tensor.ne)
         sizes[draw.randrange(len(sizes))] = draw.choice((0, 1, 32, 64, 1 << 20, 1 << 40, 1 << 63))
-        tensors[i] = TensorInfo(tensor.name, tuple(sizes), tensor.type, tensor.offset)
+        tensors[i] = TensorEntry(tensor.name, tuple(sizes), tensor.type, tensor.offset)
     return _with(contents, data, dict(contents.metadata), tensors)
 
 
@@ -91,7 +91,7 @@ def offsets(contents: Contents, data: bytes, draw: Draw) -> bytes:
     tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
     at = draw.choice((0, 1, tensors[i].offset + 32, tensors[i - 1].offset, len(data), (1 << 63) - 1, (1 << 64) - 32))
-    tensors[i] = TensorInfo(tensors[i].name, tensors[i].ne, tensors[i].type, at)
+    tensors[i] = TensorEntry(tensors[i].name, tensors[i].ne, tensors[i].type, at)
     return _with(contents, data, dict(contents.metadata), tensors)
 
 
@@ -100,7 +100,7 @@ def types(contents: Contents, data: bytes, draw: Draw) -> bytes:
     tensors = list(contents.tensors)
     i = draw.randrange(len(tensors))
     tensor = tensors[i]
-    tensors[i] = TensorInfo(
+    tensors[i] = TensorEntry(
         tensor.name, tensor.ne, draw.choice((0, 1, 2, 8, 12, 14, 30, 4, 31, 99, (1 << 32) - 1)), tensor.offset
     )
     return _with(contents, data, dict(contents.metadata), tensors)
@@ -232,8 +232,8 @@ def figures(cases: list[Case]) -> str:
         if own:
             counts = Counter(case.became for case in own)
             row = " | ".join(str(counts[became]) for became in ("answer", "one line", "failed"))
-            took = [case.seconds for case in own]
-            lines.append(f"| {name} | {len(own)} | {row} | {median(took):.1f}, {max(took):.1f} |")
+            seconds = [case.seconds for case in own]
+            lines.append(f"| {name} | {len(own)} | {row} | {median(seconds):.1f}, {max(seconds):.1f} |")
     failures = [case for case in cases if case.wrong]
     lines += [
         f"  {case.seed}: {case.architecture}, {case.accident}, {case.command}: {case.wrong}" for case in failures[:_SHOWN]

@@ -40,15 +40,15 @@ def isolation(folder: Path) -> list[tuple[str, str, str]]:
         "consistency": command("consistency", "--tokens", TOKENS),
     }
     subprocess.run(commands["run"], check=True, stdout=subprocess.DEVNULL)  # makes the twin and the compiled modules
-    took = in_turns({name: (lambda words=words: wall(words)) for name, words in commands.items()})
-    ratio = took["isolate"] / took["run"]
+    seconds = in_turns({name: (lambda words=words: wall(words)) for name, words in commands.items()})
+    ratio = seconds["isolate"] / seconds["run"]
     return [
         (
             "`parity isolate` / `parity run`, stories model, 32 tokens",
-            f"{took['isolate']:.2f} s / {took['run']:.2f} s = {ratio:.1f}",
+            f"{seconds['isolate']:.2f} s / {seconds['run']:.2f} s = {ratio:.1f}",
             "≤ 8",
         ),
-        ("`parity consistency`, stories model, 32 tokens, every point", f"{took['consistency']:.2f} s", ""),
+        ("`parity consistency`, stories model, 32 tokens, every point", f"{seconds['consistency']:.2f} s", ""),
     ]
 
 
@@ -59,13 +59,13 @@ def weights(folder: Path) -> list[tuple[str, str, str]]:
     ran = subprocess.run(
         [sys.executable, "-P", "-c", PEAK, "weights", "--model", str(model)], check=True, capture_output=True, text=True
     )
-    took = wall(command("weights", "--model", model))
+    seconds = wall(command("weights", "--model", model))
     peak = int(ran.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
     size = model.stat().st_size
     return [
         (
             "`parity weights`, 0.5 B shape, Q4_0: time, peak memory (the file itself is mapped and counted)",
-            f"{took:.1f} s, {peak / _MIB:,.0f} MiB of a file of {size / _MIB:,.0f} MiB",
+            f"{seconds:.1f} s, {peak / _MIB:,.0f} MiB of a file of {size / _MIB:,.0f} MiB",
             "≤ 2,048 MiB",
         )
     ]

@@ -79,14 +79,14 @@ def measure(read: Callable[[Path], tuple[int, int]], path: Path, seconds: float)
     """Seconds of the fastest and of the median pass, its records and values, and the memory that all of them took, MiB."""
     before = peak()
     clock = process_time if read is streamed else perf_counter
-    took: list[float] = []
+    durations: list[float] = []
     until = perf_counter() + seconds
     records = values = 0
     while perf_counter() < until or not records:
         began = clock()
         records, values = read(path)
-        took.append(clock() - began)
-    return min(took), median(took), records, values, peak() - before
+        durations.append(clock() - began)
+    return min(durations), median(durations), records, values, peak() - before
 
 
 def numbers(path: Path, seconds: float) -> float:

@@ -109,19 +109,19 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model or default_model()
     engine = engine_of(options.backend, model)
-    took: dict[str, list[float]] = {"on": [], "off": []}
+    durations: dict[str, list[float]] = {"on": [], "off": []}
     whole: list[float] = []
     with tempfile.TemporaryDirectory() as folder, server(engine, Path(folder)) as url:
-        tokens = {side: answer(f"{url}/{side}")[1] for side in took}  # the first pass dequantises and compiles
+        tokens = {side: answer(f"{url}/{side}")[1] for side in durations}  # the first pass dequantises and compiles
         assert tokens["on"] == tokens["off"], "recording changed the answer"
         for _ in range(REPEATS):
-            for side, times in took.items():
+            for side, times in durations.items():
                 times.append(answer(f"{url}/{side}")[0])
                 after = answer(f"{url}/free")[0]  # the next request must not wait for the records of this one
                 if side == "on":
                     whole.append(after)
-    added = statistics.median(on - off for on, off in zip(took["on"], took["off"], strict=True))
-    off = statistics.median(took["off"])
+    added = statistics.median(on - off for on, off in zip(durations["on"], durations["off"], strict=True))
+    off = statistics.median(durations["off"])
     print(f"{time.strftime('%Y-%m-%d')} · {engine.backend.device} · Python {platform.python_version()} · {model.stem}")
     print("\n| what | measured | to reach |\n|---|---|---|")
     print(f"| a request of {TOKENS} tokens, {options.backend}, without checkpoints | {off:.0f} ms | |")

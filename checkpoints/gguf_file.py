@@ -62,7 +62,7 @@ class Value(Struct, frozen=True):
         return texts
 
 
-class TensorInfo(Struct, frozen=True):
+class TensorEntry(Struct, frozen=True):
     """A tensor's place: `ne` in ggml's order, `type` a `ggml_type`, `offset` from the start of the data section.
 
     `part` is the index of the file that holds it, among `Contents.parts`.
@@ -92,7 +92,7 @@ class Contents(Struct, frozen=True, dict=True):
 
     path: Path
     metadata: dict[str, Value]
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[TensorEntry, ...]
     data: int
     size: int
     header_end: int
@@ -101,7 +101,7 @@ class Contents(Struct, frozen=True, dict=True):
 
     @property
     def parts(self) -> tuple["Contents", ...]:
-        """The files of the model, one where it is not split: `TensorInfo.part` is an index into it."""
+        """The files of the model, one where it is not split: `TensorEntry.part` is an index into it."""
         return (self, *self.others)
 
     def text(self, key: str) -> str:
@@ -308,10 +308,12 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     metadata: dict[str, Value] = {}
     for _ in range(n_values):
         key, kind = cursor.string(), cursor.number("I")
+        if key in metadata:
+            raise ValueError(f"it has two values named {key!r}")
         start = cursor.at
         cursor.skip_value(kind)
         metadata[key] = Value(kind, data[start : cursor.at])
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorEntry] = {}
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.number("I")
         if not 0 < n_dims <= _MAX_DIMS:
@@ -319,10 +321,11 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
         ne = tuple(cursor.number("Q") for _ in range(n_dims))
         if name in tensors:
             raise ValueError(f"it has two tensors named {name!r}")
-        tensors[name] = TensorInfo(name, ne, cursor.number("I"), cursor.number("Q"))
-    step = metadata["general.alignment"].number() if "general.alignment" in metadata else _ALIGNMENT
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"its alignment is {step!r}")
+        tensors[name] = TensorEntry(name, ne, cursor.number("I"), cursor.number("Q"))
+    stated = metadata.get("general.alignment", uint32_value(_ALIGNMENT))
+    step = stated.number() if stated.type == UINT32 else None
+    if not isinstance(step, int) or step < 1 or step & (step - 1):
+        raise ValueError(f"its alignment is {stated.plain()!r:.60}, not a power of two")
     return Contents(path, metadata, tuple(tensors.values()), -(-cursor.at // step) * step, len(data), cursor.at, step)
 
 
@@ -337,7 +340,7 @@ def uint32_value(number: int) -> Value:
     return Value(UINT32, struct.pack("<I", number))
 
 
-def header_bytes(metadata: dict[str, Value], tensors: list[TensorInfo]) -> bytes:
+def header_bytes(metadata: dict[str, Value], tensors: list[TensorEntry]) -> bytes:
     """The table of contents of a new file (GGUF 3), padded so that the data section may follow at once."""
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():

@@ -55,7 +55,7 @@ Sizes = tuple[Size, Size, Size, Size]
 NOTHING = Size(0)
 
 
-class Rule(Struct, frozen=True):
+class InputRule(Struct, frozen=True):
     """How an input follows from tokens and positions; `kind` is one of `checkpoints.rules.RULES`, checked on the recorded data."""
 
     kind: str
@@ -93,7 +93,7 @@ class Tensor(Struct, frozen=True):
     point: str = ""
     operand_points: Mapping[int, str] = field(default_factory=dict)
     parts: tuple[tuple[str, int, int], ...] = ()
-    rule: Rule | None = None
+    rule: InputRule | None = None
 
     @property
     def position_axis(self) -> int | None:
@@ -256,7 +256,7 @@ def _tensor(plain: Mapping[str, Any], count: int) -> Tensor:
         point=str(plain.get("point", "")),
         operand_points={int(number): str(name) for number, name in plain.get("operand_points", {}).items()},
         parts=tuple((str(name), int(start), int(stop)) for name, start, stop in plain.get("parts", ())),
-        rule=None if rule is None else Rule(rule["kind"], {key: value for key, value in rule.items() if key != "kind"}),
+        rule=None if rule is None else InputRule(rule["kind"], {key: value for key, value in rule.items() if key != "kind"}),
     )
 
 

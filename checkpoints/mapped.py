@@ -7,12 +7,12 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .mapping import Entry, Mapping
+from .mapping import MapEntry, Mapping
 from .record import Dump, Rows
 
 
-def mapped(mapping: Mapping, entry: Entry | None, array: NDArray[np.float32]) -> NDArray[np.float32]:
-    """An array of theirs as ours: [T, …].
+def mapped(mapping: Mapping, entry: MapEntry | None, array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """An array of their_index as ours: [T, …].
 
     Raises:
         InputError: it does not have the shape that the mapping requires.
@@ -44,7 +44,7 @@ def renamed(mapping: Mapping, dump: Dump) -> Dump:
     return replace(dump, points={name: Rows.stack(parts) for name, parts in points.items()}, notes=(*dump.notes, *notes))
 
 
-def _changed(mapping: Mapping, entry: Entry, name: str, rows: Rows, notes: list[str]) -> Rows:
+def _changed(mapping: Mapping, entry: MapEntry, name: str, rows: Rows, notes: list[str]) -> Rows:
     if rows.full().all():
         values = np.stack([mapped(mapping, entry, row[None]).reshape(-1) for row in rows.values])
         return replace(rows, values=values, sketch=None, stats={})
@@ -61,13 +61,13 @@ def _changed(mapping: Mapping, entry: Entry, name: str, rows: Rows, notes: list[
     return _moved(rows, name, order, notes)
 
 
-def _repaired(array: NDArray[np.float32], entry: Entry) -> NDArray[np.float32]:
+def _repaired(array: NDArray[np.float32], entry: MapEntry) -> NDArray[np.float32]:
     """Rows [T, H·d] in the other pairing: "norm" (2i with 2i + 1) becomes "neox" (i with i + d/2), and the reverse."""
     rows = array.reshape(len(array), -1)
     return np.ascontiguousarray(rows[:, _pairing(entry, rows.shape[1])]).reshape(array.shape)
 
 
-def _pairing(entry: Entry, size: int) -> NDArray[np.int64]:
+def _pairing(entry: MapEntry, size: int) -> NDArray[np.int64]:
     """int64 [size]: the index of their element at each place of our row.
 
     Raises:
@@ -82,7 +82,7 @@ def _pairing(entry: Entry, size: int) -> NDArray[np.int64]:
     return np.arange(size).reshape(shape).swapaxes(1, 2).reshape(-1)
 
 
-def _size(rows: Rows, entry: Entry) -> int:
+def _size(rows: Rows, entry: MapEntry) -> int:
     """The length of the whole row of a slice; without a shape, enough whole heads to hold every recorded element.
 
     Raises:
@@ -100,11 +100,11 @@ def _size(rows: Rows, entry: Entry) -> int:
 
 def _moved(rows: Rows, name: str, order: NDArray[np.int64], notes: list[str]) -> Rows:
     """A slice in another order: each value gets the index where it belongs. Statistics that do not depend on the order stay."""
-    theirs = np.tile(np.arange(rows.values.shape[1]), (len(rows), 1)) if rows.indices is None else rows.indices
-    there = (theirs >= 0) & (np.arange(theirs.shape[1]) < rows.counts[:, None]) & (theirs < len(order))
+    their_index = np.tile(np.arange(rows.values.shape[1]), (len(rows), 1)) if rows.indices is None else rows.indices
+    there = (their_index >= 0) & (np.arange(their_index.shape[1]) < rows.counts[:, None]) & (their_index < len(order))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    ours = np.where(there, place[np.where(there, theirs, 0)], -1)
+    ours = np.where(there, place[np.where(there, their_index, 0)], -1)
     width, last = int(rows.counts.max(initial=0)), int(ours.max(initial=0))
     leading = int(((ours >= 0) & (ours < width)).sum(axis=1).max(initial=0))
     notes.append(

@@ -23,7 +23,7 @@ _LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
 _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
 
-class Entry(Struct, frozen=True):
+class MapEntry(Struct, frozen=True):
     """What one of their names means, and the changes that turn its array into ours, in this order: reshape, transpose, rope_pairs."""
 
     pattern: re.Pattern[str]
@@ -43,12 +43,12 @@ class Entry(Struct, frozen=True):
 class Mapping(Struct, frozen=True):
     """The whole mapping file; an empty one knows only the aliases."""
 
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[MapEntry, ...] = ()
     layer_offset: int = 0
     position_offset: int | None = None
     path: str = ""
 
-    def entry(self, name: str) -> tuple[str, Entry | None]:
+    def entry(self, name: str) -> tuple[str, MapEntry | None]:
         """Our point for their name, and the entry that says so (None if it is an alias)."""
         for entry in self.entries:
             match = entry.pattern.fullmatch(name)
@@ -82,29 +82,37 @@ def read_mapping(path: Path) -> Mapping:
     if not isinstance(names, dict):
         raise InputError(f"{path}: names must be a table.", "Write [names] in a line of its own.", code="map")
     layers, positions = table.get("layer_offset", 0), table.get("position_offset")
-    if not all(
-        isinstance(offset, int) and not isinstance(offset, bool) for offset in (layers, 0 if positions is None else positions)
-    ):
+    if not _is_number(layers) or not (positions is None or _is_number(positions)):
         raise InputError(f"{path}: offsets must be whole numbers.", code="map")
-    entries = tuple(_entry(path, str(theirs), ours) for theirs, ours in names.items())
+    entries = tuple(_entry(path, str(engine_name), ours) for engine_name, ours in names.items())
     return Mapping(entries, layers, positions, str(path))
 
 
-def _entry(path: Path, theirs: str, ours: Any) -> Entry:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _entry(path: Path, engine_name: str, ours: Any) -> MapEntry:
     entry = {"point": ours} if isinstance(ours, str) else ours
     if not isinstance(entry, dict) or not isinstance(entry.get("point"), str) or set(entry) - _KEYS:
         raise InputError(
-            f"{path}: {theirs!r} must be a point, or a table with point and some of {', '.join(sorted(_KEYS - {'point'}))}.",
+            f"{path}: {engine_name!r} must be a point, or a table with point and some of {', '.join(sorted(_KEYS - {'point'}))}.",
             'Write "their.name" = "blk.5.l_out".',
             code="map",
         )
     pairs, reshape = entry.get("rope_pairs", ""), entry.get("reshape", [])
-    whole = isinstance(reshape, list) and all(isinstance(size, int) for size in reshape)
-    heads, head_size = entry.get("heads", 0), entry.get("head_size", 0)
-    if pairs not in ("", "norm", "neox") or not whole or not all(isinstance(n, int) and n >= 0 for n in (heads, head_size)):
+    transpose, heads, head_size = entry.get("transpose", False), entry.get("heads", 0), entry.get("head_size", 0)
+    if (
+        pairs not in ("", "norm", "neox")
+        or not isinstance(reshape, list)
+        or not all(_is_number(size) for size in reshape)
+        or not isinstance(transpose, bool)
+        or not all(_is_number(size) and size >= 0 for size in (heads, head_size))
+    ):
         raise InputError(
-            f"{path}: {theirs!r}: rope_pairs is norm or neox, reshape a list of sizes, heads and head_size are numbers.",
+            f"{path}: {engine_name!r}: rope_pairs is norm or neox, reshape a list of sizes, transpose true or false, "
+            "heads and head_size are numbers.",
             code="map",
         )
-    pattern = re.escape(theirs).replace(re.escape("{i}"), r"(?P<i>\d{1,6})", 1)
-    return Entry(re.compile(pattern), entry["point"], tuple(reshape), bool(entry.get("transpose")), pairs, heads, head_size)
+    pattern = re.escape(engine_name).replace(re.escape("{i}"), r"(?P<i>\d{1,6})", 1)
+    return MapEntry(re.compile(pattern), entry["point"], tuple(reshape), transpose, pairs, heads, head_size)

@@ -13,7 +13,7 @@ _MOUNT = Path("/sys/fs/cgroup")
 _NONE = 1 << 60  # a limit beyond it is none: v1 writes the largest number of pages
 
 
-class Memory(Struct, frozen=True):
+class FreeMemory(Struct, frozen=True):
     """Bytes that can be allocated now, and what says so: the system, or a control group of this process."""
 
     free: int
@@ -25,7 +25,7 @@ def free_memory() -> int:
     return memory().free
 
 
-def memory(system: Path = Path("/proc"), mount: Path = _MOUNT) -> Memory:
+def memory(system: Path = Path("/proc"), mount: Path = _MOUNT) -> FreeMemory:
     """What the system has available, or the least that a control group of this process leaves.
 
     A group's usage counts the pages of files that were read; those that are not in use (`inactive_file`) are given back when memory is
@@ -38,10 +38,10 @@ def memory(system: Path = Path("/proc"), mount: Path = _MOUNT) -> Memory:
                 free, source = int(line.split()[1]) * 1024, "available (/proc/meminfo)"
     except (OSError, ValueError):
         pass  # not Linux: the first number stands
-    for left, said in _groups(system, mount):
+    for left, limit_source in _groups(system, mount):
         if left < free:
-            free, source = left, said
-    return Memory(max(free, 0), source)
+            free, source = left, limit_source
+    return FreeMemory(max(free, 0), source)
 
 
 def _groups(system: Path, mount: Path) -> Iterator[tuple[int, str]]:

@@ -11,13 +11,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from .graph import Rule
+from .graph import InputRule
 
 Values = NDArray[Any]
 UNDEFINED = "undefined"  # the rule of memory that a graph only takes the shape of: it has no values
 
 
-class Pass(Struct, frozen=True):
+class ForwardPass(Struct, frozen=True):
     """One forward pass: ids and positions of its T tokens, and the positions of the S keys that the cache holds after it.
 
     `encoded` is what an encoder left for this pass of a decoder: float32 [E, D].
@@ -32,7 +32,7 @@ class Pass(Struct, frozen=True):
 class Recorded(Struct, frozen=True):
     """The data of one input in one pass, flat, and its `ne`."""
 
-    now: Pass
+    now: ForwardPass
     ne: tuple[int, ...]
     data: Values
 
@@ -58,40 +58,40 @@ def visible(positions: Values, keys: Values, *, window: str, size: int) -> Value
     return earlier
 
 
-def _tokens(now: Pass) -> Values:
+def _tokens(now: ForwardPass) -> Values:
     return now.tokens
 
 
-def _positions(now: Pass, *, sections: int = 1, zeros: int = 0) -> Values:
+def _positions(now: ForwardPass, *, sections: int = 1, zeros: int = 0) -> Values:
     """The positions; with M-RoPE once for each section, the last `zeros` of which are zero for text."""
     return np.concatenate([now.positions] * (sections - zeros) + [np.zeros_like(now.positions)] * zeros)
 
 
-def _rows(now: Pass) -> Values:
+def _rows(now: ForwardPass) -> Values:
     """0 … T − 1: all rows of the pass."""
     return np.arange(len(now.tokens))
 
 
-def _cells(now: Pass) -> Values:
+def _cells(now: ForwardPass) -> Values:
     """The cells of the cache that this pass fills: the last T."""
     return np.arange(len(now.keys) - len(now.tokens), len(now.keys))
 
 
-def _cells_transposed(now: Pass, *, cells: int, width: int) -> Values:
+def _cells_transposed(now: ForwardPass, *, cells: int, width: int) -> Values:
     """The same where each channel has a row of the cache: channel · cells + cell."""
     return (_cells(now)[:, None] + np.arange(width)[None, :] * cells).reshape(-1)
 
 
-def _zero(now: Pass) -> Values:
+def _zero(now: ForwardPass) -> Values:
     return np.zeros(1)
 
 
-def _last(now: Pass) -> Values:
+def _last(now: ForwardPass) -> Values:
     """The number of the last row."""
     return np.array([len(now.tokens) - 1])
 
 
-def _mean(now: Pass) -> Values:
+def _mean(now: ForwardPass) -> Values:
     """1 / T for each row: the mean over the pass."""
     return np.full(len(now.tokens), np.float32(1) / np.float32(len(now.tokens)), np.float32)
 
@@ -110,7 +110,7 @@ def buckets(positions: Values, keys: Values, *, count: int, bidirectional: bool)
     return numbers
 
 
-def _buckets(now: Pass, *, count: int, bidirectional: bool) -> Values:
+def _buckets(now: ForwardPass, *, count: int, bidirectional: bool) -> Values:
     return buckets(now.positions, now.keys, count=count, bidirectional=bidirectional)
 
 
@@ -123,11 +123,11 @@ def hadamard(size: int) -> Values:
     return scaled
 
 
-def _hadamard(now: Pass, *, size: int) -> Values:
+def _hadamard(now: ForwardPass, *, size: int) -> Values:
     return hadamard(size)
 
 
-def _mask(now: Pass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
+def _mask(now: ForwardPass, *, window: str, size: int = 0, alibi: bool = False) -> Values:
     """0 (with ALiBi minus the distance) where a key is seen, −∞ elsewhere: [T, S]."""
     seen = visible(now.positions, now.keys, window=window, size=size)
     distance = -abs(now.positions[:, None] - now.keys[None, :]).astype(np.float32)
@@ -141,16 +141,16 @@ def temperature(positions: Values, *, floor: int, scale: float, offset: float) -
     return factors
 
 
-def _temperature(now: Pass, *, floor: int, scale: float, offset: float) -> Values:
+def _temperature(now: ForwardPass, *, floor: int, scale: float, offset: float) -> Values:
     return temperature(now.positions, floor=floor, scale=scale, offset=offset)
 
 
-def _encoded(now: Pass) -> Values:
+def _encoded(now: ForwardPass) -> Values:
     """The encoder's output."""
     return np.zeros((0, 0), np.float32) if now.encoded is None else now.encoded
 
 
-def _sees_encoded(now: Pass) -> Values:
+def _sees_encoded(now: ForwardPass) -> Values:
     """The mask of a decoder that sees every row of the encoder's output: zeros [T, E]."""
     return np.zeros((len(now.tokens), len(_encoded(now))), np.float32)
 
@@ -173,7 +173,7 @@ RULES: dict[str, Callable[..., Values]] = {
 }
 
 
-def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Sequence[Rule] = ()) -> Rule | None:
+def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Sequence[InputRule] = ()) -> InputRule | None:
     """The first rule that gives the recorded data of every pass, None if none does; those of `first` are tried first.
 
     `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
@@ -190,7 +190,7 @@ def _with_its_keys(entry: Recorded) -> Recorded:
     return replace(entry, now=replace(entry.now, keys=entry.now.positions))
 
 
-def _gives(rule: Rule, entry: Recorded) -> bool:
+def _gives(rule: InputRule, entry: Recorded) -> bool:
     now = _with_its_keys(entry).now if rule.kind in ("mask", "buckets") else entry.now
     values = RULES[rule.kind](now, **rule.parameters)
     if rule.kind == "mask":
@@ -213,35 +213,42 @@ def _gives(rule: Rule, entry: Recorded) -> bool:
     return bool(np.array_equal(flat, entry.data))
 
 
-def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[Rule]:
+def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[InputRule]:
     first = recorded[0]
     count = len(first.now.tokens)
     if first.data.dtype.kind == "f":
-        masks = [Rule("mask", {"window": kind, "size": size}) for kind, size in _windows(recorded)]
-        masks += [Rule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
+        masks = [InputRule("mask", {"window": kind, "size": size}) for kind, size in _windows(recorded)]
+        masks += [InputRule("mask", {**rule.parameters, "alibi": True}) for rule in masks]
         lengths = (facts.get("attention.temperature_length"), facts.get("rope.scaling.original_context_length"), 8192)
         floors = dict.fromkeys(
             int(length) for length in lengths if length
         )  # which of them an architecture takes, its data tell
         scale = facts.get("attention.temperature_scale") or 0.1
         square = first.ne[0] == first.ne[1] and first.ne[0] & (first.ne[0] - 1) == 0
-        from_encoder = [Rule("encoded"), Rule("sees_encoded")] if first.now.encoded is not None else []
+        from_encoder = [InputRule("encoded"), InputRule("sees_encoded")] if first.now.encoded is not None else []
         return [
             *from_encoder,
-            Rule("mean"),
-            *([Rule("hadamard", {"size": first.ne[0]})] if square else []),
+            InputRule("mean"),
+            *([InputRule("hadamard", {"size": first.ne[0]})] if square else []),
             *masks,
-            *(Rule("temperature", {"floor": n, "scale": float(scale), "offset": o}) for n in floors for o in (0.0, 1.0)),
+            *(InputRule("temperature", {"floor": n, "scale": float(scale), "offset": o}) for n in floors for o in (0.0, 1.0)),
         ]
-    rules = [Rule("tokens"), Rule("rows"), Rule("cells"), Rule("positions"), Rule("zero"), Rule("last")]
+    rules = [
+        InputRule("tokens"),
+        InputRule("rows"),
+        InputRule("cells"),
+        InputRule("positions"),
+        InputRule("zero"),
+        InputRule("last"),
+    ]
     if first.ne[1] == count:
         number = int(facts.get("attention.relative_buckets_count") or 32)
-        rules += [Rule("buckets", {"count": number, "bidirectional": both}) for both in (True, False)]
+        rules += [InputRule("buckets", {"count": number, "bidirectional": both}) for both in (True, False)]
     if first.ne[0] == 4 * count:
-        rules += [Rule("positions", {"sections": 4, "zeros": zeros}) for zeros in (1, 0)]
+        rules += [InputRule("positions", {"sections": 4, "zeros": zeros}) for zeros in (1, 0)]
     if first.ne[0] % count == 0 and first.data.size > count:
         width = first.ne[0] // count
-        rules.append(Rule("cells_transposed", {"cells": int(first.data[1] - first.data[0]), "width": width}))
+        rules.append(InputRule("cells_transposed", {"cells": int(first.data[1] - first.data[0]), "width": width}))
     return rules
 
 

@@ -18,7 +18,7 @@ from .record import SKETCH_SIZE, Rows
 _BLOCK = 8192  # elements a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
 _SMALL = 1 << 16  # elements above which a value's own work outweighs the cost of a call (0.15 ms, 2 ns an element)
 
-_Made = tuple[
+_SummaryArrays = tuple[
     tuple[tuple[int, ...], ...], NDArray[np.float32], NDArray[np.int64], dict[str, NDArray[np.float64]], NDArray[np.float32]
 ]
 
@@ -190,7 +190,7 @@ def summarise_pass(
     The arguments are those of `summarise`; a copy is what `kept_copy` gave. Small values of one width are summarised in
     one call: its fixed cost, some 0.3 ms with cold caches, is more than the work on a row of a small model.
     """
-    summaries: dict[int, _Made] = {}
+    summaries: dict[int, _SummaryArrays] = {}
     widths: dict[tuple[int, int], list[int]] = {}
     for number, (point, copy) in enumerate(copies):
         layout = _layout(point)
@@ -212,7 +212,7 @@ def summarise_pass(
     return [Rows(point, zero, positions, steps, phase, *summaries[number]) for number, (point, _) in enumerate(copies)]
 
 
-def _plain(rows: NDArray[np.float32], size: int | None) -> _Made:
+def _plain(rows: NDArray[np.float32], size: int | None) -> _SummaryArrays:
     wide, stats = _statistics(rows)
     count = rows.shape[1] if size is None else min(size, rows.shape[1])
     # A row of the vocabulary is flat: [H*d], whatever the array's own shape is.
@@ -225,7 +225,7 @@ def _rounded(sketches: NDArray[np.float64]) -> NDArray[np.float32]:
         return sketches.astype(np.float32)
 
 
-def _split(summary: _Made, parts: int) -> list[_Made]:
+def _split(summary: _SummaryArrays, parts: int) -> list[_SummaryArrays]:
     """The same for each of several values of equally many rows that were laid one after the other."""
     shapes, values, counts, stats, sketches = summary
     size = len(shapes) // parts
@@ -238,7 +238,7 @@ def _split(summary: _Made, parts: int) -> list[_Made]:
 
 def _causal(
     point: str, tensor: NDArray[np.float32], sees: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
-) -> _Made:
+) -> _SummaryArrays:
     """`sees` [T]: how many of the S columns each position sees."""
     most = int(sees.max(initial=0))
     if tensor.ndim != 3 or tensor.shape[1] != len(sees) or tensor.shape[2] < most:
@@ -266,7 +266,7 @@ def _causal(
 
 def _cached(
     point: str, tensor: NDArray[np.float32], seen: NDArray[np.int64], kept: NDArray[np.int64], size: int | None
-) -> _Made:
+) -> _SummaryArrays:
     """`seen` [T]: how many of the S rows each position sees."""
     if tensor.shape[0] < int(seen.max(initial=0)):
         raise ValueError(f"{point}: {tensor.shape} holds fewer than the {int(seen.max(initial=0))} rows that were read")

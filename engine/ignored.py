@@ -47,7 +47,7 @@ class _Kind(Struct, frozen=True):
         used: the numbers of this kind in a graph.
         needed: whether a model that has none of them ignores the key; otherwise the key has no meaning for it.
         scaling: the types of RoPE scaling that read the key; any if empty.
-        forms: the numbers of which one must be in the graph, if the file has this number; none if it has no effect.
+        accepted: the numbers of which one must be in the graph, if the file has this number; none if it has no effect.
     """
 
     keys: tuple[str, ...]
@@ -55,7 +55,7 @@ class _Kind(Struct, frozen=True):
     used: Callable[[Graph], Iterator[float]]
     needed: bool = False
     scaling: tuple[str, ...] = ()
-    forms: Callable[[float], tuple[float, ...]] = lambda stated: (stated,)
+    accepted: Callable[[float], tuple[float, ...]] = lambda stated: (stated,)
 
 
 def ignored(recorded: RecordedGraph | None, metadata: Metadata) -> tuple[Ignored, ...]:
@@ -74,8 +74,8 @@ def ignored(recorded: RecordedGraph | None, metadata: Metadata) -> tuple[Ignored
             stated = metadata.get(prefix + key)
             if isinstance(stated, bool) or not isinstance(stated, int | float) or not (used or kind.needed):
                 continue
-            forms = kind.forms(float(stated))
-            if forms and not any(_same(form, number) for form in forms for number in used):
+            accepted = kind.accepted(float(stated))
+            if accepted and not any(_same(accepted_number, number) for accepted_number in accepted for number in used):
                 different.append(Ignored(prefix + key, kind.what, float(f"{stated:.7g}"), used))
     return tuple(different)
 
@@ -166,7 +166,11 @@ _KINDS = (
     _Kind(("rope.freq_base", "rope.freq_base_swa"), "RoPE's base", _parameter("ROPE", 5)),
     _Kind(("rope.dimension_count",), "dimensions that RoPE rotates", _rotated),
     _Kind(
-        ("rope.scaling.factor",), "RoPE's scale of positions", _parameter("ROPE", 6), scaling=("linear", "yarn"), forms=_inverse
+        ("rope.scaling.factor",),
+        "RoPE's scale of positions",
+        _parameter("ROPE", 6),
+        scaling=("linear", "yarn"),
+        accepted=_inverse,
     ),
     _Kind(("rope.scaling.original_context_length",), "YaRN's original context", _original_context),
     _Kind(("rope.scaling.yarn_beta_fast",), "YaRN's fast β", _yarn(9)),
@@ -176,11 +180,11 @@ _KINDS = (
         "soft cap",
         _caps,
         needed=True,
-        forms=_unless_zero,
+        accepted=_unless_zero,
     ),
-    _Kind(("attention.sliding_window",), "attention's window", _windows, needed=True, forms=_unless_zero),
-    _Kind(("attention.scale", "logit_scale", "residual_scale", "embedding_scale"), "scale", _factors, forms=_either_way),
-    _Kind(("attention.max_alibi_bias",), "ALiBi's largest bias", _alibi, needed=True, forms=_unless_zero),
-    _Kind(("attention.clamp_kqv",), "clamp of Q, K and V", _clamps, needed=True, forms=_unless_zero),
+    _Kind(("attention.sliding_window",), "attention's window", _windows, needed=True, accepted=_unless_zero),
+    _Kind(("attention.scale", "logit_scale", "residual_scale", "embedding_scale"), "scale", _factors, accepted=_either_way),
+    _Kind(("attention.max_alibi_bias",), "ALiBi's largest bias", _alibi, needed=True, accepted=_unless_zero),
+    _Kind(("attention.clamp_kqv",), "clamp of Q, K and V", _clamps, needed=True, accepted=_unless_zero),
     _Kind(("expert_used_count",), "experts of a token", _experts),
 )

@@ -19,7 +19,7 @@ from .weights.gguf_model import GgufModel
 from .weights.source import Weights
 
 
-class Stage(Struct, frozen=True):
+class DeviceSteps(Struct, frozen=True):
     """The steps of one device. `needs` are the values that they read but do not make, `leaves` those that later stages need."""
 
     backend: Backend
@@ -79,7 +79,7 @@ class SplitTransformer(Transformer):
         return known[self.steps[-1].makes]
 
 
-def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend], *, resident: bool) -> list[Stage]:
+def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend], *, resident: bool) -> list[DeviceSteps]:
     """The steps cut into one run a device; a model with fewer layers than devices uses as many devices as it has layers."""
     n_layers = model.hyperparameters.n_layers
     used = backends[: min(len(backends), n_layers)]
@@ -92,7 +92,7 @@ def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend],
     reads = [{name for step in run for name in step.names} for run in runs]
     makes = [{step.makes for step in run} for run in runs]
     return [
-        Stage(
+        DeviceSteps(
             backend=backend,
             steps=tuple(run),
             weights=Weights(model, backend, resident=resident, names=_wholes(run)),

@@ -15,7 +15,7 @@ from checkpoints.points import ENCODER, LOGITS
 from . import graph
 from .backend import Array, Backend
 from .blocks import Blocks
-from .capture.tap import Capture, Pass
+from .capture.tap import Capture, CapturedPass
 from .engine import Progress, check_tokens, points_of, whole_input
 from .graph import Step
 from .kv_cache import KvCache
@@ -112,7 +112,9 @@ class Transformer:
             raise whole_input()
         positions = np.arange(len(tokens), dtype=np.int64) + sequence.first + sequence.length
         if tap is not None:
-            tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal))
+            tap.begin(
+                CapturedPass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first, causal=self.causal)
+            )
         values: dict[str, Array] = {} if sequence.encoded is None else {graph.ENCODED: sequence.encoded}
         values |= {
             graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
@@ -129,7 +131,7 @@ class Transformer:
         assert self.encoder is not None
         positions = np.arange(len(tokens), dtype=np.int64)
         if tap is not None:
-            tap.begin(Pass(positions, sequence.passes, decode=False, causal=not graph.sees_later(self.encoder)))
+            tap.begin(CapturedPass(positions, sequence.passes, decode=False, causal=not graph.sees_later(self.encoder)))
         values = {
             ENCODER + graph.TOKENS: self.backend.array(np.asarray(tokens, dtype=np.int64)),
             ENCODER + graph.POSITIONS: self.backend.array(positions),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from checkpoints.gguf_file import Contents, TensorInfo, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes, uint32_value
 
 from .to_float import ToFloat
 
@@ -51,7 +51,7 @@ def dequantize_rest(path: Path) -> None:
     if is_f32(file):
         return
     to_float = ToFloat()
-    moved: list[TensorInfo] = []
+    moved: list[TensorEntry] = []
     values: dict[str, bytes] = {}
     sizes: list[int] = []
     with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:

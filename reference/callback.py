@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .ggml import COMPUTED, Ggml, Tensor, first_operand
+from .ggml import COMPUTED, Ggml, GgmlTensor, first_operand
 from .jobs import Node, Outline
 from .naming import Planned, Signature, Signer
 
@@ -172,7 +172,7 @@ class Tap:
             for planned in self._next():
                 self._wanted.setdefault(planned.signature, []).append(planned)
 
-    def _given(self, tensor: Tensor) -> bool:
+    def _given(self, tensor: GgmlTensor) -> bool:
         """Whether a tensor has its data before the pass, unlike a mask that sparse attention computes."""
         root = tensor.view_src.contents if tensor.view_src else tensor
         return self._ggml.op_name(root.op) == "NONE"

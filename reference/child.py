@@ -35,15 +35,15 @@ class Child:
     """A running worker: process, pipe, and the file that its stderr goes to. `build` is another llama.cpp than the installed one."""
 
     def __init__(self, verbose: bool, build: Build | None = None) -> None:
-        ours, theirs = Pipe()
-        self.connection: Connection = ours
+        our_end, child_end = Pipe()
+        self.connection: Connection = our_end
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         root = str(Path(__file__).resolve().parent.parent)
         log = os.dup(2) if verbose else -1
-        passed = [theirs.fileno(), *([log] if verbose else [])]
+        passed = [child_end.fileno(), *([log] if verbose else [])]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, root, str(theirs.fileno()), str(log)],
+                [sys.executable, "-P", "-c", _BOOT, root, str(child_end.fileno()), str(log)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.stderr,
@@ -51,7 +51,7 @@ class Child:
                 env=_ENVIRONMENT | os.environ | (build.environment() if build is not None else {}),
             )
         finally:
-            theirs.close()
+            child_end.close()
             if verbose:
                 os.close(log)
 

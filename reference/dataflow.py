@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from checkpoints.dataflow import CACHE, Computation, Dataflow
 from checkpoints.points import parse
 
-from .jobs import Node, Source
+from .jobs import Node, OperandSource
 from .naming import VIEWS, Planned
 from .passes import Plans
 
@@ -50,7 +50,7 @@ class _Walk:
                 whole = self._memory(item.node.sources[0], stop=True)
                 if whole.address in self._point and parse(self._point[whole.address]).known is None:
                     self._views.setdefault(whole.address, []).append(item.point)
-        self._written: dict[int, list[Source]] = {}  # memory that nodes write to -> what they write there
+        self._written: dict[int, list[OperandSource]] = {}  # memory that nodes write to -> what they write there
         for node in nodes:
             if node.op in _WRITTEN and len(node.sources) > _WRITTEN[node.op]:
                 target = self._memory(node.sources[_WRITTEN[node.op]])
@@ -90,7 +90,7 @@ class _Walk:
             node = behind
         return node
 
-    def _memory(self, source: Source, *, stop: bool = False) -> Source:
+    def _memory(self, source: OperandSource, *, stop: bool = False) -> OperandSource:
         """The tensor that owns the memory of a view; with `stop`, the first point on the way to it, if there is one."""
         while source.op in VIEWS and source.address in self._nodes and self._nodes[source.address].sources:
             if stop and source.address in self._point:
@@ -98,7 +98,7 @@ class _Walk:
             source = self._nodes[source.address].sources[0]
         return source
 
-    def _behind(self, first: Source, point: str) -> tuple[list[str], list[str]]:
+    def _behind(self, first: OperandSource, point: str) -> tuple[list[str], list[str]]:
         """The nearest points, and the weights, that a tensor is made from; for a fused product its parts, if they are points."""
         points: list[str] = []
         weights: list[str] = []

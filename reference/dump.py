@@ -23,7 +23,7 @@ from checkpoints.tensors import TensorWriter, beside
 
 from . import twin
 from .dataflow import of_passes
-from .emitter import Emitter, Step, steps_of
+from .emitter import EmittedPass, Emitter, steps_of
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library, default_threads
 from .model import Model
@@ -135,7 +135,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
         with open_dump(job.out, header, binary=job.binary) as writer, tensors_beside(job) as tensors:
             emitter = Emitter(writer, job, tensors, first=first, before=before)
             if plans.encoder is not None:
-                emitter.step, emitter.causal = Step(0, 0, job.tokens), plans.encoder.causal
+                emitter.step, emitter.causal = EmittedPass(0, 0, job.tokens), plans.encoder.causal
                 session.decode(job.tokens, 0, plans.wanted(names, encoder=True), emitter, encode=True)
             chosen, generated = list[int](), list[int]()
             emitter.causal = plans.prompt.causal
@@ -158,7 +158,7 @@ def dump_whole(library: Library, model: Model, job: DumpJob, info: ModelInfo, st
                 chosen.append(choice)
                 generated.append(token)
                 writer.token(token_record(model, position, token, logits))
-                step = Step(step.number + 1, position, (token,))
+                step = EmittedPass(step.number + 1, position, (token,))
     timings = {"prepare": planned_at - started, "compute": time.perf_counter() - planned_at}
     return DumpResult(
         out=job.out,
@@ -183,11 +183,12 @@ def _decoders(model: Model, job: DumpJob, info: ModelInfo) -> tuple[int, ...]:
     return (model.decoder_start, *model.checked(job.decoded))
 
 
-def _computed(session: Session, step: Step, plans: Plans, names: Sequence[str], emitter: Emitter, job: DumpJob) -> None:
+def _computed(session: Session, step: EmittedPass, plans: Plans, names: Sequence[str], emitter: Emitter, job: DumpJob) -> None:
     """Compute one pass, in the ubatches that the job asks for, together with its companions."""
     size = job.ubatch or len(step.tokens)
     ubatches = (
-        Step(step.number, step.first + begin, step.tokens[begin : begin + size]) for begin in range(0, len(step.tokens), size)
+        EmittedPass(step.number, step.first + begin, step.tokens[begin : begin + size])
+        for begin in range(0, len(step.tokens), size)
     )
 
     def following() -> list[Planned]:

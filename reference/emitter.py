@@ -18,7 +18,7 @@ from .naming import Planned
 from .rows import arrange
 
 
-class Step(Struct, frozen=True):
+class EmittedPass(Struct, frozen=True):
     """One forward pass: its number, its first position, its tokens."""
 
     number: int
@@ -36,7 +36,7 @@ class Step(Struct, frozen=True):
         return np.arange(self.first, self.first + len(self.tokens), dtype=np.int64)
 
 
-def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, portions: tuple[int, ...] = ()) -> list[Step]:
+def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, portions: tuple[int, ...] = ()) -> list[EmittedPass]:
     """The prompt in one pass or in portions, then each further token in its own; the first token stands at position `first`.
 
     Raises:
@@ -44,7 +44,7 @@ def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, porti
     """
     parts = [tuple(prompt[part]) for part in passes(len(prompt), portions)] + [(token,) for token in follow]
     starts = accumulate((len(part) for part in parts), initial=first)
-    return [Step(number, start, part) for number, (start, part) in enumerate(zip(starts, parts, strict=False))]
+    return [EmittedPass(number, start, part) for number, (start, part) in enumerate(zip(starts, parts, strict=False))]
 
 
 class Emitter(Struct):
@@ -57,7 +57,7 @@ class Emitter(Struct):
     writer: Writer
     job: DumpJob
     tensors: TensorWriter | None = None
-    step: Step = field(default_factory=lambda: Step(0, 0, ()))
+    step: EmittedPass = field(default_factory=lambda: EmittedPass(0, 0, ()))
     first: int | None = None
     causal: bool = True
     before: int = 0

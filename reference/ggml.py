@@ -20,7 +20,7 @@ from checkpoints.errors import ReferenceFailed
 
 from .bindings import bindings
 from .builds import LIBRARY_VARIABLE
-from .jobs import Node, Outline, Source
+from .jobs import Node, OperandSource, Outline
 
 _MAX_NAME = 64  # GGML_MAX_NAME
 _MAX_SRC = 10  # GGML_MAX_SRC
@@ -34,11 +34,11 @@ _DTYPES: dict[str, Any] = {
 _RAW_DTYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i64": np.int64}
 
 
-class Tensor(ctypes.Structure):
+class GgmlTensor(ctypes.Structure):
     """`struct ggml_tensor` (ggml.h), as llama-cpp-python 0.3.36 ships it."""
 
 
-Tensor._fields_ = [
+GgmlTensor._fields_ = [
     ("type", ctypes.c_int32),
     ("buffer", ctypes.c_void_p),
     ("ne", ctypes.c_int64 * 4),
@@ -46,8 +46,8 @@ Tensor._fields_ = [
     ("op", ctypes.c_int32),
     ("op_params", ctypes.c_int32 * 16),
     ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(Tensor) * _MAX_SRC),
-    ("view_src", ctypes.POINTER(Tensor)),
+    ("src", ctypes.POINTER(GgmlTensor) * _MAX_SRC),
+    ("view_src", ctypes.POINTER(GgmlTensor)),
     ("view_offs", ctypes.c_size_t),
     ("data", ctypes.c_void_p),
     ("name", ctypes.c_char * _MAX_NAME),
@@ -115,19 +115,19 @@ class Ggml:
         """`ggml_row_size`: bytes of `n` elements of a type."""
         return int(self._row_size(number, n))
 
-    def tensor(self, address: int) -> Tensor:
+    def tensor(self, address: int) -> GgmlTensor:
         """The tensor at an address; the first one is checked against the library.
 
         Raises:
             ReferenceFailed: the library has another layout.
         """
-        tensor = ctypes.cast(address, ctypes.POINTER(Tensor)).contents
+        tensor = ctypes.cast(address, ctypes.POINTER(GgmlTensor)).contents
         if not self._checked:
             self._check(address, tensor)
             self._checked = True
         return tensor
 
-    def _check(self, address: int, tensor: Tensor) -> None:
+    def _check(self, address: int, tensor: GgmlTensor) -> None:
         name: bytes = self._get_name(address) or b""
         ours = tensor.name
         plausible = name == ours and all(0 < n < 1 << 40 for n in tensor.ne) and 0 <= tensor.op < 512
@@ -153,13 +153,15 @@ class Ggml:
             function=self._op_desc(address).decode() if op in WITH_FUNCTION else "",
         )
 
-    def outline(self, tensor: Tensor) -> Outline:
+    def outline(self, tensor: GgmlTensor) -> Outline:
         """A node's name, operation, first operand and shape."""
         return Outline(_text(tensor.name), self.op_name(tensor.op), first_operand(tensor), tuple(tensor.ne))
 
-    def _source(self, address: int) -> Source:
+    def _source(self, address: int) -> OperandSource:
         fields = _FIELDS.unpack(ctypes.string_at(address, _FIELDS.size))
-        return Source(_text(fields[_NAME]), self.op_name(fields[_OP]), self.type_name(fields[_TYPE]), fields[_NE], address)
+        return OperandSource(
+            _text(fields[_NAME]), self.op_name(fields[_OP]), self.type_name(fields[_TYPE]), fields[_NE], address
+        )
 
     def bytes_of(self, address: int, count: int) -> bytes:
         """The memory at an address; `tensor` has checked that a tensor lies there."""
@@ -188,7 +190,7 @@ class Ggml:
         """Whether values of this type can be converted to float32 here."""
         return type_name in _DTYPES
 
-    def read(self, tensor: Tensor) -> NDArray[np.float32]:
+    def read(self, tensor: GgmlTensor) -> NDArray[np.float32]:
         """Copy a tensor's value: float32, a new contiguous array in NumPy's order (ggml's `ne` reversed, 4 dimensions).
 
         To be called inside the eval callback, while the value exists. Views and permuted tensors are gathered by their
@@ -213,7 +215,7 @@ class Ggml:
         return np.ascontiguousarray(strided, dtype=np.float32)
 
 
-def first_operand(tensor: Tensor) -> str:
+def first_operand(tensor: GgmlTensor) -> str:
     """The name of a node's first operand, "" if it has none."""
     return tensor.src[0].contents.name.decode(errors="replace") if tensor.src[0] else ""
 
@@ -222,6 +224,6 @@ def _item(type_name: str) -> int:
     return np.dtype(_DTYPES[type_name]).itemsize if type_name in _DTYPES else 0
 
 
-def _extent(tensor: Tensor, item: int) -> int:
+def _extent(tensor: GgmlTensor, item: int) -> int:
     """Bytes from a tensor's first element to its last (`ggml_nbytes`, for types without blocks)."""
     return item + sum((int(n) - 1) * int(stride) for n, stride in zip(tensor.ne, tensor.nb, strict=True))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from msgspec import Struct, field
 
 from checkpoints.dataflow import Dataflow
-from checkpoints.gguf_file import TensorInfo
+from checkpoints.gguf_file import TensorEntry
 from checkpoints.record import Header, ModelInfo
 from checkpoints.recording import Recording
 
@@ -28,7 +28,7 @@ class Tokens(Struct, frozen=True):
     architecture: str = ""
 
 
-class Source(Struct, frozen=True):
+class OperandSource(Struct, frozen=True):
     """An operand of a node: `ne` is ggml's order, the fastest dimension first; `address` tells it from others of one name."""
 
     name: str
@@ -50,7 +50,7 @@ class Node(Struct, frozen=True):
     type: str
     ne: tuple[int, ...]
     op_params: tuple[int, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[OperandSource, ...]
     point: str = ""
     address: int = 0
     function: str = ""
@@ -156,5 +156,5 @@ class FilePlan(Struct, frozen=True):
     """A GGUF to be written: its table of contents, its tensors in the order of the file, and its bytes in all."""
 
     header: bytes
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[TensorEntry, ...]
     size: int

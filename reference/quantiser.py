@@ -12,7 +12,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.gguf_file import TensorInfo, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import TensorEntry, contents, header_bytes, uint32_value
 
 from .jobs import FilePlan
 from .library import Library
@@ -43,7 +43,7 @@ def plan(library: Library, path: Path, ftype: str) -> FilePlan:
         raise ReferenceFailed(
             "this llama.cpp does not say how it would quantise a model.", "Install llama-cpp-python 0.3.36.", code="abi"
         )
-    tensors: list[TensorInfo] = []
+    tensors: list[TensorEntry] = []
     offset = 0
     for name, kind in types.items():
         tensor = replace(by_name[name], type=numbers[kind], offset=offset)

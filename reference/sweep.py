@@ -23,7 +23,7 @@ from . import dump, twin, twin_cache
 from .after_quantising import is_f32
 from .callback import Deliver
 from .dataflow import dataflow
-from .emitter import Emitter, Step, steps_of
+from .emitter import EmittedPass, Emitter, steps_of
 from .jobs import EXACT, DumpJob, DumpResult
 from .library import Library
 from .model import Model
@@ -83,7 +83,7 @@ class _Sweep(Struct, frozen=True):
     def _known(self, session: Session, inputs: Any, first: int) -> list[Planned]:
         return list(survey(session, inputs, offset=first).known)
 
-    def run(self, steps: Sequence[Step], names: set[str], emitter: Emitter | None) -> list[NDArray[np.float32]]:
+    def run(self, steps: Sequence[EmittedPass], names: set[str], emitter: Emitter | None) -> list[NDArray[np.float32]]:
         """Compute all steps and return the logits of the last position of each."""
         hidden: list[NDArray[np.float32]] = []
         logits: list[NDArray[np.float32]] = []
@@ -104,7 +104,7 @@ class _Sweep(Struct, frozen=True):
         self,
         model: Model,
         window: Window,
-        steps: Sequence[Step],
+        steps: Sequence[EmittedPass],
         inputs: Sequence[Any],
         names: set[str],
         emitter: Emitter | None,
@@ -142,7 +142,9 @@ def _local(tokens: Sequence[int], ids: Sequence[int], n_vocab: int) -> tuple[int
     return tuple(place[token] for token in tokens)
 
 
-def _tee(outputs: list[NDArray[np.float32]], output: str, names: set[str], emitter: Emitter | None, step: Step) -> Deliver:
+def _tee(
+    outputs: list[NDArray[np.float32]], output: str, names: set[str], emitter: Emitter | None, step: EmittedPass
+) -> Deliver:
     """A function that keeps the window's output for the next window and records what was asked for."""
     if emitter is not None:
         emitter.step = step

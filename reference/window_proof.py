@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
 from checkpoints.gguf_file import Contents
 
-from .jobs import Node, Source
+from .jobs import Node, OperandSource
 from .library import Library
 from .model import Model
 from .naming.planned import VIEWS
@@ -150,18 +150,18 @@ def _cache_layer(node: Node) -> int | None:
 
 
 def _compare(contents: Contents, whole: tuple[_Listed, Structure], alone: _Listed, window: Window) -> None:
-    theirs, their_graph = whole
-    ours, our_graph = alone, Structure(alone.nodes)
+    whole_listing, whole_graph = whole
+    alone_listing, alone_graph = alone, Structure(alone.nodes)
     last = window.stop == contents.layers
-    own = [i for i, layer in enumerate(our_graph.layers) if last or layer is not None or _before(our_graph, i)]
-    span = [i for i in range(len(theirs.nodes)) if _in_span(their_graph, i, window, last=last)]
-    pairs = zip(_keys(theirs, their_graph, span, window.first), _keys(ours, our_graph, own, 0), strict=False)
+    own = [i for i, layer in enumerate(alone_graph.layers) if last or layer is not None or _before(alone_graph, i)]
+    span = [i for i in range(len(whole_listing.nodes)) if _in_span(whole_graph, i, window, last=last)]
+    pairs = zip(_keys(whole_listing, whole_graph, span, window.first), _keys(alone_listing, alone_graph, own, 0), strict=False)
     count = 0
     for (i, expected), (j, have) in pairs:
         count += 1
         if expected != have:
-            raise _difference(contents, their_graph, i, our_graph, j)
-    left, right = (len([i for i in some if not _skipped(g, i)]) for g, some in ((their_graph, span), (our_graph, own)))
+            raise _difference(contents, whole_graph, i, alone_graph, j)
+    left, right = (len([i for i in some if not _skipped(g, i)]) for g, some in ((whole_graph, span), (alone_graph, own)))
     if not count == left == right:
         raise refusal(contents, f"{_span(window.first, window.stop)} is {left} operations, standing alone {right}")
 
@@ -225,7 +225,7 @@ def _source(graph: Structure, i: int, number: int, place: dict[int, int], first:
     return "input" if at in graph.inputs.values() else ("elsewhere", source.name)
 
 
-def _is_hidden_state(source: Source) -> bool:
+def _is_hidden_state(source: OperandSource) -> bool:
     return source.op == "NONE" and source.name in ("embd", "inp_embd", "inp_embd_h")
 
 

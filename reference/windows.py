@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError
-from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorInfo, Value, contents, header_bytes, string_value, uint32_value
+from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorEntry, Value, contents, header_bytes, string_value, uint32_value
 
 from .after_quantising import is_f32
 from .library import Library
@@ -49,7 +49,7 @@ class _Part(Struct, frozen=True):
     """A tensor of the new file: `rows` of the original in this order (None for all, a number for the first so many)."""
 
     name: str
-    source: TensorInfo
+    source: TensorEntry
     rows: tuple[int, ...] | int | None = None
 
 
@@ -98,11 +98,11 @@ def open_window(
 
 def _write(library: Library, contents: Contents, window: Window, out: Path, *, hollow: bool) -> None:
     parts, rows = _parts(contents, window)
-    infos: list[TensorInfo] = []
+    infos: list[TensorEntry] = []
     offset = 0
     for part in parts:
         ne = _shape(part)
-        infos.append(TensorInfo(part.name, ne, part.source.type, offset))
+        infos.append(TensorEntry(part.name, ne, part.source.type, offset))
         size = library.ggml.row_size(part.source.type, infos[-1].elements)
         offset += -(-size // _ALIGNMENT) * _ALIGNMENT
     try:

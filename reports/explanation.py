@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.answers.explain import Cause, Explanation, Lead, Named, Place, TruthAt
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, TruthAt
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit
@@ -95,7 +95,7 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
     return _lines(rows, width)
 
 
-def _begins(explanation: Explanation, first: Place) -> str:
+def _begins(explanation: Explanation, first: DivergentPlace) -> str:
     """Where the dump first differs, and the last point that agrees."""
     before = f"; {explanation.last_agreement} agrees" if explanation.last_agreement is not None else ""
     return f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}{before}"
@@ -124,7 +124,7 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
     return _lines(rows, width)
 
 
-def _left(explanation: Explanation, place: Place, width: int) -> list[Text]:
+def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
     where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
     if explanation.causes:
         rows = [("left over", f"the causes above do not reproduce {where}")]
@@ -260,7 +260,7 @@ def _named_as_json(named: Named) -> dict[str, Any]:
     }
 
 
-def _place_as_json(place: Place | None) -> dict[str, Any] | None:
+def _place_as_json(place: DivergentPlace | None) -> dict[str, Any] | None:
     if place is None:
         return None
     nmse = place.nmse if place.nmse != float("inf") else "Infinity"

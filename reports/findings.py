@@ -10,16 +10,20 @@ from checkpoints.errors import InputError
 from .numbers import clean, count, error
 
 
-class Finding(Struct, frozen=True):
-    """One answer: a title, the answer in a sentence, and a table of texts."""
+class ReportSection(Struct, frozen=True):
+    """One answer: a title, the answer in a sentence, and a table of texts.
+
+    `verdict` is the sentence and whether it is parity, if the whole report is headed by it and not by the comparison of two sides.
+    """
 
     title: str
     sentence: str
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    verdict: tuple[str, bool] | None = None
 
 
-def finding(answer: Any, name: str) -> Finding:
+def finding(answer: Any, name: str) -> ReportSection:
     """The part of a report for one command's JSON answer; `name` is the file it came from.
 
     Raises:
@@ -36,7 +40,7 @@ def finding(answer: Any, name: str) -> Finding:
     )
 
 
-def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]) -> Finding:
+def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]) -> ReportSection:
     """Right operations are counted by kind: a table of a hundred rows that all say "proven" would tell less."""
     status = [str(item.get("status")) for item in operations]
     wrong = [item for item in operations if item.get("status") == "wrong"]
@@ -51,19 +55,19 @@ def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]
             errors = [item["nmse"] for item in right if isinstance(item.get("nmse"), (int, float))]
             layers = count(len(right), "layer") if len(right) > 1 else _text(right[0].get("layer"))
             rows.append((clean(kind), layers, "proven", error(max(errors, default=None))))
-    return Finding("Operation by operation", summary, ("operation", "layer", "status", "NMSE"), tuple(rows))
+    return ReportSection("Operation by operation", summary, ("operation", "layer", "status", "NMSE"), tuple(rows))
 
 
-def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> Finding:
+def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> ReportSection:
     if not findings:
         summary = "nothing found: this dump can be trusted"
     else:
         summary = count(len(findings), "finding") + ("" if answer.get("usable", True) else ": do not compare this dump")
     names = ("severity", "rule", "checkpoint", "token_idx", "evidence", "advice")
-    return Finding("Can the dump be trusted?", summary, names, tuple(_texts(item, *names) for item in findings))
+    return ReportSection("Can the dump be trusted?", summary, names, tuple(_texts(item, *names) for item in findings))
 
 
-def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> Finding:
+def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> ReportSection:
     """Faults that give the same numbers are listed below the one they are equivalent to."""
     rows: list[tuple[str, ...]] = []
     for cause in causes:
@@ -78,7 +82,7 @@ def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) ->
         if causes
         else "no known fault reproduces these numbers"
     )
-    return Finding(
+    return ReportSection(
         "Which known fault is it?", summary, ("fault", "what it does", "layers", "explains", "NMSE", "fix"), tuple(rows)
     )
 

@@ -19,19 +19,19 @@ class Choice(Struct, frozen=True):
 
 def generated(ours: Dump, ref: Dump) -> list[Choice]:
     """Tokens that both sides recorded, of the first sequence; empty where nothing was generated."""
-    mine = {token.token_idx: token for token in ours.tokens if token.seq == 0}
+    our_tokens = {token.token_idx: token for token in ours.tokens if token.seq == 0}
     texts = {token.id: token.text for side in (ours, ref) for token in side.tokens if token.text}
     for side in (ours, ref):
         if side.header is not None:
             texts |= dict(zip(side.header.tokens, side.header.pieces, strict=False))
     choices: list[Choice] = []
-    for theirs in sorted((token for token in ref.tokens if token.seq == 0), key=lambda token: token.token_idx):
-        other = mine.get(theirs.token_idx)
+    for ref_token in sorted((token for token in ref.tokens if token.seq == 0), key=lambda token: token.token_idx):
+        other = our_tokens.get(ref_token.token_idx)
         if other is None:
             continue
-        a, b = _first(other), _first(theirs)
-        margin = theirs.top[0][1] - theirs.top[1][1] if len(theirs.top) > 1 else None
-        choices.append(Choice(theirs.token_idx, _named(a, texts), _named(b, texts), a == b, margin))
+        a, b = _first(other), _first(ref_token)
+        margin = ref_token.top[0][1] - ref_token.top[1][1] if len(ref_token.top) > 1 else None
+        choices.append(Choice(ref_token.token_idx, _named(a, texts), _named(b, texts), a == b, margin))
     return choices
 
 

@@ -28,7 +28,7 @@ def lines(isolation: Isolation, width: int) -> Iterator[Text]:
     groups = _groups(isolation.operations)
     yield from _table(groups, width)
     yield Text("")
-    yield from labelled(list(_words(isolation, groups)), width)
+    yield from labelled(list(_words(isolation)), width)
     yield from _elements(isolation, width)
     yield from _grafts(isolation, width)
     yield from labelled([("not checked", clean(reason)) for reason in isolation.not_checked], width)
@@ -67,18 +67,9 @@ def _table(groups: dict[str, list[Operation]], width: int) -> list[Text]:
     return columns(rows, frozenset({1, 2}), styles, width)
 
 
-def _words(isolation: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tuple[str, str]]:
-    right: list[str] = []
-    for name, group in groups.items():
-        proven = [item for item in group if item.status == PROVEN and item.nmse is not None]
-        if proven:
-            worst = error(max(item.nmse or 0.0 for item in proven))
-            where = f" in {len(proven)} of {len(group)} layers" if group[0].layer is not None or len(group) > 1 else ""
-            right.append(f"{name}{where} ({worst})")
-    if right and isolation.wrong:
-        yield "right", ", ".join(right)
+def _words(isolation: Isolation) -> Iterator[tuple[str, str]]:
     for item in isolation.wrong[:_WRONG_SHOWN]:
-        yield "wrong", _said(item)
+        yield "wrong", _description(item)
     if len(isolation.wrong) > _WRONG_SHOWN:
         yield "wrong", f"and {count(len(isolation.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
     for reason, items in _hidden(isolation).items():
@@ -107,7 +98,7 @@ def _in_layers(layers: list[int]) -> str:
     return f" ({ranges(tuple(layers))})" if layers else ""
 
 
-def _said(item: Operation) -> str:
+def _description(item: Operation) -> str:
     known = KINDS.get(item.operation)
     meaning = f", {known.meaning}" if known is not None else ""
     weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""

@@ -8,7 +8,7 @@ from checkpoints.answers.diff import Verdict
 from checkpoints.answers.picture import Picture
 from checkpoints.record import Dump, Header
 
-from .findings import Finding
+from .findings import ReportSection
 from .numbers import clean
 
 
@@ -19,7 +19,7 @@ class Report(Struct, frozen=True):
     ours: Dump
     ref: Dump
     picture: Picture
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[ReportSection, ...] = ()
 
 
 def how_it_was_run(report: Report) -> list[tuple[str, str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reference.bindings import bindings
-from reference.ggml import Tensor
+from reference.ggml import GgmlTensor
 from reference.library import Library
 
 _TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int32): 26, np.dtype(np.int64): 27}  # ggml_type
@@ -32,11 +32,11 @@ class LibGgml:
         self._cpu.ggml_cpu_init()
         self._base.ggml_init.restype = ctypes.c_void_p
         self._base.ggml_init.argtypes = [_InitParams]
-        self._base.ggml_new_tensor.restype = ctypes.POINTER(Tensor)
+        self._base.ggml_new_tensor.restype = ctypes.POINTER(GgmlTensor)
         self._base.ggml_new_tensor.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
         self._base.ggml_new_graph.restype = ctypes.c_void_p
         self._base.ggml_new_graph.argtypes = [ctypes.c_void_p]
-        self._base.ggml_build_forward_expand.argtypes = [ctypes.c_void_p, ctypes.POINTER(Tensor)]
+        self._base.ggml_build_forward_expand.argtypes = [ctypes.c_void_p, ctypes.POINTER(GgmlTensor)]
         self._base.ggml_free.argtypes = [ctypes.c_void_p]
         self._cpu.ggml_graph_compute_with_ctx.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
         self._numbers: dict[str, int] = {}

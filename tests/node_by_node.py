@@ -17,11 +17,11 @@ import numpy as np
 
 from engine.ggml_ops import VIEWS, OpParams, operation
 from engine.replay import products
-from engine.replay.products import Blocks
+from engine.replay.products import QuantizedWeight
 from engine.weights.dequantize import dequantize
 from engine.weights.rounding import F32
 from reference import session as sessions
-from reference.ggml import COMPUTED, Ggml, Tensor
+from reference.ggml import COMPUTED, Ggml, GgmlTensor
 from reference.library import Library
 from reference.model import Model
 
@@ -75,7 +75,7 @@ class Recomputing:
             self._operands = None
         return True
 
-    def _ask(self, tensor: Tensor) -> None:
+    def _ask(self, tensor: GgmlTensor) -> None:
         self._operands = None
         if self.ggml.op_name(tensor.op) in VIEWS or not tensor.flags & COMPUTED:
             return
@@ -85,7 +85,7 @@ class Recomputing:
         self._kinds = [0 if source is None else source.type for source in sources]
         self._operands = [None if source is None else self._read(source) for source in sources]
 
-    def _read(self, tensor: Tensor) -> Any:
+    def _read(self, tensor: GgmlTensor) -> Any:
         kind = self.ggml.type_name(tensor.type)
         whole = tensor.data is not None and not tensor.view_src and not tensor.op
         if kind in ("f16", "bf16") and whole and tensor.ne[2] > 1:  # experts
@@ -100,15 +100,15 @@ class Recomputing:
         if tensor.data not in self._weights:
             row = self.ggml.row_size(tensor.type, tensor.ne[0])
             rows = int(np.prod(shape[:-1]))
-            self._weights[tensor.data] = Blocks(self._bytes(tensor, row * rows).reshape(rows, row), tensor.type, shape)
+            self._weights[tensor.data] = QuantizedWeight(self._bytes(tensor, row * rows).reshape(rows, row), tensor.type, shape)
         return self._weights[tensor.data]
 
-    def _bytes(self, tensor: Tensor, count: int) -> Any:
+    def _bytes(self, tensor: GgmlTensor, count: int) -> Any:
         raw = np.empty(count, np.uint8)
         self.ggml._read(ctypes.byref(tensor), raw.ctypes.data, 0, count)
         return raw
 
-    def _compare(self, tensor: Tensor) -> None:
+    def _compare(self, tensor: GgmlTensor) -> None:
         name, node = self.ggml.op_name(tensor.op), tensor.name.decode(errors="replace")
         kind = self.ggml.type_name(tensor.type)
         reference = self._read(tensor)
@@ -127,11 +127,11 @@ class Recomputing:
             return products.mul_mat(*operands, params=params, shape=shape, native=True, kind=self._kinds[0])
         if name == "MUL_MAT_ID" and self._kinds[0] != F32:
             return products.mul_mat_id(*operands, params=params, shape=shape, native=True)
-        given = [_values(operand) if isinstance(operand, Blocks) else operand for operand in operands]
+        given = [_values(operand) if isinstance(operand, QuantizedWeight) else operand for operand in operands]
         return operation(name, node)(*given, params=params, shape=shape)
 
 
-def _values(weight: Blocks) -> Any:
+def _values(weight: QuantizedWeight) -> Any:
     return dequantize(weight.raw, weight.kind, weight.columns).reshape(weight.shape)
 
 
@@ -140,7 +140,7 @@ def _typical_size(name: str, operands: Sequence[Any], reference: Any) -> float:
 
     It is what Σb² of a product would be on the average if its terms had random signs; 0 for what is no product.
     """
-    given = [_values(operand) if isinstance(operand, Blocks) else operand for operand in operands]
+    given = [_values(operand) if isinstance(operand, QuantizedWeight) else operand for operand in operands]
     if name == "MUL_MAT" and given[0].shape[:2] == (1, 1):
         weight, x = (np.asarray(operand, np.float64) ** 2 for operand in given)
         return float(np.sum(x @ weight[0, 0].T))

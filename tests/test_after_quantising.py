@@ -10,7 +10,7 @@ from cli import Cli, refused
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from msgspec.structs import replace
 
-from checkpoints.gguf_file import TensorInfo, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import TensorEntry, contents, header_bytes, uint32_value
 from engine.weights.gguf_model import GgufModel
 from reference.after_quantising import dequantize_rest, is_f32
 
@@ -27,7 +27,7 @@ def retyped(source: Path, out: Path, pattern: str, kind: GGMLQuantizationType) -
     for tensor, info in zip(GGUFReader(source).tensors, whole.tensors, strict=True):
         fits = kind != Q8_0 or info.ne[0] % BLOCK == 0
         own = kind if fits and re.search(pattern, info.name) else GGMLQuantizationType.F32
-        infos.append(TensorInfo(info.name, info.ne, int(own), len(data)))
+        infos.append(TensorEntry(info.name, info.ne, int(own), len(data)))
         part = quants.quantize(np.asarray(tensor.data, np.float32), own).tobytes()
         data += part + b"\0" * (-len(part) % PADDING)
     out.write_bytes(header_bytes(whole.metadata, infos) + data)

@@ -33,13 +33,13 @@ class Page:
     def __init__(self, driver: Any, folder: Path) -> None:
         self.driver = driver
         self._folder = folder
-        self._made: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}
 
     def open(self, name: str, *, scheme: str = "light", width: int = 1100) -> None:
         """Show a report, fresh, and forget what was logged before."""
-        if name not in self._made:
-            self._made[name] = self._folder / f"{name}.html"
-            self._made[name].write_text(history() if name == "history" else html(REPORTS[name]()), encoding="utf-8")
+        if name not in self._files:
+            self._files[name] = self._folder / f"{name}.html"
+            self._files[name].write_text(history() if name == "history" else html(REPORTS[name]()), encoding="utf-8")
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -47,7 +47,7 @@ class Page:
         self.driver.get("about:blank")
         for log in ("browser", "performance"):
             self.driver.get_log(log)
-        self.driver.get(self._made[name].as_uri())
+        self.driver.get(self._files[name].as_uri())
 
     def js(self, script: str, *arguments: Any) -> Any:
         """What a script returns."""

@@ -15,15 +15,15 @@ from checkpoints.reading.reader import read
 from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
 from engine.capture.host import HostStage
-from engine.capture.tap import Capture, Pass
+from engine.capture.tap import Capture, CapturedPass
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
 
 
-def one_pass(positions: int = 3) -> Pass:
-    return Pass(np.arange(positions), 0, decode=False)
+def one_pass(positions: int = 3) -> CapturedPass:
+    return CapturedPass(np.arange(positions), 0, decode=False)
 
 
 def test_buffers_that_are_reused_do_not_change_what_was_captured() -> None:

@@ -19,7 +19,7 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.drift import ledger
-from parity.drift.drift import Checking, Recording, check, record
+from parity.drift.drift import Checking, GoldenRecording, check, record
 from parity.drift.golden import Golden, load
 from parity.models import embedded as default_model
 from parity.run.ours import OursJob, dump
@@ -38,7 +38,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     """Golden dumps of the stories model by llama.cpp, two prompts."""
     folder = tmp_path_factory.mktemp("golden")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    return record(Recording(Request(model=default_model.path(), generate=1), folder / "prompts.txt", folder / "stories"))
+    return record(GoldenRecording(Request(model=default_model.path(), generate=1), folder / "prompts.txt", folder / "stories"))
 
 
 def dumps(golden: Golden, engine: Transformer, folder: Path, steps: list[Step] | None = None) -> tuple[Path, ...]:
@@ -115,7 +115,7 @@ def test_each_fault_is_drift(
     if name == "q4k-scale-min":  # a fault of a file type
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("Once upon a time\n", encoding="utf-8")
-        golden = record(Recording(Request(model=quantized("Q4_K_M"), generate=1), prompts, tmp_path / "golden"))
+        golden = record(GoldenRecording(Request(model=quantized("Q4_K_M"), generate=1), prompts, tmp_path / "golden"))
         engine = Transformer(GgufModel(quantized("Q4_K_M")), choose("numpy"))
         assert check(Checking(golden.folder, dumps=dumps(golden, engine, tmp_path), keep_ledger=False))
     # Another ε in layer 7 alone stays below the limit at the default points: what it is added to is large by then.

@@ -107,8 +107,8 @@ def test_generated_tokens_that_a_dump_does_not_say(parity: Cli, t5: Path, engine
             parity(command, without, "--model", t5), "has records of position", '"type": "token"', "--tokens are the encoder's"
         )
     # The advice's own line, for the tokens that were generated after the start token at position 0.
-    told = [json.dumps({"type": "token", "token_idx": index, "id": token}) for index, token in ((1, 5), (2, 9))]
-    without.write_text(without.read_text() + "\n".join(told) + "\n")
+    token_lines = [json.dumps({"type": "token", "token_idx": index, "id": token}) for index, token in ((1, 5), (2, 9))]
+    without.write_text(without.read_text() + "\n".join(token_lines) + "\n")
     assert parity("isolate", without, "--model", t5).code == 0
 
 

@@ -9,7 +9,7 @@ from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstat
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import Explanation, Place, TruthAt
+from checkpoints.answers.explain import DivergentPlace, Explanation, TruthAt
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.faults import plant
@@ -52,6 +52,17 @@ def faulty(
     if number is None:
         return engine.dump(Planted(((name, parameters, layers),)), PROMPT, points=points)
     return engine.dump(RIGHT, PROMPT, points=points, steps=plant(engine.right, number, layers, **parameters))
+
+
+@pytest.mark.slow
+def test_a_base_that_is_almost_right_is_fitted_for_queries_alone(llama: Faulty) -> None:
+    """RoPE's base 1.001 times too large for queries and right for keys, all points recorded: the fit begins beside the right number."""
+    dump = faulty(llama, "rope-base", points="all", base=1.001e6, at=("q_rope",))
+    explanation = explain(dump, llama.model, _PATIENT)
+    assert explanation.remaining is None
+    [cause] = explanation.causes
+    assert (cause.named.fault, cause.named.parameters["at"]) == ("rope-base", ("q_rope",))
+    assert cause.named.parameters["base"] == pytest.approx(1.001e6, rel=1e-4)
 
 
 @pytest.mark.parametrize("stated", [True, False])
@@ -220,7 +231,7 @@ def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty)
     """The sentence on float64 agrees with the verdict: where precision explains all, it says coarser, where a fault is left, wrong."""
     rounding = Explanation(1, 1, None, None, precision_only="f16", truth=TruthAt(4.5e-8, 1e-14))
     assert "yours is coarser" in " ".join(line.plain for line in lines(rounding, 200))
-    place = Place("blk.0.attn_norm", 0, 4.5e-8, 1e-10)
+    place = DivergentPlace("blk.0.attn_norm", 0, 4.5e-8, 1e-10)
     left = replace(rounding, first=place, precision_only="", remaining=place)
     assert "yours is wrong" in " ".join(line.plain for line in lines(left, 200))
 

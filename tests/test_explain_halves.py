@@ -13,7 +13,7 @@ from fault_places import HALVES
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import Cause, Explanation, Named, Place
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named
 from checkpoints.reading.reader import read
 from engine.faults import CATALOGUE, as_recorded, plant
 from engine.graph import Step
@@ -106,7 +106,7 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
 
 def test_the_decoders_own_arithmetic_is_noted_behind_a_faulty_encoder() -> None:
     """The encoder's cause is the answer: that what is left of the decoder is lower arithmetic is said beside it."""
-    place = Place("blk.0.l_out", 0, 1e-5, 1e-10)
+    place = DivergentPlace("blk.0.l_out", 0, 1e-5, 1e-10)
     cause = Cause(Named("transposed", {"at": ("v",)}, None, "in the encoder, v is transposed"), 1.0, 3, 1e-13, "", "", "")
     encoder = Explanation(records=3, differing=3, first=place, last_agreement=None, causes=(cause,))
     decoder = Explanation(records=2, differing=2, first=place, last_agreement=None, remaining=place, precision_only="bf16")

@@ -42,7 +42,7 @@ def _run(right: Replay, steps: list[Step], chosen: tuple[Chosen, ...], layers: t
     try:
         for fault, parameters in chosen:
             steps = Planting(steps).of(fault, layers, parameters)
-        right.run(steps, lambda _name, _made: True)
+        right.run(steps, lambda _name, _value: True)
     except NotApplicable:
         return False
     return True
@@ -77,7 +77,7 @@ def test_a_rotation_halved_until_no_pair_is_left_does_not_apply(tmp_path: Path) 
     assert not _run(right, list(engine.steps), ((dims, quarter),), None)
     none = [replace(step, params={**step.params, "dims": 0}) if step.op is ops.rope else step for step in engine.steps]
     with pytest.raises(NotApplicable, match="hold none"):
-        right.run(none, lambda _name, _made: True)
+        right.run(none, lambda _name, _value: True)
 
 
 def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
 
     first = next(iter(CATALOGUE.values()))
     broken = replace(first, name="broken", kinds=("attn_norm",), change=change, parameters={}, once=False)
-    monkeypatch.setitem(CATALOGUE, "broken", broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(CATALOGUE, "broken", broken)  # type: ignore[arg-type]  # a bug of ours: the catalogue has none
     with pytest.raises(KeyError, match="no_such_point"):
         explain(only(engine, ("activation", {"activation": "ReLU"}, (2,))), engine.model)
     with pytest.raises(NotApplicable):

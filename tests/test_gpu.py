@@ -14,7 +14,7 @@ from checkpoints.record import Rows
 from engine.backend import choose
 from engine.capture.device import DeviceStage
 from engine.capture.host import HostStage
-from engine.capture.tap import Capture, Pass
+from engine.capture.tap import Capture, CapturedPass
 from engine.fast.transformer import FastTransformer
 from engine.transformer import Transformer
 from engine.weights.dequantize import FORMATS, dequantize
@@ -89,7 +89,7 @@ def test_records_of_a_fast_step_equal_a_blocking_copy(stories: Path) -> None:
             engine.forward([token], sequence, tap)
     seen = sequence.length
     with Capture(HostStage(blocking, names, engine.backend)) as tap:
-        tap.begin(Pass(np.array([seen - 1]), seen - len(PROMPT), decode=True))
+        tap.begin(CapturedPass(np.array([seen - 1]), seen - len(PROMPT), decode=True))
         for name in names:
             tap(name, left_by(engine, name, seen))
     compare_rows(staged.taken[-len(names) :], blocking.taken)

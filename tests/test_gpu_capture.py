@@ -14,7 +14,7 @@ from checkpoints.jsonl import Writer
 from engine.backend import choose
 from engine.capture.device import DeviceStage
 from engine.capture.host import HostStage
-from engine.capture.tap import Capture, Pass
+from engine.capture.tap import Capture, CapturedPass
 from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
 from engine.weights.gguf_model import GgufModel
@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cupy.cuda.is_available(), 
 DEFAULTS = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
 
 
-def one_pass(position: int = 0, count: int = 3) -> Pass:
-    return Pass(np.arange(position, position + count), position, decode=position > 0)
+def one_pass(position: int = 0, count: int = 3) -> CapturedPass:
+    return CapturedPass(np.arange(position, position + count), position, decode=position > 0)
 
 
 def test_buffers_that_swap_each_layer_give_different_records() -> None:

@@ -36,7 +36,7 @@ def _logits(replay: Replay, transformer: Transformer, name: str) -> np.ndarray |
     fault = CATALOGUE[name]
     try:
         steps = planting.of(fault, None, (fault.variants(planting.right) or [{}])[0])
-        changed = replay.run(steps, lambda _name, _made: True)
+        changed = replay.run(steps, lambda _name, _value: True)
     except NotApplicable:
         return None
     last = [value for point, value in changed.items() if point.endswith(("logits", "l_out"))]

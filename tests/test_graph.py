@@ -9,14 +9,14 @@ import pytest
 from msgspec.structs import replace
 
 from checkpoints.errors import DumpError
-from checkpoints.graph import INPUT, WEIGHT, RecordedGraph, Rule, Size
-from checkpoints.rules import Pass, Recorded, explain
+from checkpoints.graph import INPUT, WEIGHT, InputRule, RecordedGraph, Size
+from checkpoints.rules import ForwardPass, Recorded, explain
 from reference.client import Reference
 
 Make = Callable[..., Path]
 
 
-def rules(recorded: RecordedGraph) -> list[Rule | None]:
+def rules(recorded: RecordedGraph) -> list[InputRule | None]:
     """The rules of the inputs, in their order."""
     return [tensor.rule for tensor in recorded.several.tensors if tensor.kind == INPUT]
 
@@ -156,7 +156,7 @@ def recorded_mask(window: str, size: int, first: int, count: int, *, spoil: bool
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     if spoil:
         mask[0, 0] = 1
-    return Recorded(Pass(positions, positions, keys), (len(keys), count, 1, 1), mask.reshape(-1))
+    return Recorded(ForwardPass(positions, positions, keys), (len(keys), count, 1, 1), mask.reshape(-1))
 
 
 @pytest.mark.parametrize("window", ["causal", "all", "standard", "chunked", "symmetric"])
@@ -173,11 +173,11 @@ def test_every_kind_of_window_is_found(window: str) -> None:
 
 def test_inputs_of_ids_are_told_apart() -> None:
     """Token ids, positions, rows and cells are different rules; what is none of them has none."""
-    now = Pass(np.array([9, 4, 7]), np.array([12, 13, 14]), np.arange(10, 15))
+    now = ForwardPass(np.array([9, 4, 7]), np.array([12, 13, 14]), np.arange(10, 15))
     cases = {"tokens": now.tokens, "positions": now.positions, "rows": np.arange(3), "cells": np.array([2, 3, 4])}
     for kind, data in cases.items():
         explanation = explain([Recorded(now, (3, 1, 1, 1), data.astype(np.int32))], {})
-        assert explanation == Rule(kind)
+        assert explanation == InputRule(kind)
     assert explain([Recorded(now, (3, 1, 1, 1), np.array([1, 1, 2], np.int32))], {}) is None
 
 

@@ -16,7 +16,7 @@ from reference.client import Reference
 
 TOKENS = (5, 77, 300, 6, 901)
 EPSILON = {"attention.layer_norm_rms_epsilon": 1e-2}
-SAID = "ε of RMS norms: llama.cpp computes with 0, the file says 0.01 (qwen2vl.attention.layer_norm_rms_epsilon)"
+SENTENCE = "ε of RMS norms: llama.cpp computes with 0, the file says 0.01 (qwen2vl.attention.layer_norm_rms_epsilon)"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_right_engine_is_not_called_wrong(parity: Cli, by_the_file: tuple[Path
     ):
         answer = parity(*command)
         assert answer.code == 1, command
-        assert SAID in " ".join(answer.out.split()), command
+        assert SENTENCE in " ".join(answer.out.split()), command
 
 
 def test_parity_is_not_qualified(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_parity_is_not_qualified(parity: Cli, small_model: Callable[..., Path], 
     assert "the file says" not in answer.out
     code, facts = parity.json("model", model)
     assert (code, facts["norm_epsilon"]) == (0, 0.01)
-    assert facts["not_as_the_file_says"][0].startswith(SAID)
+    assert facts["not_as_the_file_says"][0].startswith(SENTENCE)
 
 
 def test_steps_written_by_hand_are_checked_too(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from parity.isolate.attention_checks import AttentionChecks, rotation_faults, so
 from parity.isolate.elements import Sample, sample_product
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import routing_error
-from parity.isolate.values import Value
+from parity.isolate.values import RecordedValue
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 
@@ -215,12 +215,12 @@ def test_rope_that_does_nothing_or_always_the_same_is_told() -> None:
     """Q that RoPE leaves alone, or turns by one angle at every position, is a finding; a real rotation is none."""
     rng = np.random.default_rng(1)
     positions = np.arange(5)
-    x = Value(rng.standard_normal((5, 8)).astype(np.float32), positions)
+    x = RecordedValue(rng.standard_normal((5, 8)).astype(np.float32), positions)
     assert rotation_faults(x, x) == ["nothing changes under RoPE: it is not applied"]
     turn = np.linalg.qr(rng.standard_normal((8, 8)))[0].astype(np.float32)
-    assert "same angle" in rotation_faults(x, Value(x.data @ turn, positions))[0]
+    assert "same angle" in rotation_faults(x, RecordedValue(x.data @ turn, positions))[0]
     checks = AttentionChecks({}, {"blk.0.q_rope": "blk.0.q"})
-    other = Value(rng.standard_normal((5, 8)).astype(np.float32), positions)
+    other = RecordedValue(rng.standard_normal((5, 8)).astype(np.float32), positions)
     list(checks.watch([("blk.0.q", x), ("blk.0.q_rope", other)]))
     assert checks.findings == []
     assert checks.rotations == {"blk.0.q_rope"}

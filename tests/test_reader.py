@@ -247,7 +247,9 @@ def test_many_lines_at_once_give_what_each_gives_alone(tmp_path: Path, lines: li
     for careful in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if careful:
-                patch.setattr(BulkParser, "lines", all_left)
+                patch.setattr(
+                    BulkParser, "lines", all_left
+                )  # an observer of both ways: which one a line takes is nobody's option
             try:
                 dump = parsed(tmp_path, text)
             except DumpError as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from servers import Start
 
 from checkpoints.answers.server import ServerAnswer
 from parity.run.session import resolve_prompt
+from parity.score.measures import Listed, largest, log_sum
 from parity.server.ask import Heard, _echoed
 from parity.server.base import kl, listed
-from parity.server.causes import penalised
 from parity.server.http import ServerError
-from parity.server.predictions import Candidate, Prediction, legacy
+from parity.server.numbers import tells
+from parity.server.penalties import BANNED, Seen, biases, less, repeated, subtracted, with_bias
+from parity.server.predictions import Prediction, TokenCandidate, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.truncation import truncations
 from parity.server.vocabulary import Vocabulary
@@ -194,7 +197,7 @@ def test_a_text_of_which_the_beginning_was_read_is_seen(
     prompt = resolve_prompt(reference, stories, "Once upon a time", None)
     ids = reference.tokenize(stories, read).ids[1:]
     vocabulary = Vocabulary(reference.pieces(stories, range(reference.tokenize(stories, read).n_vocab)))
-    shown = [Prediction(Candidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
+    shown = [Prediction(TokenCandidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
     heard = _echoed(Heard(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
     assert heard.cut == cut
     assert (heard.tokenizer is None) is (read == prompt.text)
@@ -207,7 +210,7 @@ def test_kl_is_a_lower_bound_of_the_whole() -> None:
     vocabulary = Vocabulary([f"t{number}" for number in range(300)])
     log = other - np.log(np.exp(other.astype(np.float64)).sum())
     top = np.argsort(-other)[:5]
-    server = listed([Candidate(f"t{n}", float(log[n])) for n in top], vocabulary, row)
+    server = listed([TokenCandidate(f"t{n}", float(log[n])) for n in top], vocabulary, row)
     p = row - np.log(np.exp(row.astype(np.float64)).sum())
     assert 0 < kl(row, server) <= float(np.sum(np.exp(p) * (p - log)))
     assert kl(other, server) == pytest.approx(0, abs=1e-9)
@@ -218,9 +221,11 @@ def test_what_sums_to_more_than_1_is_never_right() -> None:
     row = np.array([12.0, 6.0, 1.0, *[-20.0] * 29], dtype=np.float32)
     vocabulary = Vocabulary([f"t{number}" for number in range(32)])
     log = row - np.log(np.exp(row.astype(np.float64)).sum())
-    server = listed([Candidate(f"t{n}", float(log[n] / np.log(10))) for n in range(3)], vocabulary, row)
+    server = listed([TokenCandidate(f"t{n}", float(log[n] / np.log(10))) for n in range(3)], vocabulary, row)
     assert kl(row, server) > 0.05
-    assert kl(row, listed([Candidate(f"t{n}", float(log[n])) for n in range(3)], vocabulary, row)) == pytest.approx(0, abs=1e-9)
+    assert kl(row, listed([TokenCandidate(f"t{n}", float(log[n])) for n in range(3)], vocabulary, row)) == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(("what", "kept"), [("a top-k of 7", 7), ("a top-p of 0.9", None), ("a min-p of 0.1", None)])
@@ -234,25 +239,57 @@ def test_a_truncation_is_found_by_its_offsets(what: str, kept: int | None) -> No
         count = kept or (int(np.searchsorted(np.cumsum(p), 0.9)) + 1 if "top-p" in what else int((p >= 0.1 * p[0]).sum()))
         offsets.append(float(-np.log(p[:count].sum())))
         cuts.append(count)
-    fit = next(found for found in truncations(rows, offsets) if found.what == what)
+    fit = next(truncation for truncation in truncations(rows, offsets) if truncation.what == what)
     assert [int((fit.left(row) > -60).sum()) for row in rows] == cuts
 
 
 def test_a_penalty_is_llama_cpps() -> None:
     """Positive logits of seen tokens are divided, negative ones multiplied, others left (llama_sampler_penalties)."""
     row = np.array([2.0, -2.0, 1.0], dtype=np.float32)
-    np.testing.assert_array_equal(penalised(row, (0, 1, 1), 2.0), np.array([1.0, -4.0, 1.0], dtype=np.float32))
+    np.testing.assert_array_equal(repeated(row, (0, 1, 1), 2.0), np.array([1.0, -4.0, 1.0], dtype=np.float32))
+
+
+def test_penalties_and_biases_are_fitted_from_a_few_candidates() -> None:
+    """Presence and frequency penalties, a bias of two tokens and a ban: from the ten candidates that a server lists of 300 tokens."""
+    random = np.random.default_rng(5)
+    rows = [random.normal(0, 3, 300).astype(np.float32) for _ in range(24)]
+    before = [random.choice(np.argsort(-row)[:10], 6).tolist() for row in rows]
+
+    def seen(change: Callable[[np.ndarray, list[int]], np.ndarray]) -> list[Seen]:
+        sample = []
+        for row, tokens in zip(rows, before, strict=True):
+            changed = change(row, tokens)
+            ids = largest(changed, 10)
+            noise = random.normal(0, 0.01, 10)
+            sample.append(Seen(Listed(ids, changed[ids].astype(np.float64) - log_sum(changed) + noise), row, tokens))
+        return sample
+
+    both = subtracted(seen(lambda row, tokens: less(row, tokens, 0.6, 0.4)))
+    assert both == pytest.approx((0.6, 0.4), abs=0.05)
+    assert subtracted(seen(lambda row, _: row)) is None
+    often = int(np.argmax(np.sum(rows, axis=0)))
+    top = int(max(rows, key=lambda row: np.ptp(row[largest(row, 10)])).argmax())
+    bias = {often: 6.0, top: BANNED}
+    assert biases(seen(lambda row, _: with_bias(row, bias))) == {often: pytest.approx(6.0, abs=0.2), top: BANNED}
+    assert biases(seen(lambda row, _: row)) == {}
+
+
+def test_improbable_candidates_explain_nothing() -> None:
+    """Numbers of tokens that llama.cpp thinks impossible can be read in any way: then no reading is tried."""
+    assert tells([np.array([-0.5, -1.5]), np.array([-0.2, -9.0])])
+    assert not tells([np.array([-18.0, -19.0]), np.array([-12.0, -15.0]), np.array([-0.1])])
+    assert not tells([])
 
 
 def test_tokens_are_told_by_id_bytes_or_text() -> None:
     """A server that strips the blank is understood; half a character, which many tokens share, is not guessed."""
     vocabulary = Vocabulary([" a", "b", "b", "\ufffd", "\ufffd"])
-    assert vocabulary.ids(Candidate("a", 0.0)) == [0]
-    assert vocabulary.ids(Candidate("?", 0.0, data=b" a")) == [0]
-    assert vocabulary.ids(Candidate("x", 0.0, id=1)) == (1,)
-    assert vocabulary.ids(Candidate("x", 0.0, id=9)) == ()
-    assert vocabulary.most_probable(Candidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
-    assert vocabulary.ids(Candidate("\ufffd", 0.0)) == ()
+    assert vocabulary.ids(TokenCandidate("a", 0.0)) == [0]
+    assert vocabulary.ids(TokenCandidate("?", 0.0, data=b" a")) == [0]
+    assert vocabulary.ids(TokenCandidate("x", 0.0, id=1)) == (1,)
+    assert vocabulary.ids(TokenCandidate("x", 0.0, id=9)) == ()
+    assert vocabulary.most_probable(TokenCandidate("b", 0.0), {1: 0.1, 2: 0.9}.__getitem__) == 2
+    assert vocabulary.ids(TokenCandidate("\ufffd", 0.0)) == ()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from checkpoints.nearest import nearest, unknown_names
-from checkpoints.reading.unnumbered import note_on
+from checkpoints.reading.line_order import note_on
 from reports.numbers import error, limit, of_limit, ranges, values
 
 SHOWN = {

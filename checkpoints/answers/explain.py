@@ -45,7 +45,7 @@ class Lead(Struct, frozen=True):
     named: Named | None = None
 
 
-class Place(Struct, frozen=True):
+class DivergentPlace(Struct, frozen=True):
     """Where the dump first differs from the right engine."""
 
     checkpoint: str
@@ -61,7 +61,7 @@ class TruthAt(Struct, frozen=True):
     right: float
 
 
-class Placed(Struct, frozen=True):
+class PossibleOperations(Struct, frozen=True):
     """Which operations may be wrong at the place that the causes leave unexplained.
 
     Attributes:
@@ -97,18 +97,18 @@ class Explanation(Struct, frozen=True):
 
     records: int
     differing: int
-    first: Place | None
+    first: DivergentPlace | None
     last_agreement: str | None
     causes: tuple[Cause, ...] = ()
     leads: tuple[Lead, ...] = ()
     precision_only: str = ""
     law: str = ""
-    placed: Placed | None = None
+    placed: PossibleOperations | None = None
     precision_alike: tuple[str, ...] = ()
     looks_like: str = ""
     f32_stated: str = ""
     truth: TruthAt | None = None
-    remaining: Place | None = None
+    remaining: DivergentPlace | None = None
     next: str = ""
     faults: int = 0
     variants: int = 0

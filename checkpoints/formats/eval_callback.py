@@ -12,7 +12,7 @@ from ..errors import DumpError
 from ..mapping import Mapping
 from ..points import EMBD, in_layer, parse, resolve
 from ..record import Dump
-from .printed_tensor import Printed, Tensor, sums_of_all
+from .printed_tensor import Printed, PrintedTensor, sums_of_all
 
 _HEAD = re.compile(
     rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d{1,12}), (\d{1,12}), (\d{1,12}), (\d{1,12})\}"
@@ -49,7 +49,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     points: dict[str, Printed] = {}
     verdicts: list[bool] = []
     first = count = step = 0
-    open_one: Tensor | None = None
+    open_one: PrintedTensor | None = None
 
     def close() -> None:
         nonlocal open_one
@@ -72,7 +72,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
                     if point == EMBD:
                         first, count, step = first + count, sizes[1], step + (count > 0)
                     if point is not None and min(sizes) > 0 and max(sizes) < 1 << 31:
-                        open_one = Tensor(point, sizes)
+                        open_one = PrintedTensor(point, sizes)
                 elif open_one is not None:
                     if (total := _SUM.match(line)) is not None:
                         open_one.total = float(total[1])
@@ -111,7 +111,7 @@ def _point(name: bytes, op: bytes, sources: bytes, mapping: Mapping) -> str | No
     return point
 
 
-def _line(tensor: Tensor, line: bytes) -> None:
+def _line(tensor: PrintedTensor, line: bytes) -> None:
     """A row of values, or a mark that rows were left out."""
     text = line.strip()
     across, deep = tensor.sizes[1], tensor.sizes[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DumpError
 from ..mapped import mapped
-from ..mapping import Entry, Mapping
+from ..mapping import MapEntry, Mapping
 from ..nearest import unknown_names
 from ..points import EMBD, in_layer, parse
 from ..record import Dump, Rows
@@ -80,7 +80,7 @@ def read(path: Path, mapping: Mapping) -> Dump:
     return Dump(str(path), None, points, notes=(*notes, *unknown_names(points)))
 
 
-def _printed(tree: Path, point: str, value: dict[str, Any], entry: Entry | None) -> Rows | None:
+def _printed(tree: Path, point: str, value: dict[str, Any], entry: MapEntry | None) -> Rows | None:
     if entry is not None and entry.changes:
         raise DumpError(f"{tree}: {point} is printed, not written whole.", "Run the debugger with use_repr=False.", code="map")
     try:

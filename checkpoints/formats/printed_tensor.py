@@ -16,7 +16,7 @@ _QUANTUM = 1e-4  # %.4f
 _MOST = 0.5
 
 
-class Tensor(Struct):
+class PrintedTensor(Struct):
     """A tensor of a pass: rows of values, each with its number, counted over dimensions 1 and 2; None stands for a gap.
 
     `total` is the sum that is printed below it; `every` means that it is known to be of all values.
@@ -92,7 +92,7 @@ class Printed(Struct):
 
     records: dict[int, tuple[int, dict[int, float], tuple[int, ...], dict[str, float]]] = field(default_factory=dict)
 
-    def add(self, tensor: Tensor, first: int, step: int) -> None:
+    def add(self, tensor: PrintedTensor, first: int, step: int) -> None:
         """Add the rows of a tensor whose first token is at position `first`; earlier rows there are replaced."""
         printed = tensor.elements(first)
         last = first + tensor.tokens - 1

@@ -24,8 +24,8 @@ from . import fields, lenient
 from .arrays import NumberParser, Numbers, Text
 from .cutting import cut_block, cut_line, nested, objects_alone, objects_of
 from .labels import Labels
+from .line_order import UNNUMBERED
 from .slabs import Slab
-from .unnumbered import UNNUMBERED
 
 _WIDE = 2048  # bytes of a line from which its values are cut out first: msgspec would walk through them, find does not
 _INDICES = re.compile(rb"\[[0-9, \t\r\n]+\]")

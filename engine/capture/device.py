@@ -20,8 +20,8 @@ from ..device import kernel
 from .host import record_once
 from .ring import Ring
 from .spool import Spool
-from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, Part, layout, record_type
-from .tap import Pass, RowSink, stands_once
+from .staged import CAUSAL, PART_DOUBLES, PLAIN, Batch, StagedRows, layout, record_type
+from .tap import CapturedPass, RowSink, stands_once
 from .writer import WriterThread
 
 _CHUNK = 1024  # elements per block: the logits of one row are 149 blocks, one for each multiprocessor of an H200
@@ -47,7 +47,7 @@ class DeviceStage:
         self.sink = sink
         self.writer = WriterThread()
         self._backend = backend
-        self._now = Pass(np.zeros(0, dtype=np.int64), 0, decode=False)
+        self._now = CapturedPass(np.zeros(0, dtype=np.int64), 0, decode=False)
         self._kept = np.zeros(0, dtype=np.int64)
         self._xp = backend.xp
         self._record = record_type(slice_size)
@@ -61,14 +61,14 @@ class DeviceStage:
         self._copies = self._xp.cuda.Stream(non_blocking=True)
         self._slab: NDArray[Any] = np.zeros(0, self._record)
         self._spool = Spool()
-        self._parts: list[Part] = []
+        self._parts: list[StagedRows] = []
         self._seen = np.zeros(0, dtype=np.int64)
         self._kept_there: Array = None
         self._scratch: Array = None
         self._counters: Array = None
         self._kernel = kernel("summary", "summarise_value")
 
-    def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
+    def begin(self, now: CapturedPass, kept: NDArray[np.int64]) -> None:
         """Start a pass of which these rows are recorded."""
         self._now, self._kept = now, kept
         self._seen = now.token_idx[self._kept] - now.first + 1 if now.causal else np.full(len(self._kept), len(now.token_idx))
@@ -126,7 +126,7 @@ class DeviceStage:
             *(self._scratch, self._counters, there),
         )
         self._kernel((chunks, rows), (256,), arguments)
-        self._parts.append(Part(name, kind, len(self._parts) * rows, width, heads))
+        self._parts.append(StagedRows(name, kind, len(self._parts) * rows, width, heads))
 
     @property
     def record_bytes(self) -> int:
@@ -139,7 +139,7 @@ class DeviceStage:
         self._allocate(places)
         return self._place(places)
 
-    def staged(self, parts: Collection[Part]) -> None:
+    def staged(self, parts: Collection[StagedRows]) -> None:
         """Note that a step fills the places given by `staging`: one row for each of these points, with its partial sums."""
         self._parts.extend(parts)
         self._beside = self._step_places - len(parts)

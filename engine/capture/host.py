@@ -10,7 +10,7 @@ from checkpoints.summary import kept_copy, summarise_pass
 from checkpoints.tensors import TensorWriter, key
 
 from ..backend import Array, Backend
-from .tap import Pass, RowSink, stands_once
+from .tap import CapturedPass, RowSink, stands_once
 from .writer import WriterThread
 
 _HELD = 1 << 20  # bytes of copies after which they are handed over before their pass ends: a prefill is not held as a whole
@@ -37,11 +37,11 @@ class HostStage:
         self._backend = backend
         self._slice = slice_size
         self._tensors = tensors
-        self._now = Pass(np.zeros(0, dtype=np.int64), 0, decode=False)
+        self._now = CapturedPass(np.zeros(0, dtype=np.int64), 0, decode=False)
         self._kept = np.zeros(0, dtype=np.int64)
         self._held: list[tuple[str, NDArray[np.float32]]] = []
 
-    def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
+    def begin(self, now: CapturedPass, kept: NDArray[np.int64]) -> None:
         """Start a pass of which these rows are recorded."""
         self._now, self._kept = now, kept
 
@@ -86,7 +86,7 @@ def record_once(
     writer: WriterThread,
     name: str,
     host: NDArray[np.float32],
-    now: Pass,
+    now: CapturedPass,
     kept: NDArray[np.int64],
     slice_size: int | None,
 ) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.points import of_scores, parse
 from checkpoints.record import SKETCH_SIZE, STATISTICS, Rows
 
-from .tap import Pass
+from .tap import CapturedPass
 
 PLAIN, CAUSAL, CACHED, LAST = range(4)  # the layouts of summary.cuh
 
@@ -24,7 +24,7 @@ def record_type(slice_size: int) -> np.dtype[Any]:
 PART_DOUBLES = SKETCH_SIZE + 8  # doubles of one partial sum, PART of summary.cuh
 
 
-class Part(Struct, frozen=True):
+class StagedRows(Struct, frozen=True):
     """The staged rows of one point: where they begin, and what determines the shapes of the rows.
 
     If `blocks` is not 0, the record itself has only its slice; the sums of that many parts of the row follow it, in order.
@@ -41,16 +41,16 @@ class Part(Struct, frozen=True):
 class Batch(Struct, frozen=True):
     """What was staged in one pass."""
 
-    now: Pass
+    now: CapturedPass
     kept: NDArray[np.int64]
     seen: NDArray[np.int64]
-    parts: tuple[Part, ...]
+    parts: tuple[StagedRows, ...]
 
     def rows(self, records: NDArray[Any], slice_size: int) -> list[Rows]:
         """The records in the writer's form, copied out of the slab."""
         return [self._rows(part, records[part.start :], slice_size) for part in self.parts]
 
-    def _rows(self, part: Part, following: NDArray[Any], slice_size: int) -> Rows:
+    def _rows(self, part: StagedRows, following: NDArray[Any], slice_size: int) -> Rows:
         count = len(self.kept)
         records = following[:count]
         if part.kind == PLAIN:

@@ -32,7 +32,7 @@ class RowSink(Protocol):
         """Take one generated token."""
 
 
-class Pass(Struct, frozen=True):
+class CapturedPass(Struct, frozen=True):
     """Where in the sequence a forward pass stands; `causal`: whether no position sees a later one."""
 
     token_idx: NDArray[np.int64]
@@ -42,12 +42,12 @@ class Pass(Struct, frozen=True):
     causal: bool = True
 
 
-def stands_once(value: Array, now: Pass) -> bool:
+def stands_once(value: Array, now: CapturedPass) -> bool:
     """Whether a value of this pass has one row for all positions, as the state after it or a pooled embedding has."""
     return value.ndim == 2 and value.shape[0] == 1 and len(now.token_idx) > 1
 
 
-def kept_rows(positions: Positions, now: Pass) -> NDArray[np.int64]:
+def kept_rows(positions: Positions, now: CapturedPass) -> NDArray[np.int64]:
     """Indices of the rows of this pass that are recorded: all, the last one, or those at given positions."""
     if positions == "all":
         return np.arange(len(now.token_idx))
@@ -63,7 +63,7 @@ class Stage(Protocol):
     sink: RowSink
     writer: WriterThread
 
-    def begin(self, now: Pass, kept: NDArray[np.int64]) -> None:
+    def begin(self, now: CapturedPass, kept: NDArray[np.int64]) -> None:
         """Start a pass of which these rows are recorded; the records of the last one have been handed over."""
 
     def record(self, name: str, value: Array) -> None:
@@ -103,7 +103,7 @@ class Capture:
         """Whether anything of the pass in progress is recorded."""
         return self._rows_kept > 0
 
-    def begin(self, now: Pass) -> None:
+    def begin(self, now: CapturedPass) -> None:
         """Start a pass at its place in the sequence; the records of the last one go to the writer."""
         self.stage.hand_over()
         self.stage.writer.check()

@@ -13,7 +13,7 @@ from checkpoints.points import in_layer, parse
 from .. import ops
 from ..backend import Array, Backend
 from ..capture.device import DeviceStage
-from ..capture.staged import CACHED, CAUSAL, LAST, PART_DOUBLES, PLAIN, Part
+from ..capture.staged import CACHED, CAUSAL, LAST, PART_DOUBLES, PLAIN, StagedRows
 from ..device import kernel
 from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
@@ -25,8 +25,8 @@ _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of others.
-# Measured (BENCHMARKS.md): an H100 (3.35 TB/s) takes 0.502 ms a step at 310, 0.508 at 320 and 0.509 at 280; an H200 (4.9 TB/s) takes
-# 0.443 at 280, and took 0.461 there and 0.480 at 320 with longer words.
+# Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.502 ms a step at 310, 0.508 at 320 and 0.509 at 280, with no first pause;
+# an H200 (4.9 TB/s) takes 0.423 at 260, 0.433 at 280 and 0.455 at 300.
 _SLOWER_MEMORY, _SLOWER_PACE = 4e12, 310
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
@@ -55,7 +55,7 @@ class _Wanted(Struct, frozen=True):
     """
 
     arguments: tuple[Any, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[StagedRows, ...]
     places: int
 
 
@@ -90,7 +90,7 @@ class DecodeStep:
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
         self._ended = xp.zeros(2, dtype=np.uint32)
-        self._made = xp.zeros(self.blocks * _THREADS // 32, dtype=np.uint64)
+        self._bests = xp.zeros(self.blocks * _THREADS // 32, dtype=np.uint64)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -158,7 +158,7 @@ class DecodeStep:
             self.tokens,
             self._ended,
             self._ended[1:],
-            self._made,
+            self._bests,
         )
         words = [
             there.data.ptr,
@@ -215,7 +215,7 @@ class DecodeStep:
         """A table with a line for each chunk that a point may have, except the logits, whose parts each block sums up itself."""
         xp = self._xp
         work: list[tuple[int, ...]] = []
-        parts: list[Part] = []
+        parts: list[StagedRows] = []
         scale = int(np.float64(self._hp.head_size**-0.5).view(np.int64))
         described = [self._point(name, i) for i, name in enumerate(points)]
         longest = [most for part, _, _, most in described if not part.blocks]
@@ -234,23 +234,23 @@ class DecodeStep:
         numbers = tuple(np.int32(number) for number in (len(work), chunk, slice_size, size, logits))
         return _Wanted((table, *numbers, chunks, counters), tuple(parts), places)
 
-    def _point(self, name: str, index: int) -> tuple[Part, int, int, int]:
+    def _point(self, name: str, index: int) -> tuple[StagedRows, int, int, int]:
         """A point's layout, the addresses of its values and of softmax's peaks, and the most elements it can have."""
         hp, point = self._hp, parse(name)
         if point.layer is None:
             array = {"embd": self.embd, "output_norm": self.output_norm, "logits": self.logits}[name]
             blocks = self.blocks if name == "logits" else 0
-            return Part(name, PLAIN, index, array.size, 1, blocks), array.data.ptr, 0, array.size
+            return StagedRows(name, PLAIN, index, array.size, 1, blocks), array.data.ptr, 0, array.size
         values, kind = self.values[point.layer], point.kind
         width = hp.n_kv_heads * hp.head_size
         if kind in ("k_read", "v_read"):
-            return Part(name, CACHED, index, width, 1), values[kind].data.ptr, 0, width * self.positions
+            return StagedRows(name, CACHED, index, width, 1), values[kind].data.ptr, 0, width * self.positions
         if kind == "k_rope":
-            return Part(name, LAST, index, width, 1), values["k_read"].data.ptr, 0, width
+            return StagedRows(name, LAST, index, width, 1), values["k_read"].data.ptr, 0, width
         if kind in ("kq", "kq_soft_max"):
             peaks = values["peaks"].data.ptr if kind == "kq_soft_max" else 0
-            return Part(name, CAUSAL, index, 0, hp.n_heads), values["kq"].data.ptr, peaks, hp.n_heads * self.positions
-        return Part(name, PLAIN, index, values[kind].size, 1), values[kind].data.ptr, 0, values[kind].size
+            return StagedRows(name, CAUSAL, index, 0, hp.n_heads), values["kq"].data.ptr, peaks, hp.n_heads * self.positions
+        return StagedRows(name, PLAIN, index, values[kind].size, 1), values[kind].data.ptr, 0, values[kind].size
 
     def chosen(self, start: int, stop: int) -> NDArray[np.int32]:
         """The tokens chosen for positions start…stop; waits for the steps."""

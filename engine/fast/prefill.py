@@ -17,7 +17,7 @@ from ..backend import Array, Backend
 from ..device import kernel
 from ..weights.packing import BF16, F16, F32, Packed
 from .decode import DecodeStep
-from .weights import FastWeights, Group
+from .weights import FastWeights, MatrixGroup
 
 _R_32F, _R_16F, _R_16BF, _COMPUTE_32F = 0, 2, 14, 68  # cudaDataType_t, cublasComputeType_t
 _DEFAULT_ALGORITHM = -1  # CUBLAS_GEMM_DEFAULT
@@ -27,7 +27,7 @@ _KERNELS = ("get_rows", "unpack", "add_norm", "project", "soft_max", "lower", "a
 Keep = Callable[[str, Array], None]
 
 
-class _Place(Struct, frozen=True):
+class _LayerArguments(Struct, frozen=True):
     """What stays the same in every pass of one layer: names of its points, biases of Q, K and V (or null), its caches."""
 
     names: list[str]
@@ -52,7 +52,7 @@ class Prefill:
         self._kernels = {name: kernel("prefill", name, defines) for name in _KERNELS}
         self._cublas, self._handle = self._xp.cuda.cublas, self._xp.cuda.device.get_cublas_handle()
         self._constants = np.array([1, 0], np.float32)  # cuBLAS's α and β: a product, and nothing of what was there before
-        self._one, self._zero = self._constants.ctypes.data, self._constants.ctypes.data + 4
+        self._float_one, self._float_zero = self._constants.ctypes.data, self._constants.ctypes.data + 4
         hp = self._hp
         self._head_numbers = tuple(
             np.int32(n) for n in (hp.n_heads, hp.n_kv_heads, hp.head_size, hp.rope_dims, int(weights.neox))
@@ -60,7 +60,7 @@ class Prefill:
         self._unpacked: Array = None
         width = hp.n_kv_heads * hp.head_size
         self._places = [
-            _Place(
+            _LayerArguments(
                 [in_layer(i, kind) for kind in _POINTS],
                 tuple(_or_null(layer.matrices[name].bias) for name in ("attn_q", "attn_k", "attn_v")),
                 held["k_read"].reshape(-1, width),
@@ -137,7 +137,7 @@ class Prefill:
             if matrix.bias is not None:
                 self._run("add_bias", len(value), (value, matrix.bias, np.int32(matrix.rows)))
 
-    def _product(self, group: Group, low: Array, wide: Array, out: Array) -> None:
+    def _product(self, group: MatrixGroup, low: Array, wide: Array, out: Array) -> None:
         """x · Wᵀ for each matrix of a group, accumulated in float32: [T, in] -> [T, out], or [2, T, out] for two of one size.
 
         `low` is x rounded to the product's type; a group of float32 weights takes `wide`, the unrounded x.
@@ -148,9 +148,9 @@ class Prefill:
         if group.kind == F32:
             weight, x, kind = group.joined.data.ptr, wide, _R_32F
         blas = self._cublas
-        shape = (blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, rows // count, t, cols, self._one)
+        shape = (blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, rows // count, t, cols, self._float_one)
         a, b = (weight, kind, cols), (x.data.ptr, kind, cols)
-        c = (self._zero, out.data.ptr, _R_32F, rows // count)
+        c = (self._float_zero, out.data.ptr, _R_32F, rows // count)
         if count == 1:
             blas.gemmEx(self._handle, *shape, *a, *b, *c, _COMPUTE_32F, _DEFAULT_ALGORITHM)
             return
@@ -159,7 +159,7 @@ class Prefill:
             self._handle, *shape, *a, strides[0], *b, strides[1], *c, strides[2], count, _COMPUTE_32F, _DEFAULT_ALGORITHM
         )
 
-    def _in_low_type(self, group: Group) -> int:
+    def _in_low_type(self, group: MatrixGroup) -> int:
         """The address of a group's weights, contiguous and in half precision; weights of another type are converted first."""
         if group.kind == self._kind:
             return int(group.joined.data.ptr)
@@ -196,11 +196,39 @@ class Prefill:
         k, q, scores, v, shares, mixed = (pointers.data.ptr + i * 8 * hp.n_heads for i in range(6))
         transposed, plain = blas.CUBLAS_OP_T, blas.CUBLAS_OP_N
         blas.sgemmBatched(
-            self._handle, transposed, plain, s, t, d, self._one, k, k_width, q, q_width, self._zero, scores, s, hp.n_heads
+            self._handle,
+            transposed,
+            plain,
+            s,
+            t,
+            d,
+            self._float_one,
+            k,
+            k_width,
+            q,
+            q_width,
+            self._float_zero,
+            scores,
+            s,
+            hp.n_heads,
         )
         self._run("soft_max", hp.n_heads * t, soft_max)
         blas.sgemmBatched(
-            self._handle, plain, plain, d, t, s, self._one, v, k_width, shares, s, self._zero, mixed, q_width, hp.n_heads
+            self._handle,
+            plain,
+            plain,
+            d,
+            t,
+            s,
+            self._float_one,
+            v,
+            k_width,
+            shares,
+            s,
+            self._float_zero,
+            mixed,
+            q_width,
+            hp.n_heads,
         )
 
 

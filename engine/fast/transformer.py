@@ -15,7 +15,7 @@ from checkpoints.errors import InputError
 from ..backend import Array, Backend
 from ..blocks import Blocks
 from ..capture.device import DeviceStage
-from ..capture.tap import Capture, Pass
+from ..capture.tap import Capture, CapturedPass
 from ..engine import Progress, check_tokens, points_of
 from ..graph import Step, WeightSource
 from ..models import steps_of
@@ -131,7 +131,7 @@ class FastTransformer:
             if not isinstance(tap.stage, DeviceStage):
                 raise TypeError("the fast mode's steps are recorded by engine.capture.device.DeviceStage")
             here = np.array([sequence.first + sequence.length])
-            tap.begin(Pass(here, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
+            tap.begin(CapturedPass(here, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
             stage = tap.stage if tap.keeps_rows else None
         self.step.launch(stage)
         sequence.length += 1
@@ -142,7 +142,7 @@ class FastTransformer:
         past, t = sequence.length, len(tokens)
         positions = np.arange(t) + sequence.first + past
         if tap is not None:
-            tap.begin(Pass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
+            tap.begin(CapturedPass(positions, sequence.passes, decode=sequence.passes > 0, first=sequence.first))
         logits = self._passes.run(np.asarray(tokens, dtype=np.int32), past, tap)
         sequence.length, sequence.passes = past + t, sequence.passes + 1
         self.step.place_best(logits[-1], past + t)

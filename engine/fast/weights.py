@@ -17,7 +17,7 @@ _FLOATS = {F32, F16, BF16}
 _GROUPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
 
 
-class Group(Struct, frozen=True):
+class MatrixGroup(Struct, frozen=True):
     """Matrices that are multiplied in one product.
 
     `kind` is their ggml type if they share one float type and lie one after the other in `joined`, else -1: then they are
@@ -33,10 +33,10 @@ class LayerWeights(Struct, frozen=True):
     """One layer: seven matrices with their biases, by name and as the groups of a prefill's products; two norms."""
 
     matrices: dict[str, Packed]
-    qkv: Group
-    out: Group
-    gate_up: Group
-    down: Group
+    qkv: MatrixGroup
+    out: MatrixGroup
+    gate_up: MatrixGroup
+    down: MatrixGroup
     attn_norm: Array
     ffn_norm: Array
 
@@ -94,12 +94,12 @@ class FastWeights:
         ends = np.cumsum([host.size for host in hosts.values()]).tolist()
         return {name: together[end - host.size : end] for (name, host), end in zip(hosts.items(), ends, strict=True)}
 
-    def _group(self, *names: str) -> Group:
+    def _group(self, *names: str) -> MatrixGroup:
         """Matrices of one width: float types one after the other in memory, each quantised one as its own planes."""
         infos = [self._model.tensors[f"{name}.weight"] for name in names]
         kinds = {info.type for info in infos}
         if len(kinds) > 1 or not kinds <= _FLOATS:
-            return Group(tuple(self._packed(name) for name in names), -1, None)
+            return MatrixGroup(tuple(self._packed(name) for name in names), -1, None)
         joined = self._backend.xp.empty((sum(info.shape[0] for info in infos), infos[0].n_bytes // infos[0].shape[0]), np.uint8)
         parts, done = [], 0
         for name, info in zip(names, infos, strict=True):
@@ -107,7 +107,7 @@ class FastWeights:
             self._upload.into(rows, info.offset)
             parts.append(Packed(info.type, info.shape[0], info.shape[1], rows, bias=self._bias(name)))
             done += info.shape[0]
-        return Group(tuple(parts), kinds.pop(), joined)
+        return MatrixGroup(tuple(parts), kinds.pop(), joined)
 
     def _packed(self, name: str) -> Packed:
         info = self._model.tensors[f"{name}.weight"]

@@ -20,6 +20,7 @@ EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _QKV = ("q", "k", "v")
 # Operations that read weights of a layer.
 _WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
+_WHOLE_LAYER = (*MATRICES, "attn_norm", "ffn_norm")
 _EACH_MATRIX = (*((kind,) for kind in ("ffn_gate", "q", "k", "v", "attn_out", "ffn_up", "ffn_out", "logits")), MATRICES)
 
 
@@ -56,7 +57,7 @@ def _as_it_is(source: WeightSource, name: str) -> Array:
 
 
 def _transposed(weight: Array) -> Array:
-    return weight.T.copy().reshape(weight.shape)
+    return weight.T.reshape(weight.shape)  # a square matrix needs no copy
 
 
 def each_transposed(weight: Array) -> Array:
@@ -70,11 +71,21 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _stride(weight: Array, stride: int) -> Array:
+    """The matrix whose row i begins at element i · stride; beyond the end the elements begin anew: [out, in]."""
     rows, columns = weight.shape
     xp, flat = module_of(weight), weight.reshape(-1)
-    twice = xp.concatenate([flat, flat[:columns]])
-    windows = xp.lib.stride_tricks.as_strided(twice, (weight.size, columns), (twice.itemsize, twice.itemsize))
-    taken: Array = windows[xp.arange(rows) * stride % weight.size]
+    taken = xp.empty_like(weight)
+    begin = 0
+    while begin < rows:
+        start = begin * stride % weight.size
+        count = min(rows - begin, 1 + (weight.size - columns - start) // stride)  # rows that end within the matrix
+        if count > 0:
+            strides = (stride * flat.itemsize, flat.itemsize)
+            taken[begin : begin + count] = xp.lib.stride_tricks.as_strided(flat[start:], (count, columns), strides)
+        else:
+            count = 1
+            taken[begin] = xp.concatenate([flat[start:], flat[: columns - (weight.size - start)]])
+        begin += count
     return taken
 
 
@@ -271,16 +282,24 @@ FAULTS = (
     ),
     Fault(
         name="layer-offset",
-        kinds=(*_WITH_WEIGHTS, *MATRICES, "attn_norm", "ffn_norm"),
+        kinds=(*_WITH_WEIGHTS, *_WHOLE_LAYER),
         change=_offset,
-        what="each layer takes the weights of the layer at an offset of {by}",
+        what="{at} takes the weights of the layer at an offset of {by}",
         symptom="wrong from layer 0 on, of plausible size",
         fix="layer i reads blk.i.*, from 0",
         seen="loops from 1",
         parameters={
             "by": (1, -1),
-            AT: (_WITH_WEIGHTS, (*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm")),
+            AT: (
+                _WITH_WEIGHTS,
+                _WHOLE_LAYER,
+                ("attn_norm",),
+                ("ffn_norm",),
+                ("attn_norm", "ffn_norm"),
+                *((kind,) for kind in MATRICES),
+            ),
         },
+        says={_WITH_WEIGHTS: "each layer", _WHOLE_LAYER: "each layer"},
     ),
     Fault(
         name="layers-swapped",

@@ -163,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         gate_up.load(l);
         norm.load(l.ffn_norm);
         if (threadIdx.x == 32 && !STAGED) prefetch_mine(l.down, D, FF);
+        __nanosleep(FIRST_PAUSE);
         norm.run(s, nullptr, l.words + INP_WORDS, step);
         if (STAGED) await(&s.full[0], i & 1);
         MARK
@@ -182,8 +183,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         MARK
         down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
         if (STAGED && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
-        if (i + 1 < LAYERS) qkv.load(m, next, now.position);
         norm.load(i + 1 < LAYERS ? next.attn_norm : m.norm);
+        if (i + 1 < LAYERS) qkv.load(m, next, now.position);
         MARK
     }
     norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);

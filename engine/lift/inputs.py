@@ -13,10 +13,10 @@ from ..graph import ENCODED, POSITIONS, TOKENS, Read, Step
 from .operands import ONE, Unliftable, numpy_shape
 
 if TYPE_CHECKING:
-    from .lifted import Lifted
+    from .lifted import GraphLifter
 
 
-def read(lifter: "Lifted", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
+def read(lifter: "GraphLifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
     """The value that stands for an input, and its shape; if needed, a step is added that makes it from tokens or positions.
 
     Raises:
@@ -42,7 +42,7 @@ def read(lifter: "Lifted", index: int, tensor: Tensor) -> tuple[str, tuple[Size,
     return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
-def of_lengths(lifter: "Lifted") -> str:
+def of_lengths(lifter: "GraphLifter") -> str:
     """A value that only tells how long pass and cache are: the causal mask, [T, S]."""
     parameters = {"window": "causal", "size": 0}
     return lifter.helper(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
@@ -100,9 +100,9 @@ def mean(positions: Array) -> Array:
     return (positions * 0 + 1).astype(np.float32) / np.float32(len(positions))
 
 
-Made = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
+StepParts = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
 
-_STEPS: dict[str, Callable[["Lifted", Any], Made]] = {
+_STEPS: dict[str, Callable[["GraphLifter", Any], StepParts]] = {
     "positions": lambda lifter, parameters: (
         sections,
         (POSITIONS,),

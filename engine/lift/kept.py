@@ -9,10 +9,10 @@ from ..graph import History, State, Step, View
 from .operands import ONE, ZERO, Unliftable, numpy_shape, product
 
 if TYPE_CHECKING:
-    from .lifted import Lifted
+    from .lifted import GraphLifter
 
 
-def history(lifter: "Lifted", index: int) -> View:
+def history(lifter: "GraphLifter", index: int) -> View:
     """What is read from a cache: the rows of all positions, one position a row however llama.cpp stores them."""
     tensor, place = lifter.tensors[index], lifter.memory.place(index)
     leaf = place.base
@@ -38,7 +38,7 @@ def history(lifter: "Lifted", index: int) -> View:
     return View(History(name), (Size(0, 0, 1), width), numpy_shape(tensor.ne), tuple(reversed(strides)), Size(offset))
 
 
-def state(lifter: "Lifted", index: int) -> View:
+def state(lifter: "GraphLifter", index: int) -> View:
     """What is read from a recurrent state: the state as the last pass left it."""
     leaf = lifter.memory.place(index).base
     size = product(numpy_shape(lifter.tensors[leaf].ne))
@@ -56,12 +56,12 @@ def state(lifter: "Lifted", index: int) -> View:
     return lifter.memory.view(index, name, (size,))
 
 
-def next_state(lifter: "Lifted", leaf: int) -> str:
+def next_state(lifter: "GraphLifter", leaf: int) -> str:
     """The name of the value that a pass leaves in a state."""
     return f"next.{lifter.tensors[leaf].name}"
 
 
-def selects(lifter: "Lifted", index: int, tensor: Tensor) -> bool:
+def selects(lifter: "GraphLifter", index: int, tensor: Tensor) -> bool:
     """Whether a node only selects all rows, as the last layer does if the logits of every row were asked for."""
     if tensor.op != "GET_ROWS":
         return False

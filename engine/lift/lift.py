@@ -73,7 +73,7 @@ def _steps(lifter: Lifter) -> list[Step]:
         for name, start, stop in tensor.parts if index in lifter.names else ():
             _part(lifter, index, name, start, stop)
     leave_states(lifter)
-    return _ordered(_without_unread(lifter.made))
+    return _ordered(_without_unread(lifter.added_steps))
 
 
 def _lift_node(lifter: Lifter, index: int, tensor: Tensor) -> None:
@@ -163,10 +163,10 @@ def _ordered(steps: list[Step]) -> list[Step]:
                 )
             waiting += [by_name[name] for name in missing[:1]]
             if not missing:
-                made = waiting.pop()
-                if made.makes not in known:
-                    known.add(made.makes)
-                    result.append(made)
+                ready = waiting.pop()
+                if ready.makes not in known:
+                    known.add(ready.makes)
+                    result.append(ready)
 
     for step in sorted((step for step in steps if not step.inner), key=lambda step: place[step.makes]):
         put(step)

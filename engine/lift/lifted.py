@@ -7,15 +7,15 @@ from checkpoints.graph import CACHE, INPUT, WEIGHT, Graph, RecordedGraph, Size, 
 
 from .. import ops
 from ..graph import POSITIONS, History, Read, Step, View
-from .operands import ONE, Memory, Unliftable, contiguous, numpy_shape, product, row_strides
+from .operands import ONE, TensorLayouts, Unliftable, contiguous, numpy_shape, product, row_strides
 
 
-class Lifted:
-    """One graph while it is turned into steps: what is made, and how the values of nodes are read."""
+class GraphLifter:
+    """One graph while it is turned into steps: the steps so far, and how the values of nodes are read."""
 
     def __init__(self, recording: RecordedGraph, graph: Graph, *, single: bool = False) -> None:
         self.recording, self.graph, self.tensors = recording, graph, graph.tensors
-        self.memory = Memory(graph, single=single)
+        self.memory = TensorLayouts(graph, single=single)
         self.t: Size = self.memory.t
         caches = any(tensor.kind == CACHE for tensor in graph.tensors)
         self.s: Size = Size(0, 0, 1) if caches else self.t  # the number of keys
@@ -24,7 +24,7 @@ class Lifted:
         self.done: set[int] = set()  # nodes that are part of an earlier node's step
         self.written: dict[int, tuple[str, Size]] = {}  # cache leaf -> the value whose rows it holds, and their width
         self.cells: dict[int, int] = {}  # cache leaf -> its number of cells
-        self.made: list[Step] = []
+        self.added_steps: list[Step] = []
         self.taken: set[str] = set()
         # State leaf -> the parts that are written: where each begins, and what it is.
         self.left: dict[int, list[tuple[int, Read]]] = {}
@@ -39,11 +39,11 @@ class Lifted:
             code="operation",
         )
 
-    # What is made
+    # Adding steps
 
     def make(self, index: int, step: Step, *parts: int) -> None:
         """Add the step that makes node `index`; `parts` are further nodes that it computes."""
-        self.made.append(step)
+        self.added_steps.append(step)
         self.taken.add(step.makes)
         self.names[index] = step.makes
         self.done.update((index, *parts))
@@ -59,13 +59,13 @@ class Lifted:
         strides = contiguous(shape)
         first = (axis, *(i for i in range(len(shape)) if i != axis))
         read = View(value.makes, shape, tuple(shape[i] for i in first), tuple(strides[i] for i in first))
-        self.made.append(Step(step.makes, ops.positions_first, (read,)))
+        self.added_steps.append(Step(step.makes, ops.positions_first, (read,)))
         self.taken.add(step.makes)
 
     def helper(self, step: Step) -> str:
         """Add the step of a value that is no node, once, and return the value's name."""
         if step.makes not in self.taken:
-            self.made.append(step)
+            self.added_steps.append(step)
             self.taken.add(step.makes)
         return step.makes
 

@@ -5,11 +5,11 @@ from checkpoints.graph import CACHE, INPUT, STATE, Size
 from ..graph import Read
 from . import inputs
 from .kept import history, state
-from .lifted import Lifted
+from .lifted import GraphLifter
 from .operands import Unliftable, numpy_shape
 
 
-class Lifter(Lifted):
+class Lifter(GraphLifter):
     """One graph while it is turned into steps. Patterns use its methods."""
 
     def read(self, index: int) -> tuple[Read, tuple[Size, ...], tuple[Size, ...]]:

@@ -17,7 +17,7 @@ class Unliftable(Exception):
     """A node cannot be turned into a step; the text says why."""
 
 
-class Place(Struct, frozen=True):
+class Storage(Struct, frozen=True):
     """The memory that a tensor shows: node `base` owns it, `offset` counts bytes from its start."""
 
     base: int
@@ -72,7 +72,7 @@ def numpy_shape(ne: Sizes) -> tuple[Size, ...]:
     return tuple(reversed(ne))
 
 
-class Memory:
+class TensorLayouts:
     """Places of a graph's tensors, and the layout that each value has in the engine.
 
     Args:
@@ -88,7 +88,7 @@ class Memory:
         self.own: set[int] = set()  # views that are values of their own, since they are points
         self.same: dict[int, int] = {}  # node -> the node whose value it passes on unchanged
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> Storage:
         """The memory that a tensor shows."""
         tensor = self.tensors[index]
         start = index
@@ -101,14 +101,14 @@ class Memory:
                 break
         if index in self.same:
             inner = self.place(self.same[index])
-            return Place(
+            return Storage(
                 inner.base,
                 _sum(
                     _difference(self.tensors[start].offset, tensor.offset if start != index else self.tensors[start].offset),
                     inner.offset,
                 ),
             )
-        return Place(index, _difference(self.tensors[start].offset, tensor.offset))
+        return Storage(index, _difference(self.tensors[start].offset, tensor.offset))
 
     def layout(self, index: int) -> tuple[tuple[Size, ...], int | None]:
         """The shape of a node's value in the engine, and its position axis.

@@ -90,7 +90,7 @@ def leave_states(lifter: "Lifter") -> None:
         before: Read = State(last, (size,))
         for number, (start, read) in enumerate(parts, 1):
             name = last if number == len(parts) else f"{last}.{number}"
-            lifter.made.append(
+            lifter.added_steps.append(
                 Step(name, ops.left_in_state, (before, read), (), {"start": start, "size": size}, axis=None, inner=True)
             )
             before = name

@@ -18,7 +18,7 @@ _CHUNK = 1 << 22  # weights dequantised at once: 32 MiB as float64
 _HADAMARD = 1  # GGML_HINT_SRC0_IS_HADAMARD: ggml transforms the activations themselves, in float32
 
 
-class Blocks(Struct, frozen=True):
+class QuantizedWeight(Struct, frozen=True):
     """A weight as the file holds it: uint8 [matrices · out, bytes a row], its ggml type, and its shape [..., out, in]."""
 
     raw: Array
@@ -34,23 +34,23 @@ class Blocks(Struct, frozen=True):
         """Rows start … stop − 1 of all matrices as float64 [stop − start, in]."""
         return dequantize(self.raw[start:stop], self.kind, self.columns).astype(np.float64)
 
-    def matrix(self, number: int) -> "Blocks":
+    def matrix(self, number: int) -> "QuantizedWeight":
         """One of its matrices, numbered through all outer dimensions: [out, in]."""
         out = self.shape[-2]
-        return Blocks(self.raw[number * out : (number + 1) * out], self.kind, self.shape[-2:])
+        return QuantizedWeight(self.raw[number * out : (number + 1) * out], self.kind, self.shape[-2:])
 
-    def reshape(self, shape: tuple[int, ...]) -> "Blocks":
+    def reshape(self, shape: tuple[int, ...]) -> "QuantizedWeight":
         """The same rows with other outer dimensions."""
-        return Blocks(self.raw, self.kind, tuple(shape))
+        return QuantizedWeight(self.raw, self.kind, tuple(shape))
 
 
-def blocks_of(source: WeightSource, name: str) -> Blocks:
+def blocks_of(source: WeightSource, name: str) -> QuantizedWeight:
     """A weight's blocks, on the side where the steps compute."""
     raw, kind, shape = source.raw(name)
-    return Blocks(source.array(raw), kind, shape)
+    return QuantizedWeight(source.array(raw), kind, shape)
 
 
-def product(x: Array, weight: Blocks, bias: Array | None = None, *, native: bool) -> Array:
+def product(x: Array, weight: QuantizedWeight, bias: Array | None = None, *, native: bool) -> Array:
     """x · weightᵀ (+ bias): [T, in], [out, in] -> float32 [T, out].
 
     With `native` the activations are rounded as ggml_compute_forward_mul_mat rounds src1.
@@ -71,7 +71,7 @@ def product(x: Array, weight: Blocks, bias: Array | None = None, *, native: bool
 
 
 def mul_mat(
-    weight: Blocks | Array, x: Array, *, params: OpParams, shape: Shape, native: bool, kind: int | None = None
+    weight: QuantizedWeight | Array, x: Array, *, params: OpParams, shape: Shape, native: bool, kind: int | None = None
 ) -> Array:
     """MUL_MAT with any first operand: [a3, a2, out, in], [b3, b2, T, in] -> float32 [b3, b2, T, out].
 
@@ -79,7 +79,7 @@ def mul_mat(
         weight: a weight's blocks, or values, whose ggml type is then `kind` (None: float16 if the array is, else float32).
     """
     native = native and params.int(1) != _HADAMARD
-    if not isinstance(weight, Blocks):
+    if not isinstance(weight, QuantizedWeight):
         if kind is None:
             kind = F16 if weight.dtype == np.float16 else F32
         rounded = round_activations(x.astype(np.float32, copy=False), kind) if native else x
@@ -106,7 +106,7 @@ def _batched(weight: Array, x: Array, shape: Shape) -> Array:
     return product
 
 
-def mul_mat_id(weights: Blocks, x: Array, ids: Array, *, params: OpParams, shape: Shape, native: bool) -> Array:
+def mul_mat_id(weights: QuantizedWeight, x: Array, ids: Array, *, params: OpParams, shape: Shape, native: bool) -> Array:
     """MUL_MAT_ID: each row with the weights of its expert: [.., E, out, in], [1, T, U or 1, in], [1, 1, T, U] -> [1, T, U, out].
 
     The activations of each row are rounded as for MUL_MAT (ggml_compute_forward_mul_mat_id).

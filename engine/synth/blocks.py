@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import PORTION, Convert, Part, Tensor
+from .data import PORTION, Convert, Part, TensorData
 
 SIZE = 256  # weights of a block here: a multiple of every ggml type's own
 
@@ -23,9 +23,9 @@ class BlockStore:
         self._number, self._seed, self._convert = number, seed, convert
         self._stored: dict[tuple[int, float], NDArray[np.uint8]] = {}
 
-    def tensor(self, kind: int, scale: float, elements: int, seed: list[int]) -> Tensor:
+    def tensor(self, kind: int, scale: float, elements: int, seed: list[int]) -> TensorData:
         """A matrix of a ggml type whose rows are a multiple of `SIZE` long."""
-        return Tensor(elements, partial(self._parts, kind, scale, elements // SIZE, seed))
+        return TensorData(elements, partial(self._parts, kind, scale, elements // SIZE, seed))
 
     def _parts(self, kind: int, scale: float, blocks: int, seed: list[int]) -> Iterator[Part]:
         stored = self._blocks(kind, scale)

@@ -22,16 +22,16 @@ Convert = Callable[[NDArray[np.float32], int], NDArray[Any]]  # rows and a ggml 
 Progress = Callable[[str, int, int | None], None]
 
 
-class Tensor(Struct, frozen=True):
+class TensorData(Struct, frozen=True):
     """A tensor to write: its elements, and its parts in order, each of some rows."""
 
     elements: int
     parts: Callable[[], Iterator[Part]]
 
 
-def converted(elements: int, kind: int, values: Callable[[], Portions], convert: Convert) -> Tensor:
+def converted(elements: int, kind: int, values: Callable[[], Portions], convert: Convert) -> TensorData:
     """A tensor of a ggml type from its values, some rows at a time."""
-    return Tensor(elements, lambda: ((rows.size, partial(convert, rows, kind)) for rows in values()))
+    return TensorData(elements, lambda: ((rows.size, partial(convert, rows, kind)) for rows in values()))
 
 
 def normal(rng: np.random.Generator, dims: tuple[int, ...], scale: float) -> Portions:
@@ -55,7 +55,7 @@ def ahead() -> int:
     return cores() + 1
 
 
-def append(out: Path, tensors: Iterable[Tensor], progress: Progress | None = None) -> None:
+def append(out: Path, tensors: Iterable[TensorData], progress: Progress | None = None) -> None:
     """Write the tensors behind the table of contents that `out` consists of so far, each padded to 32 bytes.
 
     All cores compute parts; the file does not depend on their number. `progress` is told how many values of all are written.

@@ -19,7 +19,7 @@ from checkpoints.room import require_room
 from checkpoints.whole_file import unwritable
 
 from .blocks import SIZE, BlockStore
-from .data import PORTION, Convert, Portions, Progress, Tensor, ahead, append, converted, normal
+from .data import PORTION, Convert, Portions, Progress, TensorData, ahead, append, converted, normal
 from .header import stored_as, write_header
 from .shape import Shape, matrices_of, tensors_of
 
@@ -81,7 +81,7 @@ def synthesize(
     return out.stat().st_size
 
 
-def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert, blocks: int | None = None) -> list[Tensor]:
+def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert, blocks: int | None = None) -> list[TensorData]:
     """The tensors of a model as ggml types, in the order of `types`; the same for the same shape, seed and types.
 
     Args:
@@ -90,7 +90,7 @@ def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert,
             are no multiple of them is made as ever.
     """
     store = BlockStore(blocks, seed, convert) if blocks is not None else None
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorData] = {}
     for index, (name, dims) in enumerate(tensors_of(shape)):
         if store is not None and len(dims) == 2 and dims[1] % SIZE == 0:
             tensors[name] = store.tensor(types[name], _scale(name, dims, shape), prod(dims), [seed, index])

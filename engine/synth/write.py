@@ -12,7 +12,7 @@ from checkpoints.errors import InputError
 from checkpoints.whole_file import unwritable
 
 from .data import Convert, Portions, converted
-from .data import Tensor as Stored
+from .data import TensorData as Stored
 from .header import add_tokenizer, close_header
 from .recipe import Recipe, Tensor, Value
 from .shape import Shape

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from checkpoints.answers.picture import Picture
     from checkpoints.answers.references import References
     from checkpoints.record import Dump
-    from reports.findings import Finding
+    from reports.findings import ReportSection
     from reports.report import Report
 
     from ..run.session import Outcome
@@ -56,19 +56,26 @@ def finish(outcome: "Outcome", output_format: Format, references: "References | 
     # The answer is on the screen before the report is drawn.
     write_html(whole, outcome.folder / "report.html")
     if output_format is Format.TEXT:
-        files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
-        print(no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s"))
+        print(folder_line(outcome))
     return code
 
 
-def report(verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[Finding]" = ()) -> "Report":
+def folder_line(outcome: "Outcome") -> str:
+    """The last line of a run: its folder, the files in it, and how long it took."""
+    files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
+    return no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s")
+
+
+def report(
+    verdict: "Verdict", ours: "Dump", ref: "Dump", picture: "Picture", findings: "Sequence[ReportSection]" = ()
+) -> "Report":
     """A comparison with everything that belongs beside it."""
     from reports.report import Report
 
     return Report(verdict, ours, ref, picture, tuple(findings))
 
 
-def findings(paths: Sequence[Path]) -> "list[Finding]":
+def findings(paths: Sequence[Path]) -> "list[ReportSection]":
     """JSON answers of other commands as parts of a report.
 
     Raises:
@@ -78,7 +85,7 @@ def findings(paths: Sequence[Path]) -> "list[Finding]":
     from checkpoints.regular import read_text
     from reports.findings import finding
 
-    read: list[Finding] = []
+    read: list[ReportSection] = []
     for path in paths:
         try:
             read.append(finding(json.loads(read_text(path)), str(path)))

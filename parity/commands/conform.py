@@ -80,11 +80,11 @@ def conform(
     {model} is the model file itself, in the type under test; an engine may refuse it (a nonzero exit code and a sentence on
     stderr), which is not a failure. With {points} the engine is asked for every operation, so that the failing one can be named.
 
-      parity conform --exec "./engine {model} {tokens} {out} {points}" --profile dense
+      parity conform --exec "./engine {model} {tokens} {out} {points}"
 
-      parity conform --exec "./engine {model} {sequences} {out} {points} {portions} {state}" --modes batch,state
+      parity conform --exec "./e {model} {sequences} {out} {portions} {state}"
 
-      parity conform --side server --exec "./server -m {model} --port {port}" --types F32,Q4_K
+      parity conform --side server --exec "./server -m {model} --port {port}"
 
       parity conform --side ours --architectures 'qwen*' --types F32,Q4_K
 
@@ -114,9 +114,9 @@ def conform(
         o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
     if command is None:
         o.refuse_unused(context, "names offset", "is for an engine of yours", "Give its command with --exec.")
-    theirs = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
+    hf_engine = HuggingFace(Path(), given.pop("python"), given.pop("device"), slice_size=None)
     if side is ConformSide.HF:
-        theirs.check()
+        hf_engine.check()
     ways = OurEngine.every_way if side is ConformSide.OURS else () if command is None else command.ways
     chosen = cells(profile, architectures, types, prompts, modes, served.MODES if server else modes_of(ways))
     if command is not None and not cluster:  # on a cluster, the command exists only where the workers run
@@ -131,7 +131,7 @@ def conform(
         folder.absolute() if cluster else folder,
         explain,
         asking if server else None,
-        theirs if side is ConformSide.HF else None,
+        hf_engine if side is ConformSide.HF else None,
     )
     with GrowingTable(table) as rows, Shown(output_format) as shown:
 

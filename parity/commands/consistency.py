@@ -20,7 +20,9 @@ def consistency(
         list[Path] | None,
         typer.Argument(help="Two dumps of your engine over the same tokens, computed in different portions."),
     ] = None,
-    side: Annotated[o.Side | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")] = None,
+    side: Annotated[
+        o.SideChoice | None, typer.Option("--side", help="Our engine (ours, the default) or llama.cpp (ref).")
+    ] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens per chunk when the prefill is checked in chunks.")] = 4,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
@@ -29,11 +31,11 @@ def consistency(
     Is your first token right and does the text fall apart later? Then prefill and decode disagree: dump the same tokens twice, once
     as one prompt and once token by token, and give both dumps. The failing points tell whether cache, positions or mask are to blame.
 
-      parity consistency whole.jsonl steps.jsonl         two dumps of your engine
+      parity consistency whole.jsonl steps.jsonl       two dumps of your engine
 
-      parity consistency --prompt "Hi" --exec "my-engine {model} {tokens} {out} {portions}"      your engine, run by parity
+      parity consistency -p Hi --exec "./e {model} {tokens} {out} {portions}"
 
-      parity consistency --model M.gguf --prompt "Hi"    our engine; --side ref: llama.cpp
+      parity consistency -p Hi --side ref               llama.cpp itself
 
     {portions} stands for the number of tokens in each forward pass, separated by commas: 4,4,1; {ubatch} for the largest number of tokens
     computed at once; {sequences} for several prompts, 17,403;5,6; {state} for a file: continue from it if it exists, and write the
@@ -58,7 +60,7 @@ def consistency(
         o.refuse_unused(
             context, "names offset compute", "is for an engine of yours", "Give its command with --exec, or two dumps."
         )
-    if side is o.Side.REF or given["command"] is not None:
+    if side is o.SideChoice.REF or given["command"] is not None:
         o.refuse_unused(context, "backend", "is for the engine that comes with parity")
     if pair is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)

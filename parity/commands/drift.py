@@ -31,11 +31,11 @@ def record(
     prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one a line, UTF-8; \\n in a line is a line break.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
     side: Annotated[
-        o.Side,
+        o.SideChoice,
         typer.Option(
             "--side", help="Whose numbers are golden: llama.cpp's (ref) or our engine's (ours); --exec records your engine's."
         ),
-    ] = o.Side.REF,
+    ] = o.SideChoice.REF,
     generate: Annotated[
         int, typer.Option("--generate", min=0, help="Decode steps after each prompt, along llama.cpp's tokens.")
     ] = 1,
@@ -48,10 +48,10 @@ def record(
 
     if given["command"] is not None:
         o.refuse_unused(context, "side", "is not the engine that --exec runs", "Take one of them.")
-    if given["command"] is not None or side is not o.Side.OURS:
+    if given["command"] is not None or side is not o.SideChoice.OURS:
         o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
     source = side.value if given["command"] is None else EXEC
-    request = drift.Recording(Request(**given, generate=generate), prompts, out, source)
+    request = drift.GoldenRecording(Request(**given, generate=generate), prompts, out, source)
     with progress_bar(o.Format.TEXT) as progress:
         golden = drift.record(request, progress)
     for prompt in golden.prompts:
@@ -68,7 +68,7 @@ def check(
         list[Path] | None, typer.Option("--ours", help="Dumps of your engine, one for each prompt; repeat the option.")
     ] = None,
     side: Annotated[
-        o.Side | None,
+        o.SideChoice | None,
         typer.Option("--side", help="Run our engine (ours) or llama.cpp (ref); default: the side that was recorded."),
     ] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="GGUF file, if it has moved since the recording.")] = None,

@@ -12,7 +12,7 @@ from .output import DIVERGENCE_CODE, PARITY_CODE, progress_bar
 if TYPE_CHECKING:
     from reference.client import Reference
 
-    from ..hunt.hunt import Heard, Hunted
+    from ..hunt.hunt import Hunted, RoundReport
     from ..run.request import Request
 
 
@@ -26,7 +26,7 @@ def hunted(request: "Request", started: "Reference", output_format: Format) -> i
 
     console = Console()
 
-    def heard(step: "Heard") -> None:
+    def heard(step: "RoundReport") -> None:
         if output_format is Format.JSON:
             return
         if step.round.number == 1:
@@ -43,7 +43,7 @@ def hunted(request: "Request", started: "Reference", output_format: Format) -> i
 
 
 def hunted_quietly(
-    request: "Request", started: "Reference", output_format: Format, heard: "Callable[[Heard], None]" = lambda _: None
+    request: "Request", started: "Reference", output_format: Format, heard: "Callable[[RoundReport], None]" = lambda _: None
 ) -> "tuple[Hunted, dict[str, Any]]":
     """Hunt and write diff.json and the report; what was found, and the answer as JSON."""
     from checkpoints.whole_file import put

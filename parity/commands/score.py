@@ -36,7 +36,7 @@ def score(
         ),
     ] = None,
     side: Annotated[
-        o.Side | None,
+        o.SideChoice | None,
         typer.Option("--side", help="ours (default), or ref: llama.cpp itself, for instance to see what --mode native loses."),
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Compare with this base file of an earlier --save-base.")] = None,
@@ -71,11 +71,11 @@ def score(
     llama-perplexity --kl-divergence, and take one row of logits at a time. A server lists its most probable tokens only: KL is then a
     lower bound.
 
-      parity score --text wiki.test.raw --model M.gguf --exec "./engine {model} {tokens} {out}"
+      parity score --text t.txt -m M.gguf --exec "./e {model} {tokens} {out}"
 
-      parity score --text wiki.test.raw --model M-Q4_K_M.gguf --base-model M-F16.gguf --side ref --mode native
+      parity score --text t.txt -m Q4.gguf --base-model F16.gguf --side ref
 
-      parity score --text wiki.test.raw --model M.gguf --server http://127.0.0.1:8080 --server-top 20 --context 256
+      parity score --text t.txt -m M.gguf --server http://127.0.0.1:8080
 
       parity score --golden golden --exec "./engine {model} {tokens} {out}"
 
@@ -106,7 +106,7 @@ def score(
     if golden is not None:
         o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")
         given = with_golden_model(given, golden)
-    if given["command"] is not None or side is o.Side.REF or server is not None:
+    if given["command"] is not None or side is o.SideChoice.REF or server is not None:
         searched = given["command"] is not None and explain_worst  # the cause, by that engine
         names = "devices" if searched else "backend devices"
         o.refuse_unused(invocation, names, "is for the engine that comes with parity")

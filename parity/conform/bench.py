@@ -182,9 +182,11 @@ class Bench:
 
     def _side(self, request: Request) -> ExternalEngine | HuggingFace | OurEngine:
         if request.command is None:
-            theirs = self._settings.hugging_face
+            hf_engine = self._settings.hugging_face
             return (
-                OurEngine(request, self._reference, resident=True) if theirs is None else replace(theirs, model=request.model)
+                OurEngine(request, self._reference, resident=True)
+                if hf_engine is None
+                else replace(hf_engine, model=request.model)
             )
         names = self._models.points(request.model) if request.command.takes(POINTS) else ""
         return ExternalEngine(request, request.command, self._reference, model=request.model, names=names)

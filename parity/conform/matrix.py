@@ -82,9 +82,9 @@ def cells(
     if impossible := [mode for mode in wanted_modes if mode not in possible_modes]:
         needed = NEEDS[impossible[0]]
         raise InputError(
-            f"--modes {impossible[0]} needs an engine that takes {_TOLD[needed][0]}.",
+            f"--modes {impossible[0]} needs an engine that takes {_NEEDED_OPTION[needed][0]}.",
             f"This side has the modes {', '.join(possible_modes)}. For an engine that writes dumps, put {needed} into --exec: "
-            f"{_TOLD[needed][1]}.",
+            f"{_NEEDED_OPTION[needed][1]}.",
             code="modes",
         )
     axes = (
@@ -96,7 +96,7 @@ def cells(
     return [cell for cell in (Cell(*place) for place in product(*axes)) if prompt_of(cell) is not None]
 
 
-_TOLD = {
+_NEEDED_OPTION = {
     command.PORTIONS: ("how to split the prompt", "the number of tokens in each forward pass, separated by commas"),
     command.SEQUENCES: ("several prompts at once", "ids with commas, prompts with semicolons, in the place of {tokens}"),
     command.STATE: ("the file of its state", "a file: continue from it if it exists, and write the state into it at the end"),

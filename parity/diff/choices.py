@@ -46,14 +46,14 @@ def choices(records: Records) -> Choices | None:
     settled: set[tuple[int, int]] = set()
     if pair is not None:
         a, b, rows = _whole(pair, records)
-        for r, mine, theirs in zip(rows, a, b, strict=True):
+        for r, our_row, ref_row in zip(rows, a, b, strict=True):
             settled.add((int(pair.ref.seq[r]), int(pair.ref.token_idx[r]) + 1))
-            if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
+            if not (np.isfinite(our_row).all() and np.isfinite(ref_row).all()):
                 continue
-            second, first = np.sort(np.partition(theirs, -2)[-2:]) if len(theirs) > 1 else (-np.inf, theirs[0])
-            tally.add(int(pair.ref.token_idx[r]), int(mine.argmax()), int(theirs.argmax()), float(first - second))
-            divergences.append(kl(theirs, mine))
-            shares.append(overlap(mine, theirs, _TOP))
+            second, first = np.sort(np.partition(ref_row, -2)[-2:]) if len(ref_row) > 1 else (-np.inf, ref_row[0])
+            tally.add(int(pair.ref.token_idx[r]), int(our_row.argmax()), int(ref_row.argmax()), float(first - second))
+            divergences.append(kl(ref_row, our_row))
+            shares.append(overlap(our_row, ref_row, _TOP))
     _from_tokens(records, settled, tally)
     if pair is not None:
         _from_statistics(pair, settled, tally)
@@ -129,10 +129,10 @@ def _tensors(dump: Dump, rows: Rows) -> dict[int, NDArray[np.float32]]:
 
 def _from_tokens(records: Records, settled: set[tuple[int, int]], tally: _Tally) -> None:
     until = records.tokens.until
-    mine = {(token.seq, token.token_idx): token for token in records.ours.tokens}
+    our_row = {(token.seq, token.token_idx): token for token in records.ours.tokens}
     for token in records.ref.tokens:
         place = (token.seq, token.token_idx)
-        other = mine.get(place)
+        other = our_row.get(place)
         # The token at `until` was itself still chosen after the same tokens.
         if other is None or place in settled or (until is not None and token.token_idx > until):
             continue

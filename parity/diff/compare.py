@@ -19,7 +19,7 @@ from .dataflow import Flow, dataflow_of, flow, upstream, without_mask
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
 from .measure import Measured, Measures, measured
-from .offsets import Placed, elsewhere, place
+from .offsets import AlignedDump, elsewhere, place
 from .picture import picture
 from .records import Judged, Records
 from .routing import Routed, as_sets, routed
@@ -100,7 +100,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
 def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison | None = None) -> Comparison:
     allowed = options.limits or limits(ours.header, ref.header, compute=options.compute, tolerance=options.tolerance)
     same_experiment(ours, ref)
-    placed = Placed(ours) if options.placed else place(ours, ref)
+    placed = AlignedDump(ours) if options.placed else place(ours, ref)
     ours = placed.ours
     tokens = parted or compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
@@ -129,7 +129,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
             errors = errors.without(verdicts.blind)
             model = flow(errors.names, whole, layers, unmasked=bool(unmasked))
             held, routing = _held(errors, allowed, model, options, ref, lower=lower)
-            verdicts = judged(errors, held, model, ours, ref, shown)
+            verdicts = judged(errors, held, model, ours, ref, shown, verdicts.elsewhere)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
     agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))
@@ -220,8 +220,9 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
-    # Fingerprints are more reliable, and a foreign engine may give its file's path (the twin's, for instance) as the name.
-    named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
+    # Fingerprints are more reliable, and a foreign side may give its file's path (the twin's, for instance) as the name.
+    paths = any(header.model.name.endswith(".gguf") for header in (left, right))
+    named = not (left.model.fingerprint and right.model.fingerprint) and not paths
     return [
         ("mode", left.mode, right.mode),
         ("KV type", left.kv_type, right.kv_type),

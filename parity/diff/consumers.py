@@ -3,7 +3,8 @@
 The record then shows another layout, another moment or another point than its name says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from .dataflow import Flow
 from .measure import Measured
 from .moments import Others, reading
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
-from .readings import MOMENT, Allowed, Reading, head_size_of
+from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
 from .record_faults import in_order, listed
 from .records import Judged
 from .same_vector import alike
@@ -35,16 +36,29 @@ _BELOW = 100.0
 _LEFT = 0.25
 
 
-def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump, known: Sequence[RecordFault] = ()) -> Judged:
-    """Judge every failing point by what is made from it. `known`: faults of points that are not compared any more."""
-    return _Consumers(measured, held, model, ours, ref).judged(known)
+def judged(
+    measured: Measured,
+    held: Held,
+    model: Flow,
+    ours: Dump,
+    ref: Dump,
+    known: Sequence[RecordFault] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Judged:
+    """Judge every failing point by what is made from it. `known`: faults of points that are not compared any more.
+
+    `elsewhere`: points whose right values stand under such a point's name, and that name.
+    """
+    return _Consumers(measured, held, model, ours, ref, elsewhere).judged(known)
 
 
 class _Consumers:
     """Judges points from the last to the first, so that what is made from a point is judged before it."""
 
-    def __init__(self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
-        self._found, self._held, self._model, self._ours, self._ref = measured, held, model, ours, ref
+    def __init__(
+        self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump, elsewhere: Mapping[str, str]
+    ) -> None:
+        self._measured, self._held, self._model, self._ours, self._ref = measured, held, model, ours, ref
         self._place = {name: number for number, name in enumerate(measured.names)}
         self._rows = np.split(
             np.arange(len(measured.point)), np.searchsorted(measured.point, np.arange(1, len(measured.pairs)))
@@ -55,6 +69,7 @@ class _Consumers:
         self._hidden: set[str] = set()  # points whose error a norm after them removes
         self._readings: dict[str, Reading | None] = {}
         self._others = Others(ref.points)
+        self._right_elsewhere = dict(elsewhere)
         self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
@@ -65,13 +80,14 @@ class _Consumers:
         undecided: set[str] = set()
         while self._judge_once(shown, undecided):
             pass  # what one layer shows may be known from another one
-        wrong = {name: self._wrong(name) for name in self._found.names if name in shown}
+        wrong = {name: self._wrong(name) for name in self._measured.names if name in shown}
         faults = [*known, *(self._fault(name, wrong[name], shown[name]) for name in wrong)]
         return Judged(
             self._otherwise,
-            in_order(faults, self._found.names, self._model),
+            in_order(faults, self._measured.names, self._model),
             frozenset(undecided),
             frozenset(self._blind),
+            self._right_elsewhere,
         )
 
     def _wrong(self, name: str) -> Ints:
@@ -83,11 +99,11 @@ class _Consumers:
         known = {(parse(name).kind, read.same) for name, read in shown.items() if read is not None}
         before = len(shown)
         undecided.clear()
-        for name in reversed(self._found.names):
+        for name in reversed(self._measured.names):
             wrong = self._wrong(name)
             if name in shown or not len(wrong):
                 continue
-            if not (np.isfinite(self._found.measures.nmse[wrong]) | self._nonfinite(name, wrong).any(axis=1)).all():
+            if not (np.isfinite(self._measured.measures.nmse[wrong]) | self._nonfinite(name, wrong).any(axis=1)).all():
                 continue  # nothing is known of NaN that was not recorded
             decided = self._decisions(name, wrong)
             alike = {reading for kind, reading in known if kind == parse(name).kind}
@@ -100,9 +116,37 @@ class _Consumers:
                     self._blind.add(name)
                 self._otherwise[wrong] = True
                 shown[name] = read
+            elif elsewhere := self._elsewhere(name, wrong):
+                self._otherwise[wrong] = True
+                shown[name] = Reading(NAME, f"another value than its name says: its own is recorded as {elsewhere}", own=False)
             elif decided is not None and (any(decided) or name in self._hidden):
                 undecided.add(name)
         return len(shown) > before
+
+    def _elsewhere(self, name: str, wrong: Ints) -> str:
+        """The point of the same layer under whose name a first wrong point's right values were recorded: it was computed right.
+
+        That is one made from it. Two products of one input that show each other's values may have exchanged their weights.
+        """
+        if name in self._right_elsewhere:
+            return self._right_elsewhere[name]
+        if parse(name).layer is None or not self._begins(name):
+            return ""
+        keys = self._keys(wrong)
+        below = self._model.descendants(name)
+        for other in self._measured.names:
+            if other not in below or parse(other).layer != parse(name).layer:
+                continue
+            theirs = self._wrong(other)
+            if len(theirs) and keys <= self._keys(theirs):
+                read = self._reading(other, theirs)
+                if read is not None and read.shows == name:
+                    self._right_elsewhere[name] = other
+                    return other
+        return ""
+
+    def _keys(self, records: Ints) -> set[tuple[int, int]]:
+        return set(zip(self._measured.seq[records].tolist(), self._measured.token_idx[records].tolist(), strict=True))
 
     def _begins(self, name: str) -> bool:
         """Whether nothing that a point is made from is wrong."""
@@ -111,18 +155,18 @@ class _Consumers:
 
     def _nonfinite(self, name: str, wrong: Ints) -> Bools:
         """The values of these records that are NaN or infinite though the reference's are not: bool [len(wrong), N]."""
-        pair = self._found.pairs[self._place[name]]
-        ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
+        pair = self._measured.pairs[self._place[name]]
+        ours, ref = (side.take(self._measured.row[wrong]) for side in (pair.ours, pair.ref))
         width = min(ours.values.shape[1], ref.values.shape[1])
         inside = np.arange(width) < np.minimum(ours.counts, ref.counts)[:, None]
         return np.asarray(~np.isfinite(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
 
     def _shows_nonfinite(self, name: str, child: str, record: int, other: int) -> bool:
         """Whether NaN, or infinity, at the element of a record's first one would show in the recorded values of a consumer."""
-        if not (np.isnan(self._found.measures.nmse_row[other]) or self._found.measures.bound[other]):
+        if not (np.isnan(self._measured.measures.nmse_row[other]) or self._measured.measures.bound[other]):
             return True
-        parent, consumer = (self._found.pairs[self._place[point]] for point in (name, child))
-        above, below = int(self._found.row[record]), int(self._found.row[other])
+        parent, consumer = (self._measured.pairs[self._place[point]] for point in (name, child))
+        above, below = int(self._measured.row[record]), int(self._measured.row[other])
         if any(pair.ours.indices is not None or pair.ref.indices is not None for pair in (parent, consumer)):
             return False
         n, of = (pair.ref.stats.get("n") for pair in (parent, consumer))
@@ -137,11 +181,11 @@ class _Consumers:
         return self._readings[name]
 
     def _read(self, name: str, wrong: Ints) -> Reading | None:
-        if not np.isfinite(self._found.measures.nmse[wrong]).all():
+        if not np.isfinite(self._measured.measures.nmse[wrong]).all():
             return None
-        pair = self._found.pairs[self._place[name]]
-        ours, ref = (side.take(self._found.row[wrong]) for side in (pair.ours, pair.ref))
-        allowed = Allowed.of(self._held.limit[wrong], self._found.measures.nmse[wrong], ours, ref)
+        pair = self._measured.pairs[self._place[name]]
+        ours, ref = (side.take(self._measured.row[wrong]) for side in (pair.ours, pair.ref))
+        allowed = Allowed.of(self._held.limit[wrong], self._measured.measures.nmse[wrong], ours, ref)
         layout = reading(ours, ref, allowed, self._others, self._head_size)
         if layout is None and (others := alike(name, ours, self._ours.points)):
             here, there = parse(name), parse(others[0])
@@ -193,7 +237,7 @@ class _Consumers:
                 consumed = True  # judged in turn by what is made from it
             elif self._held.failed[other]:
                 failing = True
-            elif not np.isfinite(self._found.measures.nmse[record]):  # what is made from NaN would be NaN, too
+            elif not np.isfinite(self._measured.measures.nmse[record]):  # what is made from NaN would be NaN, too
                 carries = self._carries(name, record)
                 if self._shows_nonfinite(name, child, record, other) and self._model.reaches(name, child, carries):
                     consumed = True
@@ -213,7 +257,7 @@ class _Consumers:
 
     def _carries(self, name: str, record: int) -> Callable[[str], bool]:
         """Which operations leave no finite value of what a record has that is not finite."""
-        nan = np.isnan(self._found.pairs[self._place[name]].ours.values[self._found.row[record]]).any()
+        nan = np.isnan(self._measured.pairs[self._place[name]].ours.values[self._measured.row[record]]).any()
         return self._model.carries_nan if nan else self._model.carries_infinity
 
     def _reads_rows(self, name: str, child: str) -> bool:
@@ -223,13 +267,13 @@ class _Consumers:
     def _record(self, name: str, like: int) -> int | None:
         if name not in self._at:
             rows = self._rows[self._place[name]]
-            keys = zip(self._found.seq[rows].tolist(), self._found.token_idx[rows].tolist(), strict=True)
+            keys = zip(self._measured.seq[rows].tolist(), self._measured.token_idx[rows].tolist(), strict=True)
             self._at[name] = dict(zip(keys, rows.tolist(), strict=True))
-        return self._at[name].get((int(self._found.seq[like]), int(self._found.token_idx[like])))
+        return self._at[name].get((int(self._measured.seq[like]), int(self._measured.token_idx[like])))
 
     def _telling(self, name: str, child: str, record: int, other: int) -> bool:
         """Whether an agreeing consumer would differ if the record were wrong: its error is far smaller, and it sees the wrong elements."""
-        measures = self._found.measures
+        measures = self._measured.measures
         error, left = float(measures.nmse[record]), float(measures.nmse[other])
         if not left * _BELOW <= error:
             return False
@@ -258,7 +302,7 @@ class _Consumers:
 
     def _removed_by_a_norm(self, name: str, record: int) -> bool:
         """Whether a record is off by a factor and a constant only: a norm after it removes those, so that its agreement says nothing."""
-        pair, row = self._found.pairs[self._place[name]], int(self._found.row[record])
+        pair, row = self._measured.pairs[self._place[name]], int(self._measured.row[record])
         count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
         values = pair.ref.values[row, :count].astype(np.float64)
         delta = pair.ours.values[row, :count] - values
@@ -284,7 +328,7 @@ class _Consumers:
             seen.add(child)
             if self._otherwise[self._rows[self._place[child]]].any():
                 waiting += self._model.children[child]
-            else:
+            elif not self._held.failed[self._rows[self._place[child]]].any():
                 agreeing.append(child)
         return agreeing
 
@@ -292,17 +336,17 @@ class _Consumers:
         agreeing = self._agreeing(name)
         children, agree = listed(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
         what = read.sentence if read is not None else "another layout, moment or point than its name says"
-        nan = not np.isfinite(self._found.measures.nmse[wrong]).all()
+        nan = not np.isfinite(self._measured.measures.nmse[wrong]).all()
         if nan:
-            pair = self._found.pairs[self._place[name]]
-            numbers = "NaN" if np.isnan(pair.ours.values[self._found.row[wrong]]).any() else "infinity"
+            pair = self._measured.pairs[self._place[name]]
+            numbers = "NaN" if np.isnan(pair.ours.values[self._measured.row[wrong]]).any() else "infinity"
             what = f"{numbers} that no later operation used: memory captured before it was written, or after it was reused"
             what += "" if numbers == "NaN" else ", or an overflow of the capture's own type"
         return RecordFault(
             checkpoint=name,
             layer=parse(name).layer,
             kind="nonfinite" if nan else (read.kind if read is not None else "unknown"),
-            positions=tuple(sorted(set(self._found.token_idx[wrong].tolist()))),
+            positions=tuple(sorted(set(self._measured.token_idx[wrong].tolist()))),
             records=len(wrong),
             sentence=f"{what}; {children}, computed from it, {agree}" if agreeing else what,
             map=read.mapping if read is not None else "",

@@ -72,10 +72,15 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
             f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, as lower precision does"
         )
     elif settled and stretch is not None:
-        operation = _operation(name, stretch)
+        later = twin.later if twin is not None else ""
+        operation = (
+            f"{name} shows {later}, which is computed later: its own value was not seen" if later else _operation(name, stretch)
+        )
     pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
-    if pattern is not None and pattern.code == "reference-nonfinite":
-        operation = ""
+    if pattern is not None and (
+        pattern.code == "reference-nonfinite" or (pattern.code == "rounded" and stretch is not None and not stretch.inputs)
+    ):
+        operation = ""  # a table that is stored in a lower type is neither another table nor another row
     return First(divergence, agreement, advice, wider, operation, pattern)
 
 
@@ -188,8 +193,8 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
 def _unjudged(records: Records, failing: Ints) -> bool:
     """Whether all that fails are NaN or infinities of the reference's that ours has not, or that are NaN in both."""
     measures = records.measures
-    theirs = measures.nonfinite_ref[failing] > 0
-    return bool((theirs & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
+    broken_ref = measures.nonfinite_ref[failing] > 0
+    return bool((broken_ref & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
         np.isinf(measures.nmse[failing]).all()
     )
 

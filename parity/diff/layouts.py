@@ -118,33 +118,42 @@ def other_length(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None)
 
     No operation of the model makes rows of that length, so that even rows that are not seen to agree are such a record.
     """
-    mine, theirs = length(ours), length(ref)
-    if mine is None or theirs is None or mine == theirs:
+    our_length, ref_length = length(ours), length(ref)
+    if our_length is None or ref_length is None or our_length == ref_length:
         return None
-    sentence = f"rows of {mine:,} elements where llama.cpp has {theirs:,}"
-    for order, what in _parts(mine, theirs, head_size):
+    sentence = f"rows of {our_length:,} elements where llama.cpp has {ref_length:,}"
+    for order, what in _parts(our_length, ref_length, head_size):
         if _fits_length(ours, ref, order, allowed):
             return Reading(LENGTH, f"{sentence}: {what}", proof=True)
     return Reading(LENGTH, sentence)
 
 
-def _parts(mine: int, theirs: int, head_size: int | None) -> Iterator[tuple[Ints, str]]:
+def _parts(our_length: int, ref_length: int, head_size: int | None) -> Iterator[tuple[Ints, str]]:
     """(the element of the reference at each place of ours, -1: padding; what that is)."""
-    place = np.arange(theirs)
-    if mine < theirs and theirs % mine == 0:
-        count = theirs // mine
+    place = np.arange(ref_length)
+    if our_length < ref_length and ref_length % our_length == 0:
+        count = ref_length // our_length
         for part in range(count):
-            yield place[part * mine : (part + 1) * mine], f"part {part + 1} of {count}, as one rank of several holds it"
+            yield (
+                place[part * our_length : (part + 1) * our_length],
+                f"part {part + 1} of {count}, as one rank of several holds it",
+            )
         yield place[::count], f"every {_ordinal(count)} element"
-    elif mine > theirs and mine % theirs == 0:
-        copies = mine // theirs
+    elif our_length > ref_length and our_length % ref_length == 0:
+        copies = our_length // ref_length
         for d in dict.fromkeys([*([head_size] if head_size else []), *_SIZES]):
-            if theirs % d == 0:
+            if ref_length % d == 0:
                 yield place.reshape(-1, 1, d).repeat(copies, axis=1).reshape(-1), f"each head of {d} repeated {copies} times"
         yield np.tile(place, copies), f"the row repeated {copies} times"
-    if mine > theirs:
-        yield np.concatenate([place, np.full(mine - theirs, -1)]), f"{mine - theirs} elements of padding behind the row"
-        yield np.concatenate([np.full(mine - theirs, -1), place]), f"{mine - theirs} elements in front of the row"
+    if our_length > ref_length:
+        yield (
+            np.concatenate([place, np.full(our_length - ref_length, -1)]),
+            f"{our_length - ref_length} elements of padding behind the row",
+        )
+        yield (
+            np.concatenate([np.full(our_length - ref_length, -1), place]),
+            f"{our_length - ref_length} elements in front of the row",
+        )
 
 
 def _ordinal(number: int) -> str:

@@ -44,11 +44,11 @@ class Others:
         key = int(ours.seq[0]), int(ours.token_idx[0])
         if key not in self._beginnings:
             self._beginnings[key] = self._at(*key)
-        names, theirs = self._beginnings[key]
-        mine = wide(ours.values[0, :2])
-        if len(mine) < 2:
+        names, others = self._beginnings[key]
+        own = wide(ours.values[0, :2])
+        if len(own) < 2:
             return []
-        far = np.abs(theirs - mine) > _NEAR * np.maximum(np.abs(theirs), np.abs(mine)) + allowed.step
+        far = np.abs(others - own) > _NEAR * np.maximum(np.abs(others), np.abs(own)) + allowed.step
         return [names[number] for number in np.flatnonzero(~far.any(axis=1)).tolist()]
 
     def _at(self, seq: int, position: int) -> tuple[list[str], Floats]:
@@ -109,6 +109,7 @@ def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Others) -> Reading
                 relation=f"{there.kind} {away or there.name}",
                 proof=later,
                 own=False,
+                shows=name,
             )
     return None
 
@@ -130,11 +131,11 @@ def _together(ours: Rows, rows: Rows) -> tuple[Floats, Floats] | None:
         return None
     place = {(int(seq), int(t)): r for r, (seq, t) in enumerate(zip(rows.seq, rows.token_idx, strict=True))}
     at = [place.get((int(seq), int(t))) for seq, t in zip(ours.seq, ours.token_idx, strict=True)]
-    theirs = [r for r in at if r is not None]
+    counterparts = [r for r in at if r is not None]
     width = min(ours.values.shape[1], rows.values.shape[1])
-    if len(theirs) < len(ours) or width < min(TELLING, ours.values.shape[1]) or width < 4:
+    if len(counterparts) < len(ours) or width < min(TELLING, ours.values.shape[1]) or width < 4:
         return None
-    return wide(ours.values[:, :width]), wide(rows.values[theirs, :width])
+    return wide(ours.values[:, :width]), wide(rows.values[counterparts, :width])
 
 
 def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
@@ -198,8 +199,10 @@ def _other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
         return Reading(MOMENT, sentence, own=False)
     if len(set(shown.tolist())) == len(shown):
         more = ", …" if len(shown) > _LISTED else ""
-        theirs, mine = (", ".join(map(str, positions[:_LISTED].tolist())) + more for positions in (shown, ours.token_idx))
-        return Reading(MOMENT, f"its positions are in another order: {mine} hold the reference's {theirs}")
+        shown_text, our_text = (
+            ", ".join(map(str, positions[:_LISTED].tolist())) + more for positions in (shown, ours.token_idx)
+        )
+        return Reading(MOMENT, f"its positions are in another order: {our_text} hold the reference's {shown_text}")
     return None
 
 
@@ -209,14 +212,14 @@ def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
     shown = np.full(len(ours), -1, dtype=np.int64)
     if rows.indices is not None or width < 4 or width < min(TELLING, ours.values.shape[1]):
         return shown
-    theirs = wide(rows.values[:, :width])
-    energy = np.sum(theirs**2, axis=1)
-    usable = np.isfinite(theirs).all(axis=1) & (energy > 0)
+    candidates = wide(rows.values[:, :width])
+    energy = np.sum(candidates**2, axis=1)
+    usable = np.isfinite(candidates).all(axis=1) & (energy > 0)
     for i in range(len(ours)):
         row = wide(ours.values[i, :width])
         if not np.isfinite(row).all() or len(set(row.tolist())) < 3:
             continue
-        delta = np.maximum(np.abs(theirs - row) - allowed.step, 0.0)
+        delta = np.maximum(np.abs(candidates - row) - allowed.step, 0.0)
         near = usable & (rows.seq == ours.seq[i]) & (np.sum(delta**2, axis=1) <= allowed.nmse[i] * energy)
         if near.any():
             shown[i] = rows.token_idx[near.argmax()]

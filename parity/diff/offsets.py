@@ -25,7 +25,7 @@ _RECORDS = 64  # most records of one point at one offset; their median is its er
 _EXACT = 1e-10  # two errors below this are equal: two right engines differ by no more (the limit of exact mode)
 
 
-class Placed(Struct, frozen=True):
+class AlignedDump(Struct, frozen=True):
     """Our dump at the reference's positions; `note` says how they are known, empty if both sides count by their tokens."""
 
     ours: Dump
@@ -54,7 +54,7 @@ class Scores(Struct, frozen=True):
         return min(self.errors, key=lambda offset: (max(self.errors[offset], _EXACT), abs(offset)))
 
 
-def place(ours: Dump, ref: Dump) -> Placed:
+def place(ours: Dump, ref: Dump) -> AlignedDump:
     """Move `ours` to where the reference counts.
 
     Generated tokens decide if both sides list them; prompts that both sides list begin at position 0. If nothing states it,
@@ -67,22 +67,22 @@ def place(ours: Dump, ref: Dump) -> Placed:
     if placed is not None:
         offset, matching = placed
         note = f"positions: ours are moved by {offset:+d}, where {matching} of our generated tokens are the reference's"
-        return Placed(shifted(ours, offset), note) if offset else Placed(ours)
+        return AlignedDump(shifted(ours, offset), note) if offset else AlignedDump(ours)
     if _counts_from_its_prompt(ours) and _counts_from_its_prompt(ref):
-        return Placed(ours)
+        return AlignedDump(ours)
     return _by_values(ours, ref)
 
 
 def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
     """The offset at which our generated tokens begin like the reference's, and how many do; None if they say nothing."""
-    mine, theirs = ([token for token in side.tokens if token.seq == 0] for side in (ours, ref))
-    if not mine or not theirs:
+    our_tokens, ref_tokens = ([token for token in side.tokens if token.seq == 0] for side in (ours, ref))
+    if not our_tokens or not ref_tokens:
         return None
-    first = min(token.token_idx for token in mine)
-    chosen = {token.token_idx: token.id for token in theirs}
+    first = min(token.token_idx for token in our_tokens)
+    chosen = {token.token_idx: token.id for token in ref_tokens}
 
     def matching(offset: int) -> int:
-        return sum(chosen.get(token.token_idx + offset) == token.id for token in mine)
+        return sum(chosen.get(token.token_idx + offset) == token.id for token in our_tokens)
 
     # Generated tokens that follow their own prompt are where format 1 wants them.
     behind = ours.header is not None and 0 < len(ours.header.tokens) <= first
@@ -96,7 +96,7 @@ def _counts_from_its_prompt(dump: Dump) -> bool:
     return length > 0 and not any(bool(np.any(rows.decode & (rows.token_idx < length))) for rows in dump.points.values())
 
 
-def _by_values(ours: Dump, ref: Dump) -> Placed:
+def _by_values(ours: Dump, ref: Dump) -> AlignedDump:
     common = [name for name in order(ref.points) if name in ours.points]
     tried: list[Scores] = []
     for name in common[:_POINTS]:
@@ -107,7 +107,7 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
         if scores.clear:
             return _taken(ours, scores)
     if not tried:
-        return Placed(ours)  # no point or no value in common: `align` says so
+        return AlignedDump(ours)  # no point or no value in common: `align` says so
     same = all(np.array_equal(distinct(keys(ours.points[name])), distinct(keys(ref.points[name]))) for name in common)
     first = tried[0]
     listed = ", ".join(
@@ -115,7 +115,7 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
     )
     if same:
         note = f"positions: used as numbered, which is the same on both sides; values do not decide it (NMSE of {first.point}: {listed})"
-        return Placed(ours, note)
+        return AlignedDump(ours, note)
     raise DumpError(
         f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE of {first.point} is {listed}.",
         "Give --offset N, which is added to every position of ours (0: they count from the prompt's first token, like the reference's).",
@@ -123,7 +123,7 @@ def _by_values(ours: Dump, ref: Dump) -> Placed:
     )
 
 
-def _taken(ours: Dump, scores: Scores) -> Placed:
+def _taken(ours: Dump, scores: Scores) -> AlignedDump:
     offset = scores.best
     how = f"ours are moved by {offset:+d}" if offset else "ours are used as numbered (--offset 0)"
     note = f"positions: nothing says how ours are counted; {how}: NMSE of {scores.point} {scores.errors[offset]:.2g} there"
@@ -135,7 +135,7 @@ def _taken(ours: Dump, scores: Scores) -> Placed:
         note += ", and no other offset is possible"
     if offset == 1:
         note += "; is the first token (BOS) missing in ours?"
-    return Placed(shifted(ours, offset) if offset else ours, note)
+    return AlignedDump(shifted(ours, offset) if offset else ours, note)
 
 
 def elsewhere(ours: Dump, ref: Dump, wrong: Sequence[str]) -> list[str]:
@@ -168,13 +168,13 @@ def _plausible(ours: Dump, ref: Dump, point: str) -> set[int]:
 
 def tried_offsets(ours: Rows, ref: Rows, offsets: set[int]) -> Scores:
     """The error of one point at each of these offsets; offsets at which nothing can be compared are left out."""
-    mine, their_keys = ours.take(np.unique(keys(ours), return_index=True)[1]), keys(ref)
-    _, theirs = np.unique(their_keys, return_index=True)
+    our_rows, ref_keys = ours.take(np.unique(keys(ours), return_index=True)[1]), keys(ref)
+    _, ref_first = np.unique(ref_keys, return_index=True)
     errors: dict[int, float] = {}
     for offset in sorted(offsets):
-        _, left, right = np.intersect1d(keys(mine) + offset, their_keys[theirs], assume_unique=True, return_indices=True)
+        _, left, right = np.intersect1d(keys(our_rows) + offset, ref_keys[ref_first], assume_unique=True, return_indices=True)
         spread = np.linspace(0, len(left) - 1, min(len(left), _RECORDS)).astype(np.int64)  # evenly over all records
-        pair = Pair(ours.point, mine.take(left[spread]), ref.take(theirs[right[spread]]))
+        pair = Pair(ours.point, our_rows.take(left[spread]), ref.take(ref_first[right[spread]]))
         nmse = measure([pair]).nmse
         if not np.isnan(nmse).all():
             errors[offset] = float(np.nanmedian(nmse))

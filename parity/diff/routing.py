@@ -78,16 +78,16 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
             if held.failed[record] and not left_open[record]:
-                ours, theirs = _ids(pair.ours, r), _ids(pair.ref, r)
+                our_ids, ref_ids = _ids(pair.ours, r), _ids(pair.ref, r)
                 limit = _limit_of_scores(measured, held, scores, seq, position)
-                margin = _tie(ours, theirs, seq, position, model, pair.point, ref, limit)
+                margin = _tie(our_ids, ref_ids, seq, position, model, pair.point, ref, limit)
                 if margin is None:
                     continue
                 left_open[record] = True
                 left_open |= _of(measured, below) & (measured.seq == seq) & (measured.token_idx >= position)
                 flips.append(
-                    f"{pair.point}, position {position}: ours takes expert {_listed(ours - theirs)}, the reference "
-                    f"{_listed(theirs - ours)}: a near tie ({margin:.1e} apart)"
+                    f"{pair.point}, position {position}: ours takes expert {_listed(our_ids - ref_ids)}, the reference "
+                    f"{_listed(ref_ids - our_ids)}: a near tie ({margin:.1e} apart)"
                 )
             elif not np.array_equal(
                 pair.ours.values[r, : int(pair.ours.counts[r])], pair.ref.values[r, : int(pair.ref.counts[r])]
@@ -139,8 +139,8 @@ def _listed(ids: frozenset[int]) -> str:
 
 
 def _tie(
-    ours: frozenset[int],
-    theirs: frozenset[int],
+    our_ids: frozenset[int],
+    ref_ids: frozenset[int],
     seq: int,
     position: int,
     model: Flow,
@@ -152,17 +152,17 @@ def _tie(
 
     If experts are chosen from chosen groups, a near tie of groups exchanges them, too, whatever their own scores are.
     """
-    if len(ours) != len(theirs):
+    if len(our_ids) != len(ref_ids):
         return None
     groups: list[float] = []
     for name in _chosen_by(model, point):
         scores = _scores(ref, name, seq, position)
         if scores is None:
             continue
-        if max(ours | theirs) >= len(scores):  # not one score for each expert
+        if max(our_ids | ref_ids) >= len(scores):  # not one score for each expert
             groups += [margin for margin in (nearest(scores, limit),) if margin is not None]
             continue
-        lost, won = scores[sorted(theirs - ours)], scores[sorted(ours - theirs)]
+        lost, won = scores[sorted(ref_ids - our_ids)], scores[sorted(our_ids - ref_ids)]
         if not (np.isfinite(lost).all() and np.isfinite(won).all()):
             continue  # its group was not chosen
         margin = float(lost.max() - won.min())

@@ -62,14 +62,14 @@ def _scattered(ours: Rows, ref: Rows) -> Values:
     index = np.full(ours.values.shape, -1, dtype=np.int64)
     quantum = np.zeros(ours.values.shape)
     for r in range(len(ours)):
-        mine, theirs = _recorded(ours, r), _recorded(ref, r)
-        _, at_mine, at_theirs = np.intersect1d(mine, theirs, return_indices=True)
-        b[r, at_mine] = ref.values[r, at_theirs]
-        index[r, at_mine] = mine[at_mine]
+        our_index, ref_index = _recorded(ours, r), _recorded(ref, r)
+        _, at_ours, at_ref = np.intersect1d(our_index, ref_index, return_indices=True)
+        b[r, at_ours] = ref.values[r, at_ref]
+        index[r, at_ours] = our_index[at_ours]
         if ours.quantum is not None:
-            quantum[r, at_mine] += ours.quantum[r, at_mine] / 2
+            quantum[r, at_ours] += ours.quantum[r, at_ours] / 2
         if ref.quantum is not None:
-            quantum[r, at_mine] += ref.quantum[r, at_theirs] / 2
+            quantum[r, at_ours] += ref.quantum[r, at_ref] / 2
     exact = ours.quantum is None and ref.quantum is None
     return Values(a, b, np.full(len(ours), width), index, index >= 0, None if exact else quantum)
 

@@ -44,11 +44,11 @@ def with_truth(three_way: ThreeWay, dumps: tuple[Dump, Dump, Dump], truth: Truth
     """The answer extended by each side's distance from float64 where they differ: two sides that agree may share a fault."""
     wanted = [point.checkpoint for point in three_way.points if point.differs]
     far = [truth.distances({name: dump.points[name] for name in wanted if name in dump.points}) for dump in dumps]
-    points = tuple(_told(point, [side.get(point.checkpoint) for side in far]) for point in three_way.points)
+    points = tuple(_with_distances(point, [side.get(point.checkpoint) for side in far]) for point in three_way.points)
     return replace(three_way, points=points, first=next((point for point in points if point.differs), None))
 
 
-def _told(point: ThreeWayPoint, sides: Sequence[Floats | None]) -> ThreeWayPoint:
+def _with_distances(point: ThreeWayPoint, sides: Sequence[Floats | None]) -> ThreeWayPoint:
     worst = [None if side is None or np.isnan(side).all() else float(np.nanmax(side)) for side in sides]
     known = [far for far in worst if far is not None]
     if not point.differs or len(known) < 2:

@@ -16,6 +16,7 @@ from checkpoints.reading.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.whole_file import put
 from reference.client import Reference
+from reports.numbers import count
 
 from ..diff.compare import Options, compare
 from ..run.command import Command
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 _NAMED = 3  # points that a note names
 
 
-class Recording(Struct, frozen=True):
+class GoldenRecording(Struct, frozen=True):
     """The request of `parity drift record`: how `side` ("ours", "ref", "exec") runs, on which prompts, and the folder to write.
 
     `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
@@ -66,7 +67,7 @@ class Checking(Struct, frozen=True):
     cluster: str = ""
 
 
-def record(request: Recording, progress: Progress | None = None) -> Golden:
+def record(request: GoldenRecording, progress: Progress | None = None) -> Golden:
     """Write golden dumps of every prompt.
 
     Raises:
@@ -195,10 +196,15 @@ def _answer(
 
 def _notes(skipped: int, book: Path, unrecorded: Sequence[str]) -> Iterator[str]:
     if skipped:
-        yield f"{skipped} lines of {book} are not entries and were skipped"
+        yield ledger.skipped_note(skipped, book)
     if unrecorded:
-        more = f" and {len(unrecorded) - _NAMED} more points" if len(unrecorded) > _NAMED else ""
-        yield f"not compared, since the golden dumps lack them: {', '.join(unrecorded[:_NAMED])}{more}"
+        yield f"not compared, since the golden dumps lack them: {listed_points(unrecorded)}"
+
+
+def listed_points(names: Sequence[str]) -> str:
+    """The first three of some points, and how many more there are."""
+    more = f" and {count(len(names) - _NAMED, 'more point')}" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _side(source: str, versions: dict[str, str]) -> str:

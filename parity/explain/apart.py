@@ -19,7 +19,7 @@ from engine.weights.gguf_model import GgufModel
 from ..diff.limits import EXACT_FLOOR
 from .budget import Budget
 from .case import Case
-from .state import Candidate, State, rows_enough
+from .state import Candidate, SearchState, rows_enough
 
 _LONGER = 80  # tokens of a longer prompt: beyond the blocks of 32 and 64 in which engines cut prompts
 _LONGEST = 512  # its most tokens, whatever the dump's own length: scores grow with its square
@@ -59,7 +59,7 @@ class Probe(Struct, frozen=True):
             if candidate.fault.shows is None:
                 name = self.planting.steps[self.end - 1].makes
                 steps = steps[: [step.makes for step in steps].index(name) + 1]
-            changed = self.replay.run(steps, lambda _name, _made: True)
+            changed = self.replay.run(steps, lambda _name, _value: True)
         except NotApplicable:
             return None
         return {
@@ -94,7 +94,7 @@ def _differ(first: Array, second: Array) -> bool:
     return not bool(error <= EXACT_FLOOR.operations)
 
 
-def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidate], budget: Budget) -> str:
+def apart(case: Case, state: SearchState, chosen: Candidate, others: Sequence[Candidate], budget: Budget) -> str:
     """A sentence on what distinguishes the faults of one class, from probes that were run; "" if there are no others.
 
     Args:
@@ -114,19 +114,22 @@ def apart(case: Case, state: State, chosen: Candidate, others: Sequence[Candidat
             if telling:
                 points = sorted({names[0] for _, names in telling})
                 where = f"{probe.sentence} ({_listed(points)})" if number == 0 else probe.sentence
-                sentences.append(f"{where} would tell {_listed([_said(candidate, chosen) for candidate, _ in telling])} apart")
+                sentences.append(
+                    f"{where} would tell {_listed([_named_apart(candidate, chosen) for candidate, _ in telling])} apart"
+                )
             separated = [candidate for candidate, _ in telling]
             left = [candidate for candidate in left if candidate not in separated]
             if not left:
                 break
     if left and tried:
         sentences.append(
-            f"nothing that was tried can tell {_listed([_said(candidate, chosen) for candidate in left])} apart ({', '.join(tried)})"
+            f"nothing that was tried can tell {_listed([_named_apart(candidate, chosen) for candidate in left])} apart "
+            f"({', '.join(tried)})"
         )
     return "; ".join(sentences)
 
 
-def _said(candidate: Candidate, chosen: Candidate) -> str:
+def _named_apart(candidate: Candidate, chosen: Candidate) -> str:
     """A fault with its parameters, and with its place only if the chosen one is the same fault elsewhere."""
     given = candidate.parameters.items()
     plain = [str(value) for _, value in given if not isinstance(value, tuple)]
@@ -140,7 +143,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(unique[:_NAMES]) + (f" and {len(unique) - _NAMES} more" if len(unique) > _NAMES else "")
 
 
-def _probes(case: Case, state: State, candidates: Sequence[Candidate], folder: Path) -> Iterator[Probe]:
+def _probes(case: Case, state: SearchState, candidates: Sequence[Candidate], folder: Path) -> Iterator[Probe]:
     """Probes, the cheap ones first: this prompt, a short generation, small models, a long prompt; the user's model is run up to the place
     that differs.
     """

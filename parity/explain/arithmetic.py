@@ -19,11 +19,14 @@ from .case import Case
 from .known_model import KnownModel
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
 from .records import Expected, Floats
-from .systematic import systematic
+from .systematic import SECONDS, systematic
 
 
-def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:
-    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic."""
+def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
+    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic.
+
+    After `seconds` no further number is tried that the errors might follow.
+    """
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
     first = exact.verdict.first_divergence
@@ -59,7 +62,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
             pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
             alike = _alike(known.case, kind, pair)
             if alike < REPRODUCED:
-                followed = followed if sought else _followed(known.case, pair)
+                followed = followed if sought else _followed(known.case, pair, seconds)
                 sought = True
             if (alike < REPRODUCED and followed != "") or not is_reproduced(kind, alike, errors):
                 doubtful.append(kind)
@@ -72,10 +75,10 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _followed(case: Case, pair: Pair) -> str | None:
+def _followed(case: Case, pair: Pair, seconds: float) -> str | None:
     """The one number that the errors of a point follow; empty if there is none, None if the time did not suffice (`systematic`)."""
     beside = _beside(case, pair)
-    return "" if beside is None else systematic(case, *beside)
+    return "" if beside is None else systematic(case, *beside, seconds)
 
 
 def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Verdict:
@@ -122,11 +125,11 @@ def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]
     mine = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
-    theirs, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
-    theirs[index[mine], :width] = pair.ours.values[mine, :width]
+    dumped, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
+    dumped[index[mine], :width] = pair.ours.values[mine, :width]
     known[index[mine], :width] = np.arange(width)[None, :] < pair.ours.counts[mine, None]
-    known &= np.isfinite(theirs) & np.isfinite(right)
-    return entry, np.where(known, theirs, 0.0) - np.where(known, right, 0.0), known
+    known &= np.isfinite(dumped) & np.isfinite(right)
+    return entry, np.where(known, dumped, 0.0) - np.where(known, right, 0.0), known
 
 
 def _alike(case: Case, kind: str, pair: Pair) -> float:

@@ -15,7 +15,7 @@ from .carry import carry, distinct, steps_between
 from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
-from .state import Candidate, Layers, RecordKey, Screened, State
+from .state import Candidate, Layers, RecordKey, Screened, SearchState
 
 # (layer, versions of its output's first rows by number, rows) -> the numbers of the likely ones
 Choose = Callable[[str, Mapping[int, Array], int], set[int]]
@@ -39,7 +39,7 @@ class BatchScreening(AtFirstPlace):
         ValueError: the state has no place that differs.
     """
 
-    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
+    def __init__(self, screening: Screening, state: SearchState, layers: Layers) -> None:
         super().__init__(screening, state, layers)
         self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
         # Computing candidate by candidate ends with the layer, if its output can be carried on from there.
@@ -219,7 +219,7 @@ class BatchScreening(AtFirstPlace):
 
 
 def screened(
-    screening: Screening, state: State, layers: Layers, candidates: Sequence[Candidate]
+    screening: Screening, state: SearchState, layers: Layers, candidates: Sequence[Candidate]
 ) -> Iterator[tuple[Candidate, Screened]]:
     """The candidates of a scope that change something at the state's first place, and how far they get."""
     for part in in_two(screening, state, layers, candidates, None):
@@ -227,7 +227,7 @@ def screened(
 
 
 def in_two(
-    screening: Screening, state: State, layers: Layers, candidates: Sequence[Candidate], likely: Choose | None
+    screening: Screening, state: SearchState, layers: Layers, candidates: Sequence[Candidate], likely: Choose | None
 ) -> tuple[Iterator[tuple[Candidate, Screened]], Iterator[tuple[Candidate, Screened]]]:
     """`screened` in two parts: the likely candidates, and the postponed ones, which can be read after the likely ones."""
     if state.first is None:
@@ -249,7 +249,7 @@ def in_two(
     return first(), batch.postponed()
 
 
-def _plain(screening: Screening, state: State, candidate: Candidate) -> bool:
+def _plain(screening: Screening, state: SearchState, candidate: Candidate) -> bool:
     """Whether a candidate can be computed together with others: no fault of the capture takes part."""
     first = state.first
     return (
@@ -260,7 +260,7 @@ def _plain(screening: Screening, state: State, candidate: Candidate) -> bool:
     )
 
 
-def beyond(screening: Screening, state: State, candidates: Sequence[Candidate]) -> Iterator[State]:
+def beyond(screening: Screening, state: SearchState, candidates: Sequence[Candidate]) -> Iterator[SearchState]:
     """The states of candidates that get beyond the state's first place, on all rows.
 
     If one of them explains everything, those that the first rows already contradict somewhere are left out.

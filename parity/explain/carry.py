@@ -10,12 +10,12 @@ from engine.graph import POSITIONS, Step, WeightSource
 from engine.replay.batched import can_batch, compute_batch
 from engine.replay.replay import Stop
 
-from .state import State
+from .state import SearchState
 
 _CARRIED = 512  # rows computed at once: enough to keep the matrix products busy
 
 
-def steps_between(state: State, layer: int, point: str) -> list[Step]:
+def steps_between(state: SearchState, layer: int, point: str) -> list[Step]:
     """The steps between a layer's output and a point, if `carry` can compute them; else none (a last layer's may have no name)."""
     start = state.order.get(f"blk.{layer}.l_out")
     if start is None:

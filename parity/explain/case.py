@@ -99,6 +99,8 @@ class Case:
         self.rounded = half.rounded
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
+        if options.tokens is not None:
+            self.dump = _of_prompt(self.dump, len(tokens))
         self.transformer.check(tokens, 0)
         self.transformer.expect(len(tokens))
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -232,6 +234,23 @@ def _first_sequence(dump: Dump) -> Dump:
     if not kept:
         raise DumpError(f"{dump.path} has no record of sequence 0.", "explain looks at one sequence.", code="sequence")
     return replace(dump, points=kept)
+
+
+def _of_prompt(dump: Dump, count: int) -> Dump:
+    """A dump that lists more tokens than the prompt that was given, without the records behind that prompt's positions.
+
+    Its engine doubled BOS, say, or went on by itself; the records of a dump that lists no others are left, since tokens are missing then.
+    """
+    listed = dump.header.tokens if dump.header is not None and dump.header.tokens else ()
+    if len(listed) + len(generated_of(dump)) <= count:
+        return dump
+    points = {name: rows.take(rows.token_idx < count) for name, rows in dump.points.items()}
+    kept = {name: rows for name, rows in points.items() if len(rows)}
+    left = sum(map(len, dump.points.values())) - sum(map(len, kept.values()))
+    if not kept or not left:
+        return dump
+    note = f"{left:,} records behind the prompt's {count} tokens are left out: the dump lists more tokens"
+    return replace(dump, points=kept, notes=(*dump.notes, note))
 
 
 def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:

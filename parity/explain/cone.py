@@ -9,7 +9,7 @@ from checkpoints.points import parse
 from engine.faults.base import kinds_of
 
 from .records import Expected
-from .state import State, rows_enough
+from .state import SearchState, rows_enough
 
 
 class Cone(Struct, frozen=True):
@@ -33,7 +33,7 @@ class Cone(Struct, frozen=True):
         return range(min(layers), max(layers) + 1) if layers else range(0)
 
 
-def cone(entries: Sequence[Expected], state: State) -> Cone:
+def cone(entries: Sequence[Expected], state: SearchState) -> Cone:
     """The steps in question at a state's first place.
 
     Raises:
@@ -64,7 +64,7 @@ def cone(entries: Sequence[Expected], state: State) -> Cone:
     return Cone(frozenset(steps), kinds, tuple(name for name in number if name in ends), all(ends.values()))
 
 
-def _agrees(entry: Expected, state: State, at: int, row: int) -> bool | None:
+def _agrees(entry: Expected, state: SearchState, at: int, row: int) -> bool | None:
     """Whether an agreeing point was seen whole, at every position up to a row; None if it does not agree or has none of these."""
     here = entry.rows <= row
     if not here.any() or bool((state.nmse[at] > entry.limit)[here].any()):

@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 from msgspec.structs import replace
 
-from checkpoints.answers.explain import Cause, Explanation, Named, Place, TruthAt
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named, TruthAt
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
@@ -33,7 +33,7 @@ from .precision import best as best_kinds
 from .records import Expected, right_rows
 from .rows import garbage
 from .search import Search
-from .state import Candidate, RecordKey, State
+from .state import Candidate, RecordKey, SearchState
 from .systematic import systematic
 
 EXACT = EXACT_FLOOR.operations
@@ -63,7 +63,7 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     return replace(answer, notes=notes, seconds=perf_counter() - began)
 
 
-def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, State]:
+def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
     """The faults that reproduce one case's numbers, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     sharper: Search | None = None
@@ -115,12 +115,12 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     return answer, best
 
 
-def _known(case: Case, search: Search, state: State) -> bool:
+def _known(case: Case, search: Search, state: SearchState) -> bool:
     """Whether the error at a state's first place is known even without a cause: one operation, and a law of its numbers."""
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
-def _looks_like(case: Case, search: Search, start: State, budget: Budget) -> tuple[str, ...]:
+def _looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -> tuple[str, ...]:
     """The arithmetics that explain the differences as noise, the best first, unless a fault, a fitted number or a law fits better."""
     sentence = law_at(case, search, start)
     if not may_be_noise(case.entries) or search.simple(start) or (sentence and not sentence.endswith(WRONG)):
@@ -145,7 +145,7 @@ def _scattered(case: Case, kind: str) -> bool:
     return followed == ""
 
 
-def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> Explanation:
+def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation) -> Explanation:
     """The answer, with what the numbers say about the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     sentence, where = law_at(case, search, best), placed(case, search, best)
@@ -161,16 +161,16 @@ def _left_over(case: Case, search: Search, best: State, answer: Explanation) -> 
     return replace(answer, law=sentence, placed=where, leads=tuple(hints))
 
 
-def _truth(case: Case, start: State, arbiter: str) -> TruthAt | None:
+def _truth(case: Case, start: SearchState, arbiter: str) -> TruthAt | None:
     """How far the dump and our right engine are from float64 at the first place, where the arbiter was asked."""
     if start.first is None or not (arbiter == ALL or (arbiter == AUTO and case.arbiter.asked)):
         return None
     entry = case.entries[start.first.point]
-    theirs = case.arbiter.distances({entry.point: entry.pair.ours})[entry.point]
+    dump_distance = case.arbiter.distances({entry.point: entry.pair.ours})[entry.point]
     right = right_rows(case.replay, case.positions, {entry.point: entry.pair.ours})[entry.point].take(entry.rows)
     ours = case.arbiter.distances({entry.point: right})[entry.point]
     here = entry.rows == start.first.row
-    return TruthAt(float(theirs[here].max()), float(ours[here].max()))
+    return TruthAt(float(dump_distance[here].max()), float(ours[here].max()))
 
 
 def _lint(dump: Dump, transformer: Transformer) -> list[str]:
@@ -182,7 +182,7 @@ def _lint(dump: Dump, transformer: Transformer) -> list[str]:
     ]
 
 
-def _around(case: Case, search: Search, best: State, max_faults: int, budget: Budget) -> State:
+def _around(case: Case, search: Search, best: SearchState, max_faults: int, budget: Budget) -> SearchState:
     """If the place that is left shows a value that the engine computes later (a fault of the capture), explain the rest first.
 
     The points of that kind are left out, and the explanation of the others is kept.
@@ -208,10 +208,10 @@ def _around(case: Case, search: Search, best: State, max_faults: int, budget: Bu
     return min(best, search.explain(state, max_faults - len(state.faults)), key=search.rank)
 
 
-def _needed(search: Search, best: State) -> State:
+def _needed(search: Search, best: SearchState) -> SearchState:
     """The best state without superfluous faults."""
     for left_out in best.faults if len(best.faults) > 1 else ():
-        state: State | None = search.screening.start()
+        state: SearchState | None = search.screening.start()
         for candidate in best.faults:
             if candidate is not left_out and state is not None:
                 state = search.screening.reached(state, candidate)
@@ -230,7 +230,7 @@ def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
     return best_kinds({kind: value for kind, value in fit.items() if value is not None})
 
 
-def _answer(case: Case, search: Search, start: State, best: State) -> Explanation:
+def _answer(case: Case, search: Search, start: SearchState, best: SearchState) -> Explanation:
     differing = _count(case.entries, start)
     where = partial(_where, case)
     causes = _causes(case, search, start, best, differing)
@@ -251,7 +251,7 @@ def _answer(case: Case, search: Search, start: State, best: State) -> Explanatio
     )
 
 
-def _causes(case: Case, search: Search, start: State, best: State, differing: int) -> list[Cause]:
+def _causes(case: Case, search: Search, start: SearchState, best: SearchState, differing: int) -> list[Cause]:
     causes: list[Cause] = []
     state = start
     for number, candidate in enumerate(best.faults):
@@ -281,7 +281,7 @@ def _causes(case: Case, search: Search, start: State, best: State, differing: in
     return causes
 
 
-def _named(candidate: Candidate, state: State) -> Named:
+def _named(candidate: Candidate, state: SearchState) -> Named:
     number = remarks_on_number(candidate, state.planting.right)
     sentence = candidate.fault.sentence(candidate.parameters)
     return Named(
@@ -292,17 +292,17 @@ def _named(candidate: Candidate, state: State) -> Named:
     )
 
 
-def _count(entries: Sequence[Expected], state: State) -> int:
+def _count(entries: Sequence[Expected], state: SearchState) -> int:
     return sum(int((errors > entry.limit).sum()) for entry, errors in zip(entries, state.nmse, strict=True))
 
 
-def _where(case: Case, state: State) -> Place | None:
+def _where(case: Case, state: SearchState) -> DivergentPlace | None:
     if state.first is None:
         return None
     entry = case.entries[state.first.point]
     at = entry.rows == state.first.row
     worst = state.nmse[state.first.point][at]
-    return Place(entry.point, int(case.positions[state.first.row]), float(worst.max()), float(entry.limit[at].max()))
+    return DivergentPlace(entry.point, int(case.positions[state.first.row]), float(worst.max()), float(entry.limit[at].max()))
 
 
 def _last_agreement(entries: Sequence[Expected], first: RecordKey | None) -> str | None:
@@ -311,7 +311,7 @@ def _last_agreement(entries: Sequence[Expected], first: RecordKey | None) -> str
     return entries[first.point - 1].point
 
 
-def _next(case: Case, search: Search, best: State) -> str:
+def _next(case: Case, search: Search, best: SearchState) -> str:
     """The points to record next if something is left unexplained; "" if only one operation is left."""
     if best.first is None:
         return ""

@@ -1,7 +1,7 @@
 """What every search at a state's first place that differs begins with."""
 
 from .screening import Screening
-from .state import Layers, State
+from .state import Layers, SearchState
 
 
 class AtFirstPlace:
@@ -11,7 +11,7 @@ class AtFirstPlace:
         ValueError: the state has no place that differs.
     """
 
-    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
+    def __init__(self, screening: Screening, state: SearchState, layers: Layers) -> None:
         if state.first is None:
             raise ValueError("nothing is left to explain")
         self._screening = screening

@@ -13,9 +13,9 @@ from engine.inapplicable import NotApplicable
 from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
-from .state import Candidate, Layers, State
+from .state import Candidate, Layers, SearchState
 
-_STEP = 1e-2  # size of the first step away from a start, on the fit's own scale
+_STEP = 1e-2  # size of the first step away from a start, on the fit's own scale; from a start near the right number, half the way to it
 _ROUNDS = 10  # passes after which a fit ends
 # For a fit to continue, a small change of the number must be able to remove this part of the error at the first place: a scale
 # that is wrong by a factor of three still has a third of its error along its own derivative.
@@ -35,6 +35,7 @@ class _Trial(Struct):
     fit: Fitted
     parameters: dict[str, Any]
     at: float
+    step: float = _STEP
     best: float = np.inf
     best_at: float = np.nan
     last: tuple[float, Floats] | None = None
@@ -56,7 +57,7 @@ class _Trial(Struct):
             self.best, self.best_at = error, self.at
         if self.last is None:
             self.last = self.at, residual
-            self.at += _STEP
+            self.at += self.step
             return
         before, old = self.last
         slope = (residual - old) / (self.at - before) if self.at != before else np.zeros_like(residual)
@@ -73,12 +74,12 @@ class _Trial(Struct):
 class Fitting(AtFirstPlace):
     """Fits numbers at a state's first place, in one scope of layers."""
 
-    def __init__(self, screening: Screening, state: State, layers: Layers, fits: Sequence[Fitted] = FITTED) -> None:
+    def __init__(self, screening: Screening, state: SearchState, layers: Layers, fits: Sequence[Fitted] = FITTED) -> None:
         super().__init__(screening, state, layers)
         self._fits = fits
         self._rows = screening.enough(self._first.row + 2)
 
-    def states(self) -> Iterator[State]:
+    def states(self) -> Iterator[SearchState]:
         """States that get beyond the first place by a fitted number; each fault once, with as few digits as suffice."""
         entry = self._entry
         if entry.point in self._state.shown or self._state.root is not None:
@@ -105,8 +106,11 @@ class Fitting(AtFirstPlace):
                     continue
                 wanted = fit.wanted(right, parameters)
                 for start in fit.starts(0.0 if wanted is None else wanted):
-                    if start > 0 or not fit.positive:
-                        yield _Trial(fit, parameters, float(np.log(start)) if fit.positive else start)
+                    if start > 0 and fit.positive:
+                        near = _STEP if not wanted or wanted == start else min(_STEP, abs(float(np.log(start / wanted))) / 2)
+                        yield _Trial(fit, parameters, float(np.log(start)), near)
+                    elif not fit.positive:
+                        yield _Trial(fit, parameters, start)
 
     def _acts(self, kinds: Sequence[str]) -> bool:
         """Whether a fault of these kinds of step can act at the first place."""
@@ -176,7 +180,7 @@ class Fitting(AtFirstPlace):
             if number and (number > 0 or not trial.fit.positive):
                 yield float(np.log(number)) if trial.fit.positive else number
 
-    def _checked(self, trial: _Trial) -> State | None:
+    def _checked(self, trial: _Trial) -> SearchState | None:
         """The state with the fitted number on all rows and points, if it gets beyond the first place."""
         first = self._state.first
         state = self._screening.check(self._state, trial.candidate(trial.best_at, self._layers))
@@ -206,7 +210,7 @@ class Fitting(AtFirstPlace):
             self._pass([other])
         return other if np.isfinite(other.best) else None
 
-    def _rounded(self, trial: _Trial, state: State) -> State:
+    def _rounded(self, trial: _Trial, state: SearchState) -> SearchState:
         """The state with the number of the fewest digits that gets as far."""
         value = trial.value(trial.best_at)
         numbers = [float(f"{value:.{digits}g}") for digits in _DIGITS]
@@ -297,7 +301,7 @@ def _in_layers(kinds: Sequence[str], layers: Sequence[int], right: Any) -> bool:
     return any(f"blk.{layers[0]}.{kind}" in right or kind.isupper() for kind in kinds)
 
 
-def fitted(screening: Screening, state: State, layers: Layers, fits: Sequence[Fitted] = FITTED) -> list[State]:
+def fitted(screening: Screening, state: SearchState, layers: Layers, fits: Sequence[Fitted] = FITTED) -> list[SearchState]:
     """States in which a fitted number gets beyond the state's first place."""
     if state.first is None:
         return []

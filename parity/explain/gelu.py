@@ -15,7 +15,7 @@ from engine.replay.wide import coarse_points, without_tables
 from ..diff.truth import NO_COARSE_ROUNDING
 from .case import Case
 from .search import Search
-from .state import State
+from .state import SearchState
 
 # Where a dump has one of the two, our steps with the other one are 1e-7 or so away from it (NMSE), those with the same one some 1e-12, or
 # 1e-8 with a few other entries of the table. A fault's own error is in both distances.
@@ -61,7 +61,7 @@ def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Se
     return case, None
 
 
-def _acts_by_itself(case: Case, state: State, exact: Sequence[Step]) -> bool:
+def _acts_by_itself(case: Case, state: SearchState, exact: Sequence[Step]) -> bool:
     """Whether a fault makes errors of the dump's size without any table.
 
     Another entry of the table may be met by any small change: what is no fault at all would be explained by such a one.

@@ -25,11 +25,11 @@ from engine.transformer import Transformer
 
 from ..arbiter.arbiter import Arbiter
 from .case import Case, ExplainOptions, Half, generated_of, prompt_of
-from .state import State
+from .state import SearchState
 
 _PLAIN_NAME = re.compile(r"(?<![\w.])(?=blk\.|embd\b|output_norm\b)")
 _IN_ENCODER, _IN_DECODER = "in the encoder, ", "in the decoder, "
-Explained = tuple[Explanation, State]
+Explained = tuple[Explanation, SearchState]
 
 
 def explained(
@@ -71,7 +71,7 @@ def encoder_case(dump: Dump, transformer: Transformer, options: ExplainOptions) 
 
 
 def decoder_case(
-    dump: Dump, transformer: Transformer, options: ExplainOptions, encoder: Case | None = None, best: State | None = None
+    dump: Dump, transformer: Transformer, options: ExplainOptions, encoder: Case | None = None, best: SearchState | None = None
 ) -> Case | None:
     """The decoder's half of a dump, behind the right encoder or the one that a state describes; None where it was not recorded.
 

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .beside import ROOM, Beside, Bools
+from .beside import LEFT_OF_MANY, ROOM, Beside, Bools
 from .moved import LISTED, moved
 from .records import Floats, Ints
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
+_ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
+_SCALES = ": a norm's weight, or scales of channels"
 _OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
 _SIGN = 1e-5  # the most that a factor called -1 may differ from it
 
@@ -18,9 +20,9 @@ def law(compared: Beside) -> str:
     """The sentence of the first law that holds for every element; "" if none does."""
     if not np.isfinite(compared.right).all():
         return ""
-    if not np.isfinite(compared.theirs).all():
+    if not np.isfinite(compared.dumped).all():
         return _not_finite(compared)
-    if (((compared.theirs - compared.right) ** 2).sum(axis=1) <= compared.room / ROOM).all():
+    if (((compared.dumped - compared.right) ** 2).sum(axis=1) <= compared.room / ROOM).all():
         return "every recorded element is right: what differs was not recorded"
     every = np.ones(len(compared.index), dtype=np.bool_)
     sentence = next(_by_a_number(compared, every, many=False), "")
@@ -48,16 +50,16 @@ def law(compared: Beside) -> str:
 def _differing(compared: Beside) -> Bools:
     """The elements [k] that alone have a larger error, in any record, than the whole record may have."""
     with np.errstate(over="ignore"):
-        return np.asarray(((compared.theirs - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
+        return np.asarray(((compared.dumped - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
 
 
 def _not_finite(compared: Beside) -> str:
     """Which elements are NaN or infinite, if all others are right; else ""."""
-    odd = ~np.isfinite(compared.theirs)
+    odd = ~np.isfinite(compared.dumped)
     columns = np.asarray(odd.any(axis=0))
-    if not compared.holds(np.where(np.isfinite(compared.theirs), compared.right, 0.0), ~columns):
+    if not compared.holds(np.where(np.isfinite(compared.dumped), compared.right, 0.0), ~columns):
         return ""
-    values = compared.theirs[odd]
+    values = compared.dumped[odd]
     kinds = [
         name for name, here in (("NaN", np.isnan(values)), ("∞", values == np.inf), ("−∞", values == -np.inf)) if here.any()
     ]
@@ -72,36 +74,36 @@ def _not_finite(compared: Beside) -> str:
 
 def _alone(compared: Beside, some: Bools) -> bool:
     """Whether the other elements are right, and not just below the limit of one element in a record slightly over its limit."""
-    errors = (compared.theirs - compared.right) ** 2
+    errors = (compared.dumped - compared.right) ** 2
     return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
 
 
 def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     """How these elements derive from the right ones by one number, or by the operation's bias."""
-    theirs, right = compared.theirs[:, some], compared.right[:, some]
+    dumped, right = compared.dumped[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
 
     def holds(values: Floats) -> bool:
         return compared.holds_at(some, values)
 
-    if not theirs.any() and right.any():
+    if not dumped.any() and right.any():
         yield f"{be} 0"
         return
-    factor = _factor(theirs, right)
+    factor = _factor(dumped, right)
     if factor is not None and holds(right * factor):
         wrong_sign = abs(factor + 1) < _SIGN
         yield (
             f"{have} the wrong sign" if wrong_sign else f"{be} {_short(factor, lambda c: holds(right * c))} times the right one"
         )
         return
-    constant = float(np.mean(theirs - right))
+    constant = float(np.mean(dumped - right))
     if constant and holds(right + constant):
         yield f"{be} the right one {_signed(_short(constant, lambda c: holds(right + c)))}"
         return
     if compared.bias is None:
         return
     bias = compared.bias[some]
-    factor = _factor(theirs - bias, right - bias)
+    factor = _factor(dumped - bias, right - bias)
     if factor is not None and holds((right - bias) * factor + bias):
         yield f"{be} {_short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
         return
@@ -112,25 +114,37 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
 
 
 def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
-    """The same vector added at every position, or one factor for each position."""
-    theirs, right = compared.theirs[:, some], compared.right[:, some]
+    """One vector at every position, added or as factors, or one factor for each position: of these the one that leaves least."""
+    dumped, right = compared.dumped[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
-    if len(theirs) < 2:
+    if len(dumped) < 2:
         return
-    vector = (theirs - right).mean(axis=0)
-    if vector.any() and compared.holds_at(some, right + vector):
-        yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
-        return
-    energy = np.einsum("ij,ij->i", right, right)
-    if some.sum() > 1 and (energy > 0).all():
-        each = np.einsum("ij,ij->i", theirs, right) / energy
-        if compared.holds_at(some, right * each[:, None]):
-            yield f"{be} off by a factor of the position's own ({each.min():.4g} to {each.max():.4g})"
+    laws: list[tuple[Floats, str]] = []
+    vector = (dumped - right).mean(axis=0)
+    if vector.any():
+        laws.append((right + vector, f"{have} the same vector added at every position: a bias missing, wrong or doubled"))
+    both = dumped * right, right * right
+    # Of one element alone a factor is no vector.
+    for axis, what in ((0, "its own at every position"), (1, "the position's own")) if some.sum() > 1 else ():
+        product, energy = (part.sum(axis=axis, keepdims=True) for part in both)
+        if (energy > 0).all():
+            each = product / energy
+            ends = _apart(float(each.min()), float(each.max()))
+            laws.append((right * each, f"{be} off by a factor of {what} ({ends}){_SCALES if axis == 0 else ''}"))
+    held = [
+        (float(((dumped - values) ** 2).sum()), sentence)
+        for values, sentence in laws
+        if compared.holds_at(some, values, LEFT_OF_MANY)
+    ]
+    if len(held) > 1 and float(np.ptp(right, axis=0).max()) <= _ALIKE * float(np.abs(right).max()):
+        yield f"{have} the same error at every position, as the rows are alike: a vector that is added, or factors of elements"
+    elif held:
+        yield min(held)[1]
 
 
-def _factor(theirs: Floats, right: Floats) -> float | None:
+def _factor(dumped: Floats, right: Floats) -> float | None:
     energy = float((right * right).sum())
-    return float((theirs * right).sum()) / energy if energy > 0 else None
+    return float((dumped * right).sum()) / energy if energy > 0 else None
 
 
 def _short(value: float, holds: Callable[[float], bool]) -> str:
@@ -140,6 +154,12 @@ def _short(value: float, holds: Callable[[float], bool]) -> str:
         if holds(float(short)):
             return f"{float(short):g}" if digits <= 6 else short
     return f"{value:.9g}"
+
+
+def _apart(low: float, high: float) -> str:
+    """A range in four digits, or in eight where four would not tell its ends apart."""
+    digits = 4 if high - low > _ALIKE else 8
+    return f"{low:.{digits}g} to {high:.{digits}g}"
 
 
 def _signed(number: str) -> str:
@@ -163,7 +183,7 @@ def _exchanged(compared: Beside, some: Bools) -> Iterator[str]:
 def _match(compared: Beside, number: int, among: Ints) -> int | None:
     """Which of the elements `among` has the right values that this element holds in every record; None if none has."""
     for other in among.tolist():
-        delta = compared.theirs[:, number] - compared.right[:, other]
+        delta = compared.dumped[:, number] - compared.right[:, other]
         if other != number and bool((delta * delta <= compared.room).all()):
             return int(other)
     return None

@@ -6,7 +6,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.answers.explain import Lead, Named, Placed
+from checkpoints.answers.explain import Lead, Named, PossibleOperations
 from checkpoints.points import of_scores, parse
 from engine.backend import Array
 from engine.graph import History, Step
@@ -19,7 +19,7 @@ from .laws import ZERO, law
 from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
-from .state import Candidate, State, key
+from .state import Candidate, SearchState, key
 
 Values = Mapping[str, Array]
 
@@ -29,13 +29,14 @@ _TRIED = 12  # … of so many that remove most of the error at the first record
 # Wrong leads that were seen removed 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
 _TOGETHER = 0.5
+_REMAINS = 0.5  # the most of the error of the records that a cause reproduces that may remain
 _HANDED_ON = 2  # readers that are followed to learn how many heads a row has: v is read by the cache, the cache by attention
 # NMSE that counts as equal in an observation: float32's noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
 
 
-def believed(entries: Sequence[Expected], search: Search, start: State, best: State) -> State:
+def believed(entries: Sequence[Expected], search: Search, start: SearchState, best: SearchState) -> SearchState:
     """The state with only those of its faults that are causes.
 
     A cause reproduces the whole point at which the difference began, with numbers that carry information, and nowhere makes more
@@ -49,14 +50,14 @@ def believed(entries: Sequence[Expected], search: Search, start: State, best: St
         if after is None:
             break
         state, apart = after, apart + 1
-        share = _mended(entries, accepted, after)
+        share = mended_share(entries, accepted, after)
         part = candidate is best.faults[-1] and share is not None and share < _TOGETHER and _of_a_part(search, accepted, after)
         if share is not None and not part and (apart == 1 or share >= _TOGETHER):
             accepted, apart = after, 0
     return accepted
 
 
-def _of_a_part(search: Search, before: State, after: State) -> bool:
+def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     """Whether a fitted number may be that of the recorded elements alone: what is made of them in the same layer is wrong.
 
     The one head that was recorded may be zero, or 1.2 times too large, and the others right.
@@ -68,23 +69,27 @@ def _of_a_part(search: Search, before: State, after: State) -> bool:
     return layer is not None and layer == other and not search.screening.cone(after).sure
 
 
-def _mended(entries: Sequence[Expected], before: State, after: State) -> float | None:
+def mended_share(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
     """The part of the wrong records that a further fault reproduces; None if it is not a cause of them."""
     if before.first is None or (after.first is not None and after.first.point <= before.first.point):
         return None
     spoiled = mended = shown = wrong = 0
+    error = left = 0.0
     for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True):
         was, now = old > entry.limit, new > entry.limit
         wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
         mended += int((was & ~now).sum())
+        finite_before = was & ~now & np.isfinite(old)
+        error, left = error + float(old[finite_before].sum()), left + float(new[finite_before].sum())
         finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
         # Non-finite values prove nothing, unless the fault makes finite ones beside them.
         shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
-    return (mended - spoiled) / wrong if shown and spoiled < mended else None
+    removed = left <= _REMAINS * error  # and not only brought from just over their limits to just under
+    return (mended - spoiled) / wrong if shown and spoiled < mended and removed else None
 
 
-def law_at(case: Case, search: Search, state: State) -> str:
+def law_at(case: Case, search: Search, state: SearchState) -> str:
     """The law that the numbers follow at a state's first place; "" if no law holds for all of them."""
     if state.first is None:
         return ""
@@ -103,7 +108,7 @@ def law_at(case: Case, search: Search, state: State) -> str:
     return sentence or other_operand(case, state, entry, state.nmse[state.first.point])
 
 
-def _heads(state: State, point: str) -> int | None:
+def _heads(state: SearchState, point: str) -> int | None:
     """How many heads the rows of a point consist of, by the operation that makes it, or one that reads it, directly or through others."""
     right = state.planting.right
     heads = right[point].params.get("heads")
@@ -126,7 +131,7 @@ def _heads_of_scores(right: Mapping[str, object], point: str) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def placed(case: Case, search: Search, state: State) -> Placed | None:
+def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations | None:
     """Which operations are in question at a state's first place."""
     if state.first is None:
         return None
@@ -140,10 +145,10 @@ def placed(case: Case, search: Search, state: State) -> Placed | None:
         width = entry.width
         if not entry.whole_rows and width and (seen is None or entry.values.shape[1] * seen[1] < seen[0] * width):
             seen = int(entry.present.sum(axis=1).min()), width
-    return Placed(names, cone.agreeing, cone.sure, seen)
+    return PossibleOperations(names, cone.agreeing, cone.sure, seen)
 
 
-def leads(entries: Sequence[Expected], state: State, search: Search, positions: Ints, *, single: bool) -> list[Lead]:
+def leads(entries: Sequence[Expected], state: SearchState, search: Search, positions: Ints, *, single: bool) -> list[Lead]:
     """What can be said about a state's first place: observations, then the candidates that remove most of the error.
 
     `single`: only one operation is in question, so that the observations need not say which ones are.
@@ -173,7 +178,7 @@ def leads(entries: Sequence[Expected], state: State, search: Search, positions: 
     return [*seen, *best.values()]
 
 
-def _removed(entries: Sequence[Expected], search: Search, state: State, candidate: Candidate) -> float | None:
+def _removed(entries: Sequence[Expected], search: Search, state: SearchState, candidate: Candidate) -> float | None:
     """The part of the error that a candidate removes at every wrong record of the first point; None if it is not a lead: it
     removes too little somewhere, or makes something else worse.
     """
@@ -195,18 +200,18 @@ def _removed(entries: Sequence[Expected], search: Search, state: State, candidat
 
 def _observations(entry: Expected, values: Values, positions: Ints, acting: Sequence[Step]) -> Iterator[str]:
     wrong = entry.base > entry.limit
-    theirs = np.where(entry.present, entry.values, 0.0)[wrong]
-    if not np.isfinite(theirs).all():
-        share = 1 - np.isfinite(theirs).mean()
+    dumped = np.where(entry.present, entry.values, 0.0)[wrong]
+    if not np.isfinite(dumped).all():
+        share = 1 - np.isfinite(dumped).mean()
         yield f"{share:.0%} of the values are NaN or infinite: an overflow, an empty softmax row, or memory never written"
         return
-    if not theirs.any():
+    if not dumped.any():
         yield "all values are 0: memory never written, or a kernel that did not run"
         return
-    if np.abs(theirs).max() >= _F16_MAX:
+    if np.abs(dumped).max() >= _F16_MAX:
         yield "values reach float16's maximum (65504): saturation"
     yield from _other_point(entry, values, positions, wrong)
-    yield from _steps(theirs)
+    yield from _steps(dumped)
     yield _which(entry, wrong, acting)
 
 
@@ -217,19 +222,19 @@ def _close(a: Floats, b: Floats) -> bool:
 
 def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
     """Equality with another point of the right engine."""
-    theirs = np.where(entry.present, entry.values, 0.0)[wrong]
+    dumped = np.where(entry.present, entry.values, 0.0)[wrong]
     for name, tensor in values.items():
         if name == entry.point or getattr(tensor, "ndim", 0) != 2 or tensor.shape[0] != len(positions):
             continue
-        candidates = tensor[entry.rows[wrong], : theirs.shape[1]].astype(np.float64)
-        if candidates.shape == theirs.shape and _close(theirs, candidates):
+        candidates = tensor[entry.rows[wrong], : dumped.shape[1]].astype(np.float64)
+        if candidates.shape == dumped.shape and _close(dumped, candidates):
             yield f"the values are those of {name} in a right engine"
             return
 
 
-def _steps(theirs: Floats) -> Iterator[str]:
+def _steps(dumped: Floats) -> Iterator[str]:
     """Whether the values are exact in a lower type."""
-    flat = theirs[theirs != 0].astype(np.float32)
+    flat = dumped[dumped != 0].astype(np.float32)
     if len(flat) < 8:
         return
     bits = flat.view(np.uint32)

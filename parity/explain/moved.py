@@ -83,7 +83,7 @@ def _mix(compared: Beside, whole: Floats) -> Iterator[str]:
         return
     now, before = compared.right, whole[np.maximum(compared.rows - 1, 0)][:, compared.index]
     base = before - now
-    share = float(((compared.theirs - now) * base).sum() / max(float((base * base).sum()), 1e-300))
+    share = float(((compared.dumped - now) * base).sum() / max(float((base * base).sum()), 1e-300))
     if _SHARES[0] < share < _SHARES[1] and compared.holds(now + share * base):
         yield f"each position is a mix: {share:.0%} of the one before"
 
@@ -95,7 +95,7 @@ def _permutation(compared: Beside, whole: Floats) -> Iterator[str]:
         return
     source = []
     for number in range(len(compared.index)):
-        delta = right - compared.theirs[:, number][:, None]
+        delta = right - compared.dumped[:, number][:, None]
         good = np.flatnonzero((delta * delta <= compared.room[:, None]).all(axis=0))
         if len(good) == 0:
             return

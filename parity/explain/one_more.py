@@ -1,5 +1,6 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,18 +13,20 @@ from .fits import fitted, order_of_number
 from .likely import Likely
 from .scopes import STAGES, rescoped, stages
 from .screening import Screening
-from .state import Candidate, Layers, Screened, State, key, worst
+from .state import Candidate, Layers, Screened, SearchState, key, worst
 
 BEAM = 4  # partial explanations that are followed
 # Groups of faults that rebuild a matrix, which costs more than its product with one row.
 _WEIGHTS = ("weights", "dequantisation")
+# Faults with so many variants in one layer come last there: part-missing alone has 96 of 280, and all others would wait for it.
+_MANY = 32
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
 SAME_NOISE = 1e-12
 _DIGITS_LEAVE = 1e-8  # NMSE that a number with the fewest digits within the usual limits (1e-9 at the logits) stays below
 
 
-def all_explained(states: Sequence[State]) -> bool:
+def all_explained(states: Sequence[SearchState]) -> bool:
     """Whether one of these states explains everything."""
     return any(state.first is None for state in states)
 
@@ -34,9 +37,9 @@ class OneMore:
     def __init__(self, screening: Screening) -> None:
         self.screening = screening
         self._right = {step.makes: step for step in screening.right}
-        self._cached: dict[tuple[str, ...], list[State]] = {}
+        self._cached: dict[tuple[str, ...], list[SearchState]] = {}
 
-    def _further(self, state: State, single: bool) -> list[State]:
+    def _further(self, state: SearchState, single: bool) -> list[SearchState]:
         """States that get beyond the state's first place by one more fault, the best first.
 
         In single layers the search ends with the layer in which something is found; similar faults there are found, too. In all
@@ -52,11 +55,11 @@ class OneMore:
                     break
         return sorted(better, key=self.rank)
 
-    def first_stages(self, state: State) -> list[State]:
+    def first_stages(self, state: SearchState) -> list[SearchState]:
         """States that get further by one fault in all layers, of the first two stages (`stages`)."""
         return [*self._of_stage(state, 0), *self._of_stage(state, 1)]
 
-    def _of_stage(self, state: State, number: int) -> list[State]:
+    def _of_stage(self, state: SearchState, number: int) -> list[SearchState]:
         """States that get further by one fault in all layers, from the candidates of one stage; cached."""
         name = (*key(state.faults), f"stage {number}")
         if name not in self._cached:
@@ -65,7 +68,7 @@ class OneMore:
             self._cached[name] = list(self._beyond(state, results))
         return self._cached[name]
 
-    def _in_single_layers(self, state: State) -> list[State]:
+    def _in_single_layers(self, state: SearchState) -> list[SearchState]:
         """States that get further by one fault in one layer; if several layers are in question, likely and cheap candidates come first.
 
         Similar faults in the layer in which something is found are found, too.
@@ -75,13 +78,13 @@ class OneMore:
         choose = likely.among if likely is not None and likely.able else None
         postponed: dict[int, list[Iterator[tuple[Candidate, Screened]]]] = {layer: [] for layer in layers}
 
-        def of(layer: int, candidates: Sequence[Candidate]) -> list[State]:
+        def of(layer: int, candidates: Sequence[Candidate]) -> list[SearchState]:
             now, later = in_two(self.screening, state, (layer,), candidates, choose)
             postponed[layer].append(later)
             return list(self._beyond(state, now))
 
         waiting = {layer: self._by_cost(state, layer) for layer in layers}
-        better: list[State] = []
+        better: list[SearchState] = []
         explaining: int | None = None
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
             for layer, lists in waiting.items():
@@ -95,22 +98,27 @@ class OneMore:
                 break
         return better + self._in_all_layers(state, better)
 
-    def _by_cost(self, state: State, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights."""
+    def _by_cost(self, state: SearchState, layer: int) -> list[list[Candidate]]:
+        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights, and
+        those of a fault with many variants.
+        """
         *shown, others = stages(self.screening, state, (layer,))
-        costly = [2 if candidate.fault.group in _WEIGHTS else int(candidate.fault.whole) for candidate in others]
-        return [
-            *shown,
-            *([candidate for candidate, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3)),
-        ]
+        variants = Counter(candidate.fault.name for candidate in others)
 
-    def _in_all_layers(self, state: State, better: Sequence[State]) -> list[State]:
+        def cost(candidate: Candidate) -> int:
+            if candidate.fault.group in _WEIGHTS:
+                return 2 if variants[candidate.fault.name] < _MANY else 3
+            return int(candidate.fault.whole)
+
+        return [*shown, *([candidate for candidate in others if cost(candidate) == turn] for turn in range(4))]
+
+    def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""
         faults = [state.faults[-1] for state in better if state.first is None]
         everywhere = [replace(fault, layers=None) for fault in faults if fault.fault.shows is None]
         return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
 
-    def _beyond(self, state: State, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[State]:
+    def _beyond(self, state: SearchState, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[SearchState]:
         """The states of screened candidates that get beyond the state's first place."""
         passed: list[Candidate] = []
         for candidate, (place, error) in results:
@@ -119,7 +127,7 @@ class OneMore:
                 passed.append(candidate)
         return beyond(self.screening, state, passed)
 
-    def _note(self, state: State, candidate: Candidate, error: float) -> None:
+    def _note(self, state: SearchState, candidate: Candidate, error: float) -> None:
         """Note the error that a candidate leaves at the first place, as a possible lead."""
         first = state.first
         if first is None or not np.isfinite(error):
@@ -131,7 +139,7 @@ class OneMore:
         if not state.faults and error > float(entry.limit[entry.rows == first.row].max()):
             self.screening.tried.nearest = min(self.screening.tried.nearest, error)
 
-    def rank(self, state: State) -> tuple[float, ...]:
+    def rank(self, state: SearchState) -> tuple[float, ...]:
         """A sort key, best first: everything explained, with the least error beyond noise; then the furthest first place. Among equals,
         the fewest faults, those in all layers, and those that change the fewest steps, so that nothing is blamed without need.
         """
@@ -149,11 +157,11 @@ class OneMore:
             return (0.0, round(float(np.log10(max(error, SAME_NOISE) / SAME_NOISE))), 0.0, *size, last)
         return (1.0, -state.first.point, -state.first.row, *size, worst(state, state.first.point - 1))
 
-    def numbers(self, state: State) -> list[State]:
+    def numbers(self, state: SearchState) -> list[SearchState]:
         """States that get further by a fitted number: in all layers, or in one of the few in question."""
         name = (*key(state.faults), "numbers")
         if name not in self._cached:
-            states: list[State] = []
+            states: list[SearchState] = []
             layers = self.screening.suspects(state)
             begins = not layers or layers[0] == 0
             scopes: list[Layers] = [None]
@@ -180,7 +188,7 @@ class OneMore:
             self._cached[name] = sorted(states, key=self.rank)
         return self._cached[name]
 
-    def once(self, state: State, single: bool) -> list[State]:
+    def once(self, state: SearchState, single: bool) -> list[SearchState]:
         """States that get beyond the state's first place by one more fault, also in fewer or more layers, the best first; cached."""
         name = (*key(state.faults), str(single))
         if name not in self._cached:

@@ -11,12 +11,12 @@ from engine.replay.replay import Replay
 from .beside import ROOM
 from .case import Case
 from .records import Expected, Floats
-from .state import State, rows_enough
+from .state import SearchState, rows_enough
 
 _ROWS = 2  # rows of the first look
 
 
-def other_operand(case: Case, state: State, entry: Expected, errors: Floats) -> str:
+def other_operand(case: Case, state: SearchState, entry: Expected, errors: Floats) -> str:
     """The sentence "is what … makes of …" for a point that is wrong by these errors [R]; "" if no other operand gives its values.
 
     Each operand is replaced by every earlier value of the right run with its shape, and each weight by every weight of the model
@@ -34,7 +34,7 @@ def other_operand(case: Case, state: State, entry: Expected, errors: Floats) -> 
     return ""
 
 
-def _changed(case: Case, state: State, step: Step) -> Iterator[tuple[Step, str]]:
+def _changed(case: Case, state: SearchState, step: Step) -> Iterator[tuple[Step, str]]:
     """The step with one operand or weight replaced, and the sentence on it."""
     values = case.replay.values
     before = [name for name, number in state.order.items() if number < state.order[step.makes]]

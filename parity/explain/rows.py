@@ -9,14 +9,14 @@ from checkpoints.points import LOGITS
 from engine.backend import Array
 
 from .records import Expected, Ints
-from .state import State
+from .state import SearchState
 
 NAME = "logits-garbage"
 _SHOWN = 8  # ids that a sentence lists
 
 
 def garbage(
-    entries: Sequence[Expected], state: State, values: Mapping[str, Array], positions: Ints, differing: int
+    entries: Sequence[Expected], state: SearchState, values: Mapping[str, Array], positions: Ints, differing: int
 ) -> Cause | None:
     """The cause "these ids' logits are garbage", if it is all that a state leaves unexplained.
 
@@ -27,9 +27,9 @@ def garbage(
         return None
     entry = entries[state.first.point]
     wrong = state.nmse[state.first.point] > entry.limit
-    theirs, right = entry.values[wrong], entry.taken(values[LOGITS], positions)[wrong]
-    delta = np.where(entry.present[wrong], np.nan_to_num(theirs - right, nan=np.inf), 0.0)
-    ids = np.arange(theirs.shape[1])[None, :].repeat(len(theirs), axis=0) if entry.index is None else entry.index[wrong]
+    dumped, right = entry.values[wrong], entry.taken(values[LOGITS], positions)[wrong]
+    delta = np.where(entry.present[wrong], np.nan_to_num(dumped - right, nan=np.inf), 0.0)
+    ids = np.arange(dumped.shape[1])[None, :].repeat(len(dumped), axis=0) if entry.index is None else entry.index[wrong]
     with np.errstate(over="ignore"):
         bad = delta**2 > (entry.limit * entry.energy)[wrong][:, None]  # alone a larger error than the whole record may have
     rest = (np.where(bad, 0.0, delta) ** 2).sum(axis=1) > (entry.limit * entry.energy)[wrong]

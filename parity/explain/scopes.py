@@ -8,14 +8,14 @@ from checkpoints.points import in_layer
 
 from .batch import screened
 from .screening import Screening
-from .state import Candidate, Layers, State
+from .state import Candidate, Layers, SearchState
 
 STAGES = 3  # stages of candidates in all layers
 # The steps whose parameters differ between layers of one model: attention with a window or without, each with its own RoPE.
 _OF_PATTERN = ("q_rope", "kq_soft_max")
 
 
-def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[Candidate]]:
+def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator[list[Candidate]]:
     """The candidates in these layers (None: all), those that take the least computing first.
 
     In all layers, candidates that change nothing before the last point that agrees come first. Then, if a point after the first
@@ -38,7 +38,7 @@ def stages(screening: Screening, state: State, layers: Layers) -> Iterator[list[
     yield left
 
 
-def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[State]:
+def rescoped(screening: Screening, state: SearchState, explaining: SearchState) -> Iterator[SearchState]:
     """The fault that leads from a state to `explaining`, in other layers, if that gets further than `explaining`.
 
     First it is tried in all layers with the same attention: those with a window of a model that has others, say. A fault that was found
@@ -71,7 +71,7 @@ def rescoped(screening: Screening, state: State, explaining: State) -> Iterator[
                 yield shorter
 
 
-def _of_one_pattern(screening: Screening, state: State) -> list[tuple[int, ...]]:
+def _of_one_pattern(screening: Screening, state: SearchState) -> list[tuple[int, ...]]:
     """The layers whose attention has the same parameters, of a model in which it differs between layers: each set of two or more."""
     patterns: dict[str, list[int]] = {}
     for layer in range(screening.n_layers):
@@ -80,7 +80,7 @@ def _of_one_pattern(screening: Screening, state: State) -> list[tuple[int, ...]]
     return [tuple(layers) for layers in patterns.values() if len(layers) > 1] if len(patterns) > 1 else []
 
 
-def ranges(screening: Screening, state: State) -> Iterator[State]:
+def ranges(screening: Screening, state: SearchState) -> Iterator[SearchState]:
     """States that get further by one fault that begins in a layer before the first place, in all layers from there on or in
     every second one. The search ends with the layers in which something explains everything; similar faults there are found, too.
     """
@@ -98,6 +98,6 @@ def ranges(screening: Screening, state: State) -> Iterator[State]:
             return
 
 
-def further(than: State, state: State) -> bool:
+def further(than: SearchState, state: SearchState) -> bool:
     """Whether a state's first place lies beyond another's, or there is none."""
     return than.first is not None and (state.first is None or than.first < state.first)

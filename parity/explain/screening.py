@@ -8,7 +8,7 @@ import numpy as np
 from checkpoints.points import OUTPUT_NORM, of_scores, parse
 from engine.backend import Array, Backend
 from engine.faults import AT, CATALOGUE, SEEN, Fault, Planting
-from engine.graph import Step
+from engine.graph import Step, sees_later
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 
@@ -17,7 +17,7 @@ from .budget import Budget
 from .cone import Cone, cone
 from .noise import EXPLAINED, without_own_noise
 from .records import Expected, Floats, Ints
-from .state import Candidate, Layers, RecordKey, Screened, State, Tried, key, rows_enough, shown_points, unchanged_steps
+from .state import Candidate, Layers, RecordKey, Screened, SearchState, Tried, key, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
 _REPLAYS = 8  # replays that are kept, each of which holds every value of a run
@@ -45,6 +45,7 @@ class Screening:
     ) -> None:
         self.entries = list(entries)
         self.right = tuple(steps)
+        self._sees_later = sees_later(steps)
         self.tried = Tried()
         self.make = make
         self.positions = positions
@@ -54,15 +55,15 @@ class Screening:
         self.number = {entry.point: number for number, entry in enumerate(self.entries)}
         self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
-        self._checked: dict[tuple[str, ...], State | None] = {}
+        self._checked: dict[tuple[str, ...], SearchState | None] = {}
         self._cones: dict[tuple[str, ...], Cone] = {}
         self._variants: tuple[tuple[str, ...] | None, dict[str, list[dict[str, Any]]]] = None, {}
         self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
 
-    def start(self) -> State:
+    def start(self) -> SearchState:
         """The right engine itself."""
         nmse = tuple(entry.base for entry in self.entries)
-        return State((), Planting(self.right, self.number), nmse, self._first(nmse))
+        return SearchState((), Planting(self.right, self.number), nmse, self._first(nmse))
 
     def _first(self, nmse: Sequence[Floats]) -> RecordKey | None:
         for number, (entry, errors) in enumerate(zip(self.entries, nmse, strict=False)):  # nmse may end early
@@ -71,7 +72,7 @@ class Screening:
                 return RecordKey(number, int(entry.rows[wrong].min()))
         return None
 
-    def replay(self, state: State, rows: int) -> Replay:
+    def replay(self, state: SearchState, rows: int) -> Replay:
         """The state's replay over the first rows, made once for each number of rows."""
         if rows == self.rows and not state.faults:
             return self._whole
@@ -82,7 +83,7 @@ class Screening:
             self._replays[name] = self.make(state.steps, rows, self._whole)
         return self._replays[name]
 
-    def _errors(self, root: State, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
+    def _errors(self, root: SearchState, steps: Sequence[Step], rows: int, until: int) -> dict[int, Floats] | None:
         """NMSE at the points that a list of steps changes, up to point `until` or the first that differs before it.
 
         None if the model's shapes do not allow this list.
@@ -124,7 +125,7 @@ class Screening:
         errors[number] = self.entries[number].nmse(self.backend.to_host(value), self.positions[:rows])
         return number
 
-    def _everything(self, root: State, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
+    def _everything(self, root: SearchState, steps: Sequence[Step]) -> tuple[Floats, ...] | None:
         """NMSE at every point, over all rows; None if the model's shapes do not allow this list."""
         shown, rows = shown_points(steps), len(self.positions)
         errors_of: dict[int, Floats] = {}
@@ -139,14 +140,14 @@ class Screening:
             return None
         return tuple(errors_of.get(number, errors) for number, errors in enumerate(root.nmse))
 
-    def cone(self, state: State) -> Cone:
+    def cone(self, state: SearchState) -> Cone:
         """The steps in question at the state's first place."""
         name = key(state.faults)
         if name not in self._cones:
             self._cones[name] = cone(self.entries, state)
         return self._cones[name]
 
-    def candidates(self, state: State, layers: Layers) -> Iterator[Candidate]:
+    def candidates(self, state: SearchState, layers: Layers) -> Iterator[Candidate]:
         """Every variant of every fault in these layers (None: all) that can act at the state's first place.
 
         If every input of the place was seen whole and agrees, only faults that change a step in between, or what is shown, can act.
@@ -165,11 +166,11 @@ class Screening:
                     yield Candidate(fault, parameters, layers)
 
     @staticmethod
-    def _layers_begin(state: State) -> int:
+    def _layers_begin(state: SearchState) -> int:
         """The number of the first step in a layer."""
         return next((number for number, step in enumerate(state.steps) if parse(step.makes).layer is not None), -1)
 
-    def _variants_of(self, fault: Fault, state: State) -> list[dict[str, Any]]:
+    def _variants_of(self, fault: Fault, state: SearchState) -> list[dict[str, Any]]:
         """The fault's variants in a state's steps: the same for every layer."""
         name = key(state.faults)
         if self._variants[0] != name:
@@ -179,7 +180,7 @@ class Screening:
             known[fault.name] = fault.variants(state.planting.right)
         return known[fault.name]
 
-    def suspects(self, state: State) -> range:
+    def suspects(self, state: SearchState) -> range:
         """The layers between the last fully right point before the first place, and that place."""
         if state.first is None:
             return range(0)
@@ -196,7 +197,7 @@ class Screening:
                 low = self.n_layers
         return range(low, last + 1)
 
-    def screen(self, state: State, candidate: Candidate) -> Screened | None:
+    def screen(self, state: SearchState, candidate: Candidate) -> Screened | None:
         """How far a candidate gets in its first rows: the first place that still differs (None: none does), and the NMSE that
         is left at the state's first place. None if it changes nothing there or does not apply to the model.
         """
@@ -226,15 +227,15 @@ class Screening:
         error = float(left[at_first].max()) if left is not None and at_first.any() else float("nan")
         return self._first(errors), error
 
-    def rows_of(self, state: State, candidate: Candidate) -> int:
+    def rows_of(self, state: SearchState, candidate: Candidate) -> int:
         """How many rows show whether a candidate gets beyond the first place: up to that row and the next, if causality holds."""
         if state.first is None or any(planted.fault.whole for planted in (*state.faults, candidate)):
             return self.rows
         return self.enough(state.first.row + 2)
 
     def enough(self, rows: int) -> int:
-        """How many first rows tell what so many rows are (`rows_enough`)."""
-        return rows_enough(self.right, rows, self.rows)
+        """How many first rows tell what so many rows are: all where later positions act on earlier ones, as in an encoder."""
+        return self.rows if self._sees_later else min(rows, self.rows)
 
     @property
     def rows(self) -> int:
@@ -252,21 +253,21 @@ class Screening:
         entry = self.entries[place.point]
         return entry.at(self.backend.to_host(value), self.positions[: value.shape[-2]], place.row)
 
-    def check(self, state: State, candidate: Candidate) -> State | None:
+    def check(self, state: SearchState, candidate: Candidate) -> SearchState | None:
         """The state with the candidate planted, on all rows and points; None if the model or the faults there do not allow it,
         or the time is up.
         """
         name = key((*state.faults, candidate))
         return None if name not in self._checked and self.budget.over() else self.reached(state, candidate)
 
-    def reached(self, state: State, candidate: Candidate) -> State | None:
+    def reached(self, state: SearchState, candidate: Candidate) -> SearchState | None:
         """`check`, even if the time is up."""
         name = key((*state.faults, candidate))
         if name not in self._checked:
             self._checked[name] = self._check(state, candidate)
         return self._checked[name]
 
-    def _check(self, state: State, candidate: Candidate) -> State | None:
+    def _check(self, state: SearchState, candidate: Candidate) -> SearchState | None:
         try:
             steps = candidate.planted(state)
         except NotApplicable:
@@ -280,9 +281,9 @@ class Screening:
         ):
             nmse = without_own_noise(self.entries, state.nmse, nmse, steps, self.make_anew, self.positions, self._truth_of)
             first = self._first(nmse)
-        return State((*state.faults, candidate), Planting(steps, self.number), nmse, first)
+        return SearchState((*state.faults, candidate), Planting(steps, self.number), nmse, first)
 
-    def all_but_noise(self, state: State, errors: Floats | float) -> bool:
+    def all_but_noise(self, state: SearchState, errors: Floats | float) -> bool:
         """Whether the error left at a state's first place is so small that it may be the noise of the changed steps themselves."""
         if state.first is None:
             return False

@@ -16,7 +16,7 @@ from engine.inapplicable import NotApplicable
 from .one_more import BEAM, SAME_NOISE, OneMore, all_explained
 from .scopes import ranges
 from .screening import Screening
-from .state import Candidate, Layers, State, key, worst
+from .state import Candidate, Layers, SearchState, key, worst
 from .together import Together
 
 _AT_ONCE = 3  # most faults that are tried together
@@ -30,16 +30,16 @@ class Search:
     `ends` is asked about a state from which no single fault gets further: whether the search may end there, since the error is known.
     """
 
-    def __init__(self, screening: Screening, ends: Callable[[State], bool] = lambda _state: False) -> None:
+    def __init__(self, screening: Screening, ends: Callable[[SearchState], bool] = lambda _state: False) -> None:
         self.screening = screening
         self._stop = ends
         self.tried = screening.tried
         self._one_more = OneMore(screening)
         self.rank = self._one_more.rank
-        self._found: dict[tuple[str, ...], list[State]] = {}
-        self._ends: dict[tuple[str, ...], State] = {}
+        self._states: dict[tuple[str, ...], list[SearchState]] = {}
+        self._ends: dict[tuple[str, ...], SearchState] = {}
 
-    def simple(self, state: State) -> list[State]:
+    def simple(self, state: SearchState) -> list[SearchState]:
         """States of one more fault that explain everything: in all layers or, if only one is in question, in that one."""
         states = list(self._one_more.once(state, single=False))
         if not all_explained(states) and len(self.screening.suspects(state)) == 1:
@@ -48,7 +48,7 @@ class Search:
             states += self._one_more.numbers(state)
         return [state for state in states if state.first is None]
 
-    def explain(self, state: State, depth: int) -> State:
+    def explain(self, state: SearchState, depth: int) -> SearchState:
         """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.
 
         Faults are tried one by one; where that gets no further, several at once in the best states so far.
@@ -64,7 +64,7 @@ class Search:
             best = min(best, self._follow(ends[0], self._several(ends[0], left), left), key=self.rank)
         return best
 
-    def _one_by_one(self, state: State, depth: int) -> State:
+    def _one_by_one(self, state: SearchState, depth: int) -> SearchState:
         """The best state that up to `depth` further faults lead to, each of which gets further by itself."""
         if state.first is None or depth == 0:
             return state
@@ -97,9 +97,9 @@ class Search:
             self._ends.setdefault(key(state.faults), state)
         return self._follow(state, states, depth)
 
-    def _follow(self, state: State, states: Sequence[State], depth: int) -> State:
+    def _follow(self, state: SearchState, states: Sequence[SearchState], depth: int) -> SearchState:
         """The best state that the first few of these lead to; of those with the same errors one is followed."""
-        self._found[key(state.faults)] = list(states)
+        self._states[key(state.faults)] = list(states)
         best = state
         seen: set[tuple[float, ...]] = set()
         for follower in states:
@@ -112,7 +112,7 @@ class Search:
                 break
         return best
 
-    def alike(self, state: State, number: int) -> list[Candidate]:
+    def alike(self, state: SearchState, number: int) -> list[Candidate]:
         """Other candidates that get as far in place of the state's fault of that number, with errors of the same size."""
         mine = next(
             (earlier for earlier in self._stage(state, number) if earlier.faults == state.faults[: len(earlier.faults)]), None
@@ -129,7 +129,7 @@ class Search:
             and worst(other, until) <= most
         ]
 
-    def equal(self, state: State, number: int) -> list[Candidate]:
+    def equal(self, state: SearchState, number: int) -> list[Candidate]:
         """`alike`, without those that do not get as far as the state together with its other faults."""
         alike = self.alike(state, number)
         if len(state.faults) == 1:
@@ -141,32 +141,34 @@ class Search:
                 equal.append(candidate)
         return equal
 
-    def _planted(self, faults: Sequence[Candidate]) -> State | None:
+    def _planted(self, faults: Sequence[Candidate]) -> SearchState | None:
         """The right engine with these faults, on all rows and points; None if the model or the other faults do not allow it."""
         *below, last = faults
         start = middle = self.screening.start()
         try:
             for candidate in below:
-                middle = State((*middle.faults, candidate), Planting(candidate.planted(middle)), start.nmse, start.first, start)
+                middle = SearchState(
+                    (*middle.faults, candidate), Planting(candidate.planted(middle)), start.nmse, start.first, start
+                )
         except NotApplicable:
             return None
         return self.screening.check(middle, last)
 
-    def _stage(self, state: State, number: int) -> list[State]:
+    def _stage(self, state: SearchState, number: int) -> list[SearchState]:
         """The states found at the stage at which the state's fault of that number was added, alone or together with others."""
         for before in range(number, -1, -1):
-            states = self._found.get(key(state.faults[:before]), [])
+            states = self._states.get(key(state.faults[:before]), [])
             if any(len(longer.faults) > number and longer.faults == state.faults[: len(longer.faults)] for longer in states):
                 return states
         return []
 
-    def _several(self, state: State, depth: int) -> list[State]:
+    def _several(self, state: SearchState, depth: int) -> list[SearchState]:
         """States with two or three more faults at once, layer by layer, for a state from which no single one gets further."""
         scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
         for layers in scopes or [None]:
             together = Together(self.screening, state, layers)
             for number in range(2, min(depth, _AT_ONCE) + 1):
-                better: list[State] = []
+                better: list[SearchState] = []
                 for alike in together.combinations(number):
                     better += [combined for chosen in alike[:_SAME] for combined in self._all_of(state, chosen)]
                     if better:
@@ -175,7 +177,7 @@ class Search:
                     return sorted(better, key=self.rank)
         return []
 
-    def _all_of(self, state: State, chosen: Sequence[Candidate]) -> Iterator[State]:
+    def _all_of(self, state: SearchState, chosen: Sequence[Candidate]) -> Iterator[SearchState]:
         """The states with all of these faults that get beyond the first place, each fault in all layers or in its one."""
         scopes = (
             [replace(candidate, layers=None), candidate] if candidate.layers is not None else [candidate]
@@ -185,7 +187,7 @@ class Search:
             middle = state
             try:
                 for candidate in below:
-                    middle = State(
+                    middle = SearchState(
                         (*middle.faults, candidate),
                         Planting(candidate.planted(middle)),
                         state.nmse,

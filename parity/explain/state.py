@@ -24,7 +24,7 @@ class Candidate(Struct, frozen=True):
     parameters: Mapping[str, Any]
     layers: Layers = None
 
-    def planted(self, state: "State") -> list[Step]:
+    def planted(self, state: "SearchState") -> list[Step]:
         """The state's steps with this fault. Raises NotApplicable if the fault does not apply."""
         return state.planting.of(self.fault, self.layers, self.parameters)
 
@@ -42,7 +42,7 @@ class RecordKey(Struct, frozen=True):
 Screened = tuple[RecordKey | None, float]  # the first place that still differs, and the NMSE that is left at the old one
 
 
-class State(Struct, frozen=True, dict=True):
+class SearchState(Struct, frozen=True, dict=True):
     """A list of steps and how far it reproduces the dump.
 
     `nmse` holds an array for each point; `first` is the first place that differs, None if none does. `root` is the state that
@@ -53,7 +53,7 @@ class State(Struct, frozen=True, dict=True):
     planting: Planting
     nmse: tuple[Floats, ...]
     first: RecordKey | None
-    root: "State | None" = None
+    root: "SearchState | None" = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -87,7 +87,7 @@ class Tried(Struct):
         self.variants += len(candidates)
 
 
-def worst(state: State, until: int) -> float:
+def worst(state: SearchState, until: int) -> float:
     """The largest NMSE up to a point."""
     return float(max((errors.max() for errors in state.nmse[: until + 1]), default=0.0))
 
@@ -98,7 +98,7 @@ def shown_points(steps: Sequence[Step]) -> frozenset[str]:
     return frozenset(step.makes.removeprefix(SEEN) for step in last)
 
 
-def unchanged_steps(steps: Sequence[Step], root: State) -> int:
+def unchanged_steps(steps: Sequence[Step], root: SearchState) -> int:
     """How many steps at the start are the same as the root's."""
     return same_start(steps, root.steps)
 

@@ -20,7 +20,7 @@ from engine.replay.replay import Replay, same_start
 from .first_place import AtFirstPlace
 from .records import Floats, Ints
 from .screening import Screening
-from .state import Candidate, Layers, State, shown_points
+from .state import Candidate, Layers, SearchState, shown_points
 
 # How many of the likely combinations are tried. Of 16 seeded pairs the right one had rank 0 to 1,250 among about 19,000 (ten
 # of them below 40), but for one at 14,203 (`benchmarks/explain_several.py --ranks`).
@@ -52,10 +52,10 @@ class Together(AtFirstPlace):
         ValueError: the state has no place that differs.
     """
 
-    def __init__(self, screening: Screening, state: State, layers: Layers) -> None:
+    def __init__(self, screening: Screening, state: SearchState, layers: Layers) -> None:
         super().__init__(screening, state, layers)
         self._limit = float(self._entry.limit[self._entry.rows == self._first.row].max())
-        self._replays: dict[tuple[tuple[Effect, ...], int], tuple[State, Replay]] = {}
+        self._replays: dict[tuple[tuple[Effect, ...], int], tuple[SearchState, Replay]] = {}
         # Outside the layers nothing before the last agreement is in question; in a layer, the choice of the layer ensures that.
         before = screening.entries[self._first.point - 1].point if layers is None and self._first.point else ""
         self._agreed = state.order.get(before, -1)
@@ -114,16 +114,16 @@ class Together(AtFirstPlace):
             state, replay = self._below(effects[:-1], rows)
         except NotApplicable:
             return float("inf")
-        value = self._made(replay, state, last)
+        value = self._values_of(replay, state, last)
         return float("inf") if value is None else self._screening.left(self._first, value)
 
-    def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[State, Replay]:
+    def _below(self, effects: tuple[Effect, ...], rows: int) -> tuple[SearchState, Replay]:
         """The state with these planted, and its replay up to the first place. Raises NotApplicable."""
         if (effects, rows) not in self._replays:
             state = self._state
             for candidate in (effect.alike[0] for effect in effects):
                 faults = (*state.faults, candidate)
-                state = State(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
+                state = SearchState(faults, Planting(candidate.planted(state)), self._state.nmse, self._first)
             if len(self._replays) >= _REPLAYS:
                 del self._replays[next(iter(self._replays))]
             self._replays[effects, rows] = state, self._replay(state.steps, rows)
@@ -140,7 +140,7 @@ class Together(AtFirstPlace):
             rows = self._rows(here)
             if rows not in replays:
                 replays[rows] = self._replay(self._state.steps, rows)
-            value = self._made(replays[rows], self._state, here)
+            value = self._values_of(replays[rows], self._state, here)
             if value is not None:
                 effect = Effect(self._recorded(value), [here])
                 known = effects.setdefault((value.tobytes(), effect.kinds), effect)
@@ -170,7 +170,7 @@ class Together(AtFirstPlace):
             return list(steps[: number[name] + 1])
         return [*steps[: max(number.get(read, -1) for read in shown.names) + 1], shown]
 
-    def _made(self, replay: Replay, state: State, candidate: Candidate) -> Array | None:
+    def _values_of(self, replay: Replay, state: SearchState, candidate: Candidate) -> Array | None:
         """What the dump would show at the first place; None if that is unchanged or the model does not allow the candidate."""
         try:
             steps = candidate.planted(state)
@@ -180,7 +180,7 @@ class Together(AtFirstPlace):
             begin = same_start(needed, replay.steps)
             if begin <= self._agreed:
                 return None
-            changed = replay.run(needed, lambda _name, _made: True, begin)
+            changed = replay.run(needed, lambda _name, _values_of: True, begin)
         except NotApplicable:
             return None
         return changed.get(self._shown(steps))

@@ -10,7 +10,7 @@ from engine import ops
 from engine.graph import Step
 
 from ..diff.limits import FUTURE_MASS
-from .values import Value
+from .values import RecordedValue
 
 # A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that for 168 positions with all errors in one direction,
 # and 100 times the embedded model's (1e-7).
@@ -64,10 +64,10 @@ class AttentionChecks(Struct):
                 turned[step.makes] = step.reads[0]
         return cls(laws, turned)
 
-    def watch(self, arriving: Iterable[tuple[str, Value]]) -> Iterable[tuple[str, Value]]:
+    def watch(self, arriving: Iterable[tuple[str, RecordedValue]]) -> Iterable[tuple[str, RecordedValue]]:
         """The same values, checked as they pass."""
         wanted = set(self.turned.values())
-        before: dict[str, Value] = {}
+        before: dict[str, RecordedValue] = {}
         for name, value in arriving:
             if name in self.laws:
                 self.layers.add(name)
@@ -150,7 +150,7 @@ def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64], 
     return faults
 
 
-def rotation_faults(before: Value, after: Value) -> list[str]:
+def rotation_faults(before: RecordedValue, after: RecordedValue) -> list[str]:
     """What is wrong with a rotation, given Q or K before and after RoPE, [T, n] each."""
     if len(before.positions) != len(after.positions):
         return []

@@ -20,9 +20,9 @@ from .attention_checks import AttentionChecks
 from .elements import RowChecks
 from .judging import Definition
 from .operation import Isolator
-from .values import Value
+from .values import RecordedValue
 
-Arriving = Iterable[tuple[str, Value]]
+Arriving = Iterable[tuple[str, RecordedValue]]
 
 
 class Define(Protocol):
@@ -32,7 +32,7 @@ class Define(Protocol):
         """One step for each of `steps`."""
 
 
-class Bench(Struct):
+class IsolationBench(Struct):
     """The model's steps, the checks that watch the values, and the isolators that judge them; both halves of an encoder–decoder."""
 
     transformer: Transformer
@@ -106,7 +106,7 @@ class Bench(Struct):
         assert self.encoder is not None
         last = self.encoder.steps[-1].makes
 
-        def kept() -> Iterator[tuple[str, Value]]:
+        def kept() -> Iterator[tuple[str, RecordedValue]]:
             for name, value in arriving:
                 if name == last:
                     self.isolator.given[ENCODED] = value

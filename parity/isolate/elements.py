@@ -18,7 +18,7 @@ from checkpoints.points import LOGITS
 from engine.graph import Altered, Step, WeightSource
 from engine.weights.rounding import Q4_1, Q5_1, q8_1_correction, round_activations
 
-from .values import Value
+from .values import RecordedValue
 
 _FEW_OUTPUTS = 16
 _SAMPLES = 8  # elements of each product: a wrong layout leaves hardly any element in place
@@ -72,7 +72,7 @@ def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> 
 def sample_product(
     chosen: Sample,
     x: NDArray[np.float32],
-    theirs: NDArray[np.float32],
+    dumped: NDArray[np.float32],
     weights: WeightSource,
     name: str,
     bias: NDArray[np.float32] | None,
@@ -82,7 +82,7 @@ def sample_product(
     """The largest error of the chosen elements of a product, relative to ‖x‖·‖w‖."""
     dots, size = dot_products(chosen, x, weights, name, bias, native=native)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.abs(theirs[chosen.t, chosen.o].astype(np.float64) - dots) / size
+        error = np.abs(dumped[chosen.t, chosen.o].astype(np.float64) - dots) / size
     return float(np.nan_to_num(error, nan=0.0, posinf=np.inf).max())
 
 
@@ -120,10 +120,10 @@ class RowChecks(Struct):
         first = step.weights[0]
         return first.weight if isinstance(first, Altered) else str(first)
 
-    def watch(self, arriving: Iterable[tuple[str, Value]]) -> Iterator[tuple[str, Value]]:
+    def watch(self, arriving: Iterable[tuple[str, RecordedValue]]) -> Iterator[tuple[str, RecordedValue]]:
         """The same values, with the logits' input kept until they come."""
         wanted = self._steps[0].reads[0] if self.rows else ""
-        before: Value | None = None
+        before: RecordedValue | None = None
         for name, value in arriving:
             if name == wanted:
                 before = value
@@ -131,19 +131,19 @@ class RowChecks(Struct):
                 self._check(before, value)
             yield name, value
 
-    def _check(self, before: Value, logits: Value) -> None:
+    def _check(self, before: RecordedValue, logits: RecordedValue) -> None:
         chosen = Sample(np.full(len(self.rows), len(logits.positions) - 1), np.array(self.rows, dtype=np.int64))
-        theirs = logits.data[chosen.t, chosen.o].astype(np.float64)
+        dumped = logits.data[chosen.t, chosen.o].astype(np.float64)
         best: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         for step in self._steps:
             bias = step.weights[1] if len(step.weights) > 1 else None
             added = self.weights.get(bias) if isinstance(bias, str) else None
             native = bool(step.params.get("native"))
             dots, size = dot_products(chosen, before.data, self.weights, self._matrix(step), added, native=native)
-            error = np.nan_to_num(np.abs(theirs - dots) / size, nan=np.inf)
+            error = np.nan_to_num(np.abs(dumped - dots) / size, nan=np.inf)
             if best is None or error.max() < best[1].max():
                 best = dots, error
-        for row, value, dot, off in zip(self.rows, theirs, *(best or ((), ())), strict=True):
+        for row, value, dot, off in zip(self.rows, dumped, *(best or ((), ())), strict=True):
             # The limit is of a squared error.
             right = bool(off <= sqrt(self.limit))
             self.elements.append(Element(row, int(logits.positions[-1]), float(value), float(dot), float(off), right))

@@ -19,7 +19,7 @@ from engine import ops
 from engine.graph import ENCODED, POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
 
 from .routing import Routing, routings
-from .values import CACHED, Value, rows_at
+from .values import CACHED, RecordedValue, rows_at
 
 Array = NDArray[Any]
 
@@ -94,10 +94,10 @@ class Program(Struct, frozen=True, dict=True):
         return self._needs[step.makes]
 
 
-class Memory(Struct):
+class PassMemory(Struct):
     """What passes leave for later ones: the rows of values that histories read, and states; a state of None is not known."""
 
-    past: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    past: dict[str, list[RecordedValue]] = field(default_factory=lambda: defaultdict(list))
     states: dict[str, Array | None] = field(default_factory=dict)
     passes: int = 0
 
@@ -107,7 +107,7 @@ class Memory(Struct):
         return int(self.past[POSITIONS][0].positions[0])
 
 
-class Missing(ValueError):
+class UnknownInput(ValueError):
     """An input is not known; the message says which and why."""
 
 
@@ -120,7 +120,12 @@ class Inputs:
     """
 
     def __init__(
-        self, program: Program, weights: WeightSource, memory: Memory, positions: NDArray[np.int64], live: Mapping[str, Value]
+        self,
+        program: Program,
+        weights: WeightSource,
+        memory: PassMemory,
+        positions: NDArray[np.int64],
+        live: Mapping[str, RecordedValue],
     ) -> None:
         self._program, self._weights, self._memory = program, weights, memory
         self._positions, self._live = positions, live
@@ -151,7 +156,7 @@ class Inputs:
             return np.zeros(read.shape, dtype=np.float32)
         state = self._memory.states.get(read.of)
         if state is None:
-            raise Missing("the state left by the previous pass is not known")
+            raise UnknownInput("the state left by the previous pass is not known")
         return state
 
     def _value(self, step: Step, name: str, rows: NDArray[np.int64] | None) -> Array:
@@ -165,7 +170,7 @@ class Inputs:
             return rows_of_value if of_scores(name) else rows_of_value.reshape(len(rows_of_value), -1)
         producer = self._program.producers.get(name)
         if producer is None or not producer.inner:
-            raise Missing(f"its input {name} was not recorded as a whole")
+            raise UnknownInput(f"its input {name} was not recorded as a whole")
         shown = self._program.shown.get(name)
         if shown is not None and shown is not step and shown.makes in self._live:  # no record is compared with itself
             view = shown.reads[0]
@@ -180,7 +185,7 @@ class Inputs:
 
     def _encoded(self) -> Array:
         if ENCODED not in self._live:
-            raise Missing("the encoder's output was not recorded as a whole")
+            raise UnknownInput("the encoder's output was not recorded as a whole")
         return self._live[ENCODED].data
 
     def done_with(self, step: Step) -> None:
@@ -203,14 +208,14 @@ class Inputs:
     def _history(self, name: str) -> Array:
         parts = self._memory.past.get(name, [])
         if not parts:
-            raise Missing(f"no whole row of {name}, which the cache held")
+            raise UnknownInput(f"no whole row of {name}, which the cache held")
         positions = np.concatenate([part.positions for part in parts])
         data = np.concatenate([part.data.reshape(len(part.positions), -1) for part in parts])
         order = {int(position): row for row, position in enumerate(positions)}
         wanted = range(self._memory.first, self._memory.first + self.seen)
         gap = next((position for position in wanted if position not in order), None)
         if gap is not None:
-            raise Missing(f"no whole row of {name} at position {gap}, which the cache held")
+            raise UnknownInput(f"no whole row of {name} at position {gap}, which the cache held")
         rows = data[[order[position] for position in wanted]]
         return rows[:, 0] if name == POSITIONS else rows
 

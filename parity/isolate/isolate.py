@@ -28,11 +28,11 @@ from ..models.embedded import path as default_model
 from ..run.graphs import not_as_the_file_says
 from ..run.request import Prompt
 from ..run.session import resolve_prompt
-from .bench import Bench, Define
+from .bench import Define, IsolationBench
 from .judged_layers import eliminated, graft, judged_layers
 from .suspicions import as_eight_bits, in_order
 from .unrecorded import passed_over, stretches, without
-from .values import Value, WholeValues
+from .values import RecordedValue, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
 # Q4_0, Q4_1, Q5_0, Q5_1, Q2_K … Q6_K, IQ4_NL and IQ4_XS lies at 3e-13 at most.
@@ -86,7 +86,9 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         expected = len(prompt.ids) + request.generate
-        bench = Bench.of(request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows, define)
+        bench = IsolationBench.of(
+            request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows, define
+        )
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
@@ -126,13 +128,13 @@ def _started(request: IsolateRequest, running: Reference | None) -> AbstractCont
     return Reference(verbose=request.verbose, threads=request.threads) if running is None else nullcontext(running)
 
 
-def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: Bench) -> int:
+def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Prompt, mode: str, bench: IsolationBench) -> int:
     """Let llama.cpp compute the prompt (and what it generates) and judge each pass; returns the number of passes."""
     points = "all"  # values that are not needed are ignored
     positions = np.arange(len(prompt.ids), dtype=np.int64)
     if not request.generate and bench.encoder is None:
         captured = reference.capture(request.model, prompt.ids, points, mode, kv_type=request.kv_type, threads=request.threads)
-        bench.run(np.array(prompt.ids), positions, ((node.point, Value(value, positions)) for node, value in captured))
+        bench.run(np.array(prompt.ids), positions, ((node.point, RecordedValue(value, positions)) for node, value in captured))
         return 1
     with TemporaryDirectory(prefix="parity-isolate-") as folder:
         job = DumpJob(
@@ -155,7 +157,7 @@ def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Promp
         return _feed_dump(values, bench, np.array(prompt.ids), values.generated)
 
 
-def _feed_dump(values: WholeValues, bench: Bench, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
+def _feed_dump(values: WholeValues, bench: IsolationBench, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
     if bench.encoder is not None:
         bench.encode(prompt, values.arriving(values.passes[0], encoder=True))
     tokens = bench.decoded(prompt, generated)
@@ -175,7 +177,7 @@ def calibrate(reference: Reference, mode: str, kv_type: str, define: Define = pr
     """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
     model = default_model()
     graph = partial(reference.graph, model, mode)
-    bench = Bench.of(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
+    bench = IsolationBench.of(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
     request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
     return max((operation.nmse or 0.0 for operation in bench.operations()), default=0.0)
@@ -236,7 +238,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             tokens, generated = np.array(prompt.ids, dtype=np.int64), np.zeros(0, dtype=np.int64)
         else:
             tokens, generated = values.prompt(), values.generated
-        bench = Bench.of(
+        bench = IsolationBench.of(
             request.model,
             lambda: reference().graph(request.model, mode),
             modes,
@@ -302,7 +304,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
     )
 
 
-def _pass_over(bench: Bench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
+def _pass_over(bench: IsolationBench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
     """Let points that the dump lacks be computed where that is sound; returns the verdicts on their operations."""
     if kv_type != "f32":  # a cache of F16 rounds attention's weights: a computed value is rounded differently here and there
         return []

@@ -73,13 +73,13 @@ def judged_layers(
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=f"no whole value of {before} at every position"))
             continue
         try:
-            computed = _made(reference, model, layer, state, mode)
+            computed = _layer_output(reference, model, layer, state, mode)
         except InputError as error:  # an architecture whose layers cannot be run alone
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
             continue
         verdict = _compared(values, output, computed, layer, limit)
         if verdict.status == WRONG and layer - 1 in right:
-            again = _compared(values, output, _made(reference, model, layer, right[layer - 1], mode), layer, limit)
+            again = _compared(values, output, _layer_output(reference, model, layer, right[layer - 1], mode), layer, limit)
             if again.status == PROVEN:
                 verdict = again
                 denied.add(layer - 1)
@@ -89,7 +89,7 @@ def judged_layers(
     return judged, frozenset(in_layer(layer, "l_out") for layer in denied)
 
 
-def _made(reference: Reference, model: Path, layer: int, state: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
+def _layer_output(reference: Reference, model: Path, layer: int, state: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
     """The output of llama.cpp's own layer for a hidden state [T, D]."""
     output = in_layer(layer, "l_out")
     return dict(_by_point(reference.layers(model, layer, layer + 1, state, output, mode)))[output]

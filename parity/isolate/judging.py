@@ -8,8 +8,8 @@ from msgspec import Struct, field
 
 from engine.graph import Step, WeightSource
 
-from .inputs import Memory, Program
-from .values import Value
+from .inputs import PassMemory, Program
+from .values import RecordedValue
 
 # Of an operation that read NaN at every position.
 NOT_FINITE = "its inputs are not finite"
@@ -61,7 +61,7 @@ class Judging(Struct):
     sample: bool = True
     stretches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=lambda: defaultdict(Record))
-    memory: Memory = field(default_factory=Memory)
+    memory: PassMemory = field(default_factory=PassMemory)
     # Values that every pass reads and none makes: an encoder's output.
-    given: dict[str, Value] = field(default_factory=dict)
+    given: dict[str, RecordedValue] = field(default_factory=dict)
     epsilons: set[float] = field(default_factory=set)  # the wrong epsilons that norms have shown

@@ -18,7 +18,7 @@ _ROUNDING = 3e-3
 def look_of(
     step: Step,
     x: NDArray[np.float32],
-    theirs: NDArray[np.float32],
+    dumped: NDArray[np.float32],
     weights: WeightSource,
     nmse: float,
     limit: float,
@@ -29,48 +29,48 @@ def look_of(
     `siblings` are other weights of the same layer, one of which may have been taken instead.
     """
     if "native" in step.params:
-        return _product(step, x, theirs, weights, nmse, limit, siblings)
-    if step.op is ops.rms_norm and x.size == theirs.size:
-        return _norm(step, x, theirs, weights, limit)
+        return _product(step, x, dumped, weights, nmse, limit, siblings)
+    if step.op is ops.rms_norm and x.size == dumped.size:
+        return _norm(step, x, dumped, weights, limit)
     return ""
 
 
-def _norm(step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, limit: float) -> str:
-    if float(np.sum((x.astype(np.float64).reshape(theirs.shape) - theirs) ** 2)) <= limit * float(
-        np.sum(theirs.astype(np.float64) ** 2)
+def _norm(step: Step, x: NDArray[np.float32], dumped: NDArray[np.float32], weights: WeightSource, limit: float) -> str:
+    if float(np.sum((x.astype(np.float64).reshape(dumped.shape) - dumped) ** 2)) <= limit * float(
+        np.sum(dumped.astype(np.float64) ** 2)
     ):
         return "its output is its input: not normalised"
-    eps = other_epsilon(step, x, theirs, weights, limit)
+    eps = other_epsilon(step, x, dumped, weights, limit)
     if eps is None or eps == float(f"{step.params['eps']:.2g}"):
         return ""
     return f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
 
 
 def other_epsilon(
-    step: Step, x: NDArray[np.float32], theirs: NDArray[np.float32], weights: WeightSource, limit: float
+    step: Step, x: NDArray[np.float32], dumped: NDArray[np.float32], weights: WeightSource, limit: float
 ) -> float | None:
     """The epsilon with which a norm gives these rows, to two digits; None if none does.
 
     Solves 1 / sqrt(mean(x²) + ε) for ε, row by row.
     """
     weight = weights.get(str(step.weights[0]))
-    x, theirs = x.reshape(-1, weight.size), theirs.reshape(-1, weight.size)  # each head by itself
+    x, dumped = x.reshape(-1, weight.size), dumped.reshape(-1, weight.size)  # each head by itself
     wide = x.astype(np.float64)
     scaled = wide * weight
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.einsum("ij,ij->i", theirs.astype(np.float64), scaled) / np.einsum("ij,ij->i", scaled, scaled)
+        scale = np.einsum("ij,ij->i", dumped.astype(np.float64), scaled) / np.einsum("ij,ij->i", scaled, scaled)
         eps = float(np.median(1 / scale**2 - np.mean(wide**2, axis=1)))
     if not np.isfinite(eps):
         return None
     again = ops.rms_norm(x, weight, eps=max(eps, 0.0))
-    error = np.sum((again.astype(np.float64) - theirs) ** 2) / max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
+    error = np.sum((again.astype(np.float64) - dumped) ** 2) / max(float(np.sum(dumped.astype(np.float64) ** 2)), 1e-300)
     return float(f"{max(eps, 0.0):.2g}") if error <= limit else None
 
 
 def _product(
     step: Step,
     x: NDArray[np.float32],
-    theirs: NDArray[np.float32],
+    dumped: NDArray[np.float32],
     weights: WeightSource,
     nmse: float,
     limit: float,
@@ -84,11 +84,11 @@ def _product(
     near = max(limit, nmse * _FAR_NEARER)
     bias = step.weights[1] if len(step.weights) > 1 else None
     wide = x.astype(np.float64)
-    energy = max(float(np.sum(theirs.astype(np.float64) ** 2)), 1e-300)
+    energy = max(float(np.sum(dumped.astype(np.float64) ** 2)), 1e-300)
 
     def is_product(weight: NDArray[np.float32], added: str | None) -> bool:
         product = wide @ weight.T.astype(np.float64) + (weights.get(added) if added is not None else 0.0)
-        return bool(np.sum((product - theirs) ** 2) / energy <= near)
+        return bool(np.sum((product - dumped) ** 2) / energy <= near)
 
     if shape[0] * shape[1] <= _LARGEST:
         weight, added = weights.get(name), bias if isinstance(bias, str) else None

@@ -15,11 +15,11 @@ from engine.graph import POSITIONS, TOKENS, Altered, Step, compute, viewed
 from engine.replay.products import product
 
 from .elements import Sample, sample_product, typical_energy
-from .inputs import Inputs, Missing, inputs_named, reads_rows_alone
+from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import look_of, other_epsilon
 from .routing import routing_error
-from .values import CACHED, Value, row_errors, rows_at
+from .values import CACHED, RecordedValue, row_errors, rows_at
 
 # A norm is one scale a row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
 # known fault, makes only 1e-12 where activations are large.
@@ -52,14 +52,14 @@ class _Held(Struct, frozen=True):
     """An operation's recorded value and the one that follows from its inputs, at the positions [R] that all of them have."""
 
     inputs: Sequence[NDArray[np.float32]]
-    theirs: NDArray[np.float32]
+    dumped: NDArray[np.float32]
     ours: NDArray[np.float32]
     positions: NDArray[np.int64]
     errors: NDArray[np.float64]
     reason: str
 
 
-class Pass:
+class JudgedPass:
     """One forward pass as it goes through the judging."""
 
     def __init__(self, judging: Judging, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
@@ -67,13 +67,13 @@ class Pass:
         self._positions = positions
         self._programs = [definition.of(len(positions)) for definition in judging.definitions]
         self._program = self._programs[0]
-        self._live = {**judging.given, TOKENS: Value(tokens, positions), POSITIONS: Value(positions, positions)}
+        self._live = {**judging.given, TOKENS: RecordedValue(tokens, positions), POSITIONS: RecordedValue(positions, positions)}
         self._memory.past[POSITIONS].append(self._live[POSITIONS])
         self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
-        self._right: dict[str, Value] = {}  # the right values of wrong operations
+        self._right: dict[str, RecordedValue] = {}  # the right values of wrong operations
         self._states: dict[str, NDArray[np.float32] | None] = {}
 
-    def run(self, arriving: Iterable[tuple[str, Value]]) -> None:
+    def run(self, arriving: Iterable[tuple[str, RecordedValue]]) -> None:
         """Take each step when the last value that it needs has come, and drop values that nothing needs any more."""
         program = self._program
         steps = [*program.carried, *program.judged]  # rows of a cache come before the step that reads them
@@ -114,14 +114,14 @@ class Pass:
                 self._inputs.done_with(step)
                 return
             value = self._inputs.computed(step)
-        except Missing as error:
+        except UnknownInput as error:
             if step.inner:
                 self._states[step.makes] = None
             else:
                 self._judging.records[step.makes].reason = str(error)
             return
         if step.makes in self._program.remembered:
-            self._memory.past[step.makes].append(Value(value, self._positions))
+            self._memory.past[step.makes].append(RecordedValue(value, self._positions))
         self._states[step.makes] = value
 
     def _lacks(self, step: Step, names: Sequence[str]) -> None:
@@ -149,9 +149,9 @@ class Pass:
         definitions = self._definitions(step)
         self._note(step, definitions[-1], held)
         if step.op is ops.rms_norm:
-            self._judge_epsilon(step, held.inputs, held.theirs, held.positions)
+            self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
         if self._judging.sample:
-            sampled = [self._sampled(definition, held.inputs, held.theirs) for definition in definitions]
+            sampled = [self._sampled(definition, held.inputs, held.dumped) for definition in definitions]
             if measured := [error for error in sampled if error is not None]:
                 record.sampled = max(record.sampled or 0.0, min(measured))
 
@@ -160,7 +160,7 @@ class Pass:
 
     def _held(self, step: Step, source: Inputs) -> _Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""
-        inputs, theirs, positions = self._aligned(step, source)
+        inputs, dumped, positions = self._aligned(step, source)
         definitions = self._definitions(step)
         routing = self._program.routing.get(step.makes)
         best: _Held | None = None
@@ -170,15 +170,15 @@ class Pass:
             reason = ""
             if routing is not None:
                 ordered: NDArray[np.float32] = viewed(routing.ordering.reads[0], source.of(routing.ordering, positions)[0])
-                errors, reason = routing_error(routing.used, ordered, ours, theirs)
+                errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
-                errors = row_errors(step.makes, ours, theirs, positions, least)
+                errors = row_errors(step.makes, ours, dumped, positions, least)
             unknown = _without_numbers(inputs, len(errors))
             if unknown.all():
-                raise Missing(NOT_FINITE)
+                raise UnknownInput(NOT_FINITE)
             errors = np.where(unknown, 0.0, errors)
             if best is None or errors.max() < best.errors.max():
-                best = _Held(inputs, theirs, ours, positions, errors, reason)
+                best = _Held(inputs, dumped, ours, positions, errors, reason)
             if best.errors.max() <= limit:
                 break
         assert best is not None
@@ -221,7 +221,7 @@ class Pass:
     ) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._judging.records[step.makes], self._limit(step)
-        errors, positions, theirs = held.errors, held.positions, held.theirs
+        errors, positions, dumped = held.errors, held.positions, held.dumped
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
         if nmse > limit and held.ours.size == self._live[step.makes].data.size and step.makes not in self._program.routing:
@@ -234,8 +234,8 @@ class Pass:
         if nmse > limit:
             wrong = int((errors > limit).sum())
             where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
-            first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else theirs
-            look = held.reason or look_of(definition, first, theirs, self._weights, nmse, limit, self._siblings(step))
+            first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else dumped
+            look = held.reason or look_of(definition, first, dumped, self._weights, nmse, limit, self._siblings(step))
             record.reason = "; ".join(part for part in (where, look) if part)
             record.wrong = True
 
@@ -251,17 +251,17 @@ class Pass:
         return _NORM_LIMIT if step.op in _NORMS and self._judging.limit <= 1e-10 else self._judging.limit
 
     def _judge_epsilon(
-        self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32], positions: NDArray[np.int64]
+        self, step: Step, inputs: Sequence[NDArray[np.float32]], dumped: NDArray[np.float32], positions: NDArray[np.int64]
     ) -> None:
         """Compare a norm with the epsilons that other norms have shown, or learn one from it."""
         record = self._judging.records[step.makes]
         if record.wrong:
-            eps = other_epsilon(step, viewed(step.reads[0], inputs[0]), theirs, self._weights, self._limit(step))
+            eps = other_epsilon(step, viewed(step.reads[0], inputs[0]), dumped, self._weights, self._limit(step))
             self._judging.epsilons |= {eps} if eps is not None else set()
             return
         for eps in sorted(self._judging.epsilons):
             with_eps = compute(replace(step, params={**step.params, "eps": eps}), inputs, self._weights)
-            error = float(row_errors(step.makes, with_eps, theirs, positions).max())
+            error = float(row_errors(step.makes, with_eps, dumped, positions).max())
             if error * _NEARER < record.nmse:
                 record.wrong = True
                 record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
@@ -271,15 +271,15 @@ class Pass:
             return None
         return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)
 
-    def _sampled(self, step: Step, inputs: Sequence[NDArray[np.float32]], theirs: NDArray[np.float32]) -> float | None:
+    def _sampled(self, step: Step, inputs: Sequence[NDArray[np.float32]], dumped: NDArray[np.float32]) -> float | None:
         if "native" not in step.params or not isinstance(step.weights[0], Altered):
             return None
-        chosen = Sample.of(step.makes, *theirs.shape)
+        chosen = Sample.of(step.makes, *dumped.shape)
         bias = step.weights[1] if len(step.weights) > 1 else None
         added = self._weights.get(bias) if isinstance(bias, str) else None
         x = viewed(step.reads[0], inputs[0])
         return sample_product(
-            chosen, x, theirs, self._weights, step.weights[0].weight, added, native=bool(step.params["native"])
+            chosen, x, dumped, self._weights, step.weights[0].weight, added, native=bool(step.params["native"])
         )
 
     def _aligned(self, step: Step, source: Inputs) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
@@ -298,7 +298,7 @@ class Pass:
             if name in self._live and parse(name).kind not in CACHED:
                 common = np.intersect1d(common, self._live[name].positions)
         if not len(common):
-            raise Missing("its inputs and its output were recorded at different positions")
+            raise UnknownInput("its inputs and its output were recorded at different positions")
         if len(common) != len(self._positions) and not reads_rows_alone(step):
-            raise Missing("its inputs or its output were not recorded at every position of the pass")
+            raise UnknownInput("its inputs or its output were not recorded at every position of the pass")
         return source.of(step, common), rows_at(step.makes, output, common), common

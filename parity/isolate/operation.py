@@ -13,8 +13,8 @@ from checkpoints.points import parse
 from engine.graph import Step
 
 from .judging import NOT_FINITE, Judging, Record
-from .one_pass import Pass
-from .values import Value
+from .one_pass import JudgedPass
+from .values import RecordedValue
 
 _LISTED = 3  # readers of a suspect record that are named
 
@@ -30,9 +30,11 @@ class Isolator(Judging, dict=True):
         order = dict.fromkeys([step.makes for step in (*several.judged, *single.judged)])
         return [named[name] for name in order]
 
-    def run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, Value]]) -> None:
+    def run(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], arriving: Iterable[tuple[str, RecordedValue]]
+    ) -> None:
         """Judge one forward pass: its tokens and positions [T], and its values by point, in the order of computation."""
-        Pass(self, tokens, positions).run(arriving)
+        JudgedPass(self, tokens, positions).run(arriving)
 
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model."""

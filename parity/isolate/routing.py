@@ -47,17 +47,17 @@ def _used(step: Step, steps: Sequence[Step]) -> int:
 
 
 def routing_error(
-    used: int, values: NDArray[np.float32], ours: NDArray[Any], theirs: NDArray[np.float32]
+    used: int, values: NDArray[np.float32], ours: NDArray[Any], dumped: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], str]:
     """0 for each row whose choice is right, infinite for others, and a remark.
 
     Args:
         used: how many of the first indices are the choice; 0 for all.
         values: the sorted values, one row a position (float32 [T, E], or any shape with that many elements).
-        ours, theirs: the indices in order, [T, E] or [T, k].
+        ours, dumped: the indices in order, [T, E] or [T, k].
     """
-    rows = len(theirs)
-    ordered = theirs.reshape(rows, -1).astype(np.int64)
+    rows = len(dumped)
+    ordered = dumped.reshape(rows, -1).astype(np.int64)
     values = values.reshape(rows, -1)
     right = np.asarray(ours).reshape(rows, -1).astype(np.int64)
     count = min(used or right.shape[1], right.shape[1])

@@ -33,14 +33,14 @@ ROW_FLOOR = 0.01
 CACHED = ("k_read", "v_read")  # kinds of points whose rows are the cache's, not the pass's
 
 
-class Value(Struct, frozen=True):
+class RecordedValue(Struct, frozen=True):
     """One point's value in one forward pass, with the positions of its rows: [T, …], [H, T, S], or [S, K·d] if read from the cache."""
 
     data: NDArray[Any]
     positions: NDArray[np.int64]
 
 
-def rows_at(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+def rows_at(name: str, value: RecordedValue, positions: NDArray[np.int64]) -> NDArray[np.float32]:
     """The rows of a value at given positions: [T, n], or [H, T, S] for scores."""
     rows = np.searchsorted(value.positions, positions)
     if of_scores(name):
@@ -52,7 +52,7 @@ def rows_at(name: str, value: Value, positions: NDArray[np.int64]) -> NDArray[np
 def row_errors(
     name: str,
     ours: NDArray[np.float32],
-    theirs: NDArray[np.float32],
+    dumped: NDArray[np.float32],
     positions: NDArray[np.int64],
     least: Floats | None = None,
 ) -> Floats:
@@ -65,15 +65,15 @@ def row_errors(
     """
     kind = parse(name).kind
     if of_scores(name):
-        ours, theirs = ours.transpose(1, 0, 2), theirs.transpose(1, 0, 2)
-        if kind == "kq" and ours.shape == theirs.shape:
+        ours, dumped = ours.transpose(1, 0, 2), dumped.transpose(1, 0, 2)
+        if kind == "kq" and ours.shape == dumped.shape:
             first = int(positions[-1]) + 1 - ours.shape[2]
             seen = np.arange(ours.shape[2])[None, None, :] <= (positions - first)[:, None, None]
-            ours, theirs = np.where(seen, ours, 0), np.where(seen, theirs, 0)
-    if ours.shape[0] != theirs.shape[0] or ours.size != theirs.size:
-        raise ModelError(f"{kind} has shape {list(theirs.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")
+            ours, dumped = np.where(seen, ours, 0), np.where(seen, dumped, 0)
+    if ours.shape[0] != dumped.shape[0] or ours.size != dumped.size:
+        raise ModelError(f"{kind} has shape {list(dumped.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")
     a = ours.reshape(len(ours), -1).astype(np.float64)
-    b = theirs.reshape(len(theirs), -1).astype(np.float64)
+    b = dumped.reshape(len(dumped), -1).astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
     with np.errstate(invalid="ignore"):
@@ -181,7 +181,7 @@ class WholeValues:
             )
         return np.array(header.tokens, dtype=np.int64)
 
-    def arriving(self, step: int, *, encoder: bool = False) -> Iterator[tuple[str, Value]]:
+    def arriving(self, step: int, *, encoder: bool = False) -> Iterator[tuple[str, RecordedValue]]:
         """The whole values of a pass, one after the other: only an encoder's, or all others."""
         for name in self.points(step):
             if name.startswith(ENCODER) != encoder:
@@ -190,7 +190,7 @@ class WholeValues:
             if value is not None:
                 yield name, value
 
-    def get(self, name: str, step: int) -> Value | None:
+    def get(self, name: str, step: int) -> RecordedValue | None:
         """A point's whole value in a pass, None if it was not recorded.
 
         Raises:
@@ -204,7 +204,7 @@ class WholeValues:
         rows = rows.take(np.flatnonzero(rows.full() & (rows.step == step)))
         return _from_rows(name, rows) if len(rows) else None
 
-    def _from_tensor(self, name: str, step: int) -> Value:
+    def _from_tensor(self, name: str, step: int) -> RecordedValue:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
         positions = self._positions[step, name.startswith(ENCODER)]
         kind = parse(name).kind
@@ -215,26 +215,26 @@ class WholeValues:
             )
         count = data.shape[1] if of_scores(name) else len(data)
         if count == 1 and kind not in CACHED:  # a state after the pass, or a pooled embedding
-            return Value(data, positions[-1:])
+            return RecordedValue(data, positions[-1:])
         if kind not in CACHED and count != len(positions):
             raise DumpError(
                 f"{name} of pass {step} has {count} rows in the tensors file, but {len(positions)} positions in the dump.",
                 "Record all positions (--positions all), or use the tensors file of this dump.",
             )
-        return Value(data, positions)
+        return RecordedValue(data, positions)
 
 
-def _from_rows(name: str, rows: Rows) -> Value:
+def _from_rows(name: str, rows: Rows) -> RecordedValue:
     """The value of records that contain all of their values, as one array."""
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
     if kind in CACHED:  # the last position's record holds all rows
         shape = rows.shapes[-1]
-        return Value(rows.values[-1, : int(rows.counts[-1])].reshape(shape[0], -1), rows.token_idx)
+        return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(shape[0], -1), rows.token_idx)
     if of_scores(name):
         heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
         data = np.zeros((heads, len(rows), seen), dtype=np.float32)
         for r, shape in enumerate(rows.shapes):
             data[:, r, : shape[-1]] = rows.values[r, : int(rows.counts[r])].reshape(heads, -1)
-        return Value(data, rows.token_idx)
-    return Value(rows.values, rows.token_idx)
+        return RecordedValue(data, rows.token_idx)
+    return RecordedValue(rows.values, rows.token_idx)

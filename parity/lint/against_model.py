@@ -125,7 +125,7 @@ def _places(rows: Rows) -> list[tuple[int, int, int]]:
     return list(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
 
 
-_SAID = {
+_METADATA_NAMES = {
     "eps": ("eps", "epsilon", "norm_eps", "rms_norm_eps", "layer_norm_rms_epsilon", "f_norm_rms_eps"),
     "n_heads": ("heads", "n_heads", "n_head", "num_heads", "num_attention_heads", "head_count"),
     "n_kv_heads": ("kv_heads", "n_kv_heads", "n_head_kv", "num_kv_heads", "num_key_value_heads", "head_count_kv"),
@@ -147,7 +147,7 @@ def hyperparameters(subject: Subject) -> Iterator[Hit]:
     stated = {str(name).lower(): value for name, value in (header.hparams or {}).items()}
     if header.model.layers is not None:
         stated.setdefault("layers", header.model.layers)
-    for field, names in _SAID.items():
+    for field, names in _METADATA_NAMES.items():
         wanted = getattr(model.hp, field)
         for name in names:
             value = stated.get(name)

@@ -35,12 +35,12 @@ class Tokenizer(Struct, frozen=True):
         """A sentence on the first position at which llama.cpp tokenizes the text differently; empty if there is none."""
         if self.problem:
             return f"transformers has no tokenizer for this model: {self.problem}"
-        for place, (mine, theirs) in enumerate(zip(prompt.ids, self.ids, strict=False)):
-            if mine != theirs:
+        for place, (llama_id, own_id) in enumerate(zip(prompt.ids, self.ids, strict=False)):
+            if llama_id != own_id:
                 pieces = (*prompt.pieces, *[""] * len(prompt.ids))
                 return (
-                    f"the tokenizers differ at position {place}: llama.cpp has {mine} {pieces[place]!r}, "
-                    f"Hugging Face {theirs} {self.pieces[place]!r}; both sides were given llama.cpp's ids"
+                    f"the tokenizers differ at position {place}: llama.cpp has {llama_id} {pieces[place]!r}, "
+                    f"Hugging Face {own_id} {self.pieces[place]!r}; both sides were given llama.cpp's ids"
                 )
         if len(self.ids) != len(prompt.ids):
             return (

@@ -73,6 +73,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
                 progress(part.number + 1, len(text.chunks), figures.tally.perplexity[0])
         figures.require()
         worst = figures.worst(reference, run.model)
+        cause = side.cause() if isinstance(side, Reader) else None
         if writer is not None and request.save_base is not None:
             writer.save(request.save_base)
     tally = figures.tally
@@ -92,6 +93,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
             bounded=tally.bounded,
             exact=figures.exact,
             worst=worst,
+            causes=(cause,) if cause is not None else (),
             seconds=perf_counter() - began,
             notes=(*figures.notes, *(side.notes if isinstance(side, Reader) else ())),
             **tally.compared(),  # type: ignore[arg-type]
@@ -239,14 +241,14 @@ class _Figures:
         kl, unseen = _kl(other, row)
         self.exact = self.exact and not isinstance(row, Listed)
         listed = isinstance(row, Listed) or isinstance(other, Listed)
-        mine, theirs = _top(row, normalised=listed), _top(other, normalised=listed)
+        our_top, their_top = _top(row, normalised=listed), _top(other, normalised=listed)
         base_log_p = _log_p(other, following)
         assert base_log_p is not None  # a base knows the text's own token
-        self.tally.against(kl, unseen, base_log_p, [number for number, _ in mine], [number for number, _ in theirs])
+        self.tally.against(kl, unseen, base_log_p, [number for number, _ in our_top], [number for number, _ in their_top])
         if log_p is not None:
             self.tally.moved(log_p, base_log_p)
         if self._worst is None or kl > self._worst.kl:
-            self._worst = Worst(chunk.number, position, kl, "", following, "", mine, theirs)
+            self._worst = Worst(chunk.number, position, kl, "", following, "", our_top, their_top)
             self.leading = chunk.tokens[: position + 1]
 
     def _unusable(self, chunk: Chunk, position: int, whose: str) -> None:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from ..run.request import Prompt
 from .dialects import Dialect
 from .http import ServerError
-from .predictions import Candidate, Prediction
+from .predictions import Prediction, TokenCandidate
 from .vocabulary import Vocabulary
 
 Progress = Callable[[str, int, int | None], None]
@@ -23,8 +23,8 @@ class Asked(Struct, frozen=True):
     """
 
     position: int
-    candidates: tuple[Candidate, ...]
-    own: Candidate | None = None
+    candidates: tuple[TokenCandidate, ...]
+    own: TokenCandidate | None = None
     chosen: int | None = None
     prefix: str | None = None
 

@@ -12,7 +12,7 @@ from reference.client import Reference
 from reference.jobs import EXACT, NATIVE
 
 from ..score.measures import LEAST, Listed, kl_of_shared, kl_of_top, largest, log_sum
-from .predictions import Candidate
+from .predictions import TokenCandidate
 from .vocabulary import Vocabulary
 
 Row = NDArray[np.float32]  # logits [V]
@@ -23,7 +23,7 @@ _ROUNDED = 1e-5  # how far over 1 probabilities sum by the digits with which ser
 NOTHING = -69.0  # log(1e-30): what a server calls impossible
 
 
-class Floor(Struct, frozen=True):
+class KlFloor(Struct, frozen=True):
     """KL of two passes of llama.cpp over the same tokens, float32 and the file's own types with an F16 cache: worst and mean."""
 
     worst: float
@@ -41,7 +41,7 @@ def rows(
             position += 1
 
 
-def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: int) -> Floor:
+def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: int) -> KlFloor:
     """How far llama.cpp differs from itself on these tokens, between float32 and the way a server computes the file."""
     kept = []
     for _, row in rows(reference, model, tokens, first, NATIVE, "f16"):
@@ -50,10 +50,10 @@ def floor_of(reference: Reference, model: Path, tokens: Sequence[int], first: in
     distances = []
     for (_, row), (top, logits, total) in zip(rows(reference, model, tokens, first, EXACT), kept, strict=True):
         distances.append(kl_of_top(top, logits, total, row)[0])
-    return Floor(max(distances), float(np.mean(distances)))
+    return KlFloor(max(distances), float(np.mean(distances)))
 
 
-def listed(candidates: Sequence[Candidate], vocabulary: Vocabulary, row: Row) -> Listed:
+def listed(candidates: Sequence[TokenCandidate], vocabulary: Vocabulary, row: Row) -> Listed:
     """The candidates whose token is known; if several tokens have the same text, the one most probable to llama.cpp."""
     known: dict[int, float] = {}
     for candidate in candidates:

@@ -15,7 +15,7 @@ from reference.jobs import Tokens
 
 from ..run.request import Prompt
 from ..score.measures import Listed, log_sum
-from . import numbers
+from . import numbers, penalties
 from .ask import Asked, Heard
 from .base import Row, kl, listed, log_probabilities, rows
 from .truncation import truncations
@@ -30,7 +30,7 @@ _TEMPERATURES = (0.05, 20.0)
 _PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.05), np.arange(0.5, 1.0, 0.05)])
 
 
-class Case(Struct, frozen=True):
+class ServerCase(Struct, frozen=True):
     """Everything needed to look for a cause: `sample` has llama.cpp's rows [V], `limit` is a KL; `notes` say what was not tried."""
 
     reference: Reference
@@ -62,19 +62,34 @@ class Case(Struct, frozen=True):
         return kl(row, replace(server, logprobs=meaning.natural(server.logprobs, log_probabilities(row, server.ids))))
 
 
+MORE = 8  # predictions beyond the sample that are kept because they are wrong
+
+
 def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
     """Predictions spread over all that were asked for."""
     count = min(_SAMPLE, len(asked))
     return tuple(asked[number * len(asked) // count] for number in range(count))
 
 
-def cause_of(case: Case) -> ServerCause | None:
+def cause_of(case: ServerCase) -> ServerCause | None:
     """The first reading that explains the predictions, if one does."""
-    readings = (_echo, _numbers, _beginning, _temperature, _truncation, _not_normalised, _penalty, _template, _tokenizer)
+    readings = (
+        _echo, _numbers, _beginning, _temperature, _truncation, _not_normalised, _penalty, _subtracted, _biased, _template, _tokenizer,
+    )  # fmt: skip
     return next((cause for find in readings if (cause := find(case)) is not None), None)
 
 
-def _echo(case: Case) -> ServerCause | None:
+def unexplained(predictions: int, same: int) -> str:
+    """A note on numbers that no reading explains, though both sides choose alike at `same` of the predictions; "" if they do not."""
+    if 2 * same < predictions:
+        return ""
+    return (
+        f"nothing that was tried explains the numbers (another text, numbers, sampler), but the first choices are the same at {same} of "
+        f"{predictions}: as of other weights, such as another quantisation or an adapter, or of another arithmetic"
+    )
+
+
+def _echo(case: ServerCase) -> ServerCause | None:
     if case.heard.around is None:
         return None
     before, behind = (printable(repr(text), 80) for text in case.heard.around)
@@ -85,33 +100,35 @@ def _echo(case: Case) -> ServerCause | None:
     )
 
 
-def _not_normalised(case: Case) -> ServerCause | None:
+def _not_normalised(case: ServerCase) -> ServerCause | None:
     """Log-probabilities that are off by another constant at each position."""
-    theirs = [case.listed(asked, row) for asked, row in case.sample]
-    ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, theirs, strict=True)]
-    meaning = numbers.unnormalised([server.logprobs for server in theirs], ours)
+    listed = [case.listed(asked, row) for asked, row in case.sample]
+    ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, listed, strict=True)]
+    meaning = numbers.unnormalised([server.logprobs for server in listed], ours) if numbers.tells(ours) else None
     if meaning is None:
         return None
     explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
     return _judged(case, meaning.name, meaning.sentence, numbers.advice(meaning), explained, case.sample)
 
 
-def _numbers(case: Case) -> ServerCause | None:
+def _numbers(case: ServerCase) -> ServerCause | None:
     """Numbers that are something other than natural log-probabilities."""
-    theirs = [case.listed(asked, row) for asked, row in case.sample]
-    ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, theirs, strict=True)]
+    listed = [case.listed(asked, row) for asked, row in case.sample]
+    ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, listed, strict=True)]
+    if not numbers.tells(ours):
+        return None
     sums = [log_sum(row) for _, row in case.sample]
-    for meaning in numbers.meanings([server.logprobs for server in theirs], ours, sums):
+    for meaning in numbers.meanings([server.logprobs for server in listed], ours, sums):
         explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
         if cause := _judged(case, meaning.name, meaning.sentence, numbers.advice(meaning), explained, case.sample):
             return cause
     return None
 
 
-def _tokenizer(case: Case) -> ServerCause | None:
+def _tokenizer(case: ServerCase) -> ServerCause | None:
     if case.heard.tokenizer is None:
         return None
-    position, ours, theirs = case.heard.tokenizer
+    position, our_text, server_text = case.heard.tokenizer
     if case.heard.cut is not None:
         return ServerCause(
             "truncated",
@@ -120,27 +137,32 @@ def _tokenizer(case: Case) -> ServerCause | None:
         )
     return ServerCause(
         "tokenizer",
-        f"the server's tokens differ from position {position} on: llama.cpp has {printable(repr(ours), 40)}, the server "
-        f"{printable(repr(theirs), 40)}",
+        f"the server's tokens differ from position {position} on: llama.cpp has {printable(repr(our_text), 40)}, the server "
+        f"{printable(repr(server_text), 40)}",
         "Compare vocabularies and pre-tokenizers; `parity tokens` shows llama.cpp's.",
     )
 
 
 def _judged(
-    case: Case, name: str, sentence: str, advice: str, explained: Sequence[float], sample: Sequence[tuple[Asked, Row]]
+    case: ServerCase, name: str, sentence: str, advice: str, explained: Sequence[float], sample: Sequence[tuple[Asked, Row]]
 ) -> ServerCause | None:
     """The cause, if it explains enough of the sample and the unchanged request does not."""
     if not explained:
         return None
-    right = sum(value <= case.limit for value in explained)
+    unchanged = [case.of(asked, row) for asked, row in sample]
     # The closest of many readings; `limit` covers the noise of a sampler's or a quantised server's numbers.
-    without = case.without(sample)
-    if right < _ENOUGH * len(explained) or not without > _BETTER * float(np.median(explained)):
+    if sum(value <= case.limit for value in explained) < _ENOUGH * len(explained):
         return None
-    return ServerCause(name, sentence, advice, max(explained), without, len(explained))
+    if len(explained) == len(sample):
+        wrong = [after for before, after in zip(unchanged, explained, strict=True) if before > case.limit]
+        if sum(value <= case.limit for value in wrong) < _ENOUGH * len(wrong):
+            return None  # it leaves alone what is wrong: most of the sample was right before
+    if not max(unchanged) > _BETTER * float(np.median(explained)):
+        return None
+    return ServerCause(name, sentence, advice, max(explained), max(unchanged), len(explained))
 
 
-def _readings(case: Case, ids: Sequence[int], moved: int) -> dict[int, list[float]]:
+def _readings(case: ServerCase, ids: Sequence[int], moved: int) -> dict[int, list[float]]:
     """KL of the sampled predictions if the server reads `ids`, in which each position is moved by `moved`: for log-probabilities at
     their own position (0), one token too early (1) or too late (-1).
     """
@@ -160,7 +182,7 @@ _SHIFTED = {
 }
 
 
-def _beginning(case: Case) -> ServerCause | None:
+def _beginning(case: ServerCase) -> ServerCause | None:
     """A BOS that is missing, doubled or superfluous, or log-probabilities that are listed one token off."""
     ids, bos = case.heard.tokens, case.special.bos
     variants = [("", tuple(ids), 0, "", "")]
@@ -189,7 +211,7 @@ def _beginning(case: Case) -> ServerCause | None:
     return None
 
 
-def _temperature(case: Case) -> ServerCause | None:
+def _temperature(case: ServerCase) -> ServerCause | None:
     """Logits that were divided by a temperature: every difference of two candidates is scaled by the same factor."""
     ratios = []
     for asked, row in case.sample:
@@ -213,7 +235,7 @@ def _temperature(case: Case) -> ServerCause | None:
     )
 
 
-def _truncation(case: Case) -> ServerCause | None:
+def _truncation(case: ServerCase) -> ServerCause | None:
     """Probabilities of which only the largest were kept and made to sum to 1: top-k, top-p, min-p."""
     offsets, cut = [], []
     for asked, row in case.sample:
@@ -236,26 +258,56 @@ def _truncation(case: Case) -> ServerCause | None:
     return _judged(case, "truncated-logprobs", sentence, "Request those before the sampler.", explained, case.sample)
 
 
-def _penalty(case: Case) -> ServerCause | None:
+def _penalty(case: ServerCase) -> ServerCause | None:
     """A repeat penalty: positive logits of tokens that were seen are divided by it, negative ones multiplied (llama_sampler_penalties)."""
 
     def worst(penalty: float) -> list[float]:
-        return [case.of(asked, penalised(row, case.heard.tokens[: asked.position + 1], penalty)) for asked, row in case.sample]
+        return [
+            case.of(asked, penalties.repeated(row, case.heard.tokens[: asked.position + 1], penalty))
+            for asked, row in case.sample
+        ]
 
     best = min((float(np.mean(worst(float(penalty)))), float(penalty)) for penalty in _PENALTIES)[1]
     sentence = f"the sampler: the log-probabilities are those of logits with a repeat penalty of {best:.2f}"
     return _judged(case, "repeat-penalty", sentence, "Request repeat_penalty 1.", worst(best), case.sample)
 
 
-def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
-    """A row [V] with llama.cpp's repeat penalty on the last 64 tokens."""
-    changed = row.copy()
-    ids = np.unique(np.array(seen[-64:], dtype=np.int64))
-    changed[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
-    return changed
+def _subtracted(case: ServerCase) -> ServerCause | None:
+    """A presence and a frequency penalty, subtracted from the logits of tokens that were seen."""
+    fitted = penalties.subtracted(_seen(case))
+    if fitted is None:
+        return None
+    presence, frequency = fitted
+    explained = [
+        case.of(asked, penalties.less(row, case.heard.tokens[: asked.position + 1], presence, frequency))
+        for asked, row in case.sample
+    ]
+    sentence = (
+        f"the sampler: from the logits of tokens that were seen are subtracted {presence:.2g} (presence penalty) and {frequency:.2g} "
+        "for each time (frequency penalty)"
+    )
+    return _judged(case, "penalties", sentence, "Request presence_penalty 0 and frequency_penalty 0.", explained, case.sample)
 
 
-def _template(case: Case) -> ServerCause | None:
+def _biased(case: ServerCase) -> ServerCause | None:
+    """A number added to the logits of some tokens at every position."""
+    bias = penalties.biases(_seen(case))
+    if not bias:
+        return None
+    explained = [case.of(asked, penalties.with_bias(row, bias)) for asked, row in case.sample]
+    shown = ", ".join(
+        f"{printable(repr(case.vocabulary.pieces[token]), 20)} {'is banned' if by == penalties.BANNED else f'{by:+.2g}'}"
+        for token, by in bias.items()
+    )
+    sentence = f"the sampler: some tokens' logits are changed at every position: {shown}"
+    return _judged(case, "logit-bias", sentence, "Request no logit_bias and no banned tokens.", explained, case.sample)
+
+
+def _seen(case: ServerCase) -> list[penalties.Seen]:
+    return [penalties.Seen(case.listed(asked, row), row, case.heard.tokens[: asked.position + 1]) for asked, row in case.sample]
+
+
+def _template(case: ServerCase) -> ServerCause | None:
     """A chat template around the text: each position that was asked for by its own text is tried as a user's message."""
     asked = [
         (item, row) for item, row in case.sample if item.chosen is None and (item.prefix is not None or _at_end(case, item))
@@ -287,14 +339,14 @@ def _template(case: Case) -> ServerCause | None:
     return None
 
 
-def _at_end(case: Case, asked: Asked) -> bool:
+def _at_end(case: ServerCase, asked: Asked) -> bool:
     return asked.position == case.heard.prompt - 1
 
 
-def _wrapped(case: Case, asked: Asked, name: str) -> Sequence[int]:
+def _wrapped(case: ServerCase, asked: Asked, name: str) -> Sequence[int]:
     text = asked.prefix if asked.prefix is not None else case.prompt.text or ""
     return case.reference.tokenize(case.model, case.reference.chat_texts(case.model, text)[name]).ids
 
 
-def _last_row(case: Case, ids: Sequence[int]) -> Row:
+def _last_row(case: ServerCase, ids: Sequence[int]) -> Row:
     return [row for _, row in rows(case.reference, case.model, ids, len(ids) - 1, case.mode)][-1]

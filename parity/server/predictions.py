@@ -14,7 +14,7 @@ _ABOVE = 1e-3  # what rounding adds to a log-probability of 0
 _MOST = 1 << 20  # most predictions of one answer
 
 
-class Candidate(Struct, frozen=True):
+class TokenCandidate(Struct, frozen=True):
     """One token with its log-probability (natural); `id` is None if the server names tokens only by their text."""
 
     text: str
@@ -29,8 +29,8 @@ class Prediction(Struct, frozen=True):
     The token's own log-probability is 0 if nothing predicted it (the first token of an echoed prompt).
     """
 
-    token: Candidate
-    candidates: tuple[Candidate, ...]
+    token: TokenCandidate
+    candidates: tuple[TokenCandidate, ...]
 
 
 def legacy(logprobs: dict[str, Any], where: str) -> list[Prediction]:
@@ -85,7 +85,7 @@ def listed(content: Sequence[Any], where: str) -> list[Prediction]:
     return predictions
 
 
-def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) -> Candidate:
+def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) -> TokenCandidate:
     text = next((item[name] for name in ("token", "tok_str", "content") if isinstance(item.get(name), str)), None)
     if text is None:
         raise _malformed(where, "a token has no text")
@@ -100,7 +100,7 @@ def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) ->
     number, data = item.get("id"), item.get("bytes")
     if isinstance(data, list) and not all(isinstance(byte, int) and 0 <= byte < 256 for byte in data):
         raise _malformed(where, "a token's bytes are not bytes")
-    return Candidate(
+    return TokenCandidate(
         text,
         value,
         number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else _numbered(text),
@@ -108,8 +108,8 @@ def _entry(item: dict[str, Any], where: str, otherwise: Sequence[float] = ()) ->
     )
 
 
-def _candidate(text: Any, value: Any, where: str) -> Candidate:
-    return Candidate(str(text), number_of(value, where), _numbered(str(text)))
+def _candidate(text: Any, value: Any, where: str) -> TokenCandidate:
+    return TokenCandidate(str(text), number_of(value, where), _numbered(str(text)))
 
 
 def _numbered(text: str) -> int | None:
@@ -135,7 +135,7 @@ def number_of(value: Any, where: str) -> float:
     return -math.inf if value < _NEVER else float(value)
 
 
-def require_logarithms(candidates: Iterable[Candidate], where: str) -> None:
+def require_logarithms(candidates: Iterable[TokenCandidate], where: str) -> None:
     """Refuse numbers that cannot be log-probabilities.
 
     Raises:
@@ -156,7 +156,7 @@ def _of_probability(value: Any, where: str) -> float:
     return min(math.log(value), 0.0) if value > 0 else -math.inf
 
 
-def _ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _ordered(candidates: Sequence[TokenCandidate]) -> tuple[TokenCandidate, ...]:
     return tuple(sorted(candidates, key=lambda candidate: -candidate.logprob))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from checkpoints.answers.server import ServerCause
 from reference.client import Reference
 
 from ..run.request import Prompt
@@ -15,9 +16,10 @@ from ..score.measures import Listed
 from ..score.text import Chunk
 from .ask import Asked, Heard, listen
 from .base import NOTHING, Row
+from .diagnosis import diagnose
 from .dialects import Dialect, dialect_of
 from .http import ServerError
-from .predictions import Candidate, require_logarithms
+from .predictions import TokenCandidate, require_logarithms
 from .session import ServerRequest
 from .vocabulary import BROKEN, Vocabulary
 
@@ -67,6 +69,7 @@ class ServerPredictions:
         self._dialect: Dialect | None = None
         self._takes_ids = True
         self._asked: Sequence[Asked] = ()  # of the chunk that was read last
+        self._first: tuple[Prompt, Heard] | None = None  # the first chunk
         self._most = 0  # candidates at any position so far
         self._left_out = 0
         self._notes: dict[str, None] = {}
@@ -97,13 +100,21 @@ class ServerPredictions:
                 "Turn off its chat template for completions; `parity run --server` shows what it adds.",
             )
         if heard.tokenizer is not None:
-            position, ours, theirs = heard.tokenizer
+            position, our_text, server_text = heard.tokenizer
             raise ServerError(
-                f"the server's tokens are not {self._model.name}'s: at position {position} of chunk {chunk.number} it has {theirs[:40]!r}, "
-                f"llama.cpp {ours[:40]!r}.",
+                f"the server's tokens are not {self._model.name}'s: at position {position} of chunk {chunk.number} it has "
+                f"{server_text[:40]!r}, llama.cpp {our_text[:40]!r}.",
                 "Is it the model that the server runs? If the text names special tokens, take one without them.",
             )
-        require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
+        if chunk.number == 0:
+            self._first = prompt, heard
+        try:
+            require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
+        except ServerError as error:
+            self._first = prompt, heard
+            if cause := self.cause():
+                raise ServerError(f"{self.name} cannot be scored: {cause.sentence}.", cause.advice) from error
+            raise
         last = len(prompt.ids) - 1
         asked = [item for item in heard.asked if chunk.first <= item.position < last and item.candidates]
         self._most = max(self._most, *(len(item.candidates) for item in asked)) if asked else self._most
@@ -123,7 +134,14 @@ class ServerPredictions:
         self._left_out += last - chunk.first - len(self._asked)
         return replace(chunk, tokens=prompt.ids)
 
-    def _named_alike(self, candidate: Candidate) -> bool:
+    def cause(self) -> ServerCause | None:
+        """What explains the predictions of the text's beginning, if they are not llama.cpp's: some passes over it."""
+        if self._first is None:
+            return None
+        prompt, heard = self._first
+        return diagnose(self._reference, self._model, prompt, heard, self._vocabulary)
+
+    def _named_alike(self, candidate: TokenCandidate) -> bool:
         """Whether a candidate's text is that of the token that it stands for."""
         pieces = [self._vocabulary.pieces[number] for number in self._vocabulary.ids(candidate)]
         return any(BROKEN in piece or piece.strip() == candidate.text.strip() for piece in pieces) or not candidate.text.strip()

@@ -25,19 +25,15 @@ from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import Asked, Heard, Progress, listen
-from .base import Floor, Row, floor_of, kl, listed, rows
-from .causes import Case, cause_of, sampled
+from .base import KlFloor, Row, floor_of, kl, listed, rows
+from .causes import MORE, ServerCase, cause_of, sampled, unexplained
 from .dialects import AUTO, Dialect, dialect_of
 from .http import Connection
+from .limits import LEAST_LIMIT, limit_of
 from .predictions import require_logarithms
 from .vocabulary import Vocabulary
 
 SERVER_FILE = "server.json"
-# A right server's worst KL is at most 1.0 times llama.cpp's difference from itself on the same tokens, between float32 and the file's
-# own types with an F16 cache: llama-cpp-python's server and llama.cpp's own, Q8_0, texts of 5 to 38 tokens. Other kernels (a GPU's)
-# round differently: five times that distance is allowed, and KL grows with its square. A missing BOS is at 80 times this limit.
-_TIMES = 25.0
-_LEAST_LIMIT = 1e-5  # KL: servers print seven digits, and an F16 cache moves an F32 model's by 2e-6
 
 
 class ServerRequest(Struct, frozen=True):
@@ -106,17 +102,17 @@ def _compared(
     dialect: Dialect,
 ) -> ServerAnswer:
     by_position = {asked.position: asked for asked in heard.asked}
-    floor = Floor(0.0, 0.0)
+    floor = KlFloor(0.0, 0.0)
     predictions: list[Predicted] = []
     kept: list[tuple[Asked, Row]] = []
     greedy: list[tuple[Asked, Row]] = []
-    unknown = 0
+    unknown = more = 0
     ended = _ended(heard)
     next_choice: int | None = None
     if by_position:
         first, tokens = min(by_position), heard.tokens[: max(by_position) + 1 + ended]
         floor = floor_of(reference, request.model, tokens, first)
-        limit = request.tolerance if request.tolerance is not None else max(_TIMES * floor.worst, _LEAST_LIMIT)
+        limit = request.tolerance if request.tolerance is not None else limit_of(floor)
         wanted = {asked.position for asked in sampled(heard.asked)}
         for position, row in rows(reference, request.model, tokens, first, request.mode):
             if ended and position == len(heard.tokens) - 1:
@@ -128,12 +124,13 @@ def _compared(
                 unknown += 1
                 continue
             predictions.append(_predicted(asked, row, heard, vocabulary, limit))
-            if position in wanted:
+            more += position not in wanted and predictions[-1].wrong
+            if position in wanted or (predictions[-1].wrong and more <= MORE):
                 kept.append((asked, row.copy()))
             if asked.chosen is not None:
                 greedy.append((asked, row.copy() if len(greedy) < 64 else row[:0]))
     else:
-        limit = _LEAST_LIMIT
+        limit = LEAST_LIMIT
     if unknown and not predictions:
         raise InputError(
             "none of the server's candidates is a token of this model.",
@@ -146,7 +143,7 @@ def _compared(
     )
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
-    case = Case(
+    case = ServerCase(
         reference,
         request.model,
         request.mode,
@@ -161,6 +158,9 @@ def _compared(
     unfaithful = choices.unfaithful([asked for asked, _ in greedy])
     if unfaithful and cause is None:
         cause = choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful)
+    if wrong is not None and cause is None:
+        note = unexplained(len(predictions), sum(item.same_choice for item in predictions))
+        left_out = (*left_out, *((note,) if note else ()))
     place = wrong or other
     prefix = heard.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(
@@ -218,7 +218,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
     shown = [(vocabulary.most_probable(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
     in_text = asked.position + 1 < heard.prompt
     follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
-    theirs = next((number for number, _ in shown[:1] if number is not None), None)
+    server_choice = next((number for number, _ in shown[:1] if number is not None), None)
     distance = kl(row, server)
     return Predicted(
         asked.position,
@@ -230,7 +230,7 @@ def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, lim
         follows,
         known.get(follows, _own(asked)),
         float(row[follows]) - total if follows >= 0 else None,
-        float(row[top[0]] - row[theirs]) if theirs is not None else 0.0,
+        float(row[top[0]] - row[server_choice]) if server_choice is not None else 0.0,
         wrong=not np.isfinite(distance) or distance > limit,
     )
 

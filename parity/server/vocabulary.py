@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from .predictions import Candidate
+from .predictions import TokenCandidate
 
 BROKEN = "\ufffd"  # part of a character, which has no text by itself
 
@@ -17,7 +17,7 @@ class Vocabulary:
         for number, piece in enumerate(self.pieces):
             self._ids[piece].append(number)
 
-    def ids(self, candidate: Candidate) -> Sequence[int]:
+    def ids(self, candidate: TokenCandidate) -> Sequence[int]:
         """The tokens that a candidate can be; none if the vocabulary has no such piece.
 
         Some servers strip a leading blank, and part of a character is the same text for many tokens: such texts identify no token.
@@ -29,10 +29,10 @@ class Vocabulary:
             return ()
         return self._ids.get(text) or self._ids.get(" " + text) or ()
 
-    def most_probable(self, candidate: Candidate, probability: Callable[[int], float]) -> int | None:
+    def most_probable(self, candidate: TokenCandidate, probability: Callable[[int], float]) -> int | None:
         """The token of a candidate: the most probable one of several with this text."""
         return max(self.ids(candidate), key=probability, default=None)
 
-    def same(self, candidate: Candidate, number: int) -> bool:
+    def same(self, candidate: TokenCandidate, number: int) -> bool:
         """Whether the candidate can be this token."""
         return number in self.ids(candidate) or BROKEN in self.pieces[number] or candidate.text in ("", BROKEN)

@@ -14,7 +14,7 @@ from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import contents
 from checkpoints.whole_file import Replacement, is_special, unwritable
 from engine.synth import Shape, synthesize
-from engine.synth.data import Convert, Progress, Tensor, append
+from engine.synth.data import Convert, Progress, TensorData, append
 from engine.synth.dense import at_once, check_size, weights
 from engine.synth.header import write_header
 from engine.synth.recipe import Recipe, Value
@@ -71,7 +71,7 @@ def _make_hollow(path: Path) -> None:
 def _write(
     out: Path,
     planned: FilePlan,
-    tensors: Callable[[Mapping[str, int], Convert], Sequence[Tensor]],
+    tensors: Callable[[Mapping[str, int], Convert], Sequence[TensorData]],
     room: tuple[int, int],
     progress: Progress | None = None,
 ) -> None:

@@ -11,7 +11,11 @@ from engine.weights.gguf_model import GgufModel
 
 from .safetensors_folder import Floats, Folder
 
-MADE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # by converters, from config.json
+DERIVED_TENSORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)  # by converters, from config.json
 FACTOR_ROUNDING = 1e-5  # converters compute the factors in float32, from powers: a few ulps
 # Setting, its key in a GGUF under the architecture's name, its names in config.json.
 _FURTHER = (
@@ -29,16 +33,16 @@ _NAMES = {"llama3": "none", "linear": "linear", "yarn": "yarn", "longrope": "lon
 def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     """config.json against the metadata: the numbers that every engine reads."""
     hp = model.hyperparameters
-    for setting, mine, theirs in (
+    for setting, in_gguf, in_config in (
         ("layers", hp.n_layers, folder.number("num_hidden_layers", "n_layer")),
         ("embedding width", hp.n_embd, folder.number("hidden_size", "n_embd")),
         ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
-        ("key/value heads", hp.n_kv_heads, folder.number("num_key_value_heads")),
+        ("key/value heads", _key_heads(model), folder.number("num_key_value_heads")),
         ("experts", _of(model, "expert_count"), folder.number("num_local_experts", "num_experts", "n_routed_experts")),
         ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
     ):
-        if theirs is not None and mine is not None and mine != theirs:
-            yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {theirs}, the GGUF {mine}")
+        if in_config is not None and in_gguf is not None and in_gguf != in_config:
+            yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {in_config}, the GGUF {in_gguf}")
     eps = next(
         (folder.config[name] for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if name in folder.config),
         None,
@@ -53,6 +57,17 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     yield from _scaling(model, folder, rope)
     yield from _numbers(model, folder, rope)
     yield from special_tokens(model, folder)
+
+
+def _key_heads(model: GgufModel) -> int | None:
+    """The number of key/value heads of each layer that has some; None where layers differ, or the keys are latent and so one head."""
+    if any(name.endswith(".attn_k_b.weight") for name in model.tensors):
+        return None
+    held = model.array(f"{model.hyperparameters.architecture}.attention.head_count_kv")
+    if not held:
+        return model.hyperparameters.n_kv_heads
+    counts = {int(number) for number in held if number}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _numbers(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:
@@ -118,7 +133,7 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
         yield TensorCheck(
             "rope_freqs.weight", "", (), "missing", reason="config.json scales frequencies (llama3), the GGUF has no factors"
         )
-    for setting, theirs, mine in (
+    for setting, in_config, in_gguf in (
         ("RoPE scaling factor", rope.get("factor"), _of(model, "rope.scaling.factor")),
         (
             "RoPE's original context",
@@ -127,13 +142,13 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
         ),
     ):
         asked = kind in ("linear", "yarn") if "factor" in setting else kind == "yarn"
-        if asked and isinstance(theirs, (int, float)) and (mine is None or not isclose(mine, theirs, rel_tol=1e-6)):
+        if asked and isinstance(in_config, (int, float)) and (in_gguf is None or not isclose(in_gguf, in_config, rel_tol=1e-6)):
             yield TensorCheck(
                 setting,
                 "",
                 (),
                 DIFFERENT,
-                reason=f"config.json says {theirs:g}, the GGUF {'nothing' if mine is None else f'{mine:g}'}",
+                reason=f"config.json says {in_config:g}, the GGUF {'nothing' if in_gguf is None else f'{in_gguf:g}'}",
             )
 
 

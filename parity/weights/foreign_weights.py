@@ -86,41 +86,41 @@ def _tensor(
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(values), (), "nothing known gives these values", first)
 
 
-def same(theirs: Floats, right: Floats) -> bool:
+def same(loaded: Floats, right: Floats) -> bool:
     """Whether two slices are the same except for the last printed digits."""
     scale = float(np.abs(right[np.isfinite(right)]).max(initial=0.0))
-    equal = (theirs == right) | (np.isnan(theirs) & np.isnan(right))
+    equal = (loaded == right) | (np.isnan(loaded) & np.isnan(right))
     with np.errstate(invalid="ignore", over="ignore"):
-        return bool((equal | (np.abs(theirs.astype(np.float64) - right) <= _CLOSE * scale)).all())
+        return bool((equal | (np.abs(loaded.astype(np.float64) - right) <= _CLOSE * scale)).all())
 
 
-def _narrowed(theirs: Floats, right: Floats) -> str:
+def _narrowed(loaded: Floats, right: Floats) -> str:
     """F16 or BF16, if the values are those of the file rounded to it; else ""."""
     with np.errstate(over="ignore"):
-        if same(theirs, right.astype(np.float16).astype(np.float32)):
+        if same(loaded, right.astype(np.float16).astype(np.float32)):
             return "F16"
     bits = right.view(np.uint32)
     nearest = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
     cut = (bits & np.uint32(0xFFFF0000)).view(np.float32)
-    return "BF16" if same(theirs, nearest) or same(theirs, cut) else ""
+    return "BF16" if same(loaded, nearest) or same(loaded, cut) else ""
 
 
-def _scaled(theirs: Floats, right: Floats) -> str:
+def _scaled(loaded: Floats, right: Floats) -> str:
     """The constant factor by which all values are off, "" if there is none; values that were also rounded are recognised."""
     wide = right.astype(np.float64)
     energy = float(wide @ wide)
-    factor = float(theirs.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
+    factor = float(loaded.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
     if not np.isfinite(factor) or factor == 0:
         return ""
     scaled = (wide * factor).astype(np.float32)
-    if same(theirs, scaled):
+    if same(loaded, scaled):
         return f"scaled by a constant: {_short(factor)} times the file's values"
     # The factor was fitted to values that were rounded, or cut: simple numbers near it are tried, too.
     sign, near = np.sign(factor), abs(factor)
     plain = [float(f"{near:.{digits}g}") for digits in (4, 3, 2)]
     plain += [2.0 ** round(np.log2(near)), 1 / np.sqrt(max(round(1 / near**2), 1))]
     for number in [near, *plain]:
-        if narrow := _narrowed(theirs, right * np.float32(sign * number)):
+        if narrow := _narrowed(loaded, right * np.float32(sign * number)):
             return f"scaled by a constant: {_short(sign * number)} times the file's values, as {narrow}"
     return ""
 

@@ -24,10 +24,10 @@ _HALVES = {
 # The offset of a type's quants: ggml type -> the number that a reader subtracts.
 _ZERO = {2: 8, 6: 16}
 
-Made = Callable[[], Floats | None]
+MishapValues = Callable[[], Floats | None]
 
 
-def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, int]) -> Iterator[tuple[str, Made]]:
+def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, int]) -> Iterator[tuple[str, MishapValues]]:
     """What may have been done to a tensor, the most likely first, each with its leading values."""
     matrix = len(info.shape) == 2
     if matrix:
@@ -43,7 +43,7 @@ def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, in
     if info.offset >= size:
         yield "off by one block, backwards", lambda: _at(model, info, count, -size)
 
-    def altered(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Made:
+    def altered(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> MishapValues:
         return lambda: _values(change(_blocks(model, info, count).copy()), info.type)
 
     if info.type in _NIBBLES:
@@ -111,7 +111,7 @@ def _values(blocks: NDArray[np.uint8], kind: int) -> Floats:
     return values
 
 
-def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, Made]]:
+def _elsewhere(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, MishapValues]]:
     """The tensor read from another place in the file: its offset counted from the wrong byte."""
     contents = model.contents.parts[info.part]
     start, end, alignment = contents.data, contents.header_end, contents.alignment
@@ -160,10 +160,10 @@ def _unsigned(model: GgufModel, info: TensorInfo, count: int) -> Floats:
     return (blocks[:, 2:].astype(np.float32) * _half(blocks, 0)).reshape(-1)
 
 
-def _of_q3_k(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, Made]]:
+def _of_q3_k(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, MishapValues]]:
     """Mishaps of block_q3_K: hmask [32], quants [64], sixteen six-bit scales packed into [12], d."""
 
-    def with_scales(change: Callable[[NDArray[np.int32]], NDArray[np.int32]]) -> Made:
+    def with_scales(change: Callable[[NDArray[np.int32]], NDArray[np.int32]]) -> MishapValues:
         def dequantised() -> Floats:
             blocks = _blocks(model, info, count)
             scales = _scales_of_q3_k(blocks)
@@ -174,7 +174,7 @@ def _of_q3_k(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[s
 
         return dequantised
 
-    def high_bit(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Made:
+    def high_bit(change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> MishapValues:
         def dequantised() -> Floats:
             blocks = _blocks(model, info, count).copy()
             blocks[:, :32] = change(blocks[:, :32])

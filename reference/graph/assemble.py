@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, Rule, Size, Tensor
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, InputRule, Size, Tensor
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
 from .points import points_of
 from .raw import INPUT_FLAG, FlatPass, RawPass, RawTensor, unrecordable
 
-_Known = Sequence[tuple[str, Rule]]  # rules of inputs by name, which a single token may not tell apart
+_Known = Sequence[tuple[str, InputRule]]  # rules of inputs by name, which a single token may not tell apart
 
 
 def assemble(
@@ -91,9 +91,9 @@ def _kind(index: int, raw: RawTensor, weights: frozenset[str], kept: dict[int, s
 
 def _rule(
     index: int, raw: RawTensor, flats: Sequence[FlatPass], passes: Sequence[RawPass], facts: dict[str, Any], known: _Known
-) -> Rule | None:
+) -> InputRule | None:
     if not raw.flags & INPUT_FLAG:  # memory that nothing has been written to
-        return Rule(UNDEFINED)
+        return InputRule(UNDEFINED)
     recorded = [
         Recorded(taken.now, flat.tensors[index].ne, taken.data[flat.tensors[index].address])
         for flat, taken in zip(flats, passes, strict=True)

@@ -4,12 +4,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.points import ENCODER
-from checkpoints.rules import Pass
+from checkpoints.rules import ForwardPass
 
 from ..naming import Planned
 from ..rows import survey
 from ..session import Session
-from .raw import RawPass, Recorder
+from .raw import GraphRecorder, RawPass
 
 _FIRST = 3  # the position of the first token, so that a position is never the number of its row or cell
 PAD = 256  # llama_kv_cache::get_n_kv rounds up to it
@@ -93,14 +93,16 @@ class PassSession:
         if not self.caches:  # each pass stands alone
             first = self._origin = _FIRST
             keys = np.arange(first, first + count, dtype=np.int64)
-        now = Pass(
+        now = ForwardPass(
             np.array(tokens, np.int64),
             np.arange(first, first + count, dtype=np.int64),
             keys,
             self.encoded,
         )
         taken = RawPass(now, min(self._n_ctx, -(-len(keys) // PAD) * PAD) if self.caches else 0)
-        session.record(tokens, first, Recorder(session.model.library.ggml, self._weights, taken).asked, encode=self._encode)
+        session.record(
+            tokens, first, GraphRecorder(session.model.library.ggml, self._weights, taken).asked, encode=self._encode
+        )
         last = session.last_position()
         # llama.cpp takes back the positions of a pass that was stopped, but recurrent memories cannot do so.
         self._next = first if last is None else last + 1

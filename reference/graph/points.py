@@ -3,7 +3,7 @@
 from msgspec import Struct, field
 
 from ..ggml import Ggml
-from ..jobs import Node, Source
+from ..jobs import Node, OperandSource
 from ..naming import Signer, plan
 from .raw import FlatPass, RawTensor
 
@@ -20,8 +20,8 @@ class Names(Struct):
 def points_of(flat: FlatPass, ggml: Ggml, prefix: str = "") -> Names:
     """The points that a dump of the reference has, with `prefix` in front."""
 
-    def source(raw: RawTensor) -> Source:
-        return Source(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.address)
+    def source(raw: RawTensor) -> OperandSource:
+        return OperandSource(raw.name, ggml.op_name(raw.op), ggml.type_name(raw.type), raw.ne, raw.address)
 
     nodes: list[Node] = []
     for raw, sources in zip(flat.tensors[flat.leaves :], flat.sources[flat.leaves :], strict=True):

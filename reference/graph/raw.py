@@ -9,7 +9,7 @@ from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.rules import Pass
+from checkpoints.rules import ForwardPass
 
 from ..ggml import COMPUTED, Ggml
 
@@ -37,14 +37,14 @@ class RawTensor(NamedTuple):
 class RawPass(Struct):
     """One pass as the callback saw it: its nodes in order, its leaves, and the data of the inputs."""
 
-    now: Pass
+    now: ForwardPass
     cached: int  # S with the cache's padding
     nodes: list[RawTensor] = field(default_factory=list)
     leaves: dict[int, RawTensor] = field(default_factory=dict)
     data: dict[int, NDArray[Any]] = field(default_factory=dict)
 
 
-class Recorder:
+class GraphRecorder:
     """Records one pass, node by node; `asked` is called inside the callback.
 
     Raises (from the pass):

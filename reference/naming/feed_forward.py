@@ -13,7 +13,7 @@ _SWIGLU = 2  # enum ggml_glu_op
 _ROUTED = ("MUL_MAT_ID",)
 
 
-class Part(Struct, frozen=True):
+class PointPart(Struct, frozen=True):
     """A point that is a part of a node's rows: elements start … stop − 1 of the innermost dimension."""
 
     name: str
@@ -63,13 +63,13 @@ def _with_bias(graph: Structure, i: int) -> int:
     return next((j for j in graph.readers[i] if graph.nodes[j].op == "ADD" and graph.weight(j) == wanted), i)
 
 
-def feed_forward_points(graph: Structure, inside: Sequence[int]) -> tuple[dict[int, str], dict[int, list[Part]]]:
+def feed_forward_points(graph: Structure, inside: Sequence[int]) -> tuple[dict[int, str], dict[int, list[PointPart]]]:
     """Names of nodes, and parts of nodes: gate and up, if one product holds both.
 
     In a layer with routed experts, the plain `ffn_gate` and its like are the shared expert's: their names get `_shexp`.
     """
     named: dict[int, str] = {}
-    parts: dict[int, list[Part]] = {}
+    parts: dict[int, list[PointPart]] = {}
     routed = any(graph.nodes[i].op in _ROUTED for i in inside)
     for i in inside:
         if graph.nodes[i].op != "MUL_MAT":
@@ -99,11 +99,11 @@ def feed_forward_points(graph: Structure, inside: Sequence[int]) -> tuple[dict[i
     return named, parts
 
 
-def _halves(graph: Structure, glu: int, fused: int) -> list[Part]:
+def _halves(graph: Structure, glu: int, fused: int) -> list[PointPart]:
     """Gate and up in the order of the fused rows: gate first, unless the operation swaps them (ggml's op_params[1])."""
     half = graph.nodes[glu].ne[0]
     first, second = ("ffn_up", "ffn_gate") if graph.nodes[glu].op_params[1] else ("ffn_gate", "ffn_up")
-    return [Part(first, 0, half), Part(second, half, 2 * half)] if graph.nodes[fused].ne[0] == 2 * half else []
+    return [PointPart(first, 0, half), PointPart(second, half, 2 * half)] if graph.nodes[fused].ne[0] == 2 * half else []
 
 
 def _summed(graph: Structure, inside: Sequence[int], named: dict[int, str]) -> dict[int, str]:

@@ -9,7 +9,7 @@ from checkpoints import points
 
 from ..jobs import Node
 from .attention import attention_points
-from .feed_forward import Part, feed_forward_points, norm_points
+from .feed_forward import PointPart, feed_forward_points, norm_points
 from .once import POOLED, model_points
 from .planned import VIEWS, Planned, Signer
 from .structure import WRITES, Structure, is_selection, stem
@@ -59,11 +59,11 @@ def plan(nodes: Sequence[Node], *, offset: int = 0, prefix: str = "") -> list[Pl
     return planned
 
 
-def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tuple[int, str]], dict[int, list[Part]]]:
+def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tuple[int, str]], dict[int, list[PointPart]]]:
     """The points of the vocabulary that nodes, operands and parts of nodes stand for, by index."""
     named: dict[int, str] = {}
     operands: dict[int, tuple[int, str]] = {}
-    parts: dict[int, list[Part]] = {}
+    parts: dict[int, list[PointPart]] = {}
     nodes_of: dict[int, list[int]] = {}
     for i, number in enumerate(graph.layers):
         if number is not None:
@@ -82,7 +82,7 @@ def _name(graph: Structure, offset: int) -> tuple[dict[int, str], dict[int, tupl
     return named, operands, parts
 
 
-def _parts(graph: Structure, parts: dict[int, list[Part]]) -> list[tuple[int, Part]]:
+def _parts(graph: Structure, parts: dict[int, list[PointPart]]) -> list[tuple[int, PointPart]]:
     return [
         (layer, part)
         for i, parts_of_layer in parts.items()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
-from ..jobs import Node, Source
+from ..jobs import Node, OperandSource
 from .planned import VIEWS
 
 NORMS = frozenset({"NORM", "RMS_NORM", "L2_NORM", "GROUP_NORM"})
@@ -194,7 +194,7 @@ def _sources(nodes: Sequence[Node]) -> Iterator[list[int | None]]:
         known[_key(node)] = i
 
 
-def _key(tensor: Node | Source) -> tuple[object, ...]:
+def _key(tensor: Node | OperandSource) -> tuple[object, ...]:
     return (tensor.address,) if tensor.address else (tensor.name, tensor.op, tensor.ne)
 
 

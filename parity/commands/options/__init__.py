@@ -1,9 +1,9 @@
 """Options that several commands share: their choices, their declarations, their values, and the table of all."""
 
-from .choices import AnswerFormat, Format, Mode, Side
+from .choices import AnswerFormat, Format, Mode, SideChoice
 from .declared import AnswerOption, FormatOption
 from .groups import fills
 from .unused import refuse_unused
 from .values import Given
 
-__all__ = ["AnswerFormat", "AnswerOption", "Format", "FormatOption", "Given", "Mode", "Side", "fills", "refuse_unused"]
+__all__ = ["AnswerFormat", "AnswerOption", "Format", "FormatOption", "Given", "Mode", "SideChoice", "fills", "refuse_unused"]

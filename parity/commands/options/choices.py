@@ -27,7 +27,7 @@ class Mode(StrEnum):
     NATIVE = "native"
 
 
-class Side(StrEnum):
+class SideChoice(StrEnum):
     """Which side computes."""
 
     OURS = "ours"
@@ -52,7 +52,7 @@ class Compute(StrEnum):
     Q8 = "q8"
 
 
-class Arbiter(StrEnum):
+class ArbiterChoice(StrEnum):
     """When the same steps in float64 decide which side is right."""
 
     OFF = "off"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import AnswerFormat, Arbiter, BackendName, Compute, Format, Mode
+from .choices import AnswerFormat, ArbiterChoice, BackendName, Compute, Format, Mode
 
 _LONGEST_ROW = 1 << 31  # values: more than any row of an activation has
 _MOST_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h: beyond it llama.cpp crashes
@@ -34,7 +34,7 @@ BinaryOption = Annotated[
     ),
 ]
 ArbiterOption = Annotated[
-    Arbiter,
+    ArbiterChoice,
     typer.Option(
         "--arbiter",
         help="Decide by the same steps in float64 which side is right: where that helps (auto), everywhere (all), or never (off).",

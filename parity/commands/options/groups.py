@@ -10,26 +10,30 @@ from typing import Any
 from msgspec import Struct
 
 from . import declared, references, server, values
-from .choices import Arbiter, BackendName, Mode
+from .choices import ArbiterChoice, BackendName, Mode
 from .values import Given
 
 
-class Group(Struct, frozen=True):
+class OptionGroup(Struct, frozen=True):
     """Options that set one or more fields of a request together: `fields` computes those from their texts."""
 
     options: Mapping[str, tuple[Any, Any]]  # parameter: (annotation, default)
     fields: Callable[..., Given]
 
 
-def _one(name: str, annotation: Any, default: Any = None, convert: Callable[[Any], Any] = lambda value: value) -> Group:
+def _single(
+    name: str, annotation: Any, default: Any = None, convert: Callable[[Any], Any] = lambda value: value
+) -> OptionGroup:
     """The option that sets the field of its own name."""
-    return Group({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
+    return OptionGroup({name: (annotation, default)}, lambda **texts: {name: convert(texts[name])})
 
 
-def _command(annotation: Any, timeout: Any = declared.TimeoutOption, seconds: float | None = None) -> Group:
+def _command(annotation: Any, timeout: Any = declared.TimeoutOption, seconds: float | None = None) -> OptionGroup:
     """The options of an engine that a command line starts, with this --exec; it is stopped after `seconds`, by default."""
     options = {"command": annotation, "shell": declared.ShellOption, "timeout": timeout}
-    return Group({name: (option, None) for name, option in options.items()}, partial(values.command_fields, default=seconds))
+    return OptionGroup(
+        {name: (option, None) for name, option in options.items()}, partial(values.command_fields, default=seconds)
+    )
 
 
 _PROMPT_OPTIONS = {
@@ -38,46 +42,46 @@ _PROMPT_OPTIONS = {
     "tokens": (declared.TokensOption, None),
 }
 GROUPS = {
-    "model": _one("model", declared.ModelOption, None, values.model_path),
-    "prompt": Group(_PROMPT_OPTIONS, values.prompt_fields),
-    "optional_prompt": Group(_PROMPT_OPTIONS, values.optional_prompt_fields),
-    "text": Group(
+    "model": _single("model", declared.ModelOption, None, values.model_path),
+    "prompt": OptionGroup(_PROMPT_OPTIONS, values.prompt_fields),
+    "optional_prompt": OptionGroup(_PROMPT_OPTIONS, values.optional_prompt_fields),
+    "text": OptionGroup(
         {"prompt": (declared.PromptOption, None), "prompt_file": (declared.PromptFileOption, None)}, values.text_field
     ),
-    "mode": _one("mode", declared.ModeOption, Mode.EXACT),
-    "backend": _one("backend", declared.BackendOption, BackendName.AUTO),
-    "devices": _one("devices", declared.DevicesOption, None, values.devices),
+    "mode": _single("mode", declared.ModeOption, Mode.EXACT),
+    "backend": _single("backend", declared.BackendOption, BackendName.AUTO),
+    "devices": _single("devices", declared.DevicesOption, None, values.devices),
     "command": _command(declared.ExecOption),
     "tested_command": _command(declared.TestedExecOption, declared.TinyTimeoutOption, declared.TINY_TIMEOUT),
-    "points": _one("points", declared.PointsOption, "default"),
-    "all_points": _one("points", declared.PointsOption, "all"),
-    "layers": _one("layers", declared.LayersOption, None, values.layers),
-    "positions": _one("positions", declared.PositionsOption, "all", values.positions),
-    "slice": _one("slice_size", declared.SliceOption, 16),
-    "full": _one("full", declared.FullOption, False),
-    "binary": _one("binary", declared.BinaryOption, False),
-    "generate": _one("generate", declared.GenerateOption, 0),
-    "window": _one("window", declared.WindowOption, "auto", values.window),
-    "threads": _one("threads", declared.ThreadsOption),
-    "first_position": _one("first_position", declared.FirstOption, 0),
-    "tolerance": _one("tolerance", declared.ToleranceOption),
-    "strict": _one("strict", declared.StrictOption, False),
-    "compute": _one("compute", declared.ComputeOption),
-    "arbiter": _one("arbiter", declared.ArbiterOption, Arbiter.AUTO),
-    "mapping": Group(
+    "points": _single("points", declared.PointsOption, "default"),
+    "all_points": _single("points", declared.PointsOption, "all"),
+    "layers": _single("layers", declared.LayersOption, None, values.layers),
+    "positions": _single("positions", declared.PositionsOption, "all", values.positions),
+    "slice": _single("slice_size", declared.SliceOption, 16),
+    "full": _single("full", declared.FullOption, False),
+    "binary": _single("binary", declared.BinaryOption, False),
+    "generate": _single("generate", declared.GenerateOption, 0),
+    "window": _single("window", declared.WindowOption, "auto", values.window),
+    "threads": _single("threads", declared.ThreadsOption),
+    "first_position": _single("first_position", declared.FirstOption, 0),
+    "tolerance": _single("tolerance", declared.ToleranceOption),
+    "strict": _single("strict", declared.StrictOption, False),
+    "compute": _single("compute", declared.ComputeOption),
+    "arbiter": _single("arbiter", declared.ArbiterOption, ArbiterChoice.AUTO),
+    "mapping": OptionGroup(
         {"names": (declared.MapOption, None), "offset": (declared.OffsetOption, None)},
         lambda names, offset: {"mapping": values.mapping(names, offset)},
     ),
-    "hugging_face": Group(
+    "hugging_face": OptionGroup(
         {"python": (declared.PythonOption, "python3"), "hf_device": (declared.HfDeviceOption, "cpu")},
         lambda python, hf_device: {"python": python, "device": hf_device},
     ),
-    "others": Group(references.OPTIONS, references.others_field),
-    "server": Group(server.OPTIONS, server.server_field),
-    "scored_server": Group(server.SCORED_OPTIONS, server.server_field),
-    "asking": Group({name: server.OPTIONS[name] for name in ("server_api", "server_json")}, server.asking_fields),
-    "despite_lint": _one("despite_lint", declared.DespiteLintOption, False),
-    "verbose": _one("verbose", declared.VerboseOption, False),
+    "others": OptionGroup(references.OPTIONS, references.others_field),
+    "server": OptionGroup(server.OPTIONS, server.server_field),
+    "scored_server": OptionGroup(server.SCORED_OPTIONS, server.server_field),
+    "asking": OptionGroup({name: server.OPTIONS[name] for name in ("server_api", "server_json")}, server.asking_fields),
+    "despite_lint": _single("despite_lint", declared.DespiteLintOption, False),
+    "verbose": _single("verbose", declared.VerboseOption, False),
 }
 
 
