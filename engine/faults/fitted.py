@@ -40,6 +40,7 @@ _SCALED = (
     "ffn_inp",
     "l_out",
 )
+_LOG_OF_OTHER = 0.02  # of an ε that no other model has: the decimal logarithm of its ratio to the nearest that one has
 _USUAL_NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
@@ -81,6 +82,8 @@ class Fitted(Struct, frozen=True, kw_only=True):
             near = min(self.known, key=lambda usual: abs(log10(usual) - log10(value)))
             if wanted is None or near != np.float32(wanted):
                 notes.append(f"the nearest that others have is {near:g} ({self.known[near]})")
+            if self.parameter == "eps" and wanted and abs(log10(near / value)) > _LOG_OF_OTHER:
+                notes.append(f"values {(wanted / value) ** 0.5:.4g} times as large in front of the norm do the same")
         return ", ".join(notes)
 
 

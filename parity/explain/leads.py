@@ -50,7 +50,7 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
         if after is None:
             break
         state, apart = after, apart + 1
-        share = _mended(entries, accepted, after)
+        share = mended_share(entries, accepted, after)
         part = candidate is best.faults[-1] and share is not None and share < _TOGETHER and _of_a_part(search, accepted, after)
         if share is not None and not part and (apart == 1 or share >= _TOGETHER):
             accepted, apart = after, 0
@@ -69,7 +69,7 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     return layer is not None and layer == other and not search.screening.cone(after).sure
 
 
-def _mended(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
+def mended_share(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
     """The part of the wrong records that a further fault reproduces; None if it is not a cause of them."""
     if before.first is None or (after.first is not None and after.first.point <= before.first.point):
         return None
