@@ -168,8 +168,8 @@ class Contents(Struct, frozen=True, dict=True):
 
     @property
     def layers(self) -> int:
-        """`<architecture>.block_count`, 0 if it is missing."""
-        return self.integer(f"{self.architecture}.block_count") or 0
+        """The layers of a pass: `<architecture>.block_count`, as often as `num_loops` says; 0 if it is missing."""
+        return (self.integer(f"{self.architecture}.block_count") or 0) * (self.integer(f"{self.architecture}.num_loops") or 1)
 
 
 def _together(hashes: list[str]) -> str:
@@ -308,6 +308,8 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     metadata: dict[str, Value] = {}
     for _ in range(n_values):
         key, kind = cursor.string(), cursor.number("I")
+        if key in metadata:
+            raise ValueError(f"it has two values named {key!r}")
         start = cursor.at
         cursor.skip_value(kind)
         metadata[key] = Value(kind, data[start : cursor.at])
@@ -320,9 +322,10 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
         if name in tensors:
             raise ValueError(f"it has two tensors named {name!r}")
         tensors[name] = TensorEntry(name, ne, cursor.number("I"), cursor.number("Q"))
-    step = metadata["general.alignment"].number() if "general.alignment" in metadata else _ALIGNMENT
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"its alignment is {step!r}")
+    stated = metadata.get("general.alignment", uint32_value(_ALIGNMENT))
+    step = stated.number() if stated.type == UINT32 else None
+    if not isinstance(step, int) or step < 1 or step & (step - 1):
+        raise ValueError(f"its alignment is {stated.plain()!r:.60}, not a power of two")
     return Contents(path, metadata, tuple(tensors.values()), -(-cursor.at // step) * step, len(data), cursor.at, step)
 
 

@@ -147,5 +147,8 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
 
 
 def _numpy() -> Backend:
-    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    cores = os.cpu_count() or 1
+    wanted = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    # OpenBLAS ignores what is no number, and starts no more threads than there are cores.
+    threads = min(int(wanted[:9]) if wanted[:9].isdecimal() else cores, cores) or cores
     return Backend("numpy", np, f"NumPy {np.__version__}, {threads} threads")

@@ -242,7 +242,8 @@ def compute(step: Step, inputs: Sequence[Array], weights: WeightSource) -> Array
     """Run one step on given inputs: whole values in the order of `step.reads`, of which the step's views are taken."""
     single = getattr(step.op, "takes_matrices", False)
     arguments = [
-        weights.matrices(weight) if single and isinstance(weight, str) else _weight(weight, weights) for weight in step.weights
+        weights.matrices(weight) if single and isinstance(weight, str) else weight_of_step(weight, weights)
+        for weight in step.weights
     ]
     seen = [viewed(read, value) for read, value in zip(step.reads, inputs, strict=True)]
     return step.op(*seen, *arguments, **step.params)
@@ -256,7 +257,8 @@ def _given(read: Read, live: Mapping[str, Array], cache: Cache) -> Array:
     return live[of] if isinstance(of, str) else cache.read(of.of)
 
 
-def _weight(weight: Weight, source: WeightSource) -> Any:
+def weight_of_step(weight: Weight, source: WeightSource) -> Any:
+    """What an operation is given for a weight: an array, None, or a function that takes rows."""
     if isinstance(weight, Altered):
         return weight.make(source, weight.weight)
     if isinstance(weight, RowsOf):

@@ -15,6 +15,8 @@ from itertools import pairwise
 from checkpoints.errors import ParityError
 from checkpoints.printable import printable
 
+from .lost_pages import on_lost_pages
+
 INTERRUPTED = 130
 UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
@@ -32,6 +34,7 @@ def main() -> None:
     os.environ.setdefault(*_SPIN)
     _end_as_interrupted()
     _prepare_output()
+    kept = on_lost_pages(_lost_pages)  # noqa: F841 - the handler lives as long as it is named
     sys.exit(for_bisect(sys.argv[1:], run(sys.argv[1:])))
 
 
@@ -49,6 +52,13 @@ def _prepare_output() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def _lost_pages(message: str) -> int:
+    arguments = sys.argv[1:]
+    code = _fail(arguments, 2, "cut-short", message, "Run it again when nothing writes that file.")
+    sys.stderr.flush()
+    return for_bisect(arguments, code)
 
 
 def for_bisect(arguments: list[str], code: int) -> int:

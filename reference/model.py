@@ -47,13 +47,13 @@ class Model:
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(api.llama_model_n_embd(self._model))
         self.n_layers = int(api.llama_model_n_layer(self._model))
-        self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
+        self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model)) % (1 << 32)  # the file's uint32, given as an int32
         self.n_params = int(api.llama_model_n_params(self._model))
         self.window = int(api.llama_model_n_swa(self._model))  # positions that windowed attention sees; 0 without one
         if vocab_only:  # llama.cpp leaves these at 0
             prefix = self._value("general.architecture")
             self.n_ctx_train = self._count(f"{prefix}.context_length")
-            self.n_layers = self._count(f"{prefix}.block_count")
+            self.n_layers = self._count(f"{prefix}.block_count") * max(self._count(f"{prefix}.num_loops"), 1)
 
     def _count(self, key: str) -> int:
         """A whole number of the metadata, 0 if the key is missing."""

@@ -15,7 +15,7 @@ from .numbers import clean, count, error, of_limit, ranges
 
 def lines(bisected: Bisected, width: int) -> Iterator[Text]:
     """One row for each part that is wrong, with its first wrong point; then the others in a sentence."""
-    if bisected.wrong:
+    if any(part.point for part in bisected.wrong):
         rows: list[tuple[str, ...]] = [("part", "first wrong point", "worst NMSE", "of limit", "position")]
         rows += [_row(part) for part in bisected.wrong]
         yield from columns(rows, frozenset({2, 3, 4}), ["dim", *["red"] * len(bisected.wrong)], width)
@@ -37,6 +37,8 @@ def _row(part: JudgedPart) -> tuple[str, ...]:
 
 def sentence(bisected: Bisected) -> str:
     """The answer in one line."""
+    if (tokens := next((part for part in bisected.wrong if not part.point), None)) is not None:
+        return f"divergence at {clean(tokens.name)}, position {tokens.token_idx}: {clean(tokens.reason)} (no layer was judged)"
     right = sum(part.status == RIGHT for part in bisected.parts)
     judged = right + len(bisected.wrong)
     if not bisected.wrong:

@@ -11,7 +11,7 @@ def conform_html(conformance: Conformance) -> str:
     types = axis(conformance.results, "type")
     failing = sum(result.wrong for result in conformance.results)
     return template("conform.html").render(
-        found=conformance,
+        conformance=conformance,
         headline="nothing is wrong" if conformance else f"{failing} of {len(conformance.results)} cells fail",
         summary=summary(conformance),
         causes=[(cause_line(cause, conformance), cause.sentence) for cause in conformance.causes],

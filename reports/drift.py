@@ -112,13 +112,14 @@ def _table(points: tuple[Margin, ...], width: int) -> list[Text]:
     if not points:
         return []
     shown = sorted(sorted(points, key=lambda point: -point.of_limit)[:_ROWS], key=points.index)
-    rows: list[tuple[str, ...]] = [("checkpoint", "worst NMSE", "of limit", "margin", "was", "")]
+    earlier = any(point.before is not None for point in shown)
+    rows: list[tuple[str, ...]] = [("checkpoint", "worst NMSE", "of limit", "margin", *(["was"] if earlier else []), "at")]
     styles = ["dim"]
     for point in shown:
-        was = "" if point.before is None else of_limit(point.before)
+        was = ["" if point.before is None else of_limit(point.before)] if earlier else []
         where = f"prompt {point.prompt}, position {point.token_idx}" if point.of_limit else ""
-        rows.append((clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), factor(point.margin), was, where))
+        rows.append((clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), factor(point.margin), *was, where))
         styles.append("bold red" if point.of_limit > 1 else "")
-    lines = columns(rows, frozenset({1, 2, 3, 4}), styles, width)
+    lines = columns(rows, frozenset({1, 2, 3, 4} if earlier else {1, 2, 3}), styles, width)
     hidden = len(points) - len(shown)
     return [*lines, *([Text(f"… {count(hidden, 'further point')} with less", style="dim")] if hidden else [])]

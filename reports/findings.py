@@ -11,12 +11,16 @@ from .numbers import clean, count, error
 
 
 class ReportSection(Struct, frozen=True):
-    """One answer: a title, the answer in a sentence, and a table of texts."""
+    """One answer: a title, the answer in a sentence, and a table of texts.
+
+    `verdict` is the sentence and whether it is parity, if the whole report is headed by it and not by the comparison of two sides.
+    """
 
     title: str
     sentence: str
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    verdict: tuple[str, bool] | None = None
 
 
 def finding(answer: Any, name: str) -> ReportSection:

@@ -63,18 +63,22 @@ def closer_sentences(moved: Sequence[tuple[str, Sequence[Closer]]]) -> list[str]
     """What came nearer to its limit, the most grown first: a sentence each, for each side."""
     sentences: list[str] = []
     for label, every in moved:
-        prefix = f"{label}: " if len(moved) > 1 else ""
+        side = f" of {label}" if len(moved) > 1 else ""
         sentences += [
-            f"{prefix}{clean(closer.name)}: {share(closer.now)} of its limit, {share(closer.before)} on {closer.since[:10]}"
+            f"{clean(closer.name)}{side}: {_of_its_limit(closer.now)}, {share(closer.before)} on {closer.since[:10]}"
             for closer in every[:_NEAREST]
         ]
-        sentences += [f"{prefix}and {len(every) - _NEAREST} more (--format json lists them)"] if len(every) > _NEAREST else []
+        sentences += [f"and {len(every) - _NEAREST} more{side} (--format json lists them)"] if len(every) > _NEAREST else []
     return sentences
 
 
 def share(of_limit: float) -> str:
     """A proportion of a limit: "0.31 %", "4.2 ×" beyond it."""
     return f"{100 * of_limit:.2g} %" if of_limit <= 1 else factor(of_limit)
+
+
+def _of_its_limit(of_limit: float) -> str:
+    return f"{share(of_limit)} of its limit" if of_limit <= 1 else f"{share(of_limit)} its limit"
 
 
 def bar(of_limit: float) -> str:

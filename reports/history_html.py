@@ -36,7 +36,8 @@ def history_html(entries: Sequence[Entry], findings: Sequence[str]) -> str:
             }
         )
     figures = [part["drawn"] for part in parts]
-    return template("history.html").render(parts=parts, findings=findings, figures=figures)
+    beyond = [label for label, every in groups(entries) if every[-1].verdict != "parity"]
+    return template("history.html").render(parts=parts, findings=findings, figures=figures, beyond=beyond)
 
 
 def _margins(group: Sequence[Entry], name: str) -> tuple[str, str, str]:

@@ -25,9 +25,11 @@ def html(report: Report) -> str:
     verdict = report.verdict
     first = verdict.first_divergence
     text, tokens = prompt(report)
+    head, right = next((section.verdict for section in report.findings if section.verdict), (headline(verdict), bool(verdict)))
     return template("report.html").render(
         verdict=verdict,
-        headline=headline(verdict),
+        right=right,
+        headline=head,
         answer=answer(verdict),
         first=first,
         shown=first or verdict.worst,

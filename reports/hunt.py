@@ -15,6 +15,7 @@ from .layout import labelled, wrap
 from .numbers import clean, count
 
 _LABEL = 8
+_OWN_TOKENS = "your engine computed other tokens than the prompt's (above): mend that first. On the tokens that its dump lists:"
 
 
 def round_lines(hunt_round: Round, width: int) -> list[Text]:
@@ -52,9 +53,11 @@ def lines(hunt: Hunt, width: int) -> Iterator[Text]:
     if hunt:
         yield from terminal.lines(hunt.verdict, width)
     else:
-        if hunt.explanation is None or not hunt.explanation.causes:
+        if hunt.explanation is None or not hunt.explanation.causes or hunt.own_tokens:
             yield from terminal.lines(hunt.verdict, width)
             yield Text("")
+        if hunt.own_tokens:
+            yield from labelled([("tokens", _OWN_TOKENS)], width, label=_LABEL)
         if hunt.explanation is not None:
             yield from explanation.lines(hunt.explanation, width)
         yield from labelled(list(_left(hunt)), width, label=_LABEL)
@@ -89,6 +92,7 @@ def as_json(hunt: Hunt) -> dict[str, Any]:
             for step in hunt.rounds
         ],
         "explanation": None if hunt.explanation is None else explanation.as_json(hunt.explanation),
+        "explained_on_own_tokens": hunt.own_tokens,
         "unexplained": hunt.unexplained,
         "stopped": hunt.stopped,
         "notes": [*hunt.verdict.notes, *hunt.notes],

@@ -7,10 +7,12 @@ from typing import Any
 from rich.text import Text
 
 from checkpoints.answers.score import Scored, Worst
+from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .layout import labelled
 from .numbers import clean, count
+from .server import cause_lines
 
 
 def lines(score: Scored, width: int) -> Iterator[Text]:
@@ -28,6 +30,9 @@ def lines(score: Scored, width: int) -> Iterator[Text]:
     if score.worst is not None:
         yield Text("")
         yield from labelled(_worst(score.worst), width)
+    for cause in score.causes:
+        yield Text("")
+        yield from labelled(list(cause_lines(cause)), width)
     yield from (Text(f"note: {clean(note)}", style="dim") for note in score.notes)
     yield Text(f"{count(score.positions, 'prediction')} in {score.seconds:.1f} s", style="dim")
 
@@ -85,7 +90,7 @@ def _worst(worst: Worst) -> list[tuple[str, str]]:
         ("worst", f"chunk {worst.chunk}, position {worst.position}: KL {_number(worst.kl)}"),
         ("after", f"…{clean(worst.before)}"),
         ("text", f"{worst.token} {clean(repr(worst.text))}"),
-        *[(name, _choices(top)) for name, top in (("ours", worst.ours), ("base", worst.base)) if top],
+        *[(name, _choices(top)) for name, top in (("side", worst.ours), ("base", worst.base)) if top],
     ]
 
 
@@ -138,6 +143,7 @@ def as_json(score: Scored) -> dict[str, Any]:
             "ours": [list(item) for item in worst.ours],
             "base": [list(item) for item in worst.base],
         },
+        "causes": [as_dict(cause) for cause in score.causes],
         "seconds": round(score.seconds, 3),
         "notes": list(score.notes),
     }
@@ -168,6 +174,11 @@ def markdown(score: Scored, explained: Mapping[str, Any] | None = None) -> str:
     if explained is not None and score.worst is not None:
         place = f"chunk {score.worst.chunk}, position {score.worst.position}"
         worst = [f"At the worst prediction ({place}) {_explained(explained)}.", ""]
+    worst += [
+        line
+        for cause in score.causes
+        for line in (f"Cause: `{clean(cause.name)}`: {clean(cause.sentence)}. {clean(cause.advice)}", "")
+    ]
     against = f" against {clean(score.base)}" if score.base else ""
     return "\n".join(
         [

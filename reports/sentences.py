@@ -248,5 +248,6 @@ def _lacking(lacks: Missing) -> str:
         listed = ", ".join(clean(name) for name in lacks.points[:3])
         parts.append(listed + (f" and {count(len(lacks.points) - 3, 'further point')}" if len(lacks.points) > 3 else ""))
     if lacks.positions:
-        parts.append(f"positions {ranges(lacks.positions)}" + (" of common points" if lacks.points else ""))
+        noun = "position" if len(lacks.positions) == 1 else "positions"
+        parts.append(f"{noun} {ranges(lacks.positions)}" + (" of common points" if lacks.points else ""))
     return "; ".join(parts)

@@ -48,7 +48,7 @@ def lines(server_answer: ServerAnswer, width: int) -> Iterator[Text]:
     if server_answer.first_choice is not None:
         yield from labelled([("choice", _choice(server_answer.first_choice))], width)
     for cause in server_answer.causes:
-        yield from labelled(list(_cause(cause)), width)
+        yield from labelled(list(cause_lines(cause)), width)
     if server_answer.next_command:
         yield from labelled([("next", printable(server_answer.next_command, 2000))], width)
     yield from (Text(f"note  {clean(note)}", style="dim") for note in server_answer.notes)
@@ -107,7 +107,8 @@ def _candidates(top: Sequence[tuple[int, str, float]]) -> str:
     return "  ".join(f"{clean(repr(text))} {value:.4f}" for _, text, value in top[:5])
 
 
-def _cause(cause: ServerCause) -> Iterator[tuple[str, str]]:
+def cause_lines(cause: ServerCause) -> Iterator[tuple[str, str]]:
+    """A cause with how well it explains the server's numbers, and what to do."""
     yield "cause", f"{cause.name}: {printable(cause.sentence, 600)}"
     if cause.kl is not None:
         yield (

@@ -65,10 +65,10 @@ def dump(
 
 
 def _rows(name: str, array: NDArray[np.float32], prefill: int | None, chunk: int | None, size: int | None) -> Rows:
-    rows_made = summarise(name, array, np.arange(len(array)), slice_size=size)
+    rows = summarise(name, array, np.arange(len(array)), slice_size=size)
     if chunk is not None:
-        rows_made = replace(rows_made, step=rows_made.token_idx // chunk)
+        rows = replace(rows, step=rows.token_idx // chunk)
     if prefill is not None:
-        decode = rows_made.token_idx >= prefill
-        rows_made = replace(rows_made, decode=decode, step=np.where(decode, rows_made.token_idx - prefill + 1, 0))
-    return rows_made
+        decode = rows.token_idx >= prefill
+        rows = replace(rows, decode=decode, step=np.where(decode, rows.token_idx - prefill + 1, 0))
+    return rows

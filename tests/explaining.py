@@ -27,7 +27,10 @@ STEPS = ExplainOptions(
 
 
 def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the steps that are computed, and make the count the clock of budgets, so that answers are the same on any machine."""
+    """Count the steps that are computed, and make the count the clock of budgets, so that answers are the same on any machine.
+
+    Seconds would make a test of a budget a matter of chance; what a search does is not changed, only how its time is told.
+    """
     count = [0]
     plain: Callable[..., Any] = graph.compute
 

@@ -74,6 +74,14 @@ def changed(fault: str, prompt: str, given: dict[str, Any]) -> str:
     return prompt
 
 
+def biased(logits: Any, log_softmax: Any, bias: dict[int, float]) -> Any:
+    """Log-probabilities of logits to which a number is added at some tokens."""
+    changed = np.array(logits, dtype=np.float32)
+    for token, by in bias.items():
+        changed[..., token] += by
+    return log_softmax(changed)
+
+
 def of_largest(logits: Any, log_softmax: Any, count: int) -> Any:
     """Log-probabilities of which only the `count` largest logits of each row are left."""
     edge = np.sort(logits, axis=-1)[..., -count, None]
@@ -91,6 +99,8 @@ NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
     "scaled": lambda logits, log_softmax: 0.7 * log_softmax(logits),
     "heated": lambda logits, log_softmax: log_softmax((logits / 0.7).astype(np.float32)),
     "top-k": lambda logits, log_softmax: of_largest(logits, log_softmax, 40),
+    "bias": lambda logits, log_softmax: biased(logits, log_softmax, {258: 2.5, 13: -1.5}),
+    "banned": lambda logits, log_softmax: biased(logits, log_softmax, {315: -100.0}),
     "top-3": lambda logits, log_softmax: of_largest(logits, log_softmax, 3),
 }
 

@@ -148,6 +148,7 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str) 
     [
         ("names.jsonl", "names.jsonl has more than 32,768 names"),
         ("long-name.jsonl", "long-name.jsonl has a name of"),
+        ("headers.jsonl", "headers.jsonl has more than 100 headers"),
         pytest.param("zeros.npz", "these are not activations", marks=pytest.mark.slow),
         ("overlap.safetensors", "two of its arrays overlap"),
         ("many.safetensors", "100,000 arrays"),

@@ -146,6 +146,15 @@ def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
         assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
+def test_an_engine_that_takes_no_portions_is_not_vouched_for(parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """An engine whose dumps show one pass whatever it is told: the answer says so and how passes are recorded."""
+    line = f"X={{portions}} {numpy_engine()}"
+    code, answer = parity.json("consistency", "--tokens", "1,17,40,29", "--model", synthetic(layers=2), "--exec", line)
+    assert code == 0
+    (doubt,) = [sentence for sentence in answer["not_checked"] if "its dumps show other passes" in sentence]
+    assert "parity_pass in C" in doubt
+
+
 EVERY_WAY = ("--portions={portions}", "--state={state}", "--ubatch={ubatch}")
 
 

@@ -71,10 +71,18 @@ def test_every_option_that_is_written_somewhere_exists() -> None:
 
 def test_the_documentation_counts_the_catalogue() -> None:
     """Where the documentation says how many faults are known, it is as many as the catalogue has."""
-    pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+    pages = [page.read_text(encoding="utf-8") for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))]
     counts = [int(number) for page in pages for number in re.findall(r"(\d+) known faults", " ".join(page.split()))]
     assert counts
     assert set(counts) == {len(CATALOGUE)}
+
+
+def test_commands_in_help_can_be_copied() -> None:
+    """A command that a --help shows stands on one line of a terminal of 80 columns."""
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for inner in getattr(command, "commands", {name: command}).values():
+            examples = [line.strip() for line in (inner.help or "").splitlines() if line.startswith("  ")]
+            assert all(len(example) <= 74 for example in examples), (name, examples)
 
 
 def test_every_option_has_a_help_text() -> None:

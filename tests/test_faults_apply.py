@@ -89,7 +89,7 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
 
     first = next(iter(CATALOGUE.values()))
     broken = replace(first, name="broken", kinds=("attn_norm",), change=change, parameters={}, once=False)
-    monkeypatch.setitem(CATALOGUE, "broken", broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(CATALOGUE, "broken", broken)  # type: ignore[arg-type]  # a bug of ours: the catalogue has none
     with pytest.raises(KeyError, match="no_such_point"):
         explain(only(engine, ("activation", {"activation": "ReLU"}, (2,))), engine.model)
     with pytest.raises(NotApplicable):

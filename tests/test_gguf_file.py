@@ -1,5 +1,6 @@
 """Our GGUF reader against gguf-py's, and against files that were damaged on purpose."""
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
-from checkpoints.gguf_file import contents
+from checkpoints.gguf_file import Value, contents, header_bytes, string_value, uint32_value
 from engine.models import written_by_hand
 from engine.weights.gguf_model import GgufModel
 
@@ -74,7 +75,7 @@ def test_absurd_counts_take_no_memory_and_no_time(tmp_path: Path) -> None:
     [
         ("split.count", 4, "4 parts of a split model"),
         ("tiny.attention.head_count_kv", [2.0, 0.5], "other than whole numbers"),
-        ("tiny.embedding_length", "wide", "not int"),
+        ("tiny.embedding_length", "wide", "not a whole number"),
         ("tiny.block_count", None, "tiny.block_count"),
     ],
 )
@@ -125,3 +126,39 @@ def tiny(path: Path, key: str, value: object) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize(
+    ("values", "places", "message"),
+    [
+        ({"general.alignment": uint32_value(3)}, {}, "its alignment is 3, not a power of two"),
+        ({"general.alignment": string_value("32")}, {}, "its alignment is '32', not a power of two"),
+        ({"general.architecture": string_value("")}, {}, "general.architecture is empty"),
+        ({"qwen2.context_length": string_value("long")}, {}, "qwen2.context_length is 'long', which is not a whole number"),
+        ({}, {1: 0}, "begins at byte 0 of the data, but the tensors before it end at byte"),
+        ({}, {2: 1 << 60}, "begins at byte 1,152,921,504,606,846,976 of the data, but the tensors before it end at byte"),
+    ],
+)
+def test_tables_of_contents_that_no_loader_takes(
+    small: Path, tmp_path: Path, values: dict[str, Value], places: dict[int, int], message: str
+) -> None:
+    """An alignment that is none, tensors that overlap or leave a gap, keys of another type: refused as llama.cpp refuses them."""
+    whole = contents(small)
+    tensors = [replace(tensor, offset=places.get(number, tensor.offset)) for number, tensor in enumerate(whole.tensors)]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header_bytes(whole.metadata | values, tensors) + small.read_bytes()[whole.data :])
+    with pytest.raises(ModelError) as raised:
+        GgufModel(path)
+    assert message in str(raised.value)
+
+
+def test_a_key_that_occurs_twice_is_refused(small: Path, tmp_path: Path) -> None:
+    """Of two values of one key none is taken, as llama.cpp takes none."""
+    whole = contents(small)
+    header = header_bytes(whole.metadata, list(whole.tensors))
+    value = whole.metadata["general.architecture"]
+    entry = string_value("general.architecture").raw + struct.pack("<I", value.type) + value.raw
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header[:16] + struct.pack("<Q", len(whole.metadata) + 1) + entry + header[24:])
+    with pytest.raises(ModelError, match=r"it has two values named 'general\.architecture'"):
+        GgufModel(path)

@@ -15,17 +15,14 @@ TOKENS = [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("share", "kept"), [(10.0, "all"), (0.6, "some"), (0.01, "none")])
-def test_no_more_is_kept_than_fits(
-    synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, share: float, kept: str
-) -> None:
+def test_no_more_is_kept_than_fits(synthetic: Callable[..., Path], share: float, kept: str) -> None:
     """With memory for ten times the model, for a part of it or for none, that much is held, and the logits are equal to the bit."""
     path = synthetic("tiny", "q8_0", layers=6)
     model = GgufModel(path)
     whole = sum(4 * int(np.prod(info.shape)) for info in model.tensors.values())
     expected = _logits(Transformer(model, backend.choose("numpy"), resident=False))
-    monkeypatch.setattr("engine.weights.source.free_memory", lambda: int(3 * share * whole))
     engine = Transformer(model, backend.choose("numpy"))
-    assert isinstance(engine.weights, Weights)
+    engine.weights = Weights(model, engine.backend, resident=True, free=int(3 * share * whole))
     for _ in range(3):
         np.testing.assert_array_equal(_logits(engine), expected)
     held = sum(array.nbytes for array in engine.weights._held.values())

@@ -160,7 +160,19 @@ def test_three_sides_of_a_run_agree(parity: Cli) -> None:
     )
     assert (code, answer["verdict"], answer["sides"]) == (0, "parity", ["ours", "llama.cpp", "Hugging Face"])
     assert min(answer["compared"]) > 1500
-    assert Path("whole/hf.jsonl").exists()
+    assert answer["folder"] == "whole"
+    assert {path.name for path in Path("whole").iterdir()} == {
+        "ours.jsonl",
+        "ref.jsonl",
+        "hf.jsonl",
+        "diff.json",
+        "report.html",
+    }
+    assert json.loads(Path("whole/diff.json").read_text()) == answer
+    assert "<h2>Three sides" in Path("whole/report.html").read_text(encoding="utf-8")
+    printed = parity("run", "--prompt", "Once", "--with", "hf", "--python", PYTHON, "--out", "few").out.splitlines()
+    assert printed[-1].startswith("few/  report.html  ref.jsonl  ours.jsonl  hf.jsonl  diff.json ")
+    assert not any(line.startswith("note") for line in printed), printed
 
 
 def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
@@ -176,7 +188,7 @@ def test_an_interpreter_without_torch_is_one_line(parity: Cli) -> None:
 
 def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the dump that cannot be written, and the message says what to set."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # what TMPDIR sets, which a process reads only once
     with pytest.raises(InputError) as caught:
         HuggingFace(Path("m.gguf"), sys.executable).dump(Prompt(None, TOKENS, ()), tmp_path / "hf.jsonl")
     assert "gone" in caught.value.message

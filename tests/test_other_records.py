@@ -174,3 +174,47 @@ def test_a_point_that_shows_another_one_is_left_out_where_something_is_wrong(eng
     assert "this operation is wrong" not in verdict.operation
     assert "l_out" in verdict.next
     assert "blk.3.l_out" in {fault.checkpoint for fault in verdict.record_faults}
+
+
+@pytest.mark.slow
+def test_a_value_that_stands_under_another_name_was_computed_right(engine: Faulty, right: Dump) -> None:
+    """Exchanged names, or zeros beside a missing residual: the operation whose right value another record shows is not blamed."""
+    rope = engine.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
+    exchanged = instead(rope, "q", lambda n: f"blk.{n}.q_rope")
+    exchanged = replace(
+        exchanged,
+        points=exchanged.points
+        | {f"blk.{n}.q_rope": replace(rope.points[f"blk.{n}.q"], point=f"blk.{n}.q_rope") for n in range(24)},
+    )
+    verdict = compare(shown(exchanged, lambda x: x), right, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.3.k_rope"
+    assert "blk.3.q: another value than its name says: its own is recorded as blk.3.q_rope" in sentences(verdict)
+    residual = engine.dump(
+        Planted((("residual-missing", {"at": ("l_out",)}, (3,)),)), TOKENS, points="all", size=4096, bare=False
+    )
+    verdict = compare(shown(residual, lambda x: 0 * x, "ffn_out", layers=range(3, 4)), right, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.3.l_out"
+    assert verdict.pattern is not None
+    assert "it is blk.3.ffn_out" in verdict.pattern.sentence
+
+
+def test_a_record_of_a_later_layer_blames_no_operation(engine: Faulty, right: Dump) -> None:
+    """A query that was captured a layer late in a wrong engine: its own value was not seen, so the product is not called wrong."""
+    rope = engine.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
+    verdict = compare(shown(instead(rope, "q", lambda _: "blk.4.q", range(3, 4)), lambda x: x), right, F32)
+    assert verdict.operation == "blk.3.q shows blk.4.q, which is computed later: its own value was not seen"
+
+
+def test_an_embedding_of_a_lower_type_is_not_called_another_row(right: Dump) -> None:
+    """Values rounded to BF16 are named so, and neither the table nor the row is called wrong."""
+    rounded = shown(right, _nearest_bf16, "embd", *{parse(name).kind for name in right.points})
+    verdict = compare(rounded, right, F32)
+    assert (verdict.pattern and verdict.pattern.code, verdict.operation) == ("rounded", "")
+
+
+def _nearest_bf16(x: Values) -> Values:
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.asarray(((bits + half) & np.uint32(0xFFFF0000)).view(np.float32))

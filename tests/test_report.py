@@ -13,14 +13,15 @@ from msgspec.structs import replace
 from pictures import EVIL, diverging, hostile, huge, passing
 
 from checkpoints.answers.diff import Pattern
-from checkpoints.answers.drift import Change, Checked, Drift, Margin
+from checkpoints.answers.drift import Change, Checked, Drift, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.record import Dump
 from reports.charts import decode, encode, figures
 from reports.drift import drift_as_json, lines
-from reports.findings import finding
+from reports.findings import ReportSection, finding
 from reports.github import annotations, drift_annotations
+from reports.history_html import history_html
 from reports.html import html
 from reports.junit import drift_as_junit, junit
 from reports.markdown import drift_as_markdown, markdown
@@ -239,3 +240,25 @@ def test_a_noisy_side_is_right() -> None:
     assert passing().verdict
     assert not diverging().verdict
     assert noisy(random())["embd"].shape == (12, 64)
+
+
+def test_a_report_of_three_sides_is_headed_by_their_verdict() -> None:
+    """Two sides that agree beside a third that does not are no parity: the page says who is alone, in red."""
+    section = ReportSection(
+        "Three sides", "x", verdict=("divergence at logits: ours and llama.cpp agree exactly, hf is alone", False)
+    )
+    page = html(replace(passing(), findings=(section,)))
+    assert "<h1>divergence at logits: ours and llama.cpp agree exactly, hf is alone</h1>" in page
+    assert '<body class="wrong">' in page
+
+
+def test_margins_are_not_called_steady_where_the_last_check_failed() -> None:
+    """A side whose last check is a divergence is named at the top; where all passed and nothing grows, that is said."""
+    points = {"logits": (1e-12, 1e-9, 1e-3)}
+    checks = [
+        Entry("2026-11-01T00:00:00+00:00", "", verdict, "exec", "f00d", points=points) for verdict in ("parity", "divergence")
+    ]
+    failed = history_html(checks, [])
+    assert "<h1>Margins over commits: beyond the limit at the last check</h1>" in failed
+    assert "<p>an external engine against golden dumps f00d</p>" in failed
+    assert "<h1>Margins over commits: nothing grows</h1>" in history_html(checks[:1], [])

@@ -138,6 +138,7 @@ def test_a_foreign_engine_is_scored_and_its_worst_token_explained(parity: Cli, t
     words = ("score", "--text", text, "--context", CONTEXT, "--chunks", "1", "--exec")
     code, right = parity.json(*words, f"{engine} {{model}} {{tokens}} {{out}}")
     assert (code, right["same_top"], right["kl"]["max"] < 1e-8) == (0, 1.0, True)
+    assert len(right["worst"]["before"]) == 60  # as much of the text before the worst token as a line has room for
     late = (*words, f"{engine} {{model}} {{tokens}} {{out}} late {{points}}", "--explain-worst")
     code, answer = parity.json(*late)
     assert (code, answer["explained"]["first_divergence"]["checkpoint"]) == (1, "blk.7.q_rope")

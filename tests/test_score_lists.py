@@ -82,6 +82,39 @@ def test_the_worst_token_of_a_server_leads_to_its_fault(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("log10", "log-base"),
+        ("heated", "temperature"),
+        ("unsettled", "not-normalised"),
+        ("template-hidden", "template"),
+        ("bias", "logit-bias"),
+    ],
+)
+def test_a_score_names_the_causes_that_a_run_names(
+    fault: str, cause: str, parity: Cli, serve: Start, stories: Path, tmp_path: Path
+) -> None:
+    """Without --explain-worst: what explains the first predictions of the text, in JSON and in the block to paste."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = ("score", "--text", tmp_path / "text.txt", "--context", 40, "--server", serve("llama_cpp", stories, fault))
+    code, answer = parity.json(*command)
+    assert (code, [item["name"] for item in answer["causes"]]) == (0, [cause])
+    assert f"Cause: `{cause}`" in parity(*command, "--format", "markdown").out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "sentence"), [("logits", "the numbers are logits"), ("probabilities", "not their logarithms")]
+)
+def test_numbers_that_cannot_be_scored_are_named(
+    fault: str, sentence: str, parity: Cli, serve: Start, stories: Path, words: tuple[object, ...]
+) -> None:
+    """Where they are no logarithms at all the refusal says what they are."""
+    refused(parity(*words, "--server", serve("llama_cpp", stories, fault)), sentence)
+
+
+@pytest.mark.slow
 def test_servers_that_cannot_be_scored(parity: Cli, serve: Start, stories: Path, words: tuple[object, ...]) -> None:
     """One without log-probabilities, and one that shows a template in its echo."""
     refused(parity(*words, "--server", serve("llama_cpp", stories, "no-logprobs")), "logits_all")
@@ -162,6 +195,9 @@ class OneTokenLess:
     def read(self, chunk: Chunk) -> Chunk:
         """Without the second token, in the first chunk only."""
         return replace(chunk, tokens=(chunk.tokens[0], *chunk.tokens[2:])) if chunk.number == 0 else chunk
+
+    def cause(self) -> None:
+        """Nothing is looked for."""
 
     def rows(self, chunk: Chunk) -> Rows:
         """llama.cpp's."""

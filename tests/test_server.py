@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from servers import Start
 
 from checkpoints.answers.server import ServerAnswer
 from parity.run.session import resolve_prompt
+from parity.score.measures import Listed, largest, log_sum
 from parity.server.ask import Heard, _echoed
 from parity.server.base import kl, listed
-from parity.server.causes import penalised
 from parity.server.http import ServerError
+from parity.server.numbers import tells
+from parity.server.penalties import BANNED, Seen, biases, less, repeated, subtracted, with_bias
 from parity.server.predictions import Prediction, TokenCandidate, legacy
 from parity.server.predictions import listed as read_list
 from parity.server.truncation import truncations
@@ -243,7 +246,39 @@ def test_a_truncation_is_found_by_its_offsets(what: str, kept: int | None) -> No
 def test_a_penalty_is_llama_cpps() -> None:
     """Positive logits of seen tokens are divided, negative ones multiplied, others left (llama_sampler_penalties)."""
     row = np.array([2.0, -2.0, 1.0], dtype=np.float32)
-    np.testing.assert_array_equal(penalised(row, (0, 1, 1), 2.0), np.array([1.0, -4.0, 1.0], dtype=np.float32))
+    np.testing.assert_array_equal(repeated(row, (0, 1, 1), 2.0), np.array([1.0, -4.0, 1.0], dtype=np.float32))
+
+
+def test_penalties_and_biases_are_fitted_from_a_few_candidates() -> None:
+    """Presence and frequency penalties, a bias of two tokens and a ban: from the ten candidates that a server lists of 300 tokens."""
+    random = np.random.default_rng(5)
+    rows = [random.normal(0, 3, 300).astype(np.float32) for _ in range(24)]
+    before = [random.choice(np.argsort(-row)[:10], 6).tolist() for row in rows]
+
+    def seen(change: Callable[[np.ndarray, list[int]], np.ndarray]) -> list[Seen]:
+        sample = []
+        for row, tokens in zip(rows, before, strict=True):
+            changed = change(row, tokens)
+            ids = largest(changed, 10)
+            noise = random.normal(0, 0.01, 10)
+            sample.append(Seen(Listed(ids, changed[ids].astype(np.float64) - log_sum(changed) + noise), row, tokens))
+        return sample
+
+    both = subtracted(seen(lambda row, tokens: less(row, tokens, 0.6, 0.4)))
+    assert both == pytest.approx((0.6, 0.4), abs=0.05)
+    assert subtracted(seen(lambda row, _: row)) is None
+    often = int(np.argmax(np.sum(rows, axis=0)))
+    top = int(max(rows, key=lambda row: np.ptp(row[largest(row, 10)])).argmax())
+    bias = {often: 6.0, top: BANNED}
+    assert biases(seen(lambda row, _: with_bias(row, bias))) == {often: pytest.approx(6.0, abs=0.2), top: BANNED}
+    assert biases(seen(lambda row, _: row)) == {}
+
+
+def test_improbable_candidates_explain_nothing() -> None:
+    """Numbers of tokens that llama.cpp thinks impossible can be read in any way: then no reading is tried."""
+    assert tells([np.array([-0.5, -1.5]), np.array([-0.2, -9.0])])
+    assert not tells([np.array([-18.0, -19.0]), np.array([-12.0, -15.0]), np.array([-0.1])])
+    assert not tells([])
 
 
 def test_tokens_are_told_by_id_bytes_or_text() -> None:

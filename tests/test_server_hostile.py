@@ -212,7 +212,9 @@ def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatc
     """The folder of an earlier run holds this run's dump and answer afterwards, none that belong to others; a search that ran out of
     time says so, and a limit of 0 has a table, too.
     """
-    monkeypatch.setattr("parity.server.causes._BUDGET", 0.0)
+    monkeypatch.setattr(
+        "parity.server.causes._BUDGET", 0.0
+    )  # a model on which the search takes more than a minute takes this test longer
     folder = Path("folder")
     folder.mkdir()
     for name in ("ours.jsonl", "ours-odd.jsonl", "ref.jsonl", "diff.json", "report.html", "server.json"):

@@ -1,5 +1,8 @@
 """Synthetic models: llama.cpp loads and computes them, they are what was asked for, and the same seed gives the same file."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -10,10 +13,10 @@ import pytest
 from cli import Cli
 
 from checkpoints.errors import InputError
-from checkpoints.room import FreeMemory
 from engine import backend
 from engine.synth import PRESETS, shape_like, synthesize
-from engine.synth.data import append, converted
+from engine.synth.data import PORTION, append, converted
+from engine.synth.dense import check_size
 from engine.synth.shape import tensors_of
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -62,7 +65,8 @@ def test_quantised_while_it_is_made(
     shape = shape_like("llama-3.1-8b", layers=3, width=256, heads=8, kv_heads=2, head_size=32, ff=512, vocab=2100)
     synthesize(tmp_path / "f32.gguf", shape, weight_type="f32", seed=4, tokenizer=stories)
     expected = reference.quantize(tmp_path / "f32.gguf", kind, tmp_path / "expected.gguf")
-    monkeypatch.setattr("engine.synth.data.PORTION", 3000)  # eleven rows of 256: no tensor's rows are a multiple of that
+    # Eleven rows of 256: no tensor's rows are a multiple of that. Portions of the real size would need a matrix that takes a minute.
+    monkeypatch.setattr("engine.synth.data.PORTION", 3000)
     make(tmp_path / "m.gguf", shape, kind=kind, seed=4, tokenizer=stories)
     assert (tmp_path / "m.gguf").read_bytes() == expected.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"f32.gguf", "expected.gguf", "m.gguf"}
@@ -253,21 +257,26 @@ def test_a_full_disk_is_noticed_at_the_last_tensor() -> None:
         append(Path("/dev/full"), [few])
 
 
-def test_a_store_of_blocks_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_blocks_counts_as_memory(tmp_path: Path) -> None:
     """A store that the memory cannot hold is refused before anything is written, in types that gguf-py makes too."""
-    monkeypatch.setattr("checkpoints.room.memory", lambda: FreeMemory(1 << 30, "free"))
     for kind in ("f16", "q6_k"):
         make(tmp_path / "small.gguf", shape_like("tiny"), kind=kind, blocks=10)
         (tmp_path / "small.gguf").unlink()
         with pytest.raises(InputError, match="of memory"):
-            make(tmp_path / "m.gguf", shape_like("tiny"), kind=kind, blocks=1 << 20)
+            make(tmp_path / "m.gguf", shape_like("tiny"), kind=kind, blocks=1 << 40)  # a petabyte
     assert not list(tmp_path.iterdir())
 
 
-def test_the_portions_of_all_cores_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_portions_of_all_cores_count_as_memory(tmp_path: Path, cores: int) -> None:
     """What a core holds counts once for each core and once more; a model whose matrices are small needs no more than these."""
-    monkeypatch.setattr("engine.synth.data.cores", lambda: 15)
-    monkeypatch.setattr("checkpoints.room.memory", lambda: FreeMemory(1 << 30, "free"))
-    with pytest.raises(InputError, match=r"takes 3\.2 GB of memory, but only 1\.1 GB are free"):
-        make(tmp_path / "m.gguf", shape_like("tiny", vocab=65536), kind="f16")
-    make(tmp_path / "small.gguf", shape_like("tiny"), kind="f16")
+    script = (
+        f"import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}]); from engine.synth import shape_like; "
+        "from engine.synth.dense import at_once; print(at_once(shape_like('tiny', vocab=65536), None), at_once(shape_like('tiny'), None))"
+    )
+    threads = min(cores, len(os.sched_getaffinity(0)))
+    large, small = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.split())
+    assert large == PORTION * (threads + 1)
+    assert 0 < small < large
+    with pytest.raises(InputError, match="of memory, but only"):
+        check_size(tmp_path / "m.gguf", 0, 0, largest=1 << 50)

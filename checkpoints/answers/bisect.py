@@ -8,8 +8,9 @@ RIGHT, WRONG, NOT_JUDGED = "right", "wrong", "not judged"
 class JudgedPart(Struct, frozen=True):
     """One part of the model: the embedding, a layer, or what follows the last one.
 
-    `name` is "embd", "blk.7" or "output". If the part is wrong, `point` is the first of its points that differs, with the worst record's
-    NMSE, its limit and position; `reason` says why it could not be judged.
+    `name` is "embd", "blk.7" or "output"; "tokens" alone if the engine computed other ones, `reason` saying which. If the part is wrong,
+    `point` is the first of its points that differs, with the worst record's NMSE, its limit and position; `reason` says why it could
+    not be judged.
     """
 
     name: str

@@ -27,6 +27,7 @@ class Hunt(Struct, frozen=True):
 
     Attributes:
         explanation: None if nothing differs, or if no cause could be searched for (`unexplained` says why).
+        own_tokens: whether the cause was looked for on the tokens that the engine's dump lists, since they are not the prompt's.
         stopped: why the hunt ended although no operation was identified.
     """
 
@@ -36,6 +37,7 @@ class Hunt(Struct, frozen=True):
     stopped: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default_factory=tuple)
+    own_tokens: bool = False
 
     @property
     def verdict(self) -> Verdict:

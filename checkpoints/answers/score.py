@@ -2,6 +2,8 @@
 
 from msgspec import Struct, field
 
+from .server import ServerCause
+
 PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0)
 
 
@@ -38,6 +40,7 @@ class Scored(Struct, frozen=True):
         delta_p_mean, delta_p_rms: of the probability of the text's own token, side − base.
         exact: both sides' whole rows were available; otherwise KL is over the tokens that both sides list and one entry for all others, a
             lower bound; `unseen` and `unseen_mean` are the probability that the base gives to that entry, at most and on average.
+        causes: what explains a server's predictions, where they are not llama.cpp's.
     """
 
     side: str
@@ -64,6 +67,7 @@ class Scored(Struct, frozen=True):
     unseen: float = 0.0
     unseen_mean: float = 0.0
     worst: Worst | None = None
+    causes: tuple[ServerCause, ...] = ()
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .arrays import Text
+from .lenient import trimmed
 
 _BEHIND_BRACE = (b'"', b"}")
 _BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
@@ -29,7 +30,7 @@ def objects_of(block: bytes) -> tuple[list[int], list[bytes], int]:
         start = line.find(b"{")
         if start >= 0 and line[start + 1 :].lstrip()[:1] in _BEHIND_BRACE:
             numbers.append(number)
-            objects.append(line[start:].rstrip())
+            objects.append(trimmed(line[start:]))
         else:
             skipped += bool(line.strip())
     return numbers, objects, skipped

@@ -31,8 +31,10 @@ _WORDS = {
 
 def integer(value: Any, name: str, limit: int = POSITIONS) -> int:
     """A whole number from 0 to `limit` − 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f'"{name}" must be a whole number, 0 or more, not {value!r:.40}')
+    if value >= limit:
+        raise ValueError(f'"{name}" must be less than {limit:,}, not {value!r:.40}')
     return value
 
 
@@ -101,7 +103,8 @@ def beyond_values(steps: NDArray[np.float64], values: NDArray[np.floating]) -> N
 
 def shape(value: Any) -> tuple[int, ...]:
     """A shape as a list or as text ("[1,151936]"); leading ones are dropped, since a record is one position's row."""
-    sizes = [int(text) for text in re.findall(r"-?\d+", value)] if isinstance(value, str) else (value or [])
+    # Python converts 4300 digits at most; an axis of more than twenty is too large whatever they are.
+    sizes = [int(text[:20]) for text in re.findall(r"-?\d+", value)] if isinstance(value, str) else (value or [])
     if not isinstance(sizes, (list, tuple)):
         raise TypeError(f'"shape" must be a list, not {value!r:.40}')
     ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
@@ -139,8 +142,10 @@ def end(content: dict[str, Any]) -> End:
 def header(content: dict[str, Any]) -> Header:
     """The first line. Unknown fields are left out, null ones take their defaults."""
     version = content.get("format", FORMAT)
-    if not isinstance(version, int) or version > FORMAT:
-        raise ValueError(f"format {version!r} is newer than this parity, which reads format {FORMAT}")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f'"format" must be the number {FORMAT}, not {version!r:.40}')
+    if version > FORMAT:
+        raise ValueError(f"format {version!r:.40} is newer than this parity, which reads format {FORMAT}")
     taken = {name: value for name, value in content.items() if name in Header.__struct_fields__ and value is not None}
     for name in _TEXTS:
         if not isinstance(taken.get(name, ""), str):

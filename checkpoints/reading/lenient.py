@@ -10,7 +10,15 @@ import orjson
 _WORD = r'(?:-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?)(?![\w"])'
 # Words in a row are one match: a substitution for each of millions takes seconds.
 _WORDS = re.compile(rf'(?<![\w"]){_WORD}(?:\s*,\s*{_WORD})*+', re.IGNORECASE)
+_COLOURS = re.compile(rb"(?:\s*\x1b\[[0-9;]*[mK])+\Z")  # with which a coloured log ends a line
+_TAIL = 64  # bytes of a line in which they are looked for
 _WORDS_BYTES = re.compile(_WORDS.pattern.encode(), re.IGNORECASE)
+
+
+def trimmed(line: bytes) -> bytes:
+    """A line without the blanks at its end, and without the escape sequences that end a coloured log's line."""
+    line = line.rstrip()
+    return line[:-_TAIL] + _COLOURS.sub(b"", line[-_TAIL:]) if line.endswith((b"m", b"K")) else line
 
 
 def quoted(line: bytes) -> bytes:
@@ -49,6 +57,6 @@ def loads(text: str | bytes) -> Any:
 def whole(line: bytes) -> bool:
     """Whether this is blank or a line's complete JSON, rather than a line that was cut short."""
     try:
-        return not line.strip() or loads(line) is not None
+        return not line.strip() or loads(trimmed(line)) is not None
     except ValueError:
         return False

@@ -25,7 +25,7 @@ def item(line: bytes, labels: Labels, serial: int, *, digits: bool) -> Header | 
     Raises:
         TypeError, ValueError, KeyError, OverflowError: it contradicts itself; the text says how.
     """
-    line = line[max(line.find(b"{"), 0) :].rstrip()  # a logger's words may stand before it
+    line = lenient.trimmed(line[max(line.find(b"{"), 0) :])  # a logger's words may stand before it
     try:
         content = lenient.loads(line)
     except ValueError:

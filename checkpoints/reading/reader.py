@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from ..errors import DumpError
-from ..record import Dump, End, Rows, Token
+from ..record import Dump, End, Header, Rows, Token
 from .line_order import counted, note_on
 from .parallel import SHARED, Sharing
 from .scan import Scan
 from .slabs import blown_up
+
+_DECISIVE = ("model", "tokens", "prompt", "mode", "compute", "kv_type")  # what decides with what, and how, records are compared
 
 
 def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
@@ -21,16 +23,18 @@ def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
     """
     scan = Scan(path, sharing)
     parts: dict[str, list[Rows]] = {}
-    header, end, tokens = None, None, []
+    tokens: list[Token] = []
+    headers: list[Header] = []
+    ends: dict[int, End] = {}  # by the number of headers before it: dumps may have been appended to each other
     for item in scan:
         if isinstance(item, Rows):
             parts.setdefault(item.point, []).append(item)
         elif isinstance(item, Token):
             tokens.append(item)
         elif isinstance(item, End):
-            end = item
+            ends[len(headers)] = item
         else:
-            header = item
+            headers.append(item)
     points, unnumbered = {}, {}
     for name, batches in parts.items():
         if blown_up(batches):
@@ -43,9 +47,17 @@ def read(path: str | os.PathLike[str], sharing: Sharing = SHARED) -> Dump:
         points[name] = counted(rows, scan.name)
         if points[name] is not rows:
             unnumbered[name] = len(rows)
-    dump = Dump(scan.name, header, points, tuple(tokens), end, scan.skipped, (), scan.torn)
+    end = End(sum(end.checkpoints for end in ends.values()), sum(end.tokens for end in ends.values())) if ends else None
+    dump = Dump(scan.name, headers[-1] if headers else None, points, tuple(tokens), end, scan.skipped, (), scan.torn)
     counted_by_point = [note_on(unnumbered, len(points))] if unnumbered else []
-    return replace(dump, notes=(*notes(dump), *counted_by_point))
+    return replace(dump, notes=(*notes(dump), *_differences(headers), *counted_by_point))
+
+
+def _differences(headers: list[Header]) -> Iterator[str]:
+    """A note on what several headers of one file contradict each other in."""
+    differing = [name for name in _DECISIVE if len({repr(getattr(header, name)) for header in headers}) > 1]
+    if differing:
+        yield f"the {len(headers)} headers differ in {', '.join(differing)}: the last one is taken to be that of all records"
 
 
 def notes(dump: Dump) -> Iterator[str]:

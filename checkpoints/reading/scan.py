@@ -18,6 +18,8 @@ from .batches import Item, LineReader
 from .no_records import reason
 from .parallel import SHARED, Readers, Sharing, next_block
 
+_NOTHING = "Was the engine stopped before it wrote anything, or does it print to standard error?"
+
 
 class Scan:
     """Reads a dump as a stream: iterating gives headers, tokens, ends, and records as `Rows` batches of one point each.
@@ -63,7 +65,7 @@ class Scan:
             else:
                 require_regular(place, DumpError, "Write the dump to a file, or give - and pipe JSON lines in.")
                 if place.is_file() and place.stat().st_size == 0:
-                    raise DumpError(f"{self.name} is empty.", "Was the engine stopped before it wrote anything?", code="empty")
+                    raise DumpError(f"{self.name} is empty.", _NOTHING, code="empty")
                 with place.open("rb") as file, Readers(place, self._sharing) as readers:
                     yield from self._items(file, readers)
         except OSError as error:
@@ -71,8 +73,11 @@ class Scan:
                 f"cannot read {self.name}: {error.strerror or error}.", "Check the path.", code="no-file"
             ) from error
         if not self.records:
+            called = "standard input" if self.name == STDIN else self.name
+            if not self._reader.line:
+                raise DumpError(f"{called} is empty.", _NOTHING, code="empty")
             raise DumpError(
-                f"{self.name} has no checkpoint record in {self._reader.line} lines.",
+                f"{called} has no checkpoint record in {self._reader.line} line{'s' * (self._reader.line != 1)}.",
                 reason(place) + 'A record is a JSON line with "checkpoint", "token_idx" and "values".',
                 code="no-records",
             )

@@ -86,6 +86,7 @@ class Planting:
     def __init__(self, steps: Sequence[Step], recorded: Collection[str] | None = None) -> None:
         self.steps = tuple(steps)
         self._recorded = recorded
+        self._begins: dict[tuple[tuple[str, ...], tuple[int, ...] | None], int] = {}
 
     @cached_property
     def right(self) -> Steps:
@@ -152,7 +153,10 @@ class Planting:
 
     def begin(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> int:
         """The number of the first step that this fault may change; the number of steps if there is none."""
-        return min(self._numbers(fault, layers, parameters), default=len(self.steps))
+        place = tuple(parameters.get(AT, fault.kinds)), None if layers is None else tuple(layers)
+        if place not in self._begins:
+            self._begins[place] = min(self._numbers(fault, layers, parameters), default=len(self.steps))
+        return self._begins[place]
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault; see `plant`."""

@@ -1,5 +1,6 @@
 """Faults of reading weights: layout, order, which tensor, which rows."""
 
+import re
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -19,6 +20,7 @@ EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _QKV = ("q", "k", "v")
 # Operations that read weights of a layer.
 _WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
+_WHOLE_LAYER = (*MATRICES, "attn_norm", "ffn_norm")
 _EACH_MATRIX = (*((kind,) for kind in ("ffn_gate", "q", "k", "v", "attn_out", "ffn_up", "ffn_out", "logits")), MATRICES)
 
 
@@ -55,7 +57,7 @@ def _as_it_is(source: WeightSource, name: str) -> Array:
 
 
 def _transposed(weight: Array) -> Array:
-    return weight.T.copy().reshape(weight.shape)
+    return weight.T.reshape(weight.shape)  # a square matrix needs no copy
 
 
 def each_transposed(weight: Array) -> Array:
@@ -69,11 +71,21 @@ def _transpose(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _stride(weight: Array, stride: int) -> Array:
+    """The matrix whose row i begins at element i · stride; beyond the end the elements begin anew: [out, in]."""
     rows, columns = weight.shape
     xp, flat = module_of(weight), weight.reshape(-1)
-    twice = xp.concatenate([flat, flat[:columns]])
-    windows = xp.lib.stride_tricks.as_strided(twice, (weight.size, columns), (twice.itemsize, twice.itemsize))
-    taken: Array = windows[xp.arange(rows) * stride % weight.size]
+    taken = xp.empty_like(weight)
+    begin = 0
+    while begin < rows:
+        start = begin * stride % weight.size
+        count = min(rows - begin, 1 + (weight.size - columns - start) // stride)  # rows that end within the matrix
+        if count > 0:
+            strides = (stride * flat.itemsize, flat.itemsize)
+            taken[begin : begin + count] = xp.lib.stride_tricks.as_strided(flat[start:], (count, columns), strides)
+        else:
+            count = 1
+            taken[begin] = xp.concatenate([flat[start:], flat[: columns - (weight.size - start)]])
+        begin += count
     return taken
 
 
@@ -114,12 +126,9 @@ def _order(step: Step, right: Steps, parameters: Parameters) -> Step:
     return replace(step, weights=sibling(step, right, other).weights)
 
 
-def _name_in(weight: Any, layer: int, other: int) -> Any:
-    if isinstance(weight, str):
-        return weight.replace(f"blk.{layer}.", f"blk.{other}.", 1)
-    if isinstance(weight, Altered | RowsOf | WeightPart):
-        return replace(weight, weight=_name_in(weight.weight, layer, other))
-    return weight
+def _named(weight: Any, name: Any) -> Any:
+    """A weight, whatever is made of it, read from the tensor of that name."""
+    return name if weight is None or isinstance(weight, str) else replace(weight, weight=_named(weight.weight, name))
 
 
 def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
@@ -127,13 +136,23 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     layer = layer_near(step)
     if layer is None or not step.weights:
         return step
-    weights = tuple(_name_in(weight, layer, to(layer)) for weight in step.weights)
-    twin_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if twin_step is None and step.inner:  # a step without a name of its own is identified by its weights
-        twin_step = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
-    if twin_step is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in twin_step.weights}:
+    names = _names_of(step)
+    theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
+    if theirs is None and step.inner:  # a step without a name of its own is identified by its weights
+        wanted = [name and name.replace(f"blk.{layer}.", f"blk.{to(layer)}.", 1) for name in names]
+        theirs = next((other for other in right.values() if other.op == step.op and _names_of(other) == wanted), None)
+    # Where layers are computed several times, a weight has another number than its step.
+    if theirs is None or [_in_any_layer(name) for name in names] != [_in_any_layer(name) for name in _names_of(theirs)]:
         return step
-    return replace(step, weights=weights)
+    return replace(step, weights=tuple(map(_named, step.weights, _names_of(theirs))))
+
+
+def _in_any_layer(name: str | None) -> str | None:
+    return name and re.sub(r"\bblk\.\d+\.", "blk.*.", name)
+
+
+def _names_of(step: Step) -> list[Any]:
+    return [_name_of(weight) for weight in step.weights]
 
 
 def _name_of(weight: Any) -> Any:
@@ -263,16 +282,24 @@ FAULTS = (
     ),
     Fault(
         name="layer-offset",
-        kinds=(*_WITH_WEIGHTS, *MATRICES, "attn_norm", "ffn_norm"),
+        kinds=(*_WITH_WEIGHTS, *_WHOLE_LAYER),
         change=_offset,
-        what="each layer takes the weights of the layer at an offset of {by}",
+        what="{at} takes the weights of the layer at an offset of {by}",
         symptom="wrong from layer 0 on, of plausible size",
         fix="layer i reads blk.i.*, from 0",
         seen="loops from 1",
         parameters={
             "by": (1, -1),
-            AT: (_WITH_WEIGHTS, (*MATRICES, "attn_norm", "ffn_norm"), ("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm")),
+            AT: (
+                _WITH_WEIGHTS,
+                _WHOLE_LAYER,
+                ("attn_norm",),
+                ("ffn_norm",),
+                ("attn_norm", "ffn_norm"),
+                *((kind,) for kind in MATRICES),
+            ),
         },
+        says={_WITH_WEIGHTS: "each layer", _WHOLE_LAYER: "each layer"},
     ),
     Fault(
         name="layers-swapped",

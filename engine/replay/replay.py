@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..backend import Array, Backend, all_equal
-from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, WeightSource, compute, inputs_of
+from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, Weight, WeightSource, compute, inputs_of
 from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .batched import can_batch, compute_batch
@@ -180,8 +181,13 @@ class Replay:
     def _changes(self, step: Step, changed: Values) -> bool:
         """Compute a step if it can differ from the right run, and add its value to `changed` if it does. False ends the run."""
         right = self._right.get(step.makes)
-        if changed.keys().isdisjoint(step.names) and (right is step or (right is not None and self._same_weights(step, right))):
-            return False
+        if changed.keys().isdisjoint(step.names) and right is not None:
+            if right is step:
+                return False
+            made = self._with_made_weights(step, right)
+            if made is None:
+                return False
+            step = made
         try:
             value = self._compute(step, changed)
         except ValueError as error:  # NumPy's: shapes that do not go together, where the fault does not fit this model
@@ -288,17 +294,26 @@ class Replay:
             result.setdefault(number, []).append(name)
         return result
 
-    def _same_weights(self, step: Step, right: Step) -> bool:
-        """Whether a changed step differs only in its weights, and those turn out to be the very same arrays."""
+    def _with_made_weights(self, step: Step, right: Step) -> Step | None:
+        """The step, with altered weights made once if these are all that changes; None if they turn out to be the very same arrays."""
         if step.op is not right.op or step.reads != right.reads or step.params != right.params:
-            return False
+            return step
         if len(step.weights) != len(right.weights):
-            return False
+            return step
+        weights: list[Weight] = []
         for new, old in zip(step.weights, right.weights, strict=True):
             if new == old:
+                weights.append(new)
                 continue
             if not (isinstance(new, Altered) and isinstance(old, str)):
-                return False
-            if new.make(self.weights, new.weight) is not self.weights.get(old):
-                return False
-        return True
+                return step
+            made = new.make(self.weights, new.weight)
+            if made is not self.weights.get(old):
+                return replace(step, weights=(*weights, _held(new, made), *step.weights[len(weights) + 1 :]))
+            weights.append(new)
+        return None
+
+
+def _held(weight: Altered, made: Array) -> Altered:
+    """An altered weight that was made already."""
+    return replace(weight, make=lambda _source, _name: made)

@@ -68,6 +68,9 @@ class Hyperparameters(Struct, frozen=True):
     irregular: str = ""
 
 
+_KINDS = {str: "a text", int: "a whole number", float: "a number"}
+
+
 class GgufModel:
     """A model file, or the files of a split model, memory-mapped: weights are read only when they are asked for.
 
@@ -137,6 +140,8 @@ class GgufModel:
     def _hyperparameters(self) -> Hyperparameters:
         get = self._get
         architecture = get("general.architecture", str)
+        if not architecture:
+            raise self._wrong("general.architecture is empty")
         if not self.tensors:
             raise ModelError(
                 f"{self.path} has a tokenizer but no tensors: it can tokenize, not compute.",
@@ -171,7 +176,7 @@ class GgufModel:
             architecture=architecture,
             name=get("general.name", str, ""),
             file_type=self._file_type(),
-            n_layers=own("block_count", int),
+            n_layers=own("block_count", int) * max(own("num_loops", int, 1), 1),
             n_embd=n_embd,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -201,7 +206,7 @@ class GgufModel:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise self._wrong(f"{key} is {value!r:.60}, which is not {kind.__name__}")
+            raise self._wrong(f"{key} is {value!r:.60}, which is not {_KINDS[kind]}")
         return value
 
     def _uniform(self, key: str, default: int | None = None) -> int:
@@ -247,16 +252,20 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _tensors(contents: Contents) -> dict[str, TensorInfo]:
-    """Every tensor with its shape and size, checked against its type's blocks and the file's end."""
+    """Every tensor with its shape and size, checked against its type's blocks, the tensor before it and the file's end.
+
+    Mirrors gguf_init_from_file_impl: one tensor begins where the last one ends, padded to the file's alignment.
+    """
     tensors: dict[str, TensorInfo] = {}
+    ends = [0] * len(contents.parts)
     for tensor in contents.tensors:
         block, size = block_of(tensor.type, tensor.name)
-        shape = tuple(reversed(tensor.ne))
+        shape, file = tuple(reversed(tensor.ne)), contents.parts[tensor.part]
         if min(shape) < 1 or shape[-1] % block:
-            problem = f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}"
-            damaged = contents.parts[tensor.part].path
-            raise ModelError(f"{damaged} is damaged: {problem}.", "Download it again.", code="damaged-model")
-        file = contents.parts[tensor.part]
+            raise _damaged(file, f"tensor {tensor.name} of shape {list(shape)} does not fit its type's blocks of {block}")
+        if tensor.offset != ends[tensor.part]:
+            begins = f"tensor {tensor.name} begins at byte {tensor.offset:,} of the data"
+            raise _damaged(file, f"{begins}, but the tensors before it end at byte {ends[tensor.part]:,}")
         n_bytes, offset = prod(shape) // block * size, file.data + tensor.offset
         if offset + n_bytes > file.size:
             raise ModelError(
@@ -264,8 +273,13 @@ def _tensors(contents: Contents) -> dict[str, TensorInfo]:
                 "Download it again.",
                 code="damaged-model",
             )
+        ends[tensor.part] = -(-(tensor.offset + n_bytes) // file.alignment) * file.alignment
         tensors[tensor.name] = TensorInfo(tensor.name, shape, tensor.type, n_bytes, offset, tensor.part)
     return tensors
+
+
+def _damaged(file: Contents, problem: str) -> ModelError:
+    return ModelError(f"{file.path} is damaged: {problem}.", "Download it again.", code="damaged-model")
 
 
 def block_of(kind: int, name: str = "") -> tuple[int, int]:

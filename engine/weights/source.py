@@ -22,13 +22,22 @@ class Weights:
 
     With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which suits a single
     forward pass: peak memory is then one weight and not the model. `names` are those that will be asked for, None for all. Of a
-    model that does not fit into memory as float32, as many are kept as fit; on a device, none.
+    model that does not fit into memory as float32, as many are kept as fit; on a device, none. `free` is the host's memory in bytes,
+    by default what is available now.
     """
 
-    def __init__(self, model: GgufModel, backend: Backend, *, resident: bool, names: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: GgufModel,
+        backend: Backend,
+        *,
+        resident: bool,
+        names: Collection[str] | None = None,
+        free: int | None = None,
+    ) -> None:
         self._model = model
         self._backend = backend
-        self._room = self._room_for(model.tensors if names is None else names) if resident else 0.0
+        self._room = self._room_for(model.tensors if names is None else names, free) if resident else 0.0
         self._held: dict[tuple[str, int], Array] = {}
         self._size = 0
         self._draw = random.Random(0)
@@ -38,7 +47,7 @@ class Weights:
         """Whether weights are kept."""
         return self._room > 0
 
-    def _room_for(self, names: Collection[str]) -> float:
+    def _room_for(self, names: Collection[str], free_host: int | None) -> float:
         """How many bytes of these weights can be kept as float32; the others are streamed, one step's at a time."""
         sizes = [4 * prod(self._model.tensors[name].shape) for name in names]
         if not sizes:
@@ -47,7 +56,7 @@ class Weights:
         largest = 2 * max(sizes)
         free = self._backend.free_bytes()
         if free is None:
-            room = free_memory() // _SHARE
+            room = (free_memory() if free_host is None else free_host) // _SHARE
             return inf if sum(sizes) <= room else max(room - largest, 0)
         self._backend.require(largest, f"the largest weight of {self._model.path.name} as float32")
         return inf if sum(sizes) + largest <= free else 0

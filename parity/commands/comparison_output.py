@@ -56,9 +56,14 @@ def finish(outcome: "Outcome", output_format: Format, references: "References | 
     # The answer is on the screen before the report is drawn.
     write_html(whole, outcome.folder / "report.html")
     if output_format is Format.TEXT:
-        files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
-        print(no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s"))
+        print(folder_line(outcome))
     return code
+
+
+def folder_line(outcome: "Outcome") -> str:
+    """The last line of a run: its folder, the files in it, and how long it took."""
+    files = "  ".join(path.name for path in sorted(outcome.folder.iterdir(), reverse=True) if path.is_file())
+    return no_command(f"{printable(str(outcome.folder), None)}/  {printable(files, 1000)}   {outcome.seconds:.1f} s")
 
 
 def report(

@@ -80,11 +80,11 @@ def conform(
     {model} is the model file itself, in the type under test; an engine may refuse it (a nonzero exit code and a sentence on
     stderr), which is not a failure. With {points} the engine is asked for every operation, so that the failing one can be named.
 
-      parity conform --exec "./engine {model} {tokens} {out} {points}" --profile dense
+      parity conform --exec "./engine {model} {tokens} {out} {points}"
 
-      parity conform --exec "./engine {model} {sequences} {out} {points} {portions} {state}" --modes batch,state
+      parity conform --exec "./e {model} {sequences} {out} {portions} {state}"
 
-      parity conform --side server --exec "./server -m {model} --port {port}" --types F32,Q4_K
+      parity conform --side server --exec "./server -m {model} --port {port}"
 
       parity conform --side ours --architectures 'qwen*' --types F32,Q4_K
 

@@ -31,11 +31,11 @@ def consistency(
     Is your first token right and does the text fall apart later? Then prefill and decode disagree: dump the same tokens twice, once
     as one prompt and once token by token, and give both dumps. The failing points tell whether cache, positions or mask are to blame.
 
-      parity consistency whole.jsonl steps.jsonl         two dumps of your engine
+      parity consistency whole.jsonl steps.jsonl       two dumps of your engine
 
-      parity consistency --prompt "Hi" --exec "my-engine {model} {tokens} {out} {portions}"      your engine, run by parity
+      parity consistency -p Hi --exec "./e {model} {tokens} {out} {portions}"
 
-      parity consistency --model M.gguf --prompt "Hi"    our engine; --side ref: llama.cpp
+      parity consistency -p Hi --side ref               llama.cpp itself
 
     {portions} stands for the number of tokens in each forward pass, separated by commas: 4,4,1; {ubatch} for the largest number of tokens
     computed at once; {sequences} for several prompts, 17,403;5,6; {state} for a file: continue from it if it exists, and write the

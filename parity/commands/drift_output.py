@@ -92,7 +92,7 @@ def show_history(
         console = Console()
         print_lines(console, list(lines(entries, console.width)))
         remarks = [("finding", finding) for finding in findings]
-        remarks += [("note", f"{skipped} lines of {path} are not entries and were skipped")] if skipped else []
+        remarks += [("note", ledger.skipped_note(skipped, path))] if skipped else []
         print_lines(console, labelled(remarks, console.width))
         print_lines(console, labelled([("closer", sentence) for sentence in closer_sentences(moved)], console.width))
     return DIVERGENCE_CODE if strict and findings else PARITY_CODE

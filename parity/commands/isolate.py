@@ -58,9 +58,9 @@ def isolate(
     Once one value is wrong, everything computed from it is wrong as well. Here no error is inherited: each
     operation of each layer is computed again from the inputs that it actually had, and compared with its output.
 
-      parity isolate ours.jsonl --model M.gguf       your engine: record whole rows (dump --full, or all values in each record)
+      parity isolate ours.jsonl --model M.gguf       your engine, whole rows
 
-      parity isolate --model M.gguf --prompt "Hi"    llama.cpp itself: checks our definition of each operation
+      parity isolate --model M.gguf --prompt "Hi"    llama.cpp itself
 
     Exits 0 if nothing is wrong, 1 if something is.
     """

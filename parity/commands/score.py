@@ -71,11 +71,11 @@ def score(
     llama-perplexity --kl-divergence, and take one row of logits at a time. A server lists its most probable tokens only: KL is then a
     lower bound.
 
-      parity score --text wiki.test.raw --model M.gguf --exec "./engine {model} {tokens} {out}"
+      parity score --text t.txt -m M.gguf --exec "./e {model} {tokens} {out}"
 
-      parity score --text wiki.test.raw --model M-Q4_K_M.gguf --base-model M-F16.gguf --side ref --mode native
+      parity score --text t.txt -m Q4.gguf --base-model F16.gguf --side ref
 
-      parity score --text wiki.test.raw --model M.gguf --server http://127.0.0.1:8080 --server-top 20 --context 256
+      parity score --text t.txt -m M.gguf --server http://127.0.0.1:8080
 
       parity score --golden golden --exec "./engine {model} {tokens} {out}"
 

@@ -1,8 +1,10 @@
 """What a comparison of three sides prints."""
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from .comparison_output import folder_line, report
 from .options import Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
 
@@ -10,19 +12,45 @@ if TYPE_CHECKING:
     from checkpoints.answers.three_way import ThreeWay
     from checkpoints.record import Dump
 
+    from ..run.session import Outcome
 
-def show_three(three_way: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format) -> int:
+
+def finish_three(outcome: "Outcome", third: "Dump", three_way: "ThreeWay", output_format: Format) -> int:
+    """Print a run's answer, write diff.json and the report beside the dumps, and return the exit code.
+
+    The report draws ours and the reference, as that of every run, with what the third side says as a table.
+    """
+    from checkpoints.whole_file import put
+    from reports.html import write_html
+    from reports.three_way import as_json, section
+
+    dumps = outcome.ours, outcome.ref, third
+    answer = {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    put(outcome.folder / "diff.json", (json.dumps(as_json(three_way) | answer, indent=1) + "\n").encode())
+    code = show_three(three_way, dumps, output_format, extra=answer)
+    whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, [section(three_way)])
+    write_html(whole, outcome.folder / "report.html")
+    if output_format is Format.TEXT:
+        print(folder_line(outcome))
+    return code
+
+
+def show_three(
+    three_way: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format, extra: Mapping[str, Any] | None = None
+) -> int:
     """Print the answer and return the exit code."""
-    from reports.three_way import as_json, lines
+    from reports.three_way import as_json, heads, lines
 
     if output_format is Format.JSON:
-        print(json.dumps(as_json(three_way)))
+        print(json.dumps(as_json(three_way) | dict(extra or {})))
         return PARITY_CODE if three_way else DIVERGENCE_CODE
     from rich.console import Console
 
     from reports.header import print_header, print_lines
 
     console = Console()
-    print_header(console, dumps[0].header, dumps[1].header, "".join(token.text for token in dumps[1].tokens))
+    ours, ref, third = (dump.header for dump in dumps)
+    written = "".join(token.text for token in dumps[1].tokens)
+    print_header(console, ours, ref, written, {heads(three_way.sides)[2]: third})
     print_lines(console, lines(three_way, console.width))
     return PARITY_CODE if three_way else DIVERGENCE_CODE

@@ -47,6 +47,7 @@ _WORDS = {
     SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
     BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
 }
+_HOW_TO_STEP = 'Record the number of the pass: "step" in a line, parity_pass in C.'
 _DECODER = "dec.output_norm.weight"  # a tensor of every encoder–decoder
 _BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
 _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
@@ -116,19 +117,25 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             return recorded(side, out, prompt, run.mapping)
 
         whole = dumped(prompt)
+        unconfirmed = False
         for name, way, description in _ways(ways, prompt, request.chunk):
             try:
-                verdict = compare(dumped(way), whole, options)
+                dump = dumped(way)
+                verdict = compare(dump, whole, options)
             except EngineError:
                 raise
             except InputError as error:
                 # A model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch.
                 not_checked.append(f"{name}: {error.message}")
                 continue
+            foreign = isinstance(side, ExternalEngine) and bool(verdict)
+            unconfirmed = unconfirmed or (foreign and bool(way.portions) and _passes(dump) != list(way.portions))
             suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
             checks.append(
                 Check(name, f"{description} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict))
             )
+        if unconfirmed:
+            not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {_HOW_TO_STEP}")
         if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
@@ -196,7 +203,11 @@ def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[s
         )
     if STATE in ways:
         saved = count // 2
-        yield "a restored state", replace(prompt, saved=saved), f"{saved}, a state saved and restored, and {count - saved}"
+        yield (
+            "a restored state",
+            replace(prompt, saved=saved),
+            f"{saved} tokens, a state that is saved and restored, {count - saved} more,",
+        )
 
 
 def _way_of(prompt: Prompt) -> str:
@@ -292,7 +303,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     if passes[0] == passes[1]:
         raise DumpError(
             f"{left.name} and {right.name} were computed in the same portions ({_portions_text(passes[0])}).",
-            "Dump once with the prompt in one pass and once with decode steps or chunks, and record `step`.",
+            f"Dump once with the prompt in one pass and once with decode steps or chunks. {_HOW_TO_STEP}",
             code="portions",
         )
     verdict = compare(a, b, comparison_options(request.run))

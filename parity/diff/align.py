@@ -58,16 +58,16 @@ def align(
     Raises:
         DumpError: records of one key contradict each other, or the dumps have no key in common.
     """
-    notes: list[str] = []
+    doubled: dict[str, dict[str, int]] = {}
     names = ordered([*ref.points, *ours.points], whole)
     pairs: list[Pair] = []
     lacks_ours, lacks_ref = _Lacks(), _Lacks()
     for name in names:
         left, right = ours.points.get(name), ref.points.get(name)
         if left is not None:
-            left = _unique(left, ours.path, step, notes)
+            left = _unique(left, ours.path, step, doubled)
         if right is not None:
-            right = _unique(right, ref.path, step, notes)
+            right = _unique(right, ref.path, step, doubled)
         if left is None and right is not None:
             lacks_ours.point(name, right)
         elif right is None and left is not None:
@@ -83,7 +83,8 @@ def align(
     if tokens.until is not None:
         kept = picked(pairs, [pair.ref.token_idx < tokens.until for pair in pairs])
     left_out = total - sum(len(pair.ours) for pair in kept)
-    return Alignment(kept, lacks_ours.missing(), lacks_ref.missing(), tuple(notes), left_out, tokens.divergence is not None)
+    notes = tuple(_doubled(path, counts) for path, counts in doubled.items())
+    return Alignment(kept, lacks_ours.missing(), lacks_ref.missing(), notes, left_out, tokens.divergence is not None)
 
 
 def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pair, ...]:
@@ -150,8 +151,14 @@ def _pair(name: str, left: Rows, right: Rows, lacks_ours: _Lacks, lacks_ref: _La
     return Pair(name, left.take(at_left), right.take(at_right))
 
 
-def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
-    """The rows sorted by key, one for each key."""
+def _doubled(path: str, counts: dict[str, int]) -> str:
+    """The note on a dump's records that occur twice, counted by point."""
+    of = f"{len(counts)} points" if len(counts) > 1 else next(iter(counts))
+    return f"{path}: {sum(counts.values())} records of {of} occur twice; each position is counted once"
+
+
+def _unique(rows: Rows, path: str, step: int | None, doubled: dict[str, dict[str, int]]) -> Rows:
+    """The rows sorted by key, one for each key; `doubled` gets the number of others, by path and point."""
     key = keys(rows)
     if bool(np.all(key[1:] > key[:-1])):
         return rows
@@ -162,11 +169,11 @@ def _unique(rows: Rows, path: str, step: int | None, notes: list[str]) -> Rows:
     if bool(starts.all()):
         return rows.take(by_key)
     head = heads[np.cumsum(starts) - 1]  # the first record of each record's key
-    doubled = by_key[~starts]
-    same = _same(rows, head[~starts], doubled)
+    others = by_key[~starts]
+    same = _same(rows, head[~starts], others)
     if not same.all():
-        heads = _select(rows, path, step, by_key, starts, doubled[~same])
-    notes.append(f"{path}: {len(doubled)} records of {rows.point} occur twice; each position is counted once")
+        heads = _select(rows, path, step, by_key, starts, others[~same])
+    doubled.setdefault(path, {})[rows.point] = len(others)
     return rows.take(heads)
 
 

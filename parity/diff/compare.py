@@ -129,7 +129,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
             errors = errors.without(verdicts.blind)
             model = flow(errors.names, whole, layers, unmasked=bool(unmasked))
             held, routing = _held(errors, allowed, model, options, ref, lower=lower)
-            verdicts = judged(errors, held, model, ours, ref, shown)
+            verdicts = judged(errors, held, model, ours, ref, shown, verdicts.elsewhere)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
     agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))
@@ -220,8 +220,9 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
 
 
 def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
-    # Fingerprints are more reliable, and a foreign engine may give its file's path (the twin's, for instance) as the name.
-    named = not (left.model.fingerprint and right.model.fingerprint) and not left.model.name.endswith(".gguf")
+    # Fingerprints are more reliable, and a foreign side may give its file's path (the twin's, for instance) as the name.
+    paths = any(header.model.name.endswith(".gguf") for header in (left, right))
+    named = not (left.model.fingerprint and right.model.fingerprint) and not paths
     return [
         ("mode", left.mode, right.mode),
         ("KV type", left.kv_type, right.kv_type),

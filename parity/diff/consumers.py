@@ -3,7 +3,8 @@
 The record then shows another layout, another moment or another point than its name says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from .dataflow import Flow
 from .measure import Measured
 from .moments import Others, reading
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
-from .readings import MOMENT, Allowed, Reading, head_size_of
+from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
 from .record_faults import in_order, listed
 from .records import Judged
 from .same_vector import alike
@@ -35,15 +36,28 @@ _BELOW = 100.0
 _LEFT = 0.25
 
 
-def judged(measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump, known: Sequence[RecordFault] = ()) -> Judged:
-    """Judge every failing point by what is made from it. `known`: faults of points that are not compared any more."""
-    return _Consumers(measured, held, model, ours, ref).judged(known)
+def judged(
+    measured: Measured,
+    held: Held,
+    model: Flow,
+    ours: Dump,
+    ref: Dump,
+    known: Sequence[RecordFault] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Judged:
+    """Judge every failing point by what is made from it. `known`: faults of points that are not compared any more.
+
+    `elsewhere`: points whose right values stand under such a point's name, and that name.
+    """
+    return _Consumers(measured, held, model, ours, ref, elsewhere).judged(known)
 
 
 class _Consumers:
     """Judges points from the last to the first, so that what is made from a point is judged before it."""
 
-    def __init__(self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump) -> None:
+    def __init__(
+        self, measured: Measured, held: Held, model: Flow, ours: Dump, ref: Dump, elsewhere: Mapping[str, str]
+    ) -> None:
         self._measured, self._held, self._model, self._ours, self._ref = measured, held, model, ours, ref
         self._place = {name: number for number, name in enumerate(measured.names)}
         self._rows = np.split(
@@ -55,6 +69,7 @@ class _Consumers:
         self._hidden: set[str] = set()  # points whose error a norm after them removes
         self._readings: dict[str, Reading | None] = {}
         self._others = Others(ref.points)
+        self._right_elsewhere = dict(elsewhere)
         self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
         headers = [dump.header for dump in (ref, ours) if dump.header is not None]
         self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
@@ -72,6 +87,7 @@ class _Consumers:
             in_order(faults, self._measured.names, self._model),
             frozenset(undecided),
             frozenset(self._blind),
+            self._right_elsewhere,
         )
 
     def _wrong(self, name: str) -> Ints:
@@ -100,9 +116,37 @@ class _Consumers:
                     self._blind.add(name)
                 self._otherwise[wrong] = True
                 shown[name] = read
+            elif elsewhere := self._elsewhere(name, wrong):
+                self._otherwise[wrong] = True
+                shown[name] = Reading(NAME, f"another value than its name says: its own is recorded as {elsewhere}", own=False)
             elif decided is not None and (any(decided) or name in self._hidden):
                 undecided.add(name)
         return len(shown) > before
+
+    def _elsewhere(self, name: str, wrong: Ints) -> str:
+        """The point of the same layer under whose name a first wrong point's right values were recorded: it was computed right.
+
+        That is one made from it. Two products of one input that show each other's values may have exchanged their weights.
+        """
+        if name in self._right_elsewhere:
+            return self._right_elsewhere[name]
+        if parse(name).layer is None or not self._begins(name):
+            return ""
+        keys = self._keys(wrong)
+        below = self._model.descendants(name)
+        for other in self._measured.names:
+            if other not in below or parse(other).layer != parse(name).layer:
+                continue
+            theirs = self._wrong(other)
+            if len(theirs) and keys <= self._keys(theirs):
+                read = self._reading(other, theirs)
+                if read is not None and read.shows == name:
+                    self._right_elsewhere[name] = other
+                    return other
+        return ""
+
+    def _keys(self, records: Ints) -> set[tuple[int, int]]:
+        return set(zip(self._measured.seq[records].tolist(), self._measured.token_idx[records].tolist(), strict=True))
 
     def _begins(self, name: str) -> bool:
         """Whether nothing that a point is made from is wrong."""
@@ -284,7 +328,7 @@ class _Consumers:
             seen.add(child)
             if self._otherwise[self._rows[self._place[child]]].any():
                 waiting += self._model.children[child]
-            else:
+            elif not self._held.failed[self._rows[self._place[child]]].any():
                 agreeing.append(child)
         return agreeing
 

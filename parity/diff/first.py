@@ -72,10 +72,15 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
             f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, as lower precision does"
         )
     elif settled and stretch is not None:
-        operation = _operation(name, stretch)
+        later = twin.later if twin is not None else ""
+        operation = (
+            f"{name} shows {later}, which is computed later: its own value was not seen" if later else _operation(name, stretch)
+        )
     pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
-    if pattern is not None and pattern.code == "reference-nonfinite":
-        operation = ""
+    if pattern is not None and (
+        pattern.code == "reference-nonfinite" or (pattern.code == "rounded" and stretch is not None and not stretch.inputs)
+    ):
+        operation = ""  # a table that is stored in a lower type is neither another table nor another row
     return First(divergence, agreement, advice, wider, operation, pattern)
 
 

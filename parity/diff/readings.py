@@ -25,7 +25,7 @@ class Reading(Struct, frozen=True):
 
     `kind` is one of the above, `sentence` says it, `mapping` is the `--map` line that settles it, for this point. `relation` is equal
     for points of several layers that show the same; `proof`: no wrong operation makes such a record; `own`: the values are the point's
-    own, and right, so that they say of the point what a right record would.
+    own, and right, so that they say of the point what a right record would. `shows` is the other point whose values these are.
     """
 
     kind: str
@@ -34,6 +34,7 @@ class Reading(Struct, frozen=True):
     relation: str = ""
     proof: bool = False
     own: bool = True
+    shows: str = ""
 
     @property
     def same(self) -> str:

@@ -1,5 +1,6 @@
 """Every compared record as columns, which `judge` and `table` read."""
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +31,7 @@ class Judged(Struct, frozen=True):
     faults: tuple[RecordFault, ...] = ()
     undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
     blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
+    elsewhere: Mapping[str, str] = {}  # points whose right values stand under another point's name, and that name
 
 
 class Records(Struct, frozen=True, dict=True):

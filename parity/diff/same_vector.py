@@ -6,6 +6,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
 from checkpoints.record import Rows
 
 from .records import Records
@@ -19,13 +20,15 @@ class SameVector(Struct, frozen=True):
     """A wrong point of ours that equals another one of ours, value by value.
 
     `input` is an agreeing point that it is made from and equals (empty: none): then the operation does nothing. `others` are all equal
-    points, `wrong` those made from it that differ.
+    points, `wrong` those made from it that differ. `later` is one of them that a later layer makes from it (empty: none): what the point
+    holds is not its own value.
     """
 
     point: str
     input: str
     others: tuple[str, ...]
     wrong: tuple[str, ...]
+    later: str
 
     @property
     def idle(self) -> bool:
@@ -64,9 +67,14 @@ def same_vector(records: Records, first: int) -> SameVector | None:
         other for number, other in enumerate(records.names) if records.failed[records.point == number].any()
     }  # fmt: skip
     inputs = [other for other in records.flow.parents[name] if other in others and other not in wrong]
-    below = records.flow.descendants(name) - set(others)
+    below = records.flow.descendants(name)
+    later = [other for other in others if other in below and parse(other).layer != parse(name).layer]
     return SameVector(
-        name, inputs[0] if inputs else "", others, tuple(other for other in records.names if other in below & wrong)
+        point=name,
+        input=inputs[0] if inputs else "",
+        others=others,
+        wrong=tuple(other for other in records.names if other in (below - set(others)) & wrong),
+        later=later[0] if later else "",
     )
 
 

@@ -16,6 +16,7 @@ from checkpoints.reading.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.whole_file import put
 from reference.client import Reference
+from reports.numbers import count
 
 from ..diff.compare import Options, compare
 from ..run.command import Command
@@ -195,10 +196,15 @@ def _answer(
 
 def _notes(skipped: int, book: Path, unrecorded: Sequence[str]) -> Iterator[str]:
     if skipped:
-        yield f"{skipped} lines of {book} are not entries and were skipped"
+        yield ledger.skipped_note(skipped, book)
     if unrecorded:
-        more = f" and {len(unrecorded) - _NAMED} more points" if len(unrecorded) > _NAMED else ""
-        yield f"not compared, since the golden dumps lack them: {', '.join(unrecorded[:_NAMED])}{more}"
+        yield f"not compared, since the golden dumps lack them: {listed_points(unrecorded)}"
+
+
+def listed_points(names: Sequence[str]) -> str:
+    """The first three of some points, and how many more there are."""
+    more = f" and {count(len(names) - _NAMED, 'more point')}" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _side(source: str, versions: dict[str, str]) -> str:

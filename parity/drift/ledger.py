@@ -17,6 +17,7 @@ from checkpoints.errors import InputError
 from checkpoints.record import Header
 from checkpoints.regular import require_regular
 from checkpoints.whole_file import lock
+from reports.numbers import count
 
 NAME = "ledger.jsonl"
 SCHEMA = 1
@@ -105,6 +106,11 @@ def read(path: Path) -> tuple[list[Entry], int]:
             return entries, skipped
         except (ValueError, TypeError, KeyError, AttributeError):  # jsonlines' errors of a line are ValueErrors
             skipped += 1
+
+
+def skipped_note(skipped: int, path: Path) -> str:
+    """The note on lines that `read` could not read."""
+    return f"{count(skipped, 'line')} of {path} skipped: not an entry of a ledger"
 
 
 def comparable(entries: Iterable[Entry], source: str, golden: str) -> list[Entry]:

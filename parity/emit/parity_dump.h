@@ -3,6 +3,7 @@
  *   parity_dump *d = parity_open("ours.jsonl");
  *   parity_header(d, "my engine", "model.gguf", 24, tokens, n_tokens, "f32"); // the arithmetic your kernels compute in
  *   parity_only(d, argv[4]);                                                  // what {points} gives; without it, all
+ *   parity_pass(d, step, decode);                                             // before each forward pass, from 0: for `consistency`
  *   parity_checkpoint(d, "blk.5.l_out", position, hidden, PARITY_F32, n);     // n values of one position, HOST memory
  *   parity_token(d, position, id, "text");
  *   parity_close(d);

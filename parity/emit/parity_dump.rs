@@ -27,6 +27,7 @@ impl Recorder {
     }
 
     /// Record these points only: names with commas; an empty text stands for all.
+    #[allow(dead_code)]
     pub fn only(&mut self, names: &str) {
         self.only = if names.is_empty() { None } else { Some(names.split(',').map(str::to_string).collect()) };
     }

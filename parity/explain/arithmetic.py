@@ -19,11 +19,14 @@ from .case import Case
 from .known_model import KnownModel
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
 from .records import Expected, Floats
-from .systematic import systematic
+from .systematic import SECONDS, systematic
 
 
-def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:
-    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic."""
+def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
+    """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic.
+
+    After `seconds` no further number is tried that the errors might follow.
+    """
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
     first = exact.verdict.first_divergence
@@ -59,7 +62,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
             pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
             alike = _alike(known.case, kind, pair)
             if alike < REPRODUCED:
-                followed = followed if sought else _followed(known.case, pair)
+                followed = followed if sought else _followed(known.case, pair, seconds)
                 sought = True
             if (alike < REPRODUCED and followed != "") or not is_reproduced(kind, alike, errors):
                 doubtful.append(kind)
@@ -72,10 +75,10 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
 
 
-def _followed(case: Case, pair: Pair) -> str | None:
+def _followed(case: Case, pair: Pair, seconds: float) -> str | None:
     """The one number that the errors of a point follow; empty if there is none, None if the time did not suffice (`systematic`)."""
     beside = _beside(case, pair)
-    return "" if beside is None else systematic(case, *beside)
+    return "" if beside is None else systematic(case, *beside, seconds)
 
 
 def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Verdict:

@@ -99,6 +99,8 @@ class Case:
         self.rounded = half.rounded
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
+        if options.tokens is not None:
+            self.dump = _of_prompt(self.dump, tokens)
         self.transformer.check(tokens, 0)
         self.transformer.expect(len(tokens))
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -232,6 +234,32 @@ def _first_sequence(dump: Dump) -> Dump:
     if not kept:
         raise DumpError(f"{dump.path} has no record of sequence 0.", "explain looks at one sequence.", code="sequence")
     return replace(dump, points=kept)
+
+
+def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
+    """A dump beside the prompt that was given: without records behind that prompt, if its header lists more tokens, as when its engine
+    doubled BOS or went on by itself; and with a note of the first token that is another one.
+
+    The records of a dump that lists no more tokens are left, since tokens are missing then.
+    """
+    listed = (*(dump.header.tokens or ()), *generated_of(dump)) if dump.header is not None else generated_of(dump)
+    pairs = enumerate(zip(listed, tokens, strict=False))
+    others = [
+        f"token {at} is {own} in the dump, {wanted} in the prompt that was given"
+        for at, (own, wanted) in pairs
+        if own != wanted
+    ]
+    dump = replace(dump, notes=(*dump.notes, *others[:1]))
+    count = len(tokens)
+    if len(listed) <= count:
+        return dump
+    points = {name: rows.take(rows.token_idx < count) for name, rows in dump.points.items()}
+    kept = {name: rows for name, rows in points.items() if len(rows)}
+    left = sum(map(len, dump.points.values())) - sum(map(len, kept.values()))
+    if not kept or not left:
+        return dump
+    note = f"{left:,} records behind the prompt's {count} tokens are left out: the dump lists more tokens"
+    return replace(dump, points=kept, notes=(*dump.notes, note))
 
 
 def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:

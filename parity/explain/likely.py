@@ -1,9 +1,11 @@
-"""Which candidates in an unknown layer are likely, before they are carried to the first place: residuals pass on what they change.
+"""Which candidates in an unknown layer are likely, before they are carried to the first place: how that place answers to small changes.
 
-What is added to one layer's output is still in a later layer's, besides what the layers between make of it. Of 157 faults, planted one by
-one in four layers of three 24-layer models, all but one changed the recorded elements of their own layer's output with a cosine of 0.41 or
-more to what the dump shows up to twelve layers later. Of the changes of other faults one in ten reaches that by chance, if sixteen
-elements are recorded. Unlikely candidates are tried too, but later.
+The derivatives of its recorded elements by each layer's output cost less than a pass. Of 1,825 faults planted one by one in layers 5 to 20
+of four 24-layer models, 99.3 % changed the dump up to 18 layers later with a cosine of 0.5 or more to what the derivatives say of their
+change of their own layer's output, and of those in the first layer, which change everything, 79 %. Of the changes of other faults one in
+forty reaches that by chance, if sixteen elements are recorded. Where derivatives are not known, residuals pass on what is added: what is
+added to one layer's output is still in a later layer's, with a cosine of 0.3 in 89 % of these cases. Unlikely candidates are tried too, but
+later.
 """
 
 from collections.abc import Mapping
@@ -12,14 +14,16 @@ import numpy as np
 
 from checkpoints.points import parse
 from engine.backend import Array, module_of
-from engine.graph import POSITIONS, WeightSource
+from engine.graph import POSITIONS, WeightSource, sees_later
+from engine.replay.adjoint import derivatives
 
 from .carry import carry, steps_between
 from .records import Floats
 from .screening import Screening
 from .state import SearchState
 
-_ALIKE = 0.3  # least cosine of two changes that may come from one fault
+# Least cosine of two changes that may come from one fault: by residuals alone, and by derivatives.
+_ALIKE, _DERIVED = 0.3, 0.5
 _SAME = 1e-8  # most squared change, in proportion, of rows before the first wrong one: where the dump is right the candidate must be, too
 
 
@@ -46,6 +50,7 @@ class Likely:
         index = np.arange(len(present)) if entry.index is None else entry.index[here][0]
         self._index = index[present]
         self._wanted = entry.values[here][0][present]
+        self._derivatives = self._answers()
         #: Whether the two can be compared at all.
         self.able = bool(
             (known.kind == "l_out" or (known.layer is None and self._after))
@@ -62,11 +67,27 @@ class Likely:
             if rows <= self._row or not numbers:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
-            changed = self._logits_of(replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights)
             was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
-            mine = self._screening.backend.to_host(changed)[:, self._index] - was
+            if name in self._derivatives:
+                mine = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
+            else:
+                changed = self._logits_of(
+                    replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights
+                )
+                mine = self._screening.backend.to_host(changed)[:, self._index] - was
             cosines = _cosines(mine, self._wanted - was)
-        return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < _ALIKE}
+        least = _DERIVED if name in self._derivatives else _ALIKE
+        return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < least}
+
+    def _answers(self) -> Mapping[str, Array]:
+        """The derivatives of the recorded elements by the outputs of the layers in question; none where they are not known."""
+        layers = self._screening.suspects(self._state)
+        steps = steps_between(self._state, layers[0], self._point) if layers else []
+        if not steps or sees_later(self._state.steps):
+            return {}
+        replay = self._screening.replay(self._state, self._screening.enough(self._row + 1))
+        with np.errstate(all="ignore"):
+            return derivatives(steps, self._point, self._index, self._row, replay.values, replay.weights)
 
     def _right_before(self, value: Array, right: Array) -> bool:
         """Whether a candidate leaves the rows before the first wrong one unchanged."""

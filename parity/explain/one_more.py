@@ -1,5 +1,6 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from .state import Candidate, Layers, Screened, SearchState, key, worst
 BEAM = 4  # partial explanations that are followed
 # Groups of faults that rebuild a matrix, which costs more than its product with one row.
 _WEIGHTS = ("weights", "dequantisation")
+# Faults with so many variants in one layer come last there: part-missing alone has 96 of 280, and all others would wait for it.
+_MANY = 32
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
 SAME_NOISE = 1e-12
@@ -96,13 +99,18 @@ class OneMore:
         return better + self._in_all_layers(state, better)
 
     def _by_cost(self, state: SearchState, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights."""
+        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights, and
+        those of a fault with many variants.
+        """
         *shown, others = stages(self.screening, state, (layer,))
-        costly = [2 if candidate.fault.group in _WEIGHTS else int(candidate.fault.whole) for candidate in others]
-        return [
-            *shown,
-            *([candidate for candidate, cost in zip(others, costly, strict=True) if cost == turn] for turn in range(3)),
-        ]
+        variants = Counter(candidate.fault.name for candidate in others)
+
+        def cost(candidate: Candidate) -> int:
+            if candidate.fault.group in _WEIGHTS:
+                return 2 if variants[candidate.fault.name] < _MANY else 3
+            return int(candidate.fault.whole)
+
+        return [*shown, *([candidate for candidate in others if cost(candidate) == turn] for turn in range(4))]
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""

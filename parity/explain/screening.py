@@ -8,7 +8,7 @@ import numpy as np
 from checkpoints.points import OUTPUT_NORM, of_scores, parse
 from engine.backend import Array, Backend
 from engine.faults import AT, CATALOGUE, SEEN, Fault, Planting
-from engine.graph import Step
+from engine.graph import Step, sees_later
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
 
@@ -17,7 +17,7 @@ from .budget import Budget
 from .cone import Cone, cone
 from .noise import EXPLAINED, without_own_noise
 from .records import Expected, Floats, Ints
-from .state import Candidate, Layers, RecordKey, Screened, SearchState, Tried, key, rows_enough, shown_points, unchanged_steps
+from .state import Candidate, Layers, RecordKey, Screened, SearchState, Tried, key, shown_points, unchanged_steps
 
 MakeReplay = Callable[[Sequence[Step], int, Replay | None], Replay]
 _REPLAYS = 8  # replays that are kept, each of which holds every value of a run
@@ -45,6 +45,7 @@ class Screening:
     ) -> None:
         self.entries = list(entries)
         self.right = tuple(steps)
+        self._sees_later = sees_later(steps)
         self.tried = Tried()
         self.make = make
         self.positions = positions
@@ -233,8 +234,8 @@ class Screening:
         return self.enough(state.first.row + 2)
 
     def enough(self, rows: int) -> int:
-        """How many first rows tell what so many rows are (`rows_enough`)."""
-        return rows_enough(self.right, rows, self.rows)
+        """How many first rows tell what so many rows are: all where later positions act on earlier ones, as in an encoder."""
+        return self.rows if self._sees_later else min(rows, self.rows)
 
     @property
     def rows(self) -> int:

@@ -27,7 +27,7 @@ _OF_EPSILON = 31.0  # the same for an epsilon: a small part of it moves nothing
 # first order takes 2 % away from only the largest. In twelve values of equal weight normal noise exceeds it once in 10^9 draws.
 _ALONG = 0.98
 _WEIGHT = 12.0
-_SECONDS = (
+SECONDS = (
     30.0  # to try all numbers: some 40 runs up to the point, 9 s for the logits of a model of 24 layers and 50 million weights
 )
 _LAYERS = 2  # layers before the first difference up to which each is tried by itself, as well as all together
@@ -47,13 +47,14 @@ class _Moved(Struct, frozen=True):
         return value + change if self.shifted else value * (1 + change)
 
 
-def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_]) -> str | None:
+def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], seconds: float = SECONDS) -> str | None:
     """What the errors of a point follow, as words ("blk.*.ffn_out times 1 +1.3e-03"); empty if they follow nothing that is tried.
 
     None if they follow nothing that was tried before the time was up.
 
     Args:
         errors: [R, k], the recorded elements minus the right ones, where they are known: bool [R, k].
+        seconds: after which no further number is tried.
     """
     energy = np.sqrt(entry.energy)[:, None]
     known = known & entry.present & (energy > 0)
@@ -65,7 +66,7 @@ def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     steps = _until(case.transformer.steps, entry.point)
     positions = case.positions
     right = entry.taken(case.replay.on_host[entry.point], positions)
-    best, words, budget = _ALONG, "", Budget(_SECONDS)
+    best, words, budget = _ALONG, "", Budget(seconds)
     for what, change, changed in _changes(steps):
         if budget.over():
             return words or None

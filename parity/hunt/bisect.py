@@ -21,6 +21,7 @@ from checkpoints.record import Dump, Rows
 from reference.client import Reference
 
 from ..diff.compare import comparison
+from ..diff.tokens import TOKENS
 from ..lint.lint import refuse_unusable
 from ..run.command import Command
 from ..run.request import Progress, Prompt, Request
@@ -67,6 +68,8 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
         with dumps_of(folder) as dumps:
             even, odd = _both(request, command, reference, prompt, slots, dumps, progress)
             reference_dump = _reference(request, reference, prompt, even, odd, dumps, progress)
+    if (other := _other_tokens(request, prompt, even, reference_dump)) is not None:
+        return Bisected((other,), 2, command.name, perf_counter() - began, str(folder))
     parts = tuple(_judge(request, slots, even, odd, reference_dump))
     if any(part.status != RIGHT for part in parts) and all(
         _same(rows, odd.points.get(name)) for name, rows in even.points.items()
@@ -77,6 +80,18 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
             code="bisect",
         )
     return Bisected(parts, 2, command.name, perf_counter() - began, str(folder))
+
+
+def _other_tokens(request: Request, prompt: Prompt, dump: Dump, ref: Dump) -> JudgedPart | None:
+    """The tokens as a wrong part, if the dump lists others than the prompt's: then the injected rows are those of other positions."""
+    if dump.header is None or not dump.header.tokens or dump.header.tokens == prompt.ids:
+        return None
+    verdict = comparison(dump, ref, comparison_options(request)).verdict
+    place, pattern = verdict.first_divergence, verdict.pattern
+    if place is None or place.checkpoint != TOKENS:
+        return None
+    why = pattern.sentence if pattern is not None else "your engine computed other tokens than the prompt's"
+    return JudgedPart(TOKENS, WRONG, token_idx=place.token_idx, reason=why)
 
 
 def _names(slots: list[str]) -> str:
@@ -137,7 +152,7 @@ def _reference(
     """llama.cpp's dump of everything that either run printed."""
     together = replace(even, points=odd.points | even.points)
     known = [name for name, _ in reference.describe(request.model).points]
-    LlamaCpp(following(request, together, known), reference).dump(prompt, folder / REF_FILE, progress)
+    LlamaCpp(following(request, together, prompt, known), reference).dump(prompt, folder / REF_FILE, progress)
     return load(folder / REF_FILE)
 
 

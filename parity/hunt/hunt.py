@@ -20,6 +20,7 @@ from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
 from ..diff.compare import Comparison
+from ..diff.tokens import TOKENS
 from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on
@@ -30,6 +31,7 @@ from ..run.results import dumps_of
 from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
 from ..run.sides import ExternalEngine, LlamaCpp
 
+_FOR_TOKENS = 10.0  # seconds to look for a fault of the tokens: few are tried, the rest of a search would be about operations
 MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five places to one operation, a few more where slices are small
 
 
@@ -67,14 +69,22 @@ def hunt(
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         rounds: list[Round] = []
         with dumps_of(folder) as dumps:
-            chase = _Chase(request, request.command, reference, prompt, dumps, progress)
+            chase = _Chase(request, request.command, reference, prompt, (dumps, folder), progress)
             for step in chase.rounds():
                 rounds.append(step.round)
                 heard(step)
     result = chase.result
-    explanation, unexplained = (None, "") if result.verdict else _explained(request, prompt, chase.ours)
+    explanation, unexplained, own = (None, "", False)
+    if not result.verdict:
+        explanation, unexplained, own = _explained(request, prompt, chase.ours, result.verdict)
     answer = Hunt(
-        tuple(rounds), explanation, unexplained, chase.stopped, perf_counter() - began, tuple(dict.fromkeys(chase.notes))
+        tuple(rounds),
+        explanation,
+        unexplained,
+        chase.stopped,
+        perf_counter() - began,
+        tuple(dict.fromkeys(chase.notes)),
+        own_tokens=own,
     )
     outcome = Outcome(folder, chase.ours, chase.ref, result.verdict, result.picture, answer.seconds)
     return Hunted(answer, outcome)
@@ -89,16 +99,18 @@ class _Chase:
         command: Command,
         reference: Reference,
         prompt: Prompt,
-        folder: Path,
+        folders: tuple[Path, Path],
         progress: Progress | None,
     ) -> None:
         self._request, self._command, self._reference = request, command, reference
-        self._prompt, self._folder, self._progress = prompt, folder, progress
+        self._prompt, self._progress = prompt, progress
+        self._folder, self._kept = folders  # where the dumps are written, and where they stay
         self.ours: Dump
         self.ref: Dump
         self.result: Comparison
         self.stopped = ""
         self.notes: list[str] = []
+        self._told: set[str] = set()  # the points that the engine was asked for, by name
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
@@ -132,6 +144,9 @@ class _Chase:
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             asked = verdict.next
+            if self._side(asked).names and set(self._side(asked).names.split(",")) <= self._told:
+                self.stopped = self._nothing_new(verdict)
+                return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
 
     def _nothing_new(self, verdict: Verdict) -> str:
@@ -143,8 +158,12 @@ class _Chase:
             return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
         return f"the records of {verdict.next} do not narrow it down further"
 
+    def _side(self, asked: str) -> ExternalEngine:
+        return ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+
     def _run(self, asked: str, number: int) -> Dump:
-        side = ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+        side = self._side(asked)
+        self._told.update(side.names.split(","))
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
         out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it
@@ -152,7 +171,7 @@ class _Chase:
         printed = load(out, self._request.mapping)
         if not self._request.despite_lint:
             refuse_unusable(printed, "your engine's dump")
-        return printed
+        return replace(printed, path=str(self._kept / OURS_FILE))
 
     def _together(self, before: Dump, now: Dump) -> Dump:
         """The points that either run printed; if both have one, the later records."""
@@ -163,21 +182,29 @@ class _Chase:
 
     def _reference_for(self, ours: Dump) -> Dump:
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
-        LlamaCpp(following(self._request, ours), self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
-        return load(self._folder / REF_FILE)
+        asked = following(self._request, ours, self._prompt)
+        LlamaCpp(asked, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
+        return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))
 
 
 def _same(a: Rows, b: Rows) -> bool:
     return a.values.shape != b.values.shape or np.array_equal(a.values, b.values, equal_nan=True)
 
 
-def _explained(request: Request, prompt: Prompt, ours: Dump) -> tuple[Explanation | None, str]:
-    """The cause, or why it cannot be looked for."""
-    known = ours.header is not None and bool(ours.header.tokens)
-    options = ExplainOptions(
-        tokens=None if known else prompt.ids + prompt.generated, compute=request.compute, backend=request.backend
-    )
+def _explained(request: Request, prompt: Prompt, ours: Dump, verdict: Verdict) -> tuple[Explanation | None, str, bool]:
+    """The cause, or why it cannot be looked for, and whether it was looked for on the dump's own tokens.
+
+    If the dump lists other tokens than the prompt's, a fault of the prompt's beginning may explain them. Otherwise what can be judged is
+    what the engine computes from its own.
+    """
+    options = ExplainOptions(tokens=prompt.ids, compute=request.compute, backend=request.backend)
+    place = verdict.first_divergence
     try:
-        return explain_dump(ours, request.model, options), ""
+        if place is None or place.checkpoint != TOKENS:
+            return explain_dump(ours, request.model, options), "", False
+        own = explain_dump(ours, request.model, replace(options, tokens=None))
+        given = explain_dump(ours, request.model, replace(options, budget=_FOR_TOKENS)) if own else None
     except ParityError as error:
-        return None, error.message
+        return None, error.message, False
+    beginning = given is not None and bool(given.causes) and given.remaining is None
+    return (given, "", False) if beginning else (own, "", True)

@@ -171,21 +171,27 @@ def doubled(subject: Subject) -> Iterator[Hit]:
         if bad:
             alike[len(bad), positions_of(rows, bad)].append(name)
     for (contradicting, places), names in alike.items():
-        more = f" and {len(names) - 3} more points" if len(names) > 3 else ""
-        evidence = (
-            f"{', '.join(names[:3])}{more}: {contradicting + 1} records contradict others of their position and pass, {places}"
-        )
+        evidence = f"{_together(names)}: {contradicting + 1} records contradict others of their position and pass, {places}"
         yield Hit(names[0], int(subject.points[names[0]].token_idx.min()), evidence)
 
 
+def _together(names: list[str]) -> str:
+    """The first of several points by name, the others as a number."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more points" if len(names) > 3 else "")
+
+
 def order(subject: Subject) -> Iterator[Hit]:
-    """Positions that go back within one pass."""
+    """Positions that go back within one pass; points in which they do so alike are reported together."""
+    alike: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, rows in subject.points.items():
         back = (np.diff(rows.token_idx) < 0) & (np.diff(rows.seq) == 0) & (np.diff(rows.step) == 0)
         if back.any():
             at = int(np.flatnonzero(back)[0])
-            evidence = f"{name} goes from position {int(rows.token_idx[at])} back to {int(rows.token_idx[at + 1])}"
-            yield Hit(name, int(rows.token_idx[at + 1]), evidence)
+            alike[int(rows.token_idx[at]), int(rows.token_idx[at + 1])].append(name)
+    for (last, first), names in alike.items():
+        yield Hit(
+            names[0], first, f"{_together(names)} {'go' if len(names) > 1 else 'goes'} from position {last} back to {first}"
+        )
 
 
 def truncated(subject: Subject) -> Iterator[Hit]:

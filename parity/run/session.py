@@ -164,13 +164,14 @@ def _one_after_the_other(
         prompt = prompt.followed_by(chosen, tuple(reference.pieces(request.model, chosen)))
     ours.dump(prompt, folder / OURS_FILE, progress)
     printed = load(folder / OURS_FILE, request.mapping)
-    LlamaCpp(following(request, printed), reference).dump(prompt, folder / REF_FILE, progress)
+    LlamaCpp(following(request, printed, prompt), reference).dump(prompt, folder / REF_FILE, progress)
 
 
-def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Request:
+def following(request: Request, dump: Dump, prompt: Prompt, known: Sequence[str] = ()) -> Request:
     """The request that records what a dump has: its points, its positions, and at least as many values per row.
 
-    `known` are the points of this model in llama.cpp: names of the vocabulary that it lacks are left out.
+    Positions beyond the prompt are left out: an engine that goes on by itself, or doubles BOS, has more than were asked for. `known` are
+    the points of this model in llama.cpp: names of the vocabulary that it lacks are left out.
 
     Raises:
         DumpError: llama.cpp has none of its points.
@@ -186,7 +187,8 @@ def following(request: Request, dump: Dump, known: Sequence[str] = ()) -> Reques
     if dump.header is None:  # bare lines may count from anywhere: the comparison will find out
         return request
     recorded = {int(t) for rows in dump.points.values() for t in rows.token_idx}
-    return replace(request, positions=tuple(sorted(recorded)))
+    end = request.first_position + len(prompt.ids) + (len(prompt.generated) or request.generate)
+    return replace(request, positions=tuple(sorted({t for t in recorded if t < end} or recorded)))
 
 
 def taken_instead(request: Request, ref: Dump) -> tuple[str, ...]:
@@ -283,8 +285,8 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
         if follow.tokens:
             prompt = prompt.followed_by(tuple(token.id for token in follow.tokens), ())
         known = [name for name, _ in reference.describe(request.model).points]
-        first = request.first_position or first_position(follow)
-        return LlamaCpp(replace(following(request, follow, known), first_position=first), reference).dump(prompt, out)
+        request = replace(request, first_position=request.first_position or first_position(follow))
+        return LlamaCpp(following(request, follow, prompt, known), reference).dump(prompt, out)
 
 
 def first_position(dump: Dump) -> int:

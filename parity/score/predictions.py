@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from checkpoints.answers.server import ServerCause
 from checkpoints.errors import DumpError
 from checkpoints.mapping import Mapping
 from checkpoints.points import LOGITS
@@ -66,6 +67,9 @@ class Reader(Protocol):
 
     def read(self, chunk: Chunk) -> Chunk:
         """The chunk as it was read. Called before `rows`."""
+
+    def cause(self) -> ServerCause | None:
+        """What explains its predictions, if they are not llama.cpp's and something does."""
 
 
 class LlamaCppPredictions(Struct, frozen=True):

@@ -73,6 +73,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
                 progress(part.number + 1, len(text.chunks), figures.tally.perplexity[0])
         figures.require()
         worst = figures.worst(reference, run.model)
+        cause = side.cause() if isinstance(side, Reader) else None
         if writer is not None and request.save_base is not None:
             writer.save(request.save_base)
     tally = figures.tally
@@ -92,6 +93,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
             bounded=tally.bounded,
             exact=figures.exact,
             worst=worst,
+            causes=(cause,) if cause is not None else (),
             seconds=perf_counter() - began,
             notes=(*figures.notes, *(side.notes if isinstance(side, Reader) else ())),
             **tally.compared(),  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from reference.jobs import Tokens
 
 from ..run.request import Prompt
 from ..score.measures import Listed, log_sum
-from . import numbers
+from . import numbers, penalties
 from .ask import Asked, Heard
 from .base import Row, kl, listed, log_probabilities, rows
 from .truncation import truncations
@@ -62,6 +62,9 @@ class ServerCase(Struct, frozen=True):
         return kl(row, replace(server, logprobs=meaning.natural(server.logprobs, log_probabilities(row, server.ids))))
 
 
+MORE = 8  # predictions beyond the sample that are kept because they are wrong
+
+
 def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
     """Predictions spread over all that were asked for."""
     count = min(_SAMPLE, len(asked))
@@ -70,8 +73,20 @@ def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
 
 def cause_of(case: ServerCase) -> ServerCause | None:
     """The first reading that explains the predictions, if one does."""
-    readings = (_echo, _numbers, _beginning, _temperature, _truncation, _not_normalised, _penalty, _template, _tokenizer)
+    readings = (
+        _echo, _numbers, _beginning, _temperature, _truncation, _not_normalised, _penalty, _subtracted, _biased, _template, _tokenizer,
+    )  # fmt: skip
     return next((cause for find in readings if (cause := find(case)) is not None), None)
+
+
+def unexplained(predictions: int, same: int) -> str:
+    """A note on numbers that no reading explains, though both sides choose alike at `same` of the predictions; "" if they do not."""
+    if 2 * same < predictions:
+        return ""
+    return (
+        f"nothing that was tried explains the numbers (another text, numbers, sampler), but the first choices are the same at {same} of "
+        f"{predictions}: as of other weights, such as another quantisation or an adapter, or of another arithmetic"
+    )
 
 
 def _echo(case: ServerCase) -> ServerCause | None:
@@ -89,7 +104,7 @@ def _not_normalised(case: ServerCase) -> ServerCause | None:
     """Log-probabilities that are off by another constant at each position."""
     listed = [case.listed(asked, row) for asked, row in case.sample]
     ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, listed, strict=True)]
-    meaning = numbers.unnormalised([server.logprobs for server in listed], ours)
+    meaning = numbers.unnormalised([server.logprobs for server in listed], ours) if numbers.tells(ours) else None
     if meaning is None:
         return None
     explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
@@ -100,6 +115,8 @@ def _numbers(case: ServerCase) -> ServerCause | None:
     """Numbers that are something other than natural log-probabilities."""
     listed = [case.listed(asked, row) for asked, row in case.sample]
     ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, listed, strict=True)]
+    if not numbers.tells(ours):
+        return None
     sums = [log_sum(row) for _, row in case.sample]
     for meaning in numbers.meanings([server.logprobs for server in listed], ours, sums):
         explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
@@ -132,12 +149,17 @@ def _judged(
     """The cause, if it explains enough of the sample and the unchanged request does not."""
     if not explained:
         return None
-    right = sum(value <= case.limit for value in explained)
+    unchanged = [case.of(asked, row) for asked, row in sample]
     # The closest of many readings; `limit` covers the noise of a sampler's or a quantised server's numbers.
-    without = case.without(sample)
-    if right < _ENOUGH * len(explained) or not without > _BETTER * float(np.median(explained)):
+    if sum(value <= case.limit for value in explained) < _ENOUGH * len(explained):
         return None
-    return ServerCause(name, sentence, advice, max(explained), without, len(explained))
+    if len(explained) == len(sample):
+        wrong = [after for before, after in zip(unchanged, explained, strict=True) if before > case.limit]
+        if sum(value <= case.limit for value in wrong) < _ENOUGH * len(wrong):
+            return None  # it leaves alone what is wrong: most of the sample was right before
+    if not max(unchanged) > _BETTER * float(np.median(explained)):
+        return None
+    return ServerCause(name, sentence, advice, max(explained), max(unchanged), len(explained))
 
 
 def _readings(case: ServerCase, ids: Sequence[int], moved: int) -> dict[int, list[float]]:
@@ -240,19 +262,49 @@ def _penalty(case: ServerCase) -> ServerCause | None:
     """A repeat penalty: positive logits of tokens that were seen are divided by it, negative ones multiplied (llama_sampler_penalties)."""
 
     def worst(penalty: float) -> list[float]:
-        return [case.of(asked, penalised(row, case.heard.tokens[: asked.position + 1], penalty)) for asked, row in case.sample]
+        return [
+            case.of(asked, penalties.repeated(row, case.heard.tokens[: asked.position + 1], penalty))
+            for asked, row in case.sample
+        ]
 
     best = min((float(np.mean(worst(float(penalty)))), float(penalty)) for penalty in _PENALTIES)[1]
     sentence = f"the sampler: the log-probabilities are those of logits with a repeat penalty of {best:.2f}"
     return _judged(case, "repeat-penalty", sentence, "Request repeat_penalty 1.", worst(best), case.sample)
 
 
-def penalised(row: Row, seen: Sequence[int], penalty: float) -> Row:
-    """A row [V] with llama.cpp's repeat penalty on the last 64 tokens."""
-    changed = row.copy()
-    ids = np.unique(np.array(seen[-64:], dtype=np.int64))
-    changed[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
-    return changed
+def _subtracted(case: ServerCase) -> ServerCause | None:
+    """A presence and a frequency penalty, subtracted from the logits of tokens that were seen."""
+    fitted = penalties.subtracted(_seen(case))
+    if fitted is None:
+        return None
+    presence, frequency = fitted
+    explained = [
+        case.of(asked, penalties.less(row, case.heard.tokens[: asked.position + 1], presence, frequency))
+        for asked, row in case.sample
+    ]
+    sentence = (
+        f"the sampler: from the logits of tokens that were seen are subtracted {presence:.2g} (presence penalty) and {frequency:.2g} "
+        "for each time (frequency penalty)"
+    )
+    return _judged(case, "penalties", sentence, "Request presence_penalty 0 and frequency_penalty 0.", explained, case.sample)
+
+
+def _biased(case: ServerCase) -> ServerCause | None:
+    """A number added to the logits of some tokens at every position."""
+    bias = penalties.biases(_seen(case))
+    if not bias:
+        return None
+    explained = [case.of(asked, penalties.with_bias(row, bias)) for asked, row in case.sample]
+    shown = ", ".join(
+        f"{printable(repr(case.vocabulary.pieces[token]), 20)} {'is banned' if by == penalties.BANNED else f'{by:+.2g}'}"
+        for token, by in bias.items()
+    )
+    sentence = f"the sampler: some tokens' logits are changed at every position: {shown}"
+    return _judged(case, "logit-bias", sentence, "Request no logit_bias and no banned tokens.", explained, case.sample)
+
+
+def _seen(case: ServerCase) -> list[penalties.Seen]:
+    return [penalties.Seen(case.listed(asked, row), row, case.heard.tokens[: asked.position + 1]) for asked, row in case.sample]
 
 
 def _template(case: ServerCase) -> ServerCause | None:

@@ -8,7 +8,7 @@ from checkpoints.answers.server import ServerCause
 
 from .ask import Asked
 from .base import Row
-from .causes import penalised
+from .penalties import repeated
 
 _TIE = 1e-3  # log-probability: of two candidates that are closer, either may be chosen
 # How far two right engines' log-probabilities differ with quantised weights (0.05 on random Q8_0 models): with a penalty the
@@ -39,7 +39,7 @@ def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequ
     fits = [
         float(penalty)
         for penalty in _PENALTIES
-        if all(_chooses(penalised(row, tokens[: item.position + 1], float(penalty)), item.chosen) for item, row in asked)
+        if all(_chooses(repeated(row, tokens[: item.position + 1], float(penalty)), item.chosen) for item, row in asked)
     ]
     if fits:
         span = f"{fits[0]:.2f}" if len(fits) == 1 else f"{fits[0]:.2f} to {fits[-1]:.2f}"

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.float64]
 _ADVICE = "Let the server give natural log-probabilities: log_softmax of the logits."
 _LEAST = 1e-30  # a probability of 0, of which the logarithm is still a number
+_ROUNDED = 1e-6  # what rounding makes of a probability of 0, or of 1 by its logarithm
 _OF_LOGITS = 1.0  # how far logits as a whole may lie from llama.cpp's: softmax does not see it, and quantised weights move them
+_TELLING = 1e-3  # probability of all candidates of a position: the first five of the flattest prediction have more
 _SURE = 0.05  # a log-probability nearer to 0 tells no factor: it is mostly rounding
 _NEAR = 0.02  # how far a fitted factor may be from a base's
 
@@ -30,12 +32,16 @@ def meanings(reported: Sequence[Numbers], ours: Sequence[Numbers], sums: Sequenc
     `reported` are the server's numbers at each position, `ours` llama.cpp's log-probabilities of the same tokens, `sums` the logarithms
     of the sums of llama.cpp's exponentials.
     """
-    yield Meaning("log-sign", "the numbers are negative log-probabilities: their sign is wrong", lambda numbers, _: -numbers)
-    yield Meaning(
-        "probabilities",
-        "the numbers are probabilities, not their logarithms",
-        lambda numbers, _: np.log(np.maximum(numbers, _LEAST)),
-    )
+    least = min((float(their.min()) for their in reported if len(their)), default=0.0)
+    if least > -_ROUNDED:  # of no negative number alone: the others would be impossible tokens, of which nothing is known
+        yield Meaning(
+            "log-sign", "the numbers are negative log-probabilities: their sign is wrong", lambda numbers, _: -numbers
+        )
+        yield Meaning(
+            "probabilities",
+            "the numbers are probabilities, not their logarithms",
+            lambda numbers, _: np.log(np.maximum(numbers, _LEAST)),
+        )
     off = [_offset(their, our) - log_sum for their, our, log_sum in zip(reported, ours, sums, strict=True) if len(their) > 1]
     if off and abs(float(np.median(off))) < _OF_LOGITS:
         sentence = "the numbers are logits: the logarithm of the sum of their exponentials is not subtracted"
@@ -65,6 +71,11 @@ def unnormalised(reported: Sequence[Numbers], ours: Sequence[Numbers]) -> Meanin
     return Meaning("not-normalised", sentence, _moved)
 
 
+def tells(ours: Sequence[Numbers]) -> bool:
+    """Whether llama.cpp thinks the server's candidates probable at all; of improbable ones alone any reading makes the divergence small."""
+    return len(ours) > 0 and float(np.median([np.exp(our).sum() for our in ours])) > _TELLING
+
+
 def _divided(numbers: Numbers, _: Numbers, *, by: float) -> Numbers:
     return numbers / by
 
@@ -74,8 +85,8 @@ def _moved(numbers: Numbers, ours: Numbers) -> Numbers:
 
 
 def _offset(numbers: Numbers, ours: Numbers) -> float:
-    """How far a position's numbers are above llama.cpp's."""
-    return float(np.median(numbers - ours)) if len(numbers) else 0.0
+    """How far a position's numbers are above llama.cpp's: the mean by probability, since improbable tokens are off by more."""
+    return float(np.average(numbers - ours, weights=np.exp(ours - ours.max()))) if len(numbers) else 0.0
 
 
 def advice(meaning: Meaning) -> str:

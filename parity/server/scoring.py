@@ -8,6 +8,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from checkpoints.answers.server import ServerCause
 from reference.client import Reference
 
 from ..run.request import Prompt
@@ -15,6 +16,7 @@ from ..score.measures import Listed
 from ..score.text import Chunk
 from .ask import Asked, Heard, listen
 from .base import NOTHING, Row
+from .diagnosis import diagnose
 from .dialects import Dialect, dialect_of
 from .http import ServerError
 from .predictions import TokenCandidate, require_logarithms
@@ -67,6 +69,7 @@ class ServerPredictions:
         self._dialect: Dialect | None = None
         self._takes_ids = True
         self._asked: Sequence[Asked] = ()  # of the chunk that was read last
+        self._first: tuple[Prompt, Heard] | None = None  # the first chunk
         self._most = 0  # candidates at any position so far
         self._left_out = 0
         self._notes: dict[str, None] = {}
@@ -103,7 +106,15 @@ class ServerPredictions:
                 f"{server_text[:40]!r}, llama.cpp {our_text[:40]!r}.",
                 "Is it the model that the server runs? If the text names special tokens, take one without them.",
             )
-        require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
+        if chunk.number == 0:
+            self._first = prompt, heard
+        try:
+            require_logarithms((candidate for item in heard.asked for candidate in item.candidates), self.name)
+        except ServerError as error:
+            self._first = prompt, heard
+            if cause := self.cause():
+                raise ServerError(f"{self.name} cannot be scored: {cause.sentence}.", cause.advice) from error
+            raise
         last = len(prompt.ids) - 1
         asked = [item for item in heard.asked if chunk.first <= item.position < last and item.candidates]
         self._most = max(self._most, *(len(item.candidates) for item in asked)) if asked else self._most
@@ -122,6 +133,13 @@ class ServerPredictions:
         self._notes |= dict.fromkeys(note for note in heard.notes if not note.startswith("positions left out"))
         self._left_out += last - chunk.first - len(self._asked)
         return replace(chunk, tokens=prompt.ids)
+
+    def cause(self) -> ServerCause | None:
+        """What explains the predictions of the text's beginning, if they are not llama.cpp's: some passes over it."""
+        if self._first is None:
+            return None
+        prompt, heard = self._first
+        return diagnose(self._reference, self._model, prompt, heard, self._vocabulary)
 
     def _named_alike(self, candidate: TokenCandidate) -> bool:
         """Whether a candidate's text is that of the token that it stands for."""

@@ -26,18 +26,14 @@ from ..score.measures import largest, log_sum
 from . import choices
 from .ask import Asked, Heard, Progress, listen
 from .base import KlFloor, Row, floor_of, kl, listed, rows
-from .causes import ServerCase, cause_of, sampled
+from .causes import MORE, ServerCase, cause_of, sampled, unexplained
 from .dialects import AUTO, Dialect, dialect_of
 from .http import Connection
+from .limits import LEAST_LIMIT, limit_of
 from .predictions import require_logarithms
 from .vocabulary import Vocabulary
 
 SERVER_FILE = "server.json"
-# A right server's worst KL is at most 1.0 times llama.cpp's difference from itself on the same tokens, between float32 and the file's
-# own types with an F16 cache: llama-cpp-python's server and llama.cpp's own, Q8_0, texts of 5 to 38 tokens. Other kernels (a GPU's)
-# round differently: five times that distance is allowed, and KL grows with its square. A missing BOS is at 80 times this limit.
-_TIMES = 25.0
-_LEAST_LIMIT = 1e-5  # KL: servers print seven digits, and an F16 cache moves an F32 model's by 2e-6
 
 
 class ServerRequest(Struct, frozen=True):
@@ -110,13 +106,13 @@ def _compared(
     predictions: list[Predicted] = []
     kept: list[tuple[Asked, Row]] = []
     greedy: list[tuple[Asked, Row]] = []
-    unknown = 0
+    unknown = more = 0
     ended = _ended(heard)
     next_choice: int | None = None
     if by_position:
         first, tokens = min(by_position), heard.tokens[: max(by_position) + 1 + ended]
         floor = floor_of(reference, request.model, tokens, first)
-        limit = request.tolerance if request.tolerance is not None else max(_TIMES * floor.worst, _LEAST_LIMIT)
+        limit = request.tolerance if request.tolerance is not None else limit_of(floor)
         wanted = {asked.position for asked in sampled(heard.asked)}
         for position, row in rows(reference, request.model, tokens, first, request.mode):
             if ended and position == len(heard.tokens) - 1:
@@ -128,12 +124,13 @@ def _compared(
                 unknown += 1
                 continue
             predictions.append(_predicted(asked, row, heard, vocabulary, limit))
-            if position in wanted:
+            more += position not in wanted and predictions[-1].wrong
+            if position in wanted or (predictions[-1].wrong and more <= MORE):
                 kept.append((asked, row.copy()))
             if asked.chosen is not None:
                 greedy.append((asked, row.copy() if len(greedy) < 64 else row[:0]))
     else:
-        limit = _LEAST_LIMIT
+        limit = LEAST_LIMIT
     if unknown and not predictions:
         raise InputError(
             "none of the server's candidates is a token of this model.",
@@ -161,6 +158,9 @@ def _compared(
     unfaithful = choices.unfaithful([asked for asked, _ in greedy])
     if unfaithful and cause is None:
         cause = choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful)
+    if wrong is not None and cause is None:
+        note = unexplained(len(predictions), sum(item.same_choice for item in predictions))
+        left_out = (*left_out, *((note,) if note else ()))
     place = wrong or other
     prefix = heard.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(

@@ -5,36 +5,37 @@ with the results of the usual mistakes. A few rows at a time are read: memory do
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
 from checkpoints.errors import InputError
-from engine.weights.dequantize import dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
+from .conversion_compare import Change, HeldTensor
+from .conversion_forms import ConvertedModel
+from .conversion_guesses import first_wrong_row, guess
 from .conversion_settings import DERIVED_TENSORS, FACTOR_ROUNDING, rope_factors, settings
-from .conversion_sources import TensorSource, shaped, sources_of, ungrouped
-from .row_distance import Distance, Limit, limit_of
+from .conversion_sources import TensorSource, sources_of
+from .row_distance import limit_of
 from .safetensors_folder import Floats, Folder
 from .weights import Progress, type_name
 
-_CHUNK = 1 << 18  # elements that are read at a time: what is computed from them stays in the cache (1 MB as float32)
 _PERMUTING = frozenset(
-    ("llama", "granite", "granitemoe", "minicpm", "olmo", "internlm2", "xverse", "baichuan", "smollm3", "arcee")
-)
-_OFFSET = re.compile(r"gemma\d*(-embedding)?|nemotron")  # converters store 1 + w of their norms
-_GROUPED = frozenset(("falcon", "gptneox", "bloom"))  # keep queries, keys and values of a head, or of a group, side by side
+    (
+        "llama", "granite", "granitemoe", "granitehybrid", "nemotron_h", "nemotron_h_moe", "minicpm", "olmo", "internlm2",
+        "xverse", "baichuan", "smollm3", "arcee", "arctic", "deci", "deepseek", "llada", "llama-embed", "nanbeige",
+    )
+)  # fmt: skip
+# Converters store 1 + w of their norms, but for the norm behind a gated delta net.
+_OFFSET = re.compile(r"gemma\d*(-embedding)?|nemotron|qwen3next|qwen35(moe)?")
+_GATED = ".ssm_norm.weight"
 _DECAY = ".ssm_a"  # −exp of the folder's A_log (`MambaModel.modify_tensors`)
 _EXP = 1e-13  # NMSE: exp as two libraries round it to float32, a unit in the last place of each value
 _TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
 _BY = ("GGUF", "folder")
-
-
-Change = Callable[[Floats], Floats]
 
 
 def check_conversion(path: Path, folder: Path, progress: Progress | None = None) -> WeightsCheck:
@@ -45,9 +46,9 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     """
     model, source = GgufModel(path), Folder(folder)
     arch, heads = model.hyperparameters.architecture, (model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads)
-    sources, stray = sources_of(arch, model.hyperparameters.n_layers, source)
-    if arch in _GROUPED:
-        sources = {name: ungrouped(of, heads) if ".attn_qkv." in name else of for name, of in sources.items()}
+    sources, stray = sources_of(
+        ConvertedModel(arch, frozenset(model.tensors), heads, source.config), model.hyperparameters.n_layers, source
+    )
     if not sources.keys() & model.tensors.keys():
         raise InputError(f"{folder} has no tensor of a {arch} model.", "Is it the folder from which this GGUF was made?")
     checks: list[TensorCheck] = []
@@ -56,7 +57,9 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     for info in model.tensors.values():
         factors = rope_factors(info.name, source) if info.name in DERIVED_TENSORS else None
         checks.append(
-            _factors(model, info, factors) if factors is not None else _tensor(model, info, sources.get(info.name), arch, heads)
+            _factors(model, info, factors)
+            if factors is not None
+            else _tensor(model, info, sources.get(info.name), arch, _heads_of_layer(model, info.name))
         )
         done += info.n_bytes
         if progress is not None:
@@ -69,9 +72,22 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
 
 
+def _heads_of_layer(model: GgufModel, name: str) -> tuple[int, int]:
+    """The numbers of heads and of key/value heads of the layer that a tensor belongs to: some models have another one in each."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    counts = [model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads]
+    for i, key in enumerate(("head_count", "head_count_kv")):
+        held = model.array(f"{model.hyperparameters.architecture}.attention.{key}")
+        if held and layer and int(layer[1]) < len(held):
+            counts[i] = int(held[int(layer[1])])
+    return counts[0], counts[1]
+
+
 def _tied(name: str, model: GgufModel, sources: dict[str, TensorSource]) -> bool:
     """Whether a GGUF rightly lacks the output matrix: it is the embedding's, which is stored once."""
     if name != "output.weight" or "token_embd.weight" not in sources or "token_embd.weight" not in model.tensors:
+        return False
+    if not (sources[name].readable and sources["token_embd.weight"].readable):
         return False
     a, b = sources[name].parts[0], sources["token_embd.weight"].parts[0]
     return a.shape == b.shape and all(
@@ -91,33 +107,39 @@ def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arc
             )
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
-    source = shaped(source, info.shape)
-    size = sum(int(np.prod(part.shape)) for part in source.parts)
-    if size != count:
+    if not source.readable:
+        reason = "the folder keeps it in a type with scales of its own (8 bits, or packed), which is not read"
+        return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), reason)
+    if source.size != count:
         shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
-        return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{size:,} values in the folder, {shapes}")
+        return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{source.size:,} values in the folder, {shapes}")
+    stored, source = source, source.shaped(info.shape)
+    conv1d = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")
+    if conv1d:
+        source = source.turned()
     right = _expected(info, arch, heads)
-    distance = _compare(model, info, source, right, heads, arch)
+    count_of = _heads(info.name, heads)
+    held = HeldTensor(model, info, info.shape[0] // count_of if count_of and len(info.shape) == 2 else 1)
+    distance = held.distance(source, right)
     limit = limit_of(info.type, _EXP if info.name.endswith(_DECAY) else 0.0)
     if limit.holds(distance):
         status = EQUAL if distance is not None and not distance.errors.any() else f"{EQUAL} as {kind}"
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
     wrong = [] if distance is None else limit.wrong_rows(distance).tolist()
-    first = _first_of(model, info, source, right, heads, arch, wrong[0] if wrong else 0)
-    if source.in_groups is not None and limit.holds(_compare(model, info, source.in_groups, right, heads, arch)):
-        mistake = "left in groups: llama.cpp expects all queries, then all keys, then all values"
-        return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
-    for mistake, change in _mistakes(info, arch, heads):
-        if limit.holds(_compare(model, info, source, change, heads, arch)):
+    first = held.first(source, right, wrong[0] if wrong else 0)
+    for mistake, parts in stored.mistakes:
+        if limit.holds(held.distance(TensorSource(parts).shaped(info.shape), right)):
             return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
-    turned = len(info.shape) == 2 and len(source.parts) == 1 and info.shape == source.parts[0].shape[::-1]
-    if turned and limit.holds(_compare(model, info, source, right, heads, arch, turn=True)):
-        mistake = "transposed: llama.cpp expects a row for each output"
-        return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
-    if other := _other(model, info, source, right, heads, arch, limit):
-        mistake = f"it is {other}"
-        return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, mistake, first)
-    reason = "nothing known gives these values" if distance is None else limit.excess(distance)
+    for mistake, change in _mistakes(info, arch, heads):
+        if limit.holds(held.distance(source, change)):
+            return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
+    if mistake := guess(held, source, right, limit):
+        status = DIFFERENT if mistake.startswith("it is exchanged") else mistake
+        return TensorCheck(info.name, kind, info.shape, status, count, _BY, mistake, first)
+    reason = "nothing known gives these values"
+    if distance is not None:
+        row = first_wrong_row(held, source, right, limit, wrong[0]) if wrong else ""
+        reason = limit.excess(distance, row or reason)
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
 
 
@@ -146,7 +168,7 @@ def _heads(name: str, heads: tuple[int, int]) -> int:
 def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
     if arch in _PERMUTING and _heads(info.name, heads):
         return lambda rows: permuted(rows, info.shape, _heads(info.name, heads))
-    if _OFFSET.fullmatch(arch) and info.name.endswith("norm.weight"):
+    if _OFFSET.fullmatch(arch) and info.name.endswith("norm.weight") and not info.name.endswith(_GATED):
         return lambda rows: rows + np.float32(1)
     if info.name.endswith(_DECAY):
         return lambda rows: -np.exp(rows)
@@ -159,14 +181,14 @@ def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[t
         if arch in _PERMUTING:
             yield "not permuted: llama.cpp rotates neighbours here, the folder's rows are halves", lambda rows: rows
             other = heads[1] if n == heads[0] else heads[0]
-            if info.shape[0] % (2 * other) == 0 and other != n:
+            if other and info.shape[0] % (2 * other) == 0 and other != n:
                 yield f"permuted by {other} heads instead of {n}", lambda rows: permuted(rows, info.shape, other)
         else:
             yield "permuted, which this architecture's rows are not", lambda rows: permuted(rows, info.shape, n)
     if info.name.endswith(_DECAY):
         yield "the logarithm of the decay, of which llama.cpp expects −exp", lambda rows: rows
     if info.name.endswith("norm.weight"):
-        if _OFFSET.fullmatch(arch):
+        if _OFFSET.fullmatch(arch) and not info.name.endswith(_GATED):
             yield "without the 1 that llama.cpp expects in this norm's weight", lambda rows: rows
         else:
             yield "with 1 added, which this architecture's norm does not expect", lambda rows: rows + np.float32(1)
@@ -177,100 +199,3 @@ def permuted(rows: Floats, shape: tuple[int, ...], heads: int) -> Floats:
     head = shape[0] // heads
     grid = rows.reshape(-1, 2, head // 2, rows.shape[-1] if len(shape) > 1 else 1)
     return np.ascontiguousarray(grid.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _other(
-    model: GgufModel, info: TensorInfo, source: TensorSource, right: Change, heads: tuple[int, int], arch: str, limit: Limit
-) -> str:
-    """The name of the GGUF tensor of its layer, or of its kind in another one, that has these values; "" if there is none."""
-    layer, kind = info.name.rsplit(".", 2)[0], info.name.split(".", 2)[-1]
-    for name, other in model.tensors.items():
-        related = name.startswith(f"{layer}.") or (info.name.startswith("blk.") and name.split(".", 2)[-1] == kind)
-        if name == info.name or other.shape != info.shape or not related:
-            continue
-        _, held, wanted = next(_portions(model, other, source, right, heads, arch))
-        if wanted.shape != held.shape:
-            continue
-        begins = Distance.of(len(held), held.shape[1])  # before the whole is compared
-        begins.put(0, held, wanted)
-        if limit.holds(begins) and limit.holds(_compare(model, other, source, right, heads, arch)):
-            return f"exchanged: its values are in {name}"
-    return ""
-
-
-def _portions(
-    model: GgufModel,
-    info: TensorInfo,
-    source: TensorSource,
-    change: Change,
-    heads: tuple[int, int],
-    arch: str,
-    *,
-    turn: bool = False,
-) -> Iterator[tuple[int, Floats, Floats]]:
-    """(first row, the GGUF's values, those that it should have) of a few rows at a time; with `turn` of the transposed source."""
-    raw = model.raw(info.name)
-    rows, columns = len(raw), info.shape[-1]
-    per_part = rows // len(source.parts)
-    conv1d = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")  # keeps [in, out]
-    unit = info.shape[0] // _heads(info.name, heads) if _heads(info.name, heads) and len(info.shape) == 2 else 1
-    step = max(unit, _CHUNK // columns // unit * unit)
-    for part in range(0, rows, per_part):
-        for start in range(part, part + per_part, step):
-            stop = min(start + step, part + per_part)
-            yield (
-                start,
-                dequantize(raw[start:stop], info.type, columns),
-                change(source.rows(start, stop, per_part, transposed=conv1d != turn)),
-            )
-
-
-def _compare(
-    model: GgufModel,
-    info: TensorInfo,
-    source: TensorSource,
-    change: Change,
-    heads: tuple[int, int],
-    arch: str,
-    *,
-    turn: bool = False,
-) -> Distance | None:
-    """How far each row of a tensor is from its source; None if they do not have one shape."""
-    distance = Distance.of(len(model.raw(info.name)), info.shape[-1])
-    for start, held, wanted in _portions(model, info, source, change, heads, arch, turn=turn):
-        if wanted.shape != held.shape:
-            return None
-        distance.put(start, held, wanted)
-    return distance
-
-
-def _first_of(
-    model: GgufModel, info: TensorInfo, source: TensorSource, change: Change, heads: tuple[int, int], arch: str, row: int
-) -> FirstDifference | None:
-    """The first element from a row on that is off by more than a hundredth of its row's size."""
-    for start, held, wanted in _portions(model, info, source, change, heads, arch):
-        if wanted.shape != held.shape:
-            return None
-        skip = max(row - start, 0)
-        if skip < len(held) and (
-            first := _first(
-                held[skip:].astype(np.float64), wanted[skip:].astype(np.float64), start + skip, info.shape[-1], info
-            )
-        ):
-            return first
-    return None
-
-
-def _first(
-    held: NDArray[np.float64], wanted: NDArray[np.float64], start: int, columns: int, info: TensorInfo
-) -> FirstDifference | None:
-    size = np.sqrt((wanted**2).mean(axis=1, keepdims=True))
-    off = np.abs(held - wanted) > (
-        0.01 * size if info.type not in (0, 1, 30) else 2.0**-8 * np.abs(wanted) if info.type else 0.0
-    )
-    if not off.any():
-        return None
-    at = int(off.argmax())
-    row, column = divmod(at, columns)
-    values = {"GGUF": float(held[row, column]), "folder": float(wanted[row, column])}
-    return FirstDifference((start + row) * columns + column, start + row, "", values)

@@ -37,7 +37,7 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
         ("layers", hp.n_layers, folder.number("num_hidden_layers", "n_layer")),
         ("embedding width", hp.n_embd, folder.number("hidden_size", "n_embd")),
         ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
-        ("key/value heads", hp.n_kv_heads, folder.number("num_key_value_heads")),
+        ("key/value heads", _key_heads(model), folder.number("num_key_value_heads")),
         ("experts", _of(model, "expert_count"), folder.number("num_local_experts", "num_experts", "n_routed_experts")),
         ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
     ):
@@ -57,6 +57,17 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     yield from _scaling(model, folder, rope)
     yield from _numbers(model, folder, rope)
     yield from special_tokens(model, folder)
+
+
+def _key_heads(model: GgufModel) -> int | None:
+    """The number of key/value heads of each layer that has some; None where layers differ, or the keys are latent and so one head."""
+    if any(name.endswith(".attn_k_b.weight") for name in model.tensors):
+        return None
+    held = model.array(f"{model.hyperparameters.architecture}.attention.head_count_kv")
+    if not held:
+        return model.hyperparameters.n_kv_heads
+    counts = {int(number) for number in held if number}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _numbers(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:

@@ -1,6 +1,8 @@
-"""Where each tensor of a GGUF comes from in a Hugging Face folder: names, stacked experts, grouped projections."""
+"""Where each tensor of a GGUF comes from in a Hugging Face folder: names, stacked experts, and what converters make of a tensor."""
 
 import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
@@ -8,93 +10,100 @@ from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 
+from .conversion_forms import ConvertedForm, ConvertedModel, forms, matrices
 from .safetensors_folder import Floats, Folder, Stored
 
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
+_STACKED = re.compile(r"(.*\.altup_(?:\w+_)?projections)\.(\d+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 class TensorSource(Struct, frozen=True):
-    """Where a tensor of the GGUF comes from: one tensor, or one for each expert.
-
-    `in_groups`: a fused projection as the folder stores it, from which `parts` is reordered.
-    """
+    """Where a tensor of the GGUF comes from: parts one after the other, and under `mistakes` what usual errors would have made."""
 
     parts: tuple[Stored, ...]
-    names: tuple[str, ...]
-    in_groups: "TensorSource | None" = None
+    mistakes: tuple[tuple[str, tuple[Stored, ...]], ...] = ()
 
-    def rows(self, start: int, stop: int, per_part: int, *, transposed: bool = False) -> Floats:
-        """Rows [start, stop) of the concatenated parts; they must lie in one part."""
-        part = self.parts[start // per_part]
-        first = start % per_part
-        if len(part.shape) == 1:
-            return part.part()[None]
-        if transposed:
-            return np.ascontiguousarray(part.part((slice(None), slice(first, first + stop - start))).T)
-        if len(part.shape) == 3:  # experts that are stacked already
-            rows = part.shape[1]
-            return part.part((start // rows, slice(start % rows, start % rows + stop - start)))
-        return part.part(slice(first, first + stop - start))
+    @property
+    def readable(self) -> bool:
+        """Whether the values of all parts are known."""
+        return all(part.readable for part in self.parts)
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return sum(part.array.size for part in self.parts)
+
+    def shaped(self, shape: tuple[int, ...]) -> "TensorSource":
+        """With parts that have the rows of a GGUF tensor of that shape, where their number of values allows it."""
+        columns = shape[-1]
+        if len(shape) == 1 and len(self.parts) + self.parts[0].array.ndim > 2:
+            row = np.concatenate([part.array.reshape(-1) for part in self.parts])[None]
+            return replace(self, parts=(Stored(row, self.parts[0].factors),))
+        return replace(self, parts=tuple(piece for part in self.parts for piece in matrices(part, columns)))
+
+    def turned(self) -> "TensorSource":
+        """Each part transposed."""
+        return replace(self, parts=tuple(Stored(part.array.T, part.factors) for part in self.parts))
+
+    def portions(self, columns: int, most: int, unit: int) -> Iterator[tuple[int, Floats]]:
+        """(first row, values [rows, columns]) of at most about `most` values at a time, whole multiples of `unit` rows.
+
+        Nothing where a part has rows of another length.
+        """
+        if any(int(np.prod(part.shape[1:])) != columns for part in self.parts):
+            return
+        step = max(unit, most // columns // unit * unit)
+        begin = 0
+        for part in self.parts:
+            for start in range(0, len(part.array), step):
+                rows = part.part(slice(start, start + step))
+                yield begin + start, np.ascontiguousarray(rows).reshape(len(rows), columns)
+            begin += len(part.array)
 
 
-def sources_of(arch: str, layers: int, folder: Folder) -> tuple[dict[str, TensorSource], list[str]]:
+def sources_of(model: ConvertedModel, layers: int, folder: Folder) -> tuple[dict[str, TensorSource], list[str]]:
     """The source of each GGUF tensor by its name, and the folder's tensors from which none is made."""
     import gguf
 
+    arch = model.architecture
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
     if kind is None:
         raise InputError(f"gguf-py has no names of the architecture {arch}.", "Conversion cannot be checked for it.")
     names = gguf.get_tensor_name_map(kind, layers)
     sources: dict[str, TensorSource] = {}
-    experts: dict[str, dict[int, str]] = {}
+    stacks: dict[str, dict[int, str]] = {}
     stray: list[str] = []
     for name, stored in folder.tensors.items():
         if match := _EXPERT.fullmatch(name):
             head = match[1].replace("block_sparse_moe", "mlp")
-            experts.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}.weight", {})[int(match[2])] = name
+            stacks.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}.weight", {})[int(match[2])] = name
             continue
-        plain = name.replace("model.language_model.", "model.")
-        # As the converters of BLOOM and Mamba 2 change them.
-        spellings = (plain, plain.removeprefix("transformer."), plain.replace(".dt_bias", ".dt_proj.bias"))
-        to = next(filter(None, (names.get_name(text, try_suffixes=(".weight", ".bias")) for text in spellings)), None)
-        if to is None:
+        if match := _STACKED.fullmatch(name):
+            stacks.setdefault(match[1].replace("model.language_model.", "model.") + ".weight", {})[int(match[2])] = name
+            continue
+        to = _named(name, names, model.held)
+        made = forms(name, to, stored, model) or ({to: ConvertedForm((stored,))} if to else {})
+        if made:
+            sources |= {key: TensorSource(form.parts, form.mistakes) for key, form in made.items()}
+        elif stored.readable:
             stray.append(name)
-        else:
-            sources[to] = TensorSource((stored,), (name,))
-    for joined, members in experts.items():
-        to = names.get_name(joined, try_suffixes=(".weight",))
-        if to is None or sorted(members) != list(range(len(members))):
+    for joined, members in stacks.items():
+        to = _named(joined, names, model.held)
+        if not to or sorted(members) != list(range(len(members))):
             stray += members.values()
             continue
-        ordered = tuple(members[number] for number in range(len(members)))
-        sources[to] = TensorSource(tuple(folder.tensors[name] for name in ordered), ordered)
+        sources[to] = TensorSource(tuple(folder.tensors[members[number]] for number in range(len(members))))
     return sources, stray
 
 
-def ungrouped(source: TensorSource, heads: tuple[int, int]) -> TensorSource:
-    """A fused projection whose rows are grouped (queries, then a key head and a value head for each group), reordered to all queries,
-    keys, values: `FalconModel.modify_tensors` of convert_hf_to_gguf.py. The result has a part for each head.
-    """
-    (whole,), (many, few) = source.parts, heads
-    group = many // few + 2 if few else 0
-    count = few * group
-    if not count or many % few or whole.shape[0] % count:
-        return source
-    rows = whole.shape[0] // count
-    size = len(whole.raw) // count
-    cut = [Stored(whole.raw[i * size : (i + 1) * size], whole.dtype, (rows, *whole.shape[1:])) for i in range(count)]
-    places = [i for i in range(count) if i % group < group - 2]
-    places += [*range(group - 2, count, group), *range(group - 1, count, group)]
-    if len(whole.shape) == 1:  # a bias
-        together = Stored(np.concatenate([cut[i].raw for i in places]), whole.dtype, whole.shape)
-        return TensorSource((together,), source.names, source)
-    return TensorSource(tuple(cut[i] for i in places), source.names, source)
-
-
-def shaped(source: TensorSource, shape: tuple[int, ...]) -> TensorSource:
-    """A tensor in the GGUF's shape if the two differ only in dimensions of 1: the kernels of convolutions, [n, 1, k] in PyTorch."""
-    part = source.parts[0]
-    if len(source.parts) > 1 or part.shape == shape or [n for n in part.shape if n > 1] != [n for n in shape if n > 1]:
-        return source
-    return replace(source, parts=(Stored(part.raw, part.dtype, shape),))
+def _named(name: str, names: "TensorNameMap", held: frozenset[str]) -> str:
+    """The GGUF name of a tensor, "" if it has none; of those with and without a suffix the one that the GGUF has."""
+    plain = name.replace("model.language_model.", "model.").replace(".qweight", ".weight")
+    # As the converters of BLOOM and Mamba 2 change them.
+    spellings = (plain, plain.removeprefix("transformer."), plain.replace(".dt_bias", ".dt_proj.bias"))
+    to = next(filter(None, (names.get_name(text, try_suffixes=(".weight", ".bias")) for text in spellings)), "") or ""
+    return to if to in held else next((to + suffix for suffix in (".weight", ".bias") if to + suffix in held), to)

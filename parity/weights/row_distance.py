@@ -62,15 +62,15 @@ class Limit(Struct, frozen=True):
         allowed = self.row * np.maximum(distance.energies, least) + self.element * distance.columns
         return np.flatnonzero(~(distance.errors <= allowed))
 
-    def excess(self, distance: Distance) -> str:
-        """What is wrong about a tensor, in words."""
+    def excess(self, distance: Distance, what: str) -> str:
+        """What is wrong about a tensor, in words: where, and `what` the first wrong row is."""
         wrong, rows = self.wrong_rows(distance), len(distance.errors)
         if not len(wrong) or 2 * len(wrong) > rows:
-            return f"nothing known gives these values (NMSE {distance.nmse:.1e})"
+            return f"{what} (NMSE {distance.nmse:.1e})"
         first, last = int(wrong[0]), int(wrong[-1])
         where = f"row {first:,}" if first == last else f"rows {first:,} to {last:,}"
         among = "" if len(wrong) == last - first + 1 else f", {len(wrong):,} of them"
-        return f"{where} of {rows:,}{among}: nothing known gives these values; all other rows are right"
+        return f"{where} of {rows:,}{among}: {what}; all other rows are right"
 
 
 def limit_of(kind: int, exactly: float = 0.0) -> Limit:

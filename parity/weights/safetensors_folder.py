@@ -13,23 +13,39 @@ from checkpoints.errors import InputError
 from checkpoints.regular import read_text, require_regular
 
 Floats = NDArray[np.float32]
-_TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+_UNREAD = frozenset(("F8_E4M3", "F8_E5M2", "U8", "I8", "I32"))  # weights with scales of their own
 _LARGEST_HEADER = 100_000_000  # bytes: what the format's own reader allows
 
 
 class Stored(Struct, frozen=True):
-    """One tensor: its bytes in a memory map, their type, and the shape in PyTorch's order."""
+    """One tensor as a view of a memory map, in PyTorch's order, and the numbers by which a converter multiplies it, one after the other.
 
-    raw: NDArray[np.uint8]
-    dtype: str
-    shape: tuple[int, ...]
+    bfloat16 is kept as its bits, uint16. Of types of 8 bits and of packed integers only the shape is known.
+    """
+
+    array: NDArray[Any]
+    factors: tuple[float, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the view."""
+        return self.array.shape
+
+    @property
+    def readable(self) -> bool:
+        """Whether its values are known."""
+        return self.array.dtype in (np.float32, np.float16, np.float64, np.uint16)
 
     def part(self, index: Any = ...) -> Floats:
         """`tensor[index]` as float32; only its bytes are read."""
-        if self.dtype == "BF16":
-            bits = self.raw.view(np.uint16).reshape(self.shape)[index]
-            return np.asarray((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
-        return np.asarray(self.raw.view(_TYPES[self.dtype]).reshape(self.shape)[index], dtype=np.float32)
+        taken = self.array[index]
+        if taken.dtype == np.uint16:
+            taken = (taken.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        values = np.asarray(taken, dtype=np.float32)
+        for factor in self.factors:
+            values = values * np.float32(factor)
+        return values
 
 
 class Folder:
@@ -104,12 +120,14 @@ def _stored(file: Path) -> dict[str, Stored]:
                 continue
             begin, end = entry["data_offsets"]
             shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
-            width = 2 if dtype == "BF16" else np.dtype(_TYPES[dtype]).itemsize if dtype in _TYPES else 0
-            if width == 0:
-                continue  # integers: buffers, or weights in a packed format
+            if dtype not in _TYPES and dtype not in _UNREAD:
+                continue  # buffers
+            kind: Any = _TYPES.get(dtype, np.int32 if dtype == "I32" else np.uint8)
+            width = np.dtype(kind).itemsize
             if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != width * prod(shape):
                 raise ValueError(f"{name} is not where the header says")  # noqa: TRY301
-            stored[name] = Stored(data[8 + size + begin : 8 + size + end], dtype, shape)
+            raw = data[8 + size + begin : 8 + size + end]
+            stored[name] = Stored(raw.view(kind).reshape(shape))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Download it again.") from error
     return stored

@@ -3,8 +3,8 @@
 const decade = (x) => d3.format(".0e")(x).replace("+", "");
 // A picture is one image to a screen reader, named by its label; its figures stand in a table beside it.
 function picture(plot, label) {
-  const found = plot.tagName === "svg" ? [plot] : [...plot.querySelectorAll("svg")];
-  for (const svg of found) {
+  const plots = plot.tagName === "svg" ? [plot] : [...plot.querySelectorAll("svg")];
+  for (const svg of plots) {
     for (const part of svg.querySelectorAll("[aria-label], [aria-description]")) {
       part.removeAttribute("aria-label");
       part.removeAttribute("aria-description");

@@ -94,11 +94,11 @@
     map.svg.querySelector(`#${id}`)?.remove();
     const [x1, x2, y1, y2] = [map.x(c), map.x(c + 1), map.y(r), map.y(r + 1)];
     const [w, h] = [Math.max(x2 - x1, 9), Math.max(y2 - y1, 9)]; // a cell may be smaller than a pixel: the frame is not
-    const found = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    const outline = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const shape = { id, x: (x1 + x2 - w) / 2, y: (y1 + y2 - h) / 2, width: w, height: h, fill: "none", stroke, "stroke-width": 2.5, rx: 2 };
-    for (const [name, value] of Object.entries(shape)) found.setAttribute(name, value);
-    map.svg.append(found);
-    return found;
+    for (const [name, value] of Object.entries(shape)) outline.setAttribute(name, value);
+    map.svg.append(outline);
+    return outline;
   }
   function tell([r, c]) {
     at = [r, c];
@@ -146,7 +146,8 @@
   function drawAlong() {
     if (!known.length) return;
     const statuses = Object.keys(symbols).filter((status) => known.some((p) => p.status === status));
-    const ticks = named ? known.map((p) => [p.i, p.name]) : spread(grid.layers, (width("along") - 70) / rows / 3.4);
+    const column = (width("along") - 72) / rows; // names stand aslant: one needs the height of its letters, numbers of layers more
+    const ticks = named ? spread(known.map((p) => [p.i, p.name]), column) : spread(grid.layers, column / 3.4);
     const steps = points.map((p, i) => ({ i, limit: p.limit || null }));
     const truth = ["ours – float64", "reference – float64"].map((name, side) => ({
       name, ink: ["#2b8a3e", "#7048b6"][side],
@@ -165,10 +166,11 @@
         ...truth.flatMap((s) => [
           Plot.line(s.at, { x: "i", y: "far", stroke: s.ink, strokeWidth: 1.5 }),
           Plot.dot(s.at, { x: "i", y: "far", stroke: s.ink, r: 2 }),
-          Plot.text(s.at.slice(-1), { x: "i", y: "far", text: () => s.name, fill: s.ink, dx: -6, dy: -8, textAnchor: "end" }),
         ]),
         Plot.line(known, { x: "i", y: (p) => p.nmse || least / 10, stroke: "currentColor", strokeOpacity: 0.25 }),
         Plot.dot(known, { x: "i", y: (p) => p.nmse || least / 10, fill: "status", stroke: "status", symbol: "status", r: rows > 100 ? 2.5 : 4.5 }),
+        ...truth.map((s) =>
+          Plot.text(s.at.slice(-1), { x: "i", y: "far", text: () => s.name, fill: s.ink, stroke: "var(--paper)", strokeWidth: 4, dx: -6, dy: s === truth[1] ? 14 : -8, textAnchor: "end" })),
         Plot.tip(known, Plot.pointerX({ x: "i", y: (p) => p.nmse || least / 10, title: (p) => `${p.name}\nNMSE ${power(p.nmse)} at position ${p.token_idx}\n${p.status}${p.truth ? `\nfrom float64: ours ${power(p.truth[0] ?? NaN)}, reference ${power(p.truth[1] ?? NaN)}` : ""}`, fill: "var(--paper)" })),
       ],
     }), "Worst NMSE of each point against its limit");

@@ -59,12 +59,14 @@ def devices(text: str | None) -> tuple[int, ...]:
 
 def positions(text: str) -> Literal["all", "last"] | tuple[int, ...]:
     """`--positions` in the form that the engine and the reference take."""
+    from checkpoints.reading.fields import POSITIONS
+
     if text == "all":
         return "all"
     if text == "last":
         return "last"
     listed = numbers(text, "--positions")
-    if not listed or min(listed) < 0:
+    if not listed or min(listed) < 0 or max(listed) >= POSITIONS:
         raise InputError(f"--positions {text!r} is not valid.", "Write all, last, or a list such as 0,3,7.")
     return listed
 

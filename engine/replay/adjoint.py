@@ -1,0 +1,132 @@
+"""How a row of a value answers to small changes of the same row of earlier values: derivatives, carried backwards through the steps.
+
+Rows before it stay as they are: in a causal model they do not depend on it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array, module_of
+from ..graph import Step, WeightSource, weight_of_step
+
+_Back = Callable[[Step, Array, Sequence[Array], Sequence[Any], int], Sequence["Array | None"]]
+
+
+def derivatives(
+    steps: Sequence[Step], point: str, elements: Any, row: int, values: Mapping[str, Array], weights: WeightSource
+) -> dict[str, Array]:
+    """The derivatives of some elements of a row of `point` by the same row of each value that it is made from: [k, n] by name.
+
+    Args:
+        steps: those that lead to `point`, of operations that `can_batch` takes. elements: [k], which of the row.
+        values: of the right run, over the rows up to that one at least.
+
+    Raises:
+        KeyError: a step is of another operation.
+    """
+    last = values[point]
+    xp = module_of(last)
+    unit = xp.zeros((len(elements), last.shape[-1]), dtype=last.dtype)
+    unit[xp.arange(len(elements)), xp.asarray(elements)] = 1
+    by_name: dict[str, Array] = {point: unit}
+    for step in reversed(steps):
+        if step.makes not in by_name:
+            continue
+        names = step.names
+        inputs = [values[name] for name in names]
+        arrays = [weight_of_step(weight, weights) for weight in step.weights]
+        for name, part in zip(names, _BACK[step.op](step, by_name[step.makes], inputs, arrays, row), strict=False):
+            if part is not None:
+                by_name[name] = by_name[name] + part if name in by_name else part
+    return by_name
+
+
+def _linear(_step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], _row: int) -> Sequence[Array]:
+    return [back @ weights[0].reshape(-1, inputs[0].shape[1])]
+
+
+def _rms_norm(step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], row: int) -> Sequence[Array]:
+    x = inputs[0][row].reshape(step.params.get("heads", 1), -1)
+    scale = 1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + step.params["eps"])
+    weighted = back.reshape(len(back), *x.shape) * weights[0]
+    along = (weighted * x).sum(axis=2, keepdims=True) * x
+    return [(weighted * scale - along * scale**3 / x.shape[1]).reshape(back.shape)]
+
+
+def _layer_norm(step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], row: int) -> Sequence[Array]:
+    x = inputs[0][row].reshape(step.params.get("heads", 1), -1)
+    centred = x - x.mean(axis=1, keepdims=True)
+    scale = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + step.params["eps"])
+    weighted = back.reshape(len(back), *x.shape) * weights[0]
+    along = (weighted * centred).sum(axis=2, keepdims=True) * centred
+    plain = (weighted - weighted.mean(axis=2, keepdims=True)) * scale
+    return [(plain - along * scale**3 / x.shape[1]).reshape(back.shape)]
+
+
+def _rope(step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], row: int) -> Sequence["Array | None"]:
+    size = {name: step.params[name] for name in ("heads", "dims", "pairs")}
+    scaled = {name: step.params[name] for name in ("base", "scale")}
+    factors = weights[0] if weights else None
+    cos, sin = ops.rope_angles(inputs[1][row : row + 1], size["dims"], **scaled, factors=factors, dtype=back.dtype)
+    xp = module_of(back)
+    rows = len(back)
+    return [ops.rotate(back, xp.repeat(cos, rows, axis=0), -xp.repeat(sin, rows, axis=0), **size), None]
+
+
+def _cached(_step: Step, back: Array, _inputs: Sequence[Array], _weights: Sequence[Any], _row: int) -> Sequence[Array]:
+    return [back]
+
+
+def _add(_step: Step, back: Array, _inputs: Sequence[Array], _weights: Sequence[Any], _row: int) -> Sequence[Array]:
+    return [back, back]
+
+
+def _swiglu(_step: Step, back: Array, inputs: Sequence[Array], _weights: Sequence[Any], row: int) -> Sequence[Array]:
+    gate, up = inputs[0][row], inputs[1][row]
+    part = 1 / (1 + np.exp(-gate))
+    return [back * up * part * (1 + gate * (1 - part)), back * gate * part]
+
+
+def _weighted_values(step: Step, back: Array, inputs: Sequence[Array], _weights: Sequence[Any], row: int) -> Sequence[Array]:
+    weights, v = inputs
+    groups = step.params["kv_heads"]
+    split = back.reshape(len(back), groups, len(weights) // groups, -1)
+    values = v.reshape(len(v), groups, -1)
+    of_weights = np.einsum("kghd,sgd->kghs", split, values).reshape(len(back), len(weights), -1)
+    mine = weights[:, row, row].reshape(groups, -1)
+    return [of_weights, np.einsum("kghd,gh->kgd", split, mine).reshape(len(back), -1)]
+
+
+def _causal_soft_max(
+    step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], row: int
+) -> Sequence["Array | None"]:
+    scores, positions, keys = (inputs[0][:, row : row + 1], inputs[1][row : row + 1], inputs[2])
+    seen = ops.causal_soft_max(scores, positions, keys, *weights, **step.params)[:, 0]
+    return [seen * (back - (seen * back).sum(axis=2, keepdims=True)) * step.params["scale"], None, None]
+
+
+def _attention_scores(step: Step, back: Array, inputs: Sequence[Array], _weights: Sequence[Any], row: int) -> Sequence[Array]:
+    q, k = inputs
+    heads, groups = step.params["heads"], step.params["kv_heads"]
+    split = back.reshape(len(back), groups, heads // groups, -1)
+    keys = k.reshape(len(k), groups, -1)
+    of_query = np.einsum("kghs,sgd->kghd", split, keys).reshape(len(back), -1)
+    query = q[row].reshape(groups, heads // groups, -1)
+    return [of_query, np.einsum("kgh,ghd->kgd", split[..., row], query).reshape(len(back), -1)]
+
+
+_BACK: Mapping[Callable[..., Any], _Back] = {
+    ops.rms_norm: _rms_norm,
+    ops.layer_norm: _layer_norm,
+    ops.linear: _linear,
+    ops.rope: _rope,
+    ops.cached: _cached,
+    ops.add: _add,
+    ops.swiglu: _swiglu,
+    ops.attention_scores: _attention_scores,
+    ops.causal_soft_max: _causal_soft_max,
+    ops.weighted_values: _weighted_values,
+}

@@ -1,0 +1,56 @@
+"""Files that are cut short while they are mapped into memory: reading what is gone raises SIGBUS, which ends a process in silence."""
+
+import ctypes
+import mmap
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+def on_lost_pages(end: Callable[[str], int]) -> Any:
+    """When this process reads a page that its file no longer has, call `end` with a sentence and leave with the code that it returns.
+
+    Python's own handlers run only after the instruction that raised the signal, which never succeeds here; this one runs in its place.
+
+    Returns:
+        What must be kept as long as the process reads files; None where there is no such signal (Windows).
+    """
+    if not hasattr(signal, "SIGBUS"):
+        return None
+
+    def leave(_: int) -> None:
+        try:
+            code = end(_sentence())
+        except BaseException:
+            code = 2
+        os._exit(code)  # to return would be to read the page again
+
+    handler = _HANDLER(leave)
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
+    set_handler(signal.SIGBUS, handler)
+    return handler
+
+
+def _sentence() -> str:
+    """What happened, with the file's name where the system lists what is mapped (Linux)."""
+    try:
+        mapped = Path("/proc/self/maps").read_bytes().splitlines()
+    except OSError:
+        mapped = []
+    for line in mapped:
+        places, _, offset, _, _, *name = line.split(maxsplit=5)
+        if not name or not name[0].startswith(b"/"):
+            continue
+        begin, end = (int(place, 16) for place in places.split(b"-"))
+        try:
+            size = Path(os.fsdecode(name[0])).stat().st_size
+        except OSError:
+            continue
+        if -(-size // mmap.PAGESIZE) * mmap.PAGESIZE < int(offset, 16) + end - begin:
+            return f"{os.fsdecode(name[0])} was cut short while it was being read."
+    return "a file was cut short while it was being read, or its disk failed."

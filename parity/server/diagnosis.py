@@ -1,0 +1,49 @@
+"""Why a server's predictions over a chunk of text are not llama.cpp's: the causes that `parity run --server` names, for `parity score`."""
+
+from pathlib import Path
+
+from checkpoints.answers.server import ServerCause
+from reference.client import Reference
+from reference.jobs import EXACT
+
+from ..run.request import Prompt
+from .ask import Heard
+from .base import floor_of, kl, listed, rows
+from .causes import MORE, ServerCase, cause_of, sampled
+from .limits import limit_of
+from .vocabulary import Vocabulary
+
+_POSITIONS = 32  # asked positions of the chunk among which the sample is taken: each further one lengthens llama.cpp's passes
+
+
+def diagnose(reference: Reference, model: Path, prompt: Prompt, heard: Heard, vocabulary: Vocabulary) -> ServerCause | None:
+    """The cause that explains the first predictions of a chunk; None if they are llama.cpp's, or nothing explains them.
+
+    Positions at which the server named no token of the model are left out.
+    """
+    asked = [item for item in heard.asked if any(vocabulary.ids(candidate) for candidate in item.candidates)][:_POSITIONS]
+    if not asked:
+        return None
+    tokens = heard.tokens[: asked[-1].position + 1]
+    limit = limit_of(floor_of(reference, model, tokens, asked[0].position))
+    by_position, spread = {item.position: item for item in asked}, {item.position for item in sampled(asked)}
+    sample = []
+    more = 0
+    for position, row in rows(reference, model, tokens, asked[0].position, EXACT):
+        item = by_position.get(position)
+        wrong = item is not None and kl(row, listed(item.candidates, vocabulary, row)) > limit
+        more += wrong and position not in spread
+        if item is not None and (position in spread or (wrong and more <= MORE)):
+            sample.append((item, row.copy()))
+    case = ServerCase(
+        reference,
+        model,
+        EXACT,
+        prompt,
+        Heard(tokens, len(prompt.ids), tuple(asked), heard.echoed, heard.prompt_tokens),
+        reference.tokenize(model, "a"),
+        vocabulary,
+        tuple(sample),
+        limit,
+    )
+    return cause_of(case) if case.without(sample) > case.limit else None
