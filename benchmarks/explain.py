@@ -1,8 +1,9 @@
 """What `parity explain` costs, in forward passes of the model, over the whole catalogue.
 
-Run as `python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0]`. Each entry's first variant
-is planted into our engine, in all layers and in layer 17 alone, and the search sees the dump alone. A pass is one forward pass
-over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of three.
+Run as `python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0] [--layer 17]`. Each entry's
+first variant is planted into our engine, in all layers and in one layer alone, and the search sees the dump alone. A pass is one
+forward pass over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of
+three.
 Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the multiply-adds of the matrix
 products. `explain_table.py` prints which entries are named.
 """
@@ -32,15 +33,16 @@ from parity.models import embedded as default_model
 
 LAYER, TOKENS, SEARCHES = 17, 32, 3
 EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
-# layers, and the points that are dumped
-SCOPES: dict[str, tuple[tuple[int, ...] | None, str]] = {
-    "all layers, default points": (None, "default"),
-    f"layer {LAYER}, every layer's output": ((LAYER,), EVERY_LAYER),
-    f"layer {LAYER}, default points": ((LAYER,), "default"),
+# whether in one layer, and the points that are dumped
+SCOPES: dict[str, tuple[bool, str]] = {
+    "all layers, default points": (False, "default"),
+    "one layer, every layer's output": (True, EVERY_LAYER),
+    "one layer, default points": (True, "default"),
 }
 
 
 QWEN2 = Shape("qwen2", layers=24, width=112, heads=14, kv_heads=2, ff=256, vocab=1000)  # groups of 7, as Qwen2.5-0.5B
+WIDER = Shape("qwen2", layers=24, width=256, heads=8, kv_heads=2, ff=1024, vocab=2000)
 LLAMA = Shape("llama", 24, 96, 6, 3, 16, 224, 1000, biases=False, eps=1e-5, rope_base=5e5, rope_factors=True)
 
 
@@ -50,6 +52,7 @@ def models(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
         "stories": default_model.path,
         "llama": lambda: _synthetic(folder / "llama.gguf", LLAMA),
         "qwen2": lambda: _synthetic(folder / "qwen2.gguf", QWEN2),
+        "wider": lambda: _synthetic(folder / "wider.gguf", WIDER),
     }
     for name in names:
         yield name, makers[name]()
@@ -108,7 +111,7 @@ def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[],
     return median(spent), work
 
 
-def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str]) -> None:
+def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str], layer: int) -> None:
     """Print the cost for each entry, and the median and the worst of each of these scopes."""
     faulty = Faulty(model)
     right = {step.makes: step for step in faulty.right}
@@ -116,7 +119,8 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
     clock = process_time if transformer.backend.name == "numpy" else perf_counter
     tokens = tokens_of(model, TOKENS, seed=2)
     for scope in scopes:
-        layers, points = SCOPES[scope]
+        single, points = SCOPES[scope]
+        layers = (layer,) if single else None
         costs: list[tuple[float, float, float]] = []
         for fault in list(CATALOGUE.values())[::every]:
             if layers is not None and fault.once:
@@ -138,7 +142,7 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             spent = median(durations)
             costs.append((spent / seconds, count[0] / work, spent))
             print(
-                f"{name}, {scope}, {fault.name}: {answer.variants:,} variants, {spent:.2f} s ="
+                f"{name}, {scope}, {fault.name}{f' in {layer}' if single else ''}: {answer.variants:,} variants, {spent:.2f} s ="
                 f" {spent / seconds:.1f} passes of {1000 * seconds:.0f} ms, {count[0] / work:.1f} by multiply-adds",
                 flush=True,
             )
@@ -156,9 +160,10 @@ def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", choices=("time",))
-    parser.add_argument("--model", choices=("stories", "llama", "qwen2"), default="stories")
+    parser.add_argument("--model", choices=("stories", "llama", "qwen2", "wider"), default="stories")
     parser.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="numpy")
     parser.add_argument("--every", type=int, default=1, help="only every so many entries of the catalogue")
+    parser.add_argument("--layer", type=int, default=LAYER, help="the one layer")
     parser.add_argument(
         "--scope",
         type=int,
@@ -170,7 +175,7 @@ def main() -> None:
     scopes = [scope for number, scope in enumerate(SCOPES) if not chosen.scope or number in chosen.scope]
     with tempfile.TemporaryDirectory() as folder:
         [(name, model)] = models(Path(folder), [chosen.model])
-        times(name, model, chosen.backend, chosen.every, scopes)
+        times(name, model, chosen.backend, chosen.every, scopes, chosen.layer)
 
 
 if __name__ == "__main__":

@@ -82,12 +82,14 @@ def read_mapping(path: Path) -> Mapping:
     if not isinstance(names, dict):
         raise InputError(f"{path}: names must be a table.", "Write [names] in a line of its own.", code="map")
     layers, positions = table.get("layer_offset", 0), table.get("position_offset")
-    if not all(
-        isinstance(offset, int) and not isinstance(offset, bool) for offset in (layers, 0 if positions is None else positions)
-    ):
+    if not _is_number(layers) or not (positions is None or _is_number(positions)):
         raise InputError(f"{path}: offsets must be whole numbers.", code="map")
     entries = tuple(_entry(path, str(engine_name), ours) for engine_name, ours in names.items())
     return Mapping(entries, layers, positions, str(path))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _entry(path: Path, engine_name: str, ours: Any) -> MapEntry:
@@ -99,12 +101,18 @@ def _entry(path: Path, engine_name: str, ours: Any) -> MapEntry:
             code="map",
         )
     pairs, reshape = entry.get("rope_pairs", ""), entry.get("reshape", [])
-    whole = isinstance(reshape, list) and all(isinstance(size, int) for size in reshape)
-    heads, head_size = entry.get("heads", 0), entry.get("head_size", 0)
-    if pairs not in ("", "norm", "neox") or not whole or not all(isinstance(n, int) and n >= 0 for n in (heads, head_size)):
+    transpose, heads, head_size = entry.get("transpose", False), entry.get("heads", 0), entry.get("head_size", 0)
+    if (
+        pairs not in ("", "norm", "neox")
+        or not isinstance(reshape, list)
+        or not all(_is_number(size) for size in reshape)
+        or not isinstance(transpose, bool)
+        or not all(_is_number(size) and size >= 0 for size in (heads, head_size))
+    ):
         raise InputError(
-            f"{path}: {engine_name!r}: rope_pairs is norm or neox, reshape a list of sizes, heads and head_size are numbers.",
+            f"{path}: {engine_name!r}: rope_pairs is norm or neox, reshape a list of sizes, transpose true or false, "
+            "heads and head_size are numbers.",
             code="map",
         )
     pattern = re.escape(engine_name).replace(re.escape("{i}"), r"(?P<i>\d{1,6})", 1)
-    return MapEntry(re.compile(pattern), entry["point"], tuple(reshape), bool(entry.get("transpose")), pairs, heads, head_size)
+    return MapEntry(re.compile(pattern), entry["point"], tuple(reshape), transpose, pairs, heads, head_size)

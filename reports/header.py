@@ -1,6 +1,6 @@
 """What is compared: model, tokens and both sides, in a few lines above the points."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.text import Text
@@ -29,21 +29,29 @@ def _harmless(line: Text) -> Text:
     return kept
 
 
-def print_header(console: Console, ours: Header | None, ref: Header | None, generated: str = "") -> None:
-    """Print which model, tokens and sides are compared, and the text that the reference wrote."""
-    print_lines(console, header(ours, ref, console.width, generated))
+def print_header(
+    console: Console,
+    ours: Header | None,
+    ref: Header | None,
+    generated: str = "",
+    more: Mapping[str, Header | None] | None = None,
+) -> None:
+    """Print which model, tokens and sides are compared, `more` sides by their names, and the text that the reference wrote."""
+    print_lines(console, header(ours, ref, console.width, generated, more))
 
 
-def header(ours: Header | None, ref: Header | None, width: int, generated: str = "") -> list[Text]:
+def header(
+    ours: Header | None, ref: Header | None, width: int, generated: str = "", more: Mapping[str, Header | None] | None = None
+) -> list[Text]:
     """These lines; none if neither side has a header."""
-    rows = list(_rows(ours, ref))
+    rows = list(_rows({"ours": ours, "ref": ref, **(more or {})}))
     if generated:
         rows.append(("wrote", printable(generated, None)))
     return [*labelled(rows, width), Text("")] if rows else []
 
 
-def _rows(ours: Header | None, ref: Header | None) -> Iterator[tuple[str, str]]:
-    either = ref or ours
+def _rows(sides: Mapping[str, Header | None]) -> Iterator[tuple[str, str]]:
+    either = sides["ref"] or sides["ours"]
     if either is None:
         return
     model = either.model
@@ -57,7 +65,7 @@ def _rows(ours: Header | None, ref: Header | None) -> Iterator[tuple[str, str]]:
         pieces = printable("".join(either.pieces), 1000)
         text = f"{len(either.tokens)}  {pieces if len(pieces) <= 60 else pieces[:59] + '…'}"
         yield "tokens", text.rstrip()
-    for name, side in (("ours", ours), ("ref", ref)):
+    for name, side in sides.items():
         if side is not None:
             yield name, _side(side)
         else:

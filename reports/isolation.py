@@ -28,7 +28,7 @@ def lines(isolation: Isolation, width: int) -> Iterator[Text]:
     groups = _groups(isolation.operations)
     yield from _table(groups, width)
     yield Text("")
-    yield from labelled(list(_words(isolation, groups)), width)
+    yield from labelled(list(_words(isolation)), width)
     yield from _elements(isolation, width)
     yield from _grafts(isolation, width)
     yield from labelled([("not checked", clean(reason)) for reason in isolation.not_checked], width)
@@ -67,16 +67,7 @@ def _table(groups: dict[str, list[Operation]], width: int) -> list[Text]:
     return columns(rows, frozenset({1, 2}), styles, width)
 
 
-def _words(isolation: Isolation, groups: dict[str, list[Operation]]) -> Iterator[tuple[str, str]]:
-    right: list[str] = []
-    for name, group in groups.items():
-        proven = [item for item in group if item.status == PROVEN and item.nmse is not None]
-        if proven:
-            worst = error(max(item.nmse or 0.0 for item in proven))
-            where = f" in {len(proven)} of {len(group)} layers" if group[0].layer is not None or len(group) > 1 else ""
-            right.append(f"{name}{where} ({worst})")
-    if right and isolation.wrong:
-        yield "right", ", ".join(right)
+def _words(isolation: Isolation) -> Iterator[tuple[str, str]]:
     for item in isolation.wrong[:_WRONG_SHOWN]:
         yield "wrong", _description(item)
     if len(isolation.wrong) > _WRONG_SHOWN:

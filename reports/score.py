@@ -90,7 +90,7 @@ def _worst(worst: Worst) -> list[tuple[str, str]]:
         ("worst", f"chunk {worst.chunk}, position {worst.position}: KL {_number(worst.kl)}"),
         ("after", f"…{clean(worst.before)}"),
         ("text", f"{worst.token} {clean(repr(worst.text))}"),
-        *[(name, _choices(top)) for name, top in (("ours", worst.ours), ("base", worst.base)) if top],
+        *[(name, _choices(top)) for name, top in (("side", worst.ours), ("base", worst.base)) if top],
     ]
 
 

@@ -1,5 +1,6 @@
 """A comparison of three sides as text and as JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -9,40 +10,43 @@ from checkpoints.structs import as_dict
 
 from .as_json import plain
 from .findings import ReportSection
-from .layout import columns
-from .numbers import clean, error
+from .layout import columns, labelled
+from .numbers import clean, count, error
 
 _SHORT = {"llama.cpp": "ref", "Hugging Face": "hf"}  # in the table's head, which would be wider than its figures
+_PLACES, _LONGEST = ("ours", "ref", "third"), 12
 _ROWS = 24  # points that are shown; those where the sides differ come first
 
 
 def lines(three_way: ThreeWay, width: int) -> list[Text]:
     """The table of points, then the answer, for a terminal of `width` columns."""
-    shown = _shown(three_way)
-    heads = [_SHORT.get(side, side) for side in three_way.sides]
-    rows: list[tuple[str, ...]] = [("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")]
-    styles = ["dim"]
-    for point in shown:
-        who = _who(three_way, point)
-        rows.append((clean(point.checkpoint), *(error(value) for value in point.nmse), who))
-        styles.append("red" if who else "")
-    rest = len(three_way.points) - len(shown)
+    rows = _rows(three_way)
+    styles = ["dim", *("red" if row[-1] else "" for row in rows[1:])]
+    rest = len(three_way.points) - (len(rows) - 1)
     table = columns(rows, frozenset({1, 2, 3}), styles, width)
-    more = [Text(f"… {rest} more points", style="dim")] if rest else []
-    notes = [Text(f"note  {note}", style="dim") for note in three_way.notes]
+    more = [Text(f"… {count(rest, 'further point')}", style="dim")] if rest else []
+    notes = labelled([("note", clean(note)) for note in three_way.notes], width)
     return [*table, *more, Text(""), *notes, Text(sentence(three_way), style="bold")]
 
 
 def section(three_way: ThreeWay) -> ReportSection:
     """The same table as a part of a report."""
-    heads = [_SHORT.get(side, side) for side in three_way.sides]
-    rows = tuple(
-        (clean(point.checkpoint), *(error(value) for value in point.nmse), _who(three_way, point))
-        for point in _shown(three_way)
-    )
-    columns = ("checkpoint", *(f"{heads[a]} – {heads[b]}" for a, b in PAIRS), "alone")
+    head, *rows = _rows(three_way)
     text = "; ".join((sentence(three_way), *map(clean, three_way.notes)))
-    return ReportSection("Three sides", text, columns, rows, verdict=(sentence(three_way), bool(three_way)))
+    return ReportSection("Three sides", text, head, tuple(rows), verdict=(sentence(three_way), bool(three_way)))
+
+
+def heads(sides: Sequence[str]) -> list[str]:
+    """The sides' names where a column has little room: a long one is said by its place."""
+    return [_SHORT.get(side, side if len(side) <= _LONGEST else place) for side, place in zip(sides, _PLACES, strict=True)]
+
+
+def _rows(three_way: ThreeWay) -> list[tuple[str, ...]]:
+    """The table's head, and a row for each point that is shown."""
+    names = heads(three_way.sides)
+    head = ("checkpoint", *(f"{names[a]} – {names[b]}" for a, b in PAIRS), "alone")
+    shown = _shown(three_way)
+    return [head, *((clean(point.checkpoint), *map(error, point.nmse), _who(names, point)) for point in shown)]
 
 
 def sentence(three_way: ThreeWay) -> str:
@@ -65,11 +69,11 @@ def sentence(three_way: ThreeWay) -> str:
     return f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
 
 
-def _who(three_way: ThreeWay, point: ThreeWayPoint) -> str:
+def _who(names: Sequence[str], point: ThreeWayPoint) -> str:
     """The sides that are wrong at a point where float64 says so, else the one that is alone."""
     if point.wrong:
-        return ", ".join(three_way.sides[side] for side in point.wrong)
-    return three_way.sides[point.alone] if point.alone is not None else "?" if point.differs else ""
+        return ", ".join(names[side] for side in point.wrong)
+    return names[point.alone] if point.alone is not None else "?" if point.differs else ""
 
 
 def _by_truth(three_way: ThreeWay, point: ThreeWayPoint) -> str:

@@ -3,7 +3,9 @@
 python graph_engine.py FRAMEWORK MODE PASSES LAYERS WIDTH FF VOCAB OUT, with parity_dump.py beside the working folder. FRAMEWORK is
 torch or cupy. MODE: "graph" replays one captured graph, "eager" makes the same passes without a graph, "bare" replays without
 checkpoints; "tight" replays with the smallest ring there is; "ahead" does, too, and captures a second graph, for the other half of the
-passes, while replays of the first wait (CuPy only); "unplaced" and "elsewhere" capture wrongly. Prints milliseconds a pass.
+passes, while replays of the first wait (CuPy only); "unplaced" and "elsewhere" capture wrongly. "devices" replays a graph on each of two
+devices in turns, of the layers that it has, and "devices eager" makes the same passes without graphs (CuPy only). Prints milliseconds
+a pass.
 """
 
 import sys
@@ -124,10 +126,66 @@ def run_cupy(mode: str, passes: int, tap: Any, shape: tuple[int, ...]) -> float:
     return float(cupy.cuda.get_elapsed_time(begun, ended)) / max(1, passes)
 
 
+def run_devices(mode: str, passes: int, tap: Any, shape: tuple[int, ...]) -> float:
+    """Half of the layers on each of two devices, which do not wait for each other; the caller's device is the first."""
+    import cupy
+
+    layers, width = shape[0] // 2, shape[1]
+    layer = cupy.ElementwiseKernel(
+        "raw int64 position, int32 l", "float32 x", "x = sinf(position[0] * 0.37f + i * 0.11f + l)", "layer"
+    )
+    advance = cupy.ElementwiseKernel("", "int64 position", "position += 1", "advance")
+    replays = []
+    for number in (0, 1):
+        with cupy.cuda.Device(number):
+            position, x = cupy.full(1, FIRST, cupy.int64), cupy.zeros((1, width), cupy.float32)
+            stream = cupy.cuda.Stream(non_blocking=True)
+            cupy.cuda.Device().synchronize()
+
+            def one_pass(
+                tap: Any,
+                number: int = number,
+                position: Any = position,
+                x: Any = x,
+                stream: Any = stream,
+                place: "list[int] | None" = None,
+            ) -> None:
+                with cupy.cuda.Device(number), stream:
+                    for i in range(number * layers, (number + 1) * layers):
+                        layer(position, cupy.int32(i), x)
+                        tap(f"blk.{i}.l_out", x, place)
+                    advance(position)
+
+            if mode == "devices":
+                with stream:
+                    one_pass(lambda *_: None)  # kernels are compiled
+                    position.fill(FIRST)
+                    stream.synchronize()
+                    tap.positions_from(position)
+                    stream.begin_capture()
+                    one_pass(tap)
+                    graph = stream.end_capture()
+                replays.append((number, graph, stream))
+            else:
+                for i in range(passes):
+                    one_pass(tap, place=[FIRST + i])
+    for i in range(passes if replays else 0):
+        for number, graph, stream in replays:
+            with cupy.cuda.Device(number):
+                graph.launch(stream)
+        if i == passes // 2:
+            tap.flush()
+    if mode == "devices":
+        tap.flush()
+        if cupy.cuda.runtime.getDevice() != 0:
+            raise RuntimeError("the caller's device is another one after flush")
+    return 0.0
+
+
 def main() -> int:
     """Run, and record unless the mode is "bare"."""
     framework, mode, passes, *shape, out = sys.argv[1:]
-    run = {"torch": run_torch, "cupy": run_cupy}[framework]
+    run = run_devices if mode.startswith("devices") else {"torch": run_torch, "cupy": run_cupy}[framework]
     sizes = tuple(int(size) for size in shape)
     if mode == "bare":
         with nullcontext(lambda *_: None) as nothing:

@@ -139,6 +139,26 @@ def test_replays_of_a_python_engine_are_recorded_as_copies_are(tmp_path: Path, f
                 np.testing.assert_array_equal(getattr(rows, column)[order], getattr(eager.points[name], column), err_msg=name)
 
 
+def test_replays_on_two_devices_are_recorded_as_copies_are(tmp_path: Path) -> None:
+    """Of two graphs on two devices that replay in turns nothing is lost, and the caller's device is what it was after a flush."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two CUDA devices")
+    (tmp_path / "parity_dump.py").write_text(emit.source("python"))
+    program = Path(__file__).with_name("graph_engine.py")
+    for mode in ("devices", "devices eager"):
+        command = [sys.executable, program, "cupy", mode, "500", *SMALL, f"{mode}.jsonl"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    graphs, eager = read(tmp_path / "devices.jsonl"), read(tmp_path / "devices eager.jsonl")
+    assert len(graphs.points) == 24
+    assert graphs.points.keys() == eager.points.keys()
+    for name, rows in graphs.points.items():
+        assert rows.token_idx.tolist() == list(range(7, 507))
+        for column in ("token_idx", "step", "values", "sketch"):
+            np.testing.assert_array_equal(getattr(rows, column), getattr(eager.points[name], column), err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("mode", "message"), [("unplaced", "call positions_from"), ("elsewhere", "record in the captured stream")]
 )

@@ -153,7 +153,7 @@ def test_arrays_of_all_kinds_are_copied_at_once(emitted: ModuleType, wrap: Calla
 
 
 def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> None:
-    """`hook` takes the outputs of the submodules whose Hugging Face names are known, the first of a tuple."""
+    """`hook` takes the outputs of the submodules whose Hugging Face names are known, the first of a tuple; of two nested ones, once."""
     hooks: dict[str, Callable[..., None]] = {}
 
     def module(name: str) -> Any:
@@ -163,13 +163,16 @@ def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> No
 
         return SimpleNamespace(register_forward_hook=register)
 
-    names = ("model.embed_tokens", "model.layers.3", "model.layers.3.self_attn.q_proj", "model.rotary_emb", "lm_head")
+    attention = ("self_attn", "self_attn.q_proj", "self_attn.o_proj")
+    inner = tuple(f"model.layers.3.{name}" for name in (*attention, "mlp", "mlp.down_proj"))
+    names = ("model.embed_tokens", "model.layers.3", *inner, "model.rotary_emb", "lm_head")
     model = SimpleNamespace(named_modules=lambda: [(name, module(name)) for name in names])
     rng = np.random.default_rng(0)
     with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
-        assert len(tap.hook(model)) == 4
+        assert len(tap.hook(model)) == 6
         for hook in hooks.values():
             hook(None, (), (rng.standard_normal((1, 3, 8)).astype(np.float32), None))
     dump = read(tmp_path / "d.jsonl")
-    assert list(dump.points) == ["embd", "blk.3.l_out", "blk.3.q", "logits"]
+    assert list(dump.points) == ["embd", "blk.3.l_out", "blk.3.attn_out", "blk.3.q", "blk.3.ffn_out", "logits"]
+    assert {len(rows) for rows in dump.points.values()} == {3}
     assert lint(dump).findings == ()

@@ -54,6 +54,17 @@ def faulty(
     return engine.dump(RIGHT, PROMPT, points=points, steps=plant(engine.right, number, layers, **parameters))
 
 
+@pytest.mark.slow
+def test_a_base_that_is_almost_right_is_fitted_for_queries_alone(llama: Faulty) -> None:
+    """RoPE's base 1.001 times too large for queries and right for keys, all points recorded: the fit begins beside the right number."""
+    dump = faulty(llama, "rope-base", points="all", base=1.001e6, at=("q_rope",))
+    explanation = explain(dump, llama.model, _PATIENT)
+    assert explanation.remaining is None
+    [cause] = explanation.causes
+    assert (cause.named.fault, cause.named.parameters["at"]) == ("rope-base", ("q_rope",))
+    assert cause.named.parameters["base"] == pytest.approx(1.001e6, rel=1e-4)
+
+
 @pytest.mark.parametrize("stated", [True, False])
 @pytest.mark.parametrize(
     ("name", "parameters", "sentence"),

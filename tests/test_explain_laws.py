@@ -63,6 +63,11 @@ def _cut(x: Array) -> Array:
         ("blk.2.ffn_norm", _negated, "element 5 alone has the wrong sign; the others are right"),
         ("blk.2.ffn_out", _cut, "everything from element 50 on is 0; the others are right"),
         ("blk.2.ffn_gate", lambda x: np.roll(x, 1, axis=1), "element i is the right element i − 1: the row is rolled"),
+        (
+            "blk.2.ffn_norm",
+            lambda x: x * np.linspace(1, 1.5, 11, dtype=np.float32)[np.arange(x.shape[1]) % 11],
+            "every element is off by a factor of its own at every position (1 to 1.5): a norm's weight, or scales of channels",
+        ),
         ("blk.2.attn_out", lambda x: np.roll(x, 1, axis=0), "position t holds the right values of position t − 1"),
     ],
 )

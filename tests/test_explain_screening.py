@@ -15,6 +15,7 @@ from parity.explain.batch import in_two, screened
 from parity.explain.budget import Budget
 from parity.explain.carry import carry
 from parity.explain.explain import Case, ExplainOptions
+from parity.explain.leads import mended_share
 from parity.explain.likely import Likely
 from parity.explain.scopes import stages
 from parity.explain.state import RecordKey
@@ -133,3 +134,14 @@ def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> Non
         (candidate.fault.name, str(candidate.parameters)) for stage in stages(screening, state, None) for candidate in stage
     ]
     assert sorted(staged) == sorted(wanted)
+
+
+def test_a_cause_takes_away_half_of_the_error_that_it_explains(engine: Faulty) -> None:
+    """Records brought from just over their limits to just under it are no proof of a fault; those of which half has gone are."""
+    case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
+    start = case.screening(case.entries, Budget(60)).start()
+    assert start.first is not None
+    entries = [replace(entry, limit=np.maximum(entry.limit, 0.95 * entry.base)) for entry in case.entries]
+    little, much = (replace(start, nmse=tuple(part * errors for errors in start.nmse), first=None) for part in (0.9, 0.4))
+    assert mended_share(entries, start, little) is None
+    assert mended_share(entries, start, much) == 1.0

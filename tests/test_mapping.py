@@ -113,6 +113,9 @@ def test_what_a_slice_cannot_tell_is_said(tmp_path: Path) -> None:
         ("transpose = true", "whole rows"),
         ("reshape = [2, 4]", "whole rows"),
         ('rope_pairs = "neox", head_size = 5', "an even size"),
+        ("reshape = [true]", "reshape a list of sizes"),
+        ('transpose = "yes"', "transpose true or false"),
+        ("heads = true", "heads and head_size are numbers"),
     ):
         with pytest.raises(InputError, match=message):
             mapped(entry)

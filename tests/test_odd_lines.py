@@ -59,6 +59,12 @@ def test_headers_that_contradict_each_other_are_said(parity: Cli, changed: Calla
     assert "note  the 2 headers differ in tokens: the last one" in parity("lint", other).out
 
 
+def test_a_line_longer_than_any_record_is_named(parity: Cli, changed: Callable[[Callable[[bytes], bytes]], Path]) -> None:
+    """The number of a line without an end is its own."""
+    endless = changed(lambda dump: dump + b"x" * (65 << 20))
+    refused(parity("lint", endless), f"{endless}: line 38 is longer than 64 MiB.")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

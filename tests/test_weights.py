@@ -172,6 +172,12 @@ def test_three_kinds_of_file_are_read(tmp_path: Path, stories: Path) -> None:
     for suffix in ("safetensors", "npz", "jsonl"):
         assert load(tmp_path / f"a.{suffix}").keys() == {"blk.0.ffn_up.weight"}
         assert check_foreign(stories, tmp_path / f"a.{suffix}")
+    half = (values.view(np.uint32) >> 16).astype("<u2")  # bfloat16, which NumPy lacks
+    entry = {"dtype": "BF16", "shape": [100], "data_offsets": [0, 200]}
+    header = json.dumps({"blk.0.ffn_up.weight": entry}).encode()
+    (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + half.tobytes())
+    loaded = load(tmp_path / "b.safetensors")["blk.0.ffn_up.weight"]
+    np.testing.assert_array_equal(loaded.view(np.uint32), values.view(np.uint32) >> 16 << 16)
 
 
 def test_an_engine_that_holds_all_matrices_transposed_is_not_accused(stories: Path, tmp_path: Path) -> None:

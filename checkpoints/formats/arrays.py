@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -140,20 +141,10 @@ def _arrays(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
             with np.errstate(over="ignore"):  # of a header's sizes: the error says it
                 array = np.load(file, mmap_mode="r", allow_pickle=False)
             yield file.stem, array
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-        EOFError,
-        NotImplementedError,
-        OverflowError,
-        SyntaxError,
-    ) as error:
-        reason = " ".join(str(error).split())[:100]
+    except Exception as error:  # zip, zlib, NumPy and the parsers of headers raise errors of their own
+        in_header = isinstance(error, (RecursionError, SyntaxError, TokenError)) or "malformed node" in str(error)
+        reason = "its header is damaged" if in_header else " ".join(str(error).split())[:100] or type(error).__name__
         raise DumpError(f"cannot read {file}: {reason}.", "Save it again.", code="array") from error
-    except Exception as error:  # zlib and the header's parser raise errors of their own
-        raise DumpError(f"cannot read {file}: {type(error).__name__}.", "Save it again.", code="array") from error
 
 
 def _check_regions(header: dict[str, Any]) -> None:

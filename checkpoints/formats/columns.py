@@ -150,27 +150,13 @@ class _Arrays:
         self._given.add(stem)
         arrays = {name: self._get(stem + name, kind) for name, kind in _KINDS.items()}
         arrays |= {name: self._get(stem + name, kind) for name, kind in _OPTIONAL.items() if stem + name in self._names}
-        count, width = len(arrays["values"]), arrays["values"].shape[-1]
-        wanted = {"place": (count, 4), "counts": (count,), "values": (count, width), "stats": (count, len(names))}
-        wanted |= {"sketch": (count, SKETCH_SIZE), "indices": (count, width), "quantum": (count, width)}
-        fits = all(array.shape == wanted.get(name, array.shape) for name, array in arrays.items())
-        counts = arrays["counts"]
-        fits = fits and arrays["shape"].ndim == 2 and len(arrays["shape"]) == count and isinstance(point, str)
-        fits = fits and line.get("records") == count and bool(((counts >= 0) & (counts <= width)).all())
-        fits = (
-            fits and isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-        )
-        fits = fits and _in_bounds(arrays["place"]) and _indices_fit(arrays.get("indices"), counts)
-        quantum = arrays.get("quantum", np.zeros(0))
-        fits = fits and bool((np.isfinite(quantum) & (quantum >= 0)).all())
-        fits = fits and not (quantum.size and fields.beyond_values(quantum, arrays["values"]).any())
-        if not fits:
+        if not (isinstance(point, str) and _names_fit(names) and _shapes_fit(arrays, line, len(names)) and _values_fit(arrays)):
             raise DumpError(f"{self.path}: the arrays of {point!r:.80} do not fit together.", _AGAIN, code="columns")
-        place, (shapes, held) = arrays["place"], self._shapes(arrays["shape"])
+        place, counts, (shapes, held) = arrays["place"], arrays["counts"], self._shapes(arrays["shape"])
         if (counts > held).any():
             raise DumpError(f"{self.path}: {point!r:.80} has more values than its shape holds.", _AGAIN, code="columns")
         return Rows(
-            point=str(point),
+            point=point,
             seq=place[:, 0],
             token_idx=place[:, 1],
             step=place[:, 2],
@@ -193,6 +179,32 @@ class _Arrays:
             held = {shape: prod(shape) if shape else fields.POSITIONS for shape in set(shapes)}
             self._tables[key] = shapes, np.fromiter(map(held.__getitem__, shapes), np.int64, len(shapes))
         return self._tables[key]
+
+
+def _names_fit(names: Any) -> bool:
+    """Whether these are names of statistics, each once."""
+    return isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+def _shapes_fit(arrays: dict[str, NDArray[Any]], line: dict[str, Any], statistics: int) -> bool:
+    """Whether the arrays of a part have a row for each of its records, and columns as the format says."""
+    count, width = len(arrays["values"]), arrays["values"].shape[-1]
+    wanted = {"place": (count, 4), "counts": (count,), "values": (count, width), "stats": (count, statistics)}
+    wanted |= {"sketch": (count, SKETCH_SIZE), "indices": (count, width), "quantum": (count, width)}
+    wanted |= {"shape": (count, arrays["shape"].shape[-1])}
+    return line.get("records") == count and all(array.shape == wanted[name] for name, array in arrays.items())
+
+
+def _values_fit(arrays: dict[str, NDArray[Any]]) -> bool:
+    """Whether counts, places, indices and the steps of decimals are such as lines may have."""
+    values, counts, quantum = arrays["values"], arrays["counts"], arrays.get("quantum", np.zeros(0))
+    return (
+        bool(((counts >= 0) & (counts <= values.shape[1])).all())
+        and _in_bounds(arrays["place"])
+        and _indices_fit(arrays.get("indices"), counts)
+        and bool((np.isfinite(quantum) & (quantum >= 0)).all())
+        and not (quantum.size and bool(fields.beyond_values(quantum, values).any()))
+    )
 
 
 def _in_bounds(place: NDArray[np.int64]) -> bool:

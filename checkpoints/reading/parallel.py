@@ -65,15 +65,16 @@ def next_block(file: BinaryIO, name: str, line: int, size: int) -> bytes:
     """About `size` bytes of whole lines, empty at the end; the file's last line may lack its break.
 
     Raises:
-        DumpError: a line after line number `line` is longer than any record.
+        DumpError: a line is longer than any record; `line` lines come before the block.
     """
     block = file.read(size)
     if not block or block.endswith(b"\n"):
         return block
     rest = file.readline(LINE)
     if len(rest) == LINE:
+        longest = line + block.count(b"\n") + 1
         raise DumpError(
-            f"{name}: a line after line {line} is longer than {LINE >> 20} MiB.",
+            f"{name}: line {longest} is longer than {LINE >> 20} MiB.",
             "Is it a dump? Record fewer values in a line.",
             code="line",
         )

@@ -36,6 +36,7 @@ from . import (
     recurrent_state,
     rope,
     rope_extended,
+    rope_layers,
     tokens,
     weights,
     windows,
@@ -47,7 +48,7 @@ __all__ = ["AT", "CATALOGUE", "FITTED", "FITTED_PARTS", "SEEN", "Fault", "Fitted
 
 _GROUPS = {  # the first of several faults with the same numbers is named: a formula before weights that happen to look like it
     "tokens": tokens.FAULTS,
-    "RoPE": (*rope.FAULTS, *rope_extended.FAULTS),
+    "RoPE": (*rope.FAULTS, *rope_extended.FAULTS, *rope_layers.FAULTS),
     "norms": (*norms.FAULTS, *head_norms.FAULTS),
     "attention": (*attention.FAULTS, *masks.FAULTS, *windows.FAULTS, *caches.FAULTS, *latent.FAULTS, *encoder_decoder.FAULTS),
     "feed-forward": feed_forward.FAULTS,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 from msgspec.structs import replace
 
 from ..backend import Array, module_of
@@ -37,6 +38,11 @@ def _before_sigmoid(beta: Array) -> Array:
     """The argument of the sigmoid that β came from."""
     wide = beta.astype("float64")
     return module_of(beta).log(wide / (1 - wide)).astype(beta.dtype)
+
+
+def _query_scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    power = {"not scaled": 0.5, "scaled twice": -0.5}[parameters["how"]]
+    return _changed(step, _QUERIES, lambda queries: queries * np.float32(queries.shape[-1] ** power))
 
 
 def _no_norm(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -82,5 +88,15 @@ FAULTS = (
         fix="x / √(Σx² + ε) of each head's query and key, after the convolution",
         seen="kernels that expect the norm to be done, called by code that leaves it to them",
         parameters={"of": ("queries and keys", "queries", "keys")},
+    ),
+    Fault(
+        name="delta-query-scale",
+        kinds=_RULE,
+        change=_query_scale,
+        what="the delta rule's queries are {how} by 1/√(head size)",
+        symptom="wrong from position 0 on by one factor, which the norm behind hides but for its epsilon",
+        fix="q / √(head size) once, after the norm to length 1",
+        seen="kernels that scale, called by code that scales as well, or neither",
+        parameters={"how": ("not scaled", "scaled twice")},
     ),
 )

@@ -46,6 +46,10 @@ def _soft_max(scores: Array) -> Array:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def _soft_max_of_rows(weights: Array) -> Array:
+    return _soft_max(weights.reshape(weights.shape[0], -1)).reshape(weights.shape)
+
+
 def _gating(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     op = _sigmoid if ggml(require(step, "SOFT_MAX", "UNARY"), "SOFT_MAX") else _soft_max
     return replace(step, op=op, params={})
@@ -135,6 +139,12 @@ FAULTS = (
         "experts-normalised", _WEIGHTS, _normalised,
         "the chosen experts' weights are divided by their sum, which this model does not do", _RIGHT_LOGITS,
         "softmax over all experts, then choose, and leave the weights as they are", "Mixtral code that loads Qwen2-MoE or OLMoE",
+    ),
+    _new(
+        "experts-softmax-again", _WEIGHTS, _on_weights(_soft_max_of_rows),
+        "a second softmax runs over the chosen experts' weights", _RIGHT_LOGITS,
+        "softmax over all experts, then choose; or choose by logits, then softmax over the chosen: not both",
+        "kernels that expect logits, called with probabilities",
     ),
     _new(
         "experts-scale-missing", ("ffn_moe_weights_scaled",), _unscaled,

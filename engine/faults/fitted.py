@@ -19,7 +19,7 @@ from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .norms import epsilon_of, kinds_with_epsilon, with_epsilon
 from .rope import FAULTS as ROPE
-from .rotation import is_rotation, rotary
+from .rotation import both_then_each, is_rotation, rotary
 from .windows import soft_capped
 
 _SCALED = (
@@ -35,10 +35,12 @@ _SCALED = (
     "ffn_swiglu",
     "ffn_moe_down",
     "ffn_moe_out",
+    "ffn_shexp",
     "ffn_out",
     "ffn_inp",
     "l_out",
 )
+_LOG_OF_OTHER = 0.02  # of an ε that no other model has: the decimal logarithm of its ratio to the nearest that one has
 _USUAL_NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ONCE = ("embd", "output_norm", "logits")
 _WITH_BIAS = ("q", "k", "v")
@@ -80,6 +82,8 @@ class Fitted(Struct, frozen=True, kw_only=True):
             near = min(self.known, key=lambda usual: abs(log10(usual) - log10(value)))
             if wanted is None or near != np.float32(wanted):
                 notes.append(f"the nearest that others have is {near:g} ({self.known[near]})")
+            if self.parameter == "eps" and wanted and abs(log10(near / value)) > _LOG_OF_OTHER:
+                notes.append(f"values {(wanted / value) ** 0.5:.4g} times as large in front of the norm do the same")
         return ", ".join(notes)
 
 
@@ -244,6 +248,13 @@ def around(*factors: float) -> Callable[[float], tuple[float, ...]]:
     return lambda wanted: tuple(wanted * factor for factor in factors)
 
 
+_ROPE_BASE = replace(
+    named(ROPE, "rope-base"),
+    what="RoPE's base is {base}, which is not this model's, on {at}",
+    parameters={"base": (), AT: both_then_each},
+    group="fitted",
+)
+
 FITTED = (
     Fitted(
         fault=named(NORMS, "norm-epsilon"),
@@ -263,20 +274,25 @@ FITTED = (
         fault=named(ATTENTION, "attn-scale"),
         parameter="scale",
         wanted=parameter_wanted("scale", "kq_soft_max"),
-        starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
+        starts=around(1.001, 1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     Fitted(
-        fault=named(ROPE, "rope-base"),
+        fault=_ROPE_BASE,
         parameter="base",
         wanted=parameter_wanted("base", "q_rope", "q_pe"),
-        starts=lambda wanted: (1.05 * wanted, 0.95 * wanted, *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8))),
+        starts=lambda wanted: (
+            1.001 * wanted,
+            1.05 * wanted,
+            0.95 * wanted,
+            *(10.0**n for n in (2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8)),
+        ),
         known={1e4: "Llama 1 and 2", 5e5: "Llama 3", 1e6: "Qwen2, Mixtral"},
     ),
     Fitted(
         fault=named(ROPE, "rope-scaling"),
         parameter="scaling",
         wanted=parameter_wanted("scale", "q_rope", "q_pe"),
-        starts=around(1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
+        starts=around(1.001, 1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
     ),
     Fitted(
         fault=named(ROPE, "rope-position"),

@@ -71,6 +71,7 @@ _ALIBI = replace(
     group="fitted",
 )
 _MULTIPLIER = named(MULTIPLIERS, "multiplier")
+_MOST = 8  # kinds of steps that multiply by a number and have no row here
 _MULTIPLIED = {  # the steps that multiply by a number of the metadata, with the values that other models have
     ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 45.25: "Gemma's √2048", 55.43: "Gemma's √3072"},
     ("scale", "scale.2"): {1.0: "none", 0.22: "Granite"},
@@ -78,6 +79,14 @@ _MULTIPLIED = {  # the steps that multiply by a number of the metadata, with the
     ("logits",): {1.0: "none", 0.0625: "Command R", 1 / 6: "Granite"},
     ("ffn_moe_weights_scaled",): {1.0: "none", 2.5: "DeepSeek-V3", 16.0: "DeepSeek-V2"},
 }
+
+
+def _other_scales(right: Steps) -> tuple[tuple[str, ...], ...]:
+    """Values of `at`: the kinds of the model's other steps that multiply by a number, each alone."""
+    listed = {kind for kinds in (*_MULTIPLIED, QUERY_SCALES) for kind in kinds}
+    kinds = dict.fromkeys(kind_of(step) for step in right.values() if ggml(step, "SCALE") and not step.inner)
+    return tuple((kind,) for kind in kinds if kind not in listed)[:_MOST]
+
 
 FITTED = (
     Fitted(
@@ -102,6 +111,12 @@ FITTED = (
             known=known,
         )
         for kinds, known in _MULTIPLIED.items()
+    ),
+    Fitted(
+        fault=replace(_MULTIPLIER, kinds=("SCALE",), parameters={"how": (), AT: _other_scales}),
+        parameter="how",
+        wanted=lambda right, parameters: _scale_of(*parameters[AT])(right, parameters),
+        starts=around(1.05, 2.0, 0.5),
     ),
     *(
         Fitted(

@@ -1,18 +1,19 @@
 """Faults of recurrent layers: convolutions, decays, gates, the state from pass to pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import Altered, Step
+from ..graph import Altered, Step, name_of
 from ..inapplicable import NotApplicable
-from .base import Fault, Parameters, Steps, read_of
-from .edits import WithInput, ggml, integer, left_out, only, require
+from .base import Fault, Parameters, Steps, read_of, sibling
+from .edits import WithInput, ggml, integer, left_out, maker, only, require
 
 _CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
+_SCAN_C = 4  # of the values that a scan reads, A aside, which is a weight
 _SOFTPLUS = 15  # enum ggml_unary_op
 
 
@@ -72,6 +73,35 @@ def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(step, read_of(step, 0))
 
 
+def _exchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    """B and C are the scan's third and fourth values of a pass, behind the state, x and the time step."""
+    if len(require(step, "SSM_SCAN").reads) < _SCAN_C + 1:
+        raise NotApplicable(f"{step.makes} reads no B and C")
+    *before, second, first = step.reads[: _SCAN_C + 1]
+    return replace(step, reads=(*before, first, second, *step.reads[_SCAN_C + 1 :]))
+
+
+def _conv_gates(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """LFM2's block is C · conv(B · x): its projection's three parts in another order."""
+    before, behind = (sibling(step, right, kind) for kind in ("mul", "mul.2"))
+    if not all("conv.in_proj" in name_of(read_of(gate, 0)) and len(gate.reads) == 2 for gate in (before, behind)):
+        raise NotApplicable(f"{step.makes} is no gate of a short convolution")
+    place = ("B", "x").index(parameters["with"])
+    inner, outer = list(before.reads), list(behind.reads)
+    inner[place], outer[0] = outer[0], inner[place]
+    return replace(step, reads=tuple(inner if step is before else outer))
+
+
+def _gate_behind(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
+    """norm(y) · silu(z), where the model has norm(y · silu(z))."""
+    gated = maker(step, right)
+    if gated.op is not ops.swiglu or len(gated.reads) != 2:
+        raise NotApplicable(f"{step.makes} is no norm of gated values")
+    z, y = gated.reads
+    normed = replace(step, makes=f"{step.makes}.alone", reads=(y,), inner=True)
+    return normed, replace(gated, makes=step.makes, reads=(z, normed.makes))
+
+
 FAULTS = (
     Fault(
         name="convolution-taps",
@@ -122,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         name="skip-missing",
-        kinds=("add",),
+        kinds=("add", "mamba2_y_add_d"),
         change=_no_skip,
         what="D · x is not added to the scan's result",
         symptom="wrong from position 0 on",
@@ -137,5 +167,33 @@ FAULTS = (
         symptom="wrong from position 0 on",
         fix="add ssm_conv1d.bias before SiLU",
         seen="kernels for models without the bias",
+    ),
+    Fault(
+        name="scan-b-and-c-exchanged",
+        kinds=("SSM_SCAN",),
+        change=_exchanged,
+        what="the scan's B and C are exchanged",
+        symptom="position 0 is right, later ones are wrong",
+        fix="the state takes up dt · B · x and gives out C · state; the projection holds x, B, C in this order",
+        seen="projections split in another order",
+    ),
+    Fault(
+        name="conv-gates-exchanged",
+        kinds=("mul", "mul.2"),
+        change=_conv_gates,
+        what="a short convolution's C is exchanged with {with}",
+        symptom="wrong from position 0 on, or from 1 on",
+        fix="split the projection into B, C, x, in this order: C · conv(B · x)",
+        seen="ports of LFM2 that name the parts in another order",
+        parameters={"with": ("B", "x")},
+    ),
+    Fault(
+        name="gate-behind-norm",
+        kinds=("ssm_norm",),
+        change=_gate_behind,
+        what="the gate is applied behind the norm: norm(y) · silu(z)",
+        symptom="wrong from position 0 on, of plausible size",
+        fix="norm(y · silu(z)), in groups: Mamba-2's norm_before_gate is false",
+        seen="RMSNormGated of other models (norm_before_gate = true), taken over",
     ),
 )

@@ -7,6 +7,9 @@
 #ifndef PAUSE                    // nanoseconds between reads: constant polling slows down the writer (BENCHMARKS.md)
 #define PAUSE 50
 #endif
+#ifndef FIRST_PAUSE              // before the first read of the residual stream behind attention: looking too early slows down those
+#define FIRST_PAUSE 800          // blocks that still make it, by 4 % of a step (docs/benchmarks-log.md)
+#endif
 typedef unsigned long long Word;
 
 __device__ __forceinline__ void tell(Word* to, float value, unsigned step) {

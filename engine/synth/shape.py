@@ -76,30 +76,34 @@ def shape_like(like: str, **changes: Any) -> Shape:
     if like not in PRESETS:
         raise InputError(f"there is no shape {like!r}.", f"Take one of {', '.join(PRESETS)}.", code="shape")
     shape = replace(PRESETS[like], **{name: value for name, value in changes.items() if value is not None})
-    numbers = {name: getattr(shape, name) for name, kind in Shape.__annotations__.items() if kind is int}
-    small = [name for name, value in numbers.items() if value < (0 if name in ("head_size", "rope_dims") else 1)]
-    large = [name for name, value in numbers.items() if value >= 1 << 32]  # GGUF keeps these as uint32
-    rules = {
-        f"--{large[0].replace('_', '-') if large else ''} is too large": bool(large),
-        f"--{small[0].replace('_', '-') if small else ''} is too small": bool(small),
-        f"llama.cpp runs at most {MOST_LAYERS} layers": shape.layers > MOST_LAYERS,
-        "only qwen2 and llama are supported": shape.architecture not in ("qwen2", "llama"),
-        f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly": bool(
-            not small and shape.heads % shape.kv_heads
-        ),
-        f"a width of {shape.width} is not a multiple of {shape.heads} heads": not shape.head_size
-        and bool(shape.width % max(shape.heads, 1)),
-        "llama.cpp's qwen2 has heads of width / heads only": shape.architecture == "qwen2"
-        and shape.head * shape.heads != shape.width,
-        f"a head of {shape.head if not small else 0} cannot be rotated in pairs": not small and bool(shape.head % 2),
-        f"llama.cpp's {shape.architecture} rotates whole heads, not {shape.rope_dims} elements of {shape.head if not small else 0}": (
-            not small and shape.rope_dims not in (0, shape.head)
-        ),
-    }
-    wrong = [sentence for sentence, broken in rules.items() if broken]
-    if wrong:
-        raise InputError(f"{wrong[0]}.", "Change the shape.", code="shape")
+    if wrong := next(_wrong(shape), None):
+        raise InputError(f"{wrong}.", "Change the shape.", code="shape")
     return shape
+
+
+def _wrong(shape: Shape) -> Iterator[str]:
+    """What no engine could run. Each sentence stands on those before it: a number of 0 divides nothing."""
+    numbers = {name: getattr(shape, name) for name, kind in Shape.__annotations__.items() if kind is int}
+    for name, value in numbers.items():
+        if value >= 1 << 32:  # GGUF keeps these as uint32
+            yield f"--{name.replace('_', '-')} is too large"
+    for name, value in numbers.items():
+        if value < (0 if name in ("head_size", "rope_dims") else 1):
+            yield f"--{name.replace('_', '-')} is too small"
+    if shape.layers > MOST_LAYERS:
+        yield f"llama.cpp runs at most {MOST_LAYERS} layers"
+    if shape.architecture not in ("qwen2", "llama"):
+        yield "only qwen2 and llama are supported"
+    if shape.heads % shape.kv_heads:
+        yield f"{shape.heads} heads cannot share {shape.kv_heads} key/value heads evenly"
+    if not shape.head_size and shape.width % shape.heads:
+        yield f"a width of {shape.width} is not a multiple of {shape.heads} heads"
+    if shape.architecture == "qwen2" and shape.head * shape.heads != shape.width:
+        yield "llama.cpp's qwen2 has heads of width / heads only"
+    if shape.head % 2:
+        yield f"a head of {shape.head} cannot be rotated in pairs"
+    if shape.rope_dims not in (0, shape.head):
+        yield f"llama.cpp's {shape.architecture} rotates whole heads, not {shape.rope_dims} elements of {shape.head}"
 
 
 def tensors_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:

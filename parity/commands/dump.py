@@ -47,7 +47,7 @@ def ours(given: o.Given, context: typer.Context, out: OutOption) -> None:
 
     with progress_bar(o.Format.TEXT) as progress:
         session.dump_ours(Request(**given), out, progress)
-    written(out)
+    written(out, *_beside(out, given))
 
 
 @app.command("ref", short_help="Run a prompt, or the tokens of your dump, through llama.cpp.")
@@ -108,7 +108,14 @@ def ref(
         notes(followed)
     if left:
         print(f"left out, because llama.cpp has no such point: {printable(', '.join(left), 1000)}", file=sys.stderr)
-    written(out)
+    written(out, *_beside(out, given))
+
+
+def _beside(out: Path, given: o.Given) -> list[Path]:
+    """The files of arrays that a dump of these options has beside its lines."""
+    from checkpoints import columns, tensors
+
+    return [place.beside(out) for place, wanted in ((columns, given["binary"]), (tensors, given["full"])) if wanted]
 
 
 @app.command("hf", short_help="Run a prompt through a Hugging Face model.")

@@ -74,11 +74,12 @@ def notes(dump: "Dump") -> None:
         print(no_command(printable(f"{dump.path}: {note}", 1000)), file=sys.stderr)
 
 
-def written(path: Path) -> None:
+def written(*paths: Path) -> None:
     """Print on stderr which files were written: stdout is for the answer."""
-    size = path.stat().st_size
-    size_text = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
-    print(f"{no_command(printable(str(path), None))}  {size_text}", file=sys.stderr)
+    for path in paths:
+        size = path.stat().st_size
+        size_text = f"{size / 2**20:,.1f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.1f} KiB"
+        print(f"{no_command(printable(str(path), None))}  {size_text}", file=sys.stderr)
 
 
 @contextmanager

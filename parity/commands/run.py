@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..diff.compare import Comparison, Options
     from ..run.references import Other
     from ..run.request import Request
+    from ..server.session import ServerRequest
 
 
 def _judged(request: "Request", ours: "Dump", ref: "Dump", options: "Options") -> "Comparison":
@@ -114,9 +115,7 @@ def run(
     _refuse_unused(context, given, hunt=hunt, bisect=bisect, third=other is not None)
     python, device, others = given.pop("python"), given.pop("device"), given.pop("others")
     if (server := given.pop("server")) is not None:
-        from .server_output import compared_with_server
-
-        raise typer.Exit(compared_with_server({**given, "out": out}, server, output_format))
+        raise typer.Exit(_with_server({**given, "out": out}, server, output_format))
     from reference.child import Child
 
     child = Child(given["verbose"])  # it imports llama.cpp while this process imports all the rest
@@ -127,9 +126,7 @@ def run(
 
     request = Request(**given, out=out)
     if bisect:
-        from .bisect_output import bisected
-
-        raise typer.Exit(bisected(request, started, output_format))
+        raise typer.Exit(_bisected(request, started, output_format))
     if hunt:
         from .hunt_output import hunted
 
@@ -144,34 +141,44 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
     from checkpoints.mapping import Mapping
 
     engine, server, others = given["command"] is not None, given["server"] is not None, bool(given["others"])
-    if not engine and given["mapping"] != Mapping():
-        raise InputError("--map and --offset need an engine of yours.", "Give its command with --exec.", code="exec")
-    if hunt and not engine:
-        raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
-    if bisect and (not engine or hunt or third or server or others):
-        raise InputError(
+    late, command, leave = bool(given["first_position"]), "Give its command with --exec.", "Leave them out."
+    mixtures = (  # whether it was asked for, what is wrong with it, what to do, the error's code
+        (not engine and given["mapping"] != Mapping(), "--map and --offset need an engine of yours.", command, "exec"),
+        (hunt and not engine, "--hunt needs an engine of yours.", command, "exec"),
+        (
+            bisect and (not engine or hunt or third or server or others),
             "--bisect needs an engine of yours (--exec), and cannot be combined with --hunt, another side or another llama.cpp.",
             "Leave the others out.",
-            code="bisect",
-        )
-    if others and (hunt or third or server):
-        raise InputError(
+            "bisect",
+        ),
+        (
+            others and (hunt or third or server),
             "--ref-python and --ref-lib (or $LLAMA_CPP_LIB) cannot be combined with --hunt, --with or --server.",
-            "Leave them out.",
-            code="builds",
-        )
-    if third and (given["mode"] != "exact" or hunt):
-        raise InputError("--with hf works in exact mode only (it computes in float32), and not with --hunt.", code="three")
-    if server and (engine or third or given["positions"] != "all" or given["full"] or given["first_position"]):
-        raise InputError(
+            leave,
+            "builds",
+        ),
+        (
+            third and (given["mode"] != "exact" or hunt),
+            "--with hf works in exact mode only (it computes in float32), and not with --hunt.",
+            "",
+            "three",
+        ),
+        (
+            server and (engine or third or given["positions"] != "all" or given["full"] or late),
             "--server cannot be combined with --exec, --with, --positions, --first-position or --full.",
-            "Leave them out.",
-            code="server",
-        )
-    if bisect and given["first_position"]:
-        raise InputError(
-            "--bisect works only for a prompt that starts at position 0.", "Leave --first-position out.", code="bisect"
-        )
+            leave,
+            "server",
+        ),
+        (
+            bisect and late,
+            "--bisect works only for a prompt that starts at position 0.",
+            "Leave --first-position out.",
+            "bisect",
+        ),
+    )
+    for asked, message, advice, code in mixtures:
+        if asked:
+            raise InputError(message, advice, code=code)
 
 
 def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect: bool, third: bool) -> None:
@@ -200,6 +207,35 @@ def _refuse_unused(context: typer.Context, given: o.Given, *, hunt: bool, bisect
         o.refuse_unused(context, "window", "works in exact mode only")
 
 
+def _with_server(given: o.Given, server: "ServerRequest", output_format: o.Format) -> int:
+    """A server and llama.cpp: print the comparison, and return the exit code."""
+    from reports import server as room
+
+    from ..run.request import Request
+    from ..server.session import compare_server
+    from .output import answer, progress_bar
+
+    with progress_bar(output_format) as progress:
+        compared = compare_server(Request(**given), server, progress)
+    return answer(compared, room, output_format)
+
+
+def _bisected(request: "Request", started: "Reference", output_format: o.Format) -> int:
+    """The layers of an engine, each on llama.cpp's input: print the answer, write it as diff.json, and return the exit code."""
+    import json
+
+    from checkpoints.whole_file import put
+    from reports import bisect as room
+
+    from ..hunt.bisect import bisect
+    from .output import answer, progress_bar
+
+    with progress_bar(output_format) as progress:
+        bisected = bisect(request, progress, started)
+    put(Path(bisected.folder) / "diff.json", (json.dumps(room.as_json(bisected), indent=1) + "\n").encode())
+    return answer(bisected, room, output_format)
+
+
 def _with_hugging_face(request: "Request", started: "Reference", python: str, device: str, output_format: o.Format) -> int:
     """Our side, llama.cpp and Hugging Face: print which one disagrees, and return the exit code."""
     from time import perf_counter
@@ -222,7 +258,7 @@ def _with_hugging_face(request: "Request", started: "Reference", python: str, de
         compared = three_on(dumps, session.comparison_options(request), request.model, request.arbiter)
     if note:
         compared = replace(compared, notes=(note, *compared.notes))
-    return finish_three(replace(outcome, seconds=perf_counter() - began), compared, output_format)
+    return finish_three(replace(outcome, seconds=perf_counter() - began), third, compared, output_format)
 
 
 def _two_sides(request: "Request", started: "Reference", others: "Sequence[Other]", output_format: o.Format) -> int:

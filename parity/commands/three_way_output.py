@@ -1,7 +1,7 @@
 """What a comparison of three sides prints."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .comparison_output import folder_line, report
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..run.session import Outcome
 
 
-def finish_three(outcome: "Outcome", three_way: "ThreeWay", output_format: Format) -> int:
+def finish_three(outcome: "Outcome", third: "Dump", three_way: "ThreeWay", output_format: Format) -> int:
     """Print a run's answer, write diff.json and the report beside the dumps, and return the exit code.
 
     The report draws ours and the reference, as that of every run, with what the third side says as a table.
@@ -24,9 +24,10 @@ def finish_three(outcome: "Outcome", three_way: "ThreeWay", output_format: Forma
     from reports.html import write_html
     from reports.three_way import as_json, section
 
+    dumps = outcome.ours, outcome.ref, third
     answer = {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     put(outcome.folder / "diff.json", (json.dumps(as_json(three_way) | answer, indent=1) + "\n").encode())
-    code = show_three(three_way, (outcome.ours, outcome.ref), output_format, extra=answer)
+    code = show_three(three_way, dumps, output_format, extra=answer)
     whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, [section(three_way)])
     write_html(whole, outcome.folder / "report.html")
     if output_format is Format.TEXT:
@@ -35,10 +36,10 @@ def finish_three(outcome: "Outcome", three_way: "ThreeWay", output_format: Forma
 
 
 def show_three(
-    three_way: "ThreeWay", dumps: "Sequence[Dump]", output_format: Format, extra: Mapping[str, Any] | None = None
+    three_way: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format, extra: Mapping[str, Any] | None = None
 ) -> int:
-    """Print the answer and return the exit code; the first two of `dumps` say what their sides are."""
-    from reports.three_way import as_json, lines
+    """Print the answer and return the exit code."""
+    from reports.three_way import as_json, heads, lines
 
     if output_format is Format.JSON:
         print(json.dumps(as_json(three_way) | dict(extra or {})))
@@ -48,6 +49,8 @@ def show_three(
     from reports.header import print_header, print_lines
 
     console = Console()
-    print_header(console, dumps[0].header, dumps[1].header, "".join(token.text for token in dumps[1].tokens))
+    ours, ref, third = (dump.header for dump in dumps)
+    written = "".join(token.text for token in dumps[1].tokens)
+    print_header(console, ours, ref, written, {heads(three_way.sides)[2]: third})
     print_lines(console, lines(three_way, console.width))
     return PARITY_CODE if three_way else DIVERGENCE_CODE

@@ -203,7 +203,11 @@ def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[s
         )
     if STATE in ways:
         saved = count // 2
-        yield "a restored state", replace(prompt, saved=saved), f"{saved}, a state saved and restored, and {count - saved}"
+        yield (
+            "a restored state",
+            replace(prompt, saved=saved),
+            f"{saved} tokens, a state that is saved and restored, {count - saved} more,",
+        )
 
 
 def _way_of(prompt: Prompt) -> str:

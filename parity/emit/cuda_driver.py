@@ -3,9 +3,11 @@
 They are the same whatever framework captures, and their binary interface does not change.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 RELAXED, NON_BLOCKING, _LEGACY_STREAM, HOST, DEVICE = 2, 1, 1, 1, 2  # of cuda.h
@@ -81,6 +83,16 @@ def call_driver(name: str, *arguments: Any) -> None:
         text = ctypes.c_char_p()
         cuda_driver().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()}")
+
+
+@contextlib.contextmanager
+def in_context(context: Any) -> "Iterator[None]":
+    """Call the driver for a device's context: that of another device, or none, may be the caller's, and is again afterwards."""
+    call_driver("cuCtxPushCurrent_v2", context)
+    try:
+        yield
+    finally:
+        call_driver("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 def stream_of(value: Any) -> "int | None":

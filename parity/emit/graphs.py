@@ -32,6 +32,7 @@ from .cuda_driver import (
     add_dependency,
     call_driver,
     captured_nodes,
+    in_context,
     overlaps,
     stream_of,
 )
@@ -132,16 +133,22 @@ class _Graph:
         begun = (int(self._seen.begun) - self.collected) % (1 << 32)
         return self.collected + begun - 1 if 1 < begun <= self.places + 1 else self.collected
 
+    def wait(self) -> None:
+        """Wait for the graph's device."""
+        with in_context(self._context):
+            call_driver("cuCtxSynchronize")
+
     def begun(self) -> int:
-        """How many replays have begun, by the device; the context must be current.
+        """How many replays have begun, by the device.
 
         Raises:
             RuntimeError: the device has waited for room for ten seconds, and gave up.
         """
         now = Control()
         size = ctypes.c_size_t(ctypes.sizeof(now))
-        call_driver("cuMemcpyDtoHAsync_v2", ctypes.byref(now), self._control, size, self.stream)
-        call_driver("cuStreamSynchronize", self.stream)
+        with in_context(self._context):
+            call_driver("cuMemcpyDtoHAsync_v2", ctypes.byref(now), self._control, size, self.stream)
+            call_driver("cuStreamSynchronize", self.stream)
         if now.lost:
             raise RuntimeError("a replay found no room for its rows for ten seconds; they are lost")
         return self.collected + (int(now.begun) - self.collected) % (1 << 32)
@@ -155,18 +162,18 @@ class _Graph:
         start = self.collected % self.places
         count = min(complete - self.collected, self.places - start, max(1, self.places // 4))
         rows = (in_file_of_its_own if in_file else in_memory)(count * self.size).reshape(count, self.size)
-        call_driver("cuCtxSetCurrent", self._context)
         source, size = ctypes.c_uint64((self._ring.value or 0) + start * self.size), ctypes.c_size_t(rows.nbytes)
-        call_driver("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(rows.ctypes.data), source, size, self.stream)
-        call_driver("cuStreamSynchronize", self.stream)
-        self.collected += count
-        self._set(ctypes.c_uint32((self.collected + self.places) % (1 << 32)), Control.room.offset)
+        with in_context(self._context):
+            call_driver("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(rows.ctypes.data), source, size, self.stream)
+            call_driver("cuStreamSynchronize", self.stream)
+            self.collected += count
+            self._set(ctypes.c_uint32((self.collected + self.places) % (1 << 32)), Control.room.offset)
         return [Replayed(slot, slot.place, replay) for replay in rows for slot in self.slots if slot.place is not None]
 
     def end(self) -> None:
         """Record no replay that comes later."""
-        call_driver("cuCtxSetCurrent", self._context)
-        self._set(ctypes.c_uint32(0), Control.places.offset)
+        with in_context(self._context):
+            self._set(ctypes.c_uint32(0), Control.places.offset)
 
 
 class Graphs:
@@ -290,8 +297,8 @@ class Graphs:
         """Wait for the device, and until what all replays so far have left is written."""
         if self._thread is None:
             return
-        call_driver("cuCtxSynchronize")
-        for graph in list(self._graphs.values()):
+        for graph in list(self._graphs.values()):  # each may be of another device
+            graph.wait()
             with self._collecting:
                 begun = graph.begun()
                 while graph.collected < begun:

@@ -98,7 +98,8 @@ class Recorder:
 
     In a stream that is being captured into a CUDA graph (`torch.cuda.graph`, CuPy's `begin_capture`) a call becomes part of the graph
     and records at every replay; `positions_from` says where replays read their position. A replay is written when the engine is idle,
-    and by `flush` and `close`.
+    and by `flush` and `close`. Where several graphs record one point in turns, its `step` counts in the order in which their replays were
+    brought to the host, which may be several of one graph and then several of another; positions are the graph's own.
 
     A value is copied in the call. The rows of a point take the positions after those already recorded for it, so that
     a prefill [T, n] and decode steps [1, n] number themselves; give `positions` if some are left out.
@@ -255,13 +256,19 @@ class Recorder:
     def hook(self, module: Any, names: "Mapping[str, str] | None" = None) -> "list[Any]":
         """Record the outputs of a PyTorch model's submodules: module name -> point, by default all whose names are known.
 
+        Of a module and one inside it with the same point ("self_attn" and its "o_proj"), the outer one is recorded.
+
         Returns the handles: `handle.remove()` removes a hook.
         """
         handles = []
+        hooked: dict[str, str] = {}  # module -> point
         for name, part in module.named_modules():
             point = names.get(name) if names is not None else resolve(name, self.layers)
             if point is None or (names is None and parse(point).known is None):
                 continue
+            if names is None and any(point == other and name.startswith(f"{outer}.") for outer, other in hooked.items()):
+                continue
+            hooked[name] = point
 
             def record(_module: Any, _inputs: Any, output: Any, point: str = point) -> Any:
                 value = output[0] if isinstance(output, tuple) else output

@@ -16,9 +16,9 @@ Bools = NDArray[np.bool_]
 
 # A law holds if the error that it leaves in a record is at most this many times its limit, as constants are printed with few digits,
 ROOM = 10.0
-# and at most this share of the original error, unless that is within the limit: noise of a few limits has no law. A choice: the
-# right law leaves only rounding and printed digits.
-_LEFT = 0.1
+# and at most this share of the original error, unless printed digits leave more: noise of a few limits has no law. A choice: the
+# right law leaves only rounding and printed digits. A law of many numbers (one for each element) must leave less.
+_LEFT, LEFT_OF_MANY = 0.1, 1e-2
 
 
 class Beside(Struct, frozen=True):
@@ -26,7 +26,8 @@ class Beside(Struct, frozen=True):
 
     Attributes:
         dumped, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
-        room: [R], the squared error that counts as noise. rows: [R], the right run's rows.
+        room: [R], the squared error that counts as noise. printed: the part of it that comes from printed digits. rows: [R], the right
+            run's rows.
         whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
         bias: [k], the vector that the operation adds last, if it has one.
         heads: how many heads a row consists of, if it does.
@@ -36,27 +37,28 @@ class Beside(Struct, frozen=True):
     right: Floats
     index: Ints
     room: Floats
+    printed: Floats
     rows: Ints
     whole: Floats | None = None
     bias: Floats | None = None
     heads: int | None = None
 
-    def holds(self, law: Floats, elements: Bools | None = None) -> bool:
-        """Whether values [R, k] equal the dump's up to rounding, at these elements."""
+    def holds(self, law: Floats, elements: Bools | None = None, share: float = _LEFT) -> bool:
+        """Whether values [R, k] equal the dump's up to rounding, at these elements, with at most this share of the error left."""
         with np.errstate(invalid="ignore"):
             delta = self.dumped - law if elements is None else (self.dumped - law)[:, elements]
         if not np.isfinite(delta).all():
             return False
         wrong = self.dumped - self.right if elements is None else (self.dumped - self.right)[:, elements]
         left, before = (np.einsum("ij,ij->i", part, part) for part in (delta, wrong))
-        within = (left <= self.room / ROOM).all() or float(left.sum()) <= _LEFT * float(before.sum())
+        within = (left <= self.printed).all() or float(left.sum()) <= share * float(before.sum())
         return bool((left <= self.room).all() and within)
 
-    def holds_at(self, some: Bools, values: Floats) -> bool:
-        """Whether values of some elements [R, s] equal the dump's up to rounding."""
+    def holds_at(self, some: Bools, values: Floats, share: float = _LEFT) -> bool:
+        """Whether values of some elements [R, s] equal the dump's up to rounding, with at most this share of the error left."""
         whole = self.right.copy()
         whole[:, some] = values
-        return self.holds(whole, some)
+        return self.holds(whole, some, share)
 
 
 def beside(
@@ -80,11 +82,13 @@ def beside(
             return None
     whole = entry.whole_values(values[name], positions)
     fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
+    printed = (entry.quantum[wrong][:, :count] ** 2).sum(axis=1)
     return Beside(
         dumped=entry.values[wrong][:, :count],
         right=right,
         index=index,
-        room=ROOM * entry.limit[wrong] * entry.energy[wrong] + (entry.quantum[wrong][:, :count] ** 2).sum(axis=1),
+        room=ROOM * entry.limit[wrong] * entry.energy[wrong] + printed,
+        printed=printed,
         rows=entry.rows[wrong],
         whole=whole,
         bias=bias[index] if fits and bias is not None else None,

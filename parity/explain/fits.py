@@ -15,7 +15,7 @@ from .records import Floats
 from .screening import Screening
 from .state import Candidate, Layers, SearchState
 
-_STEP = 1e-2  # size of the first step away from a start, on the fit's own scale
+_STEP = 1e-2  # size of the first step away from a start, on the fit's own scale; from a start near the right number, half the way to it
 _ROUNDS = 10  # passes after which a fit ends
 # For a fit to continue, a small change of the number must be able to remove this part of the error at the first place: a scale
 # that is wrong by a factor of three still has a third of its error along its own derivative.
@@ -35,6 +35,7 @@ class _Trial(Struct):
     fit: Fitted
     parameters: dict[str, Any]
     at: float
+    step: float = _STEP
     best: float = np.inf
     best_at: float = np.nan
     last: tuple[float, Floats] | None = None
@@ -56,7 +57,7 @@ class _Trial(Struct):
             self.best, self.best_at = error, self.at
         if self.last is None:
             self.last = self.at, residual
-            self.at += _STEP
+            self.at += self.step
             return
         before, old = self.last
         slope = (residual - old) / (self.at - before) if self.at != before else np.zeros_like(residual)
@@ -105,8 +106,11 @@ class Fitting(AtFirstPlace):
                     continue
                 wanted = fit.wanted(right, parameters)
                 for start in fit.starts(0.0 if wanted is None else wanted):
-                    if start > 0 or not fit.positive:
-                        yield _Trial(fit, parameters, float(np.log(start)) if fit.positive else start)
+                    if start > 0 and fit.positive:
+                        near = _STEP if not wanted or wanted == start else min(_STEP, abs(float(np.log(start / wanted))) / 2)
+                        yield _Trial(fit, parameters, float(np.log(start)), near)
+                    elif not fit.positive:
+                        yield _Trial(fit, parameters, start)
 
     def _acts(self, kinds: Sequence[str]) -> bool:
         """Whether a fault of these kinds of step can act at the first place."""

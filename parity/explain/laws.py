@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .beside import ROOM, Beside, Bools
+from .beside import LEFT_OF_MANY, ROOM, Beside, Bools
 from .moved import LISTED, moved
 from .records import Floats, Ints
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
+_ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
+_SCALES = ": a norm's weight, or scales of channels"
 _OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
 _SIGN = 1e-5  # the most that a factor called -1 may differ from it
 
@@ -112,20 +114,32 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
 
 
 def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
-    """The same vector added at every position, or one factor for each position."""
+    """One vector at every position, added or as factors, or one factor for each position: of these the one that leaves least."""
     dumped, right = compared.dumped[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
     if len(dumped) < 2:
         return
+    laws: list[tuple[Floats, str]] = []
     vector = (dumped - right).mean(axis=0)
-    if vector.any() and compared.holds_at(some, right + vector):
-        yield f"{have} the same vector added at every position: a bias missing, wrong or doubled"
-        return
-    energy = np.einsum("ij,ij->i", right, right)
-    if some.sum() > 1 and (energy > 0).all():
-        each = np.einsum("ij,ij->i", dumped, right) / energy
-        if compared.holds_at(some, right * each[:, None]):
-            yield f"{be} off by a factor of the position's own ({each.min():.4g} to {each.max():.4g})"
+    if vector.any():
+        laws.append((right + vector, f"{have} the same vector added at every position: a bias missing, wrong or doubled"))
+    both = dumped * right, right * right
+    # Of one element alone a factor is no vector.
+    for axis, what in ((0, "its own at every position"), (1, "the position's own")) if some.sum() > 1 else ():
+        product, energy = (part.sum(axis=axis, keepdims=True) for part in both)
+        if (energy > 0).all():
+            each = product / energy
+            ends = _apart(float(each.min()), float(each.max()))
+            laws.append((right * each, f"{be} off by a factor of {what} ({ends}){_SCALES if axis == 0 else ''}"))
+    held = [
+        (float(((dumped - values) ** 2).sum()), sentence)
+        for values, sentence in laws
+        if compared.holds_at(some, values, LEFT_OF_MANY)
+    ]
+    if len(held) > 1 and float(np.ptp(right, axis=0).max()) <= _ALIKE * float(np.abs(right).max()):
+        yield f"{have} the same error at every position, as the rows are alike: a vector that is added, or factors of elements"
+    elif held:
+        yield min(held)[1]
 
 
 def _factor(dumped: Floats, right: Floats) -> float | None:
@@ -140,6 +154,12 @@ def _short(value: float, holds: Callable[[float], bool]) -> str:
         if holds(float(short)):
             return f"{float(short):g}" if digits <= 6 else short
     return f"{value:.9g}"
+
+
+def _apart(low: float, high: float) -> str:
+    """A range in four digits, or in eight where four would not tell its ends apart."""
+    digits = 4 if high - low > _ALIKE else 8
+    return f"{low:.{digits}g} to {high:.{digits}g}"
 
 
 def _signed(number: str) -> str:

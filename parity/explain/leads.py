@@ -29,6 +29,7 @@ _TRIED = 12  # … of so many that remove most of the error at the first record
 # Wrong leads that were seen removed 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
 _TOGETHER = 0.5
+_REMAINS = 0.5  # the most of the error of the records that a cause reproduces that may remain
 _HANDED_ON = 2  # readers that are followed to learn how many heads a row has: v is read by the cache, the cache by attention
 # NMSE that counts as equal in an observation: float32's noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
@@ -49,7 +50,7 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
         if after is None:
             break
         state, apart = after, apart + 1
-        share = _mended(entries, accepted, after)
+        share = mended_share(entries, accepted, after)
         part = candidate is best.faults[-1] and share is not None and share < _TOGETHER and _of_a_part(search, accepted, after)
         if share is not None and not part and (apart == 1 or share >= _TOGETHER):
             accepted, apart = after, 0
@@ -68,20 +69,24 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     return layer is not None and layer == other and not search.screening.cone(after).sure
 
 
-def _mended(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
+def mended_share(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
     """The part of the wrong records that a further fault reproduces; None if it is not a cause of them."""
     if before.first is None or (after.first is not None and after.first.point <= before.first.point):
         return None
     spoiled = mended = shown = wrong = 0
+    error = left = 0.0
     for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True):
         was, now = old > entry.limit, new > entry.limit
         wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
         mended += int((was & ~now).sum())
+        finite_before = was & ~now & np.isfinite(old)
+        error, left = error + float(old[finite_before].sum()), left + float(new[finite_before].sum())
         finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
         # Non-finite values prove nothing, unless the fault makes finite ones beside them.
         shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
-    return (mended - spoiled) / wrong if shown and spoiled < mended else None
+    removed = left <= _REMAINS * error  # and not only brought from just over their limits to just under
+    return (mended - spoiled) / wrong if shown and spoiled < mended and removed else None
 
 
 def law_at(case: Case, search: Search, state: SearchState) -> str:

@@ -69,7 +69,7 @@ def hunt(
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         rounds: list[Round] = []
         with dumps_of(folder) as dumps:
-            chase = _Chase(request, request.command, reference, prompt, dumps, progress)
+            chase = _Chase(request, request.command, reference, prompt, (dumps, folder), progress)
             for step in chase.rounds():
                 rounds.append(step.round)
                 heard(step)
@@ -99,16 +99,18 @@ class _Chase:
         command: Command,
         reference: Reference,
         prompt: Prompt,
-        folder: Path,
+        folders: tuple[Path, Path],
         progress: Progress | None,
     ) -> None:
         self._request, self._command, self._reference = request, command, reference
-        self._prompt, self._folder, self._progress = prompt, folder, progress
+        self._prompt, self._progress = prompt, progress
+        self._folder, self._kept = folders  # where the dumps are written, and where they stay
         self.ours: Dump
         self.ref: Dump
         self.result: Comparison
         self.stopped = ""
         self.notes: list[str] = []
+        self._told: set[str] = set()  # the points that the engine was asked for, by name
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
@@ -142,6 +144,9 @@ class _Chase:
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             asked = verdict.next
+            if self._side(asked).names and set(self._side(asked).names.split(",")) <= self._told:
+                self.stopped = self._nothing_new(verdict)
+                return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
 
     def _nothing_new(self, verdict: Verdict) -> str:
@@ -153,8 +158,12 @@ class _Chase:
             return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
         return f"the records of {verdict.next} do not narrow it down further"
 
+    def _side(self, asked: str) -> ExternalEngine:
+        return ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+
     def _run(self, asked: str, number: int) -> Dump:
-        side = ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+        side = self._side(asked)
+        self._told.update(side.names.split(","))
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
         out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it
@@ -162,7 +171,7 @@ class _Chase:
         printed = load(out, self._request.mapping)
         if not self._request.despite_lint:
             refuse_unusable(printed, "your engine's dump")
-        return printed
+        return replace(printed, path=str(self._kept / OURS_FILE))
 
     def _together(self, before: Dump, now: Dump) -> Dump:
         """The points that either run printed; if both have one, the later records."""
@@ -175,7 +184,7 @@ class _Chase:
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
         asked = following(self._request, ours, self._prompt)
         LlamaCpp(asked, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
-        return load(self._folder / REF_FILE)
+        return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))
 
 
 def _same(a: Rows, b: Rows) -> bool:

@@ -17,15 +17,15 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.mapping import Mapping
 from checkpoints.points import parse
 from checkpoints.record import Header
-from engine.ignored import sentences
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from reference.client import Reference
-from reference.jobs import DumpJob
+from reference.jobs import NATIVE, DumpJob
 
 from ..diff.limits import limits
 from ..diff.tokens import same_model, too_few_tokens
 from ..models.embedded import path as default_model
+from ..run.graphs import not_as_the_file_says
 from ..run.request import Prompt
 from ..run.session import resolve_prompt
 from .bench import Define, IsolationBench
@@ -92,6 +92,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
+        otherwise = _ignored(bench.transformer, reference)
         operations = _without_blas(bench.operations(), build.get("devices", ()))
         floor = None
         if any(operation.status == WRONG for operation in operations):
@@ -114,13 +115,13 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         facts={
             "backends": ", ".join(build.get("devices", ())) or build["backend"],
             "attention": bench.attention.sentence(),
-            "metadata": _ignored(bench.transformer),
+            "metadata": otherwise,
         },
     )
 
 
-def _ignored(transformer: Transformer) -> str:
-    return "; ".join(sentences(transformer.recorded, transformer.model.metadata))
+def _ignored(transformer: Transformer, reference: Reference) -> str:
+    return "; ".join(not_as_the_file_says(transformer, partial(reference.graph, transformer.model.path, NATIVE)))
 
 
 def _started(request: IsolateRequest, running: Reference | None) -> AbstractContextManager[Reference]:
@@ -272,6 +273,8 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             operations, layers = judged[: len(operations)], judged[len(operations) :]
         if request.graft:
             grafted = graft(reference(), bench.transformer, values, np.concatenate([tokens, generated]), request.graft, mode)
+        differs = any(item.status == WRONG for item in (*operations, *layers))
+        otherwise = _ignored(bench.transformer, reference()) if differs or bench.transformer.recorded is not None else ""
     if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
         raise DumpError(
             f"{dump} has no operation whose inputs and output were recorded as whole rows.",
@@ -296,7 +299,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
             "attention": bench.attention.sentence(),
-            "metadata": _ignored(bench.transformer),
+            "metadata": otherwise,
         },
     )
 

@@ -159,20 +159,24 @@ class ExternalEngine:
         if progress is not None:
             progress(self.name, 0, None)
         if prompt.saved:
-            resumed(self._command, self.model, prompt, out, self._names())
+            resumed(self._command, self.model, prompt, out, self.names)
             return
         self._command.run(
             model=self.model,
             tokens=tokens,
             out=out,
-            points=self._names(),
+            points=self.names,
             portions=prompt.portions,
             sequences=(*prompt.companions, tokens),
             ubatch=prompt.ubatch,
         )
 
-    def _names(self) -> str:
-        """The points by name, with commas, so that an engine need not understand globs; llama.cpp's names, as far as it has them."""
+    @property
+    def names(self) -> str:
+        """What {points} stands for: the points by name, with commas, so that an engine need not understand globs.
+
+        They are llama.cpp's names, as far as it has them.
+        """
         if not self._command.takes(POINTS):
             return ""
         if self._known_names is not None:

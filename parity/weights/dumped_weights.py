@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
+from checkpoints.formats.arrays import safetensors
 from checkpoints.reading.parallel import LINE
 from checkpoints.regular import require_regular
 
@@ -23,7 +24,7 @@ def load(path: Path) -> dict[str, Floats]:
     try:
         require_regular(path, DumpError)
         if path.suffix == ".safetensors":
-            weights = dict(_safetensors(path))
+            weights = dict(safetensors(path, integers=True))
         elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 weights = {name: archive[name] for name in archive.files}
@@ -42,14 +43,6 @@ def load(path: Path) -> dict[str, Floats]:
     if not flat:
         raise DumpError(f"{path} holds no tensors.", "Take safetensors, npz, or JSONL with names and values.", code="theirs")
     return flat
-
-
-def _safetensors(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            yield name, file.get_tensor(name)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
