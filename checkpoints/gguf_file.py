@@ -168,8 +168,8 @@ class Contents(Struct, frozen=True, dict=True):
 
     @property
     def layers(self) -> int:
-        """`<architecture>.block_count`, 0 if it is missing."""
-        return self.integer(f"{self.architecture}.block_count") or 0
+        """The layers of a pass: `<architecture>.block_count`, as often as `num_loops` says; 0 if it is missing."""
+        return (self.integer(f"{self.architecture}.block_count") or 0) * (self.integer(f"{self.architecture}.num_loops") or 1)
 
 
 def _together(hashes: list[str]) -> str:

@@ -53,7 +53,7 @@ class Model:
         if vocab_only:  # llama.cpp leaves these at 0
             prefix = self._value("general.architecture")
             self.n_ctx_train = self._count(f"{prefix}.context_length")
-            self.n_layers = self._count(f"{prefix}.block_count")
+            self.n_layers = self._count(f"{prefix}.block_count") * max(self._count(f"{prefix}.num_loops"), 1)
 
     def _count(self, key: str) -> int:
         """A whole number of the metadata, 0 if the key is missing."""

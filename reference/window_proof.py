@@ -26,6 +26,7 @@ from .windows import Window, open_window, vocabulary_of
 
 _ROPE, _SECTIONS = "ROPE", 8  # bit of a rotation's mode: positions along several axes (GGML_ROPE_TYPE_MROPE)
 _NUMBER = re.compile(r"(?<=-)\d+(?= \(|$)|(?<=^blk\.)\d+|(?<=_l)\d+(?= \(|$)")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _UNNAMED = re.compile(r"^(node|leaf)_\d+")
 _VOCABULARY = ("token_embd.weight", "output.weight")
 _Key = tuple[object, ...]
@@ -55,6 +56,9 @@ def prove(
     """
     if not any(tensor.name == "token_embd.weight" for tensor in contents.tensors):
         raise refusal(contents, "it has no token embedding")
+    numbers = {int(match[1]) for tensor in contents.tensors if (match := _BLOCK.match(tensor.name))}
+    if len(numbers) < contents.layers:
+        raise refusal(contents, f"its {contents.layers} layers use {len(numbers)} blocks of weights")
     with Model(library, contents.path) as model:
         if model.embeds or model.encoder_decoder:
             raise refusal(contents, "it is not a decoder only")

@@ -8,11 +8,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cli import Cli
 from servers import Start, started
 
+from checkpoints.record import Dump
 from engine.synth import shape_like, synthesize
 from engine.synth.recipe import Value, shape_of
 from engine.synth.recipes import recipe
@@ -20,6 +22,9 @@ from parity.__main__ import run
 from parity.models import embedded as default_model
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
+
+if TYPE_CHECKING:
+    from planted import Faulty
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +47,22 @@ def stories_run(_own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("stories-run") / "whole"
     assert run(["run", "--prompt", "Once upon a time", "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def faulty(stories: Path) -> "Faulty":
+    """The embedded model, into which faults are planted."""
+    from planted import Faulty
+
+    return Faulty(stories)
+
+
+@pytest.fixture(scope="session")
+def right(faulty: "Faulty") -> Dump:
+    """A right engine: every point, whole rows of `planted.TOKENS`."""
+    from planted import TOKENS, Planted
+
+    return faulty.dump(Planted(()), TOKENS, points="all", size=4096, bare=False)
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,9 @@ def half_sums(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return sums if bias is None else sums + bias
 
 
+TOKENS = (2047, 430, 457, 258, 403, 12, 99)  # BOS and six others of the embedded model
+
+
 class Faulty:
     """Writes the dumps of faulty engines of one model; `recorded` is llama.cpp's graph, where its steps are lifted from that."""
 

@@ -150,10 +150,10 @@ import sys, numpy
 from checkpoints.jsonl import Writer
 from engine.backend import choose
 from engine.capture.host import HostStage
-from engine.capture.tap import Capture, Pass
+from engine.capture.tap import Capture, CapturedPass
 tap = Capture(HostStage(Writer(sys.argv[1]), ["embd"], choose("numpy")))
 for step in range(50):
-    tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
+    tap.begin(CapturedPass(numpy.array([step]), step, decode=step > 0))
     tap("embd", numpy.full((1, 8), step, dtype=numpy.float32))
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "ours.jsonl")], check=True)
@@ -168,17 +168,17 @@ def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
 import sys, time, numpy
 from engine.backend import choose
 from engine.capture.host import HostStage
-from engine.capture.tap import Capture, Pass
+from engine.capture.tap import Capture, CapturedPass
 class Full:
     def rows(self, rows): raise OSError("disk full")
 tap = Capture(HostStage(Full(), ["embd"], choose("numpy")))
 for step in range(2):
-    tap.begin(Pass(numpy.array([step]), step, decode=step > 0))
+    tap.begin(CapturedPass(numpy.array([step]), step, decode=step > 0))
     tap("embd", numpy.ones((1, 8), dtype=numpy.float32))
 if sys.argv[1] == "heard":
     time.sleep(1)
     try:
-        tap.begin(Pass(numpy.array([2]), 2, decode=True))
+        tap.begin(CapturedPass(numpy.array([2]), 2, decode=True))
     except OSError as error:
         print(error)
 """

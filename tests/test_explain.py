@@ -249,7 +249,7 @@ def test_wrong_requests_are_one_line(parity: Cli, engine: Faulty, tmp_path: Path
         (("explain", own), "model"),
         (("explain", own, "--model", engine.model, "--ref", ref), "cannot replace llama.cpp"),
         (("explain", own, "--model", engine.model, "--ref", other), "different prompts"),
-        (("explain", own, "--model", engine.model, "--tokens", "1,2"), "tokens"),
+        (("explain", bare, "--model", engine.model, "--tokens", "1,2"), "tokens"),
         (("explain", own, "--model", engine.model, "--budget", "nan"), "--budget must be a finite number of seconds"),
     ):
         ran = parity(*arguments)

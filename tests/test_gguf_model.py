@@ -213,7 +213,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
 
 
 def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
-    """Two tensors of a name, an offset beyond the end, an unknown type and a row of half a block are each named."""
+    """Two tensors of a name, an offset behind the end, an unknown type and a row of half a block are each named."""
     at = small.index(b"token_embd.weight") + len(b"token_embd.weight")  # then: dimensions, ne[2], type, offset
 
     def patched(content: bytes, place: int, layout: str, value: int) -> bytes:
@@ -223,7 +223,7 @@ def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
     # Q8_0 rows of 33: the first of the two numbers is ggml's ne[0], the row.
     half_block = patched(patched(small, at + 4, "<Q", 33), at + 20, "<I", 8)
     wrong = {
-        "ends at byte": patched(small, at + 24, "<Q", 2**40),
+        "begins at byte 1,099,511,627,776": patched(small, at + 24, "<Q", 2**40),
         "unknown type 77": patched(small, at + 20, "<I", 77),
         "blocks of 32": half_block,
         "has 9 dimensions": patched(small, at, "<I", 9),

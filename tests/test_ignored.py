@@ -109,3 +109,24 @@ def test_parity_is_not_qualified(parity: Cli, small_model: Callable[..., Path], 
     code, facts = parity.json("model", model)
     assert (code, facts["norm_epsilon"]) == (0, 0.01)
     assert facts["not_as_the_file_says"][0].startswith(SENTENCE)
+
+
+def test_steps_written_by_hand_are_checked_too(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """llama has no soft cap in llama.cpp, whatever the file says: said where sides differ, and by `parity model`."""
+    model = small_model("llama3-factors", layers=1, settings={"final_logit_softcapping": 4.0})
+    said = "soft cap: llama.cpp computes without, the file says 4 (llama.final_logit_softcapping)"
+    engine = open_model(model, ExplainOptions(backend="numpy"))
+    assert engine.recorded is None
+    engine.steps = [
+        replace(step, params={**step.params, "eps": 1e-2}) if "eps" in step.params else step for step in engine.steps
+    ]
+    ours, ref = tmp_path / "ours.jsonl", tmp_path / "ref.jsonl"
+    dump(engine, OursJob(ours, TOKENS, points="all", slice_size=1 << 20))
+    assert parity("dump", "ref", "--follow", ours, "--model", model, "-o", ref).code == 0
+    for command in (("diff", ours, ref, "--model", model), ("isolate", ours, "--model", model)):
+        answer = parity(*command)
+        assert answer.code == 1, command
+        assert said in " ".join(answer.out.split()), command
+    code, facts = parity.json("model", model)
+    assert code == 0
+    assert facts["not_as_the_file_says"][0].startswith(said)

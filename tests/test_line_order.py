@@ -35,6 +35,15 @@ def test_lines_without_a_position_are_counted_by_point(stories_run: Path, parity
     assert note in parity("convert", bare, "-o", "ours.jsonl").err
 
 
+def test_sequences_are_counted_each_in_the_files_order(tmp_path: Path) -> None:
+    """Lines of two sequences that alternate, a hundred of each: every sequence is numbered from 0 as its lines come."""
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(f'{{"checkpoint":"embd","seq":{n % 2},"values":[{n // 2}.5]}}\n' for n in range(200)))
+    rows = read(path).points["embd"]
+    assert (rows.token_idx == rows.values[:, 0] - 0.5).all()
+    assert sorted(rows.seq.tolist()) == [0] * 100 + [1] * 100
+
+
 def test_points_without_positions_are_named(stories_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only some points lack token_idx these are counted and named; within one point it is all lines or none."""
     monkeypatch.chdir(tmp_path)

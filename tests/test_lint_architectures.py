@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from changed_files import File
 from cli import Cli
+from dumps import dump, random
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError
@@ -97,3 +99,16 @@ def test_a_bias_by_distance_may_be_flat(parity: Cli, small_model: Callable[..., 
     tokens = ",".join(str(20 + 7 * i) for i in range(150))
     assert parity("dump", "ref", "--model", model, "--tokens", tokens, "--points", "blk.0.{kq_b,l_out}", "-o", out).code == 0
     assert lint(read(out)).findings == ()
+
+
+@pytest.mark.parametrize(("weight", "suspected"), [(1.0, False), (0.9, True)])
+def test_a_head_that_sees_one_position_has_its_value(weight: float, suspected: bool) -> None:
+    """Scores that are not scaled make weights of 1: the first head's values are then the same at several positions, in a right engine."""
+    arrays = random(("embd", "blk.1.kqv", "blk.1.kqv_out", "blk.1.l_out"), positions=5)
+    heads = np.zeros((5, 5, 5), dtype=np.float32)  # heads, positions, positions seen
+    heads[:, :, 0] = 1
+    heads[0, 2:4, :2] = (weight, 1 - weight)
+    for name in ("blk.1.kqv", "blk.1.kqv_out"):
+        arrays[name][2:4, :16] = arrays[name][2, :16]  # the other heads differ
+    whole = dump(arrays | {"blk.1.kq_soft_max": heads})
+    assert ("stale-position" in {finding.rule for finding in lint(whole).findings}) == suspected

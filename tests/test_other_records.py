@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from planted import Faulty, Planted
+from planted import TOKENS, Faulty, Planted
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.mapped import renamed
@@ -18,22 +18,10 @@ from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
 from reports.sentences import remarks
 
-TOKENS = (2047, 430, 457, 258, 403, 12, 99)
 HEAD, RANKS = 32, 2
 F32 = Options(compute="f32")
 Values = NDArray[np.float32]
 Change = Callable[[Values], NDArray[np.floating]]
-
-
-@pytest.fixture(scope="module")
-def engine(stories: Path) -> Faulty:
-    return Faulty(stories)
-
-
-@pytest.fixture(scope="module")
-def right(engine: Faulty) -> Dump:
-    """A right engine: every point, whole rows."""
-    return engine.dump(Planted(()), TOKENS, points="all", size=4096, bare=False)
 
 
 def shown(dump: Dump, change: Change, *kinds: str, layers: range = range(24), size: int = 4096) -> Dump:
@@ -147,11 +135,11 @@ def test_one_map_line_settles_all_layers_and_one_layer_only_its_own(right: Dump,
     [("rope-pairs", ("q_rope",)), ("gqa-modulo", ("kqv_out", "kq")), ("norm-skipped", ("ffn_norm",))],
 )
 def test_a_mistake_of_the_capture_does_not_hide_the_operation(
-    engine: Faulty, right: Dump, fault: str, blamed: tuple[str, ...]
+    faulty: Faulty, right: Dump, fault: str, blamed: tuple[str, ...]
 ) -> None:
     """What other layers show to be recorded otherwise is not blamed in the wrong layer, and a norm that agrees has read a right row."""
     parameters = {"at": ("ffn_norm",)} if fault == "norm-skipped" else {}
-    wrong = engine.dump(Planted(((fault, parameters, (3,)),)), TOKENS, points="all", size=4096, bare=False)
+    wrong = faulty.dump(Planted(((fault, parameters, (3,)),)), TOKENS, points="all", size=4096, bare=False)
     pairs = shown(wrong, lambda x: x.reshape(len(x), -1, 2, HEAD // 2).swapaxes(2, 3).reshape(len(x), -1), "q", "k", "v")
     mistakes = {
         "rope-pairs": pairs,
@@ -165,9 +153,9 @@ def test_a_mistake_of_the_capture_does_not_hide_the_operation(
     assert verdict.record_faults
 
 
-def test_a_point_that_shows_another_one_is_left_out_where_something_is_wrong(engine: Faulty, right: Dump) -> None:
+def test_a_point_that_shows_another_one_is_left_out_where_something_is_wrong(faulty: Faulty, right: Dump) -> None:
     """Layer outputs that show the value before the feed-forward network say nothing of a missing residual addition: no input "agrees"."""
-    wrong = engine.dump(Planted((("residual-missing", {"at": ("l_out",)}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
+    wrong = faulty.dump(Planted((("residual-missing", {"at": ("l_out",)}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
     verdict = compare(shown(instead(wrong, "l_out", lambda n: f"blk.{n}.ffn_inp"), lambda x: x), right, F32)
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.4.attn_norm"
@@ -177,9 +165,9 @@ def test_a_point_that_shows_another_one_is_left_out_where_something_is_wrong(eng
 
 
 @pytest.mark.slow
-def test_a_value_that_stands_under_another_name_was_computed_right(engine: Faulty, right: Dump) -> None:
+def test_a_value_that_stands_under_another_name_was_computed_right(faulty: Faulty, right: Dump) -> None:
     """Exchanged names, or zeros beside a missing residual: the operation whose right value another record shows is not blamed."""
-    rope = engine.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
+    rope = faulty.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
     exchanged = instead(rope, "q", lambda n: f"blk.{n}.q_rope")
     exchanged = replace(
         exchanged,
@@ -190,7 +178,7 @@ def test_a_value_that_stands_under_another_name_was_computed_right(engine: Fault
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.3.k_rope"
     assert "blk.3.q: another value than its name says: its own is recorded as blk.3.q_rope" in sentences(verdict)
-    residual = engine.dump(
+    residual = faulty.dump(
         Planted((("residual-missing", {"at": ("l_out",)}, (3,)),)), TOKENS, points="all", size=4096, bare=False
     )
     verdict = compare(shown(residual, lambda x: 0 * x, "ffn_out", layers=range(3, 4)), right, F32)
@@ -200,9 +188,9 @@ def test_a_value_that_stands_under_another_name_was_computed_right(engine: Fault
     assert "it is blk.3.ffn_out" in verdict.pattern.sentence
 
 
-def test_a_record_of_a_later_layer_blames_no_operation(engine: Faulty, right: Dump) -> None:
+def test_a_record_of_a_later_layer_blames_no_operation(faulty: Faulty, right: Dump) -> None:
     """A query that was captured a layer late in a wrong engine: its own value was not seen, so the product is not called wrong."""
-    rope = engine.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
+    rope = faulty.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)
     verdict = compare(shown(instead(rope, "q", lambda _: "blk.4.q", range(3, 4)), lambda x: x), right, F32)
     assert verdict.operation == "blk.3.q shows blk.4.q, which is computed later: its own value was not seen"
 

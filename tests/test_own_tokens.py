@@ -41,6 +41,15 @@ def test_a_wrong_beginning_is_the_cause(
     )
 
 
+def test_explain_says_which_token_is_another_one(c_engine: Path, parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """--tokens that are not those of the dump's header: the first one that differs is a note, whatever the rest of the answer is."""
+    line = f"{c_engine} {{model}} {OTHER} {{out}} '' {{points}}"
+    parity("run", "--model", synthetic(layers=2), "--tokens", PROMPT, "--exec", line, "--out", "h")
+    code, answer = parity.json("explain", "h/ours.jsonl", "--model", synthetic(layers=2), "--tokens", PROMPT)
+    assert code == 1
+    assert "token 3 is 259 in the dump, 258 in the prompt that was given" in answer["notes"]
+
+
 @pytest.mark.parametrize("fault", ["", "rope"], ids=["right", "wrong"])
 def test_what_is_computed_from_other_tokens_is_judged_by_itself(
     c_engine: Path, parity: Cli, synthetic: Callable[..., Path], fault: str

@@ -315,6 +315,8 @@ def test_numbers_of_any_length_are_read_beside_words(tmp_path: Path) -> None:
         ("1.500000,-0.000012", [1e-6, 1e-6]),
         ("1.5,0.25,-3", [0.1, 0.01, 0.1]),  # %g: to the same number of significant digits
         ("0.12345678,1.2345678e-05", None),
+        ("12.34567,0.1234567", [1e-5, 1e-7]),  # seven digits were rounded for print, eight show everything
+        ("12.345678,0.12345678", None),
         ("12.3457,0.00123457,nan", [1e-4, 1e-8, 0]),
     ],
 )

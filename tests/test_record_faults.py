@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from planted import Faulty, Planted
+from planted import TOKENS
 
 from checkpoints.answers.diff import OTHERWISE, Verdict
 from checkpoints.mapped import renamed
@@ -21,21 +21,9 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.sentences import answer
 
-TOKENS = (2047, 430, 457, 258, 403, 12, 99)
 HEAD = 32
 F32 = Options(compute="f32")
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-
-
-@pytest.fixture(scope="module")
-def engine(stories: Path) -> Faulty:
-    return Faulty(stories)
-
-
-@pytest.fixture(scope="module")
-def right(engine: Faulty) -> Dump:
-    """Our engine, every point, whole rows."""
-    return engine.dump(Planted(()), TOKENS, points="all", size=4096, bare=False)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from dumps import HEADER, Arrays, dump, noisy, random, spoiled
 from msgspec.structs import replace
-from planted import Faulty, Planted
+from planted import TOKENS, Faulty, Planted
 
 from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.record import Dump
@@ -13,7 +13,6 @@ from parity.diff.compare import Options, compare
 from parity.explain.on_model import compared_on
 from reports.sentences import remarks, rows_seen
 
-TOKENS = (2047, 430, 457, 258, 403, 12, 99)
 F32 = Options(compute="f32")
 
 
@@ -27,13 +26,12 @@ def bare(dump: Dump, size: int = 16) -> Dump:
 
 
 @pytest.fixture(scope="module")
-def sides(stories) -> tuple[Dump, Dump]:  # type: ignore[no-untyped-def]
+def sides(faulty: Faulty) -> tuple[Dump, Dump]:
     """A right engine, and one that maps query heads to key heads in turn instead of in groups, at every point."""
-    engine = Faulty(stories)
     wrong = Planted((("gqa-modulo", {}, None),))
     return (
-        engine.dump(Planted(()), TOKENS, points="all", size=16, bare=False),
-        engine.dump(wrong, TOKENS, points="all", size=16, bare=False),
+        faulty.dump(Planted(()), TOKENS, points="all", size=16, bare=False),
+        faulty.dump(wrong, TOKENS, points="all", size=16, bare=False),
     )
 
 
@@ -87,10 +85,9 @@ def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dum
 
 
 @pytest.mark.parametrize(("kind", "message"), [("f16", "F16"), ("bf16", "BF16"), ("tf32", "TF32"), ("q8", "8 bits a block")])
-def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(stories, kind: str, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(faulty: Faulty, kind: str, message: str) -> None:
     """An embedding kept in a lower type, declared as float32, is the type's rounding and no dequantisation at fault."""
-    engine = Faulty(stories)
-    right = engine.dump(Planted(()), TOKENS, size=4096, bare=False)
+    right = faulty.dump(Planted(()), TOKENS, size=4096, bare=False)
     rounded = ROUNDINGS[kind](right.points["embd"].values * np.float32(1.2345678))
     exact = right.points["embd"].values * np.float32(1.2345678)
     ref = replace(right, points={**right.points, "embd": replace(right.points["embd"], values=exact, stats={}, sketch=None)})
@@ -101,18 +98,17 @@ def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(stories, kind: str,
     assert message in verdict.pattern.sentence
 
 
-def test_an_engine_with_8_bit_activations_is_judged_as_one(stories) -> None:  # type: ignore[no-untyped-def]
+def test_an_engine_with_8_bit_activations_is_judged_as_one(faulty: Faulty) -> None:
     """W8A8, not declared: no embedding row is blamed; declared or measured it is parity."""
     from engine.replay.precision import rounded
 
-    engine = Faulty(stories)
-    right = engine.dump(Planted(()), TOKENS, bare=False)
-    ours = engine.dump(Planted(()), TOKENS, steps=rounded(engine.right, "q8", storage=False))
+    right = faulty.dump(Planted(()), TOKENS, bare=False)
+    ours = faulty.dump(Planted(()), TOKENS, steps=rounded(faulty.right, "q8", storage=False))
     ours = replace(ours, header=None)
     undeclared = compare(ours, right)
     assert undeclared or (undeclared.pattern is not None and "embedding row" not in undeclared.pattern.sentence)
     assert compare(ours, right, Options(compute="q8"))
-    measured = compared_on(ours, right, Options(), stories).verdict
+    measured = compared_on(ours, right, Options(), faulty.model).verdict
     assert measured
     assert measured.precision is not None
     assert (measured.precision.arithmetic, measured.precision.assumed) == ("q8", False)

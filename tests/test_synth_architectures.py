@@ -117,10 +117,13 @@ def test_settings_are_typed_as_they_are_written() -> None:
         parse_settings(['a={"b": 1}'])
 
 
+_TIMES = {"nanbeige-loops": 2, "hrm_text": 6}  # a pass goes through these models' layers several times
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_llama_cpp_loads_every_recipe(small_model: Callable[..., Path], name: str) -> None:
-    """Every recipe makes a file that llama.cpp has loaded, with the layers asked for."""
+    """Every recipe makes a file that llama.cpp has loaded, with the layers asked for, each as often as the model computes it."""
     file = contents(small_model(name))
     assert file.architecture == RECIPES[name].architecture
-    assert file.layers == RECIPES[name].shape.layers
+    assert file.layers == RECIPES[name].shape.layers * _TIMES.get(name, 1)

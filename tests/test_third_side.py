@@ -25,12 +25,6 @@ _ROPE = Planted((("rope-pairs", {}, (7,)),))
 
 
 @pytest.fixture(scope="module")
-def faulty(stories: Path) -> Faulty:
-    """The embedded model, into which faults are planted."""
-    return Faulty(stories)
-
-
-@pytest.fixture(scope="module")
 def ref(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
     """llama.cpp on the same tokens."""
     out = tmp_path_factory.mktemp("ref") / "ref.jsonl"

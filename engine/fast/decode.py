@@ -24,10 +24,10 @@ _SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece
 # Quantised rows of a 0.5 B model are 28 pieces: one warp takes such a row, four take a row of the down projection.
 _QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
-# Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of others.
-# Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.502 ms a step at 310, 0.508 at 320 and 0.509 at 280, with no first pause;
-# an H200 (4.9 TB/s) takes 0.423 at 260, 0.433 at 280 and 0.455 at 300.
-_SLOWER_MEMORY, _SLOWER_PACE = 4e12, 310
+# Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second, for float types and for others;
+# near.cuh has that of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.486 ms a step in F16 at 290, 0.490 at 275
+# and 0.496 at 310, but 0.521 in Q8_0 at 310 and 0.528 at 290; an H200 (4.9 TB/s) takes 0.423 in F16 at 260, 0.433 at 280, 0.455 at 300.
+_SLOWER_MEMORY, _SLOWER_PACE, _SLOWER_PACE_QUANTISED = 4e12, 290, 310
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
 _CHUNKS = (128, 256, 512, 1024)
@@ -90,7 +90,7 @@ class DecodeStep:
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
         self._ended = xp.zeros(2, dtype=np.uint32)
-        self._bests = xp.zeros(self.blocks * _THREADS // 32, dtype=np.uint64)
+        self._logit_words = xp.zeros(hp.n_vocab, dtype=np.uint64)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -114,7 +114,7 @@ class DecodeStep:
         }  # fmt: skip
         numbers |= self._staging()
         if self._memory_bandwidth() < _SLOWER_MEMORY:
-            numbers["PACE"] = _SLOWER_PACE
+            numbers["PACE"] = _SLOWER_PACE if self.weights.types & _SMALL_PIECES else _SLOWER_PACE_QUANTISED
         if not self.weights.types & _SMALL_PIECES:
             numbers |= _QUANTISED_WARPS
         return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
@@ -158,7 +158,7 @@ class DecodeStep:
             self.tokens,
             self._ended,
             self._ended[1:],
-            self._bests,
+            self._logit_words,
         )
         words = [
             there.data.ptr,

@@ -1,5 +1,6 @@
 """Faults of reading weights: layout, order, which tensor, which rows."""
 
+import re
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -125,12 +126,9 @@ def _order(step: Step, right: Steps, parameters: Parameters) -> Step:
     return replace(step, weights=sibling(step, right, other).weights)
 
 
-def _name_in(weight: Any, layer: int, other: int) -> Any:
-    if isinstance(weight, str):
-        return weight.replace(f"blk.{layer}.", f"blk.{other}.", 1)
-    if isinstance(weight, Altered | RowsOf | WeightPart):
-        return replace(weight, weight=_name_in(weight.weight, layer, other))
-    return weight
+def _named(weight: Any, name: Any) -> Any:
+    """A weight, whatever is made of it, read from the tensor of that name."""
+    return name if weight is None or isinstance(weight, str) else replace(weight, weight=_named(weight.weight, name))
 
 
 def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
@@ -138,13 +136,23 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     layer = layer_near(step)
     if layer is None or not step.weights:
         return step
-    weights = tuple(_name_in(weight, layer, to(layer)) for weight in step.weights)
-    twin_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if twin_step is None and step.inner:  # a step without a name of its own is identified by its weights
-        twin_step = next((other for other in right.values() if other.op == step.op and other.weights == weights), None)
-    if twin_step is None or {_name_of(weight) for weight in weights} != {_name_of(weight) for weight in twin_step.weights}:
+    names = _names_of(step)
+    theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
+    if theirs is None and step.inner:  # a step without a name of its own is identified by its weights
+        wanted = [name and name.replace(f"blk.{layer}.", f"blk.{to(layer)}.", 1) for name in names]
+        theirs = next((other for other in right.values() if other.op == step.op and _names_of(other) == wanted), None)
+    # Where layers are computed several times, a weight has another number than its step.
+    if theirs is None or [_in_any_layer(name) for name in names] != [_in_any_layer(name) for name in _names_of(theirs)]:
         return step
-    return replace(step, weights=weights)
+    return replace(step, weights=tuple(map(_named, step.weights, _names_of(theirs))))
+
+
+def _in_any_layer(name: str | None) -> str | None:
+    return name and re.sub(r"\bblk\.\d+\.", "blk.*.", name)
+
+
+def _names_of(step: Step) -> list[Any]:
+    return [_name_of(weight) for weight in step.weights]
 
 
 def _name_of(weight: Any) -> Any:

@@ -11,7 +11,7 @@
 #include "projections.cuh"
 #include "records.cuh"
 
-// Logits of this block's rows and the largest of them; if they are recorded, each warp publishes its progress.
+// Logits of this block's rows and the largest of them; if they are recorded, words of them too.
 __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
     constexpr int R = LOGITS_ROUND / WARPS;
     const int first = first_of(VOCAB), last = last_of(VOCAB), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -33,12 +33,13 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
             for (int i = 0; i < R; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
         for (int i = 0; i < R; i++) {
             float y = sum[i] * scale + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
-            if (lane == 0) m.logits[rows[i]] = y;
+            if (lane == 0) {
+                m.logits[rows[i]] = y;
+                if (recorded) tell(m.made + rows[i], y, step);
+            }
             if (y > best || (y == best && rows[i] < best_at)) { best = y; best_at = rows[i]; }
         }
-        if (recorded) say_made(m, (r - first) / LOGITS_ROUND + 1, step);
     }
-    if (recorded) say_made(m, ALL_MADE, step);
     if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
     block_sync();
     if (threadIdx.x == 0) {

@@ -115,37 +115,16 @@ __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wante
     }
 }
 
-// How many rounds of logits a warp has made: published by its lane 0, which stores them.
-#define ALL_MADE 1e9f
-__device__ __forceinline__ Word* progress(const Model& m, int warp) { return m.made + blockIdx.x * (WARPS + 1) + warp; }
-__device__ __forceinline__ void say_made(const Model& m, float rounds, unsigned step) {
-    if (threadIdx.x % 32) return;
-    __threadfence_block();
-    tell(progress(m, threadIdx.x / 32), rounds, step);
-}
-__device__ __forceinline__ void await_made(const Model& m, float rounds, unsigned step) {   // a lane looks at each other warp
-    const int warp = threadIdx.x & 31;
-    bool made;
-    do {
-        const Word word = warp < WARPS ? look(progress(m, warp)) : 0;
-        made = warp >= WARPS || (told(word, step) && value_of(word) >= rounds);
-    } while (!__all_sync(~0u, made));
-    __threadfence_block();
-}
-// This block's logits, read while its other warps make them: the block's part of the sums, and the elements in the slice.
+// This block's logits, taken as words while its other warps make them: the block's part of the sums, and the elements in the slice.
+// (With numbers of rounds and a fence behind each, in place of words, a step took longer.)
 __device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted, unsigned step) {
     const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
     float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;
     Gathered gathered;
     #pragma unroll 1
     for (int start = first; start < last; start += LOGITS_ROUND) {
-        await_made(m, (start - first) / LOGITS_ROUND + 1, step);
         float raws[LOGITS_ROUND / 32];
-        #pragma unroll
-        for (int i = 0; i < LOGITS_ROUND / 32; i++) {
-            const int e = start + 32 * i + lane;
-            raws[i] = e < last ? __ldcg(m.logits + e) : 0.f;
-        }
+        hear([&](int i) { const int e = start + 32 * i + lane; return e < last ? m.made + e : nullptr; }, step, raws);
         #pragma unroll
         for (int i = 0; i < LOGITS_ROUND / 32; i++) {
             const int e = start + 32 * i + lane;

@@ -35,7 +35,7 @@ struct Model {
     State* state;
     int* tokens;                             // [POSITIONS] chosen token of each position
     unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
-    Word* made;                              // [BLOCKS][WARPS + 1] rounds of logits that a warp has made
+    Word* made;                              // [VOCAB] logits, for those that record them
 };
 
 // Shared memory for this block's rows of a layer's gate and up, and of its down; 0 where they do not fit.

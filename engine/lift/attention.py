@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from .lifter import Lifter
 
 
-def attended_name(lifter: "Lifter", index: int, tensor: Tensor, *, keys: bool) -> str | None:
+def attended_name(lifter: "Lifter", tensor: Tensor, *, keys: bool) -> str | None:
     """The value [S, K · d] that holds the keys or values of a product of attention; None if there is none.
 
     The cache's contents are shown by a step of their own; where nothing is cached, they are the keys or values of the pass.
     """
     if 0 in tensor.operand_points:
-        attended(lifter, index, tensor, 0)
+        attended(lifter, tensor, 0)
         return tensor.operand_points[0]
     source = tensor.sources[0]
     base = lifter.memory.place(source).base if source is not None else None
@@ -37,7 +37,7 @@ def attended_name(lifter: "Lifter", index: int, tensor: Tensor, *, keys: bool) -
     return None
 
 
-def attended(lifter: "Lifter", index: int, tensor: Tensor, number: int) -> View:
+def attended(lifter: "Lifter", tensor: Tensor, number: int) -> View:
     """The keys [1, K, S, d] or values [1, K, d, S] of a product of attention, out of the step that shows them as [S, K · d]."""
     source = tensor.sources[number]
     assert source is not None

@@ -48,7 +48,7 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
             reads.append(inputs.of_lengths(lifter) if cached else POSITIONS)
             continue
         if number in tensor.operand_points:
-            operands_read.append(("read", len(reads), *_operand_point(lifter, index, tensor, number, reads)))
+            operands_read.append(("read", len(reads), *_operand_point(lifter, tensor, number, reads)))
             continue
         read, whole, shape = lifter.read(source)
         operands_read.append(("read", len(reads), whole, shape))
@@ -102,10 +102,10 @@ def _weight(
 
 
 def _operand_point(
-    lifter: "Lifter", index: int, tensor: Tensor, number: int, reads: list[Read]
+    lifter: "Lifter", tensor: Tensor, number: int, reads: list[Read]
 ) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
     """Make and read the step of an operand that is a point of its own: keys or values as attention reads them."""
-    read = attended(lifter, index, tensor, number)
+    read = attended(lifter, tensor, number)
     reads.append(read)
     shape = numpy_shape(lifter.tensors[tensor.sources[number] or 0].ne)
     return shape, shape

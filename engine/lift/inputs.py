@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .lifted import GraphLifter
 
 
-def read(lifter: "GraphLifter", index: int, tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
+def read(lifter: "GraphLifter", tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
     """The value that stands for an input, and its shape; if needed, a step is added that makes it from tokens or positions.
 
     Raises:

@@ -23,7 +23,7 @@ class Lifter(GraphLifter):
         if base.kind == STATE:
             return state(self, index), shape, shape
         if base.kind == INPUT:
-            name, whole = inputs.read(self, place.base, base)
+            name, whole = inputs.read(self, base)
             if self.memory.whole(index):
                 return name, whole, shape
             return self.memory.view(index, name, whole), shape, shape

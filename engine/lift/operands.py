@@ -163,22 +163,17 @@ class TensorLayouts:
         base = self.tensors[place.base]
         item = ITEM.get(base.type, 4)
         if place.base in self.own or (base.kind in (NODE, WEIGHT) and not _dense(base, item)):
-            return tuple(
-                reversed(
-                    [
-                        ZERO if size == ONE else _translated(stride, base, item)
-                        for size, stride in zip(tensor.ne, tensor.nb, strict=True)
-                    ]
-                )
-            )
-        try:
-            return tuple(
-                reversed(
-                    [ZERO if size == ONE else stride.divided(item) for size, stride in zip(tensor.ne, tensor.nb, strict=True)]
-                )
-            )
-        except ValueError as error:
-            raise Unliftable("its strides are not whole elements") from error
+            elements = [
+                ZERO if size == ONE else _translated(stride, base) for size, stride in zip(tensor.ne, tensor.nb, strict=True)
+            ]
+        else:
+            try:
+                elements = [
+                    ZERO if size == ONE else stride.divided(item) for size, stride in zip(tensor.ne, tensor.nb, strict=True)
+                ]
+            except ValueError as error:
+                raise Unliftable("its strides are not whole elements") from error
+        return tuple(reversed(elements))
 
     def view(
         self,
@@ -195,7 +190,7 @@ class TensorLayouts:
         offset = place.offset
         if offset != ZERO:
             try:
-                offset = offset.divided(item) if _dense(base, item) else _translated(offset, base, item)
+                offset = offset.divided(item) if _dense(base, item) else _translated(offset, base)
             except ValueError as error:
                 raise Unliftable("it starts inside an element") from error
         return View(of, whole, shape or numpy_shape(self.tensors[index].ne), strides or self.strides(index), offset)
@@ -215,7 +210,7 @@ def _dense(base: Tensor, item: int) -> bool:
     )
 
 
-def _translated(stride: Size, base: Tensor, item: int) -> Size:
+def _translated(stride: Size, base: Tensor) -> Size:
     """A stride over memory with gaps, in elements of the same tensor without them."""
     dense = contiguous(numpy_shape(base.ne))[::-1]
     for axis in (3, 2, 1, 0):

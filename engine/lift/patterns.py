@@ -171,7 +171,7 @@ def scores(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
         size != ONE and have != want for size, have, want in zip(shape, lifter.memory.strides(queries), wanted, strict=True)
     ):
         return False
-    read = attended_name(lifter, index, tensor, keys=True)
+    read = attended_name(lifter, tensor, keys=True)
     if read is None:
         return False
     params = {"heads": heads.fixed, "kv_heads": keys.ne[2].fixed}
@@ -227,7 +227,7 @@ def weighted_values(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
     values = lifter.tensors[tensor.sources[0] or 0]
     if lifter.memory.layout(last)[0] != (lifter.t, row) or shown.ne != (d, heads, lifter.t, ONE) or not values.ne[2].constant:
         return False
-    read = attended_name(lifter, index, tensor, keys=False)
+    read = attended_name(lifter, tensor, keys=False)
     if read is None:
         return False
     params = {"kv_heads": values.ne[2].fixed}

@@ -176,7 +176,7 @@ class GgufModel:
             architecture=architecture,
             name=get("general.name", str, ""),
             file_type=self._file_type(),
-            n_layers=own("block_count", int),
+            n_layers=own("block_count", int) * max(own("num_loops", int, 1), 1),
             n_embd=n_embd,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,

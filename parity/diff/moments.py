@@ -80,7 +80,7 @@ def reading(ours: Rows, ref: Rows, allowed: Allowed, others: Others, head_size: 
     return (
         reordered(ours, ref, allowed, head_size)
         or other_length(ours, ref, allowed, head_size)
-        or _renamed(ours, ref, allowed, others)
+        or _renamed(ours, allowed, others)
         or _scaled(ours, ref, allowed)
         or (_other_position(ours, allowed, same) if same is not None else None)
         or _other_type(ours, ref, allowed)
@@ -88,7 +88,7 @@ def reading(ours: Rows, ref: Rows, allowed: Allowed, others: Others, head_size: 
     )
 
 
-def _renamed(ours: Rows, ref: Rows, allowed: Allowed, others: Others) -> Reading | None:
+def _renamed(ours: Rows, allowed: Allowed, others: Others) -> Reading | None:
     for name in others.beginning_like(ours, allowed):
         rows = others.points[name]
         if name == ours.point or not _first_alike(ours, rows, allowed):

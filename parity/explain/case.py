@@ -100,7 +100,7 @@ class Case:
         self.dump = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         if options.tokens is not None:
-            self.dump = _of_prompt(self.dump, len(tokens))
+            self.dump = _of_prompt(self.dump, tokens)
         self.transformer.check(tokens, 0)
         self.transformer.expect(len(tokens))
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -236,13 +236,22 @@ def _first_sequence(dump: Dump) -> Dump:
     return replace(dump, points=kept)
 
 
-def _of_prompt(dump: Dump, count: int) -> Dump:
-    """A dump that lists more tokens than the prompt that was given, without the records behind that prompt's positions.
+def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
+    """A dump beside the prompt that was given: without records behind that prompt, if its header lists more tokens, as when its engine
+    doubled BOS or went on by itself; and with a note of the first token that is another one.
 
-    Its engine doubled BOS, say, or went on by itself; the records of a dump that lists no others are left, since tokens are missing then.
+    The records of a dump that lists no more tokens are left, since tokens are missing then.
     """
-    listed = dump.header.tokens if dump.header is not None and dump.header.tokens else ()
-    if len(listed) + len(generated_of(dump)) <= count:
+    listed = (*(dump.header.tokens or ()), *generated_of(dump)) if dump.header is not None else generated_of(dump)
+    pairs = enumerate(zip(listed, tokens, strict=False))
+    others = [
+        f"token {at} is {own} in the dump, {wanted} in the prompt that was given"
+        for at, (own, wanted) in pairs
+        if own != wanted
+    ]
+    dump = replace(dump, notes=(*dump.notes, *others[:1]))
+    count = len(tokens)
+    if len(listed) <= count:
         return dump
     points = {name: rows.take(rows.token_idx < count) for name, rows in dump.points.items()}
     kept = {name: rows for name, rows in points.items() if len(rows)}

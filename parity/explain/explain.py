@@ -12,7 +12,6 @@ from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Name
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
-from engine.ignored import sentences
 from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
@@ -20,6 +19,7 @@ from ..diff.seen import seen
 from ..diff.truth import ALL, AUTO
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
+from ..run.graphs import not_as_the_file_says
 from . import halves
 from .apart import apart
 from .budget import Budget
@@ -58,7 +58,7 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
         answer, _ = _explained(Case(dump, Half(transformer), options), options, budget)
     else:
         answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
-    otherwise = () if answer else sentences(transformer.recorded, transformer.model.metadata)
+    otherwise = () if answer else not_as_the_file_says(transformer)
     notes = (*otherwise, *answer.notes, *_lint(dump, transformer))
     return replace(answer, notes=notes, seconds=perf_counter() - began)
 

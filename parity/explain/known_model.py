@@ -48,11 +48,9 @@ class KnownModel(Struct, frozen=True, dict=True):
     @property
     def ignored(self) -> tuple[str, ...]:
         """What the metadata say and the reference computes otherwise, a sentence each."""
-        if self.transformer is None or self.transformer.recorded is None:
-            return ()
-        from engine.ignored import sentences
+        from ..run.graphs import not_as_the_file_says
 
-        return sentences(self.transformer.recorded, self.transformer.model.metadata)
+        return () if self.transformer is None else not_as_the_file_says(self.transformer)
 
     @cached_property
     def case(self) -> "Case | None":

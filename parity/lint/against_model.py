@@ -31,7 +31,7 @@ def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(a @ b) / norms if norms > 0 else 0.0
 
 
-_ADDED_TO_EMBEDDING = frozenset({"position_embd.weight", "token_types.weight", "token_embd_norm.weight"})
+_ADDED_TO_EMBEDDING = frozenset({"position_embd.weight", "token_types.weight", "token_embd_norm.weight", "hrm.z_l_init"})
 
 
 def embedding_row(subject: Subject) -> Iterator[Hit]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from checkpoints.dataflow import CACHE
 from checkpoints.points import EMBD, in_layer, of_scores, parse
+from checkpoints.record import Rows
 
 from .rule import Hit, Place, Subject, kind, where
 
@@ -27,6 +28,7 @@ _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "
 # Operations whose result depends on the position or on other positions (a shift's only on the position before).
 _MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
+_SATURATED = 1e-7  # under it the other positions' weights add nothing to a float32 sum
 _COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
 
 
@@ -135,7 +137,7 @@ def idle_layer(subject: Subject) -> Iterator[Hit]:
 
 def stale_position(subject: Subject) -> Iterator[Hit]:
     """A point has the same vector at several positions whose inputs differ."""
-    known = _of_their_token(subject)
+    known, weighted = _of_their_token(subject), _weighted_by(subject)
     alone = subject.window == 1  # a position sees itself only
     for name, rows in subject.points.items():
         point = parse(name)
@@ -146,7 +148,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
             by_value[seq, data].append(position)
         free, shifted = known[name] if name in known else (_without_attention(name), False)
         stale: set[int] = set()
-        for positions in by_value.values():
+        for (seq, _), positions in by_value.items():
             ordered = sorted(set(positions))
             for before, after in pairwise(ordered):
                 same = subject.same_input(before, after)
@@ -155,11 +157,45 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
                     excused = alone or (before > 0 and subject.same_input(before - 1, after - 1) is True)
                 if shifted and not excused:
                     excused = before > 0 and subject.same_input(before - 1, after - 1) is not False
+                if not excused and name in weighted:  # the first head sees the same single position at both
+                    seen = weighted[name]
+                    excused = (seq, before) in seen and seen[seq, before] == seen.get((seq, after))
                 if not excused:
                     stale.update((before, after))
         if stale:
             total = len(set(rows.token_idx.tolist()))
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")
+
+
+def _weighted_by(subject: Subject) -> dict[str, dict[tuple[int, int], int]]:
+    """For each point that attention's weights make from the values, or a copy of it, whose leading values are the first head's: by
+    sequence and position, the single position that this head sees, as where scores are large (T5 does not scale them).
+    """
+    dataflow = subject.dataflow.computations if subject.dataflow is not None else {}
+    origins: dict[str, str] = {}
+    for name in subject.points:
+        how, layer = dataflow.get(name), parse(name).layer
+        if how is None and layer is not None and parse(name).kind in ("kqv", "kqv_out"):
+            origins[name] = in_layer(layer, "kq_soft_max")
+        elif how is not None:
+            weights = [read for read in how.reads if kind(read) == "kq_soft_max"]
+            copied = [origins[read] for read in how.reads if how.op in _COPIES and read in origins]
+            if origin := next(iter((*weights, *copied)), None):
+                origins[name] = origin
+    only = {weights: _seen_alone(subject.points[weights]) for weights in set(origins.values()) & subject.points.keys()}
+    return {name: only[weights] for name, weights in origins.items() if weights in only}
+
+
+def _seen_alone(rows: Rows) -> dict[tuple[int, int], int]:
+    """Sequence and position of the records whose first head has the weight 1 for one position -> that position."""
+    if rows.indices is not None:
+        return {}
+    seen: dict[tuple[int, int], int] = {}
+    for r, shape in enumerate(rows.shapes):
+        weights = rows.values[r, : min(int(rows.counts[r]), shape[-1] if shape else 0)]
+        if weights.size and weights.max() > 1 - _SATURATED:
+            seen[int(rows.seq[r]), int(rows.token_idx[r])] = int(weights.argmax())
+    return seen
 
 
 def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:

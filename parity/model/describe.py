@@ -55,9 +55,23 @@ def describe(path: Path) -> dict[str, Any]:
     steps = steps_of(hp.architecture, Blocks(hp, model.tensors))
     pairs = {step.params["pairs"] for step in steps if "pairs" in step.params}
     facts["rope_pairs"] = {"neox": "NEOX: x[i] with x[i + d/2]", "norm": "NORM: x[2i] with x[2i + 1]"}[pairs.pop()]
+    facts |= _otherwise(model)
     facts["steps"] = f"written by hand for {' and '.join(architectures())}, with a mode for fast decoding"
     facts["points"] = {step.makes: _shape(step.makes, hp) for step in steps}
     return facts
+
+
+def _otherwise(model: GgufModel) -> dict[str, Any]:
+    """Numbers of the metadata that llama.cpp computes otherwise; nothing if there are none, or if llama.cpp does not load the file."""
+    from engine.ignored import sentences
+    from reference.client import Reference
+
+    try:
+        with Reference() as reference:
+            said = sentences(reference.graph(model.path, NATIVE), model.metadata)
+    except ParityError:
+        return {}
+    return {"not_as_the_file_says": list(said)} if said else {}
 
 
 def _epsilon(model: GgufModel) -> float | None:

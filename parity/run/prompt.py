@@ -1,11 +1,14 @@
 """The prompt that options give: a text, a file's text or token ids."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import InputError
 from checkpoints.regular import read_text
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,30}")  # int() takes other digits, too, underscores, and texts of thousands
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -14,12 +17,10 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     Raises:
         InputError: it is not such a list; the message names the option.
     """
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise InputError(
-            f"{name} must be whole numbers separated by commas, not {text!r}.", f"Write e.g. {name} 1,2,3."
-        ) from None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(map(_NUMBER.fullmatch, parts)):
+        raise InputError(f"{name} must be whole numbers separated by commas, not {text!r:.80}.", f"Write e.g. {name} 1,2,3.")
+    return tuple(map(int, parts))
 
 
 def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tuple[str | None, tuple[int, ...] | None]:

@@ -104,7 +104,7 @@ class FlatPass(Struct):
     numbers: NDArray[np.int64]
 
 
-def flatten(taken: RawPass, ggml: Ggml) -> FlatPass:
+def flatten(taken: RawPass) -> FlatPass:
     """The pass with indices instead of addresses, without nodes that are in the graph but not computed."""
     marked = any(node.flags & COMPUTED for node in taken.nodes)
     nodes = [node for node in taken.nodes if not marked or node.flags & COMPUTED]

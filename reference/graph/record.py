@@ -69,13 +69,13 @@ def record(model: Model, weights: Iterable[str], *, fingerprint: str, n_ctx: int
             proofs.append(bench.take(6))
             crossed = True
         # A first pass sets states to zero, and is therefore another graph.
-        if bench.caches and STATE not in kept_leaves(flatten(grid[0], model.library.ggml), model.library.ggml).values():
+        if bench.caches and STATE not in kept_leaves(flatten(grid[0]), model.library.ggml).values():
             session.clear()
             bench.restart(_FAR)
             proofs.append(bench.take(4))
     ggml = model.library.ggml
     several, sizes, flat = _several(grid, proofs, ggml, names, facts, "a pass over several tokens")
-    same = _has_one_token(several, sizes, flat, singles, ggml)
+    same = _has_one_token(several, sizes, flat, singles)
     single = None if same else _graph_of_one(singles, ggml, names, facts, several)
     # A window whose edge was not seen may be one of several kinds, which agree up to half of its length.
     longest = None if crossed else max(window // 2, 1)
@@ -110,9 +110,7 @@ def _encoder_decoder(model: Model, names: frozenset[str], facts: dict[str, Any],
         decoder.encoded = encode(session, output, _ENCODED[1])
         proofs += [decoder.take(3), decoder.take(5), decoder.take(4)]
     several, sizes, flat = _several(grid, proofs, ggml, names, facts, "a decoder's pass")
-    single = (
-        None if _has_one_token(several, sizes, flat, singles, ggml) else _graph_of_one(singles, ggml, names, facts, several)
-    )
+    single = None if _has_one_token(several, sizes, flat, singles) else _graph_of_one(singles, ggml, names, facts, several)
     return RecordedGraph(
         facts["general.architecture"],
         model.n_layers,
@@ -176,7 +174,7 @@ def _several(
     in front of the points.
     """
     passes = (*grid, *proofs)
-    flats = [flatten(taken, ggml) for taken in passes]
+    flats = [flatten(taken) for taken in passes]
     same_structure(flats, subject)
     numbers = np.array([flat.numbers for flat in flats], dtype=np.int64)
     counts, cached = [len(taken.now.tokens) for taken in passes], [taken.cached for taken in passes]
@@ -199,7 +197,7 @@ def _graph_of_one(
     singles: Sequence[RawPass], ggml: Ggml, weights: frozenset[str], facts: dict[str, Any], several: Graph
 ) -> Graph:
     """The graph of steps over one token, with the cache filled to two lengths."""
-    flats = [flatten(taken, ggml) for taken in singles]
+    flats = [flatten(taken) for taken in singles]
     same_structure(flats, "a step over one token")
     a, b = (flat.numbers for flat in flats)
     cached = (b - a) // max(singles[1].cached - singles[0].cached, 1)
@@ -208,10 +206,10 @@ def _graph_of_one(
     return assemble(flats, sizes, singles, ggml, weights, facts, several)
 
 
-def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: FlatPass, singles: Sequence[RawPass], ggml: Ggml) -> bool:
+def _has_one_token(several: Graph, sizes: NDArray[np.int64], flat: FlatPass, singles: Sequence[RawPass]) -> bool:
     """Whether a step over one token is the pass over several with T = 1: the same nodes, shapes and rules of inputs."""
     for taken in singles:
-        flat_pass = flatten(taken, ggml)
+        flat_pass = flatten(taken)
         if len(flat_pass.tensors) != len(flat.tensors) or flat_pass.sources != flat.sources or flat_pass.roots != flat.roots:
             return False
         if any(

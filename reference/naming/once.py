@@ -6,7 +6,7 @@ from checkpoints import points
 
 from ..jobs import Node
 from .planned import VIEWS
-from .structure import NORMS, Structure
+from .structure import NORMS, Structure, is_selection
 
 POOLED = "result_embd_pooled"
 _EMBEDDINGS = ("inp_scaled", "embd", "inp_embd")
@@ -19,7 +19,7 @@ def model_points(graph: Structure, outside: Sequence[int]) -> dict[int, str]:
     values = [i for i in outside if graph.nodes[i].op not in VIEWS]
     if (embedding := _embedding(graph, values)) is not None:
         named[embedding] = points.EMBD
-    norm = [i for i in values if _is_final_norm(graph, i)]
+    norm = [i for i in values if _is_final_norm(graph, i)] or [i for i in values if _is_selected_as_final(graph, i)]
     if norm:
         named[norm[-1]] = points.OUTPUT_NORM
     rows = _vocabulary(graph.nodes)
@@ -46,6 +46,12 @@ def _is_final_norm(graph: Structure, i: int) -> bool:
     if any(source.name.startswith(_FINAL_NORM) for source in node.sources):
         return node.op in ("MUL", "ADD")
     return node.name == "result_norm" and (node.op in NORMS or node.op in ("MUL", "ADD"))
+
+
+def _is_selected_as_final(graph: Structure, i: int) -> bool:
+    """Whether a norm is the final one only by the name of the rows that are selected from it."""
+    chosen = (graph.nodes[j] for j in graph.readers[i])
+    return graph.nodes[i].op in NORMS and any(node.name == "result_norm" and is_selection(node) for node in chosen)
 
 
 def _vocabulary(nodes: Sequence[Node]) -> int:

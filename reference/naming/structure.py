@@ -11,6 +11,7 @@ from .planned import VIEWS
 NORMS = frozenset({"NORM", "RMS_NORM", "L2_NORM", "GROUP_NORM"})
 WRITES = frozenset({"SET_ROWS", "CPY"})  # into a cache or a state
 OUTSIDE = -1
+_WEIGHTED = frozenset({"MUL_MAT", "MUL_MAT_ID", "MUL", "ADD", "ADD_ID"})
 _OWN_LAYER = re.compile(r"(.+?)-(\d+)((?: \(.*)?)")
 _WEIGHT = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.([^ ]+)(?: \(.*)?")
 # Weights that a model has once. RoPE's frequency factors (rope_*) are not among them: they are read inside the layers.
@@ -44,12 +45,19 @@ class Structure:
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
         self.sources = list(_sources(nodes))
-        self._stated = [_stated_layer(node) for node in nodes]
+        repeated = _repeated(nodes)
+        self._stated = [_stated_layer(node, repeated) for node in nodes]
         self._settle_norms()
+        if repeated:
+            self._settle_after_layers()
         numbers = sorted({layer for layer in self._stated if layer is not None and layer != OUTSIDE})
         self.inputs = {layer: entering for layer in numbers if (entering := self._entering(layer)) is not None}
         self.layers = self._spread(numbers[-1] if numbers else -1)
         self.outputs = {number: self.inputs[after] for number, after in pairwise(numbers) if after in self.inputs}
+        if repeated:  # something may come between two times, which elsewhere is the end of a layer
+            self.outputs |= {
+                number: i for i, number in enumerate(self.layers) if number is not None and nodes[i].name == f"l_out-{number}"
+            }
         if numbers and (last := self._leaving(numbers[-1])) is not None:
             self.outputs[numbers[-1]] = last
 
@@ -111,6 +119,18 @@ class Structure:
                 places = {self._stated[j] for j in self.readers[i]}
                 if len(places) == 1 and None not in places:
                     self._stated[i] = places.pop()
+
+    def _settle_after_layers(self) -> None:
+        """Put a value that is named after an earlier layer than that of what it reads into the later one.
+
+        hrm-text's `stack_norm-0` ends the stack of layers that begins with layer 0.
+        """
+        reached: list[int] = []
+        for i, stated in enumerate(self._stated):
+            latest = max((reached[source] for source in self.sources[i] if source is not None), default=OUTSIDE)
+            if stated is not None and OUTSIDE != stated < latest:
+                self._stated[i] = latest
+            reached.append(max(latest, OUTSIDE if stated is None else stated))
 
     def _entering(self, layer: int) -> int | None:
         """The node outside this layer that the layer's first nodes read."""
@@ -178,12 +198,32 @@ def _key(tensor: Node | OperandSource) -> tuple[object, ...]:
     return (tensor.address,) if tensor.address else (tensor.name, tensor.op, tensor.ne)
 
 
-def _stated_layer(node: Node) -> int | None:
-    """The layer that a node's weight, name or cache states: OUTSIDE if they state that it has none, None if they state nothing."""
+def _repeated(nodes: Sequence[Node]) -> frozenset[str]:
+    """The weights that several layers read, by the readers' own names, as where a model goes through its blocks several times.
+
+    Each time is a layer with a cache of its own there (hrm-text, nanbeige), and the weights are those of the first time.
+    """
+    places: dict[str, set[str]] = {}
+    for node in nodes:
+        if node.op in _WEIGHTED and not re.match(r"node_\d", node.name):
+            own = _OWN_LAYER.fullmatch(node.name)
+            for source in node.sources:
+                if _WEIGHT.fullmatch(source.name) or _ONCE.fullmatch(source.name):
+                    places.setdefault(source.name, set()).add(own[2] if own else "")
+    return frozenset(weight for weight, numbers in places.items() if len(numbers) > 1)
+
+
+def _stated_layer(node: Node, repeated: frozenset[str]) -> int | None:
+    """The layer that a node's weight, name or cache states: OUTSIDE if they state that it has none, None if they state nothing.
+
+    A weight in `repeated` states none.
+    """
     for source in node.sources:
-        if match := _WEIGHT.fullmatch(source.name):
+        if (match := _WEIGHT.fullmatch(source.name)) and source.name not in repeated:
             return int(match[1])
-    if any(_ONCE.fullmatch(source.name) for source in node.sources) or _OUTSIDE.match(node.name):
+    if any(_ONCE.fullmatch(source.name) and source.name not in repeated for source in node.sources) or _OUTSIDE.match(
+        node.name
+    ):
         return OUTSIDE
     match = _OWN_LAYER.fullmatch(node.name)
     if match and (node.op in VIEWS or not match[3]):  # a copy of a view keeps the name of the original

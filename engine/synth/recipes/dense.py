@@ -10,10 +10,12 @@ from .parts import (
     QK_NORM,
     half_head,
     head,
+    layers,
     layers_with,
     quarter_head,
     same,
     sections,
+    six_times_layers,
     small,
     yarn,
 )
@@ -184,6 +186,21 @@ RECIPES = (
         BIAS,
     ),
     small("nanbeige", None, BIAS),
+    # decoders that go through the same layers several times: each time is a layer with a cache of its own
+    small("nanbeige-loops", {"num_loops": 2}, BIAS, architecture="nanbeige", layers=2),
+    small(
+        "hrm_text",
+        {
+            "hrm.layers_per_stack": layers,
+            "hrm.h_cycles": 2,
+            "hrm.l_cycles": 2,
+            "block_count": six_times_layers,
+            "embedding_scale": 3.0,
+        },
+        BIAS,
+        layers=2,
+        kv_heads=4,
+    ),
     # dense decoders with LayerNorm
     small("phi2", {"rope.dimension_count": half_head}, kv_heads=4, tied=False, layer_norm=True, fused_qkv=True),
     small("starcoder2", {"rope.dimension_count": head}, layer_norm=True),

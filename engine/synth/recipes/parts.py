@@ -57,6 +57,16 @@ def small(
     return Recipe(name, shape.architecture, shape, metadata or {}, without, layer_norm, fused_qkv, qk_norm, kind)
 
 
+def layers(shape: Shape) -> int:
+    """The number of layers."""
+    return shape.layers
+
+
+def six_times_layers(shape: Shape) -> int:
+    """Six layers for each one that the file has."""
+    return 6 * shape.layers
+
+
 def head(shape: Shape) -> int:
     """The size of a head."""
     return shape.head
