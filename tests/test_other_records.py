@@ -216,11 +216,11 @@ def _nearest_bf16(x: Values) -> Values:
     ],
     ids=["doubled", "missing"],
 )
-def test_shifted_tokens_are_told_by_the_embedding(engine: Faulty, tokens: str, message: str) -> None:
+def test_shifted_tokens_are_told_by_the_embedding(faulty: Faulty, tokens: str, message: str) -> None:
     """An engine that lists the prompt's ids and reads others: the rows say so, also where an id comes several times."""
     ids = (2047, 430, 457, 430, 403, 430, 99, 457)
-    right = engine.dump(Planted(()), ids, points="embd,blk.0.attn_norm,blk.0.l_out,logits", size=64, bare=False)
-    wrong = engine.dump(
+    right = faulty.dump(Planted(()), ids, points="embd,blk.0.attn_norm,blk.0.l_out,logits", size=64, bare=False)
+    wrong = faulty.dump(
         Planted((("bos", {"tokens": tokens}, ()),)), ids, points="embd,blk.0.attn_norm,blk.0.l_out,logits", size=64, bare=False
     )
     last = len(ids) - 1  # where the missing token's row would be another token's
