@@ -42,15 +42,17 @@ def _sentence() -> str:
         mapped = Path("/proc/self/maps").read_bytes().splitlines()
     except OSError:
         mapped = []
-    for line in mapped:
-        places, _, offset, _, _, *name = line.split(maxsplit=5)
-        if not name or not name[0].startswith(b"/"):
+    regions = [fields for line in mapped if len(fields := line.split(maxsplit=5)) == 6 and fields[5].startswith(b"/")]
+    # Libraries, which are mapped beyond their ends.
+    programs = {name for _, rights, _, _, _, name in regions if b"x" in rights}
+    for places, _, offset, _, _, name in regions:
+        if name in programs:
             continue
         begin, end = (int(place, 16) for place in places.split(b"-"))
         try:
-            size = Path(os.fsdecode(name[0])).stat().st_size
+            size = Path(os.fsdecode(name)).stat().st_size
         except OSError:
             continue
         if -(-size // mmap.PAGESIZE) * mmap.PAGESIZE < int(offset, 16) + end - begin:
-            return f"{os.fsdecode(name[0])} was cut short while it was being read."
+            return f"{os.fsdecode(name)} was cut short while it was being read."
     return "a file was cut short while it was being read, or its disk failed."

@@ -47,6 +47,9 @@ def test_the_noise_is_of_roundings_size() -> None:
     assert mask().tolist() == [0.0, -np.inf]
     assert np.array_equal(product(x, w, None), product(x, w, None))
     assert not np.array_equal(product(x, w, None), disturbed(steps, 1)[0].op(x, w, None))
+    # What float32 gives stays float32, which ggml's tables of float16 are for.
+    narrow = x.astype(np.float32)
+    assert product(narrow, w.astype(np.float32), None).dtype == total(narrow, narrow).dtype == np.float32
 
 
 def test_the_share_of_a_row_of_few_elements() -> None:

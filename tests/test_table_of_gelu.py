@@ -199,6 +199,32 @@ def test_an_exact_engine_is_right_however_coarse_the_reference_is() -> None:
     assert compare(whole["ours"], whole["ref"], Options(truth=_OursIsTrue(right))).verdict == "divergence"
 
 
+class _RareEntries(_OursIsTrue):
+    """A truth far from both sides, whose table's rarest entries move a row by 1e-6, and the usual ones by nothing."""
+
+    def distances(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """Far."""
+        return {name: np.full(len(rows), 1e-5) for name, rows in points.items()}
+
+    def from_table(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """Next to nothing."""
+        return {name: np.full(len(rows), 1e-13) for name, rows in points.items()}
+
+    def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Any]:
+        """Of each row."""
+        return {name: np.full(len(rows), 1e-6) for name, rows in points.items()}
+
+
+@pytest.mark.parametrize(("positions", "right"), [(1, True), (2, True), (5, False)])
+def test_a_rare_entry_of_a_table_is_not_what_most_positions_use(positions: int, right: bool) -> None:
+    """An error of one entry's size is the table's at one or two positions of five, and a fault at all of them."""
+    ref = random(("embd", "blk.0.l_out", "blk.1.l_out"), 5)
+    ours = {name: values.copy() for name, values in ref.items()}
+    ours["blk.1.l_out"][:positions] *= np.float32(1 + 3e-4)
+    whole = dump(ours, slice_size=None), dump(ref, slice_size=None)
+    assert bool(compare(*whole, Options(compute="f32", truth=_RareEntries(ref)))) is right
+
+
 class _Amplifies(_OursIsTrue):
     """A truth whose float32 and whose noise are as far off at every record as is said."""
 

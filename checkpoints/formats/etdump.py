@@ -1,6 +1,8 @@
-"""ExecuTorch's ETDump, which is recognised and refused: an event has an instruction's number and no name.
+"""ExecuTorch's ETDump, which is recognised and refused: an event says which operator ran, not where in the model.
 
-Names are in the ETRecord of the exported program, which only ExecuTorch itself reads, and the values in a debug buffer beside it.
+Its schema (devtools/etdump/etdump_schema_flatcc.fbs) gives a DebugEvent an instruction's number and its operator's name (`aten::mm`); the
+module that it belongs to is in the ETRecord of the exported program, which only ExecuTorch itself reads, and the values are in a debug
+buffer beside it.
 """
 
 import stat
@@ -26,7 +28,7 @@ def read(path: Path, mapping: Mapping) -> Never:
     """Raises DumpError, always: it says what can be compared instead."""
     del mapping
     raise DumpError(
-        f"{path} is ExecuTorch's ETDump, which numbers instructions and names none.",
+        f"{path} is ExecuTorch's ETDump, which names the operator of each instruction, not its place in the model.",
         "Open it with ExecuTorch's Inspector (ETRecord and debug buffer beside it), and save its tensors by point as .npz.",
         code="etdump",
     )

@@ -28,7 +28,8 @@ _PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
 class _Disturbed(Struct, frozen=True):
     """An operation whose result is off by rounding: in a product by a share of each row's norm, elsewhere of each element.
 
-    Values that are whole numbers, such as ids of experts, carry no rounding and stay.
+    Values that are whole numbers, such as ids of experts, carry no rounding and stay. The type stays, too: ggml's tables of float16 are
+    for float32.
     """
 
     op: Callable[..., Array]
@@ -45,10 +46,10 @@ class _Disturbed(Struct, frozen=True):
             return value
         noise = xp.asarray(np.random.default_rng(self.seed).standard_normal(value.shape))
         if not self.product:
-            return value * (1 + ELEMENT * noise)
+            return (value * (1 + ELEMENT * noise)).astype(value.dtype)
         finite = xp.where(xp.isfinite(value), value, 0)
         size = xp.sqrt(PRODUCT * xp.mean(finite * finite, axis=-1, keepdims=True))
-        return value + size * noise
+        return (value + size * noise).astype(value.dtype)
 
 
 def disturbed(steps: Sequence[Step], seed: int) -> list[Step]:

@@ -76,6 +76,16 @@ def proof_steps(steps: Sequence[Step], *, native: bool, kv_type: str = "f32") ->
     return [_proof(step, native=native, kind=kind) for step in steps]
 
 
+def is_weighed(step: Step) -> bool:
+    """Whether one of these steps is a product with weights."""
+    return step.op is product or (isinstance(step.op, _Product) and any(step.weights))
+
+
+def rounds_activations(step: Step) -> bool:
+    """Whether one of these steps is a product that rounds its activations to the weight's partner type."""
+    return bool(step.params.get("native")) or (isinstance(step.op, _Product) and step.op.native)
+
+
 def _proof(step: Step, *, native: bool, kind: int) -> Step:
     if step.op is ops.linear and isinstance(step.weights[0], str):
         weights = (Altered(step.weights[0], blocks_of), *step.weights[1:])

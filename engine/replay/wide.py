@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from .. import graph
-from ..backend import Array, Backend
+from ..backend import Array, Backend, module_of
 from ..ggml_ops.activations import looked_up
 from ..graph import PASSES, POSITIONS, TOKENS, Step, WeightSource
 from ..kv_cache import KvCache
@@ -48,6 +49,28 @@ def entry_errors(step: Step, inputs: Sequence[Array], weights: WeightSource) -> 
         shifted = graph.compute(step, [factor * given for given in inputs], WideWeights(weights))
         moved.append(abs((shifted / factor if linear else shifted) - value))
     return np.maximum(*moved) + _ENTRY * abs(value)  # both entries are rounded
+
+
+class _NextEntry(Struct, frozen=True):
+    """An operation of ggml's with a table, one element of each row of which comes from a neighbouring entry: that which moves furthest."""
+
+    op: GgmlOperation
+
+    def __call__(self, *inputs: Array, **params: Any) -> Array:
+        value = self.op(*inputs, **params)
+        xp, factor = module_of(value), 1 + _ENTRY
+        moved = self.op(*(given * factor for given in inputs), **params) / (factor if self.op.name == "GLU" else 1)
+        error = abs(moved - value) + _ENTRY * abs(value)
+        largest = xp.arange(value.shape[-1]) == error.argmax(axis=-1)[..., None]
+        return xp.where(largest, value + error, value).astype(value.dtype)
+
+
+def with_next_entries(steps: Sequence[Step]) -> list[Step]:
+    """The steps with one element of each row of a table's values from a neighbouring entry, that which moves furthest."""
+    return [
+        replace(step, op=_NextEntry(step.op)) if isinstance(step.op, GgmlOperation) and is_looked_up(step) else step
+        for step in steps
+    ]
 
 
 def coarse_points(steps: Sequence[Step], given: Collection[str] = ()) -> frozenset[str]:

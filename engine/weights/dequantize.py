@@ -19,6 +19,8 @@ from ..backend import Array, module_of
 _CHUNK = 1 << 17
 
 Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes a block] -> float32 (or exact in it) [blocks, elements a block]
+Write = Callable[[Array, Array], None]  # the same blocks, and where their values go
+IN_PLACE: dict[int, Write] = {}
 FORMATS: dict[int, tuple[int, int, Unpack]] = {}  # ggml_type -> elements and bytes of a block, function
 
 
@@ -26,6 +28,23 @@ def _format(kind: int, elements: int, size: int) -> Callable[[Unpack], Unpack]:
     def register(function: Unpack) -> Unpack:
         FORMATS[kind] = (elements, size, function)
         return function
+
+    return register
+
+
+def _written(kind: int, elements: int, size: int) -> Callable[[Write], Unpack]:
+    """Register a format whose function writes its values in place, into float32 [blocks, elements a block] of the result: a copy less."""
+
+    def register(function: Write) -> Unpack:
+        def unpack(blocks: Array) -> Array:
+            out = module_of(blocks).empty((len(blocks), elements), dtype=np.float32)
+            function(blocks, out)
+            return out
+
+        IN_PLACE[kind] = function
+        FORMATS[kind] = (elements, size, unpack)
+        unpack.__doc__ = function.__doc__
+        return unpack
 
     return register
 
@@ -45,10 +64,16 @@ def dequantize(raw: Array, kind: int, n_cols: int) -> Array:
 def dequantize_into(out: Array, raw: Array, kind: int) -> None:
     """The same into a given float32 array [rows, columns], chunk by chunk: peak memory is the result and one chunk."""
     rows, n_cols = out.shape
+    if not out.flags.c_contiguous:
+        raise ValueError("the result of dequantising must be contiguous")
     per_chunk = max(1, _CHUNK // n_cols)
     for start in range(0, rows, per_chunk):
         part = raw[start : start + per_chunk]
-        if kind in FORMATS:
+        if kind in IN_PLACE:
+            elements, size, _ = FORMATS[kind]
+            with np.errstate(over="ignore", invalid="ignore"):
+                IN_PLACE[kind](part.reshape(-1, size), out[start : start + per_chunk].reshape(-1, elements))
+        elif kind in FORMATS:
             _, size, function = FORMATS[kind]
             # A damaged scale may be infinite or NaN: the weight is then what ggml makes of it, without a warning from NumPy.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -104,6 +129,20 @@ def _scaled(q: Array, scale: Array, low: Array | None = None) -> Array:
     if low is not None:
         values -= low
     return values
+
+
+def _halves_of_bytes(qs: Array, q: Array) -> None:
+    """Low nibbles, then high ones: uint8 [..., n] -> q [..., 2, n]."""
+    module_of(qs).bitwise_and(qs, np.uint8(15), out=q[..., 0, :])
+    module_of(qs).right_shift(qs, np.uint8(4), out=q[..., 1, :])
+
+
+def _scale_in_place(out: Array, q: Array, scale: Array, low: Array | None = None) -> None:
+    """out = scale · q − low, float32."""
+    out[...] = q
+    out *= scale
+    if low is not None:
+        out -= low
 
 
 @_format(0, 1, 4)
@@ -203,31 +242,38 @@ def _scale_and_min(blocks: Array) -> tuple[Array, Array]:
     return scale[:, :, None], low[:, :, None]
 
 
-@_format(12, 256, 144)
-def q4_k(blocks: Array) -> Array:
+@_written(12, 256, 144)
+def q4_k(blocks: Array, out: Array) -> None:
     """dequantize_row_q4_K: 8 sub-blocks of 32 with a six-bit scale and min each."""
     scale, low = _scale_and_min(blocks)
-    q = _shifted(blocks[:, 16:144].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
-    return _scaled(q, scale, low).reshape(-1, 256)
+    q = module_of(blocks).empty((len(blocks), 4, 2, 32), dtype=np.uint8)
+    _halves_of_bytes(blocks[:, 16:144].reshape(-1, 4, 32), q)
+    _scale_in_place(out.reshape(-1, 8, 32), q.reshape(-1, 8, 32), scale, low)
 
 
-@_format(13, 256, 176)
-def q5_k(blocks: Array) -> Array:
+@_written(13, 256, 176)
+def q5_k(blocks: Array, out: Array) -> None:
     """dequantize_row_q5_K: Q4_K with a fifth bit, bit i of qh for sub-block i."""
     scale, low = _scale_and_min(blocks)
-    q = _shifted(blocks[:, 48:176].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
-    q = q | (_shifted(blocks[:, 16:48], tuple(range(8)), 1) << np.uint8(4))
-    return _scaled(q, scale, low).reshape(-1, 256)
+    q = module_of(blocks).empty((len(blocks), 4, 2, 32), dtype=np.uint8)
+    _halves_of_bytes(blocks[:, 48:176].reshape(-1, 4, 32), q)
+    q = q.reshape(-1, 8, 32)
+    q |= _shifted(blocks[:, 16:48], tuple(range(8)), 1) << np.uint8(4)
+    _scale_in_place(out.reshape(-1, 8, 32), q, scale, low)
 
 
-@_format(14, 256, 210)
-def q6_k(blocks: Array) -> Array:
+@_written(14, 256, 210)
+def q6_k(blocks: Array, out: Array) -> None:
     """dequantize_row_q6_K: 4 low and 2 high bits, 16 signed scales."""
-    low = _shifted(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 2, 4, 32)
+    q = module_of(blocks).empty((len(blocks), 2, 2, 64), dtype=np.uint8)
+    _halves_of_bytes(blocks[:, :128].reshape(-1, 2, 64), q)
     high = _shifted(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3)
-    q = ((low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)).reshape(-1, 16, 16)
+    high <<= np.uint8(4)
+    q |= high.reshape(-1, 2, 2, 64)
+    signed = q.reshape(-1, 16, 16).view(np.int8)
+    signed -= np.int8(32)
     scale = _half(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return _scaled(q, scale[:, :, None]).reshape(-1, 256)
+    _scale_in_place(out.reshape(-1, 16, 16), signed, scale[:, :, None])
 
 
 # kvalues_iq4nl of ggml-common.h: the 16 levels of the non-linear 4-bit types.

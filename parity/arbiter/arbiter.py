@@ -14,7 +14,7 @@ from engine.backend import Backend
 from engine.engine import Engine
 from engine.graph import Step, WeightSource, sees_later
 from engine.replay.disturbed import disturbed
-from engine.replay.wide import Variant, coarse_points, entry_errors, is_looked_up, values_of
+from engine.replay.wide import Variant, coarse_points, entry_errors, is_looked_up, values_of, with_next_entries
 
 from ..diff.slices import SLICE_FLOOR
 
@@ -156,7 +156,11 @@ class Arbiter:
 
     def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """See `parity.diff.truth.Truth.largest_entry`; 0 for records whose positions are unknown."""
-        return {step.makes: self._largest_entry(step, points[step.makes]) for step in self._looked_up(points)}
+        known = self._known(points, Variant.TABLED)
+        moved = self._moved(known, with_next_entries(self._steps), Variant.TABLED)
+        for step in self._looked_up(known):  # of the whole row, if few elements of it were recorded
+            moved[step.makes] = np.fmax(moved[step.makes], self._largest_entry(step, points[step.makes]))
+        return moved
 
     def _looked_up(self, points: Collection[str]) -> list[Step]:
         """The steps that make some of the points with a table of float16."""
@@ -202,13 +206,20 @@ class Arbiter:
         known = self._known(points, variant)
         worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
         for seed in range(_SAMPLES):
-            values = self._computed(variant, disturbed(self._steps, seed), known.keys())
-            for name, rows in known.items():
-                index, here = self._here(rows)
-                if here.any():
-                    moved, _ = self._recorded(rows.take(here), index[here], values[name])
-                    worst[name][here] = np.fmax(worst[name][here], self._distance(moved, self._values[variant][name]))
+            for name, moved in self._moved(known, disturbed(self._steps, seed), variant).items():
+                worst[name] = np.fmax(worst[name], moved)
         return worst
+
+    def _moved(self, known: Mapping[str, Rows], steps: Sequence[Step], variant: Variant) -> dict[str, Floats]:
+        """How far other steps move records from the right ones: NMSE, [R]; 0 for records whose positions are not known."""
+        values = self._computed(variant, steps, known.keys())
+        distances = {name: np.zeros(len(rows)) for name, rows in known.items()}
+        for name, rows in known.items():
+            index, here = self._here(rows)
+            if here.any():
+                moved, _ = self._recorded(rows.take(here), index[here], values[name])
+                distances[name][here] = self._distance(moved, self._values[variant][name])
+        return distances
 
     def value(self, point: str, variant: Variant = Variant.WIDE) -> NDArray[Any]:
         """The whole value of a point in an arithmetic."""

@@ -1,18 +1,14 @@
 """Compares every measured record with its limit: the table's, one set by the noise of earlier layers, or one raised for noise."""
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 from msgspec import Struct
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
-from checkpoints.record import Rows
 
-from .align import Pair, as_wide
 from .dataflow import Flow, upstream
+from .known_tables import asked, behind_known_tables, compared_part, joined, shares
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .measure import Measured
 from .noise import excused
@@ -25,10 +21,7 @@ from .truth import (
     NO_ROUNDING,
     Above,
     Truth,
-    of_few,
-    of_table,
     raised,
-    share_of_few,
 )
 
 Floats = NDArray[np.float64]
@@ -82,7 +75,7 @@ def hold(
     notes: tuple[str, ...] = ()
     assumed = tabled
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
-        higher = None if truth is None else _by_truth(measured, limit, truth, Above.of(model.names, model.parents))
+        higher = None if truth is None else _by_truth(measured, limit, truth, model)
         if higher is not None:
             limit, notes = higher
         else:
@@ -178,7 +171,7 @@ def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) 
     return np.where(above.failed, limit, np.fmax(limit, above.worst))
 
 
-def _by_truth(measured: Measured, limit: Floats, truth: Truth, above: Above) -> tuple[Floats, tuple[str, ...]] | None:
+def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> tuple[Floats, tuple[str, ...]] | None:
     """Every record's limit, raised where the reference itself is far from float64, and the note on it; None if that is not known.
 
     Nothing is computed if no error is small enough to be rounding.
@@ -186,7 +179,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, above: Above) -> 
     nmse = measured.measures.nmse
     if not (nmse > limit).any():
         return limit, ()
-    share = _shares(measured)
+    share = shares(measured)
     if not ((nmse > limit) & (nmse * share <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
         return limit, ()
     coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
@@ -196,11 +189,11 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, above: Above) -> 
     distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
     if not distances:
         return None
-    distance = _joined(measured, distances)
-    keys = measured.point, measured.seq, measured.token_idx
+    distance = joined(measured, distances)
+    keys, above = (measured.point, measured.seq, measured.token_idx), Above.of(model.names, model.parents)
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
     if (near & coarse).any():
-        higher = np.where(coarse, _behind_known_tables(measured, limit, distance, near & coarse, truth, above), higher)
+        higher = np.where(coarse, behind_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
     higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():
@@ -213,101 +206,23 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, above: Above) -> 
     )
 
 
-def _shares(measured: Measured) -> Floats:
-    """See `share_of_few`, for all records, [R]."""
-    return np.concatenate([share_of_few(pair.ref) for pair in measured.pairs])
-
-
-def _joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
-    """The distances of all records, [R]; NaN where none is known."""
-    none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
-    known = [of_few(answers.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
-    return np.concatenate(known)
-
-
-def _compared_part(pair: Pair) -> Rows:
-    """The reference's records reduced to what ours has of each: as many leading values, and no sketch if ours has none."""
-    ref = as_wide(pair.ref, pair.ours)
-    return ref if pair.ours.sketch is not None else replace(ref, sketch=None)
-
-
-def _behind_known_tables(
-    measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth, above: Above
-) -> Floats:
-    """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
-    nor with the exact function is wrong.
-
-    An exact engine is as far from the reference as the reference is from the truth, and only float32's rounding away from the truth.
-
-    Args:
-        distance: NMSE of the reference's records from the truth. near: the records that are asked about.
-    """
-    keys, share = (measured.point, measured.seq, measured.token_idx), _shares(measured)
-    asked = measured.names_of(near)
-    ours = {pair.point: pair.ours for pair in measured.pairs if pair.point in asked}
-    far = _joined(measured, truth.distances(ours))
-    ref = {pair.point: _compared_part(pair) for pair in measured.pairs if pair.point in truth.coarse}
-    exact = near & (far <= limit)
-    higher = limit
-    if (near & ~exact).any():
-        own = _joined(measured, truth.own_rounding(ref))
-        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_), share=share, above=above))
-    if (near & ~exact).any():
-        apart = _joined(measured, truth.from_table(ref))
-        higher = _one_entry(measured, of_table(limit, apart, *keys, above), truth)
-        odd = near & ~exact & (measured.measures.nmse > higher)
-        if odd.any():  # `apart` is one sample of which entries rounding chooses
-            further = _asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
-            apart = np.fmax(apart, np.fmax(_asked(measured, odd, truth.table_spread), further))
-            higher = np.fmax(higher, of_table(limit, apart, *keys, above))
-    # The distance between the two, which may be on opposite sides of the truth.
-    nmse = measured.measures.nmse
-    between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
-    return np.where(exact, np.fmax(higher, between), higher)
-
-
-def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
-    """Limits, [R], raised where a few elements may come from the neighbouring entry of a table; only for errors of the recorded values.
-
-    Two right engines whose arguments lie on the two sides of a rounding step look up different entries, and one of sixteen values then
-    dominates them all. In a whole row few elements do so: its estimate keeps its limit.
-    """
-    measures = measured.measures
-    odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    if not odd.any():
-        return limit
-    return np.where(odd, np.fmax(limit, _asked(measured, odd, truth.one_entry)), limit)
-
-
 def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     """Limits, [R], raised where rounding is amplified more than the reference's own distance shows, which may be small by luck.
 
     That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
     """
-    nmse, share = measured.measures.nmse, _shares(measured)
+    nmse, share = measured.measures.nmse, shares(measured)
     odd = (nmse > limit) & (nmse * share <= AMPLIFIED)
     if not odd.any():
         return limit
     # Of the values that are compared, which may be those of one head of many.
-    by_noise = BOTH * _asked(measured, odd, truth.spread, _compared_part)
+    by_noise = BOTH * asked(measured, odd, truth.spread, compared_part)
     limit = np.where(odd, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
     odd &= (nmse > limit) & (nmse <= by_noise)
     if not odd.any():
         return limit
-    by_float32 = MULTIPLE * _asked(measured, odd, truth.own_rounding, _compared_part)
+    by_float32 = MULTIPLE * asked(measured, odd, truth.own_rounding, compared_part)
     return np.where(odd, np.fmax(limit, np.minimum(np.minimum(by_noise, by_float32), AMPLIFIED / share)), limit)
-
-
-def _asked(
-    measured: Measured,
-    odd: Bools,
-    known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
-    part: Callable[[Pair], Rows] = lambda pair: pair.ref,
-) -> Floats:
-    """What is known of each record, [R], or of a part of it, at the points of the odd ones; 0 elsewhere."""
-    concerned = measured.names_of(odd)
-    answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
-    return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
 
 
 def _reason(coarse: bool) -> str:

@@ -46,9 +46,10 @@ class Truth(Protocol):
         """
 
     def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """NMSE of the whole row, [R], if its one element at which that changes most were looked up one entry further: as `one_entry`.
+        """How far records, [R], are moved if the one element of each row at which that changes most is looked up one entry further.
 
-        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there.
+        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there. At points behind
+        tables it is the effect of all of them together.
         """
 
 

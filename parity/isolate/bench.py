@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from msgspec import Struct
@@ -12,7 +12,7 @@ from checkpoints.answers.isolate import Operation
 from checkpoints.graph import RecordedGraph
 from engine.graph import ENCODED, Step, alone
 from engine.opened import open_plain
-from engine.replay.proof import proof_steps
+from engine.replay.proof import is_weighed
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
@@ -20,16 +20,10 @@ from .attention_checks import AttentionChecks
 from .elements import RowChecks
 from .judging import Definition
 from .operation import Isolator
+from .standards import Standard
 from .values import RecordedValue
 
 Arriving = Iterable[tuple[str, RecordedValue]]
-
-
-class Define(Protocol):
-    """Gives the steps that compute a model's operations as the reference should: the standard that they are judged by."""
-
-    def __call__(self, steps: Sequence[Step], /, *, native: bool, kv_type: str) -> list[Step]:
-        """One step for each of `steps`."""
 
 
 class IsolationBench(Struct):
@@ -46,30 +40,24 @@ class IsolationBench(Struct):
         cls,
         model: Path,
         graph: Callable[[], RecordedGraph],
-        modes: Sequence[bool],
-        kv_type: str,
+        standard: Standard,
         limit: float,
         expected: int,
         rows: Sequence[int] = (),
-        define: Define = proof_steps,
     ) -> Self:
         """The bench of a model file.
 
         Args:
             graph: records llama.cpp's graph, if the model's steps are lifted from it.
-            modes: for each definition, whether it is native.
+            standard: gives the definitions that operations are judged by.
             expected: the number of positions of the run.
         """
         transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
         transformer.expect(expected)
         several, single = transformer.steps, transformer.single
-        definitions = [
-            Definition(
-                define(several, native=native, kv_type=kv_type),
-                None if single is None else define(single, native=native, kv_type=kv_type),
-            )
-            for native in modes
-        ]
+        alternatives = standard(several)
+        singles = [None] * len(alternatives) if single is None else standard(single)
+        definitions = [Definition(steps, alone) for steps, alone in zip(alternatives, singles, strict=True)]
         weights = transformer.weights
         encoder = alone(transformer.encoder or ())
         return cls(
@@ -77,9 +65,7 @@ class IsolationBench(Struct):
             Isolator(definitions, weights, limit),
             AttentionChecks.of((*encoder, *several)),
             RowChecks(rows, [definition.several for definition in definitions], weights, limit),
-            Isolator([Definition(define(encoder, native=native, kv_type=kv_type)) for native in modes], weights, limit)
-            if encoder
-            else None,
+            Isolator([Definition(steps) for steps in standard(encoder)], weights, limit) if encoder else None,
         )
 
     @property
@@ -91,6 +77,17 @@ class IsolationBench(Struct):
     def steps(self) -> list[Step]:
         """The steps of both, in the order of computation."""
         return [step for isolator in self.isolators for step in isolator.definitions[0].several]
+
+    @property
+    def products(self) -> frozenset[str]:
+        """The points that are products with weights."""
+        return frozenset(step.makes for step in self.steps if is_weighed(step))
+
+    @property
+    def rounding(self) -> dict[str, float]:
+        """The points that agree only with products whose activations are rounded, where the mode asks for others: what rounding costs."""
+        records = [item for isolator in self.isolators for item in isolator.records.items()]
+        return {name: record.unrounded for name, record in records if record.unrounded is not None}
 
     def decoded(self, tokens: NDArray[np.int64], generated: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens at the model's positions for a prompt and what follows it: an encoder–decoder begins with a start token."""

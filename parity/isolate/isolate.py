@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.errors import DumpError, InputError
 from checkpoints.mapping import Mapping
-from checkpoints.points import parse
+from checkpoints.points import ENCODER, parse
 from checkpoints.record import Header
+from engine.graph import in_one_pass
 from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from reference.client import Reference
@@ -28,8 +29,10 @@ from ..models.embedded import path as default_model
 from ..run.graphs import not_as_the_file_says
 from ..run.request import Prompt
 from ..run.session import resolve_prompt
-from .bench import Define, IsolationBench
+from .arithmetic import Judgement, in_its_arithmetic
+from .bench import IsolationBench
 from .judged_layers import eliminated, graft, judged_layers
+from .standards import Define, foreign_standard, reference_standard
 from .suspicions import as_eight_bits, in_order
 from .unrecorded import passed_over, stretches, without
 from .values import RecordedValue, WholeValues
@@ -86,9 +89,8 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         expected = len(prompt.ids) + request.generate
-        bench = IsolationBench.of(
-            request.model, graph, [mode == "native"], request.kv_type, LIMIT, expected, request.rows, define
-        )
+        standard = reference_standard(define, native=mode == "native", kv_type=request.kv_type)
+        bench = IsolationBench.of(request.model, graph, standard, LIMIT, expected, request.rows)
         bench.transformer.check(prompt.ids, 0)
         passes = _feed_reference(reference, request, prompt, mode, bench)
         build = reference.versions()
@@ -177,7 +179,8 @@ def calibrate(reference: Reference, mode: str, kv_type: str, define: Define = pr
     """The worst NMSE of any operation of the embedded model on this machine, whose operations are known to be right."""
     model = default_model()
     graph = partial(reference.graph, model, mode)
-    bench = IsolationBench.of(model, graph, [mode == "native"], kv_type, LIMIT, len(_CALIBRATION), define=define)
+    standard = reference_standard(define, native=mode == "native", kv_type=kv_type)
+    bench = IsolationBench.of(model, graph, standard, LIMIT, len(_CALIBRATION))
     request = IsolateRequest(model, tokens=_CALIBRATION, kv_type=kv_type)
     _feed_reference(reference, request, Prompt(None, _CALIBRATION, ()), mode, bench)
     return max((operation.nmse or 0.0 for operation in bench.operations()), default=0.0)
@@ -232,38 +235,34 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             """A reference, started only if needed: operations are judged without it."""
             return stack.enter_context(_started(request, running))
 
-        modes = [mode == "native", mode != "native"]
+        graph = cache(lambda: reference().graph(request.model, mode))
         if request.prompt is not None or request.tokens is not None:
             prompt = resolve_prompt(reference(), request.model, request.prompt, request.tokens)
             tokens, generated = np.array(prompt.ids, dtype=np.int64), np.zeros(0, dtype=np.int64)
         else:
             tokens, generated = values.prompt(), values.generated
-        bench = IsolationBench.of(
-            request.model,
-            lambda: reference().graph(request.model, mode),
-            modes,
-            kv_type,
-            measured.operations,
-            len(tokens) + len(generated),
-            request.rows,
-        )
+        cache_type = "" if measured.assumed and not header.kv_type else kv_type
+        standard = foreign_standard(native=mode == "native", kv_type=cache_type)
+
+        def judged_at(limit: float) -> Judgement:
+            expected = len(tokens) + len(generated)
+            bench = IsolationBench.of(request.model, graph, standard, limit, expected, request.rows)
+            later = generated if bench.encoder is None else values.generated
+            bench.transformer.check([*tokens.tolist(), *later.tolist()], 0)
+            if values.unshaped:
+                values.with_shapes(dict(reference().describe(request.model).points))
+            values.two_sided = ("",) if in_one_pass(bench.isolator.steps) else (ENCODER,)
+            lacking = _pass_over(bench, values, mode, kv_type)
+            passes = _feed_dump(values, bench, tokens, later)
+            return Judgement(bench, in_order([*bench.operations(), *lacking], bench.steps), passes, limit)
+
+        judgement = in_its_arithmetic(judged_at, measured, LIMIT, LIMIT_SOURCE)
+        bench, operations = judgement.bench, judgement.operations
         if bench.encoder is not None:
             generated = values.generated
-        bench.transformer.check([*tokens.tolist(), *generated.tolist()], 0)
-        if values.unshaped:
-            values.with_shapes(dict(reference().describe(request.model).points))
-        lacking = _pass_over(bench, values, mode, kv_type)
-        passes = _feed_dump(values, bench, tokens, generated)
-        operations = in_order([*bench.operations(), *lacking], bench.steps)
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
             layers, suspects = judged_layers(
-                reference(),
-                request.model,
-                values,
-                operations,
-                mode,
-                measured.operations,
-                bench.isolator.suspects(),
+                reference(), request.model, values, operations, mode, judgement.of_layers, bench.isolator.suspects()
             )
             operations = bench.isolator.unless_of(suspects, operations)
             layers = eliminated(operations, layers, suspects)
@@ -275,7 +274,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             grafted = graft(reference(), bench.transformer, values, np.concatenate([tokens, generated]), request.graft, mode)
         differs = any(item.status == WRONG for item in (*operations, *layers))
         otherwise = _ignored(bench.transformer, reference()) if differs or bench.transformer.recorded is not None else ""
-    if all(item.status == NOT_OBSERVABLE for item in (*operations, *layers)) and not grafted:
+    if all(item.nmse is None for item in (*operations, *layers)) and not grafted:
         raise DumpError(
             f"{dump} has no operation whose inputs and output were recorded as whole rows.",
             'Record whole values: a tensors file, or all values of each record and their "shape": [width] (parity emit shows how).',
@@ -287,12 +286,12 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         mode=mode,
         kv_type=kv_type,
         positions=len(tokens) + len(generated),
-        passes=passes,
-        limit=measured.operations,
-        limit_source=LIMIT_SOURCE if measured.operations == LIMIT else measured.source,
+        passes=judgement.passes,
+        limit=judgement.limit,
+        limit_source=judgement.source,
         operations=(*operations, *layers),
         findings=tuple(bench.attention.findings),
-        not_checked=tuple(_not_checked(operations, passes, request.kv_type, foreign=True)),
+        not_checked=tuple(_not_checked(operations, judgement.passes, request.kv_type, foreign=True)),
         elements=tuple(bench.rows.elements),
         graft=tuple(grafted),
         graft_from=request.graft or "",

@@ -42,6 +42,8 @@ class Record(Struct):
     sampled: float | None = None
     reason: str = ""
     wrong: bool = False
+    # If only a definition that rounds activations, as the mode does not, makes the recorded value: NMSE of the one that does not.
+    unrounded: float | None = None
     denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
 
 

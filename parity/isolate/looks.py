@@ -90,7 +90,7 @@ def _product(
         product = wide @ weight.T.astype(np.float64) + (weights.get(added) if added is not None else 0.0)
         return bool(np.sum((product - dumped) ** 2) / energy <= near)
 
-    if shape[0] * shape[1] <= _LARGEST:
+    if len(shape) == 2 and shape[0] * shape[1] <= _LARGEST:
         weight, added = weights.get(name), bias if isinstance(bias, str) else None
         if is_product(np.ascontiguousarray(weight.T).reshape(shape), added):
             return f"it is the product with {name} read transposed"

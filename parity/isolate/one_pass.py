@@ -13,6 +13,7 @@ from checkpoints.points import parse
 from engine import ops
 from engine.graph import POSITIONS, TOKENS, Altered, Step, compute, viewed
 from engine.replay.products import product
+from engine.replay.proof import rounds_activations
 
 from .elements import Sample, sample_product, typical_energy
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
@@ -57,6 +58,8 @@ class _Held(Struct, frozen=True):
     positions: NDArray[np.int64]
     errors: NDArray[np.float64]
     reason: str
+    rounds: bool = False  # only a definition that rounds activations, unlike the first one, is as near
+    unrounded: float = 0.0  # the worst error by the first definition
 
 
 class JudgedPass:
@@ -147,6 +150,8 @@ class JudgedPass:
         if held.errors.max() > self._limit(step):
             held = self._with_right_inputs(step) or held
         definitions = self._definitions(step)
+        if held.rounds and held.errors.max() <= self._limit(step):
+            record.unrounded = max(record.unrounded or 0.0, held.unrounded)
         self._note(step, definitions[-1], held)
         if step.op is ops.rms_norm:
             self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
@@ -156,7 +161,9 @@ class JudgedPass:
                 record.sampled = max(record.sampled or 0.0, min(measured))
 
     def _definitions(self, step: Step) -> list[Step]:
-        return [program.producers[step.makes] for program in self._programs]
+        """The step in each right definition, each only once."""
+        every = [program.producers[step.makes] for program in self._programs]
+        return [one for number, one in enumerate(every) if not any(one is other for other in every[:number])]
 
     def _held(self, step: Step, source: Inputs) -> _Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""
@@ -178,7 +185,9 @@ class JudgedPass:
                 raise UnknownInput(NOT_FINITE)
             errors = np.where(unknown, 0.0, errors)
             if best is None or errors.max() < best.errors.max():
-                best = _Held(inputs, dumped, ours, positions, errors, reason)
+                rounds = rounds_activations(definition) and not rounds_activations(definitions[0])
+                by_first = float(errors.max()) if best is None else best.unrounded
+                best = _Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first)
             if best.errors.max() <= limit:
                 break
         assert best is not None

@@ -100,6 +100,8 @@ class WholeValues:
 
     def __init__(self, path: Path, tensors: Path | None = None, mapping: Mapping | None = None) -> None:
         self.path = path
+        # The beginnings of names of which scores see later positions: up to their own they are not whole.
+        self.two_sided: tuple[str, ...] = ()
         self.dump: Dump = load(path, mapping)
         file = tensors or beside(path)
         self._reader = TensorReader(file) if tensors is not None or file.exists() else None
@@ -201,7 +203,11 @@ class WholeValues:
         rows = self._rows.get(name)
         if rows is None:
             return None
-        rows = rows.take(np.flatnonzero(rows.full() & (rows.step == step)))
+        whole = rows.full() & (rows.step == step)
+        if of_scores(name) and name.startswith(self.two_sided):
+            length = len(self._positions[step, name.startswith(ENCODER)])
+            whole &= all(shape[-1:] == (length,) for shape in rows.shapes)
+        rows = rows.take(np.flatnonzero(whole))
         return _from_rows(name, rows) if len(rows) else None
 
     def _from_tensor(self, name: str, step: int) -> RecordedValue:
@@ -229,8 +235,8 @@ def _from_rows(name: str, rows: Rows) -> RecordedValue:
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
     if kind in CACHED:  # the last position's record holds all rows
-        shape = rows.shapes[-1]
-        return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(shape[0], -1), rows.token_idx)
+        count = rows.shapes[-1][0] if len(rows.shapes[-1]) > 1 else 1
+        return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(count, -1), rows.token_idx)
     if of_scores(name):
         heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
         data = np.zeros((heads, len(rows), seen), dtype=np.float32)

@@ -1,0 +1,112 @@
+"""What the truth says of records behind the reference's tables of float16, and how it is asked."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from checkpoints.record import Rows
+
+from .align import Pair, as_wide
+from .dataflow import Flow, upstream
+from .limits import JUMP
+from .measure import Measured
+from .truth import Above, Truth, of_few, of_table, raised, share_of_few
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_SEVERAL = 4  # records of a point, of which most cannot have a row's rarest entry by chance
+
+
+def behind_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth, model: Flow) -> Floats:
+    """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
+    nor with the exact function is wrong.
+
+    An exact engine is as far from the reference as the reference is from the truth, and only float32's rounding away from the truth.
+
+    Args:
+        distance: NMSE of the reference's records from the truth. near: the records that are asked about.
+    """
+    keys, share = (measured.point, measured.seq, measured.token_idx), shares(measured)
+    nmse, above = measured.measures.nmse, Above.of(model.names, model.parents)
+    concerned = measured.names_of(near)
+    ours = {pair.point: pair.ours for pair in measured.pairs if pair.point in concerned}
+    far = joined(measured, truth.distances(ours))
+    ref = {pair.point: compared_part(pair) for pair in measured.pairs if pair.point in truth.coarse}
+    exact = near & (far <= limit)
+    higher = limit
+    if (near & ~exact).any():
+        own = joined(measured, truth.own_rounding(ref))
+        exact |= near & (far <= raised(far, limit, own, *keys, np.zeros(len(near), dtype=np.bool_), share=share, above=above))
+    if (near & ~exact).any():
+        apart = joined(measured, truth.from_table(ref))
+        sampled = of_table(limit, apart, *keys, above)
+        higher = _one_entry(measured, sampled, truth)
+        odd = near & ~exact & (nmse > higher)
+        if odd.any():  # `apart` is one sample of which entries rounding chooses
+            apart = np.fmax(apart, asked(measured, odd, truth.table_spread))
+            further = asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
+            sampled = np.fmax(sampled, of_table(limit, apart, *keys, above))
+            higher = np.fmax(higher, of_table(limit, np.fmax(apart, further), *keys, above))
+        higher = np.where(_at_most_positions(measured, near & ~exact & (nmse > sampled), model), sampled, higher)
+    # The distance between the two, which may be on opposite sides of the truth.
+    between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
+    return np.where(exact, np.fmax(higher, between), higher)
+
+
+def _at_most_positions(measured: Measured, over: Bools, model: Flow) -> Bools:
+    """Which records, bool [R], are of a point at which most records are over and do not inherit that.
+
+    Rounding changes the entry of a table that single elements use, one in thousands: as often as in the samples that are known. Which row
+    is concerned differs from run to run, but not how many are.
+    """
+    nmse = measured.measures.nmse
+    worst = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, over).worst
+    fresh = np.bincount(measured.point, weights=over & (nmse > JUMP * worst), minlength=len(measured.pairs))
+    records = np.bincount(measured.point, minlength=len(measured.pairs))
+    return np.asarray((2 * fresh > records)[measured.point] & (records >= _SEVERAL)[measured.point])
+
+
+def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
+    """Limits, [R], raised where a few elements may come from the neighbouring entry of a table; only for errors of the recorded values.
+
+    Two right engines whose arguments lie on the two sides of a rounding step look up different entries, and one of sixteen values then
+    dominates them all. In a whole row few elements do so: its estimate keeps its limit.
+    """
+    measures = measured.measures
+    odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
+    if not odd.any():
+        return limit
+    return np.where(odd, np.fmax(limit, asked(measured, odd, truth.one_entry)), limit)
+
+
+def asked(
+    measured: Measured,
+    odd: Bools,
+    known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
+    part: Callable[[Pair], Rows] = lambda pair: pair.ref,
+) -> Floats:
+    """What is known of each record, [R], or of a part of it, at the points of the odd ones; 0 elsewhere."""
+    concerned = measured.names_of(odd)
+    answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
+    return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
+
+
+def joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
+    """The distances of all records, [R]; NaN where none is known."""
+    none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
+    known = [of_few(answers.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
+    return np.concatenate(known)
+
+
+def shares(measured: Measured) -> Floats:
+    """See `share_of_few`, for all records, [R]."""
+    return np.concatenate([share_of_few(pair.ref) for pair in measured.pairs])
+
+
+def compared_part(pair: Pair) -> Rows:
+    """The reference's records reduced to what ours has of each: as many leading values, and no sketch if ours has none."""
+    ref = as_wide(pair.ref, pair.ours)
+    return ref if pair.ours.sketch is not None else replace(ref, sketch=None)

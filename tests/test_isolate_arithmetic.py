@@ -1,0 +1,128 @@
+"""An engine that does not say in which arithmetic it computes is judged in the one that its products show together."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
+from checkpoints.jsonl import write
+from engine.graph import Step
+from engine.replay.precision import rounded
+from engine.replay.wide import without_tables
+from parity.isolate.arithmetic import SPREAD, shown_limit
+from parity.isolate.isolate import LIMIT, IsolateRequest, isolate
+from reference.client import Reference
+
+_MOST = 3e-4
+
+
+def judged(engine: Faulty, reference: Reference, folder: Path, steps: list[Step], compute: str = "") -> Isolation:
+    """What is said of an engine's whole values, under a header that states this arithmetic."""
+    tokens = tokens_of(engine.model, 6, seed=1)
+    dump = engine.dump(Planted(()), tokens, points="all", size=1 << 20, bare=False, steps=steps)
+    assert dump.header is not None
+    path = folder / "ours.jsonl"
+    write(replace(dump, header=replace(dump.header, compute=compute, source="an engine", mode="")), path, dump.header)
+    return isolate(IsolateRequest(engine.model, tokens=tokens, dump=path, mode="exact"), reference)
+
+
+def scaled(steps: list[Step], name: str, by: float) -> list[Step]:
+    """The steps with one result multiplied."""
+
+    def changed(step: Step) -> Step:
+        return replace(step, op=lambda *inputs, **params: (step.op(*inputs, **params) * by).astype(np.float32))
+
+    return [changed(step) if step.makes == name else step for step in steps]
+
+
+def operation(name: str, nmse: float, weight: str = "F32") -> Operation:
+    """A product in layer 0."""
+    return Operation(name, 0, WRONG if nmse > LIMIT else PROVEN, nmse, weight=weight)
+
+
+def limit(*operations: Operation, rounding: dict[str, float] | None = None) -> float | None:
+    """The limit that products show."""
+    return shown_limit(operations, {item.name for item in operations}, rounding or {}, LIMIT, _MOST)
+
+
+def test_lower_arithmetic_shows_in_most_products() -> None:
+    """One product of four that is off is a fault, all four are an arithmetic whose size sets the limit; one alone says nothing."""
+    right = [operation(name, 1e-13) for name in "qkv"]
+    assert limit(*right, operation("o", 1e-7)) == LIMIT
+    off = [operation(name, 1e-7) for name in "qkvo"]
+    assert limit(*off) == pytest.approx(SPREAD * 1e-7)
+    assert limit(*off, operation("down", 1e-3)) == pytest.approx(SPREAD * 1e-7)
+    assert limit(off[0]) is None
+    assert limit(*right) == LIMIT
+
+
+def test_products_that_round_as_ggml_does_are_another_question() -> None:
+    """Where products of a type round activations to 8 bits, one that does not is wrong; those of another type are undecided."""
+    eight = [operation(name, 1e-13, "Q8_0") for name in "qkv"]
+    rounding = {item.name: 2e-5 for item in eight}
+    assert limit(*eight, operation("o", 1e-5, "Q8_0"), rounding=rounding) == LIMIT
+    assert limit(*eight, operation("router", 1e-5), rounding=rounding) is None
+    half = [operation(name, 1e-13, "F16") for name in "qkv"]
+    assert limit(*half, Operation("kq", 0, WRONG, 4e-7), rounding={item.name: 1e-7 for item in half}) == pytest.approx(
+        SPREAD * 1e-7
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["qwen3", "gemma", "granitemoe"])
+def test_a_small_fault_is_named_in_undeclared_float32_and_right_engines_are_not_blamed(
+    recipe: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """A result 2e-4 too large is wrong, and nothing else; F16, BF16 and an exact GELU are right, undeclared and declared; in undeclared
+    F16 a result 1 % too large is wrong.
+    """
+    model = small_model(recipe, kind="f32")
+    engine = Faulty(model, reference.graph(model))
+
+    def wrong(steps: list[Step], **stated: Any) -> set[str]:
+        return {item.name for item in judged(engine, reference, tmp_path, steps, **stated).operations if item.status == WRONG}
+
+    assert wrong(scaled(engine.right, "blk.1.kqv_out", 1.0002)) == {"blk.1.kqv_out"}
+    assert not wrong(without_tables(engine.right), compute="f32")
+    for kind in ("f16", "bf16"):
+        for storage in (False, True):
+            lower = rounded(engine.right, kind, storage=storage)
+            assert not wrong(lower)
+            assert not wrong(lower, compute=kind)
+    assert wrong(scaled(rounded(engine.right, "f16", storage=False), "blk.1.kqv_out", 1.01)) == {"blk.1.kqv_out"}
+
+
+def test_too_few_products_leave_the_arithmetic_open(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """If the logits alone were recorded with their input, F16 there is not observable, with a line that says what settles it."""
+    model = small_model("qwen3", kind="f32")
+    engine = Faulty(model, reference.graph(model))
+    tokens = tokens_of(model, 6, seed=1)
+    steps = rounded(engine.right, "f16", storage=False)
+    dump = engine.dump(Planted(()), tokens, points="output_norm,logits", size=1 << 20, bare=False, steps=steps)
+    assert dump.header is not None
+    path = tmp_path / "ours.jsonl"
+    write(replace(dump, header=replace(dump.header, compute="", source="an engine", mode="")), path, dump.header)
+    stated = isolate(IsolateRequest(model, tokens=tokens, dump=path, mode="exact", windows=False, compute="f32"), reference)
+    assert [item.name for item in stated.wrong] == ["logits"]
+    isolation = isolate(IsolateRequest(model, tokens=tokens, dump=path, mode="exact", windows=False), reference)
+    logits = next(item for item in isolation.operations if item.name == "logits")
+    assert logits.status == NOT_OBSERVABLE
+    assert "--compute f32" in logits.reason
+
+
+def test_scores_of_an_encoder_are_whole_up_to_its_last_position_alone(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """Records that hold scores up to their own position blame nothing in an encoder, whose positions see later ones."""
+    model = small_model("t5encoder", kind="f32")
+    engine = Faulty(model, reference.graph(model))
+    isolation = judged(engine, reference, tmp_path, engine.right)
+    assert not isolation.wrong
+    assert any(item.operation == "kqv_out" for item in isolation.operations)
