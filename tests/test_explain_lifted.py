@@ -185,7 +185,7 @@ def test_a_last_layer_whose_output_has_another_name(reference: Reference, small_
 def test_a_missing_residual_is_that_in_either_order_of_the_operands(engine: Faulty) -> None:
     """llama.cpp adds the branch to the stream or the stream to the branch: without the residual the branch is left, never the stream."""
     for point, stream in (("l_out", "ffn_inp"), ("ffn_inp", "l_out")):
-        changed = plant(engine.transformer.steps, CATALOGUE["residual-missing"], None, at=(point,))
+        changed = plant(engine.right, CATALOGUE["residual-missing"], None, at=(point,))
         sums = [step for step in changed if step.makes.startswith("blk.") and step.makes.endswith(f".{point}")]
         assert len(sums) > 1
         for step in sums:
