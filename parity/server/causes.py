@@ -1,6 +1,6 @@
 """Explanations of a server's numbers: the same text read in another way, or llama.cpp's logits changed by a sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -18,6 +18,7 @@ from ..score.measures import Listed, log_sum
 from . import numbers, penalties
 from .ask import Asked, Heard
 from .base import Row, kl, listed, log_probabilities, rows
+from .predictions import may_be_logarithm
 from .truncation import truncations
 from .vocabulary import Vocabulary
 
@@ -72,10 +73,16 @@ def sampled(asked: Sequence[Asked]) -> tuple[Asked, ...]:
 
 
 def cause_of(case: ServerCase) -> ServerCause | None:
-    """The first reading that explains the predictions, if one does."""
-    readings = (
+    """The first reading that explains the predictions, if one does.
+
+    Numbers that cannot be log-probabilities are looked at as such only: no other text and no sampler makes them (and all chat templates
+    take a pass each).
+    """
+    readings: tuple[Callable[[ServerCase], ServerCause | None], ...] = (
         _echo, _numbers, _beginning, _temperature, _truncation, _not_normalised, _penalty, _subtracted, _biased, _template, _tokenizer,
     )  # fmt: skip
+    if not all(may_be_logarithm(candidate) for asked, _ in case.sample for candidate in asked.candidates):
+        readings = (_echo, _numbers, _not_normalised)
     return next((cause for find in readings if (cause := find(case)) is not None), None)
 
 

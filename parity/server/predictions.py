@@ -141,9 +141,14 @@ def require_logarithms(candidates: Iterable[TokenCandidate], where: str) -> None
     Raises:
         ServerError: one is above 0 by more than rounding.
     """
-    for candidate in candidates:
-        if candidate.logprob > _ABOVE:
-            raise _malformed(where, f"a log-probability is {candidate.logprob:g}, above 0, as if it were a logit")
+    above = next((candidate.logprob for candidate in candidates if not may_be_logarithm(candidate)), None)
+    if above is not None:
+        raise _malformed(where, f"a log-probability is {above:g}, above 0, as if it were a logit")
+
+
+def may_be_logarithm(candidate: TokenCandidate) -> bool:
+    """Whether a number can be a log-probability: it is not above 0 by more than rounding."""
+    return candidate.logprob <= _ABOVE
 
 
 def _shown(value: Any) -> str:
