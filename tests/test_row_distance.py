@@ -50,7 +50,7 @@ def test_a_trained_models_rows_are_within_what_a_type_rounds(
         lost[5] = held[6]
         wrong = distance_of(lost, wanted)
         assert list(limit.wrong_rows(wrong)) == [5], name
-        assert limit.excess(wrong).startswith(f"row 5 of {len(held):,}")
+        assert limit.excess(wrong, "it is another row").startswith(f"row 5 of {len(held):,}: it is another row")
 
 
 def test_rows_that_all_but_vanish_are_not_wrong() -> None:
