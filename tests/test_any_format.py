@@ -94,6 +94,7 @@ def test_explain_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> N
     assert answer["causes"][0]["fault"] == "rope-pairs"
 
 
+@pytest.mark.slow
 def test_a_foreign_engine_is_compared_despite_lint(parity: Cli) -> None:
     """`run --exec` refuses a dump that lint calls unusable, naming the rule; --despite-lint compares it all the same."""
     row = np.random.default_rng(0).standard_normal(10).round(3).tolist()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,24 @@ from checkpoints.errors import DumpError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
 from checkpoints.record import Dump, Header, Rows
+from parity.__main__ import run
 
 
-def both_ways(parity: Cli, folder: Path) -> tuple[Path, Path]:
-    """The same run of our engine as JSON lines and with arrays."""
-    lines, arrays = folder / "lines.jsonl", folder / "arrays.jsonl"
-    for out, more in ((lines, ()), (arrays, ("--binary",))):
-        done = parity("dump", "ours", "--tokens", "1,2,3,4,5", "--points", "blk.{0,23}.*,embd,logits", "-o", out, *more)
-        assert done.code == 0, done.err
-    return lines, arrays
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run of our engine as JSON lines and with arrays."""
+    folder = tmp_path_factory.mktemp("both_ways")
+    for name, more in (("lines", ()), ("arrays", ("--binary",))):
+        points = ("--points", "blk.{0,23}.*,embd,logits")
+        assert run(["dump", "ours", "--tokens", "1,2,3,4,5", *points, "-o", str(folder / f"{name}.jsonl"), *more]) == 0
+    return folder
+
+
+@pytest.fixture
+def both_ways(dumped: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of that run for one test: the file of lines, and the one with arrays beside it."""
+    shutil.copytree(dumped, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "lines.jsonl", tmp_path / "arrays.jsonl"
 
 
 def same(left: Rows, other: Rows) -> bool:
@@ -40,15 +50,16 @@ def same(left: Rows, other: Rows) -> bool:
     return equal and sketches and stats and left.shapes == other.shapes and left.dtype == other.dtype
 
 
-def test_arrays_and_lines_hold_the_same_records(parity: Cli, tmp_path: Path) -> None:
+def test_arrays_and_lines_hold_the_same_records(both_ways: tuple[Path, Path]) -> None:
     """Every record of every point, read back from arrays, equals that of the JSON lines: values, statistics, sketch, shapes, places."""
-    lines, arrays = (load(path) for path in both_ways(parity, tmp_path))
+    lines, arrays = (load(path) for path in both_ways)
     assert list(arrays.points) == list(lines.points)
     assert all(same(arrays.points[name], rows) for name, rows in lines.points.items())
     assert arrays.end == lines.end
     assert arrays.notes == lines.notes
 
 
+@pytest.mark.slow
 def test_a_run_with_arrays_reaches_the_same_verdict(parity: Cli, tmp_path: Path) -> None:
     """`run --binary`: the figures of every record are those of the run with lines, to the bit, generated tokens included."""
     answers = []
@@ -61,9 +72,9 @@ def test_a_run_with_arrays_reaches_the_same_verdict(parity: Cli, tmp_path: Path)
     assert {path.name for path in (tmp_path / "arrays").iterdir()} > {"ours.columns.safetensors", "ref.columns.safetensors"}
 
 
-def test_parts_of_a_point_are_put_together(parity: Cli, tmp_path: Path) -> None:
+def test_parts_of_a_point_are_put_together(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
     """Records that were written in several parts are one point's again, in their order."""
-    written, wanted = tmp_path / "parts.jsonl", load(both_ways(parity, tmp_path)[0])
+    written, wanted = tmp_path / "parts.jsonl", load(both_ways[0])
     rows = [rows.take([i]) for rows in wanted.points.values() for i in range(len(rows))]
     with ColumnsWriter(written, Header(source="engine"), held=4096) as writer:
         for row in rows:
@@ -102,19 +113,19 @@ def _miscounted(dump: Path) -> None:
     ],
 )
 def test_files_that_do_not_belong_together_are_one_line(
-    parity: Cli, tmp_path: Path, damage: Callable[[Path], None], message: str
+    both_ways: tuple[Path, Path], parity: Cli, damage: Callable[[Path], None], message: str
 ) -> None:
     """A missing, damaged, foreign or miscounted file of arrays is refused in one line with exit code 2."""
-    _, arrays = both_ways(parity, tmp_path)
+    _, arrays = both_ways
     damage(arrays)
     with pytest.raises(DumpError, match=message):
         load(arrays)
     assert parity("lint", arrays).code == 2
 
 
-def test_convert_reads_arrays(parity: Cli, tmp_path: Path) -> None:
+def test_convert_reads_arrays(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
     """A dump recorded as arrays is converted to JSON lines like any other dump."""
-    lines, arrays = both_ways(parity, tmp_path)
+    lines, arrays = both_ways
     dump: Dump = load(arrays)
     out = tmp_path / "converted.jsonl"
     write(dump, out, Header(source="engine"))
@@ -122,18 +133,18 @@ def test_convert_reads_arrays(parity: Cli, tmp_path: Path) -> None:
     assert all(same(converted.points[name], rows) for name, rows in right.points.items())
 
 
-def test_a_part_is_named_once(parity: Cli, tmp_path: Path) -> None:
+def test_a_part_is_named_once(both_ways: tuple[Path, Path]) -> None:
     """A line that names the same arrays again, which could fill the memory, is refused."""
-    dump = both_ways(parity, tmp_path)[1]
+    dump = both_ways[1]
     header, part, *others = dump.read_text(encoding="utf-8").splitlines()
     dump.write_text("\n".join([header, part, part, *others]), encoding="utf-8")
     with pytest.raises(DumpError, match="is named by two lines"):
         load(dump)
 
 
-def test_a_type_that_numpy_lacks_and_an_empty_name_are_said(parity: Cli, tmp_path: Path) -> None:
+def test_a_type_that_numpy_lacks_and_an_empty_name_are_said(both_ways: tuple[Path, Path]) -> None:
     """Arrays of 8-bit floats and a header that names no file end in one line."""
-    dump = both_ways(parity, tmp_path)[1]
+    dump = both_ways[1]
     arrays = beside(dump)
     data = arrays.read_bytes()
     arrays.write_bytes(data.replace(b'"F32", "shape": [5, 16]', b'"F8_E4M3","shape":[320]', 1))
@@ -145,31 +156,31 @@ def test_a_type_that_numpy_lacks_and_an_empty_name_are_said(parity: Cli, tmp_pat
         load(dump)
 
 
-def test_arrays_that_are_a_pipe_are_not_waited_for(parity: Cli, tmp_path: Path) -> None:
+def test_arrays_that_are_a_pipe_are_not_waited_for(both_ways: tuple[Path, Path]) -> None:
     """A file of arrays that became a pipe without a writer is refused at once."""
-    dump = both_ways(parity, tmp_path)[1]
+    dump = both_ways[1]
     beside(dump).unlink()
     os.mkfifo(beside(dump))
     with pytest.raises(DumpError, match="is a pipe"):
         load(dump)
 
 
-def test_steps_of_decimals_are_finite(parity: Cli, tmp_path: Path) -> None:
+def test_steps_of_decimals_are_finite(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
     """An infinite step of decimals, with which everything would agree, is refused, as in lines."""
-    rows = load(both_ways(parity, tmp_path)[1]).points["embd"]
+    rows = load(both_ways[1]).points["embd"]
     with ColumnsWriter(tmp_path / "steps.jsonl", Header(source="engine")) as writer:
         writer.rows(replace(rows, quantum=np.full(rows.values.shape, np.inf)))
     with pytest.raises(DumpError, match="do not fit together"):
         load(tmp_path / "steps.jsonl")
 
 
-def test_a_step_larger_than_the_values_makes_nothing_agree(parity: Cli, tmp_path: Path) -> None:
+def test_a_step_larger_than_the_values_makes_nothing_agree(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
     """Decimals cannot have been printed in steps of 1e300: such a record is refused, in lines as in arrays."""
     line = {"checkpoint": "embd", "token_idx": 0, "values": [0.5, -0.25], "quantum": 1e300}
     (tmp_path / "odd.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     with pytest.raises(DumpError, match='"quantum" of embd is larger than all of its values'):
         load(tmp_path / "odd.jsonl")
-    rows = load(both_ways(parity, tmp_path)[0]).points["embd"]
+    rows = load(both_ways[0]).points["embd"]
     with ColumnsWriter(tmp_path / "arrays.jsonl", Header(source="engine")) as writer:
         writer.rows(replace(rows, quantum=np.full(rows.values.shape, 1e300)))
     with pytest.raises(DumpError, match="do not fit together"):
@@ -189,9 +200,9 @@ def test_a_step_larger_than_the_values_makes_nothing_agree(parity: Cli, tmp_path
     ],
     ids=["position", "sequence", "pass", "axes", "fewer elements than values", "an element twice", "index"],
 )
-def test_arrays_have_the_bounds_of_lines(parity: Cli, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_arrays_have_the_bounds_of_lines(both_ways: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     """A position, sequence, pass, shape or index that no line may have is refused in arrays, too."""
-    rows = load(both_ways(parity, tmp_path)[1]).points["embd"]
+    rows = load(both_ways[1]).points["embd"]
     with ColumnsWriter(tmp_path / "odd.jsonl", Header(source="engine")) as writer:
         writer.rows(replace(rows, **changes))
     with pytest.raises(DumpError, match=r"do not fit together|dimensions|than its shape holds"):

@@ -136,6 +136,7 @@ def test_two_dumps_of_a_foreign_engine(parity: Cli, synthetic: Callable[..., Pat
     assert "same portions" in ran.err
 
 
+@pytest.mark.slow
 def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
     """It runs on the embedded model; one token, one dump, no prompt are one line each."""
     ran = parity("consistency", "--tokens", "1,403,407", "--points", "default", "--model", stories)
@@ -146,6 +147,7 @@ def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
         assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_no_portions_is_not_vouched_for(parity: Cli, synthetic: Callable[..., Path]) -> None:
     """An engine whose dumps show one pass whatever it is told: the answer says so and how passes are recorded."""
     line = f"X={{portions}} {numpy_engine()}"
@@ -194,6 +196,7 @@ def test_llama_cpp_against_itself(parity: Cli, synthetic: Callable[..., Path]) -
     assert checks["a restored state"]["first_to_differ"] == ""
 
 
+@pytest.mark.slow
 def test_llama_cpp_is_consistent_on_a_split_model(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
     """The first of several files is taken for the model."""
     first = split(small_model("qwen3", "f32", layers=2), tmp_path / "split.gguf")

@@ -269,6 +269,7 @@ def test_a_ledger_is_read_back(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_the_stored_golden_dumps_hold(parity: Cli) -> None:
     """The golden dumps of this repository agree with our engine and with the llama.cpp that is installed here."""
     for side in ("ours", "ref"):

@@ -116,6 +116,7 @@ def checked(side: OurEngine | LlamaCpp, run: Request, vocabulary: int) -> Consis
     return of_side(side, Prompt(None, IDS, (), decoded=IDS[:-1]), ConsistencyRequest(run), vocabulary)
 
 
+@pytest.mark.slow
 def test_other_portions_of_the_decoder_come_out_the_same(t5: Path, engine: Transformer, reference: Reference) -> None:
     """The decoder's tokens in every way agree, in our engine and in llama.cpp (portions only); a later one changes nothing earlier."""
     run = Request(t5, points="all")

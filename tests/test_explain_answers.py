@@ -93,6 +93,7 @@ def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
     assert sentence in next(named.sentence for named in classes if named.fault == name)
 
 
+@pytest.mark.slow
 def test_f16_arithmetic_is_no_excuse_where_the_header_says_f32(engine: Faulty) -> None:
     """The same numbers count as arithmetic if the engine states nothing, but contradict a header that says f32."""
     dump = engine.dump(RIGHT, PROMPT, steps=rounded(engine.right, "f16", storage=True))

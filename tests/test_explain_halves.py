@@ -86,6 +86,7 @@ def test_no_fault_in_a_right_engine(engine: Transformer, tmp_path: Path, points:
     assert {seen.checkpoint for seen in explanation.seen} >= {"enc.embd", "enc.output_norm", "embd", "logits"}
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_encoder_is_not_held_against_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     """What the decoder makes of a faulty encoder's rows is right: one cause, in the encoder, by the encoder's own names."""
     explanation = explained(engine, tmp_path / "ours.jsonl", encoder=("transposed", {"at": ("v",)}, (1,)))

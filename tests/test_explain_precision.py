@@ -77,6 +77,7 @@ def _smaller(x: Array) -> Array:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("computed")
 def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> None:
     """Errors as large as BF16's, but one vector at every position, each times a number."""
@@ -100,6 +101,7 @@ def _by_rows(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return ops.linear(np.rint(x / scale) * scale, weight, bias)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("computed")
 def test_eight_bits_that_are_not_declared_are_told_as_such(blocks: Faulty) -> None:
     """Errors of that size may hide a fault: they acquit nothing, and no fault is named. If declared, they are noise."""

@@ -91,6 +91,7 @@ def test_a_right_engine_is_parity_after_one_run(c_engine: Path, parity: Cli) -> 
     assert (code, len(answer["runs"]), answer["explanation"]) == (0, 1, None)
 
 
+@pytest.mark.slow
 def test_bare_lines_are_hunted_with_the_prompts_tokens(
     parity: Cli, script: Callable[..., str], synthetic: Callable[..., Path]
 ) -> None:
@@ -117,6 +118,7 @@ def test_why_it_stops(parity: Cli, script: Callable[..., str], synthetic: Callab
     assert "printed none of these points" in answer["stopped"]
 
 
+@pytest.mark.slow
 def test_points_that_are_there_already_are_not_called_missing(
     parity: Cli, script: Callable[..., str], synthetic: Callable[..., Path]
 ) -> None:
@@ -128,6 +130,7 @@ def test_points_that_are_there_already_are_not_called_missing(
     assert re.fullmatch(r"python[\d.]* printed these points already: print \d+ values a row, or the sketch", answer["stopped"])
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_repeat_itself_is_told_so(
     parity: Cli, script: Callable[..., str], synthetic: Callable[..., Path]
 ) -> None:

@@ -67,6 +67,7 @@ def by_the_file(small_model: Callable[..., Path], tmp_path: Path) -> tuple[Path,
     return model, out
 
 
+@pytest.mark.slow
 def test_a_right_engine_is_not_called_wrong(parity: Cli, by_the_file: tuple[Path, Path], tmp_path: Path) -> None:
     """`diff --model`, `run --exec`, `isolate`, `explain` and three dumps say the two numbers, and float64 accuses nobody."""
     model, ours = by_the_file
@@ -111,6 +112,7 @@ def test_parity_is_not_qualified(parity: Cli, small_model: Callable[..., Path], 
     assert facts["not_as_the_file_says"][0].startswith(SENTENCE)
 
 
+@pytest.mark.slow
 def test_steps_written_by_hand_are_checked_too(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
     """llama has no soft cap in llama.cpp, whatever the file says: said where sides differ, and by `parity model`."""
     model = small_model("llama3-factors", layers=1, settings={"final_logit_softcapping": 4.0})

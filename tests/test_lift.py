@@ -140,6 +140,7 @@ def test_views_stay_inside_their_value() -> None:
     np.testing.assert_array_equal(inside.apply(np.arange(8, dtype=np.float32).reshape(2, 4)), [[2, 3], [6, 7]])
 
 
+@pytest.mark.slow
 def test_an_encoder_sees_both_ways(parity: Cli, small_model: Make) -> None:
     """Encoders have no cache: attention over the whole prompt and the pooled embedding agree."""
     assert verdict(parity, small_model("nomic-bert"), "--tokens", ids(21))["verdict"] == "parity"

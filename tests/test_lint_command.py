@@ -50,6 +50,7 @@ def test_an_end_that_counts_more_records_than_there_are(right: Dump, tmp_path: P
     assert "last line is cut short" in lint(read(path)).findings[0].evidence
 
 
+@pytest.mark.slow
 def test_a_diff_refuses_a_dump_that_lint_calls_unusable(right: Dump, parity: Cli, tmp_path: Path) -> None:
     """A device pointer is exit 2, naming the side and the rule; --despite-lint compares all the same."""
     values = right.points["embd"].values.copy()
@@ -70,6 +71,7 @@ def test_a_diff_refuses_a_dump_that_lint_calls_unusable(right: Dump, parity: Cli
     assert parity("diff", "right.jsonl", "right.jsonl").code == 0
 
 
+@pytest.mark.slow
 def test_the_command_answers_people_and_machines(right: Dump, parity: Cli, tmp_path: Path) -> None:
     """Exit 1 with findings and 0 without; JSON has the contract's keys."""
     for name, source in (("right", right), ("broken", swapped_buffers(right))):

@@ -66,6 +66,7 @@ def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(eng
     assert compared_on(ours, right, Options(), engine.model).verdict
 
 
+@pytest.mark.slow
 def test_a_fault_stands_out_of_the_measured_floor(engine: Faulty) -> None:
     """Limits that are measured are no free pass: another activation diverges in F16 and in BF16."""
     right = _dump(engine, engine.right, "f32")

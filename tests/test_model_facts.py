@@ -62,6 +62,7 @@ def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) 
     assert "magnitude 1.19, frequency factors rope_factors_long.weight" in kinds["0"]["rope"]
 
 
+@pytest.mark.slow
 def test_encoders(parity: Cli, small_model: Callable[..., Path]) -> None:
     """bert sees every position and ends in pooled rows; t5 has points of its encoder and of its decoder."""
     facts, kinds = layers(parity, small_model("bert", layers=1))

@@ -153,6 +153,7 @@ def test_a_mistake_of_the_capture_does_not_hide_the_operation(
     assert verdict.record_faults
 
 
+@pytest.mark.slow
 def test_a_point_that_shows_another_one_is_left_out_where_something_is_wrong(faulty: Faulty, right: Dump) -> None:
     """Layer outputs that show the value before the feed-forward network say nothing of a missing residual addition: no input "agrees"."""
     wrong = faulty.dump(Planted((("residual-missing", {"at": ("l_out",)}, (3,)),)), TOKENS, points="all", size=4096, bare=False)

@@ -41,6 +41,7 @@ def test_a_wrong_beginning_is_the_cause(
     )
 
 
+@pytest.mark.slow
 def test_explain_says_which_token_is_another_one(c_engine: Path, parity: Cli, synthetic: Callable[..., Path]) -> None:
     """--tokens that are not those of the dump's header: the first one that differs is a note, whatever the rest of the answer is."""
     line = f"{c_engine} {{model}} {OTHER} {{out}} '' {{points}}"

@@ -99,6 +99,7 @@ def test_assertion_of_ggml(make: Callable[..., Path]) -> None:
         list(handle.capture(path, TOKENS))
 
 
+@pytest.mark.slow
 def test_the_commands_take_an_architecture_that_nobody_wrote_down(make: Callable[[str], Path], parity: Cli) -> None:
     """`dump ref`, `diff` and `model` take gemma3, and `run` computes what the graph says."""
     model = make("gemma3")

@@ -98,6 +98,7 @@ def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(faulty: Faulty, kin
     assert message in verdict.pattern.sentence
 
 
+@pytest.mark.slow
 def test_an_engine_with_8_bit_activations_is_judged_as_one(faulty: Faulty) -> None:
     """W8A8, not declared: no embedding row is blamed; declared or measured it is parity."""
     from engine.replay.precision import rounded

@@ -20,6 +20,7 @@ def shell(line: str, *arguments: object, **environment: str) -> subprocess.Compl
     return subprocess.run(words, capture_output=True, text=True, env=os.environ | here | environment, check=False)
 
 
+@pytest.mark.slow
 def test_a_dump_comes_through_a_pipe_as_standard_input_only(stories_run: Path) -> None:
     """An engine's output is piped in as `-`, on either side; `<(…)` names a pipe, which could be waited for without end."""
     dumps = (stories_run / "ours.jsonl", stories_run / "ref.jsonl")

@@ -117,6 +117,7 @@ def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exac
             assert not verdict or verdict.record_faults, only
 
 
+@pytest.mark.slow
 def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
     both = sides("gemma3")
@@ -144,6 +145,7 @@ def test_a_fault_smaller_than_the_table_is_seen_with_the_model(recipe: str, exac
     assert verdict.first_divergence.checkpoint == "blk.0.l_out"
 
 
+@pytest.mark.slow
 def test_of_three_sides_the_table_is_not_the_wrong_one(sides: Callable[[str], Sides]) -> None:
     """Beside an engine with the function itself llama.cpp's table is far from float64, and right: the faulty side alone is wrong."""
     both = sides("gpt2")

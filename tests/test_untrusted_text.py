@@ -111,6 +111,7 @@ def test_arguments_and_engines_are_text(parity: Cli) -> None:
         assert len(ran.err) < 2000
 
 
+@pytest.mark.slow
 def test_a_log_that_was_asked_for_is_text_too(stories: Path, tmp_path: Path) -> None:
     """llama.cpp's own log, which repeats metadata, has no escape sequences in it."""
     model = with_metadata(stories, tmp_path / "m.gguf", general_name=string_value(EVIL))

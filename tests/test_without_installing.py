@@ -37,6 +37,7 @@ def run(source_tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=source_tree, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_source_tree_runs_without_metadata(source_tree: Path) -> None:
     """By PYTHONPATH alone `--version`, `dump ours` and `doctor` work; the version says that nothing was installed."""
     outcome = run(source_tree, "--version")
