@@ -170,7 +170,7 @@ def memory(model: Path, folder: Path) -> list[tuple[str, str, str]]:
     threading.Thread(target=lambda: (process.wait(), done.set())).start()
     while not done.wait(0.02):
         peak = max(peak, sum(map(proportional_set_size, tree(process.pid))))
-    durations = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} exited {process.returncode}")
     return [
@@ -179,7 +179,7 @@ def memory(model: Path, folder: Path) -> list[tuple[str, str, str]]:
             f"{peak / 2**30:.2f} GiB / {size / 2**30:.2f} GiB = {peak / size:.2f}",
             "≤ 2.5",
         ),
-        (f"`parity run`, 0.5 B shape, F16, {PREFILL} tokens, twin made and loaded", f"{durations:.1f} s", ""),
+        (f"`parity run`, 0.5 B shape, F16, {PREFILL} tokens, twin made and loaded", f"{seconds:.1f} s", ""),
     ]
 
 

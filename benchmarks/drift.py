@@ -65,8 +65,8 @@ def ledger() -> None:
         read = perf_counter() - began
         began = perf_counter()
         shown = list(lines(entries, 100))
-        seconds = f"read {read:.2f} s, shown {perf_counter() - began:.2f} s in {len(shown)} lines"
-        print(f"{len(entries):,} checks, {path.stat().st_size / 2**20:.1f} MiB: {seconds}")
+        times = f"read {read:.2f} s, shown {perf_counter() - began:.2f} s in {len(shown)} lines"
+        print(f"{len(entries):,} checks, {path.stat().st_size / 2**20:.1f} MiB: {times}")
 
 
 def report() -> None:

@@ -12,7 +12,7 @@ from .record import Dump, Rows
 
 
 def mapped(mapping: Mapping, entry: MapEntry | None, array: NDArray[np.float32]) -> NDArray[np.float32]:
-    """An array of their_index as ours: [T, …].
+    """An array of theirs as ours: [T, …].
 
     Raises:
         InputError: it does not have the shape that the mapping requires.

@@ -58,6 +58,8 @@ def _lost_pages(message: str) -> int:
     arguments = sys.argv[1:]
     code = _fail(arguments, 2, "cut-short", message, "Run it again when nothing writes that file.")
     sys.stderr.flush()
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides: nothing ends the bar here
     return for_bisect(arguments, code)
 
 

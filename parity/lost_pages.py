@@ -4,6 +4,8 @@ import ctypes
 import mmap
 import os
 import signal
+import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,26 @@ def on_lost_pages(end: Callable[[str], int]) -> Any:
     Python's own handlers run only after the instruction that raised the signal, which never succeeds here; this one runs in its place.
 
     Returns:
-        What must be kept as long as the process reads files; None where there is no such signal (Windows).
+        What must be kept as long as the process reads files; None where there is no such signal (Windows), or where the system does
+        not allow programs to make code while they run, as `ctypes` does.
     """
     if not hasattr(signal, "SIGBUS"):
         return None
 
+    leaving = threading.Lock()
+
     def leave(_: int) -> None:
+        leaving.acquire()  # for good: other threads that read such a page meanwhile wait until the process is gone
         try:
             code = end(_sentence())
         except BaseException:
             code = 2
         os._exit(code)  # to return would be to read the page again
 
-    handler = _HANDLER(leave)
-    set_handler = ctypes.CDLL(None).signal
+    try:
+        handler, set_handler = _HANDLER(leave), ctypes.CDLL(None).signal
+    except (MemoryError, OSError):
+        return None
     set_handler.argtypes, set_handler.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
     set_handler(signal.SIGBUS, handler)
     return handler
@@ -50,9 +58,11 @@ def _sentence() -> str:
             continue
         begin, end = (int(place, 16) for place in places.split(b"-"))
         try:
-            size = Path(os.fsdecode(name)).stat().st_size
+            status = Path(os.fsdecode(name)).stat()
         except OSError:
             continue
-        if -(-size // mmap.PAGESIZE) * mmap.PAGESIZE < int(offset, 16) + end - begin:
+        if not stat.S_ISREG(status.st_mode):  # a device, which a driver has mapped: it has no size
+            continue
+        if -(-status.st_size // mmap.PAGESIZE) * mmap.PAGESIZE < int(offset, 16) + end - begin:
             return f"{os.fsdecode(name)} was cut short while it was being read."
     return "a file was cut short while it was being read, or its disk failed."

@@ -35,23 +35,28 @@ def print_header(
     ref: Header | None,
     generated: str = "",
     more: Mapping[str, Header | None] | None = None,
+    names: tuple[str, str] = ("ours", "ref"),
 ) -> None:
     """Print which model, tokens and sides are compared, `more` sides by their names, and the text that the reference wrote."""
-    print_lines(console, header(ours, ref, console.width, generated, more))
+    print_lines(console, header(ours, ref, console.width, generated, more, names))
 
 
 def header(
-    ours: Header | None, ref: Header | None, width: int, generated: str = "", more: Mapping[str, Header | None] | None = None
+    ours: Header | None,
+    ref: Header | None,
+    width: int,
+    generated: str = "",
+    more: Mapping[str, Header | None] | None = None,
+    names: tuple[str, str] = ("ours", "ref"),
 ) -> list[Text]:
     """These lines; none if neither side has a header."""
-    rows = list(_rows({"ours": ours, "ref": ref, **(more or {})}))
+    rows = list(_rows(ref or ours, {names[0]: ours, names[1]: ref, **(more or {})}))
     if generated:
         rows.append(("wrote", printable(generated, None)))
     return [*labelled(rows, width), Text("")] if rows else []
 
 
-def _rows(sides: Mapping[str, Header | None]) -> Iterator[tuple[str, str]]:
-    either = sides["ref"] or sides["ours"]
+def _rows(either: Header | None, sides: Mapping[str, Header | None]) -> Iterator[tuple[str, str]]:
     if either is None:
         return
     model = either.model

@@ -14,7 +14,7 @@ from .layout import columns, labelled
 from .numbers import clean, count, error
 
 _SHORT = {"llama.cpp": "ref", "Hugging Face": "hf"}  # in the table's head, which would be wider than its figures
-_PLACES, _LONGEST = ("ours", "ref", "third"), 12
+_PLACES, _NUMBERS, _LONGEST = ("ours", "ref", "third"), ("first", "second", "third"), 12
 _ROWS = 24  # points that are shown; those where the sides differ come first
 
 
@@ -37,8 +37,9 @@ def section(three_way: ThreeWay) -> ReportSection:
 
 
 def heads(sides: Sequence[str]) -> list[str]:
-    """The sides' names where a column has little room: a long one is said by its place."""
-    return [_SHORT.get(side, side if len(side) <= _LONGEST else place) for side, place in zip(sides, _PLACES, strict=True)]
+    """The sides' names where a column has little room: a long one is said by its place; all are, where two would be the same."""
+    short = [_SHORT.get(side, side if len(side) <= _LONGEST else place) for side, place in zip(sides, _PLACES, strict=True)]
+    return short if len(set(short)) == len(short) else list(_NUMBERS)
 
 
 def _rows(three_way: ThreeWay) -> list[tuple[str, ...]]:

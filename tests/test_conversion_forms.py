@@ -236,15 +236,15 @@ CASES: tuple[Callable[[], Case], ...] = (
 )  # fmt: skip
 
 
-def write(path: Path, architecture: str, tensors: Tensors) -> Path:
+def write(path: Path, architecture: str, tensors: Tensors, heads: int = HEADS) -> Path:
     """A GGUF with one layer's tensors and the metadata that every file has."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(D)
     writer.add_block_count(1)
     writer.add_feed_forward_length(F)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
     writer.add_vocab_size(5)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tokenizer_model("none")
@@ -310,3 +310,83 @@ def test_a_type_with_scales_of_its_own_is_not_called_extra(kind: str, parity: Cl
     assert (code, status) == (0, "not checked")
     assert "scales of its own" in reason
     assert {entry[0] for entry in statuses.values()} == {"equal"}
+
+
+def test_a_tensor_with_nan_is_not_called_zero(parity: Cli, tmp_path: Path) -> None:
+    """One NaN among right values: what is said is about that row."""
+    case = granitemoe()
+    source = folder_of(case, tmp_path / "folder")
+    down = case.right["blk.0.ffn_down_exps.weight"].copy()
+    down[1, 2, 3] = np.nan
+    model = write(tmp_path / "m.gguf", case.architecture, case.right | {"blk.0.ffn_down_exps.weight": down})
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    (wrong,) = (tensor["reason"] for tensor in answer["tensors"] if tensor["status"] != "equal")
+    assert (code, wrong) == (1, f"row {D + 2} of {E * D}: nothing known gives these values; all other rows are right")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral3", "chameleon"])
+def test_a_wrong_row_of_reordered_ones_is_named_by_its_place(architecture: str, parity: Cli, tmp_path: Path) -> None:
+    """Queries that lie otherwise in the folder: the number of a row is that in the GGUF."""
+    stored = random(4 * HEADS, D)
+    right = np.concatenate([head[[0, 2, 1, 3]] for head in stored.reshape(HEADS, 4, D)])
+    case = Case(architecture, {}, {"model.layers.0.self_attn.q_proj.weight": stored}, {"blk.0.attn_q.weight": right})
+    source = folder_of(case, tmp_path / "folder")
+    assert parity("weights", "--model", write(tmp_path / "right.gguf", architecture, case.right), "--hf", source).code == 0
+    wrong = right.copy()
+    wrong[1] = right[6]
+    model = write(tmp_path / "wrong.gguf", architecture, {"blk.0.attn_q.weight": wrong})
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    (reason,) = (tensor["reason"] for tensor in answer["tensors"])
+    assert (code, reason) == (1, "row 1 of 16: row 1 has the values that belong in row 6; all other rows are right")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (dbrx, {"ffn_config": None}),
+        (dbrx, {"ffn_config": {"moe_num_experts": "3"}}),
+        (dbrx, {"ffn_config": {"moe_num_experts": 10**30}}),
+        (qwen35, {"linear_num_key_heads": 10**30, "linear_num_value_heads": 10**30}),
+        (falcon_h1, {"embedding_multiplier": 10**400}),
+        (roberta, {"pad_token_id": "1"}),
+        (roberta, {"pad_token_id": [1]}),
+    ],
+)
+def test_a_config_that_does_not_fit_the_tensors_is_an_answer(
+    family: Callable[[], Case], changes: dict[str, Any], parity: Cli, tmp_path: Path
+) -> None:
+    """Numbers that are missing, of another kind or too large: tensors that are not what they should be, no error of parity's."""
+    case = family()
+    case.config = case.config | changes
+    source = folder_of(case, tmp_path / "folder")
+    model = write(tmp_path / "m.gguf", case.architecture, case.right)
+    assert parity("weights", "--model", model, "--hf", source).code == 1
+
+
+def test_tensors_with_fewer_dimensions_than_their_form_are_an_answer(parity: Cli, tmp_path: Path) -> None:
+    """Experts in one row, a bias that is a single number: different, no error of parity's."""
+    head = "model.layers.0.mlp.experts."
+    flat = {head + "gate_up_proj": random(2 * E * F * D), head + "down_proj": random(E * D * F)}
+    case = Case("gpt-oss", {}, flat | {"model.norm.weight": np.array(1, dtype=np.float32)}, {"output_norm.weight": random(1)})
+    source = folder_of(case, tmp_path / "folder")
+    assert parity("weights", "--model", write(tmp_path / "m.gguf", "gpt-oss", case.right), "--hf", source).code == 1
+
+
+@pytest.mark.parametrize("heads", [3, 1000])
+def test_heads_that_do_not_divide_the_rows_are_an_answer(heads: int, parity: Cli, tmp_path: Path) -> None:
+    """A file whose number of heads is wrong: its queries are not what the folder's become, or the file is refused."""
+    stored = random(4 * HEADS, D)
+    case = Case("llama", {}, {"model.layers.0.self_attn.q_proj.weight": stored}, {"blk.0.attn_q.weight": stored[::-1]})
+    source = folder_of(case, tmp_path / "folder")
+    model = write(tmp_path / "m.gguf", "llama", case.right, heads)
+    assert parity("weights", "--model", model, "--hf", source).code in (1, 2)
+
+
+@pytest.mark.parametrize(("architecture", "added"), [("gemma3", 1), ("gemma4", 0), ("gemma3n", 0)])
+def test_norms_have_1_added_where_the_converter_adds_it(architecture: str, added: int, parity: Cli, tmp_path: Path) -> None:
+    """Of the Gemmas only those before 3n: w + 1 is right where the model multiplies by it, and wrong elsewhere."""
+    norm = random(D)
+    source = folder_of(Case(architecture, {}, {"model.layers.0.input_layernorm.weight": norm}, {}), tmp_path / "folder")
+    for offset in (0, 1):
+        model = write(tmp_path / "m.gguf", architecture, {"blk.0.attn_norm.weight": norm + offset})
+        assert parity("weights", "--model", model, "--hf", source).code == (offset != added)

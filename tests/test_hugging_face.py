@@ -286,6 +286,9 @@ def test_three_dumps_name_the_one_that_is_alone(parity: Cli, stories_run: Path, 
     assert {point["checkpoint"]: point["alone"] for point in answer["points"] if point["alone"]} == {"logits": "third"}
     printed = parity("diff", *paths, "--despite-lint").out
     assert re.search(r"divergence at logits: ours and llama.cpp agree to \d\.\de-1\d, third is alone", printed)
+    turned = parity("diff", paths[2], paths[0], paths[1], "--despite-lint").out
+    for name, named in (("third", "third"), ("ours", "engine"), ("ref", "llama.cpp")):
+        assert re.search(rf"^{name} +{named}", turned, re.MULTILINE), turned
     assert parity("diff", paths[0], paths[1], paths[1]).code == 0
     refused = parity("diff", *paths, "--html", "x.html")
     assert (refused.code, "--html needs exactly two dumps" in refused.err) == (2, True)

@@ -21,6 +21,7 @@ RECORD = '{"checkpoint":"C0","token_idx":0,"values":[1]}'
         ("{" * 5000, "Line 1 is not JSON: "),
         (f"{RECORD}{RECORD}\n", "Line 1 goes on after its JSON object, at character 46 "),
         (f"[{RECORD},{RECORD}]", "It is one JSON list: "),
+        ("[info] loading\n[info] ready", "in 2 lines. No line contains a JSON object. A record is"),
         ('{\n"checkpoint": "embd"\n}\n', "The JSON object of line 1 is spread over several lines."),
     ],
 )

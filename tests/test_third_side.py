@@ -18,7 +18,7 @@ from reports.as_json import verdict_as_json
 from reports.html import html
 from reports.markdown import markdown
 from reports.report import Report
-from reports.three_way import as_json, sentence
+from reports.three_way import as_json, heads, sentence
 
 TOKENS = (2047, 5, 11, 500)
 _ROPE = Planted((("rope-pairs", {}, (7,)),))
@@ -113,6 +113,8 @@ def test_of_three_sides_one_may_have_other_tokens(faulty: Faulty, ref: Dump) -> 
     assert parted.first is not None
     assert (parted.first.checkpoint, parted.first.alone) == ("tokens", 2)
     assert sentence(parted) == "divergence at tokens: ours and llama.cpp agree exactly, another is alone"
+    assert heads(("runs/first/ours.jsonl", "llama.cpp", "another")) == ["ours", "ref", "another"]
+    assert heads(("runs/first/ours.jsonl", "llama.cpp", "ours")) == ["first", "second", "third"]
     third = faulty.dump(Planted(()), (*TOKENS[:-1], 78), bare=False)
     assert "undecided" in sentence(compare_three((third, ref, other)))
 

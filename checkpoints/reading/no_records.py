@@ -1,6 +1,7 @@
 """Why a file has no record, as far as its first lines tell."""
 
 import codecs
+import re
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def reason(path: Path) -> str:
         return kind
     if b"\0" in head:
         return "It is not a text file. "
-    if head.lstrip().startswith(b"["):
+    if re.match(rb"\s*\[\s*\{", head):  # a log's line may begin with a bracket, too
         return "It is one JSON list: write each of its objects as a line. "
     for number, line in enumerate(head.split(b"\n"), 1):
         if b"{" in line:

@@ -51,6 +51,7 @@ def show_three(
     console = Console()
     ours, ref, third = (dump.header for dump in dumps)
     written = "".join(token.text for token in dumps[1].tokens)
-    print_header(console, ours, ref, written, {heads(three_way.sides)[2]: third})
+    first, second, last = heads(three_way.sides)
+    print_header(console, ours, ref, written, {last: third}, (first, second))
     print_lines(console, lines(three_way, console.width))
     return PARITY_CODE if three_way else DIVERGENCE_CODE

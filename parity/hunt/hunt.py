@@ -110,7 +110,7 @@ class _Chase:
         self.result: Comparison
         self.stopped = ""
         self.notes: list[str] = []
-        self._told: set[str] = set()  # the points that the engine was asked for, by name
+        self._requested_points: set[str] = set()  # by name, in all runs so far
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
@@ -144,7 +144,7 @@ class _Chase:
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             asked = verdict.next
-            if self._side(asked).names and set(self._side(asked).names.split(",")) <= self._told:
+            if (names := self._side(asked).names) and set(names.split(",")) <= self._requested_points:
                 self.stopped = self._nothing_new(verdict)
                 return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
@@ -163,7 +163,7 @@ class _Chase:
 
     def _run(self, asked: str, number: int) -> Dump:
         side = self._side(asked)
-        self._told.update(side.names.split(","))
+        self._requested_points.update(side.names.split(","))
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
         out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it

@@ -73,9 +73,9 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
                 progress(part.number + 1, len(text.chunks), figures.tally.perplexity[0])
         figures.require()
         worst = figures.worst(reference, run.model)
-        cause = side.cause() if isinstance(side, Reader) else None
         if writer is not None and request.save_base is not None:
             writer.save(request.save_base)
+        cause = side.cause() if isinstance(side, Reader) else None  # last: whatever becomes of it, the base is written
     tally = figures.tally
     perplexity, error = tally.perplexity
     return (

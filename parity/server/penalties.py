@@ -80,7 +80,7 @@ def subtracted(sample: Sequence[Seen]) -> tuple[float, float] | None:
 def biases(sample: Sequence[Seen]) -> dict[int, float]:
     """Tokens whose logits are off by the same number wherever they are listed, or that are never listed though probable."""
     by_token: dict[int, list[float]] = {}
-    absent: dict[int, int] = {}
+    absent: set[int] = set()
     for item in sample:
         off = _off(item)
         middle = float(np.median(off))
@@ -92,21 +92,21 @@ def biases(sample: Sequence[Seen]) -> dict[int, float]:
         edge = float(np.sort(item.server.logprobs)[:2].max()) - middle + log_sum(item.row)
         for token in largest(item.row, len(listed)).tolist():
             if token not in listed and float(item.row[token]) > edge + _CLEAR:
-                absent[token] = absent.get(token, 0) + 1
-    found = {token: BANNED for token in absent if token not in by_token}
+                absent.add(token)
+    bias = {token: BANNED for token in absent if token not in by_token}
     for token, values in by_token.items():
         middle = float(np.median(values))
         # Once is chance, and the median of a position with two biased tokens is wrong: at most positions they must agree.
         if middle < _IMPOSSIBLE:
-            found[token] = BANNED
+            bias[token] = BANNED
         elif (
             len(values) > 1
             and abs(middle) > 4 * _LEAST
             and float(np.median(np.abs(np.array(values) - middle))) < abs(middle) / 4
         ):
-            found[token] = middle
-    strongest = sorted(found, key=lambda token: -abs(found[token]))[:_MOST_BIASES]
-    return {token: found[token] for token in strongest}
+            bias[token] = middle
+    strongest = sorted(bias, key=lambda token: -abs(bias[token]))[:_MOST_BIASES]
+    return {token: bias[token] for token in strongest}
 
 
 def _off(item: Seen) -> NDArray[np.float64]:

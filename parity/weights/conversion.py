@@ -27,10 +27,11 @@ _PERMUTING = frozenset(
     (
         "llama", "granite", "granitemoe", "granitehybrid", "nemotron_h", "nemotron_h_moe", "minicpm", "olmo", "internlm2",
         "xverse", "baichuan", "smollm3", "arcee", "arctic", "deci", "deepseek", "llada", "llama-embed", "nanbeige",
+        "mistral3", "chameleon",
     )
 )  # fmt: skip
-# Converters store 1 + w of their norms, but for the norm behind a gated delta net.
-_OFFSET = re.compile(r"gemma\d*(-embedding)?|nemotron|qwen3next|qwen35(moe)?")
+# Converters store 1 + w of their norms, but for the norm behind a gated delta net. Gemma 3n and 4 multiply by w itself.
+_OFFSET = re.compile(r"gemma[23]?|gemma-embedding|nemotron|qwen3next|qwen35(moe)?")
 _GATED = ".ssm_norm.weight"
 _DECAY = ".ssm_a"  # −exp of the folder's A_log (`MambaModel.modify_tensors`)
 _EXP = 1e-13  # NMSE: exp as two libraries round it to float32, a unit in the last place of each value
@@ -118,7 +119,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arc
     if conv1d:
         source = source.turned()
     right = _expected(info, arch, heads)
-    count_of = _heads(info.name, heads)
+    count_of = _heads(info, heads)
     held = HeldTensor(model, info, info.shape[0] // count_of if count_of and len(info.shape) == 2 else 1)
     distance = held.distance(source, right)
     limit = limit_of(info.type, _EXP if info.name.endswith(_DECAY) else 0.0)
@@ -160,14 +161,15 @@ def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(held), _BY, reason, first)
 
 
-def _heads(name: str, heads: tuple[int, int]) -> int:
-    """The number of heads whose rows a tensor consists of, 0 if it does not."""
-    return heads[0] if ".attn_q." in name else heads[1] if ".attn_k." in name else 0
+def _heads(info: TensorInfo, heads: tuple[int, int]) -> int:
+    """The number of heads whose rows a tensor consists of, 0 if it does not, or if so many heads cannot be cut into halves."""
+    count = heads[0] if ".attn_q." in info.name else heads[1] if ".attn_k." in info.name else 0
+    return count if count > 0 and info.shape[0] % (2 * count) == 0 else 0
 
 
 def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
-    if arch in _PERMUTING and _heads(info.name, heads):
-        return lambda rows: permuted(rows, info.shape, _heads(info.name, heads))
+    if arch in _PERMUTING and _heads(info, heads):
+        return lambda rows: permuted(rows, info.shape, _heads(info, heads))
     if _OFFSET.fullmatch(arch) and info.name.endswith("norm.weight") and not info.name.endswith(_GATED):
         return lambda rows: rows + np.float32(1)
     if info.name.endswith(_DECAY):
@@ -177,11 +179,11 @@ def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
 
 def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[tuple[str, Change]]:
     """Mistakes that a converter may have made, each with its effect."""
-    if n := _heads(info.name, heads):
+    if n := _heads(info, heads):
         if arch in _PERMUTING:
             yield "not permuted: llama.cpp rotates neighbours here, the folder's rows are halves", lambda rows: rows
             other = heads[1] if n == heads[0] else heads[0]
-            if other and info.shape[0] % (2 * other) == 0 and other != n:
+            if other > 0 and info.shape[0] % (2 * other) == 0 and other != n:
                 yield f"permuted by {other} heads instead of {n}", lambda rows: permuted(rows, info.shape, other)
         else:
             yield "permuted, which this architecture's rows are not", lambda rows: permuted(rows, info.shape, n)

@@ -59,13 +59,13 @@ def forms(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str
     """
     layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
     block = f"blk.{layer[1]}." if layer else ""
-    for pattern, form in _FORMS:
+    for pattern, convert in _FORMS:
         if re.search(pattern, name):
             try:
-                made = form(name, to, stored, model)
-            except ValueError:  # another shape than this form has
+                converted = convert(name, to, stored, model)
+            except (ValueError, IndexError, OverflowError):  # another shape than this form has
                 return {}
-            return {key if key == to else block + key: value for key, value in made.items()}
+            return {key if key == to else block + key: form for key, form in converted.items()}
     return {}
 
 
@@ -124,7 +124,9 @@ def _shared_down(name: str, to: str, stored: Stored, model: ConvertedModel) -> d
 
 def _experts_in_rows(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """DBRX: [experts · width, hidden] each, of which down is transposed."""
-    experts = stored.array.reshape(model.config["ffn_config"]["moe_num_experts"], -1, stored.shape[-1])
+    settings = model.config.get("ffn_config")
+    number = settings.get("moe_num_experts") if isinstance(settings, dict) else None
+    experts = stored.array.reshape(number if isinstance(number, int) else 0, -1, stored.shape[-1])
     kind = {"w1": "gate", "v1": "up", "w2": "down"}[name[-2:]]
     return {f"ffn_{kind}_exps.weight": ConvertedForm((Stored(experts.swapaxes(1, 2) if kind == "down" else experts),))}
 
@@ -174,7 +176,7 @@ def _positions(name: str, to: str, stored: Stored, model: ConvertedModel) -> dic
     """RoBERTa's positions begin behind the padding token's."""
     if "roberta" not in str(model.config.get("model_type")) and model.config.get("model_type") != "camembert":
         return {}
-    first = (model.config.get("pad_token_id") or 0) + 1
+    first = model.number("pad_token_id") + 1
     shifted = ("begins with the rows of padding, which llama.cpp does not expect", (Stored(stored.array[:-first]),))
     return {to: ConvertedForm((Stored(stored.array[first:]),), (shifted,))}
 
@@ -233,8 +235,8 @@ _FORMS: tuple[tuple[str, Callable[[str, str, Stored, ConvertedModel], dict[str, 
 def matrices(stored: Stored, columns: int) -> Iterator[Stored]:
     """A view as matrices of `columns` values a row: a tensor of three dimensions is one for each expert or head."""
     array = stored.array
-    if array.ndim == 1:
-        rows = array.reshape(-1, columns) if columns and array.size % columns == 0 else array[None]
+    if array.ndim < 2:
+        rows = array.reshape(-1, columns) if columns and array.size % columns == 0 else array.reshape(1, -1)
         yield Stored(rows, stored.factors)
     elif array.ndim > 2 and int(np.prod(array.shape[1:])) != columns:
         for inner in array:

@@ -29,7 +29,7 @@ def guess(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -
 
 
 def first_wrong_row(held: HeldTensor, source: TensorSource, right: Change, limit: Limit, at: int) -> str:
-    """Which of the source's rows a wrong row is, in words; "" if it is none of them. Of three dimensions, which matrix."""
+    """Which of the right rows stands in the place of a wrong one, in words; "" if it is none. Of three dimensions, which matrix."""
     values = held.row(at)
     if not values.any():
         return f"row {at:,} is zero"
@@ -46,7 +46,7 @@ def first_wrong_row(held: HeldTensor, source: TensorSource, right: Change, limit
 def _as_words(shape: tuple[int, ...], at: int, of: int) -> str:
     if len(shape) == 3 and at % shape[1] == of % shape[1]:
         return f"its matrix {at // shape[1]} is the folder's matrix {of // shape[1]}"
-    return f"row {at:,} is the folder's row {of:,}"
+    return f"row {at:,} has the values that belong in row {of:,}"
 
 
 def _other(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -> str:
@@ -69,12 +69,13 @@ def _other(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) 
 
 def _scaled(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -> str:
     """Whether one factor gives all values, or they are all zero."""
-    product = energy = largest = 0.0
+    product = energy = 0.0
+    zero = True
     for _, values, wanted in held.beside(source, right):
         product += float(np.vdot(wanted.astype(np.float64), values))
         energy += float(np.vdot(wanted.astype(np.float64), wanted))
-        largest = max(largest, float(np.abs(values).max()))
-    if energy and not largest:
+        zero = zero and not values.any()  # NaN is not zero
+    if energy and zero:
         return "all zero"
     factor = np.float32(product / energy) if energy and np.isfinite(product) else np.float32(0)
     # Where the type keeps float32 the factor itself is known to float32's rounding only.

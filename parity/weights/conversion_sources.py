@@ -86,9 +86,9 @@ def sources_of(model: ConvertedModel, layers: int, folder: Folder) -> tuple[dict
             stacks.setdefault(match[1].replace("model.language_model.", "model.") + ".weight", {})[int(match[2])] = name
             continue
         to = _named(name, names, model.held)
-        made = forms(name, to, stored, model) or ({to: ConvertedForm((stored,))} if to else {})
-        if made:
-            sources |= {key: TensorSource(form.parts, form.mistakes) for key, form in made.items()}
+        converted = forms(name, to, stored, model) or ({to: ConvertedForm((stored,))} if to else {})
+        if converted:
+            sources |= {key: TensorSource(form.parts, form.mistakes) for key, form in converted.items()}
         elif stored.readable:
             stray.append(name)
     for joined, members in stacks.items():
