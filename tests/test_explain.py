@@ -42,6 +42,16 @@ def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
     assert (explanation.first, explanation.causes, explanation.variants) == (None, (), 0)
 
 
+def test_generated_tokens_alone_contradict_no_prompt(engine: Faulty) -> None:
+    """A dump that lists only what it generated says nothing of the prompt: no token of it is called another one, no record left out."""
+    dump = engine.dump(RIGHT, PROMPT, generated=2)
+    assert dump.header is not None
+    assert len(dump.tokens) == 2
+    explanation = explain(replace(dump, header=replace(dump.header, tokens=())), engine.model, ExplainOptions(tokens=PROMPT))
+    assert explanation
+    assert not any("in the dump" in note or "left out" in note for note in explanation.notes)
+
+
 def test_a_fault_in_one_unknown_layer_is_named_with_its_layer(engine: Faulty) -> None:
     """Between two checkpoints each layer is tried by itself."""
     points = "embd,blk.0.l_out,blk.3.l_out,output_norm,logits"

@@ -1,15 +1,20 @@
 """How `parity explain` computes many candidates: together, from what is known already, and each of them once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from explaining import PROMPT, only, small_engine
 from msgspec.structs import replace
-from planted import Faulty, tokens_of
+from numpy.typing import NDArray
+from planted import Faulty, Planted, tokens_of
 
+from engine.backend import Array
 from engine.faults import CATALOGUE, Planting, plant
+from engine.graph import Step
+from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
 from parity.explain.batch import in_two, screened
 from parity.explain.budget import Budget
@@ -87,6 +92,30 @@ def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engi
     noise = right + case.replay.weights.array(np.random.default_rng(3).standard_normal(right.shape).astype(np.float32))
     values = {0: faulty, 1: noise, 2: 2 * right - faulty}
     assert Likely(screening, state).among(name, values, rows) == {0}
+
+
+def test_whole_rows_cost_no_more_derivatives_than_some_of_their_elements(
+    engine: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where whole rows were recorded, derivatives of a few elements are enough to tell the fault's own change from another one."""
+    counts: list[int] = []
+
+    def counted(steps: Sequence[Step], point: str, elements: NDArray[np.int64], *others: Any) -> dict[str, Array]:
+        counts.append(len(elements))
+        return derivatives(steps, point, elements, *others)
+
+    monkeypatch.setattr("parity.explain.likely.derivatives", counted)
+    dump = engine.dump(Planted((("no-gate", {}, (2,)),)), PROMPT, points="embd,output_norm,logits", size=4096)
+    case = Case(dump, engine.model, ExplainOptions())
+    screening = case.screening(case.entries, Budget(60))
+    state = screening.start()
+    assert state.first is not None
+    assert case.entries[state.first.point].values.shape[1] == 112
+    rows, name = state.first.row + 1, "blk.2.l_out"
+    faulty = case.make(plant(case.transformer.steps, CATALOGUE["no-gate"], (2,)), rows).values[name]
+    right = case.make(case.transformer.steps, rows).values[name]
+    assert Likely(screening, state).among(name, {0: faulty, 1: 2 * right - faulty}, rows) == {0}
+    assert counts == [64]
 
 
 def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faulty) -> None:

@@ -20,6 +20,8 @@ def derivatives(
 ) -> dict[str, Array]:
     """The derivatives of some elements of a row of `point` by the same row of each value that it is made from: [k, n] by name.
 
+    Those by attention's scores are only passed on.
+
     Args:
         steps: those that lead to `point`, of operations that `can_batch` takes. elements: [k], which of the row.
         values: of the right run, over the rows up to that one at least.
@@ -35,10 +37,12 @@ def derivatives(
     for step in reversed(steps):
         if step.makes not in by_name:
             continue
-        names = step.names
+        back, names = by_name[step.makes], step.names
+        if back.ndim > 2:
+            del by_name[step.makes]  # of scores: [k, heads, S] in every layer
         inputs = [values[name] for name in names]
         arrays = [weight_of_step(weight, weights) for weight in step.weights]
-        for name, part in zip(names, _BACK[step.op](step, by_name[step.makes], inputs, arrays, row), strict=False):
+        for name, part in zip(names, _BACK[step.op](step, back, inputs, arrays, row), strict=False):
             if part is not None:
                 by_name[name] = by_name[name] + part if name in by_name else part
     return by_name

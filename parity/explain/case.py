@@ -242,7 +242,9 @@ def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
 
     The records of a dump that lists no more tokens are left, since tokens are missing then.
     """
-    listed = (*(dump.header.tokens or ()), *generated_of(dump)) if dump.header is not None else generated_of(dump)
+    if dump.header is None or not dump.header.tokens:
+        return dump  # generated tokens alone do not say where they begin
+    listed = (*dump.header.tokens, *generated_of(dump))
     pairs = enumerate(zip(listed, tokens, strict=False))
     others = [
         f"token {at} is {own} in the dump, {wanted} in the prompt that was given"

@@ -158,7 +158,7 @@ def _short(value: float, holds: Callable[[float], bool]) -> str:
 
 def _apart(low: float, high: float) -> str:
     """A range in four digits, or in eight where four would not tell its ends apart."""
-    digits = 4 if high - low > _ALIKE else 8
+    digits = 8 if f"{low:.4g}" == f"{high:.4g}" else 4
     return f"{low:.{digits}g} to {high:.{digits}g}"
 
 

@@ -24,6 +24,7 @@ from .state import SearchState
 
 # Least cosine of two changes that may come from one fault: by residuals alone, and by derivatives.
 _ALIKE, _DERIVED = 0.3, 0.5
+_ELEMENTS = 64  # most elements whose derivatives are taken: each costs about what a row of a pass does, and sixteen tell enough
 _SAME = 1e-8  # most squared change, in proportion, of rows before the first wrong one: where the dump is right the candidate must be, too
 
 
@@ -50,13 +51,15 @@ class Likely:
         index = np.arange(len(present)) if entry.index is None else entry.index[here][0]
         self._index = index[present]
         self._wanted = entry.values[here][0][present]
-        self._derivatives = self._answers()
+        count = len(self._index)
+        self._chosen = np.unique(np.linspace(0, count - 1, min(count, _ELEMENTS)).astype(np.int64))
         #: Whether the two can be compared at all.
         self.able = bool(
             (known.kind == "l_out" or (known.layer is None and self._after))
             and self._last in state.order
             and np.isfinite(self._wanted).all()
         )
+        self._derivatives = self._answers() if self.able else {}
 
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
         """The numbers of the likely candidates, given each one's first rows [rows, D] of a layer's output."""
@@ -68,26 +71,28 @@ class Likely:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
             was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
+            wanted = self._wanted - was
             if name in self._derivatives:
                 mine = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
+                wanted = wanted[self._chosen]
             else:
                 changed = self._logits_of(
                     replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights
                 )
                 mine = self._screening.backend.to_host(changed)[:, self._index] - was
-            cosines = _cosines(mine, self._wanted - was)
+            cosines = _cosines(mine, wanted)
         least = _DERIVED if name in self._derivatives else _ALIKE
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < least}
 
     def _answers(self) -> Mapping[str, Array]:
-        """The derivatives of the recorded elements by the outputs of the layers in question; none where they are not known."""
+        """The derivatives of recorded elements (of many, some) by the outputs of the layers in question; none where they are not known."""
         layers = self._screening.suspects(self._state)
         steps = steps_between(self._state, layers[0], self._point) if layers else []
         if not steps or sees_later(self._state.steps):
             return {}
         replay = self._screening.replay(self._state, self._screening.enough(self._row + 1))
         with np.errstate(all="ignore"):
-            return derivatives(steps, self._point, self._index, self._row, replay.values, replay.weights)
+            return derivatives(steps, self._point, self._index[self._chosen], self._row, replay.values, replay.weights)
 
     def _right_before(self, value: Array, right: Array) -> bool:
         """Whether a candidate leaves the rows before the first wrong one unchanged."""

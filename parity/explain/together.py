@@ -180,7 +180,7 @@ class Together(AtFirstPlace):
             begin = same_start(needed, replay.steps)
             if begin <= self._agreed:
                 return None
-            changed = replay.run(needed, lambda _name, _values_of: True, begin)
+            changed = replay.run(needed, lambda _name, _value: True, begin)
         except NotApplicable:
             return None
         return changed.get(self._shown(steps))
