@@ -57,17 +57,17 @@ def _values(x: Array, weights: _Weights) -> Mapping[str, Array]:
 
 
 def test_derivatives_are_the_slopes_of_small_steps() -> None:
-    """Through every operation that is computed in batches, in float64: what a small step in a row changes there, to six digits."""
+    """Through every operation that is computed in batches, in float64: what a small step in a row changes there, to five digits."""
     assert all(can_batch(step) for step in _STEPS if step.op is not ops.causal_soft_max)
     weights = _Weights()
     x = np.random.default_rng(2).standard_normal((_ROWS, _WIDTH))
     elements = np.array([0, 3, 7])
-    found = derivatives(_STEPS, "end", elements, _ROW, _values(x, weights), weights)["x"]  # type: ignore[arg-type]
-    slopes = np.zeros_like(found)
+    answer = derivatives(_STEPS, "end", elements, _ROW, _values(x, weights), weights)["x"]  # type: ignore[arg-type]
+    slopes = np.zeros_like(answer)
     for element in range(_WIDTH):
         step = np.zeros_like(x)
         step[_ROW, element] = 1e-5
         ends = [_values(x + sign * step, weights)["end"][_ROW, elements] for sign in (1, -1)]
         slopes[:, element] = (ends[0] - ends[1]) / 2e-5
     assert np.abs(slopes).max() > 0.1
-    np.testing.assert_allclose(found, slopes, rtol=1e-5, atol=1e-6 * np.abs(slopes).max())
+    np.testing.assert_allclose(answer, slopes, rtol=1e-5, atol=1e-6 * np.abs(slopes).max())

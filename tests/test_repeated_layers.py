@@ -35,8 +35,8 @@ def test_each_time_is_a_layer(reference: Reference, model: Path) -> None:
             kinds.setdefault(layer, set()).add(parse(name).kind)
     assert sorted(kinds) == list(range(2 if len(kinds) == 2 else 6))
     common = {"attn_norm", "q", "k", "v", "q_rope", "k_rope", "kq", "attn_out", "ffn_inp", "ffn_norm", "ffn_out", "l_out"}
-    for layer, found in kinds.items():
-        assert common <= found
+    for layer, names in kinds.items():
+        assert common <= names
         total = nodes[f"blk.{layer}.ffn_inp"] + nodes[f"blk.{layer}.ffn_out"]
         np.testing.assert_allclose(nodes[f"blk.{layer}.l_out"], total, rtol=1e-5, atol=1e-6)
     assert OUTPUT_NORM in nodes

@@ -184,10 +184,10 @@ class Replay:
         if changed.keys().isdisjoint(step.names) and right is not None:
             if right is step:
                 return False
-            made = self._with_made_weights(step, right)
-            if made is None:
+            prepared = self._with_altered_weights(step, right)
+            if prepared is None:
                 return False
-            step = made
+            step = prepared
         try:
             value = self._compute(step, changed)
         except ValueError as error:  # NumPy's: shapes that do not go together, where the fault does not fit this model
@@ -294,8 +294,8 @@ class Replay:
             result.setdefault(number, []).append(name)
         return result
 
-    def _with_made_weights(self, step: Step, right: Step) -> Step | None:
-        """The step, with altered weights made once if these are all that changes; None if they turn out to be the very same arrays."""
+    def _with_altered_weights(self, step: Step, right: Step) -> Step | None:
+        """The step, with its first altered weight computed if only weights change; None if all of them are the right run's own arrays."""
         if step.op is not right.op or step.reads != right.reads or step.params != right.params:
             return step
         if len(step.weights) != len(right.weights):
@@ -307,13 +307,13 @@ class Replay:
                 continue
             if not (isinstance(new, Altered) and isinstance(old, str)):
                 return step
-            made = new.make(self.weights, new.weight)
-            if made is not self.weights.get(old):
-                return replace(step, weights=(*weights, _held(new, made), *step.weights[len(weights) + 1 :]))
+            array = new.make(self.weights, new.weight)
+            if array is not self.weights.get(old):
+                return replace(step, weights=(*weights, _with_array(new, array), *step.weights[len(weights) + 1 :]))
             weights.append(new)
         return None
 
 
-def _held(weight: Altered, made: Array) -> Altered:
-    """An altered weight that was made already."""
-    return replace(weight, make=lambda _source, _name: made)
+def _with_array(weight: Altered, array: Array) -> Altered:
+    """An altered weight whose array is known already."""
+    return replace(weight, make=lambda _source, _name: array)

@@ -129,10 +129,10 @@ def _tensors(dump: Dump, rows: Rows) -> dict[int, NDArray[np.float32]]:
 
 def _from_tokens(records: Records, settled: set[tuple[int, int]], tally: _Tally) -> None:
     until = records.tokens.until
-    our_row = {(token.seq, token.token_idx): token for token in records.ours.tokens}
+    our_tokens = {(token.seq, token.token_idx): token for token in records.ours.tokens}
     for token in records.ref.tokens:
         place = (token.seq, token.token_idx)
-        other = our_row.get(place)
+        other = our_tokens.get(place)
         # The token at `until` was itself still chosen after the same tokens.
         if other is None or place in settled or (until is not None and token.token_idx > until):
             continue

@@ -50,13 +50,13 @@ def behind_known_tables(measured: Measured, limit: Floats, distance: Floats, nea
             further = asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
             sampled = np.fmax(sampled, of_table(limit, apart, *keys, above))
             higher = np.fmax(higher, of_table(limit, np.fmax(apart, further), *keys, above))
-        higher = np.where(_at_most_positions(measured, near & ~exact & (nmse > sampled), model), sampled, higher)
+        higher = np.where(_mostly_over(measured, near & ~exact & (nmse > sampled), model), sampled, higher)
     # The distance between the two, which may be on opposite sides of the truth.
     between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
     return np.where(exact, np.fmax(higher, between), higher)
 
 
-def _at_most_positions(measured: Measured, over: Bools, model: Flow) -> Bools:
+def _mostly_over(measured: Measured, over: Bools, model: Flow) -> Bools:
     """Which records, bool [R], are of a point at which most records are over and do not inherit that.
 
     Rounding changes the entry of a table that single elements use, one in thousands: as often as in the samples that are known. Which row
