@@ -1,6 +1,6 @@
 """An engine that does not say in which arithmetic it computes is judged in the one that its products show together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Isolation, Operation
 from checkpoints.jsonl import write
+from checkpoints.points import parse
 from engine.graph import Step
 from engine.replay.precision import rounded
-from engine.replay.wide import without_tables
+from engine.replay.proof import proof_steps
+from engine.replay.wide import is_looked_up, without_tables
 from parity.isolate.arithmetic import SPREAD, shown_limit
 from parity.isolate.isolate import LIMIT, IsolateRequest, isolate
+from parity.isolate.unrecorded import attends
 from reference.client import Reference
 
 _MOST = 3e-4
@@ -73,6 +76,16 @@ def test_products_that_round_as_ggml_does_are_another_question() -> None:
     )
 
 
+def test_attention_and_norms_alone_show_no_arithmetic() -> None:
+    """If no product was recorded, or all of them round to 8 bits, a small error elsewhere may be that of a lower type."""
+    attention = Operation("kqv_out", 0, WRONG, 4e-7)
+    assert shown_limit([attention], (), {}, LIMIT, _MOST) is None
+    eight = [operation(name, 1e-13, "Q8_0") for name in "qkv"]
+    products, rounding = {item.name for item in eight}, {item.name: 2e-5 for item in eight}
+    assert shown_limit([*eight, attention], products, rounding, LIMIT, _MOST) is None
+    assert shown_limit([*eight, attention], products, {}, LIMIT, _MOST) == LIMIT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["qwen3", "gemma", "granitemoe"])
 def test_a_small_fault_is_named_in_undeclared_float32_and_right_engines_are_not_blamed(
@@ -115,6 +128,44 @@ def test_too_few_products_leave_the_arithmetic_open(
     logits = next(item for item in isolation.operations if item.name == "logits")
     assert logits.status == NOT_OBSERVABLE
     assert "--compute f32" in logits.reason
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other", "point"),
+    [
+        ("qwen3", lambda right: proof_steps(right, native=False, kv_type="f16"), "kqv_out"),
+        ("gemma", without_tables, "ffn_out"),
+    ],
+    ids=["cache of F16", "exact GELU"],
+)
+def test_what_is_not_stated_acts_through_points_that_were_not_recorded(
+    recipe: str,
+    other: Callable[[Sequence[Step]], list[Step]],
+    point: str,
+    small_model: Callable[..., Path],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    """A cache of F16 behind unrecorded scores and an exact GELU that was not recorded are right; a result 0.1 % too large is not."""
+    model = small_model(recipe, kind="f32")
+    engine = Faulty(model, reference.graph(model))
+    tokens = tokens_of(model, 6, seed=1)
+    right = other(engine.right)
+    unrecorded = {
+        step.makes
+        for step in engine.right
+        if (attends(parse(step.makes).kind) and parse(step.makes).kind != point) or is_looked_up(step)
+    }
+    for steps, wrong in ((right, []), (scaled(right, f"blk.1.{point}", 1.001), [f"blk.1.{point}"])):
+        dump = engine.dump(Planted(()), tokens, points="all", size=1 << 20, bare=False, steps=steps)
+        assert dump.header is not None
+        points = {name: rows for name, rows in dump.points.items() if name not in unrecorded}
+        header = replace(dump.header, compute="", kv_type="", source="an engine", mode="")
+        path = tmp_path / "ours.jsonl"
+        write(replace(dump, points=points, header=header), path, header)
+        isolation = isolate(IsolateRequest(model, tokens=tokens, dump=path, mode="exact", windows=False), reference)
+        assert [item.name for item in isolation.wrong] == wrong
+        assert any(item.operation == point and item.status == PROVEN for item in isolation.operations)
 
 
 def test_scores_of_an_encoder_are_whole_up_to_its_last_position_alone(

@@ -89,6 +89,8 @@ def shown_limit(
     wrong = [operation for operation in operations if operation.status == WRONG]
     if wrong and 2 * (len(judged) - len(others)) >= len(judged) and all(operation in others for operation in wrong):
         return None  # most products round to 8 bits, and those with other weights may do so, too
+    if wrong and not len(errors) and not any(operation.name in products for operation in wrong):
+        return None  # norms and attention compute in a type that no product shows
     if not wrong or 2 * len(off) < max(len(errors), 1):
         return exact
     return min(most, SPREAD * float(np.median(off))) if len(off) >= _FEWEST else None

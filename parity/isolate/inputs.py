@@ -89,6 +89,17 @@ class Program(Struct, frozen=True, dict=True):
         """The steps that choose experts or keys."""
         return routings(self.steps)
 
+    def way(self, name: str) -> list[Step]:
+        """The steps that lead from recorded values to a value, its own first."""
+        way: dict[str, Step] = {}
+        waiting = [name]
+        while waiting:
+            step = self.producers.get(waiting.pop())
+            if step is not None and step.makes not in way and (step.inner or not way):
+                way[step.makes] = step
+                waiting += step.names
+        return list(way.values())
+
     def needs(self, step: Step) -> frozenset[str]:
         """The recorded values of this pass from which a step's inputs follow."""
         return self._needs[step.makes]
@@ -132,6 +143,10 @@ class Inputs:
         self._between: dict[str, Array] = {}  # values between points, kept while later steps read them
         self._readers = Counter(name for step in program.steps for name in dict.fromkeys(step.names))
 
+    def by(self, program: Program) -> "Inputs":
+        """The same recorded values as inputs of another definition's steps."""
+        return Inputs(program, self._weights, self._memory, self._positions, self._live)
+
     @property
     def seen(self) -> int:
         """Cached positions after this pass, S."""
@@ -141,7 +156,7 @@ class Inputs:
         """The inputs of a step, whole values in the order of `step.reads`; with `rows` only those positions of recorded ones.
 
         Raises:
-            Missing: an input is not known.
+            UnknownInput: an input is not known.
         """
         return [self._read(step, read, rows) for read in step.reads]
 
@@ -199,7 +214,7 @@ class Inputs:
         """The value of a step between points.
 
         Raises:
-            Missing: one of its inputs is not known.
+            UnknownInput: one of its inputs is not known.
         """
         value: Array = compute(step, self.of(step), self._weights)
         self.done_with(step)

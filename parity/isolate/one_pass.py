@@ -142,7 +142,7 @@ class JudgedPass:
         """Compare a step's recorded value with the one that follows from its inputs.
 
         Raises:
-            Missing: an input is not known at the positions of the output.
+            UnknownInput: an input is not known at the positions of the output.
         """
         held = self._held(step, self._inputs)
         record = self._judging.records[step.makes]
@@ -168,11 +168,19 @@ class JudgedPass:
     def _held(self, step: Step, source: Inputs) -> _Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""
         inputs, dumped, positions = self._aligned(step, source)
-        definitions = self._definitions(step)
+        first = self._program.producers[step.makes]
         routing = self._program.routing.get(step.makes)
         best: _Held | None = None
-        limit, least = self._limit(step), self._typical_energy(definitions[0], inputs)
-        for definition in definitions:
+        limit, least = self._limit(step), self._typical_energy(first, inputs)
+        tried: list[list[Step]] = []
+        for program in self._programs:
+            way = program.way(step.makes)  # definitions may also differ between the recorded values and the step
+            if way in tried:
+                continue
+            definition = way[0]
+            if tried:
+                inputs = self._aligned(definition, source.by(program))[0]
+            tried.append(way)
             ours = self._computed(definition, inputs)
             reason = ""
             if routing is not None:
@@ -185,7 +193,7 @@ class JudgedPass:
                 raise UnknownInput(NOT_FINITE)
             errors = np.where(unknown, 0.0, errors)
             if best is None or errors.max() < best.errors.max():
-                rounds = rounds_activations(definition) and not rounds_activations(definitions[0])
+                rounds = rounds_activations(definition) and not rounds_activations(first)
                 by_first = float(errors.max()) if best is None else best.unrounded
                 best = _Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first)
             if best.errors.max() <= limit:
@@ -295,7 +303,7 @@ class JudgedPass:
         """The step's inputs and output at the positions that all of them have.
 
         Raises:
-            Missing: they have none in common, an operation over all positions lacks some, or a history has gaps.
+            UnknownInput: they have none in common, an operation over all positions lacks some, or a history has gaps.
         """
         output = self._live[step.makes]
         if parse(step.makes).kind in CACHED:
