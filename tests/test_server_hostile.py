@@ -213,7 +213,7 @@ def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatc
     time says so, and a limit of 0 has a table, too.
     """
     monkeypatch.setattr(
-        "parity.server.causes._BUDGET", 0.0
+        "parity.server.text_causes._BUDGET", 0.0
     )  # a model on which the search takes more than a minute takes this test longer
     folder = Path("folder")
     folder.mkdir()

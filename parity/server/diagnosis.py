@@ -9,8 +9,10 @@ from reference.jobs import EXACT
 from ..run.request import Prompt
 from .ask import Heard
 from .base import floor_of, kl, listed, rows
-from .causes import MORE, ServerCase, cause_of, sampled
+from .case import ServerCase
+from .causes import cause_of
 from .limits import limit_of
+from .sample import Sample
 from .vocabulary import Vocabulary
 
 _POSITIONS = 32  # asked positions of the chunk among which the sample is taken: each further one lengthens llama.cpp's passes
@@ -26,15 +28,12 @@ def diagnose(reference: Reference, model: Path, prompt: Prompt, heard: Heard, vo
         return None
     tokens = heard.tokens[: asked[-1].position + 1]
     limit = limit_of(floor_of(reference, model, tokens, asked[0].position))
-    by_position, spread = {item.position: item for item in asked}, {item.position for item in sampled(asked)}
-    sample = []
-    more = 0
+    by_position = {item.position: item for item in asked}
+    sample = Sample(asked)
     for position, row in rows(reference, model, tokens, asked[0].position, EXACT):
         item = by_position.get(position)
-        wrong = item is not None and kl(row, listed(item.candidates, vocabulary, row)) > limit
-        more += wrong and position not in spread
-        if item is not None and (position in spread or (wrong and more <= MORE)):
-            sample.append((item, row.copy()))
+        if item is not None:
+            sample.add(item, row, wrong=kl(row, listed(item.candidates, vocabulary, row)) > limit)
     case = ServerCase(
         reference,
         model,
@@ -43,7 +42,7 @@ def diagnose(reference: Reference, model: Path, prompt: Prompt, heard: Heard, vo
         Heard(tokens, len(prompt.ids), tuple(asked), heard.echoed, heard.prompt_tokens),
         reference.tokenize(model, "a"),
         vocabulary,
-        tuple(sample),
+        sample.kept,
         limit,
     )
-    return cause_of(case) if case.without(sample) > case.limit else None
+    return cause_of(case) if case.without(sample.kept) > case.limit else None

@@ -26,11 +26,13 @@ from ..score.measures import largest, log_sum
 from . import choices
 from .ask import Asked, Heard, Progress, listen
 from .base import KlFloor, Row, floor_of, kl, listed, rows
-from .causes import MORE, ServerCase, cause_of, sampled, unexplained
+from .case import ServerCase
+from .causes import cause_of, unexplained
 from .dialects import AUTO, Dialect, dialect_of
 from .http import Connection
 from .limits import LEAST_LIMIT, limit_of
 from .predictions import require_logarithms
+from .sample import Sample
 from .vocabulary import Vocabulary
 
 SERVER_FILE = "server.json"
@@ -104,16 +106,15 @@ def _compared(
     by_position = {asked.position: asked for asked in heard.asked}
     floor = KlFloor(0.0, 0.0)
     predictions: list[Predicted] = []
-    kept: list[tuple[Asked, Row]] = []
+    sample = Sample(heard.asked)
     greedy: list[tuple[Asked, Row]] = []
-    unknown = more = 0
+    unknown = 0
     ended = _ended(heard)
     next_choice: int | None = None
     if by_position:
         first, tokens = min(by_position), heard.tokens[: max(by_position) + 1 + ended]
         floor = floor_of(reference, request.model, tokens, first)
         limit = request.tolerance if request.tolerance is not None else limit_of(floor)
-        wanted = {asked.position for asked in sampled(heard.asked)}
         for position, row in rows(reference, request.model, tokens, first, request.mode):
             if ended and position == len(heard.tokens) - 1:
                 next_choice = int(row.argmax())
@@ -124,9 +125,7 @@ def _compared(
                 unknown += 1
                 continue
             predictions.append(_predicted(asked, row, heard, vocabulary, limit))
-            more += position not in wanted and predictions[-1].wrong
-            if position in wanted or (predictions[-1].wrong and more <= MORE):
-                kept.append((asked, row.copy()))
+            sample.add(asked, row, wrong=predictions[-1].wrong)
             if asked.chosen is not None:
                 greedy.append((asked, row.copy() if len(greedy) < 64 else row[:0]))
     else:
@@ -151,7 +150,7 @@ def _compared(
         heard,
         special,
         vocabulary,
-        tuple(kept),
+        sample.kept,
         limit,
     )
     cause = cause_of(case) if wrong is not None or heard.around or heard.tokenizer else None
