@@ -83,13 +83,13 @@ def _exchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _conv_gates(step: Step, right: Steps, parameters: Parameters) -> Step:
     """LFM2's block is C · conv(B · x): its projection's three parts in another order."""
-    before, behind = (sibling(step, right, kind) for kind in ("mul", "mul.2"))
-    if not all("conv.in_proj" in name_of(read_of(gate, 0)) and len(gate.reads) == 2 for gate in (before, behind)):
+    inner_gate, outer_gate = (sibling(step, right, kind) for kind in ("mul", "mul.2"))
+    if not all("conv.in_proj" in name_of(read_of(gate, 0)) and len(gate.reads) == 2 for gate in (inner_gate, outer_gate)):
         raise NotApplicable(f"{step.makes} is no gate of a short convolution")
     place = ("B", "x").index(parameters["with"])
-    inner, outer = list(before.reads), list(behind.reads)
+    inner, outer = list(inner_gate.reads), list(outer_gate.reads)
     inner[place], outer[0] = outer[0], inner[place]
-    return replace(step, reads=tuple(inner if step is before else outer))
+    return replace(step, reads=tuple(inner if step is inner_gate else outer))
 
 
 def _gate_behind(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:

@@ -121,10 +121,10 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
             if other in inside and other not in past:
                 past.add(other)
                 waiting.append(other)
-    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
-    if not behind:
+    feeding = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
+    if not feeding:
         return None
-    return behind, [name for name in seen.stretch.nodes if name in past and name not in behind]
+    return feeding, [name for name in seen.stretch.nodes if name in past and name not in feeding]
 
 
 def _listed(seen: Evidence, nodes: list[str]) -> str:

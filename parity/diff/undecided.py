@@ -110,8 +110,8 @@ def _cancelled(records: Records) -> str:
 def _not_finite(records: Records, chosen: Ints) -> NDArray[np.bool_]:
     """Which records fail by values that are not finite: sums of squares leave these out."""
     measures = records.measures
-    odd = (measures.nonfinite_ours[chosen] > 0) | (measures.nonfinite_ref[chosen] > 0)
-    return np.asarray(odd & np.isinf(measures.nmse[chosen]))
+    nonfinite = (measures.nonfinite_ours[chosen] > 0) | (measures.nonfinite_ref[chosen] > 0)
+    return np.asarray(nonfinite & np.isinf(measures.nmse[chosen]))
 
 
 def _squared(records: Records, number: int, here: Ints) -> tuple[Floats, Floats]:

@@ -318,10 +318,10 @@ def order_of_number(candidate: Candidate) -> int | None:
 
 def remarks(candidate: Candidate, right: Any) -> str:
     """The remarks on a candidate's fitted number; "" for a fault without one."""
-    mine = [fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault is candidate.fault] or [
+    fits = [fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault is candidate.fault] or [
         fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault.name == candidate.fault.name
     ]
-    for fit in mine:
+    for fit in fits:
         value = candidate.parameters.get(fit.parameter)
         if isinstance(value, float):
             return fit.remarks(value, right, candidate.parameters)

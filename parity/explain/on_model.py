@@ -79,5 +79,7 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:
     """The reference with no more leading values than ours: the cost of an arithmetic is measured on the values that are compared."""
-    mine = ours.points
-    return replace(ref, points={name: as_wide(rows, mine[name]) if name in mine else rows for name, rows in ref.points.items()})
+    recorded = ours.points
+    return replace(
+        ref, points={name: as_wide(rows, recorded[name]) if name in recorded else rows for name, rows in ref.points.items()}
+    )

@@ -37,25 +37,25 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
     for name, rows in subject.points.items():
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
-        odd = ~np.isfinite(rows.values) & inside
+        nonfinite = ~np.isfinite(rows.values) & inside
         origin = subject.computation(name)
         if "kq" in kind(name) or "mask" in kind(name):
-            odd &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
+            nonfinite &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
         # What must not be chosen is −∞; a point of which nothing is known may be a mask, or made of one.
         unknown = origin is None and parse(name).known is None
         if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside))):
-            odd &= ~np.isneginf(rows.values)
+            nonfinite &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
-        bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
-        if bad:
-            first = min(bad, key=lambda r: int(rows.token_idx[r]))
-            wrong_values = int(max(counted[first], odd[first].sum()))
-            at = np.flatnonzero(odd[first])
+        wrong_rows = (nonfinite.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
+        if wrong_rows:
+            first = min(wrong_rows, key=lambda r: int(rows.token_idx[r]))
+            wrong_values = int(max(counted[first], nonfinite[first].sum()))
+            at = np.flatnonzero(nonfinite[first])
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
             evidence = (
                 f"{name} has {count(wrong_values, 'value')} that {'is' if wrong_values == 1 else 'are'} not a number{place}, "
-                + positions_of(rows, bad)
+                + positions_of(rows, wrong_rows)
             )
             yield Hit(name, int(rows.token_idx[first]), evidence)
 
@@ -166,7 +166,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
     """Rows of one repeated number, or of numbers in even steps."""
     # A bias that is looked up by distance is the same for all distances beyond the largest.
     flow = subject.dataflow
-    of_tokens = frozenset() if flow is None else flow.behind(lambda name, _: name.endswith(EMBD))
+    of_tokens = frozenset() if flow is None else flow.downstream(lambda name, _: name.endswith(EMBD))
     for name, rows in subject.points.items():
         if of_tokens and flow is not None and name in flow.computations and name not in of_tokens:
             continue
