@@ -67,7 +67,7 @@ class Arbiter:
         self._values: dict[Variant, dict[str, NDArray[Any]]] = {variant: {} for variant in Variant}
 
     @property
-    def asked(self) -> bool:
+    def started(self) -> bool:
         """Whether anything of the truth is known by now."""
         return bool(self._values[Variant.WIDE])
 

@@ -70,9 +70,9 @@ class KnownModel(Struct, frozen=True, dict=True):
         return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.transformer)
 
     @property
-    def asked(self) -> bool:
+    def started(self) -> bool:
         """Whether float64 has been asked for anything so far."""
-        return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
+        return "truth" in self.__dict__ and self.truth is not None and self.truth.started
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far records are from float64 (`Truth`)."""

@@ -34,7 +34,7 @@ def compared_on(
     if not compared.verdict:
         compared = replace(compared, verdict=replace(compared.verdict, ignored=known.ignored))
     native = common_mode(ours.header, ref.header) == NATIVE
-    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.asked))):
+    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.started))):
         return compared
     if known.truth is None:
         return compared

@@ -163,7 +163,9 @@ class JudgedPass:
     def _definitions(self, step: Step) -> list[Step]:
         """The step in each right definition, each only once."""
         every = [program.producers[step.makes] for program in self._programs]
-        return [one for number, one in enumerate(every) if not any(one is other for other in every[:number])]
+        return [
+            definition for number, definition in enumerate(every) if not any(definition is other for other in every[:number])
+        ]
 
     def _held(self, step: Step, source: Inputs) -> _Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""

@@ -121,15 +121,15 @@ def exact_zeros(subject: Subject) -> Iterator[Hit]:
         if some.any():
             rows_of[name] = some.nonzero()[0].tolist()
 
-    def say(name: str, bad: list[int]) -> str:
+    def sentence(name: str, wrong_rows: list[int]) -> str:
         rows = subject.points[name]
-        zeros = np.flatnonzero(leading(rows, bad[0]) == 0)
+        zeros = np.flatnonzero(leading(rows, wrong_rows[0]) == 0)
         return (
-            f"{name} holds {len(zeros)} exact zeros among {int(rows.counts[bad[0]])} values (index "
-            f"{ranges(tuple(zeros.tolist()))}), {positions_of(rows, bad)}"
+            f"{name} holds {len(zeros)} exact zeros among {int(rows.counts[wrong_rows[0]])} values (index "
+            f"{ranges(tuple(zeros.tolist()))}), {positions_of(rows, wrong_rows)}"
         )
 
-    yield from by_point(rows_of, subject, say)
+    yield from by_point(rows_of, subject, sentence)
 
 
 def garbage_logits(subject: Subject) -> Iterator[Hit]:
@@ -137,7 +137,7 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
     rows = subject.points.get(LOGITS)
     if rows is None:
         return
-    bad: list[int] = []
+    wrong_rows: list[int] = []
     text = ""
     for r in range(len(rows)):
         row = leading(rows, r).astype(np.float64)
@@ -150,11 +150,11 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
             continue
         far = np.flatnonzero(np.abs(row - median) > max(_OUTLIER * deviation, _FAR))
         if len(far) and len(far) < len(row) // 4:
-            bad.append(r)
+            wrong_rows.append(r)
             listed = ", ".join(f"[{i}] {row[i]:.4g}" for i in far[:4]) + (", …" if len(far) > 4 else "")
             text = text or f"{count(len(far), 'logit')} far outside the row's {median:.3g} ± {deviation:.2g}: {listed}"
-    if bad:
-        yield Hit(LOGITS, int(rows.token_idx[bad[0]]), f"{text}, {positions_of(rows, bad)}")
+    if wrong_rows:
+        yield Hit(LOGITS, int(rows.token_idx[wrong_rows[0]]), f"{text}, {positions_of(rows, wrong_rows)}")
 
 
 def _median(row: NDArray[np.float64]) -> float:
@@ -220,4 +220,4 @@ def denormals(subject: Subject) -> Iterator[Hit]:
         example = next(float(x) for x in row if 0 < abs(x) < _SMALLEST_NORMAL)
         return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], bad)}"
 
-    yield from by_point(rows_of, subject, say)
+    yield from by_point(rows_of, subject, sentence)

@@ -73,15 +73,17 @@ def beginning(case: ServerCase) -> ServerCause | None:
         counted = case.reply.prompt_tokens
         says = f", and says that the prompt has {counted} tokens" if counted is not None else ""
         where = f"({printable(case.vocabulary.pieces[bos], 30)}) before the text{says}"
-        flag = "as the file's add_bos_token says"
+        as_the_file_says = "as the file's add_bos_token says"
         if ids[:1] == (bos,):
             doubled = "Add it in one place only: the tokenizer or the template."
             variants += [
-                ("bos-missing", ids[1:], -1, f"the server reads no BOS {where}", f"Add it, {flag}."),
+                ("bos-missing", ids[1:], -1, f"the server reads no BOS {where}", f"Add it, {as_the_file_says}."),
                 ("bos-doubled", (bos, *ids), 1, f"the server reads two BOS {where}", doubled),
             ]
         else:
-            variants.append(("bos-added", (bos, *ids), 1, f"the server reads a BOS {where}", f"Leave it out, {flag}."))
+            variants.append(
+                ("bos-added", (bos, *ids), 1, f"the server reads a BOS {where}", f"Leave it out, {as_the_file_says}.")
+            )
     readings = [(variant, _readings(case, variant[1], variant[2])) for variant in variants if variant[1]]
     for shift, how in _SHIFTED.items():
         for (name, _, _, sentence, advice), explained in readings:

@@ -131,7 +131,7 @@ def _blame(first: FirstDifference) -> str:
     """Which implementation disagrees with the others."""
     values = first.values
     for name, value in values.items():
-        others = [other for who, other in values.items() if who != name]
+        others = [other for other_name, other in values.items() if other_name != name]
         if len(others) > 1 and len(set(map(repr, others))) == 1 and repr(others[0]) != repr(value):
             return f"{name} stands alone"
     return "all differ" if len(values) > 2 else "the two differ"
