@@ -215,9 +215,9 @@ def denormals(subject: Subject) -> Iterator[Hit]:
         if bad:
             rows_of[name] = bad
 
-    def say(name: str, bad: list[int]) -> str:
-        row = leading(subject.points[name], bad[0])
+    def sentence(name: str, wrong_rows: list[int]) -> str:
+        row = leading(subject.points[name], wrong_rows[0])
         example = next(float(x) for x in row if 0 < abs(x) < _SMALLEST_NORMAL)
-        return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], bad)}"
+        return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], wrong_rows)}"
 
     yield from by_point(rows_of, subject, sentence)
