@@ -49,7 +49,7 @@ def _parted(verdict: Verdict) -> str:
 
 
 def lines(hunt: Hunt, width: int) -> Iterator[Text]:
-    """What stands behind the runs: the cause and how it was found; or the comparison, where there is none."""
+    """What follows the runs: the cause and how it was found; or the comparison, where there is none."""
     if hunt:
         yield from terminal.lines(hunt.verdict, width)
     else:

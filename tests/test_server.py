@@ -96,7 +96,7 @@ def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, pari
         ("probabilities", "probabilities", "not their logarithms"),
         ("scaled", "log-scale", "times llama.cpp's, with no new normalisation"),
         ("heated", "temperature", "divided by a temperature of 0.7"),
-        ("top-3", "truncated-logprobs", "behind a top-k of 3"),
+        ("top-3", "truncated-logprobs", "after a top-k of 3"),
     ],
 )
 def test_numbers_that_are_no_log_probabilities_are_named(

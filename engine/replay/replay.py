@@ -84,7 +84,7 @@ def _by_rows(steps: Sequence[Step]) -> frozenset[str]:
     """The values that over fewer tokens are a part of those over more: rows by position, the same whatever follows.
 
     Others are values without positions, columns for as many keys as there are, and chosen keys, which of a row with few keys may be
-    ones behind it; and what is made of these and is no point.
+    ones after it; and what is made of these and is no point.
     """
     others: set[str] = set()
     for step in steps:

@@ -217,7 +217,7 @@ class _Consumers:
             return False
         if read is not None:
             return any(decided)
-        # Without a reading the proof must be complete: all positions, and no consumer behind a soft max, which may hide the error.
+        # Without a reading the proof must be complete: all positions, and no consumer after a soft max, which may hide the error.
         children = self._model.children[name]
         after_soft_max = any(self._model.hidden(name, child) for child in children)
         return all(decided) and not after_soft_max

@@ -1,4 +1,4 @@
-"""What the truth says of records behind the reference's tables of float16, and how it is asked."""
+"""What the truth says of records after the reference's tables of float16, and how it is asked."""
 
 from collections.abc import Callable, Mapping
 

@@ -57,7 +57,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if seen.unjudged:
         return Pattern(
             "reference-nonfinite",
-            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or behind it",
+            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or after it",
         )
     if seen.nonfinite:
         return Pattern(

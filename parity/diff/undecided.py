@@ -162,7 +162,7 @@ def _flipped(records: Records) -> str:
 def _amplified(records: Records, name: str) -> str:
     """What is to be said if a recurrence may have amplified lower arithmetic's error at single positions; else empty.
 
-    The sum that a state is read with may nearly cancel at one position, and a norm behind it divides by what is left. A right F16 engine of
+    The sum that a state is read with may nearly cancel at one position, and a norm after it divides by what is left. A right F16 engine of
     qwen3next was 1.9e-3 off at one of nine positions, and 1e-5 at the others (benchmarks/right_engines.py --from 2074).
     """
     stretch = records.flow.between(name)

@@ -73,7 +73,7 @@ def encoder_case(dump: Dump, transformer: Transformer, options: ExplainOptions) 
 def decoder_case(
     dump: Dump, transformer: Transformer, options: ExplainOptions, encoder: Case | None = None, best: SearchState | None = None
 ) -> Case | None:
-    """The decoder's half of a dump, behind the right encoder or the one that a state describes; None where it was not recorded.
+    """The decoder's half of a dump, fed by the right encoder or the one that a state describes; None where it was not recorded.
 
     Raises:
         ParityError: as `Case` does.

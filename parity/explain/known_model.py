@@ -91,7 +91,7 @@ class KnownModel(Struct, frozen=True, dict=True):
         return {} if self.truth is None else self.truth.spread(points)
 
     def table_spread(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
-        """How far rounding moves records behind a table (`Truth`)."""
+        """How far rounding moves records after a table (`Truth`)."""
         return {} if self.truth is None else self.truth.table_spread(points)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:

@@ -53,7 +53,7 @@ def truncation(case: ServerCase) -> ServerCause | None:
     for truncated in truncations(cut, offsets):
         explained = [case.of(placed, truncated.left(row)) for placed, row in case.sample]
         sentence = (
-            f"the sampler: the log-probabilities are those behind {truncated.what}, "
+            f"the sampler: the log-probabilities are those after {truncated.what}, "
             "which leaves out all other tokens and makes the rest sum to 1"
         )
         fits.append((sentence, explained))
@@ -86,8 +86,8 @@ def subtracted(case: ServerCase) -> ServerCause | None:
         for placed, row in case.sample
     ]
     sentence = (
-        f"the sampler: from the logits of tokens that were seen are subtracted {presence:.2g} (presence penalty) and {frequency:.2g} "
-        "for each time (frequency penalty)"
+        f"the sampler: {presence:.2g} (presence penalty), and {frequency:.2g} for each occurrence (frequency penalty), are subtracted "
+        "from the logits of tokens that were seen"
     )
     return judged(case, "penalties", sentence, "Request presence_penalty 0 and frequency_penalty 0.", explained, case.sample)
 

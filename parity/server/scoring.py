@@ -55,7 +55,7 @@ class Candidates(Struct, frozen=True):
 
 
 class ServerPredictions:
-    """What a server predicts behind each token of a chunk: its most probable tokens.
+    """What a server predicts after each token of a chunk: its most probable tokens.
 
     A server gets the chunk's text, and where it does not echo its ids, if it takes them: then one request a position. Of a text that has
     other tokens alone than within the whole text, these are asked about.
@@ -84,7 +84,7 @@ class ServerPredictions:
         """What was left out, in sentences."""
         notes = list(self._notes)
         if self._left_out:
-            notes.append(f"positions left out, because the server says nothing of them: {self._left_out}")
+            notes.append(f"positions left out, because the server says nothing about them: {self._left_out}")
         return tuple(notes)
 
     def read(self, chunk: Chunk) -> Chunk:
