@@ -258,10 +258,11 @@ class Arbiter:
         with np.errstate(over="ignore", invalid="ignore"):
             high = values.astype(np.float32)
             low = np.where(np.isfinite(high), values - high, 0.0).astype(np.float32) if values.dtype != np.float32 else None
-        of = {"slice_size": size, "keep": index, "first": int(self._rows[0]), "causal": self._causal}
+        first, causal = int(self._rows[0]), self._causal
 
         def recorded(part: NDArray[np.float32]) -> Rows:
-            return summarise(rows.point, np.ascontiguousarray(part), self._rows, **of)
+            part = np.ascontiguousarray(part)
+            return summarise(rows.point, part, self._rows, slice_size=size, keep=index, first=first, causal=causal)
 
         return recorded(high), None if low is None else recorded(low)
 
