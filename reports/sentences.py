@@ -38,10 +38,10 @@ def as_far_as_it_goes(verdict: Verdict) -> str:
 
 
 def uncompared(lacks: Uncompared) -> str:
-    """ "nothing behind blk.10.l_out, nothing at positions 3–4"."""
+    """ "nothing after blk.10.l_out, nothing at positions 3–4"."""
     parts: list[str] = []
-    if lacks.behind:
-        parts.append(f"nothing behind {clean(lacks.behind)}")
+    if lacks.after:
+        parts.append(f"nothing after {clean(lacks.after)}")
     elif lacks.points:
         parts.append(
             f"without {_first_names(lacks.points)}" if len(lacks.points) < lacks.asked else "no point that was asked for"

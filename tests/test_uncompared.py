@@ -55,7 +55,7 @@ def test_dumps_say_how_far_they_go() -> None:
     ref, ours = dump(arrays), noisy(arrays)
     assert ref.header is not None
     for kept, words in (
-        ({name: ours[name] for name in DEFAULT[:3]}, "nothing behind blk.5.l_out"),
+        ({name: ours[name] for name in DEFAULT[:3]}, "nothing after blk.5.l_out"),
         ({name: rows[:3] for name, rows in ours.items()}, "nothing at positions 3–11"),
         ({name: ours[name] for name in DEFAULT if name != "blk.5.l_out"}, "without blk.5.l_out"),
     ):
@@ -77,10 +77,10 @@ def test_a_lower_arithmetic_and_a_divergence_say_it_too() -> None:
     arrays = random()
     rounded = {name: rows.astype(np.float16).astype(np.float32) for name, rows in arrays.items() if name != "logits"}
     verdict = compare(dump(rounded, header=None), dump(arrays), Options(placed=True))
-    assert answer(verdict).startswith("parity as far as it goes (nothing behind output_norm) as F16 arithmetic (assumed")
+    assert answer(verdict).startswith("parity as far as it goes (nothing after output_norm) as F16 arithmetic (assumed")
     verdict = compare(dump({name: rows + 1 for name, rows in rounded.items()}), dump(arrays))
     assert not verdict
-    assert verdict.uncompared.behind == "output_norm"
+    assert verdict.uncompared.after == "output_norm"
 
 
 def test_an_engine_that_stops_halfway_is_incomplete(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
@@ -92,11 +92,11 @@ def test_an_engine_that_stops_halfway_is_incomplete(parity: Cli, model: Path, en
         "asked": 5,
         "points": ["blk.3.l_out", "output_norm", "logits"],
         "positions": [],
-        "behind": "blk.0.l_out",
+        "after": "blk.0.l_out",
     }
     ran = parity(*words, engine('name in ("embd", "blk.0.l_out")'))
     assert ran.code == 1
-    assert "incomplete (nothing behind blk.0.l_out): all " in " ".join(ran.out.split())
+    assert "incomplete (nothing after blk.0.l_out): all " in " ".join(ran.out.split())
 
 
 def test_positions_that_never_came(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
@@ -115,7 +115,7 @@ def test_who_was_not_asked_by_name_is_told_only(parity: Cli, model: Path, engine
     words = ("run", "--model", model, "--tokens", TOKENS, "--exec", line)
     ran = parity(*words)
     assert ran.code == 0
-    assert "parity as far as it goes (nothing behind blk.3.l_out): " in " ".join(ran.out.split())
+    assert "parity as far as it goes (nothing after blk.3.l_out): " in " ".join(ran.out.split())
     assert parity.json(*words, "--strict")[1]["verdict"] == "incomplete"
     assert parity.json(*words, "--points", "default")[0] == 0
     assert parity.json(*words, "--points", "blk.3.l_out,logits")[1]["verdict"] == "incomplete"
@@ -128,7 +128,7 @@ def test_a_hunt_does_not_end_in_agreement_of_a_part(parity: Cli, model: Path, en
         "run", "--model", model, "--tokens", TOKENS, "--hunt", "--exec", engine('name in ("embd", "blk.0.l_out")')
     )
     assert (code, found["verdict"], found["explanation"]) == (1, "incomplete", None)
-    assert found["uncompared"]["behind"] == "blk.0.l_out"
+    assert found["uncompared"]["after"] == "blk.0.l_out"
 
 
 def test_a_name_that_llama_cpp_lacks_refuses_nothing(

@@ -168,14 +168,14 @@ class Uncompared(Struct, frozen=True):
     """What was asked for and never compared; false if nothing is.
 
     `asked` is how many points were asked for, `points` are those without any compared record, in dataflow order, `positions` those at which
-    no point was compared. `behind`: the last point that was compared, if nothing behind it was; empty if something was, or if no point
+    no point was compared. `after`: the last point that was compared, if nothing after it was; empty if something was, or if no point
     of those asked for was compared.
     """
 
     asked: int = 0
     points: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
-    behind: str = ""
+    after: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.points or self.positions)
