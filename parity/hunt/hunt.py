@@ -55,7 +55,7 @@ def hunt(
     request: Request,
     progress: Progress | None = None,
     started: Reference | None = None,
-    heard: Callable[[RoundReport], None] = lambda _: None,
+    report_round: Callable[[RoundReport], None] = lambda _: None,
 ) -> Hunted:
     """Run the engine until the operation has a name, then look for the cause.
 
@@ -73,7 +73,7 @@ def hunt(
             chase = _Chase(request, request.command, reference, prompt, (dumps, folder), progress)
             for step in chase.rounds():
                 rounds.append(step.round)
-                heard(step)
+                report_round(step)
     result = chase.result
     explanation, unexplained, own = (None, "", False)
     if result.verdict.verdict == DIVERGENCE:  # there is nothing to explain about what did not come
@@ -116,8 +116,8 @@ class _Chase:
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
-        asked = self._request.points
-        side = self._side(asked)
+        points = self._request.points
+        side = self._side(points)
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
             printed = self._run(side, number)
@@ -136,20 +136,20 @@ class _Chase:
             wanted = [name for name in side.known if name in self._requested_points]
             verdict = held_to(self.result, wanted, side, self._request, self._prompt)
             self.result = replace(self.result, verdict=verdict)
-            yield RoundReport(Round(number, asked, new, verdict), self.ours, self.ref)
+            yield RoundReport(Round(number, points, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:
                 return
             if number > 1 and not new:
                 self.stopped = self._nothing_new(verdict)
                 return
-            if verdict.next == asked:
-                self.stopped = f"the records of {asked} do not narrow it down further"
+            if verdict.next == points:
+                self.stopped = f"the records of {points} do not narrow it down further"
                 return
             if not self._command.takes(POINTS):
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
-            asked = verdict.next
-            side = self._side(asked)
+            points = verdict.next
+            side = self._side(points)
             if side.asked and self._requested_points.issuperset(side.asked):
                 self.stopped = self._nothing_new(verdict)
                 return
@@ -164,9 +164,9 @@ class _Chase:
             return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
         return f"the records of {verdict.next} do not narrow it down further"
 
-    def _side(self, asked: str) -> ExternalEngine:
-        layers = self._request.layers if asked == self._request.points else None  # they choose among the default points only
-        request = replace(self._request, points=asked, layers=layers)
+    def _side(self, points: str) -> ExternalEngine:
+        layers = self._request.layers if points == self._request.points else None  # they choose among the default points only
+        request = replace(self._request, points=points, layers=layers)
         return ExternalEngine(request, self._command, self._reference, described=self._described)
 
     def _run(self, side: ExternalEngine, number: int) -> Dump:
