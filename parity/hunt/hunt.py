@@ -77,6 +77,8 @@ def hunt(
     result = chase.result
     explanation, unexplained, own = (None, "", False)
     if result.verdict.verdict == DIVERGENCE:  # there is nothing to explain about what did not come
+        if progress is not None:
+            progress("looking for the cause", 0, None)
         explanation, unexplained, own = _explained(request, prompt, chase.ours, result.verdict)
     answer = Hunt(
         tuple(rounds),
