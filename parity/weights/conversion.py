@@ -19,8 +19,9 @@ from .conversion_forms import ConvertedModel
 from .conversion_guesses import first_wrong_row, guess
 from .conversion_settings import DERIVED_TENSORS, FACTOR_ROUNDING, rope_factors, settings
 from .conversion_sources import TensorSource, sources_of
+from .packed import Floats
 from .row_distance import limit_of
-from .safetensors_folder import Floats, Folder
+from .safetensors_folder import Folder
 from .weights import Progress, type_name
 
 _PERMUTING = frozenset(
@@ -60,7 +61,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
         checks.append(
             _factors(model, info, factors)
             if factors is not None
-            else _tensor(model, info, sources.get(info.name), arch, _heads_of_layer(model, info.name))
+            else _tensor(model, info, sources.get(info.name), arch, _heads_of_layer(model, info.name), source.refusal)
         )
         done += info.n_bytes
         if progress is not None:
@@ -97,7 +98,9 @@ def _tied(name: str, model: GgufModel, sources: dict[str, TensorSource]) -> bool
     )
 
 
-def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
+def _tensor(
+    model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int], refusal: str
+) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
     if source is None:
         if info.name in DERIVED_TENSORS or info.name == "output.weight":
@@ -109,8 +112,7 @@ def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arc
             return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
         return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
     if not source.readable:
-        reason = "the folder keeps it in a type with scales of its own (8 bits, or packed), which is not read"
-        return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), reason)
+        return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), refusal)
     if source.size != count:
         shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
         return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{source.size:,} values in the folder, {shapes}")
