@@ -22,6 +22,7 @@ HALVES = "gate and up taken as halves, though this folder keeps their rows in tu
 TURNS = "gate and up taken in turns, though this folder keeps them as halves"
 IN_GROUPS = "left in groups: llama.cpp expects all queries, then all keys, then all values"
 GROUPED_HEADS = "value heads left beside their key head: llama.cpp expects the first of each key head, then the second"
+HALVES_OF_NORM = "in the order of halves: llama.cpp rotates neighbours here, so that a head's norm is permuted as its rows are"
 UNSCALED = "without the multiplier that config.json gives, which llama.cpp expects in the weights"
 
 
@@ -176,6 +177,16 @@ def _value_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> d
     return {to: ConvertedForm(parts, ((GROUPED_HEADS, (stored,)),))} if to else {}
 
 
+def _norm_of_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
+    """Chameleon's norm of queries and keys: the first head's, permuted as rows are, for every head (`_reverse_hf_permute`)."""
+    if model.architecture != "chameleon" or not to:
+        return {}
+    neighbours = stored.array[0].reshape(2, -1).T
+    heads = model.heads[".k_norm." in name]
+    every = stored.view(np.broadcast_to(neighbours, (heads, *neighbours.shape)))
+    return {to: ConvertedForm((every,), ((HALVES_OF_NORM, (stored,)),))}
+
+
 def _positions(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """RoBERTa's positions begin behind the padding token's."""
     if "roberta" not in str(model.config.get("model_type")) and model.config.get("model_type") != "camembert":
@@ -196,6 +207,18 @@ _FALCON_H1 = (
     ("lm_head", (("lm_head_multiplier", None),)),
     ("embed_tokens", (("embedding_multiplier", None),)),
 )
+
+
+def _maximal_update(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
+    """Jais: scales of embeddings and logits (`JaisModel.__init__` of conversion/jais.py)."""
+    if model.architecture != "jais" or not to:
+        return {}
+    if name == "lm_head.weight":
+        alpha, width = model.scale("mup_output_alpha"), model.scale("mup_width_scale")
+        factor = alpha * width if "mup_width_scale" in model.config else model.scale("width_scale")
+    else:
+        factor = model.scale("mup_embeddings_scale" if "mup_embeddings_scale" in model.config else "embeddings_scale")
+    return {to: ConvertedForm((replace(stored, factors=(factor,)),), ((UNSCALED, (stored,)),))}
 
 
 def _multiplied(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
@@ -231,7 +254,9 @@ _FORMS: tuple[tuple[str, Callable[[str, str, Stored, ConvertedModel], dict[str, 
     (r"\.query_key_value\.(weight|bias)$", _grouped),
     (r"\.in_proj_qkvz\.weight$", _queries_to_gates),
     (r"\.linear_attn\.(?!norm)", _value_heads),
+    (r"\.[qk]_norm\.(weight|bias)$", _norm_of_heads),
     (r"\.position_embeddings\.weight$|^embeddings\.position_embeddings\.weight$", _positions),
+    (r"\bwte\.weight$|^lm_head\.weight$", _maximal_update),
     (r"", _multiplied),
 )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)(\.(?:weight|scale|input_scale))")
 _ONE = 1e-6  # converters take a scale as near as this for 1
 _SUFFIXES = (".weight", ".bias", ".scale", ".input_scale")
-_STACKED = re.compile(r"(.*\.altup_(?:\w+_)?projections)\.(\d+)\.weight")
+_STACKED = re.compile(r"(.*\.altup_(?:\w+_)?projections|.*\.[qk]_layernorm)(?:\.norms)?\.(\d+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 

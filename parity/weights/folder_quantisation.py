@@ -47,7 +47,7 @@ def unpacked(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     if known:
         found = {name: stored for name, stored in found.items() if stored.kind == SCALE or not name.endswith(_UNUSED)}
     if not method or known:
-        found |= {name: _unscaled(stored) for name, stored in found.items() if stored.kind in TABLES and stored.array.ndim}
+        found |= {name: _unscaled(stored) for name, stored in found.items() if stored.kind in TABLES and stored.array.size}
     return found
 
 
@@ -176,13 +176,13 @@ def _gptq(base: str, tensors: Tensors, settings: dict[str, Any]) -> _Made:
     names = tuple(f"{base}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
     weight, zeros, scales, groups = (tensors[name] for name in names)
     bits = int(settings["bits"])
-    (inputs,), outputs = groups.array.shape, weight.array.shape[1]
+    (inputs,), (_, outputs) = groups.array.shape, weight.array.shape
     each = 32 // bits
     if (
         bits not in (2, 4, 8)
         or any(stored.array.dtype != np.int32 for stored in (weight, zeros, groups))
         or weight.array.shape[0] * each != inputs
-        or scales.array.shape[1] != outputs
+        or scales.array.shape[1:] != (outputs,)
         or zeros.array.shape != (len(scales.array), outputs // each)
         or not 0 <= int(groups.array.min()) <= int(groups.array.max()) < len(scales.array)
     ):
@@ -216,7 +216,7 @@ def _nvfp4(base: str, tensors: Tensors, weight: Stored, whole: str, *, inverse: 
     names = (f"{base}{whole}", f"{module}.input{'_global' * inverse}_scale")
     made = {base: _pairs(weight, tensors[f"{base}_scale"], np.abs(E4M3), 16)}
     for name, kind in zip(names, (".scale", ".input_scale"), strict=True):
-        number = _numbers(tensors[name]).reshape(-1)[:1] if name in tensors else np.ones(1, np.float32)
+        number = _numbers(tensors[name]).reshape(-1)[[0]] if name in tensors else np.ones(1, np.float32)
         made[module + kind] = Stored(np.asarray(1 / number if inverse else number, np.float32), SCALE)
     return made, (f"{base}_scale", f"{base}_packed", *names)
 

@@ -4,11 +4,14 @@ Mirrors `dequant_model` of llama.cpp's converter (conversion/base.py), and for M
 """
 
 import mmap
+from collections.abc import Iterator
+from copy import copy
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
@@ -19,10 +22,14 @@ FOUR_BITS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, 
 
 
 class Rows(Protocol):
-    """Something that gives the rows of a matrix."""
+    """Something that gives the rows of a matrix, and what usual mistakes would give in their place, each in words."""
 
     def rows(self, start: int, stop: int) -> Floats:
         """[stop − start, columns]."""
+        ...
+
+    def mistakes(self) -> "Iterator[tuple[str, Rows]]":
+        """(what was done, what it gives)."""
         ...
 
 
@@ -34,12 +41,18 @@ class Packed:
     """
 
     def __init__(self, shape: tuple[int, ...], source: Rows) -> None:
-        self._source, self._columns = source, shape[-1]
+        self.source, self._columns = source, shape[-1]
         # Read-only pages that nobody touches take no memory.
         self.places: Array = np.frombuffer(mmap.mmap(-1, max(prod(shape), 1), prot=mmap.PROT_READ), np.uint8)[: prod(shape)]
         self._first = byte_bounds(self.places)[0]
         self.places = self.places.reshape(shape)
         self._kept: tuple[int, int, Floats] | None = None
+
+    def instead(self, source: Rows) -> "Packed":
+        """Other values in the same places."""
+        other = copy(self)
+        other.source, other._kept = source, None
+        return other
 
     def values(self, view: Array) -> Floats:
         """What a view of `places` stands for, in its shape."""
@@ -58,7 +71,7 @@ class Packed:
         """Rows; those of which only a part was asked for are kept, since a transposed matrix asks for them again and again."""
         if self._kept is not None and self._kept[:2] == (start, stop):
             return self._kept[2]
-        rows = np.ascontiguousarray(self._source.rows(start, stop), np.float32)
+        rows = np.ascontiguousarray(self.source.rows(start, stop), np.float32)
         self._kept = None if whole else (start, stop, rows)
         return rows
 
@@ -97,6 +110,7 @@ class Scaled(Struct, frozen=True):
     scale: Floats
     height: int
     block: tuple[int, int]
+    divide: bool = False
 
     def rows(self, start: int, stop: int) -> Floats:
         """`dequant_simple`."""
@@ -106,8 +120,13 @@ class Scaled(Struct, frozen=True):
         scale = self.scale[matrix, row // self.block[0]]
         if scale.shape[1] > 1:
             scale = np.repeat(scale, self.block[1], axis=1)[:, : values.shape[1]]
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.asarray(values * scale, np.float32)
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            return np.asarray(values / scale if self.divide else values * scale, np.float32)
+
+    def mistakes(self) -> Iterator[tuple[str, Rows]]:
+        """Scales left out, or taken for what is divided by, as their name in FP8 folders suggests."""
+        yield "without the scales that the folder keeps beside it", replace(self, scale=np.ones_like(self.scale))
+        yield "divided by the folder's scales instead of multiplied", replace(self, divide=True)
 
 
 class FourBits(Struct, frozen=True):
@@ -116,12 +135,35 @@ class FourBits(Struct, frozen=True):
     codes: Array
     scales: Array
     scale_table: Floats
+    first: int = 0
 
     def rows(self, start: int, stop: int) -> Floats:
         """MXFP4 and NVFP4."""
         codes, scale = self.codes[start:stop], self.scale_table[self.scales[start:stop]]
-        values = np.stack((FOUR_BITS[codes & 15], FOUR_BITS[codes >> 4]), axis=-1).reshape(*scale.shape, -1)
+        halves = (FOUR_BITS[codes & 15], FOUR_BITS[codes >> 4])
+        values = np.stack((halves[self.first], halves[1 - self.first]), axis=-1).reshape(*scale.shape, -1)
         return np.asarray((values * scale[..., None]).reshape(len(codes), -1), np.float32)
+
+    def mistakes(self) -> Iterator[tuple[str, Rows]]:
+        """The halves of a byte exchanged, or ggml's order taken for the folder's."""
+        yield "the high half of each byte first, where the folder keeps the low half first", replace(self, first=1)
+        yield "in the order of ggml's blocks, whose bytes were copied as they are", GgmlOrder(self)
+
+
+class GgmlOrder(Struct, frozen=True):
+    """A mistake's values: bytes whose low halves are a group's first half of values, as ggml's blocks have them."""
+
+    right: FourBits
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """As `FourBits`, in the other order."""
+        rows = self.right.rows(start, stop)
+        groups = self.right.scales.shape[1]
+        return np.ascontiguousarray(rows.reshape(len(rows), groups, -1, 2).swapaxes(2, 3)).reshape(rows.shape)
+
+    def mistakes(self) -> Iterator[tuple[str, Rows]]:
+        """None of its own."""
+        return iter(())
 
 
 class Gptq(Struct, frozen=True):
@@ -130,9 +172,18 @@ class Gptq(Struct, frozen=True):
     weight: Array
     zeros: Array
     scales: Floats
-    groups: Array
+    groups: Array  # of each input
     bits: int
     offset: int
+
+    def mistakes(self) -> Iterator[tuple[str, Rows]]:
+        """Zero points of the other version, or groups in the order of inputs where the folder has another."""
+        yield (
+            f"zero points off by 1: this folder's are stored {'less 1' * self.offset or 'as they are'}",
+            replace(self, offset=1 - self.offset),
+        )
+        in_turn = np.arange(len(self.groups)) * len(self.scales) // len(self.groups)
+        yield "the groups in the order of inputs, where the folder's g_idx has another", replace(self, groups=in_turn)
 
     def rows(self, start: int, stop: int) -> Floats:
         """`dequant_gptq`: one row for each output."""
@@ -154,6 +205,11 @@ class Grouped(Struct, frozen=True):
     group: int
     columns: int
 
+    def mistakes(self) -> Iterator[tuple[str, Rows]]:
+        """Zero points that are missing."""
+        if self.zeros is not None:
+            yield "without the zero points that the folder keeps beside it", replace(self, zeros=None)
+
     def rows(self, start: int, stop: int) -> Floats:
         """`dequant_packed`."""
         mask = (1 << self.bits) - 1
@@ -173,9 +229,15 @@ class Ternary(Struct, frozen=True):
 
     codes: Array
     scale: np.float32
+    divide: bool = True
+
+    def mistakes(self) -> Iterator[tuple[str, Rows]]:
+        """A scale that multiplies."""
+        yield "multiplied by the folder's scale instead of divided", replace(self, divide=False)
 
     def rows(self, start: int, stop: int) -> Floats:
         """`dequant_bitnet`: the scale divides."""
         quarter, row = np.divmod(np.arange(start, stop), len(self.codes))
         codes = (self.codes[row] >> (2 * quarter[:, None]).astype(np.uint8)) & 3
-        return np.asarray((codes.astype(np.float32) - 1) / self.scale, np.float32)
+        trits = codes.astype(np.float32) - 1
+        return np.asarray(trits / self.scale if self.divide else trits * self.scale, np.float32)

@@ -1,5 +1,6 @@
 """One tensor of a Hugging Face folder, of which a few rows at a time are read."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,12 @@ class Stored(Struct, frozen=True):
     def view(self, array: Array) -> "Stored":
         """A view of the array in place of the whole."""
         return replace(self, array=array)
+
+    def mistakes(self) -> "Iterator[tuple[str, Stored]]":
+        """What usual mistakes with the scales would have given, in words and as a tensor."""
+        if self.packed is not None:
+            for words, source in self.packed.source.mistakes():
+                yield words, replace(self, packed=self.packed.instead(source))
 
     def part(self, index: Any = ...) -> Floats:
         """`tensor[index]` as float32; only its bytes are read."""
