@@ -34,7 +34,7 @@ _PERMUTING = frozenset(
     )
 )  # fmt: skip
 # What converters add to the weights of norms: architectures, names, and the number. Gemma 3n and 4 multiply by w itself, and so
-# does the norm behind a gated delta net.
+# does the norm after a gated delta net.
 _OFFSETS = (
     (
         re.compile(r"gemma[23]?|gemma-embedding|nemotron|qwen3next|qwen35(moe)?|step35"),

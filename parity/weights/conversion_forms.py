@@ -188,7 +188,7 @@ def _norm_of_heads(name: str, to: str, stored: Stored, model: ConvertedModel) ->
 
 
 def _positions(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
-    """RoBERTa's positions begin behind the padding token's."""
+    """RoBERTa's positions begin after the padding token's."""
     if "roberta" not in str(model.config.get("model_type")) and model.config.get("model_type") != "camembert":
         return {}
     first = model.number("pad_token_id") + 1

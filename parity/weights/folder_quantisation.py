@@ -132,7 +132,7 @@ def _group(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(weight: Stored, scales: Stored, table: Floats, group: int) -> Stored:
-    """4-bit floats in pairs, [rows, columns / 2] or in blocks [rows, groups, group / 2], behind any number of leading axes."""
+    """4-bit floats in pairs, [rows, columns / 2] or in blocks [rows, groups, group / 2], after any number of leading axes."""
     *head, groups = scales.array.shape
     if not all(part.array.dtype == np.uint8 for part in (weight, scales)) or weight.array.size * 2 != scales.array.size * group:
         raise ValueError("scales that do not belong to the weights")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints.errors import InputError
+from checkpoints.given_json import decoded
 from checkpoints.regular import read_text, require_regular
 
 from .folder_quantisation import refusal, unpacked
@@ -31,8 +32,8 @@ class Folder:
         self.path = path
         files = sorted(path.glob("*.safetensors"))
         try:
-            config = json.loads(read_text(path / "config.json"))
-        except (OSError, ValueError, RecursionError) as error:
+            config = decoded(read_text(path / "config.json"))
+        except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
         if not isinstance(config, dict):
             raise InputError(f"{path / 'config.json'} is no JSON object.", "Take a folder that save_pretrained wrote.")
@@ -76,8 +77,8 @@ class Folder:
 def _json(file: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none."""
     try:
-        content = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError, InputError):
+        content = decoded(read_text(file))
+    except (OSError, ValueError, InputError):
         return {}
     return content if isinstance(content, dict) else {}
 
