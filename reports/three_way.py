@@ -47,7 +47,7 @@ def _rows(three_way: ThreeWay) -> list[tuple[str, ...]]:
     names = heads(three_way.sides)
     head = ("checkpoint", *(f"{names[a]} – {names[b]}" for a, b in PAIRS), "alone")
     shown = _shown(three_way)
-    return [head, *((clean(point.checkpoint), *map(error, point.nmse), _who(names, point)) for point in shown)]
+    return [head, *((clean(point.checkpoint), *map(error, point.nmse), _accused(names, point)) for point in shown)]
 
 
 def sentence(three_way: ThreeWay) -> str:
@@ -70,7 +70,7 @@ def sentence(three_way: ThreeWay) -> str:
     return f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
 
 
-def _who(names: Sequence[str], point: ThreeWayPoint) -> str:
+def _accused(names: Sequence[str], point: ThreeWayPoint) -> str:
     """The sides that are wrong at a point where float64 says so, else the one that is alone."""
     if point.wrong:
         return ", ".join(names[side] for side in point.wrong)

@@ -78,7 +78,7 @@ def _without_numbers(seen: Evidence) -> Pattern | None:
     """The pattern of values that are not finite, or all 0: nothing can be measured on them."""
     if seen.unjudged:
         places = _positions(seen)
-        sentence = f"the reference is not finite here, at {places}: nothing can be judged at this point or behind it"
+        sentence = f"the reference is not finite here, at {places}: nothing can be judged at this point or after it"
         return Pattern("reference-nonfinite", sentence)
     if seen.nonfinite:
         causes = "an overflow, a division by zero, or memory that was never written"
@@ -91,7 +91,7 @@ def _without_numbers(seen: Evidence) -> Pattern | None:
 
 
 def _after_the_layers(seen: Evidence, shape: Pattern | None) -> Pattern | None:
-    """The shape of an error, but for the points behind the last layer, whose own operations are few enough to be named."""
+    """The shape of an error, but for the points after the last layer, whose own operations are few enough to be named."""
     if seen.point == LOGITS:
         likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.computations else "the output matrix"
         return Pattern("output-matrix", f"{_where(seen)}: the last norm or {likely}, a soft cap")
@@ -122,10 +122,10 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
             if other in inside and other not in past:
                 past.add(other)
                 waiting.append(other)
-    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
-    if not behind:
+    feeding = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
+    if not feeding:
         return None
-    return behind, [name for name in seen.stretch.nodes if name in past and name not in behind]
+    return feeding, [name for name in seen.stretch.nodes if name in past and name not in feeding]
 
 
 def _listed(seen: Evidence, nodes: list[str]) -> str:

@@ -213,7 +213,7 @@ def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
     """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores.
 
     Also without masks and the like, whose rows are the second of three dimensions although they are not scores, and without nodes of
-    llama.cpp's that are no points of ours: of a choice of keys, say, what stands behind the keys that a position sees is anything.
+    llama.cpp's that are no points of ours: of a choice of keys, say, what follows the keys that a position sees may be anything.
     """
     whole = sees_later(steps)
     once = {
@@ -237,7 +237,7 @@ def _first_sequence(dump: Dump) -> Dump:
 
 
 def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
-    """A dump beside the prompt that was given: without records behind that prompt, if its header lists more tokens, as when its engine
+    """A dump beside the prompt that was given: without records after that prompt, if its header lists more tokens, as when its engine
     doubled BOS or went on by itself; and with a note of the first token that is another one.
 
     The records of a dump that lists no more tokens are left, since tokens are missing then.
@@ -260,7 +260,7 @@ def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
     left = sum(map(len, dump.points.values())) - sum(map(len, kept.values()))
     if not kept or not left:
         return dump
-    note = f"{left:,} records behind the prompt's {count} tokens are left out: the dump lists more tokens"
+    note = f"{left:,} records after the prompt's {count} tokens are left out: the dump lists more tokens"
     return replace(dump, points=kept, notes=(*dump.notes, note))
 
 

@@ -163,7 +163,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
 
 def _truth(case: Case, start: SearchState, arbiter: str) -> TruthAt | None:
     """How far the dump and our right engine are from float64 at the first place, where the arbiter was asked."""
-    if start.first is None or not (arbiter == ALL or (arbiter == AUTO and case.arbiter.asked)):
+    if start.first is None or not (arbiter == ALL or (arbiter == AUTO and case.arbiter.started)):
         return None
     entry = case.entries[start.first.point]
     dump_distance = case.arbiter.distances({entry.point: entry.pair.ours})[entry.point]

@@ -168,13 +168,13 @@ class OneMore:
             scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
             scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
             for scope in scopes:
-                mine = fitted(self.screening, state, scope)
+                fits = fitted(self.screening, state, scope)
                 # The same number in fewer layers: it may not hold in layers that no recorded point shows.
                 states += [
-                    *mine,
+                    *fits,
                     *(
                         other
-                        for partial in sorted(mine, key=self.rank)[:BEAM]
+                        for partial in sorted(fits, key=self.rank)[:BEAM]
                         for other in rescoped(self.screening, state, partial)
                     ),
                 ]

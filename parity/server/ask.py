@@ -15,7 +15,7 @@ Progress = Callable[[str, int, int | None], None]
 _AT_ONCE = 512  # most requests of one comparison if each position takes one; in longer texts they are spread out
 
 
-class Asked(Struct, frozen=True):
+class PlacedPrediction(Struct, frozen=True):
     """What the server predicted after the tokens up to `position`.
 
     `chosen` is the token that it chose there, None if the text's own follows; `prefix` is the text that it was given, None if
@@ -29,7 +29,7 @@ class Asked(Struct, frozen=True):
     prefix: str | None = None
 
 
-class Heard(Struct, frozen=True):
+class ServerReply(Struct, frozen=True):
     """Everything that the server answered.
 
     `tokens` are llama.cpp's ids of the prompt and then those that the server chose; `around` is what it echoed before and after the
@@ -39,7 +39,7 @@ class Heard(Struct, frozen=True):
 
     tokens: tuple[int, ...]
     prompt: int
-    asked: tuple[Asked, ...]
+    placed: tuple[PlacedPrediction, ...]
     echoed: bool
     prompt_tokens: int | None = None
     around: tuple[str, str] | None = None
@@ -50,7 +50,7 @@ class Heard(Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-def listen(
+def ask_server(
     dialect: Dialect,
     prompt: Prompt,
     vocabulary: Vocabulary,
@@ -59,7 +59,7 @@ def listen(
     progress: Progress | None = None,
     *,
     first: int = 0,
-) -> Heard:
+) -> ServerReply:
     """Ask about every position of the prompt from `first` on, then let the server choose `generate` tokens.
 
     `prefix_ids` tokenizes as llama.cpp does: without echo a position is asked for by the text before it, if that text alone
@@ -72,52 +72,52 @@ def listen(
     answer = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
     if not answer.generated and (generate or not answer.prompt):
         raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Take another prompt.")
-    heard = Heard(
+    reply = ServerReply(
         prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens, wanted=generate, stopped=answer.stopped
     )
-    listened = (
-        _echoed(heard, answer.prompt, prompt, vocabulary)
+    reply = (
+        _echoed(reply, answer.prompt, prompt, vocabulary)
         if answer.prompt
-        else _one_by_one(heard, dialect, prompt, prefix_ids, progress, first)
+        else _one_by_one(reply, dialect, prompt, prefix_ids, progress, first)
     )
-    return _chosen(listened, answer.generated, vocabulary, generate)
+    return _chosen(reply, answer.generated, vocabulary, generate)
 
 
 def _stopped(text: str) -> str:
     return f" It answered {text[:40]!r}." if text else ""
 
 
-def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> Heard:
+def _echoed(reply: ServerReply, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> ServerReply:
     """The answer with predictions of the prompt's own tokens, as far as they are the same as llama.cpp's."""
     text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
     shown = list(predictions)
-    before, match, behind = "".join(item.token.text for item in shown).partition(text)
+    before, match, after = "".join(item.token.text for item in shown).partition(text)
     hidden = _hidden(prompt)
-    echoed = before + match + behind
+    echoed = before + match + after
     if hidden and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1]:
         hidden = 0  # this server shows its BOS, too
         before = before.removeprefix(shown[0].token.text)
-    if match and (before.strip() or behind.strip()):
-        return replace(heard, around=(before, behind))
+    if match and (before.strip() or after.strip()):
+        return replace(reply, around=(before, after))
     echoed = echoed.lstrip()
     if hidden == 0 and prompt.text is not None:
         echoed = echoed.removeprefix(shown[0].token.text)
     if echoed and len(echoed) < len(text.strip()) and text.lstrip().startswith(echoed):
-        heard = replace(heard, cut=len(echoed))
-    asked: list[Asked] = []
+        reply = replace(reply, cut=len(echoed))
+    placed: list[PlacedPrediction] = []
     bare = 0
     for index, item in enumerate(shown, hidden):
         if not _is_token(item, index, hidden, prompt, vocabulary):
-            return replace(heard, asked=tuple(asked), tokenizer=(index, _piece(prompt, index), item.token.text))
+            return replace(reply, placed=tuple(placed), tokenizer=(index, _piece(prompt, index), item.token.text))
         if item.candidates and index > 0:
-            asked.append(Asked(index - 1, item.candidates, item.token))
+            placed.append(PlacedPrediction(index - 1, item.candidates, item.token))
         elif index > 1:  # nothing precedes the first token that is shown
             bare += 1
     if len(shown) + hidden < len(prompt.ids):
         index = len(shown) + hidden
-        return replace(heard, asked=tuple(asked), tokenizer=(index, prompt.pieces[index], ""))
+        return replace(reply, placed=tuple(placed), tokenizer=(index, prompt.pieces[index], ""))
     notes = (f"positions of which the server gave no candidates: {bare} of {len(shown)}",) if bare else ()
-    return replace(heard, asked=tuple(asked), notes=notes)
+    return replace(reply, placed=tuple(placed), notes=notes)
 
 
 def _piece(prompt: Prompt, index: int) -> str:
@@ -165,13 +165,13 @@ def _questions(prompt: Prompt, prefix_ids: Callable[[str], Sequence[int]], first
 
 
 def _one_by_one(
-    heard: Heard,
+    reply: ServerReply,
     dialect: Dialect,
     prompt: Prompt,
     prefix_ids: Callable[[str], Sequence[int]],
     progress: Progress | None,
     first: int,
-) -> Heard:
+) -> ServerReply:
     """The answer with one request for each position but the last, which the first request covered already."""
     questions, left = _questions(prompt, prefix_ids, first)
     notes = []
@@ -185,7 +185,7 @@ def _one_by_one(
             f"the server was asked about {_AT_ONCE} of {len(questions)} positions, one request each, spread over the text"
         )
         questions = [questions[number * len(questions) // _AT_ONCE] for number in range(_AT_ONCE)]
-    asked = []
+    placed = []
     for number, question in enumerate(questions):
         if progress is not None:
             progress("server", number, len(questions))
@@ -194,15 +194,15 @@ def _one_by_one(
             candidates = answer.generated[0].candidates
             own = next((item for item in candidates if item.id == prompt.ids[question.position + 1]), None)
             prefix = question.given if isinstance(question.given, str) else None
-            asked.append(Asked(question.position, candidates, own, prefix=prefix))
-    if len(asked) < len(questions):
-        notes.append(f"positions of which the server gave no candidates: {len(questions) - len(asked)} of {len(questions)}")
-    return replace(heard, asked=tuple(asked), notes=tuple(notes))
+            placed.append(PlacedPrediction(question.position, candidates, own, prefix=prefix))
+    if len(placed) < len(questions):
+        notes.append(f"positions of which the server gave no candidates: {len(questions) - len(placed)} of {len(questions)}")
+    return replace(reply, placed=tuple(placed), notes=tuple(notes))
 
 
-def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabulary, generate: int) -> Heard:
+def _chosen(reply: ServerReply, generated: Sequence[Prediction], vocabulary: Vocabulary, generate: int) -> ServerReply:
     """The answer with predictions after the prompt, along the tokens that the server chose, up to one whose id is not known."""
-    tokens, asked, notes = list(heard.tokens), list(heard.asked), list(heard.notes)
+    tokens, placed, notes = list(reply.tokens), list(reply.placed), list(reply.notes)
     for number, item in enumerate(generated):
         possible = vocabulary.ids(item.token)
         known = {candidate.text: candidate.id for candidate in item.candidates if candidate.id is not None}
@@ -210,7 +210,7 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
         if chosen is None and possible:
             chosen = possible[0]
         if item.candidates:
-            asked.append(Asked(len(tokens) - 1, item.candidates, item.token, chosen if generate else None))
+            placed.append(PlacedPrediction(len(tokens) - 1, item.candidates, item.token, chosen if generate else None))
         if chosen is None:
             if generate:
                 notes.append(
@@ -219,4 +219,4 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
             break
         if number < generate:
             tokens.append(chosen)
-    return replace(heard, tokens=tuple(tokens), asked=tuple(asked), notes=tuple(notes))
+    return replace(reply, tokens=tuple(tokens), placed=tuple(placed), notes=tuple(notes))
