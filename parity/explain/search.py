@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
-from .one_more import BEAM, SAME_NOISE, OneMore, all_explained
+from .one_more import BEAM, SAME_NOISE, OneMore, all_explained, spoils
 from .scopes import ranges
 from .screening import Screening
 from .state import Candidate, Layers, SearchState, key, worst
@@ -104,7 +104,7 @@ class Search:
         seen: set[tuple[float, ...]] = set()
         for follower in states:
             errors = tuple(float(f"{errors.max():.3g}") for errors in follower.nmse)
-            if errors in seen:
+            if errors in seen or spoils(self.screening.entries, state, follower):
                 continue
             seen.add(errors)
             best = min(best, self._one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
