@@ -8,6 +8,7 @@ exits 1, and nothing but parity 0.
 import io
 import json
 import os
+import re
 import signal
 import sys
 from itertools import pairwise
@@ -21,6 +22,7 @@ INTERRUPTED = 130
 UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
 UNTESTABLE = 125  # git bisect's own
+_WIDTH = re.compile(r"[1-9][0-9]{0,4}")  # columns of a terminal
 _LONGEST_ERROR = 1500  # characters: enough for a list of names that may have been meant
 
 
@@ -46,7 +48,12 @@ def _end_as_interrupted() -> None:
 
 
 def _prepare_output() -> None:
-    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?"."""
+    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?".
+
+    A width that is none (COLUMNS=0 in some editors and containers) is not taken: nothing would be printed.
+    """
+    if not _WIDTH.fullmatch(os.environ.get("COLUMNS", "")):
+        os.environ.pop("COLUMNS", None)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
