@@ -29,9 +29,9 @@ def test_overflowing_models_are_computed_without_warnings(
 ) -> None:
     """Steps written by hand and steps read from llama.cpp's graph: infinities are values of the model, not NumPy's warnings.
 
-    `codes` are the exit codes of run, lint, isolate and explain. Where the first norm overflows, NaN is all that either side has: nothing is
-    parity, and `isolate` has no whole row. Where the last product of a layer does, both sides are infinite at the same elements and the
-    rest is right, while lint calls a dump with infinities unusable.
+    `codes` are the exit codes of run, lint, isolate and explain. Where the first norm overflows, NaN is all that either side has: nothing
+    is parity, and `isolate` has no whole row. Where the last product of a layer does, both sides are infinite at the same elements and
+    the rest is right, while lint calls a dump with infinities unusable.
     """
     file = File(small_model("gemma3", layers=2, kind="f32") if lifted else synthetic("tiny-llama", layers=2))
     with np.errstate(over="ignore"):
