@@ -27,6 +27,14 @@ def engine(reference: Reference, small_model: Callable[..., Path]) -> Faulty:
     return Faulty(model, reference.graph(model))
 
 
+def test_a_recorder_that_rounds_blames_no_operation(engine: Faulty) -> None:
+    """Records in F16 of a right engine: their sums are not those of the rounded operands, which is no fault."""
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 5, seed=3), points="blk.1.*", size=1 << 20)
+    half = {name: replace(rows, values=rows.values.astype(np.float16).astype(np.float32)) for name, rows in dump.points.items()}
+    nothing = Explanation(records=1, differing=0, first=None, last_agreement=None)
+    assert contradicted(Case(replace(dump, points=half), engine.model, PATIENT), nothing) is nothing
+
+
 @pytest.mark.parametrize("wrong", [True, False])
 def test_an_operation_that_contradicts_its_own_inputs_is_wrong(engine: Faulty, wrong: bool) -> None:
     """Of two engines without the table, one sums 1.0007 times too much: its own operands tell; of the right one nothing is said."""

@@ -25,7 +25,7 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
     entries = {entry.point: entry for entry in case.entries}
     for step in case.transformer.steps:
         entry = entries.get(step.makes)
-        if entry is None or is_looked_up(step):
+        if entry is None or is_looked_up(step) or _rounded(entry):
             continue
         usual = replace(
             entry, limit=np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations)
@@ -67,7 +67,7 @@ def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) ->
 
 def _whole(case: Case, entry: Expected | None) -> NDArray[np.float32] | None:
     """A point's rows at all positions, if each was recorded whole, with all digits, and has no element that is not finite."""
-    if entry is None or entry.quantum.any() or entry.index is not None:
+    if entry is None or entry.quantum.any() or entry.index is not None or _rounded(entry):
         return None
     right = case.replay.on_host[entry.point]
     rows = len(case.positions)
@@ -76,3 +76,8 @@ def _whole(case: Case, entry: Expected | None) -> NDArray[np.float32] | None:
     if not entry.present.all() or not np.isfinite(entry.values).all():
         return None
     return entry.values.astype(np.float32)
+
+
+def _rounded(entry: Expected) -> bool:
+    """Whether all values have ten bits of mantissa or fewer: a recorder that keeps F16 or BF16 rounds what the operation did not."""
+    return not (entry.values[entry.present].astype(np.float32).view(np.uint32) & np.uint32(0x1FFF)).any()
