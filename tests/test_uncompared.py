@@ -143,3 +143,12 @@ def test_a_name_that_llama_cpp_lacks_refuses_nothing(
     assert code == 0
     assert found["missing"]["ref"]["points"] == ["blk.0.mine"]
     assert found["uncompared"]["points"] == ["blk.0.l_out"]
+
+
+@pytest.mark.slow
+def test_an_engine_that_agrees_with_itself_says_how_far(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+    """`consistency` of an engine that prints two points in every way: consistent, as far as it goes."""
+    line = engine('name in ("embd", "blk.0.l_out")')
+    ran = parity("consistency", "--model", model, "--tokens", TOKENS, "--exec", line)
+    assert ran.code == 0
+    assert "consistent as far as it goes (nothing after blk.0.l_out): " in " ".join(ran.out.split())
