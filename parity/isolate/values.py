@@ -4,7 +4,7 @@ A dump has whole values in the safetensors file beside it, or in records that ca
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ def rows_at(name: str, value: RecordedValue, positions: NDArray[np.int64]) -> ND
     return data if len(rows) == len(value.positions) else data[rows]
 
 
+def seen_scores(scores: NDArray[Any], positions: NDArray[np.int64]) -> NDArray[Any]:
+    """Scores [H, T, S] of these positions [T] with 0 in place of those of later positions, which the mask covers."""
+    first = int(positions[-1]) + 1 - scores.shape[2]
+    seen = np.arange(scores.shape[2])[None, None, :] <= (positions - first)[None, :, None]
+    return np.where(seen, scores, 0)
+
+
 def row_errors(
     name: str,
     ours: NDArray[np.float32],
@@ -65,11 +72,9 @@ def row_errors(
     """
     kind = parse(name).kind
     if of_scores(name):
-        ours, dumped = ours.transpose(1, 0, 2), dumped.transpose(1, 0, 2)
         if kind == "kq" and ours.shape == dumped.shape:
-            first = int(positions[-1]) + 1 - ours.shape[2]
-            seen = np.arange(ours.shape[2])[None, None, :] <= (positions - first)[:, None, None]
-            ours, dumped = np.where(seen, ours, 0), np.where(seen, dumped, 0)
+            ours, dumped = seen_scores(ours, positions), seen_scores(dumped, positions)
+        ours, dumped = ours.transpose(1, 0, 2), dumped.transpose(1, 0, 2)
     if ours.shape[0] != dumped.shape[0] or ours.size != dumped.size:
         raise ModelError(f"{kind} has shape {list(dumped.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")
     a = ours.reshape(len(ours), -1).astype(np.float64)
@@ -183,9 +188,13 @@ class WholeValues:
             )
         return np.array(header.tokens, dtype=np.int64)
 
-    def arriving(self, step: int, *, encoder: bool = False) -> Iterator[tuple[str, RecordedValue]]:
-        """The whole values of a pass, one after the other: only an encoder's, or all others."""
-        for name in self.points(step):
+    def arriving(self, step: int, computed: Sequence[str], *, encoder: bool = False) -> Iterator[tuple[str, RecordedValue]]:
+        """The whole values of a pass, one after the other: only an encoder's, or all others.
+
+        They come in the order in which they are `computed`, whatever the dump's: a wrong record is known before its readers are judged.
+        """
+        place = {name: number for number, name in enumerate(computed)}
+        for name in sorted(self.points(step), key=lambda name: place.get(name, len(place))):
             if name.startswith(ENCODER) != encoder:
                 continue
             value = self.get(name, step)
