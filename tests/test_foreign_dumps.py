@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from checkpoints.errors import DumpError
 from checkpoints.formats import load
+from checkpoints.formats.pickled import Opaque
 from checkpoints.formats.shards import joined
-from checkpoints.formats.torch_file import Opaque, contents
+from checkpoints.formats.torch_file import contents
 from checkpoints.record import Dump
 from engine.opened import open_engine
 from engine.weights.gguf_model import GgufModel

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from ..structs import as_dict
 
@@ -82,11 +82,11 @@ class CellResult(Struct, frozen=True):
         """Read a result back from such a dictionary.
 
         Raises:
-            KeyError, TypeError: it was written by another version.
+            KeyError, TypeError, ValueError: it was written by another version, or is damaged.
         """
-        cell = Cell(**{name: facts[name] for name in Cell.__struct_fields__})
+        cell = {name: facts[name] for name in Cell.__struct_fields__}
         own = {name: facts[name] for name in CellResult.__struct_fields__ if name != "cell"}
-        return CellResult(cell, **own)
+        return convert({"cell": cell, **own}, CellResult)
 
 
 class SharedCause(Struct, frozen=True):

@@ -4,7 +4,6 @@ llama.cpp itself says which tensors it wants for these metadata, and in which sh
 that the model leaves out.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError
+from checkpoints.given_json import decoded
 
 from .shape import MOST_LAYERS, Shape
 
@@ -135,7 +135,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Value]:
 
 def _value(text: str) -> Value:
     try:
-        value = json.loads(text)
+        value = decoded(text)
     except ValueError:
         return text
     if isinstance(value, list) and value and all(isinstance(item, bool | int | float | str) for item in value):

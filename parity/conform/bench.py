@@ -115,7 +115,7 @@ class Bench:
         """The cell's result, taken from an earlier run if nothing that it depends on has changed."""
         began = perf_counter()
         key = key_of(self._settings, self._engine, cell)
-        if (kept := results.load(self._settings.folder, key)) is not None:
+        if (kept := results.load(self._settings.folder, cell, key)) is not None:
             return kept
         try:
             model = self._models.path(cell.architecture, cell.type)
@@ -241,7 +241,7 @@ class Bench:
 
     def _passed(self, cell: Cell) -> bool:
         """Whether that cell was parity."""
-        kept = results.load(self._settings.folder, key_of(self._settings, self._engine, cell))
+        kept = results.load(self._settings.folder, cell, key_of(self._settings, self._engine, cell))
         return kept is not None and kept.verdict == PARITY
 
     def _explained(self, request: Request, ours: Dump) -> Explanation | None:

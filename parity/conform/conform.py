@@ -67,7 +67,7 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
     settings, rest = request.settings, []
     engine = identity.of_side(settings.run.command, settings.hugging_face)
     for cell in request.cells:
-        kept = results.load(settings.folder, key_of(settings, engine, cell))
+        kept = results.load(settings.folder, cell, key_of(settings, engine, cell))
         if kept is None:
             rest.append(cell)
         else:

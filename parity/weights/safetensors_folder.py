@@ -10,6 +10,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import InputError
+from checkpoints.given_json import decoded
 from checkpoints.regular import read_text, require_regular
 
 Floats = NDArray[np.float32]
@@ -59,7 +60,7 @@ class Folder:
         self.path = path
         files = sorted(path.glob("*.safetensors"))
         try:
-            config = json.loads(read_text(path / "config.json"))
+            config = decoded(read_text(path / "config.json"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
         if not files or not isinstance(config, dict):
@@ -100,8 +101,8 @@ class Folder:
 def _json(file: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none."""
     try:
-        content = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError, InputError):
+        content = decoded(read_text(file))
+    except (OSError, ValueError, InputError):
         return {}
     return content if isinstance(content, dict) else {}
 

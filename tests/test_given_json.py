@@ -1,0 +1,89 @@
+"""JSON from outside, with values that no writer of ours leaves: each is one line, or what was kept is made again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import Cli, refused
+
+from checkpoints.answers.conform import Cell, CellResult
+from checkpoints.given_json import decoded
+from parity.conform import results
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", [DEEP, '["\\ud800"]', '{"\\uDFFF": 1}', "{", '["\\ud83d \\ude00"]'])
+def test_what_cannot_be_read_or_written_again_is_refused(text: str) -> None:
+    """Too deep for the parser, and half a character, are errors of the text like any other."""
+    with pytest.raises(ValueError, match=r"\S"):
+        decoded(text)
+
+
+def test_whole_characters_and_infinity_are_read() -> None:
+    """A pair of surrogates is one character; Hugging Face's configurations contain Infinity."""
+    assert decoded('["\\ud83d\\ude00", "\\\\ud800", Infinity]') == ["😀", "\\ud800", float("inf")]
+
+
+KEPT = CellResult(Cell("llama", "F32", "one", "prefill"), "parity", nmse=1e-12, of_limit=0.01, key="ab" * 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nmse": "x"}, {"of_limit": [[]]}, {"verdict": 0}, {"verdict": []}, {"reason": "\ud800"}, {"architecture": {}},
+        {"architecture": "qwen2"}, {"key": "cd" * 32}, {"token_idx": 1.5}, {"rope": None},
+    ],
+)  # fmt: skip
+def test_a_kept_result_that_is_not_this_cells_is_made_again(change: dict[str, Any], tmp_path: Path) -> None:
+    """A stored result with a value of another type, or of another cell or key, counts as none."""
+    results.save(tmp_path, KEPT)
+    assert results.load(tmp_path, KEPT.cell, KEPT.key) is not None
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert results.load(tmp_path, KEPT.cell, KEPT.key) is None
+
+
+def test_a_kept_result_that_is_nested_too_deeply_is_made_again(tmp_path: Path) -> None:
+    """The parser's own limit is no internal error."""
+    results.save(tmp_path, KEPT)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(file.read_text().replace('"parity"', DEEP))
+    assert results.load(tmp_path, KEPT.cell, KEPT.key) is None
+
+
+def _points(facts: dict[str, Any]) -> None:
+    facts["points"] = 9
+
+
+def _tokens(facts: dict[str, Any]) -> None:
+    facts["prompts"] = [{"text": "a", "tokens": ["x"], "pieces": [], "generated": [], "generated_pieces": [], "file": "0"}]
+
+
+@pytest.mark.parametrize(("damage", "words"), [(_points, "points"), (_tokens, "tokens")])
+def test_a_golden_folder_with_a_value_of_another_type_is_one_line(
+    damage: Callable[[dict[str, Any]], None], words: str, parity: Cli, tmp_path: Path
+) -> None:
+    """The place in drift.json is named before anything is run."""
+    facts = dict.fromkeys(["source", "model", "fingerprint", "model_name", "mode", "points", "created"], "")
+    whole: dict[str, Any] = {"format": 1, **facts, "slice_size": 16, "build": {}, "prompts": []}
+    damage(whole)
+    (tmp_path / "drift.json").write_text(json.dumps(whole))
+    refused(parity("drift", "check", tmp_path), "drift.json is damaged", words)
+
+
+def test_deep_texts_of_every_command_are_one_line(parity: Cli, tmp_path: Path) -> None:
+    """config.json, a report's parts, golden dumps and options."""
+    (tmp_path / "config.json").write_text(DEEP)
+    (tmp_path / "drift.json").write_text(DEEP)
+    refused(parity("weights", "--hf", tmp_path), "config.json")
+    refused(parity("drift", "check", tmp_path), "drift.json")
+    Path("a.jsonl").write_text('{"checkpoint": "embd", "token_idx": 0, "values": [1.5, 2]}\n')
+    refused(parity("diff", "a.jsonl", "a.jsonl", "--html", "r.html", "--include", tmp_path / "config.json"), "config.json")
+
+
+def test_a_limit_is_refused_before_cells_run(parity: Cli) -> None:
+    """A tolerance without end is the request's fault, not a crash of every cell."""
+    refused(parity("conform", "--side", "ours", "--tolerance", "inf"), "--tolerance must be 0 or more and finite")
