@@ -42,7 +42,7 @@ def state_alignment(path: Path) -> None:
 def dequantize_rest(path: Path) -> None:
     """Turn every weight of a file that is not F32 into F32, in place; types that libggml does not dequantise stay.
 
-    A tensor grows, so those behind it move: from the last to the first, none is overwritten before it has moved.
+    A tensor grows, so those after it move: from the last to the first, none is overwritten before it has moved.
 
     Raises:
         OSError: the disk has no room; ModelError: this is no GGUF file.

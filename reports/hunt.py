@@ -30,8 +30,8 @@ def round_lines(hunt_round: Round, width: int) -> list[Text]:
 def _recorded(hunt_round: Round) -> str:
     if not hunt_round.recorded:
         return "nothing new"
-    if hunt_round.asked not in ("default", "all"):
-        return hunt_round.asked
+    if hunt_round.points not in ("default", "all"):
+        return hunt_round.points
     layers = [parse(name).layer for name in hunt_round.recorded if parse(name).kind == "l_out"]
     outputs = set(layer_outputs([layer for layer in layers if layer is not None]))
     if set(hunt_round.recorded) <= outputs:
@@ -49,7 +49,7 @@ def _parted(verdict: Verdict) -> str:
 
 
 def lines(hunt: Hunt, width: int) -> Iterator[Text]:
-    """What stands behind the runs: the cause and how it was found; or the comparison, where there is none."""
+    """What follows the runs: the cause and how it was found; or the comparison, where there is none."""
     if hunt:
         yield from terminal.lines(hunt.verdict, width)
     else:
@@ -82,7 +82,7 @@ def as_json(hunt: Hunt) -> dict[str, Any]:
     return verdict_as_json(hunt.verdict) | {
         "runs": [
             {
-                "asked": step.asked,
+                "asked": step.points,
                 "recorded": list(step.recorded),
                 "verdict": step.verdict.verdict,
                 "first_divergence": step.verdict.first_divergence.checkpoint if step.verdict.first_divergence else None,

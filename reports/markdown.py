@@ -31,9 +31,9 @@ def _report(report: Report) -> Iterator[str]:
     yield f"## {text(headline(verdict))}"
     yield ""
     yield text(answer(verdict)) + "."
-    asked, tokens = prompt(report)
+    prompt_text, tokens = prompt(report)
     if tokens:
-        yield f"Prompt of {tokens} tokens: {code(asked)}"
+        yield f"Prompt of {tokens} tokens: {code(prompt_text)}"
     shown = verdict.first_divergence or verdict.worst
     if shown is not None:
         yield f"\n### {'First divergence' if verdict.first_divergence else 'Closest to its limit'}\n"

@@ -206,7 +206,7 @@ def falcon_h1() -> Case:
 
 
 def roberta() -> Case:
-    """Positions behind the padding token's."""
+    """Positions after the padding token's."""
     positions = random(10, D)
     return Case(
         "bert",

@@ -145,7 +145,7 @@ def test_rows_of_which_a_table_leaves_little(small_model: Callable[..., Path], r
 def test_noise_leaves_the_choice_of_experts(
     small_model: Callable[..., Path], reference: Reference, tmp_path: Path, architecture: str
 ) -> None:
-    """Rounding's noise chooses no other experts, so that a product which is a thousandth too large is seen behind them."""
+    """Rounding's noise chooses no other experts, so that a product which is a thousandth too large is seen after them."""
     model = small_model(architecture)
     experts = Scaled(model, tmp_path, reference, "blk.0.attn_out", tuple(range(5, 13)), "default")
     assert experts.agrees(1.0)

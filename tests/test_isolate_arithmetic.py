@@ -147,7 +147,7 @@ def test_what_is_not_stated_acts_through_points_that_were_not_recorded(
     reference: Reference,
     tmp_path: Path,
 ) -> None:
-    """A cache of F16 behind unrecorded scores and an exact GELU that was not recorded are right; a result 0.1 % too large is not."""
+    """A cache of F16 after unrecorded scores and an exact GELU that was not recorded are right; a result 0.1 % too large is not."""
     model = small_model(recipe, kind="f32")
     engine = Faulty(model, reference.graph(model))
     tokens = tokens_of(model, 6, seed=1)

@@ -19,7 +19,7 @@ from reference.jobs import DumpJob
 
 TOKENS = (5, 77, 300, 5, 901, 1204)  # one token twice: what stands before attention is the same there
 _QUICK = {"phi3", "deepseek2", "gpt-oss"}
-# Indices of a sparse attention's choice are no values, and scores behind its mask are −∞ in places of their own.
+# Indices of a sparse attention's choice are no values, and scores after its mask are −∞ in places of their own.
 _SPARSE = {"deepseek32", "glm-dsa"}
 
 

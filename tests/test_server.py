@@ -14,7 +14,7 @@ from servers import Start
 from checkpoints.answers.server import ServerAnswer
 from parity.run.session import resolve_prompt
 from parity.score.measures import Listed, largest, log_sum
-from parity.server.ask import Heard, _echoed
+from parity.server.ask import ServerReply, _echoed
 from parity.server.base import kl, listed
 from parity.server.http import ServerError
 from parity.server.numbers import tells
@@ -96,7 +96,7 @@ def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, pari
         ("probabilities", "probabilities", "not their logarithms"),
         ("scaled", "log-scale", "times llama.cpp's, with no new normalisation"),
         ("heated", "temperature", "divided by a temperature of 0.7"),
-        ("top-3", "truncated-logprobs", "behind a top-k of 3"),
+        ("top-3", "truncated-logprobs", "after a top-k of 3"),
     ],
 )
 def test_numbers_that_are_no_log_probabilities_are_named(
@@ -198,9 +198,9 @@ def test_a_text_of_which_the_beginning_was_read_is_seen(
     ids = reference.tokenize(stories, read).ids[1:]
     vocabulary = Vocabulary(reference.pieces(stories, range(reference.tokenize(stories, read).n_vocab)))
     shown = [Prediction(TokenCandidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
-    heard = _echoed(Heard(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
-    assert heard.cut == cut
-    assert (heard.tokenizer is None) is (read == prompt.text)
+    reply = _echoed(ServerReply(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
+    assert reply.cut == cut
+    assert (reply.tokenizer is None) is (read == prompt.text)
 
 
 def test_kl_is_a_lower_bound_of_the_whole() -> None:

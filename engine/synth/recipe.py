@@ -99,10 +99,10 @@ def shape_of(recipe: Recipe, **changes: Any) -> Shape:
     Raises:
         InputError: a shape that no model can have.
     """
-    asked = {name: value for name, value in changes.items() if value is not None}
-    if "heads" in asked and recipe.shape.kv_heads == recipe.shape.heads:
-        asked.setdefault("kv_heads", asked["heads"])
-    shape = replace(recipe.shape, **asked)
+    chosen = {name: value for name, value in changes.items() if value is not None}
+    if "heads" in chosen and recipe.shape.kv_heads == recipe.shape.heads:
+        chosen.setdefault("kv_heads", chosen["heads"])
+    shape = replace(recipe.shape, **chosen)
     if shape.layers > MOST_LAYERS:
         raise InputError(f"llama.cpp runs at most {MOST_LAYERS} layers.", "Change the shape.", code="shape")
     if shape.heads and not shape.head_size and shape.width % shape.heads:

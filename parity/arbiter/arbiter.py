@@ -67,7 +67,7 @@ class Arbiter:
         self._values: dict[Variant, dict[str, NDArray[Any]]] = {variant: {} for variant in Variant}
 
     @property
-    def asked(self) -> bool:
+    def started(self) -> bool:
         """Whether anything of the truth is known by now."""
         return bool(self._values[Variant.WIDE])
 
@@ -118,9 +118,9 @@ class Arbiter:
         distances = np.full(len(rows), np.nan)
         if here.any():
             like, rounded, truth = rows.take(here), *(self._values[of][rows.point] for of in (Variant.EXACT, Variant.WIDE))
-            mine = self._recorded(like, index[here], rounded)[0]
-            mine = replace(mine, sketch=None if rows.sketch is None else mine.sketch)
-            distances[here] = _nmse(mine, *self._recorded(like, index[here], truth))
+            rounded_rows = self._recorded(like, index[here], rounded)[0]
+            rounded_rows = replace(rounded_rows, sketch=None if rows.sketch is None else rounded_rows.sketch)
+            distances[here] = _nmse(rounded_rows, *self._recorded(like, index[here], truth))
         return distances
 
     def _here(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -287,8 +287,8 @@ def _nmse(rows: Rows, high: Rows, low: Rows | None) -> Floats:
             rest = 0.0 if low is None or low.sketch is None else low.sketch
             apart = rows.sketch.astype(np.float64) - (high.sketch.astype(np.float64) + rest)
             error = np.fmax(error, np.mean(apart**2, axis=1) / l2**2)
-    odd = present & (np.isfinite(values) != np.isfinite(wanted))
-    error[odd.any(axis=1)] = np.inf
+    one_sided = present & (np.isfinite(values) != np.isfinite(wanted))
+    error[one_sided.any(axis=1)] = np.inf
     return error
 
 

@@ -25,7 +25,7 @@ def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool)
     Args:
         everywhere: at every compared point; otherwise up to the first divergence, and everywhere if float64 was already computed.
     """
-    pairs = _asked(comparison, arbiter, everywhere=everywhere)
+    pairs = _pairs_for(comparison, arbiter, everywhere=everywhere)
     if not pairs:
         return comparison
     ours, ref = (arbiter.distances({pair.point: getattr(pair, side) for pair in pairs}) for side in ("ours", "ref"))
@@ -37,9 +37,9 @@ def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool)
     return replace(comparison, verdict=verdict, truth=None if record is None else record[1])
 
 
-def _asked(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
+def _pairs_for(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
     pairs, first = comparison.records.pairs, comparison.verdict.first_divergence
-    if everywhere or (first is None and arbiter.asked):
+    if everywhere or (first is None and arbiter.started):
         return pairs
     if first is None or first.checkpoint not in comparison.records.names:
         return ()

@@ -176,8 +176,8 @@ def _refuse_mixtures(given: o.Given, *, hunt: bool, bisect: bool, third: bool) -
             "bisect",
         ),
     )
-    for asked, message, advice, code in mixtures:
-        if asked:
+    for mixed, message, advice, code in mixtures:
+        if mixed:
             raise InputError(message, advice, code=code)
 
 

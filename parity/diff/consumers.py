@@ -217,10 +217,10 @@ class _Consumers:
             return False
         if read is not None:
             return any(decided)
-        # Without a reading the proof must be complete: all positions, and no consumer behind a soft max, which may hide the error.
+        # Without a reading the proof must be complete: all positions, and no consumer after a soft max, which may hide the error.
         children = self._model.children[name]
-        behind = any(self._model.hidden(name, child) for child in children)
-        return all(decided) and not behind
+        after_soft_max = any(self._model.hidden(name, child) for child in children)
+        return all(decided) and not after_soft_max
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong.

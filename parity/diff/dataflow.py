@@ -75,8 +75,8 @@ class Flow(Struct, frozen=True, dict=True):
         """The nearest compared points that each compared point is made from."""
         nearest: dict[str, tuple[str, ...]] = {}
         for name, how in self.whole.computations.items():
-            behind = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
-            nearest[name] = tuple(dict.fromkeys(behind))
+            sources = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
+            nearest[name] = tuple(dict.fromkeys(sources))
         for number, name in enumerate(
             self.names
         ):  # a point that the dataflow does not know is taken to be made from the one before it

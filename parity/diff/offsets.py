@@ -85,8 +85,8 @@ def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
         return sum(chosen.get(token.token_idx + offset) == token.id for token in our_tokens)
 
     # Generated tokens that follow their own prompt are where format 1 wants them.
-    behind = ours.header is not None and 0 < len(ours.header.tokens) <= first
-    offset = 0 if behind else max(0, min(chosen) - first, key=matching)
+    follow_prompt = ours.header is not None and 0 < len(ours.header.tokens) <= first
+    offset = 0 if follow_prompt else max(0, min(chosen) - first, key=matching)
     return (offset, matching(offset)) if matching(offset) else None
 
 

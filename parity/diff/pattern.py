@@ -57,7 +57,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if seen.unjudged:
         return Pattern(
             "reference-nonfinite",
-            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or behind it",
+            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or after it",
         )
     if seen.nonfinite:
         return Pattern(
@@ -121,10 +121,10 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
             if other in inside and other not in past:
                 past.add(other)
                 waiting.append(other)
-    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
-    if not behind:
+    feeding = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
+    if not feeding:
         return None
-    return behind, [name for name in seen.stretch.nodes if name in past and name not in behind]
+    return feeding, [name for name in seen.stretch.nodes if name in past and name not in feeding]
 
 
 def _listed(seen: Evidence, nodes: list[str]) -> str:

@@ -48,7 +48,7 @@ class Truth(Protocol):
     def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records, [R], are moved if the one element of each row at which that changes most is looked up one entry further.
 
-        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there. At points behind
+        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there. At points after
         tables it is the effect of all of them together.
         """
 

@@ -110,8 +110,8 @@ def _cancelled(records: Records) -> str:
 def _not_finite(records: Records, chosen: Ints) -> NDArray[np.bool_]:
     """Which records fail by values that are not finite: sums of squares leave these out."""
     measures = records.measures
-    odd = (measures.nonfinite_ours[chosen] > 0) | (measures.nonfinite_ref[chosen] > 0)
-    return np.asarray(odd & np.isinf(measures.nmse[chosen]))
+    nonfinite = (measures.nonfinite_ours[chosen] > 0) | (measures.nonfinite_ref[chosen] > 0)
+    return np.asarray(nonfinite & np.isinf(measures.nmse[chosen]))
 
 
 def _squared(records: Records, number: int, here: Ints) -> tuple[Floats, Floats]:
@@ -162,7 +162,7 @@ def _flipped(records: Records) -> str:
 def _amplified(records: Records, name: str) -> str:
     """What is to be said if a recurrence may have amplified lower arithmetic's error at single positions; else empty.
 
-    The sum that a state is read with may nearly cancel at one position, and a norm behind it divides by what is left. A right F16 engine of
+    The sum that a state is read with may nearly cancel at one position, and a norm after it divides by what is left. A right F16 engine of
     qwen3next was 1.9e-3 off at one of nine positions, and 1e-5 at the others (benchmarks/right_engines.py --from 2074).
     """
     stretch = records.flow.between(name)

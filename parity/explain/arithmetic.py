@@ -122,12 +122,12 @@ def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]
     rows = {place: number for number, place in enumerate(places)}
     numbers = [rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)]
     index = np.array(numbers, dtype=np.int64)
-    mine = np.flatnonzero(index >= 0)
+    recorded = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
     dumped, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
-    dumped[index[mine], :width] = pair.ours.values[mine, :width]
-    known[index[mine], :width] = np.arange(width)[None, :] < pair.ours.counts[mine, None]
+    dumped[index[recorded], :width] = pair.ours.values[recorded, :width]
+    known[index[recorded], :width] = np.arange(width)[None, :] < pair.ours.counts[recorded, None]
     known &= np.isfinite(dumped) & np.isfinite(right)
     return entry, np.where(known, dumped, 0.0) - np.where(known, right, 0.0), known
 
@@ -142,10 +142,10 @@ def _alike(case: Case, kind: str, pair: Pair) -> float:
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
     for storage in (False, True):
         values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
-        mine = entry.taken(values.on_host[pair.point], case.positions)
-        usable = known & np.isfinite(mine)
-        own = np.where(usable, mine, 0.0) - np.where(usable, right, 0.0)
-        nearest = max(nearest, cosine(np.where(usable, errors, 0.0), own))
+        computed = entry.taken(values.on_host[pair.point], case.positions)
+        usable = known & np.isfinite(computed)
+        rounding = np.where(usable, computed, 0.0) - np.where(usable, right, 0.0)
+        nearest = max(nearest, cosine(np.where(usable, errors, 0.0), rounding))
     return nearest
 
 
@@ -174,12 +174,12 @@ def _computed_before(compared: Comparison, first: str) -> str:
     for point in compared.verdict.points:
         if point.checkpoint == first:
             break
-        behind = (
+        upstream = (
             {point.checkpoint, *_above(compared, point.checkpoint)}
             if point.checkpoint in model.whole.computations
             else set[str]()
         )
-        if point.status == AGREES and MIXING & model.operations(behind):
+        if point.status == AGREES and MIXING & model.operations(upstream):
             return point.checkpoint
     return ""
 

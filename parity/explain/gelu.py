@@ -74,7 +74,7 @@ def _acts_by_itself(case: Case, state: SearchState, exact: Sequence[Step]) -> bo
         return False
     rows = len(case.positions)
     faulty, right = (case.make(as_recorded(some), rows).on_host for some in (steps, exact))
-    first = next(entry for entry in case.entries if (entry.base > entry.limit).any())  # behind which other entries add up
+    first = next(entry for entry in case.entries if (entry.base > entry.limit).any())  # after it other entries add up
     over = first.base > first.limit
     moved = first.between(faulty[first.point], right[first.point], case.positions)[over]
     return len(moved) >= _LEAST and bool(np.median(moved / first.base[over]) >= _OWN)

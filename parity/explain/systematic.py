@@ -95,9 +95,9 @@ def _changes(steps: Sequence[Step]) -> Iterator[tuple[str, float, list[Step]]]:
     layers = sorted({layer for step in steps if (layer := parse(step.makes).layer) is not None})
     scopes: list[int | None] = [None, *(layers if 1 < len(layers) <= _LAYERS else ())]
     for scope in scopes:
-        mine = [step for step in steps if scope is None or parse(step.makes).layer == scope]
-        for kind in dict.fromkeys(parse(step.makes).kind for step in mine):
-            chosen = {step.makes for step in mine if parse(step.makes).kind == kind}
+        in_scope = [step for step in steps if scope is None or parse(step.makes).layer == scope]
+        for kind in dict.fromkeys(parse(step.makes).kind for step in in_scope):
+            chosen = {step.makes for step in in_scope if parse(step.makes).kind == kind}
             name = next(iter(chosen)) if len(chosen) == 1 else f"blk.*.{kind}"
             yield (
                 name + " times 1 {:+.1e}",
@@ -109,7 +109,7 @@ def _changes(steps: Sequence[Step]) -> Iterator[tuple[str, float, list[Step]]]:
                 _CHANGE,
                 [replace(step, op=_Moved(step.op, True)) if step.makes in chosen else step for step in steps],
             )
-        for name in dict.fromkeys(name for step in mine for name, value in step.params.items() if isinstance(value, float)):
+        for name in dict.fromkeys(name for step in in_scope for name, value in step.params.items() if isinstance(value, float)):
             change = _OF_EPSILON if name.startswith("eps") else _CHANGE
             changed = [_with(step, name, 1 + change) if scope in (None, parse(step.makes).layer) else step for step in steps]
             yield f"{name} times 1 {{:+.1e}}", change, changed

@@ -54,7 +54,7 @@ def hunt(
     request: Request,
     progress: Progress | None = None,
     started: Reference | None = None,
-    heard: Callable[[RoundReport], None] = lambda _: None,
+    report_round: Callable[[RoundReport], None] = lambda _: None,
 ) -> Hunted:
     """Run the engine until the operation has a name, then look for the cause.
 
@@ -72,7 +72,7 @@ def hunt(
             chase = _Chase(request, request.command, reference, prompt, (dumps, folder), progress)
             for step in chase.rounds():
                 rounds.append(step.round)
-                heard(step)
+                report_round(step)
     result = chase.result
     explanation, unexplained, own = (None, "", False)
     if not result.verdict:
@@ -114,10 +114,10 @@ class _Chase:
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
-        asked = self._request.points
+        points = self._request.points
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
-            printed = self._run(asked, number)
+            printed = self._run(points, number)
             self.ours = printed if known is None else self._together(known, printed)
             new = tuple(name for name in printed.points if known is None or name not in known.points)
             known = self.ours
@@ -131,20 +131,20 @@ class _Chase:
                 third_side=False,
             )
             verdict = self.result.verdict
-            yield RoundReport(Round(number, asked, new, verdict), self.ours, self.ref)
+            yield RoundReport(Round(number, points, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:
                 return
             if number > 1 and not new:
                 self.stopped = self._nothing_new(verdict)
                 return
-            if verdict.next == asked:
-                self.stopped = f"the records of {asked} do not narrow it down further"
+            if verdict.next == points:
+                self.stopped = f"the records of {points} do not narrow it down further"
                 return
             if not self._command.takes(POINTS):
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
-            asked = verdict.next
-            if (names := self._side(asked).names) and set(names.split(",")) <= self._requested_points:
+            points = verdict.next
+            if (names := self._side(points).names) and set(names.split(",")) <= self._requested_points:
                 self.stopped = self._nothing_new(verdict)
                 return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
@@ -158,11 +158,11 @@ class _Chase:
             return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
         return f"the records of {verdict.next} do not narrow it down further"
 
-    def _side(self, asked: str) -> ExternalEngine:
-        return ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+    def _side(self, points: str) -> ExternalEngine:
+        return ExternalEngine(replace(self._request, points=points), self._command, self._reference)
 
-    def _run(self, asked: str, number: int) -> Dump:
-        side = self._side(asked)
+    def _run(self, points: str, number: int) -> Dump:
+        side = self._side(points)
         self._requested_points.update(side.names.split(","))
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
@@ -182,8 +182,8 @@ class _Chase:
 
     def _reference_for(self, ours: Dump) -> Dump:
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
-        asked = following(self._request, ours, self._prompt)
-        LlamaCpp(asked, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
+        followed = following(self._request, ours, self._prompt)
+        LlamaCpp(followed, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))
 
 

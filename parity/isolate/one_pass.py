@@ -40,12 +40,12 @@ def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArra
     """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
     unknown = np.zeros(rows, dtype=np.bool_)
     for given in inputs:
-        odd = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
-        if odd.ndim == 2 and len(odd) == rows:
-            unknown |= odd.any(axis=1)
-        elif odd.ndim == 3 and odd.shape[1] == rows:
-            unknown |= odd.any(axis=(0, 2))
-        elif odd.any():
+        undefined = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
+        if undefined.ndim == 2 and len(undefined) == rows:
+            unknown |= undefined.any(axis=1)
+        elif undefined.ndim == 3 and undefined.shape[1] == rows:
+            unknown |= undefined.any(axis=(0, 2))
+        elif undefined.any():
             unknown[:] = True
     return unknown
 
@@ -164,7 +164,9 @@ class JudgedPass:
     def _definitions(self, step: Step) -> list[Step]:
         """The step in each right definition, each only once."""
         every = [program.producers[step.makes] for program in self._programs]
-        return [one for number, one in enumerate(every) if not any(one is other for other in every[:number])]
+        return [
+            definition for number, definition in enumerate(every) if not any(definition is other for other in every[:number])
+        ]
 
     def _held(self, step: Step, source: Inputs) -> _Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""

@@ -80,16 +80,16 @@ def row_errors(
     a = ours.reshape(len(ours), -1).astype(np.float64)
     b = dumped.reshape(len(dumped), -1).astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
+    nonfinite = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
     with np.errstate(invalid="ignore"):
-        delta = without_subnormal(np.where(same | odd, 0.0, a - b))
+        delta = without_subnormal(np.where(same | nonfinite, 0.0, a - b))
     b = np.where(np.isfinite(b), b, 0.0)
     energy = np.einsum("ij,ij->i", b, b)
     error = np.einsum("ij,ij->i", delta, delta)
     with np.errstate(divide="ignore", invalid="ignore"):
         floor = np.maximum(ROW_FLOOR * energy.mean(), 0.0 if least is None else least)
         nmse = np.where(error == 0, 0.0, error / np.maximum(energy, floor))
-    return np.where(odd.any(axis=1), np.inf, nmse)
+    return np.where(nonfinite.any(axis=1), np.inf, nmse)
 
 
 class WholeValues:

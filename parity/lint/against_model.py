@@ -170,8 +170,8 @@ def choice(subject: Subject) -> Iterator[Hit]:
     first: int | None = None
     for token in subject.dump.tokens:
         r = whole.get((token.seq, token.token_idx))
-        best, behind = _in_list(token) if rows is None or r is None else _in_row(token.id, leading(rows, r))
-        if behind > _BEHIND:
+        best, shortfall = _in_list(token) if rows is None or r is None else _in_row(token.id, leading(rows, r))
+        if shortfall > _BEHIND:
             first = token.token_idx if first is None else first
             wrong.append(f"id {token.id} was chosen for position {token.token_idx}, but the largest logit is that of {best}")
     if wrong:

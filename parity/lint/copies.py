@@ -50,13 +50,13 @@ def _one_cache(subject: Subject, layer: int | None) -> bool:
         return False
     if subject.model is None and subject.dataflow is None:
         return True  # for all that is known
-    read = [_behind_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
+    read = [_through_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
     if all(read):
         return read[0] == read[1]
     return subject.model is not None and f"blk.{layer}.attn_kv_a_mqa.weight" in subject.model.model.tensors
 
 
-def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
+def _through_copies(subject: Subject, name: str) -> frozenset[str]:
     """The values that a value is made from, looking through copies in another layout."""
     origin = subject.computation(name)
     reads = frozenset() if origin is None else frozenset(origin.reads)

@@ -106,8 +106,8 @@ class Subject(Struct, frozen=True, dict=True):
         _, which, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_inverse=True, return_counts=True)
         repeated = np.split((often > 1)[which], np.cumsum([len(several) for several in hashes])[:-1]) if hashes else []
         vectors: dict[str, list[tuple[Place, bytes]]] = {}
-        for (name, rows), again in zip(self.points.items(), repeated, strict=True):
-            members = usable[name][again]
+        for (name, rows), repeated_rows in zip(self.points.items(), repeated, strict=True):
+            members = usable[name][repeated_rows]
             places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
             counts = rows.counts[members].tolist()
             vectors[name] = [
@@ -236,11 +236,11 @@ def kind(name: str) -> str:
     return parse(name).kind
 
 
-def by_point(rows_of: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
+def by_point(rows_of: dict[str, list[int]], subject: Subject, sentence: Callable[[str, list[int]], str]) -> Iterator[Hit]:
     """One hit for each point, however many of its records are affected."""
     for name, rows in rows_of.items():
         first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
-        yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
+        yield Hit(name, int(subject.points[name].token_idx[first]), sentence(name, rows))
 
 
 def positions_of(rows: Rows, members: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Log-probabilities behind a sampler that keeps only the likeliest tokens and makes their probabilities sum to 1."""
+"""Log-probabilities after a sampler that keeps only the likeliest tokens and makes their probabilities sum to 1."""
 
 from collections.abc import Callable, Iterator, Sequence
 

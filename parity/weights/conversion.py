@@ -30,7 +30,7 @@ _PERMUTING = frozenset(
         "mistral3", "chameleon",
     )
 )  # fmt: skip
-# Converters store 1 + w of their norms, but for the norm behind a gated delta net. Gemma 3n and 4 multiply by w itself.
+# Converters store 1 + w of their norms, but for the norm after a gated delta net. Gemma 3n and 4 multiply by w itself.
 _OFFSET = re.compile(r"gemma[23]?|gemma-embedding|nemotron|qwen3next|qwen35(moe)?")
 _GATED = ".ssm_norm.weight"
 _DECAY = ".ssm_a"  # −exp of the folder's A_log (`MambaModel.modify_tensors`)

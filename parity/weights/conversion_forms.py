@@ -173,7 +173,7 @@ def _value_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> d
 
 
 def _positions(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
-    """RoBERTa's positions begin behind the padding token's."""
+    """RoBERTa's positions begin after the padding token's."""
     if "roberta" not in str(model.config.get("model_type")) and model.config.get("model_type") != "camembert":
         return {}
     first = model.number("pad_token_id") + 1
