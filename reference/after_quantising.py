@@ -11,7 +11,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes
+from checkpoints.gguf_values import uint32_value
 
 from .to_float import ToFloat
 
