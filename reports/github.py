@@ -11,9 +11,9 @@ from .sentences import answer, headline, reasons
 
 
 def annotations(verdict: Verdict) -> Iterator[str]:
-    """An error with what explains it for a divergence, a notice for parity."""
+    """An error with what explains it for a divergence, a notice for parity, a warning if something was never compared."""
     if verdict:
-        yield _command("notice", "parity", answer(verdict))
+        yield _command("warning" if verdict.uncompared else "notice", "parity", answer(verdict))
     else:
         yield _command("error", headline(verdict), "\n".join([answer(verdict), *_named(verdict)]))
 

@@ -13,6 +13,7 @@ from . import explanation, terminal
 from .as_json import verdict_as_json
 from .layout import labelled, wrap
 from .numbers import clean, count
+from .sentences import uncompared
 
 _LABEL = 8
 _OWN_TOKENS = "your engine computed other tokens than the prompt's (above): mend that first. On the tokens that its dump lists:"
@@ -43,7 +44,8 @@ def _recorded(hunt_round: Round) -> str:
 def _parted(verdict: Verdict) -> str:
     first, last = verdict.first_divergence, verdict.last_agreement
     if first is None:
-        return "all agree" if verdict else verdict.verdict
+        far = f", {uncompared(verdict.uncompared)}" if verdict.uncompared else ""
+        return f"all agree{far}" if verdict else f"{verdict.verdict}{far}"
     sentence = f"divergence at {first.checkpoint}, position {first.token_idx}"
     return f"{sentence}; {last.checkpoint} agrees" if last is not None else sentence
 

@@ -22,7 +22,7 @@ from checkpoints.answers.conform import (
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.errors import DISK, MEMORY, OUTPUT, DumpError, ParityError
-from checkpoints.points import parse
+from checkpoints.points import LOGITS, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reference.client import Reference
@@ -30,6 +30,7 @@ from reports import explanation as answers
 from reports.findings import finding
 from reports.html import write_html
 from reports.report import Report
+from reports.sentences import uncompared
 
 from ..diff.compare import Comparison
 from ..run import command as engines
@@ -219,6 +220,8 @@ class Bench:
             worst="" if worst is None else worst.checkpoint,
             rope=self._models.rope(request.model),
         )
+        if verdict and LOGITS in verdict.uncompared.points:
+            return replace(result, verdict=UNUSABLE, reason=f"{uncompared(verdict.uncompared)}: {LOGITS} never came")
         if verdict:
             return result
         first = verdict.first_divergence

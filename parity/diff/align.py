@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Missing
+from checkpoints.answers.diff import Missing, Uncompared
 from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.nearest import unknown_names
@@ -18,6 +18,7 @@ from checkpoints.record import Dump, Rows
 
 from .dataflow import ordered
 from .tokens import SAME, TokenComparison
+from .uncompared import uncompared
 
 _POSITION_BITS = 40  # the reader accepts positions below 2^40
 # Two records of one key count as the same if they differ by no more than two right float32 runs (the limit of exact mode).
@@ -42,6 +43,7 @@ class Alignment(Struct, frozen=True):
     pairs: tuple[Pair, ...]
     missing_ours: Missing
     missing_ref: Missing
+    uncompared: Uncompared
     notes: tuple[str, ...]
     left_out: int = 0
     may_be_empty: bool = False
@@ -84,7 +86,12 @@ def align(
         kept = picked(pairs, [pair.ref.token_idx < tokens.until for pair in pairs])
     left_out = total - sum(len(pair.ours) for pair in kept)
     notes = tuple(_doubled(path, counts) for path, counts in doubled.items())
-    return Alignment(kept, lacks_ours.missing(), lacks_ref.missing(), notes, left_out, tokens.divergence is not None)
+    lacking = lacks_ours.missing()
+    compared = {position for pair in pairs for position in pair.ref.token_idx.tolist()} if lacking.positions else set()
+    never = uncompared(
+        [name for name in names if name in ref.points], {pair.point for pair in pairs}, lacking.positions, compared
+    )
+    return Alignment(kept, lacking, lacks_ref.missing(), never, notes, left_out, tokens.divergence is not None)
 
 
 def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pair, ...]:

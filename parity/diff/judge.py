@@ -66,6 +66,7 @@ def judge(records: Records) -> Verdict:
         pattern=pattern,
         missing_ours=records.missing_ours,
         missing_ref=records.missing_ref,
+        uncompared=records.uncompared,
         choices=choices(records),
         left_out=records.left_out,
         excused=records.excused,

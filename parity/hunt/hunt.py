@@ -1,6 +1,6 @@
 """A foreign engine is run again, each time with the points that the last comparison asks for, until the operation has a name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import Verdict
+from checkpoints.answers.diff import DIVERGENCE, Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
@@ -25,6 +25,7 @@ from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
+from ..run.asked import held_to
 from ..run.command import POINTS, Command
 from ..run.request import Progress, Prompt, Request
 from ..run.results import dumps_of
@@ -75,7 +76,9 @@ def hunt(
                 report_round(step)
     result = chase.result
     explanation, unexplained, own = (None, "", False)
-    if not result.verdict:
+    if result.verdict.verdict == DIVERGENCE:  # there is nothing to explain about what did not come
+        if progress is not None:
+            progress("looking for the cause", 0, None)
         explanation, unexplained, own = _explained(request, prompt, chase.ours, result.verdict)
     answer = Hunt(
         tuple(rounds),
@@ -110,18 +113,20 @@ class _Chase:
         self.result: Comparison
         self.stopped = ""
         self.notes: list[str] = []
+        self._described = reference.describe(request.model)
         self._requested_points: set[str] = set()  # by name, in all runs so far
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
         points = self._request.points
+        side = self._side(points)
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
-            printed = self._run(points, number)
+            printed = self._run(side, number)
             self.ours = printed if known is None else self._together(known, printed)
             new = tuple(name for name in printed.points if known is None or name not in known.points)
             known = self.ours
-            self.ref = self._reference_for(known)
+            self.ref = self._reference_for(known, side.known)
             self.result = compared_on(
                 self.ours,
                 self.ref,
@@ -130,7 +135,9 @@ class _Chase:
                 self._request.arbiter,
                 third_side=False,
             )
-            verdict = self.result.verdict
+            wanted = [name for name in side.known if name in self._requested_points]
+            verdict = held_to(self.result, wanted, side, self._request, self._prompt)
+            self.result = replace(self.result, verdict=verdict)
             yield RoundReport(Round(number, points, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:
                 return
@@ -144,7 +151,8 @@ class _Chase:
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
             points = verdict.next
-            if (names := self._side(points).names) and set(names.split(",")) <= self._requested_points:
+            side = self._side(points)
+            if side.asked and self._requested_points.issuperset(side.asked):
                 self.stopped = self._nothing_new(verdict)
                 return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
@@ -159,11 +167,12 @@ class _Chase:
         return f"the records of {verdict.next} do not narrow it down further"
 
     def _side(self, points: str) -> ExternalEngine:
-        return ExternalEngine(replace(self._request, points=points), self._command, self._reference)
+        layers = self._request.layers if points == self._request.points else None  # they choose among the default points only
+        request = replace(self._request, points=points, layers=layers)
+        return ExternalEngine(request, self._command, self._reference, described=self._described)
 
-    def _run(self, points: str, number: int) -> Dump:
-        side = self._side(points)
-        self._requested_points.update(side.names.split(","))
+    def _run(self, side: ExternalEngine, number: int) -> Dump:
+        self._requested_points.update(side.asked)
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
         out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it
@@ -180,10 +189,10 @@ class _Chase:
             self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: its numbers are not reproducible")
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
-    def _reference_for(self, ours: Dump) -> Dump:
+    def _reference_for(self, ours: Dump, known: Sequence[str]) -> Dump:
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
-        followed = following(self._request, ours, self._prompt)
-        LlamaCpp(followed, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
+        asked = following(self._request, ours, self._prompt, known)
+        LlamaCpp(asked, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))
 
 
