@@ -102,7 +102,7 @@ def test_a_row_that_cancels_blames_no_operation(size: int, sketch: bool) -> None
 
 
 def test_a_gate_of_one_number_that_cancels_is_held_to_the_largest() -> None:
-    """8-bit activations move a gate by as much at all positions: where it is nearly zero no operation is blamed, unless it is off by more."""
+    """8-bit activations move a gate by as much at all positions: where it is nearly 0 none is blamed, unless it is off by more."""
     right = random(("embd", "blk.0.gate"), positions=7)
     right["blk.0.gate"] = np.array([[1.0], [0.9], [0.02], [1.1], [0.8], [0.7], [1.2]], dtype=np.float32)
     for off, decided in ((0.015, False), (0.2, True)):

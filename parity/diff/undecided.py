@@ -115,8 +115,8 @@ def _cancelled(records: Records) -> str:
             if wrong.any() and not errors[wrong].max() <= _AS_LARGE * np.fmax.reduce(errors[passes]):
                 return ""
     return (
-        "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels there, "
-        "or a small fault (--model M.gguf decides)"
+        "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels "
+        "there, or a small fault (--model M.gguf decides)"
     )
 
 
