@@ -217,7 +217,7 @@ def telling(rows: Rows) -> NDArray[np.bool_]:
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
     different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
     enough: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
-    return enough & ~of_ids(rows)  # they are few, and often the same
+    return np.asarray(enough & ~of_ids(rows))  # they are few, and often the same
 
 
 def of_ids(rows: Rows) -> NDArray[np.bool_]:
@@ -229,7 +229,7 @@ def of_ids(rows: Rows) -> NDArray[np.bool_]:
     inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
     whole: NDArray[np.bool_] = np.all((rows.values == np.rint(rows.values)) & (rows.values >= 0) | ~inside, axis=1)
     ordered = np.sort(np.where(inside, rows.values, np.nan), axis=1)  # NaN at the end
-    return whole & ~np.any(ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return np.asarray(whole & ~np.any(ordered[:, 1:] == ordered[:, :-1], axis=1))
 
 
 def where(positions: Sequence[int], total: int | None = None) -> str:
