@@ -8,6 +8,7 @@ exits 1, and nothing but parity 0.
 import io
 import json
 import os
+import re
 import signal
 import sys
 from itertools import pairwise
@@ -21,6 +22,7 @@ INTERRUPTED = 130
 UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
 UNTESTABLE = 125  # git bisect's own
+_WIDTH = re.compile(r"[1-9][0-9]{0,4}")  # columns of a terminal
 _LONGEST_ERROR = 1500  # characters: enough for a list of names that may have been meant
 
 
@@ -46,7 +48,12 @@ def _end_as_interrupted() -> None:
 
 
 def _prepare_output() -> None:
-    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?"."""
+    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?".
+
+    A width that is none (COLUMNS=0 in some editors and containers) is not taken: nothing would be printed.
+    """
+    if not _WIDTH.fullmatch(os.environ.get("COLUMNS", "")):
+        os.environ.pop("COLUMNS", None)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -89,34 +96,42 @@ def run(arguments: list[str]) -> int:
         return _fail(
             arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
         )
-    except OSError as error:
-        if os.environ.get("PARITY_TRACEBACK"):
-            raise
-        subject = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
-        code = _fail(arguments, 2, "system", f"{subject}: {error.strerror or error}.", "Check space and permissions.")
-        try:
-            sys.stdout.flush()
-        except OSError:  # the failed write was that of the answer itself
-            _drop_output()
-        return code
     except Exception as error:
-        # typer's own errors: its copies of click's classes, which it does not export.
-        if type(error).__name__ == "Abort":
-            return _interrupted()
-        if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()  # type: ignore[attr-defined]
-            return 2
-        if (format_message := getattr(error, "format_message", None)) is not None:
-            context = getattr(error, "ctx", None)
-            command = context.command_path if context is not None else "parity"
-            return _fail(arguments, 2, "usage", format_message().rstrip("."), "", end=f". See `{command} --help`.")
+        if (wrong_usage := _usage(arguments, error)) is not None:
+            return wrong_usage
         if os.environ.get("PARITY_TRACEBACK"):
             raise
+        if isinstance(error, OSError):
+            return _system(arguments, error)
         message = f"internal error, please report it: {type(error).__name__}: {error}"
         return _fail(arguments, INTERNAL, "internal", message, "PARITY_TRACEBACK=1 shows where.")
     if code == INTERRUPTED:  # typer's own handling of Ctrl-C
         return _interrupted()
     return code if isinstance(code, int) else 0
+
+
+def _usage(arguments: list[str], error: Exception) -> int | None:
+    """The exit code of typer's own errors, None for others: they are its copies of click's classes, which it does not export."""
+    if type(error).__name__ == "Abort":
+        return _interrupted()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if (format_message := getattr(error, "format_message", None)) is None:
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "parity"
+    return _fail(arguments, 2, "usage", format_message().rstrip("."), "", end=f". See `{command} --help`.")
+
+
+def _system(arguments: list[str], error: OSError) -> int:
+    subject = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
+    code = _fail(arguments, 2, "system", f"{subject}: {error.strerror or error}.", "Check space and permissions.")
+    try:
+        sys.stdout.flush()
+    except OSError:  # the failed write was that of the answer itself
+        _drop_output()
+    return code
 
 
 def _drop_output() -> None:

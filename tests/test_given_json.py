@@ -33,7 +33,8 @@ KEPT = CellResult(Cell("llama", "F32", "one", "prefill"), "parity", nmse=1e-12, 
 @pytest.mark.parametrize(
     "change",
     [
-        {"nmse": "x"}, {"of_limit": [[]]}, {"verdict": 0}, {"verdict": []}, {"reason": "\ud800"}, {"architecture": {}},
+        {"nmse": "x"}, {"nmse": float("nan")}, {"of_limit": [[]]},
+        {"verdict": 0}, {"verdict": []}, {"reason": "\ud800"}, {"architecture": {}},
         {"architecture": "qwen2"}, {"key": "cd" * 32}, {"token_idx": 1.5}, {"rope": None},
     ],
 )  # fmt: skip
@@ -87,3 +88,33 @@ def test_deep_texts_of_every_command_are_one_line(parity: Cli, tmp_path: Path) -
 def test_a_limit_is_refused_before_cells_run(parity: Cli) -> None:
     """A tolerance without end is the request's fault, not a crash of every cell."""
     refused(parity("conform", "--side", "ours", "--tolerance", "inf"), "--tolerance must be 0 or more and finite")
+
+
+def test_a_ledgers_line_with_a_value_of_another_type_is_skipped(parity: Cli, tmp_path: Path) -> None:
+    """It is counted among the lines that are not entries; the others are shown."""
+    figures = {"nmse": 1e-12, "limit": 1e-10, "margin": 100.0}
+    entry = {
+        "schema": 1,
+        "time": "2026-11-27T12:00:00+00:00",
+        "commit": "",
+        "verdict": "parity",
+        "source": "ours",
+        "golden": "0",
+    }
+    entry |= {"versions": {}, "points": {"embd": figures}}
+    lines = [entry, entry | {"source": {"a": 1}}, entry | {"versions": {"a": []}}, entry | {"commit": 1}]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = parity("drift", "history", tmp_path)
+    assert (ran.code, "3 lines" in ran.out + ran.err) == (0, True), ran
+
+
+def test_an_engine_that_answers_for_another_model_is_unusable(parity: Cli, tmp_path: Path) -> None:
+    """A dump that cannot be compared is the engine's fault, and no crash of parity."""
+    header = {"type": "header", "format": 1, "source": "x", "compute": "f32", "model": {"name": "other", "fingerprint": "00"}}
+    lines = [header, {"checkpoint": "embd", "token_idx": 0, "values": [1.5, 2]}]
+    (tmp_path / "dump.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = ("--architectures", "llama", "--types", "F32", "--prompts", "one", "--modes", "prefill", "--workers", "1")
+    code, answer = parity.json("conform", "--exec", f"cat {tmp_path / 'dump.jsonl'}", *axes)
+    (cell,) = answer["cells"]
+    assert (code, cell["verdict"]) == (1, "unusable"), cell
+    assert "different models" in cell["reason"]

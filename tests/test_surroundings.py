@@ -67,6 +67,14 @@ def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:
     one_line(ran.stderr, "the prompt is not UTF-8")
 
 
+@pytest.mark.parametrize("width", ["0", "\u00b2"])
+def test_a_terminal_without_a_width_is_served(stories_run: Path, width: str) -> None:
+    """A width that is none is not taken: with COLUMNS=0 nothing was printed, not even the verdict."""
+    ran = shell('parity diff "$1" "$2"', stories_run / "ours.jsonl", stories_run / "ref.jsonl", COLUMNS=width)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "parity: 35 of 35 records agree" in ran.stdout
+
+
 def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProcess[str]:
     """A parity whose files may not grow beyond `size` bytes, as on a disk that fills up."""
     return subprocess.run(

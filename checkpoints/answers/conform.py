@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct, convert
+from msgspec import Meta, Struct, convert
 
 from ..structs import as_dict
 
@@ -18,6 +18,9 @@ UNUSABLE = "unusable"  # a dump that cannot be read or believed, or has no logit
 NO_REFERENCE = "no reference"  # llama.cpp itself has no such model, or cannot run it
 CHANGED = "changed"  # the key of a result of which nobody knows by which build of the engine it was made
 WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
+
+
+_Measured = Annotated[float, Meta(ge=0)]  # a number, which NaN in a damaged file is not
 
 
 class Cell(Struct, frozen=True):
@@ -58,8 +61,8 @@ class CellResult(Struct, frozen=True):
     cause: str = ""
     sentence: str = ""
     compared: int = 0
-    nmse: float | None = None
-    of_limit: float | None = None
+    nmse: _Measured | None = None
+    of_limit: _Measured | None = None
     worst: str = ""
     rope: str = ""
     seconds: float = 0.0

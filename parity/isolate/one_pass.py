@@ -16,6 +16,7 @@ from engine.graph import POSITIONS, TOKENS, Altered, Step, compute, viewed
 from engine.replay.products import product
 from engine.replay.proof import rounds_activations
 
+from ..diff.record_faults import listed
 from .elements import Sample, energy_of_scores, sample_product, typical_energy
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
@@ -34,6 +35,15 @@ _NEARER = 10.0
 # weights); scores of 100, rounded to float32, make it 4e-11.
 STRETCH = 3.0
 _NORMS = (ops.rms_norm, ops.layer_norm)
+_NAMED = 3  # inputs that a reason names
+
+
+def _inputs(names: Sequence[str]) -> str:
+    """Inputs as the subject of a sentence: up to three by name, of more the two that are nearest to the operation."""
+    if len(names) == 1:
+        return f"its input {names[0]} was"
+    nearest = sorted(names, key=lambda name: (-1 if (layer := parse(name).layer) is None else layer, name))
+    return f"its inputs {listed(nearest if len(names) <= _NAMED else [*nearest[-2:], 'earlier ones'])} were"
 
 
 def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
@@ -133,10 +143,9 @@ class JudgedPass:
         if step.inner:
             self._states[step.makes] = None
             return
-        before = " and ".join(name for name in names if name != step.makes)
         output = "its output was not recorded as a whole"
         self._judging.records[step.makes].reason = (
-            output if step.makes in names else f"its input {before} was not recorded as a whole"
+            output if step.makes in names else f"{_inputs(names)} not recorded as a whole"
         )
 
     def _judge(self, step: Step) -> None:

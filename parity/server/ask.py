@@ -90,28 +90,25 @@ def _stopped(text: str) -> str:
 def _echoed(reply: ServerReply, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> ServerReply:
     """The answer with predictions of the prompt's own tokens, as far as they are the same as llama.cpp's."""
     text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
-    before, match, after = "".join(item.token.text for item in predictions).partition(text)
-    hidden = _hidden(prompt)
     shown = list(predictions)
-    if shown and prompt.ids and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1] and hidden:
+    before, match, after = "".join(item.token.text for item in shown).partition(text)
+    hidden = _hidden(prompt)
+    echoed = before + match + after
+    if hidden and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1]:
         hidden = 0  # this server shows its BOS, too
         before = before.removeprefix(shown[0].token.text)
     if match and (before.strip() or after.strip()):
         return replace(reply, around=(before, after))
-    echoed = "".join(item.token.text for item in shown).lstrip()
-    if hidden == 0 and prompt.text is not None and shown:
+    echoed = echoed.lstrip()
+    if hidden == 0 and prompt.text is not None:
         echoed = echoed.removeprefix(shown[0].token.text)
     if echoed and len(echoed) < len(text.strip()) and text.lstrip().startswith(echoed):
         reply = replace(reply, cut=len(echoed))
     placed: list[PlacedPrediction] = []
     bare = 0
-    for number, item in enumerate(shown):
-        index = number + hidden
-        piece = prompt.pieces[index] if index < len(prompt.ids) else ""
-        if index >= len(prompt.ids) or not (
-            vocabulary.same(item.token, prompt.ids[index]) or (number == 0 and item.token.text.strip() == piece.strip())
-        ):
-            return replace(reply, placed=tuple(placed), tokenizer=(index, piece, item.token.text))
+    for index, item in enumerate(shown, hidden):
+        if not _is_token(item, index, hidden, prompt, vocabulary):
+            return replace(reply, placed=tuple(placed), tokenizer=(index, _piece(prompt, index), item.token.text))
         if item.candidates and index > 0:
             placed.append(PlacedPrediction(index - 1, item.candidates, item.token))
         elif index > 1:  # nothing precedes the first token that is shown
@@ -123,11 +120,48 @@ def _echoed(reply: ServerReply, predictions: Sequence[Prediction], prompt: Promp
     return replace(reply, placed=tuple(placed), notes=notes)
 
 
+def _piece(prompt: Prompt, index: int) -> str:
+    return prompt.pieces[index] if index < len(prompt.ids) else ""
+
+
+def _is_token(item: Prediction, index: int, hidden: int, prompt: Prompt, vocabulary: Vocabulary) -> bool:
+    """Whether what the server shows is the prompt's token at `index`; the first one that it shows may lack a space."""
+    if index >= len(prompt.ids):
+        return False
+    spaced = index == hidden and item.token.text.strip() == _piece(prompt, index).strip()
+    return spaced or vocabulary.same(item.token, prompt.ids[index])
+
+
 def _hidden(prompt: Prompt) -> int:
     """How many leading tokens have no text: a BOS."""
     text = prompt.text if prompt.text is not None else ""
     first = prompt.pieces[0] if prompt.pieces else ""
     return int(bool(text) and len(prompt.ids) > 1 and not text.lstrip().startswith(first.strip() or "\0"))
+
+
+class _Question(Struct, frozen=True):
+    """What the server is given to predict what follows `position`: a text, or ids."""
+
+    position: int
+    given: str | Sequence[int]
+
+
+def _questions(prompt: Prompt, prefix_ids: Callable[[str], Sequence[int]], first: int) -> tuple[list[_Question], int]:
+    """One question for each position from `first` on but the last, and how many positions no text leads to."""
+    positions = range(first, len(prompt.ids) - 1)
+    if prompt.text is None:
+        return [_Question(position, prompt.ids[: position + 1]) for position in positions], 0
+    questions: list[_Question] = []
+    left = 0
+    hidden = _hidden(prompt)
+    for position in positions:
+        prefix = "".join(prompt.pieces[hidden : position + 1])
+        prefix = prefix if prompt.text.startswith(" ") else prefix.lstrip(" ")
+        if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: position + 1]:
+            questions.append(_Question(position, prefix))
+        elif position >= hidden:
+            left += 1
+    return questions, left
 
 
 def _one_by_one(
@@ -139,23 +173,7 @@ def _one_by_one(
     first: int,
 ) -> ServerReply:
     """The answer with one request for each position but the last, which the first request covered already."""
-    questions: list[tuple[int, str | None, str | Sequence[int]]] = []
-    left = 0
-    text = ""
-    hidden = _hidden(prompt)
-    for index in range(len(prompt.ids) - 1):
-        if prompt.text is None:
-            if index >= first:
-                questions.append((index, None, prompt.ids[: index + 1]))
-            continue
-        text += prompt.pieces[index] if index >= hidden else ""
-        if index < first:
-            continue
-        prefix = text.lstrip(" ") if not prompt.text.startswith(" ") else text
-        if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: index + 1]:
-            questions.append((index, prefix, prefix))
-        elif index >= hidden:
-            left += 1
+    questions, left = _questions(prompt, prefix_ids, first)
     notes = []
     if left:
         notes.append(
@@ -168,13 +186,15 @@ def _one_by_one(
         )
         questions = [questions[number * len(questions) // _AT_ONCE] for number in range(_AT_ONCE)]
     placed = []
-    for number, (index, known, question) in enumerate(questions):
+    for number, question in enumerate(questions):
         if progress is not None:
             progress("server", number, len(questions))
-        answer = dialect.complete(question, 1)
+        answer = dialect.complete(question.given, 1)
         if answer.generated and answer.generated[0].candidates:
-            own = next((c for c in answer.generated[0].candidates if c.id == prompt.ids[index + 1]), None)
-            placed.append(PlacedPrediction(index, answer.generated[0].candidates, own, prefix=known))
+            candidates = answer.generated[0].candidates
+            own = next((item for item in candidates if item.id == prompt.ids[question.position + 1]), None)
+            prefix = question.given if isinstance(question.given, str) else None
+            placed.append(PlacedPrediction(question.position, candidates, own, prefix=prefix))
     if len(placed) < len(questions):
         notes.append(f"positions of which the server gave no candidates: {len(questions) - len(placed)} of {len(questions)}")
     return replace(reply, placed=tuple(placed), notes=tuple(notes))

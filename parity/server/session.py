@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer
+from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer, ServerCause
 from checkpoints.errors import InputError
 from checkpoints.structs import as_dict
 from checkpoints.whole_file import put
@@ -25,7 +25,7 @@ from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import PlacedPrediction, Progress, ServerReply, ask_server
-from .base import KlFloor, Row, floor_of, kl, listed, rows
+from .base import Row, floor_of, kl, listed, rows
 from .case import ServerCase
 from .causes import cause_of, unexplained
 from .dialects import AUTO, Dialect, dialect_of
@@ -94,6 +94,66 @@ def compare_server(
     return answer
 
 
+class _Beside(Struct, frozen=True):
+    """The server's predictions beside llama.cpp's.
+
+    `sample` is what causes are tried on; `greedy` are the server's own choices with llama.cpp's rows, which are empty from the 65th on.
+    `unknown` counts predictions of which no candidate is a token; `next_choice` is what llama.cpp chooses where the server stopped early.
+    """
+
+    predictions: tuple[Predicted, ...] = ()
+    sample: tuple[tuple[PlacedPrediction, Row], ...] = ()
+    greedy: tuple[tuple[PlacedPrediction, Row], ...] = ()
+    limit: float = LEAST_LIMIT
+    floor: float = 0.0
+    unknown: int = 0
+    next_choice: int | None = None
+
+
+def _beside_llama_cpp(reference: Reference, request: Request, reply: ServerReply, vocabulary: Vocabulary) -> _Beside:
+    by_position = {placed.position: placed for placed in reply.placed}
+    if not by_position:
+        return _Beside()
+    ended = _ended(reply)
+    first, tokens = min(by_position), reply.tokens[: max(by_position) + 1 + ended]
+    floor = floor_of(reference, request.model, tokens, first)
+    limit = request.tolerance if request.tolerance is not None else limit_of(floor)
+    predictions: list[Predicted] = []
+    sample = Sample(reply.placed)
+    greedy: list[tuple[PlacedPrediction, Row]] = []
+    unknown = 0
+    next_choice: int | None = None
+    for position, row in rows(reference, request.model, tokens, first, request.mode):
+        if ended and position == len(reply.tokens) - 1:
+            next_choice = int(row.argmax())
+        placed = by_position.get(position)
+        if placed is None:
+            continue
+        if not len(listed(placed.candidates, vocabulary, row).ids):
+            unknown += 1
+            continue
+        predictions.append(_predicted(placed, row, reply, vocabulary, limit))
+        sample.add(placed, row, wrong=predictions[-1].wrong)
+        if placed.chosen is not None:
+            greedy.append((placed, row.copy() if len(greedy) < 64 else row[:0]))
+    if unknown and not predictions:
+        raise InputError(
+            "none of the server's candidates is a token of this model.",
+            "Is it the model that the server runs? Check --model.",
+            code="server",
+        )
+    return _Beside(tuple(predictions), sample.kept, tuple(greedy), limit, floor.worst, unknown, next_choice)
+
+
+def _cause(case: ServerCase, beside: _Beside, unfaithful: Sequence[tuple[int, str, str]], *, wrong: bool) -> ServerCause | None:
+    """What explains the server's numbers or, if those are right, its choices."""
+    reply = case.reply
+    cause = cause_of(case) if wrong or reply.around or reply.tokenizer else None
+    if cause is None and unfaithful:
+        return choices.cause([item for item in beside.greedy if len(item[1])], reply.tokens, unfaithful)
+    return cause
+
+
 def _compared(
     reference: Reference,
     request: Request,
@@ -103,63 +163,19 @@ def _compared(
     vocabulary: Vocabulary,
     dialect: Dialect,
 ) -> ServerAnswer:
-    by_position = {placed.position: placed for placed in reply.placed}
-    floor = KlFloor(0.0, 0.0)
-    predictions: list[Predicted] = []
-    sample = Sample(reply.placed)
-    greedy: list[tuple[PlacedPrediction, Row]] = []
-    unknown = 0
-    ended = _ended(reply)
-    next_choice: int | None = None
-    if by_position:
-        first, tokens = min(by_position), reply.tokens[: max(by_position) + 1 + ended]
-        floor = floor_of(reference, request.model, tokens, first)
-        limit = request.tolerance if request.tolerance is not None else limit_of(floor)
-        for position, row in rows(reference, request.model, tokens, first, request.mode):
-            if ended and position == len(reply.tokens) - 1:
-                next_choice = int(row.argmax())
-            placed = by_position.get(position)
-            if placed is None:
-                continue
-            if not len(listed(placed.candidates, vocabulary, row).ids):
-                unknown += 1
-                continue
-            predictions.append(_predicted(placed, row, reply, vocabulary, limit))
-            sample.add(placed, row, wrong=predictions[-1].wrong)
-            if placed.chosen is not None:
-                greedy.append((placed, row.copy() if len(greedy) < 64 else row[:0]))
-    else:
-        limit = LEAST_LIMIT
-    if unknown and not predictions:
-        raise InputError(
-            "none of the server's candidates is a token of this model.",
-            "Is it the model that the server runs? Check --model.",
-            code="server",
-        )
-    left_out = (
-        *_fewer(reply, next_choice, special, vocabulary, min(dialect.top, special.n_vocab)),
-        *((f"predictions left out, because none of their candidates is a token of this model: {unknown}",) if unknown else ()),
-    )
+    beside = _beside_llama_cpp(reference, request, reply, vocabulary)
+    predictions = beside.predictions
+    notes = [*reply.notes, *_fewer(reply, beside.next_choice, special, vocabulary, min(dialect.top, special.n_vocab))]
+    if beside.unknown:
+        notes.append(f"predictions left out, because none of their candidates is a token of this model: {beside.unknown}")
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
-    case = ServerCase(
-        reference,
-        request.model,
-        request.mode,
-        prompt,
-        reply,
-        special,
-        vocabulary,
-        sample.kept,
-        limit,
-    )
-    cause = cause_of(case) if wrong is not None or reply.around or reply.tokenizer else None
-    unfaithful = choices.unfaithful([placed for placed, _ in greedy])
-    if unfaithful and cause is None:
-        cause = choices.cause([item for item in greedy if len(item[1])], reply.tokens, unfaithful)
+    case = ServerCase(reference, request.model, request.mode, prompt, reply, special, vocabulary, beside.sample, beside.limit)
+    unfaithful = choices.unfaithful([placed for placed, _ in beside.greedy])
+    cause = _cause(case, beside, unfaithful, wrong=wrong is not None)
     if wrong is not None and cause is None:
         note = unexplained(len(predictions), sum(item.same_choice for item in predictions))
-        left_out = (*left_out, *((note,) if note else ()))
+        notes += [note] if note else []
     place = wrong or other
     prefix = reply.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(
@@ -169,9 +185,9 @@ def _compared(
         mode=request.mode,
         prompt=reply.prompt,
         tokens=reply.tokens,
-        predictions=tuple(predictions),
-        limit=limit,
-        floor=floor.worst,
+        predictions=predictions,
+        limit=beside.limit,
+        floor=beside.floor,
         echoed=reply.echoed,
         requests=0,
         seconds=0.0,
@@ -182,7 +198,7 @@ def _compared(
         prefix=prefix,
         wanted=reply.wanted,
         next_command=_next(request.model, prefix) if wrong is not None else "",
-        notes=(*reply.notes, *left_out, *case.notes),
+        notes=(*notes, *case.notes),
     )
 
 
@@ -240,17 +256,5 @@ def _own(placed: PlacedPrediction) -> float | None:
 
 def _next(model: Path, prefix: Sequence[int]) -> str:
     """The command that records every point of llama.cpp on these tokens."""
-    words = [
-        "parity",
-        "dump",
-        "ref",
-        "--model",
-        str(model),
-        "--tokens",
-        ",".join(map(str, prefix)),
-        "--points",
-        "all",
-        "-o",
-        REF_FILE,
-    ]
-    return shlex.join(words)
+    tokens = ",".join(map(str, prefix))
+    return shlex.join(["parity", "dump", "ref", "--model", str(model), "--tokens", tokens, "--points", "all", "-o", REF_FILE])

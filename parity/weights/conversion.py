@@ -6,6 +6,7 @@ with the results of the usual mistakes. A few rows at a time are read: memory do
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,9 @@ def _tensor(
     model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int], refusal: str
 ) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
-    if source is None:
-        if info.name in DERIVED_TENSORS or info.name == "output.weight":
-            reason = (
-                "no tensor of the folder, and config.json does not give it"
-                if info.name in DERIVED_TENSORS
-                else "no tensor of the folder"
-            )
-            return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
-        return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
-    if not source.readable:
-        return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), refusal)
-    if source.size != count:
-        shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
-        return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{source.size:,} values in the folder, {shapes}")
+    if source is None or not source.readable or source.size != count:
+        status, by, reason = _incomparable(info.name, source, refusal)
+        return TensorCheck(info.name, kind, info.shape, status, 0, by, reason)
     stored, source = source, source.shaped(info.shape)
     conv1d = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")
     if conv1d:
@@ -143,14 +133,11 @@ def _tensor(
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
     wrong = [] if distance is None else limit.wrong_rows(distance).tolist()
     first = held.first(source, right, wrong[0] if wrong else 0)
-    for mistake, parts in stored.mistakes:
-        if limit.holds(held.distance(TensorSource(parts).shaped(info.shape), right)):
-            return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
-    for mistake, parts in _mistaken_scales(source):
-        if limit.holds(held.distance(TensorSource(parts), right)):
-            return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
-    for mistake, change in _mistakes(info, arch, heads):
-        if limit.holds(held.distance(source, change)):
+    joined = ((mistake, TensorSource(parts).shaped(info.shape), right) for mistake, parts in stored.mistakes)
+    scaled = ((mistake, TensorSource(parts), right) for mistake, parts in _mistaken_scales(source))
+    changed = ((mistake, source, change) for mistake, change in _mistakes(info, arch, heads))
+    for mistake, other, change in chain(joined, scaled, changed):
+        if limit.holds(held.distance(other, change)):
             return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     if mistake := guess(held, source, right, limit):
         status = DIFFERENT if mistake.startswith("it is exchanged") else mistake
@@ -160,6 +147,23 @@ def _tensor(
         row = first_wrong_row(held, source, right, limit, wrong[0]) if wrong else ""
         reason = limit.excess(distance, row or reason)
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
+
+
+def _incomparable(name: str, source: TensorSource | None, refusal: str) -> tuple[str, tuple[str, ...], str]:
+    """Status, what was compared, and the reason for a tensor whose values the folder does not have, or not as many of them.
+
+    `refusal` is why the folder's values cannot be read, if they cannot.
+    """
+    if source is None and name in DERIVED_TENSORS:
+        return NOT_CHECKED, (), "no tensor of the folder, and config.json does not give it: the converter made it"
+    if source is None and name == "output.weight":
+        return NOT_CHECKED, (), "no tensor of the folder: the converter made it"
+    if source is None:
+        return "extra", (), "the folder has no such tensor"
+    if not source.readable:
+        return NOT_CHECKED, (), refusal
+    shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
+    return DIFFERENT, _BY, f"{source.size:,} values in the folder, {shapes}"
 
 
 def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
