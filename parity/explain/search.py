@@ -69,23 +69,19 @@ class Search:
         if state.first is None or depth == 0:
             return state
         suspects = self.screening.suspects(state)
-        if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: most likely only one layer is wrong
-            states = self._one_more.once(state, single=True)
-            if states and states[0].first is None:
-                return self._follow(state, states, depth)
-        if len(suspects) > 1 and suspects[0] > 0 and not all_explained(self._one_more.first_stages(state)):
-            # A fault in all layers would most likely show in those that agree.
+        # The layers before agree: most likely only one layer is wrong, since a fault in all layers would show in them.
+        if suspects and suspects[0] > 0 and (len(suspects) == 1 or not all_explained(self._one_more.first_stages(state))):
             states = self._one_more.once(state, single=True)
             if all_explained(states):
                 return self._follow(state, states, depth)
         everywhere = self._one_more.once(state, single=False)
-        if len(suspects) > 1 and not (everywhere and everywhere[0].first is None):
+        if len(suspects) > 1 and not all_explained(everywhere):
             # Searching many layers takes long: faults found in all layers are followed first.
             best = self._follow(state, everywhere, depth)
             if best.first is None:
                 return best
         states = everywhere
-        if not (states and states[0].first is None):
+        if not all_explained(states):
             states = sorted([*states, *self._one_more.once(state, single=True)], key=self.rank)
         if not all_explained(states):
             states = sorted([*states, *self._one_more.numbers(state)], key=self.rank)
