@@ -9,7 +9,7 @@ from . import numbers
 from .base import log_probabilities
 from .case import ServerCase, judged
 from .predictions import may_be_logarithm
-from .sampler_causes import biased, penalty, subtracted, temperature, truncation
+from .sampler_causes import reweighted, temperature, truncation
 from .text_causes import beginning, echo, template, tokenizer
 
 
@@ -20,7 +20,7 @@ def cause_of(case: ServerCase) -> ServerCause | None:
     take a pass each).
     """
     readings: tuple[Callable[[ServerCase], ServerCause | None], ...] = (
-        echo, _numbers, beginning, temperature, truncation, _not_normalised, penalty, subtracted, biased, template, tokenizer,
+        echo, _numbers, beginning, temperature, truncation, _not_normalised, reweighted, template, tokenizer,
     )  # fmt: skip
     if not all(may_be_logarithm(candidate) for placed, _ in case.sample for candidate in placed.candidates):
         readings = (echo, _numbers, _not_normalised)

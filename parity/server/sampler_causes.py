@@ -61,6 +61,12 @@ def truncation(case: ServerCase) -> ServerCause | None:
     return judged(case, "truncated-logprobs", sentence, "Request those before the sampler.", explained, case.sample)
 
 
+def reweighted(case: ServerCase) -> ServerCause | None:
+    """Penalties or biases: of those that explain the numbers the closest, since a small one is nearly another's."""
+    causes = [cause for find in (penalty, subtracted, biased) if (cause := find(case)) is not None]
+    return min(causes, key=lambda cause: cause.kl or 0.0, default=None)
+
+
 def penalty(case: ServerCase) -> ServerCause | None:
     """A repeat penalty: positive logits of tokens that were seen are divided by it, negative ones multiplied (llama_sampler_penalties)."""
 
