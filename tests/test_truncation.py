@@ -67,10 +67,3 @@ def test_a_row_with_fewer_tokens_than_are_kept_is_left_as_it_is() -> None:
     rows = drawn(width=20)
     fit = fitted(rows, [20] * len(rows), "top-k")
     assert all(np.array_equal(fit.left(row), row) for row in rows)
-
-
-def test_a_share_that_a_token_just_reaches_keeps_it() -> None:
-    """min-p keeps tokens of exactly that share (llama_sampler_min_p)."""
-    row = np.log(np.array([0.5, 0.25, 0.25], dtype=np.float32))
-    fit = fitted([row] * 4, [3] * 4, "min-p")
-    assert int((fit.left(row) == row).sum()) == 3

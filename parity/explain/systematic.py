@@ -19,6 +19,7 @@ from engine.inapplicable import NotApplicable
 
 from .budget import Budget
 from .case import Case
+from .one_element import one_element
 from .records import Expected, Floats
 
 _CHANGE = 2.0**-10  # of a number, as a part of it; float32's rounding is then a part in 10,000 of what it moves
@@ -48,7 +49,7 @@ class _Moved(Struct, frozen=True):
 
 
 def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], seconds: float = SECONDS) -> str | None:
-    """What the errors of a point follow, as words ("blk.*.ffn_out times 1 +1.3e-03"); empty if they follow nothing that is tried.
+    """What the errors of a point follow, as words ("blk.*.ffn_out times 1 +1.3e-03", "element 5 of blk.0.v were off"); empty if nothing.
 
     None if they follow nothing that was tried before the time was up.
 
@@ -63,6 +64,8 @@ def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     total = float((wanted * wanted).sum())
     if not (np.isfinite(total) and total > 0):
         return ""
+    if alone := one_element(case, entry, errors, known):
+        return alone
     steps = _until(case.transformer.steps, entry.point)
     positions = case.positions
     right = entry.taken(case.replay.on_host[entry.point], positions)
