@@ -54,7 +54,7 @@ def truncation(case: ServerCase) -> ServerCause | None:
         explained = [case.of(placed, truncated.left(row)) for placed, row in case.sample]
         sentence = (
             f"the sampler: the log-probabilities are those after {truncated.what}, "
-            "which leaves out all other tokens and makes the rest sum to 1"
+            "which leaves out tokens and makes the rest sum to 1"
         )
         fits.append((sentence, explained))
     sentence, explained = min(fits, key=lambda fit: float(np.median(fit[1])))

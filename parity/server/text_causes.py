@@ -102,8 +102,8 @@ def template(case: ServerCase) -> ServerCause | None:
         (item, row) for item, row in case.sample if item.chosen is None and (item.prefix is not None or _at_end(case, item))
     ]
     placed = placed[-_TEMPLATED:]
-    if not placed or case.prompt.text is None:
-        return None
+    if not placed or case.prompt.text is None or all(_same_choice(case, item, row) for item, row in placed):
+        return None  # other weights, or another arithmetic: the answer of an assistant goes on in another way than the text
     last = placed[-1][0]
     text = last.prefix if last.prefix is not None else case.prompt.text
     deadline = monotonic() + _BUDGET
@@ -126,6 +126,12 @@ def template(case: ServerCase) -> ServerCause | None:
         if cause := judged(case, "template", sentence, advice, explained, placed):
             return cause
     return None
+
+
+def _same_choice(case: ServerCase, item: PlacedPrediction, row: Row) -> bool:
+    """Whether the server's first choice is the one that llama.cpp has for the text as it was sent."""
+    server = case.listed(item, row)
+    return len(server.ids) > 0 and int(server.ids[server.logprobs.argmax()]) == int(row.argmax())
 
 
 def _at_end(case: ServerCase, placed: PlacedPrediction) -> bool:
