@@ -217,7 +217,9 @@ class WholeValues:
             length = len(self._positions[step, name.startswith(ENCODER)])
             whole &= all(shape[-1:] == (length,) for shape in rows.shapes)
         rows = rows.take(np.flatnonzero(whole))
-        return _from_rows(name, rows) if len(rows) else None
+        # Scores are as long as the pass has positions, though the last ones may not be whole: later ones are masked.
+        seen = 0 if name.startswith(ENCODER) else int(self.positions(step).max(initial=-1)) + 1 - self.first
+        return _from_rows(name, rows, seen) if len(rows) else None
 
     def _from_tensor(self, name: str, step: int) -> RecordedValue:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
@@ -239,15 +241,15 @@ class WholeValues:
         return RecordedValue(data, positions)
 
 
-def _from_rows(name: str, rows: Rows) -> RecordedValue:
-    """The value of records that contain all of their values, as one array."""
+def _from_rows(name: str, rows: Rows, length: int) -> RecordedValue:
+    """The value of records that contain all of their values, as one array; scores have at least this length."""
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
     if kind in CACHED:  # the last position's record holds all rows
         count = rows.shapes[-1][0] if len(rows.shapes[-1]) > 1 else 1
         return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(count, -1), rows.token_idx)
     if of_scores(name):
-        heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
+        heads, seen = rows.shapes[-1][0], max(length, *(shape[-1] for shape in rows.shapes))
         data = np.zeros((heads, len(rows), seen), dtype=np.float32)
         for r, shape in enumerate(rows.shapes):
             data[:, r, : shape[-1]] = rows.values[r, : int(rows.counts[r])].reshape(heads, -1)
