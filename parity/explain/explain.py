@@ -28,6 +28,7 @@ from .fits import remarks as remarks_on_number
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
+from .own_inputs import contradicted
 from .precision import KINDS, REPRODUCED, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
@@ -127,7 +128,7 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
         f32_stated=case.stated_by,
         next="" if kinds else answer.next,
     )
-    return answer, best
+    return contradicted(case, answer) if start.first is None and not noise else answer, best
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
