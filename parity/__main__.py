@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from itertools import pairwise
+from typing import TextIO
 
 from checkpoints.errors import ParityError
 from checkpoints.printable import printable
@@ -130,22 +131,30 @@ def _system(arguments: list[str], error: OSError) -> int:
     try:
         sys.stdout.flush()
     except OSError:  # the failed write was that of the answer itself
-        _drop_output()
+        _drop(sys.stdout)
     return code
 
 
-def _drop_output() -> None:
-    """Discard what is left in stdout's buffer: Python would report the error again on exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(stream: TextIO) -> None:
+    """Discard what is left in a stream's buffer: Python would report the error again on exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(line: str) -> None:
+    """One line on stderr. If it cannot be written, the exit code alone tells, which for an uncaught error would be 1."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
 
 
 def _unread() -> int:
-    _drop_output()
+    _drop(sys.stdout)
     return UNREAD
 
 
 def _interrupted() -> int:
-    print("parity: interrupted", file=sys.stderr)
+    _say("parity: interrupted")
     return INTERRUPTED
 
 
@@ -156,11 +165,11 @@ def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice:
         error = {"code": code, "message": sentence, "advice": printable(advice, _LONGEST_ERROR)}
         try:
             print(json.dumps({"schema": 1, "error": error}), flush=True)
-        except OSError:  # stderr cannot be written either
-            _drop_output()
+        except OSError:
+            _drop(sys.stdout)
         else:
             return exit_code
-    print(f"parity: {printable(line, _LONGEST_ERROR)}", file=sys.stderr)
+    _say(f"parity: {printable(line, _LONGEST_ERROR)}")
     return exit_code
 
 

@@ -33,8 +33,9 @@ def headline(verdict: Verdict) -> str:
 
 
 def as_far_as_it_goes(verdict: Verdict) -> str:
-    """ " as far as it goes (…)", if something that was asked for was never compared, else ""."""
-    return f" as far as it goes ({uncompared(verdict.uncompared)})" if verdict.uncompared else ""
+    """ " as far as it goes (…)", if nothing was compared after some point or at some positions, else ""."""
+    lacks = verdict.uncompared
+    return f" as far as it goes ({uncompared(lacks)})" if lacks.after or lacks.positions else ""
 
 
 def uncompared(lacks: Uncompared) -> str:
@@ -42,10 +43,10 @@ def uncompared(lacks: Uncompared) -> str:
     parts: list[str] = []
     if lacks.after:
         parts.append(f"nothing after {clean(lacks.after)}")
+    elif len(lacks.points) == lacks.asked > 0:
+        parts.append("no point that was asked for")
     elif lacks.points:
-        parts.append(
-            f"without {_first_names(lacks.points)}" if len(lacks.points) < lacks.asked else "no point that was asked for"
-        )
+        parts.append(f"without {_first_names(lacks.points)}")
     if lacks.positions:
         parts.append(f"nothing at {'position' if len(lacks.positions) == 1 else 'positions'} {ranges(lacks.positions)}")
     return ", ".join(parts)
@@ -75,6 +76,8 @@ def answer(verdict: Verdict) -> str:
     if verdict:
         sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
+        if verdict.uncompared.points and not verdict.uncompared.after:
+            sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.asked, 'point')} never compared"
         if verdict.excused:
             sentence += (
                 f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"

@@ -98,7 +98,8 @@ def test_a_small_fault_is_named_in_undeclared_float32_and_right_engines_are_not_
     engine = Faulty(model, reference.graph(model))
 
     def wrong(steps: list[Step], **stated: Any) -> set[str]:
-        return {item.name for item in judged(engine, reference, tmp_path, steps, **stated).operations if item.status == WRONG}
+        isolation = judged(engine, reference, tmp_path, steps, **stated)
+        return {item.name for item in isolation.operations if item.status == WRONG} | set(isolation.findings)
 
     assert wrong(scaled(engine.right, "blk.1.kqv_out", 1.0002)) == {"blk.1.kqv_out"}
     assert not wrong(without_tables(engine.right), compute="f32")

@@ -52,6 +52,8 @@ def test_an_answer_that_cannot_be_written_is_said(stories_run: Path) -> None:
     one_line(ran.stderr, "cannot be written or read: No space left on device")
     ran = shell('parity lint "$1" >&-', stories_run / "ours.jsonl")
     assert (ran.returncode, ran.stderr) == (0, "")
+    ran = shell("parity lint nothing.jsonl > /dev/full 2> /dev/full")
+    assert ran.returncode == 2, "1 would be a divergence"
 
 
 def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:

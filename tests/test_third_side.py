@@ -57,6 +57,9 @@ def test_a_reference_that_is_off_is_named_as_well(faulty: Faulty, ref: Dump) -> 
     compared = _compared(faulty, ref, wrong, "auto").verdict
     assert compared.truth is not None
     assert compared.truth.alone == "reference"
+    assert compared.pattern is not None
+    assert compared.pattern.code == "reference-wrong"
+    assert not compared.operation
 
 
 def test_off_and_all(faulty: Faulty, ref: Dump) -> None:

@@ -26,6 +26,7 @@ from ..arbiter.arbiter import Arbiter
 from ..arbiter.encoder_decoder import EncoderDecoderArbiter
 from ..arbiter.third_side import AnyArbiter
 from ..diff.compare import Options, compare
+from ..diff.uncompared import uncompared
 from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
@@ -113,7 +114,8 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
             other = dumped(_another_last(prompt, vocabulary))
-            checks.append(_causal(other, whole, prompt.ids, options))
+            causal = _causal(other, whole, prompt.ids, options)
+            checks.append(causal if causal.verdict is None else replace(causal, verdict=_held_to(side, causal.verdict)))
     if not checks:
         raise whole_input()
     return Consistency(_described(side, whole), tuple(checks), tuple(not_checked))
@@ -151,7 +153,7 @@ def _in_other_ways(
     for name, way, description in ways:
         try:
             dump = dumped(way)
-            verdict = compare(dump, whole, options)
+            verdict = _held_to(side, compare(dump, whole, options))
         except EngineError:
             raise
         except InputError as error:
@@ -178,6 +180,14 @@ _OURS = {
     SEQUENCES: "keeps one sequence on the device in this mode",
     STATE: "keeps its state on the device in this mode",
 }
+
+
+def _held_to(side: Side, verdict: Verdict) -> Verdict:
+    """The verdict, with the points that an external engine was asked for and printed in neither way."""
+    if not isinstance(side, ExternalEngine) or not side.asked:
+        return verdict
+    compared = {point.checkpoint for point in verdict.points}
+    return replace(verdict, uncompared=uncompared(side.asked, compared, verdict.uncompared.positions, ()))
 
 
 def _untold(side: Side, way: str) -> str:

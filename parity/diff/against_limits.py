@@ -65,7 +65,7 @@ def hold(
             rare they are.
         lower_arithmetic: whether the limits are the table's for an arithmetic below float32, in exact mode.
     """
-    limit = _limit_of_each(measured, allowed)
+    limit = _limit_of_each(measured, allowed, lower_arithmetic=lower_arithmetic)
     after_table = np.zeros(len(limit), dtype=np.bool_)
     if excuse_noise and truth is None and (allowed.assumed or allowed.operations == EXACT_FLOOR.operations):
         after_table = _after_a_table(measured, model, limit)
@@ -238,11 +238,12 @@ def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
     return np.fmax(ratio, np.where(future_mass > FUTURE_MASS, future_mass / FUTURE_MASS, 0.0))
 
 
-def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
+def _limit_of_each(measured: Measured, allowed: Limits, *, lower_arithmetic: bool) -> Floats:
     """The limit of each record, float64 [R]. If the arithmetic is not known, the noise of earlier layers sets the limit.
 
     A whole layer that agrees shows the engine's own noise; an error that jumps far above it later is not noise, however small it is
     compared with the loosest arithmetic. The loosest arithmetic's limit holds before the first whole layer, and is never exceeded.
+    A lower arithmetic that is stated allows for its own noise, but not behind whole layers that show float32's.
     """
     chosen = np.array(
         [
@@ -250,7 +251,7 @@ def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
             for pair in measured.pairs
         ]
     )
-    if allowed.assumed and len(measured.measures):
+    if (allowed.assumed or lower_arithmetic) and len(measured.measures):
         noise = 0.0
         starts = np.searchsorted(measured.point, np.arange(len(measured.pairs)))
         worst = np.maximum.reduceat(measured.measures.nmse, starts)
@@ -260,4 +261,6 @@ def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
                 chosen[number] = min(chosen[number], max(floor, ASSUMED_JUMP * noise))
             if (parse(pair.point).kind == "l_out" or pair.point == OUTPUT_NORM) and worst[number] <= chosen[number]:
                 noise = max(noise, float(worst[number]))
+                if not allowed.assumed and noise > EXACT_FLOOR.operations:
+                    break
     return chosen[measured.point] if len(measured.point) else np.zeros(0)

@@ -2,6 +2,7 @@
 
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from msgspec import Struct
@@ -16,7 +17,7 @@ from engine.replay.products import product
 from engine.replay.proof import rounds_activations
 
 from ..diff.record_faults import listed
-from .elements import Sample, sample_product, typical_energy
+from .elements import Sample, energy_of_scores, sample_product, typical_energy
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import look_of, other_epsilon
@@ -182,7 +183,7 @@ class JudgedPass:
         first = self._program.producers[step.makes]
         routing = self._program.routing.get(step.makes)
         best: _Held | None = None
-        limit, least = self._limit(step), self._typical_energy(first, inputs)
+        limit, least = self._limit(step), self._typical_energy(first, inputs, positions)
         tried: list[list[Step]] = []
         for program in self._programs:
             way = program.way(step.makes)  # definitions may also differ between the recorded values and the step
@@ -252,7 +253,7 @@ class JudgedPass:
         errors, positions, dumped = held.errors, held.positions, held.dumped
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
-        if nmse > limit and held.ours.size == self._live[step.makes].data.size and step.makes not in self._program.routing:
+        if nmse > limit and held.ours.size == self._live[step.makes].data.size:
             self._right[step.makes] = replace(self._live[step.makes], data=held.ours.reshape(self._live[step.makes].data.shape))
         if nmse <= record.nmse:
             return
@@ -294,7 +295,15 @@ class JudgedPass:
                 record.wrong = True
                 record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
 
-    def _typical_energy(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64] | None:
+    def _typical_energy(
+        self, step: Step, inputs: Sequence[NDArray[np.float32]], positions: NDArray[np.int64]
+    ) -> NDArray[np.float64] | None:
+        """What a row's sum of squares would be if the terms of its products had random signs, float64 [T]; None if that is not needed.
+
+        A gate of one number and the few scores of the first positions may cancel to almost nothing, but their rounding error does not.
+        """
+        if parse(step.makes).kind == "kq" and not any(step.weights):
+            return energy_of_scores(partial(compute, step, weights=self._weights), inputs, positions)
         if step.op is not product or not isinstance(step.weights[0], Altered):
             return None
         return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)

@@ -10,7 +10,7 @@ from checkpoints.points import EMBD, LOGITS, parse
 from checkpoints.record import Rows
 from reports.numbers import count, ranges
 
-from .rule import Hit, Subject, by_point, kind, leading, positions_of
+from .rule import Hit, Subject, by_point, kind, leading, of_ids, positions_of
 
 # The largest activations seen in published models are some 1e4 ("massive activations", Sun et al. 2024), scores before the
 # scale some 1e5; an fp16 engine overflows at 65504. Five orders of magnitude above that, nothing is a computed value.
@@ -175,7 +175,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
         origin = subject.computation(name)
         even = _even_steps(rows)
         if parse(name).known is None or (origin is not None and origin.op in _PADDED):
-            even &= rows.values[:, 0] != 0
+            even &= (rows.values[:, 0] != 0) & ~of_ids(rows)
         if even.any():
             bad = even.nonzero()[0].tolist()
             row = leading(rows, bad[0])

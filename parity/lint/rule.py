@@ -211,16 +211,25 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
     """bool [R]: records with enough different finite values to be distinguished from others."""
-    ids = rows.dtype.startswith("i") or kind(rows.point).endswith(
-        ("moe_topk", "moe_argsort")
-    )  # they are few, and often the same
-    if not len(rows) or rows.values.shape[1] < TELLING or ids:
+    if not len(rows) or rows.values.shape[1] < TELLING:
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
     different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
     enough: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
-    return enough
+    return np.asarray(enough & ~of_ids(rows))  # they are few, and often the same
+
+
+def of_ids(rows: Rows) -> NDArray[np.bool_]:
+    """bool [R]: rows of ids, such as chosen experts: by their type, or different whole numbers of a node outside the vocabulary."""
+    if rows.dtype.startswith("i"):
+        return np.ones(len(rows), dtype=np.bool_)
+    if parse(rows.point).known is not None or rows.values.shape[1] < 2:
+        return np.zeros(len(rows), dtype=np.bool_)
+    inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
+    whole: NDArray[np.bool_] = np.all((rows.values == np.rint(rows.values)) & (rows.values >= 0) | ~inside, axis=1)
+    ordered = np.sort(np.where(inside, rows.values, np.nan), axis=1)  # NaN at the end
+    return np.asarray(whole & ~np.any(ordered[:, 1:] == ordered[:, :-1], axis=1))
 
 
 def where(positions: Sequence[int], total: int | None = None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from checkpoints.answers.diff import INCOMPLETE, PARITY, Verdict
+from checkpoints.points import in_vocabulary
 
 from ..diff.compare import Comparison
 from ..diff.uncompared import uncompared
@@ -24,7 +25,7 @@ def held_to(compared: Comparison, points: Sequence[str], engine: ExternalEngine,
     never = uncompared(points, set(records.names), positions, at)
     if not never or verdict.left_out:
         return verdict
-    result = engine.asked_by_name and engine.known[-1] in never.points
+    result = engine.asked_by_name and next(filter(in_vocabulary, reversed(engine.known)), "") in never.points
     last = bool(positions) and max(positions) in never.positions
     incomplete = verdict.verdict == PARITY and (result or last or request.strict)
     return replace(verdict, uncompared=never, verdict=INCOMPLETE if incomplete else verdict.verdict)

@@ -130,7 +130,7 @@ def _base(request: ScoreRequest, text: _Text, vocabulary: int, stack: ExitStack)
         return GoldenPredictions(text.golden, text.prompts, vocabulary)
     if request.base is not None:
         base = load(request.base)
-        base.check(text.chunks, request.base)
+        base.check(text.chunks, vocabulary, request.base)
         return base
     if request.alone:
         return None

@@ -1,6 +1,7 @@
 """A Hugging Face model's folder: config.json and the tensors of its safetensors files, a few rows at a time."""
 
 import json
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ _TYPES: dict[str, Any] = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8,
     "F8_E8M0": np.uint8, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
+_ID = re.compile(r"[0-9]{1,18}")  # int() takes other digits, too, and no text of thousands
 _LARGEST_HEADER = 100_000_000  # bytes: what the format's own reader allows
 
 
@@ -52,19 +54,18 @@ class Folder:
         """The ids that config.json, generation_config.json and the tokenizer's files give for its "bos" or "eos" token."""
         special_ids: set[int] = set()
         files = [self.config, *(_json(self.path / name) for name in ("generation_config.json", "tokenizer_config.json"))]
-        texts = set()
+        texts: list[Any] = []  # of damaged files anything
         for content in files:
             ids = content.get(f"{short}_token_id")
             special_ids |= {number for number in (ids if isinstance(ids, list) else [ids]) if isinstance(number, int)}
             token = content.get(f"{short}_token")
-            texts.add(token.get("content") if isinstance(token, dict) else token)
+            texts.append(token.get("content") if isinstance(token, dict) else token)
         added = _json(self.path / "tokenizer.json").get("added_tokens")
         entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
         decoder = files[-1].get("added_tokens_decoder")
         if isinstance(decoder, dict):
-            entries += [
-                entry | {"id": int(key)} for key, entry in decoder.items() if isinstance(entry, dict) and key.isdecimal()
-            ]
+            numbered = {key: entry for key, entry in decoder.items() if isinstance(entry, dict) and _ID.fullmatch(key)}
+            entries += [entry | {"id": int(key)} for key, entry in numbered.items()]
         special_ids |= {entry["id"] for entry in entries if entry.get("content") in texts and isinstance(entry.get("id"), int)}
         return frozenset(special_ids)
 

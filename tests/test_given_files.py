@@ -1,16 +1,23 @@
-"""JSON from outside, with values that no writer of ours leaves: each is one line, or what was kept is made again."""
+"""Files from outside, with values that no writer of ours leaves: each is one line, or what was kept is made again."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli import Cli, refused
+from msgspec.structs import replace
+from safetensors.numpy import save_file
 
 from checkpoints.answers.conform import Cell, CellResult
+from checkpoints.errors import InputError
 from checkpoints.given_json import decoded
 from parity.conform import results
+from parity.score.base import Base, load
+from parity.score.text import Chunk
+from parity.weights.safetensors_folder import Folder
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -118,3 +125,70 @@ def test_an_engine_that_answers_for_another_model_is_unusable(parity: Cli, tmp_p
     (cell,) = answer["cells"]
     assert (code, cell["verdict"]) == (1, "unusable"), cell
     assert "different models" in cell["reason"]
+
+
+def _base(**changes: object) -> Base:
+    """Two predictions of three tokens each, as `BaseWriter` keeps them."""
+    logits = np.array([[2, 1, 0], [3, 2, 1]], np.float32)
+    arrays = {
+        "tokens": np.arange(8),
+        "ids": np.array([[5, 6, 7], [7, 6, 5]], np.int32),
+        "logits": logits,
+        "log_sums": np.log(np.exp(logits.astype(np.float64)).sum(axis=1) + 1),
+        "next_logits": np.array([1, 2], np.float32),
+    }
+    return Base("a side", 4, **(arrays | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": np.zeros((2, 0), np.int32), "logits": np.zeros((2, 0), np.float32)},
+        {"ids": np.zeros((2, 3), np.float32)},
+        {"logits": np.full((2, 3), np.nan, np.float32)},
+        {"logits": np.full((2, 3), 9, np.float32)},
+        {"log_sums": np.array(1.0)},
+        {"log_sums": np.ones((2, 1))},
+        {"log_sums": np.array([-np.inf, 5])},
+        {"next_logits": np.array([np.nan, 1], np.float32)},
+        {"tokens": np.zeros((4, 2), np.int64)},
+    ],
+)
+def test_a_base_file_that_no_side_writes_is_damaged(changes: dict[str, object], tmp_path: Path) -> None:
+    """Other types, shapes, no predictions, NaN, and logits beyond the sum over all; the right one is read back."""
+    for base, words in ((_base(), ""), (_base(**changes), "damaged")):
+        arrays = {name: getattr(base, name) for name in ("tokens", "ids", "logits", "log_sums", "next_logits")}
+        save_file(arrays, tmp_path / "base", {"format": "1", "name": base.name, "context": "4"})
+        if words:
+            with pytest.raises(InputError, match=words):
+                load(tmp_path / "base")
+        else:
+            assert load(tmp_path / "base").context == 4
+
+
+def test_a_base_of_another_vocabulary_or_a_shorter_text_is_refused() -> None:
+    """Ids that the vocabulary lacks, and fewer predictions than the text has, are no index errors."""
+    base, text = _base(), [Chunk(0, (0, 1, 2, 3), 2)]
+    base.check(text, 8, Path("b"))
+    for ids in (np.full((2, 3), 8, np.int32), np.full((2, 3), -1, np.int32), base.ids[:0]):
+        with pytest.raises(InputError, match="another text"):
+            replace(base, ids=ids).check(text, 8, Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 1, "content": []}, {"id": "x", "content": {}}, 3]}),
+        (
+            "tokenizer_config.json",
+            {"bos_token": {"content": {}}, "added_tokens_decoder": {"9" * 5000: {"content": []}, "²": {}}},
+        ),
+        ("generation_config.json", {"bos_token_id": {}, "bos_token": ["a"]}),
+    ],
+)
+def test_special_tokens_of_other_types_are_none(name: str, content: dict[str, Any], tmp_path: Path) -> None:
+    """Damaged files of a tokenizer leave the ids that config.json gives."""
+    (tmp_path / "config.json").write_text('{"bos_token_id": 7}')
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(json.dumps(content))
+    assert Folder(tmp_path).special("bos") == {7}
