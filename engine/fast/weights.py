@@ -78,6 +78,10 @@ class FastWeights:
         kinds = {m.kind for layer in self.layers for m in layer.matrices.values()} | {self.embedding.kind, self.output.kind}
         return sum(1 << kind for kind in kinds)
 
+    def types_of(self, *names: str) -> int:
+        """The ggml types of these matrices of all layers, as a bit mask."""
+        return sum(1 << kind for kind in {layer.matrices[name].kind for layer in self.layers for name in names})
+
     def _layer(self, name: str) -> LayerWeights:
         qkv, out, gate_up, down = groups = [self._group(*(name + part for part in parts)) for parts in _GROUPS]
         names = [part for parts in _GROUPS for part in parts]

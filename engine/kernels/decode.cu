@@ -19,7 +19,7 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
     int best_at = 0x7fffffff;
     static_assert(R == 4, "rows at once");
     const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
-    Rows<D, 32, R> ahead;
+    Rows<D, 32, R, LOGIT_TYPES> ahead;
     for (int r = first + warp * R; r < last; r += LOGITS_ROUND) {
         int rows[R];
         float sum[R];
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
             attend(s, l, u / splits, u % splits, splits, seen, scale, step);
         }
         MARK
-        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, false> out;
+        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, OUT_TYPES, false> out;
         out.load(l.o, x);
         const long long word = fetch_layer(m, i + 1);
         merge(s, l, splits, step);
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         gate_up.run(s, l, eps, step);
         norm.keep(s, eps, l.ffn_norm_out);
         MARK
-        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, STAGED> down;
+        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED> down;
         down.load(l.down, l.ffn_inp);
         if (i + 1 < LAYERS) {
             if (STAGED && threadIdx.x == 32) leave(&s.used[0]);

@@ -1,7 +1,7 @@
 """A weight in the file's own type, laid out for the device's kernels.
 
-The same bits as in the file, rearranged: each field of the blocks goes into a plane of its own, so that a lane reads 16
-aligned bytes of 32 neighbouring elements. K-quants' packed six-bit scales are unpacked to bytes (4.5 -> 4.6 bits an element).
+The same bits as in the file, rearranged: each field of the blocks goes into a plane of its own, so that a lane reads 8 or 16
+aligned bytes of 16 neighbouring elements. K-quants' packed six-bit scales are unpacked to bytes (4.5 -> 4.6 bits an element).
 `weights.cuh` reads the planes; the values are exactly those of `dequantize.py`.
 """
 
@@ -52,14 +52,14 @@ def pack(raw: Array, kind: int, cols: int) -> Packed:
         return xp.ascontiguousarray(blocks[:, start:stop])
 
     if kind == Q4_0:
-        return Packed(kind, rows, cols, cut(2, 18), scales=cut(0, 2))
+        return Packed(kind, rows, cols, _nibbles(_halves(blocks[:, 2:18])), scales=cut(0, 2))
     if kind == Q8_0:
         return Packed(kind, rows, cols, cut(2, 34), scales=cut(0, 2))
     if kind == Q5_0:
         bits = (blocks[:, 2:6, None] >> xp.arange(8, dtype=np.uint8)) & np.uint8(1)
         # Byte k of the word holds elements 4w + k of the lower half in bit w, of the upper half in bit 4 + w.
         high = _fold(bits.reshape(-1, 2, 4, 4).transpose(0, 3, 1, 2).reshape(-1, 4, 8), 1)
-        return Packed(kind, rows, cols, cut(6, 22), high=high, scales=cut(0, 2))
+        return Packed(kind, rows, cols, _nibbles(_halves(blocks[:, 6:22])), high=high, scales=cut(0, 2))
     if kind == Q4_K:
         q = ((blocks[:, 16:144].reshape(-1, 4, 1, 32) >> xp.asarray([[0], [4]], dtype=np.uint8)) & np.uint8(15)).reshape(-1, 32)
         scales, mins = k4_scales_and_mins(blocks[:, 4:16])
@@ -72,8 +72,14 @@ def pack(raw: Array, kind: int, cols: int) -> Packed:
 
 
 def _nibbles(q: Array) -> Array:
-    """Values 0…15 of blocks of 32 -> 16 bytes: element i in the low, i + 16 in the high nibble of byte i."""
-    return q[:, :16] | (q[:, 16:] << np.uint8(4))
+    """Values 0…15 of blocks of 32 -> 16 bytes, 8 for each half: its element i in the low, i + 8 in the high nibble of byte i."""
+    halves = q.reshape(-1, 2, 2, 8)
+    return (halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))).reshape(-1, 16)
+
+
+def _halves(low: Array) -> Array:
+    """16 bytes whose low nibbles are the first half of a block, and the high ones the second -> values 0…15 of blocks of 32."""
+    return module_of(low).concatenate([low & np.uint8(15), low >> np.uint8(4)], axis=1)
 
 
 def _fold(parts: Array, bits: int) -> Array:
