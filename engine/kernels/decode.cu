@@ -145,7 +145,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         norm.keep(s, eps, l.attn_norm_out);
         MARK
         if (threadIdx.x == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
-        if (STAGED && threadIdx.x == 64) find_near(s, l);
         #pragma unroll 1
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) {
             if (u != blockIdx.x) block_sync();                 // the sums of the last one have been read
