@@ -19,7 +19,7 @@ from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
 _THREADS = 512 + 32  # as in decode.cu: the threads that compute, and the warp that prefetches weights
-_OTHER = 3456  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
+_OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.
 _PHASES = {
@@ -142,7 +142,9 @@ class DecodeStep:
         gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
         activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
         floats, others = self.weights.types & _FLOATS, self.weights.types & ~_FLOATS
-        rest = (4 * (9 * activations // 8 + 32) if floats else 0) + (4 * activations if others else 0) + 64 * hp.head_size + _OTHER
+        rest = (
+            (4 * (9 * activations // 8 + 32) if floats else 0) + (4 * activations if others else 0) + 64 * hp.head_size + _OTHER
+        )
         fits = gate + down + rest <= self._device["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 

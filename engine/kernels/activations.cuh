@@ -24,8 +24,9 @@ template <int N> struct ActivationsOf {
     __align__(16) unsigned char bytes[3][INTEGERS ? N : 16];
     float unit[INTEGERS ? N / 32 : 1], sum[SUMS ? N / 16 : 1];
 
-    // EACH neighbours from element e on; 32 / EACH neighbouring lanes have a block of 32, and all of them are here.
-    template <int EACH> __device__ __forceinline__ void put(int e, const float (&v)[EACH]) {
+    // EACH neighbours from element e on; 32 / EACH neighbouring lanes have a block of 32, and all of them are here. WHOLE: all of a warp are,
+    // which is faster: shuffles among some lanes are made group by group.
+    template <int EACH, bool WHOLE> __device__ __forceinline__ void put(int e, const float (&v)[EACH]) {
         if constexpr (FLOATS) {
             if constexpr (EACH == 4) *(float4*)(x + padded(e)) = make_float4(v[0], v[1], v[2], v[3]);
             else if constexpr (EACH == 2) *(float2*)(x + padded(e)) = make_float2(v[0], v[1]);
@@ -33,7 +34,7 @@ template <int N> struct ActivationsOf {
         }
         if constexpr (INTEGERS) {
             constexpr int LANES = 32 / EACH;
-            const unsigned lane = threadIdx.x & 31, group = LANES == 32 ? ~0u : (1u << LANES % 32) - 1 << (lane & ~(LANES - 1));
+            const unsigned lane = threadIdx.x & 31, group = WHOLE ? ~0u : ((1u << LANES % 32) - 1) << (lane & ~(LANES - 1));
             unsigned top = 0;
             #pragma unroll
             for (int i = 0; i < EACH; i++) top = max(top, __float_as_uint(v[i]) & 0x7FFFFFFFu);

@@ -149,7 +149,7 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
         for (int i = 0; i < TOGETHER; i++) {
             const int e = threadIdx.x + (n + i) * THREADS;
             const float4 v = values_of(four[i]);
-            if (e < FF / 4) s.x.put<4>(4 * e, {v.x, v.y, v.z, v.w});
+            if (e < FF / 4) s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
         }
     }
     block_sync();

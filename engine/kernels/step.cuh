@@ -102,7 +102,7 @@ struct Shared {
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     Matrix near_gate, near_up, near_down;
-    __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
+    __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
 // This block's share of `count` items, as [first, last).
