@@ -26,7 +26,7 @@ _PHASES = {
     "QKV_TYPES": ("attn_q", "attn_k", "attn_v"), "OUT_TYPES": ("attn_output",), "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
 }  # fmt: skip
 # Quantised rows of a 0.5 B model are 56 pieces, those of the down projection 304.
-_QUANTISED_WARPS = {"QKV_WARPS": 2, "OUT_WARPS": 2, "GATE_WARPS": 2, "DOWN_WARPS": 2}
+_QUANTISED_WARPS = {"QKV_WARPS": 2, "OUT_WARPS": 2, "GATE_WARPS": 2, "DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second, for float types and for others;
 # near.cuh has that of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.486 ms a step in F16 at 290, 0.490 at 275

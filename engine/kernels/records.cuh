@@ -136,7 +136,7 @@ __device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted,
             #pragma unroll
             for (int i = 0; i < EACH; i++) { all &= told(words[i], step); raws[i] = value_of(words[i]); }
             if (all) break;
-            __nanosleep(PAUSE);
+            __nanosleep(LOGITS_PAUSE);
             request(start);
         }
         request(start + LOGITS_ROUND);                         // ahead: on their way while these are summed up
