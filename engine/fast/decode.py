@@ -23,7 +23,8 @@ _OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointer
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.
 _PHASES = {
-    "QKV_TYPES": ("attn_q", "attn_k", "attn_v"), "OUT_TYPES": ("attn_output",), "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
+    "QKV_TYPES": ("attn_q", "attn_k", "attn_v"), "OUT_TYPES": ("attn_output",),
+    "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
 }  # fmt: skip
 # Quantised rows of a 0.5 B model are 56 pieces, those of the down projection 304.
 _QUANTISED_WARPS = {"QKV_WARPS": 2, "OUT_WARPS": 2, "GATE_WARPS": 2, "DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}

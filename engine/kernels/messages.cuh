@@ -10,9 +10,6 @@
 #ifndef FIRST_PAUSE              // before the first read of the residual stream behind attention: looking too early slows down those
 #define FIRST_PAUSE 800          // blocks that still make it, by 4 % of a step (docs/benchmarks-log.md)
 #endif
-#ifndef LOGITS_PAUSE             // of the one warp that records logits: nothing waits for it but the step's end
-#define LOGITS_PAUSE 1000
-#endif
 typedef unsigned long long Word;
 
 __device__ __forceinline__ void tell(Word* to, float value, unsigned step) {
