@@ -59,9 +59,14 @@ def same_numbers(faulty: Faulty, edit: Edit, causes: Sequence[Named], tokens: tu
     """Whether an engine with the named faults computes what the edited one computes, at these points."""
     other = list(faulty.right)
     for cause in causes:
-        if cause.fault not in FAULTS:
+        # A model's own multiplier and a fitted one share a name; their parameters tell which.
+        fault = next(
+            (fault for fault in FAULTS if fault.name == cause.fault and fault.parameters.keys() >= cause.parameters.keys()),
+            None,
+        )
+        if fault is None:
             return False
-        other = plant(other, FAULTS[cause.fault], cause.layers, **cause.parameters)
+        other = plant(other, fault, cause.layers, **cause.parameters)
     first, second = replay(faulty, edit.steps, tokens).values, replay(faulty, other, tokens).values
     with np.errstate(all="ignore"):
         for point in points:

@@ -21,7 +21,8 @@ from statistics import median
 
 import forked
 
-from checkpoints.gguf_file import ARRAY, STRING, Contents, TensorEntry, Value, contents, header_bytes, string_value
+from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes
+from checkpoints.gguf_values import ARRAY, STRING, Value, string_value
 
 ARCHITECTURES = ("qwen2", "llama", "qwen3", "gemma3", "phi3")
 COMMANDS: dict[str, tuple[str, ...]] = {

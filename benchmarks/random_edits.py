@@ -38,7 +38,7 @@ _RESULTS = (
     "first",
 )
 FURTHER = (*_RESULTS, "summed in F16", "powers of 2", "value of the layer before", "bias twice")
-FAULTS = {**CATALOGUE, **{fit.fault.name: fit.fault for fit in FITTED}}
+FAULTS = (*CATALOGUE.values(), *(fit.fault for fit in FITTED))
 _INSIDE = ("kq", "kq_soft_max")  # rows behind a mask: what moves elements of them makes values of later positions
 
 

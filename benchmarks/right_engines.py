@@ -5,7 +5,8 @@
 Engines come in tens: a seeded small model (architecture and weight type go through all of them), its reference by llama.cpp, and our
 engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 or all values a row, the default points or all, bare lines
 (no header, shape, statistics or sketch) or a whole dump, its arithmetic stated or not. `lint` and `diff`, without and with the model,
-judge each; with `--explain` so does `explain`, which takes most of the time (`explain_right.py` has right engines of its own).
+judge each, `isolate` all values of every other one; with `--explain` so does `explain`, which takes most of the time
+(`explain_right.py` has right engines of its own).
 
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
 "assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; a divergence that blames no
@@ -33,9 +34,11 @@ from explain_precision import half_sums, other_order
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
+from checkpoints.answers.isolate import WRONG
 from checkpoints.answers.lint import ERROR
 from checkpoints.errors import InputError, ParityError
 from checkpoints.graph import RecordedGraph
+from checkpoints.jsonl import write
 from checkpoints.points import layer_outputs
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, End, Rows
@@ -48,6 +51,7 @@ from parity.diff.compare import Options, compare
 from parity.explain import case as explain_case
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
+from parity.isolate.isolate import IsolateRequest, isolate
 from parity.lint.lint import lint
 from parity.lint.model_facts import ModelFacts
 from parity.models.embedded import path as embedded
@@ -205,6 +209,17 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
     return answers
 
 
+def isolated(model: Model, whole: Dump, stated: str, reference: Reference) -> str:
+    """What `isolate` says of a right engine that writes every value whole: "right" or "accused: …"; it states its arithmetic or not."""
+    assert whole.header is not None
+    path = model.path.with_name("whole.jsonl")
+    header = replace(whole.header, source="an engine", compute=stated, dataflow=None)
+    write(replace(whole, header=header), path, header)
+    answer = isolate(IsolateRequest(model.path, dump=path, tokens=model.tokens), reference)
+    wrong = [f"{item.name} {item.nmse or 0:.1e} {item.reason}" for item in answer.operations if item.status == WRONG]
+    return f"accused: {[*wrong, *answer.findings]}" if wrong or answer.findings else "right"
+
+
 def _visible(verdict: Any) -> bool:
     """Whether any record differs by more than float32's noise; an arithmetic that changes no recorded point is rightly called exact."""
     return verdict.worst is not None and verdict.worst.of_limit > 1
@@ -224,12 +239,14 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
         if way_of_it is HALF_SUMS and any(step.op is not ops.linear and _multiplies(step) for step in model.faulty.right):
             way_of_it = ways[0]  # experts would stay in float32: a mixture of arithmetics
         whole = computed(model, way_of_it)
-        for _ in range(EACH):
+        for nth in range(EACH):
             way = Written.drawn(draw)
             began = perf_counter()
             line = {"seed": seed, "number": number, "model": model.name, "kind": kind, "written": vars(way)}
             try:
                 line["said"] = judged(model, way.of(whole, layers, kind), way, kind, explained=explained)
+                if nth == 0:
+                    line["said"]["isolate"] = isolated(model, whole, kind if way.stated else "", reference)
             except ParityError as error:
                 line["said"] = {"all": f"accused: refused, {error}"}
             yield line | {"seconds": round(perf_counter() - began, 2)}

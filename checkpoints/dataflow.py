@@ -50,13 +50,13 @@ class Dataflow(Struct, frozen=True, dict=True):
                 readers[other].append(name)
         return {name: tuple(names) for name, names in readers.items()}
 
-    def behind(self, operation: Callable[[str, Computation], bool]) -> frozenset[str]:
+    def downstream(self, operation: Callable[[str, Computation], bool]) -> frozenset[str]:
         """The points that are made by such an operation, or from what one made."""
-        behind: set[str] = set()
+        downstream: set[str] = set()
         for name, how in self.computations.items():  # what a point reads stands before it
-            if operation(name, how) or not behind.isdisjoint(how.reads):
-                behind.add(name)
-        return frozenset(behind)
+            if operation(name, how) or not downstream.isdisjoint(how.reads):
+                downstream.add(name)
+        return frozenset(downstream)
 
     def part_of_next(self, name: str) -> bool:
         """Whether a point is only the first part of the computation of the next one: a product before its bias, a norm before its weight.

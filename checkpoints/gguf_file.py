@@ -11,7 +11,6 @@ import mmap
 import struct
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,46 +19,14 @@ from .content import content_hash
 from .errors import ModelError
 from .fingerprint import fingerprint
 from .gguf_parts import missing_part, not_first, other_part, part_path
+from .gguf_values import ARRAY, SIZES, STRING, UINT32, Value, string_value, uint32_value
 from .record import ModelInfo
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-_ARRAY_HEAD = 12  # bytes of an array's element type and length
 # Bytes that a value (key length, type, one byte) and a tensor (name length, dimensions, one of them, type, offset) take.
 _LEAST_VALUE, _LEAST_TENSOR = 13, 32
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # gguf_type -> bytes
-FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY, UINT32 = 8, 9, 4
 _FAMILIES = {0: "f32", 1: "f16", 30: "bf16", 28: "f32"}  # by ggml_type; F64 is no coarser than F32
-
-
-class Value(Struct, frozen=True):
-    """A metadata value: its `gguf_type` and its bytes as they are in the file."""
-
-    type: int
-    raw: bytes
-
-    def number(self) -> int | float | None:
-        """The value of a scalar, None for anything else."""
-        return struct.unpack("<" + FORMATS[self.type], self.raw)[0] if self.type in FORMATS else None
-
-    def text(self) -> str | None:
-        """The value of a string, None for anything else."""
-        return self.raw[8:].decode(errors="replace") if self.type == STRING else None
-
-    def plain(self) -> Any:
-        """The value in Python: a number, truth value, text, or the list of an array's elements."""
-        if self.type != ARRAY:
-            return self.text() if self.type == STRING else self.number()
-        kind, count = struct.unpack_from("<IQ", self.raw)
-        if kind in FORMATS:
-            return list(struct.unpack_from(f"<{count}{FORMATS[kind]}", self.raw, _ARRAY_HEAD))
-        texts, at = [], _ARRAY_HEAD
-        for _ in range(count):
-            (length,) = struct.unpack_from("<Q", self.raw, at)
-            at += 8 + length
-            texts.append(self.raw[at - length : at].decode(errors="replace"))
-        return texts
 
 
 class TensorEntry(Struct, frozen=True):
@@ -327,17 +294,6 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     if not isinstance(step, int) or step < 1 or step & (step - 1):
         raise ValueError(f"its alignment is {stated.plain()!r:.60}, not a power of two")
     return Contents(path, metadata, tuple(tensors.values()), -(-cursor.at // step) * step, len(data), cursor.at, step)
-
-
-def string_value(text: str) -> Value:
-    """A string as a metadata value."""
-    encoded = text.encode()
-    return Value(STRING, struct.pack("<Q", len(encoded)) + encoded)
-
-
-def uint32_value(number: int) -> Value:
-    """An unsigned integer as a metadata value."""
-    return Value(UINT32, struct.pack("<I", number))
 
 
 def header_bytes(metadata: dict[str, Value], tensors: list[TensorEntry]) -> bytes:

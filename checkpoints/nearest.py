@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-from .points import ENCODER, KINDS, MODEL_KINDS, in_layer, parse
+from .points import ENCODER, KINDS, MODEL_KINDS, in_layer, in_vocabulary
 
 _LISTED = 4
 _WORDS = re.compile(r"(?:model|transformer|layers?|blocks?|blk|h)(?=[._\[-]|\d|$)")
@@ -12,7 +12,7 @@ _WORDS = re.compile(r"(?:model|transformer|layers?|blocks?|blk|h)(?=[._\[-]|\d|$
 
 def unknown_names(names: Iterable[str]) -> tuple[str, ...]:
     """One sentence on the names that are not points of the vocabulary, or nothing."""
-    unknown = [name for name in names if parse(name.removeprefix(ENCODER)).known is None]
+    unknown = [name for name in names if not in_vocabulary(name)]
     if not unknown:
         return ()
     listed = []

@@ -96,6 +96,11 @@ def parse(name: str) -> Point:
     return Point(name, int(match[1]), match[2]) if match else Point(name, None, name)
 
 
+def in_vocabulary(name: str) -> bool:
+    """Whether it is a point of the vocabulary, an encoder's included, and not a node that only the reference or a foreign engine has."""
+    return parse(name.removeprefix(ENCODER)).known is not None
+
+
 def in_layer(layer: int, kind: str) -> str:
     """The name of `kind` in `layer`: in_layer(5, "l_out") is "blk.5.l_out"."""
     return f"blk.{layer}.{kind}"

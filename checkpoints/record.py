@@ -54,7 +54,8 @@ class Header(Struct, frozen=True):
 
     `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
     `mode` "exact" or "native", `slice` the number of leading values a record carries, `dataflow` what each point is made from
-    (`checkpoints.dataflow.Dataflow.to_json`), `columns` where the records lie as arrays beside the lines (`checkpoints.columns`).
+    (`checkpoints.dataflow.Dataflow.to_json`; {} if only the order of points is known), `columns` where the records lie as arrays beside
+    the lines (`checkpoints.columns`).
     """
 
     source: str

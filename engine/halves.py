@@ -21,7 +21,7 @@ def as_encoder(steps: Sequence[Step]) -> list[Step]:
 
 
 def decoder_alone(encoder: Sequence[Step], decoder: Sequence[Step]) -> list[Step]:
-    """A decoder's steps behind one that hands over what the encoder makes: it reads the values of `handed_over`, which must be given."""
+    """A decoder's steps after an encoder that hands over what it makes: it reads the values of `handed_over`, which must be given."""
     return [Step(ENCODED, handed_on, tuple(handed_over(encoder)), axis=None, inner=True), *decoder]
 
 

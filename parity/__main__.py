@@ -8,9 +8,11 @@ exits 1, and nothing but parity 0.
 import io
 import json
 import os
+import re
 import signal
 import sys
 from itertools import pairwise
+from typing import TextIO
 
 from checkpoints.errors import ParityError
 from checkpoints.printable import printable
@@ -21,6 +23,7 @@ INTERRUPTED = 130
 UNREAD = 141  # what a shell shows of a program that wrote into a closed pipe: 128 + SIGPIPE
 INTERNAL = 3
 UNTESTABLE = 125  # git bisect's own
+_WIDTH = re.compile(r"[1-9][0-9]{0,4}")  # columns of a terminal
 _LONGEST_ERROR = 1500  # characters: enough for a list of names that may have been meant
 
 
@@ -46,7 +49,12 @@ def _end_as_interrupted() -> None:
 
 
 def _prepare_output() -> None:
-    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?"."""
+    """A closed stdout or stderr becomes the null device; characters that the terminal's encoding lacks are printed as "?".
+
+    A width that is none (COLUMNS=0 in some editors and containers) is not taken: nothing would be printed.
+    """
+    if not _WIDTH.fullmatch(os.environ.get("COLUMNS", "")):
+        os.environ.pop("COLUMNS", None)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -89,29 +97,13 @@ def run(arguments: list[str]) -> int:
         return _fail(
             arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
         )
-    except OSError as error:
-        if os.environ.get("PARITY_TRACEBACK"):
-            raise
-        subject = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
-        code = _fail(arguments, 2, "system", f"{subject}: {error.strerror or error}.", "Check space and permissions.")
-        try:
-            sys.stdout.flush()
-        except OSError:  # the failed write was that of the answer itself
-            _drop_output()
-        return code
     except Exception as error:
-        # typer's own errors: its copies of click's classes, which it does not export.
-        if type(error).__name__ == "Abort":
-            return _interrupted()
-        if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()  # type: ignore[attr-defined]
-            return 2
-        if (format_message := getattr(error, "format_message", None)) is not None:
-            context = getattr(error, "ctx", None)
-            command = context.command_path if context is not None else "parity"
-            return _fail(arguments, 2, "usage", format_message().rstrip("."), "", end=f". See `{command} --help`.")
+        if (wrong_usage := _usage(arguments, error)) is not None:
+            return wrong_usage
         if os.environ.get("PARITY_TRACEBACK"):
             raise
+        if isinstance(error, OSError):
+            return _system(arguments, error)
         message = f"internal error, please report it: {type(error).__name__}: {error}"
         return _fail(arguments, INTERNAL, "internal", message, "PARITY_TRACEBACK=1 shows where.")
     if code == INTERRUPTED:  # typer's own handling of Ctrl-C
@@ -119,18 +111,50 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _drop_output() -> None:
-    """Discard what is left in stdout's buffer: Python would report the error again on exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _usage(arguments: list[str], error: Exception) -> int | None:
+    """The exit code of typer's own errors, None for others: they are its copies of click's classes, which it does not export."""
+    if type(error).__name__ == "Abort":
+        return _interrupted()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if (format_message := getattr(error, "format_message", None)) is None:
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "parity"
+    return _fail(arguments, 2, "usage", format_message().rstrip("."), "", end=f". See `{command} --help`.")
+
+
+def _system(arguments: list[str], error: OSError) -> int:
+    subject = "the answer or a file cannot be written or read" if error.filename is None else str(error.filename)
+    code = _fail(arguments, 2, "system", f"{subject}: {error.strerror or error}.", "Check space and permissions.")
+    try:
+        sys.stdout.flush()
+    except OSError:  # the failed write was that of the answer itself
+        _drop(sys.stdout)
+    return code
+
+
+def _drop(stream: TextIO) -> None:
+    """Discard what is left in a stream's buffer: Python would report the error again on exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(line: str) -> None:
+    """One line on stderr. If it cannot be written, the exit code alone tells, which for an uncaught error would be 1."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
 
 
 def _unread() -> int:
-    _drop_output()
+    _drop(sys.stdout)
     return UNREAD
 
 
 def _interrupted() -> int:
-    print("parity: interrupted", file=sys.stderr)
+    _say("parity: interrupted")
     return INTERRUPTED
 
 
@@ -141,11 +165,11 @@ def _fail(arguments: list[str], exit_code: int, code: str, message: str, advice:
         error = {"code": code, "message": sentence, "advice": printable(advice, _LONGEST_ERROR)}
         try:
             print(json.dumps({"schema": 1, "error": error}), flush=True)
-        except OSError:  # stderr cannot be written either
-            _drop_output()
+        except OSError:
+            _drop(sys.stdout)
         else:
             return exit_code
-    print(f"parity: {printable(line, _LONGEST_ERROR)}", file=sys.stderr)
+    _say(f"parity: {printable(line, _LONGEST_ERROR)}")
     return exit_code
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes
+from checkpoints.gguf_values import uint32_value
 
 from .to_float import ToFloat
 
@@ -42,7 +43,7 @@ def state_alignment(path: Path) -> None:
 def dequantize_rest(path: Path) -> None:
     """Turn every weight of a file that is not F32 into F32, in place; types that libggml does not dequantise stay.
 
-    A tensor grows, so those behind it move: from the last to the first, none is overwritten before it has moved.
+    A tensor grows, so those after it move: from the last to the first, none is overwritten before it has moved.
 
     Raises:
         OSError: the disk has no room; ModelError: this is no GGUF file.

@@ -71,10 +71,10 @@ class Tap:
         """The outlines noted, of the same nodes as `listed`."""
         return _computed_of(self._outlines or [])
 
-    def record(self, asked: Callable[[int], None]) -> None:
-        """During the next pass, hand every node's address to `asked` and compute nothing."""
+    def record(self, record_node: Callable[[int], None]) -> None:
+        """During the next pass, hand every node's address to `record_node` and compute nothing."""
         self._reset()
-        self._record = asked
+        self._record = record_node
 
     def skip(self) -> None:
         """Leave the next pass after its first node; llama.cpp then regards it as computed."""
@@ -133,14 +133,14 @@ class Tap:
             return not ask
         try:
             if ask:
-                return self._asked(address)
+                return self._wants_value(address)
             self._computed(address)
         except BaseException as error:
             self._failure = error
             return not ask
         return True
 
-    def _asked(self, address: int) -> bool:
+    def _wants_value(self, address: int) -> bool:
         tensor = self._ggml.tensor(address)
         if self._outlines is not None:
             self._outlines.append((self._ggml.outline(tensor), bool(tensor.flags & COMPUTED)))

@@ -72,9 +72,9 @@ class _Walk:
             weights: list[str] = []
             for number, source in enumerate(sources):
                 operand = read.get((node.address, number)) if item.operand is None else None
-                behind = ([operand], []) if operand is not None else self._behind(source, item.point)
-                points += behind[0]
-                weights += behind[1]
+                made_from = ([operand], []) if operand is not None else self._made_from(source, item.point)
+                points += made_from[0]
+                weights += made_from[1]
             known = [name for name in dict.fromkeys(points) if name in origins or name == self._encoded]
             maker = self._maker(node)
             op, function = (maker.op, maker.function) if item.operand is None else (CACHE, "")
@@ -84,10 +84,10 @@ class _Walk:
     def _maker(self, node: Node) -> Node:
         """The node itself, or, for a view of an unplanned value, the node that makes that value."""
         while node.op in VIEWS and node.sources:
-            behind = self._nodes.get(node.sources[0].address)
-            if behind is None or behind.address in self._point:
+            viewed = self._nodes.get(node.sources[0].address)
+            if viewed is None or viewed.address in self._point:
                 break
-            node = behind
+            node = viewed
         return node
 
     def _memory(self, source: OperandSource, *, stop: bool = False) -> OperandSource:
@@ -98,7 +98,7 @@ class _Walk:
             source = self._nodes[source.address].sources[0]
         return source
 
-    def _behind(self, first: OperandSource, point: str) -> tuple[list[str], list[str]]:
+    def _made_from(self, first: OperandSource, point: str) -> tuple[list[str], list[str]]:
         """The nearest points, and the weights, that a tensor is made from; for a fused product its parts, if they are points."""
         points: list[str] = []
         weights: list[str] = []

@@ -12,7 +12,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from checkpoints.errors import ReferenceFailed
-from checkpoints.gguf_file import TensorEntry, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import TensorEntry, contents, header_bytes
+from checkpoints.gguf_values import uint32_value
 
 from .jobs import FilePlan
 from .library import Library

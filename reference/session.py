@@ -95,16 +95,16 @@ class Session:
         listed = nodes()
         if not any(node.name.startswith("result_") for node in listed):
             api = self.model.library.api
-            never = api.ggml_abort_callback(lambda _data: False)
-            api.llama_set_abort_callback(self._context, never, None)
+            do_not_abort = api.ggml_abort_callback(lambda _data: False)
+            api.llama_set_abort_callback(self._context, do_not_abort, None)
             listed = nodes()
             api.llama_set_abort_callback(self._context, self._abort, None)
         self.clear()
         return listed
 
-    def record(self, inputs: Sequence[int], first: int, asked: Callable[[int], None], *, encode: bool = False) -> None:
-        """Hand the address of every node of a pass over these tokens to `asked`, computing nothing."""
-        self.tap.record(asked)
+    def record(self, inputs: Sequence[int], first: int, record_node: Callable[[int], None], *, encode: bool = False) -> None:
+        """Hand the address of every node of a pass over these tokens to `record_node`, computing nothing."""
+        self.tap.record(record_node)
         self._decode(inputs, first, encode=encode)
         self.tap.check()
 

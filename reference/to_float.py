@@ -84,7 +84,7 @@ class ToFloat:
         return out
 
     def padded(self, data: bytes, kind: int, elements: int) -> NDArray[np.float32] | None:
-        """As the call, of bytes that may have padding behind them."""
+        """As the call, of bytes that may have padding after them."""
         traits = self._traits(kind).contents
         if not traits.to_float or not traits.blck_size:
             return None

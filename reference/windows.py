@@ -16,7 +16,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError
-from checkpoints.gguf_file import ARRAY, SIZES, Contents, TensorEntry, Value, contents, header_bytes, string_value, uint32_value
+from checkpoints.gguf_file import Contents, TensorEntry, contents, header_bytes
+from checkpoints.gguf_values import ARRAY, SIZES, Value, string_value, uint32_value
 
 from .after_quantising import is_f32
 from .library import Library

@@ -6,6 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from checkpoints.answers.bisect import NOT_JUDGED, RIGHT, Bisected, JudgedPart
+from checkpoints.answers.diff import DIVERGENCE, INCOMPLETE, PARITY
 from checkpoints.structs import as_dict
 
 from .as_json import plain
@@ -41,8 +42,12 @@ def sentence(bisected: Bisected) -> str:
         return f"divergence at {clean(tokens.name)}, position {tokens.token_idx}: {clean(tokens.reason)} (no layer was judged)"
     right = sum(part.status == RIGHT for part in bisected.parts)
     judged = right + len(bisected.wrong)
+    if not bisected.wrong and judged < len(bisected.parts):
+        return (
+            f"incomplete: {right} of {len(bisected.parts)} parts are right given llama.cpp's inputs, the others are not judged"
+        )
     if not bisected.wrong:
-        return f"all {judged} judged parts are right, given llama.cpp's inputs"
+        return f"all {judged} parts are right, given llama.cpp's inputs"
     layers = tuple(int(part.name.removeprefix("blk.")) for part in bisected.wrong if part.name.startswith("blk."))
     named = [f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"] if layers else []
     named += [part.name for part in bisected.wrong if not part.name.startswith("blk.")]
@@ -54,7 +59,7 @@ def as_json(bisected: Bisected) -> dict[str, Any]:
     """Every part, and the names of the wrong ones."""
     answer = as_dict(bisected) | {
         "schema": 1,
-        "verdict": "parity" if bisected else "divergence",
+        "verdict": PARITY if bisected else DIVERGENCE if bisected.wrong else INCOMPLETE,
         "wrong": [part.name for part in bisected.wrong],
         "answer": sentence(bisected),
     }

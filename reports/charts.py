@@ -82,8 +82,8 @@ def _grid(grid: Grid) -> dict[str, Any]:
     limits = np.nanmax(grid.limit, axis=1, initial=0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = grid.nmse / limits[:, None]
-        odd = ~(np.isclose(grid.of_limit, expected, rtol=_PROPORTION_TOLERANCE, equal_nan=True) | (grid.nmse == 0))
-        odd |= (grid.nmse == 0) & (grid.of_limit > 0)
+        unexpected = ~(np.isclose(grid.of_limit, expected, rtol=_PROPORTION_TOLERANCE, equal_nan=True) | (grid.nmse == 0))
+        unexpected |= (grid.nmse == 0) & (grid.of_limit > 0)
     return {
         "points": names,
         "layers": _layers(grid.points),
@@ -94,7 +94,7 @@ def _grid(grid: Grid) -> dict[str, Any]:
         "nmse": _base64(encode(grid.nmse)),
         "max_abs": _base64(encode(grid.max_abs)),
         # Where the proportion is not nmse / limit: weight given to later positions, a limit of its own.
-        "of_limit": [[int(i), _finite(float(grid.of_limit.flat[i]))] for i in np.flatnonzero(odd)],
+        "of_limit": [[int(i), _finite(float(grid.of_limit.flat[i]))] for i in np.flatnonzero(unexpected)],
     }
 
 

@@ -1,4 +1,4 @@
-"""A conformance run as one HTML file, with the reports of failing cells behind it."""
+"""A conformance run as one HTML file, with the reports of failing cells linked from it."""
 
 from checkpoints.answers.conform import Conformance, axis
 

@@ -10,6 +10,7 @@ from checkpoints.answers.consistency import Check, Consistency
 from .as_json import verdict_as_json
 from .layout import columns, labelled, needed
 from .numbers import clean, count, error, limit
+from .sentences import as_far_as_it_goes
 
 
 def lines(consistency: Consistency, width: int) -> Iterator[Text]:
@@ -51,7 +52,8 @@ def _answer(consistency: Consistency) -> Text:
     if failed:
         names = ", ".join(check.name for check in failed)
         return Text(f"inconsistent: {names} ({len(failed)} of {count(len(compared), 'check')}){held}", style="bold red")
-    return Text(f"consistent: {count(len(compared), 'check')}{held}", style="bold green")
+    far = next((far for check in compared if check.verdict is not None and (far := as_far_as_it_goes(check.verdict))), "")
+    return Text(f"consistent{far}: {count(len(compared), 'check')}{held}", style="bold green")
 
 
 def as_json(consistency: Consistency) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, TruthAt
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, SuspectRecord, TruthAt
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit
@@ -38,6 +38,8 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
         yield from _precision(explanation, width)
     elif explanation.remaining is not None:
         yield from _left(explanation, explanation.remaining, width)
+    if explanation.suspects:
+        yield from _lines([("suspect", _suspect(suspect)) for suspect in explanation.suspects], width)
     if explanation and (seen := rows_seen(explanation.seen)):
         yield from _lines([("seen", f"{seen}: the rest of the rows is unknown")], width)
     if explanation.truth is not None:
@@ -126,13 +128,16 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
     where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
-    if explanation.causes:
+    suspect = place.checkpoint in {other.checkpoint for other in explanation.suspects}
+    if suspect and not explanation.causes:
+        rows = [("no cause", f"no operation is to blame for what differs first, {where}")]
+    elif explanation.causes:
         rows = [("left over", f"the causes above do not reproduce {where}")]
     else:
         rows = [("no cause", f"no known fault reproduces what differs first, {where}")]
     if explanation.law:
         rows.append(("law", f"at {place.checkpoint} {explanation.law}"))
-    rows += _where(explanation)
+    rows += [] if suspect else _where(explanation)
     if explanation.looks_like:
         rows.append(("looks", f"the numbers look like {_arithmetic(explanation.looks_like, explanation)}{_but(explanation)}"))
     if not explanation.complete:
@@ -146,6 +151,16 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
     if explanation.next:
         rows.append(("next", f"record these and run explain again:  --points '{explanation.next}'"))
     return _lines(rows, width)
+
+
+def _suspect(suspect: SuspectRecord) -> str:
+    """Why a record is suspected and not its operation."""
+    agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
+    agrees, would = ("agrees", "it would not") if len(suspect.agreeing) == 1 else ("agree", "they would not")
+    return (
+        f"{suspect.checkpoint} alone differs: {agreeing}, computed from it, {agrees}, and {would} if the engine had gone on with "
+        "these values: the record shows another layout, moment or point than its name says"
+    )
 
 
 def _but(explanation: Explanation) -> str:
@@ -216,6 +231,9 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         ],
         "law": explanation.law or None,
         "operations": list(explanation.placed.operations) if explanation.placed is not None and explanation.placed.sure else [],
+        "record_suspect": [
+            {"checkpoint": suspect.checkpoint, "agreeing": list(suspect.agreeing)} for suspect in explanation.suspects
+        ],
         "precision_only": explanation.precision_only or None,
         "precision_alike": list(explanation.precision_alike),
         "looks_like": explanation.looks_like or None,

@@ -7,13 +7,13 @@ from checkpoints.answers.drift import Drift
 
 from .drift import remarks as drift_remarks
 from .drift import sentence, shortened
-from .sentences import answer, headline, reasons
+from .sentences import answer, as_far_as_it_goes, headline, reasons
 
 
 def annotations(verdict: Verdict) -> Iterator[str]:
-    """An error with what explains it for a divergence, a notice for parity."""
+    """An error with what explains it for a divergence, a notice for parity, a warning if something was never compared."""
     if verdict:
-        yield _command("notice", "parity", answer(verdict))
+        yield _command("warning" if as_far_as_it_goes(verdict) else "notice", "parity", answer(verdict))
     else:
         yield _command("error", headline(verdict), "\n".join([answer(verdict), *_named(verdict)]))
 

@@ -13,6 +13,7 @@ from . import explanation, terminal
 from .as_json import verdict_as_json
 from .layout import labelled, wrap
 from .numbers import clean, count
+from .sentences import uncompared
 
 _LABEL = 8
 _OWN_TOKENS = "your engine computed other tokens than the prompt's (above): mend that first. On the tokens that its dump lists:"
@@ -30,8 +31,8 @@ def round_lines(hunt_round: Round, width: int) -> list[Text]:
 def _recorded(hunt_round: Round) -> str:
     if not hunt_round.recorded:
         return "nothing new"
-    if hunt_round.asked not in ("default", "all"):
-        return hunt_round.asked
+    if hunt_round.points not in ("default", "all"):
+        return hunt_round.points
     layers = [parse(name).layer for name in hunt_round.recorded if parse(name).kind == "l_out"]
     outputs = set(layer_outputs([layer for layer in layers if layer is not None]))
     if set(hunt_round.recorded) <= outputs:
@@ -43,13 +44,14 @@ def _recorded(hunt_round: Round) -> str:
 def _parted(verdict: Verdict) -> str:
     first, last = verdict.first_divergence, verdict.last_agreement
     if first is None:
-        return "all agree" if verdict else verdict.verdict
+        far = f", {uncompared(verdict.uncompared)}" if verdict.uncompared else ""
+        return f"all agree{far}" if verdict else f"{verdict.verdict}{far}"
     sentence = f"divergence at {first.checkpoint}, position {first.token_idx}"
     return f"{sentence}; {last.checkpoint} agrees" if last is not None else sentence
 
 
 def lines(hunt: Hunt, width: int) -> Iterator[Text]:
-    """What stands behind the runs: the cause and how it was found; or the comparison, where there is none."""
+    """What follows the runs: the cause and how it was found; or the comparison, where there is none."""
     if hunt:
         yield from terminal.lines(hunt.verdict, width)
     else:
@@ -82,7 +84,7 @@ def as_json(hunt: Hunt) -> dict[str, Any]:
     return verdict_as_json(hunt.verdict) | {
         "runs": [
             {
-                "asked": step.asked,
+                "asked": step.points,
                 "recorded": list(step.recorded),
                 "verdict": step.verdict.verdict,
                 "first_divergence": step.verdict.first_divergence.checkpoint if step.verdict.first_divergence else None,

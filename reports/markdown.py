@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from checkpoints.answers.diff import Difference
+from checkpoints.answers.diff import Difference, Verdict
 from checkpoints.answers.drift import Drift
 
 from .beside import spread
@@ -31,22 +31,11 @@ def _report(report: Report) -> Iterator[str]:
     yield f"## {text(headline(verdict))}"
     yield ""
     yield text(answer(verdict)) + "."
-    asked, tokens = prompt(report)
+    prompt_text, tokens = prompt(report)
     if tokens:
-        yield f"Prompt of {tokens} tokens: {code(asked)}"
-    shown = verdict.first_divergence or verdict.worst
-    if shown is not None:
-        yield f"\n### {'First divergence' if verdict.first_divergence else 'Closest to its limit'}\n"
-        yield from _shown(shown, verdict.truth.values if verdict.truth is not None else ())
-        sides = (("ours", report.picture.ours), ("reference", report.picture.ref), ("float64", report.picture.truth))
-        yield from (f"- {name}: {figures}" for name, side in sides if side is not None and (figures := spread(side)))
-    lines = list(reasons(verdict))
-    if lines or verdict.next:
-        yield ""
-        yield from (f"- **{name or '…'}**: {text(sentence_)}" for name, sentence_ in lines)
-        if verdict.next:
-            wider = f" --slice {verdict.next_slice}" if verdict.next_slice else ""
-            yield f"- **next**: record these on both sides and run diff again: {code(f'--points {verdict.next!r}{wider}')}"
+        yield f"Prompt of {tokens} tokens: {code(prompt_text)}"
+    yield from _difference(report)
+    yield from _reasons(verdict)
     if verdict.points:
         yield "\n### Error along the model\n"
         yield from _points(report)
@@ -54,27 +43,51 @@ def _report(report: Report) -> Iterator[str]:
         yield f"\n### {text(finding.title)}\n\n{text(finding.sentence)}\n"
         if finding.rows:
             yield from table(finding.columns, [tuple(map(text, row)) for row in finding.rows])
-    choices = generated(report.ours, report.ref)
-    if choices:
-        yield "\n### Generated text\n"
-        yield from table(
-            ("position", "ours", "reference", "", "margin"),
-            [
-                (
-                    str(choice.position),
-                    code(choice.ours),
-                    code(choice.ref),
-                    "" if choice.same else "**differs**",
-                    "" if choice.margin is None else f"{choice.margin:.3g}",
-                )
-                for choice in choices
-            ],
-        )
+    yield from _generated(report)
     yield "\n### How it was run\n"
     yield from (f"- **{name}**: {text(finding)}" for name, finding in remarks(verdict))
     limits = verdict.limits
     yield f"- limit {limit(limits.operations)}, logits {limit(limits.logits)}: {text(limits.source)}\n"
     yield from table(("", "ours", "reference"), [(text(name), code(a), code(b)) for name, a, b in how_it_was_run(report)])
+
+
+def _difference(report: Report) -> Iterator[str]:
+    """The first divergence, or the record that is closest to its limit, and both sides' rows there."""
+    verdict, picture = report.verdict, report.picture
+    shown = verdict.first_divergence or verdict.worst
+    if shown is None:
+        return
+    yield f"\n### {'First divergence' if verdict.first_divergence else 'Closest to its limit'}\n"
+    yield from _shown(shown, verdict.truth.values if verdict.truth is not None else ())
+    sides = (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
+    yield from (f"- {name}: {figures}" for name, side in sides if side is not None and (figures := spread(side)))
+
+
+def _reasons(verdict: Verdict) -> Iterator[str]:
+    """What explains the divergence, and what to record next."""
+    lines = [f"- **{name or '…'}**: {text(sentence_)}" for name, sentence_ in reasons(verdict)]
+    if verdict.next:
+        wider = f" --slice {verdict.next_slice}" if verdict.next_slice else ""
+        lines.append(f"- **next**: record these on both sides and run diff again: {code(f'--points {verdict.next!r}{wider}')}")
+    yield from ["", *lines] if lines else []
+
+
+def _generated(report: Report) -> Iterator[str]:
+    choices = generated(report.ours, report.ref)
+    if not choices:
+        return
+    yield "\n### Generated text\n"
+    rows = [
+        (
+            str(choice.position),
+            code(choice.ours),
+            code(choice.ref),
+            "" if choice.same else "**differs**",
+            "" if choice.margin is None else f"{choice.margin:.3g}",
+        )
+        for choice in choices
+    ]
+    yield from table(("position", "ours", "reference", "", "margin"), rows)
 
 
 def _shown(difference: Difference, truth: tuple[float, ...]) -> Iterator[str]:

@@ -4,7 +4,17 @@ import re
 from collections.abc import Iterator, Sequence
 from math import isclose, isfinite, isinf
 
-from checkpoints.answers.diff import DIVERGENCE, Difference, Missing, RecordFault, Seen, TruthPoint, Verdict
+from checkpoints.answers.diff import (
+    DIVERGENCE,
+    INCOMPLETE,
+    Difference,
+    Missing,
+    RecordFault,
+    Seen,
+    TruthPoint,
+    Uncompared,
+    Verdict,
+)
 from checkpoints.points import EMBD, LOGITS, parse
 
 from .numbers import clean, count, error, limit, ranges, token
@@ -15,7 +25,31 @@ def headline(verdict: Verdict) -> str:
     first = verdict.first_divergence
     if first is not None:
         return f"divergence at {place(first)}"
-    return "parity" if verdict else f"{DIVERGENCE}: records are missing"
+    if verdict.verdict == INCOMPLETE:
+        return f"{INCOMPLETE} ({uncompared(verdict.uncompared)})"
+    if verdict:
+        return f"parity{far}" if (far := as_far_as_it_goes(verdict)) else "parity"
+    return f"{DIVERGENCE}: records are missing"
+
+
+def as_far_as_it_goes(verdict: Verdict) -> str:
+    """ " as far as it goes (…)", if nothing was compared after some point or at some positions, else ""."""
+    lacks = verdict.uncompared
+    return f" as far as it goes ({uncompared(lacks)})" if lacks.after or lacks.positions else ""
+
+
+def uncompared(lacks: Uncompared) -> str:
+    """ "nothing after blk.10.l_out, nothing at positions 3–4"."""
+    parts: list[str] = []
+    if lacks.after:
+        parts.append(f"nothing after {clean(lacks.after)}")
+    elif len(lacks.points) == lacks.asked > 0:
+        parts.append("no point that was asked for")
+    elif lacks.points:
+        parts.append(f"without {_first_names(lacks.points)}")
+    if lacks.positions:
+        parts.append(f"nothing at {'position' if len(lacks.positions) == 1 else 'positions'} {ranges(lacks.positions)}")
+    return ", ".join(parts)
 
 
 def place(difference: Difference) -> str:
@@ -36,21 +70,26 @@ def answer(verdict: Verdict) -> str:
         held += f" ({count(len(own), 'point')} with limits of {low if low == high else f'{low} to {high}'})"
     otherwise = sum(fault.records for fault in verdict.record_faults)
     precision = verdict.precision
+    far = as_far_as_it_goes(verdict)
+    if verdict.verdict == INCOMPLETE:
+        return f"{headline(verdict)}: all {count(verdict.compared, 'record')} that came agree, {held}"
     if verdict:
         sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
+        if verdict.uncompared.points and not verdict.uncompared.after:
+            sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.asked, 'point')} never compared"
         if verdict.excused:
             sentence += (
                 f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"
             )
         if precision is not None and precision.source == "assumed" and precision.arithmetic == "f32":
-            return f"parity: {sentence}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
+            return f"parity{far}: {sentence}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
         if precision is None or precision.source == "stated" or precision.arithmetic == "f32":
-            return f"parity: {sentence}, {held}"
+            return f"parity{far}: {sentence}, {held}"
         how = "assumed: your dump does not say" if precision.assumed else "measured on the model"
         at = f", worst {error(verdict.worst.nmse)} at {clean(verdict.worst.checkpoint)}" if verdict.worst is not None else ""
         kinds = " or ".join(ARITHMETIC[kind] for kind in (precision.arithmetic, *precision.alike))
-        return f"parity as {kinds} arithmetic ({how}): {sentence}{at}"
+        return f"parity{far} as {kinds} arithmetic ({how}): {sentence}{at}"
     wrong = sum(point.failed for point in verdict.points)
     if wrong:
         unjudged = verdict.pattern is not None and verdict.pattern.code == "reference-nonfinite"
@@ -141,6 +180,9 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
+    if (never := verdict.uncompared).points and never.points != verdict.missing_ours.points:
+        some = f"{len(never.points)} of {count(never.asked, 'point')}"
+        yield "missing", f"your engine printed nothing of {some}: {_first_names(never.points)}"
     if verdict.left_out:
         yield "left out", f"{count(verdict.left_out, 'record')} after the position at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))
@@ -242,11 +284,15 @@ def rows_seen(points: Sequence[Seen]) -> str:
     return "; ".join(sentences)
 
 
+def _first_names(points: Sequence[str]) -> str:
+    listed = ", ".join(clean(name) for name in points[:3])
+    return listed + (f" and {count(len(points) - 3, 'further point')}" if len(points) > 3 else "")
+
+
 def _lacking(lacks: Missing) -> str:
     parts: list[str] = []
     if lacks.points:
-        listed = ", ".join(clean(name) for name in lacks.points[:3])
-        parts.append(listed + (f" and {count(len(lacks.points) - 3, 'further point')}" if len(lacks.points) > 3 else ""))
+        parts.append(_first_names(lacks.points))
     if lacks.positions:
         noun = "position" if len(lacks.positions) == 1 else "positions"
         parts.append(f"{noun} {ranges(lacks.positions)}" + (" of common points" if lacks.points else ""))

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.text import Text
 
 from checkpoints.answers.server import GREEDY, Predicted, ServerAnswer, ServerCause
@@ -15,6 +16,8 @@ from .as_json import plain
 from .layout import columns, labelled
 from .numbers import clean, count, error, of_limit, ranges
 
+_LABEL = 8  # width of the names in front of sentences
+_SHOWN = 5  # candidates of each side
 _ROW = 4  # predictions of a row, at the least
 _PARTS = 6  # rows of the table: enough to see a drift grow, few enough for one look
 
@@ -43,14 +46,16 @@ def lines(server_answer: ServerAnswer, width: int) -> Iterator[Text]:
     if server_answer.predictions:
         yield from _table(server_answer, width)
         yield Text("")
+    rows: list[tuple[str, str]] = []
     if server_answer.first is not None:
-        yield from labelled(list(_place(server_answer.first)), width)
+        rows += _place(server_answer.first, width - _LABEL)
     if server_answer.first_choice is not None:
-        yield from labelled([("choice", _choice(server_answer.first_choice))], width)
+        rows.append(("choice", _choice(server_answer.first_choice)))
     for cause in server_answer.causes:
-        yield from labelled(list(cause_lines(cause)), width)
+        rows += cause_lines(cause)
     if server_answer.next_command:
-        yield from labelled([("next", printable(server_answer.next_command, 2000))], width)
+        rows.append(("next", printable(server_answer.next_command, 2000)))
+    yield from labelled(rows, width, label=_LABEL)
     yield from (Text(f"note  {clean(note)}", style="dim") for note in server_answer.notes)
     yield Text(sentence(server_answer), style="bold")
     yield Text(f"{clean(server_answer.folder)}/   {server_answer.seconds:.1f} s", style="dim")
@@ -88,10 +93,10 @@ def _split(items: Sequence[Predicted], parts: int) -> list[Sequence[Predicted]]:
     return [items[a:b] for a, b in pairwise(edges)]
 
 
-def _place(item: Predicted) -> Iterator[tuple[str, str]]:
+def _place(item: Predicted, width: int) -> Iterator[tuple[str, str]]:
     yield "first", f"position {item.position}, after {clean(repr(item.before))}: KL {error(item.kl)}"
-    yield "server", _candidates(item.server)
-    yield "ref", _candidates(item.ref)
+    yield "server", _candidates(item.server, width)
+    yield "ref", _candidates(item.ref, width)
 
 
 def _choice(item: Predicted) -> str:
@@ -103,8 +108,15 @@ def _choice(item: Predicted) -> str:
     )
 
 
-def _candidates(top: Sequence[tuple[int, str, float]]) -> str:
-    return "  ".join(f"{clean(repr(text))} {value:.4f}" for _, text, value in top[:5])
+def _candidates(top: Sequence[tuple[int, str, float]], width: int) -> str:
+    """The most probable tokens, as many as fit into a line."""
+    shown = ""
+    for _, text, value in top[:_SHOWN]:
+        longer = f"{shown}  {clean(repr(text))} {value:.4f}".strip()
+        if shown and cell_len(longer) > width:
+            break
+        shown = longer
+    return shown
 
 
 def cause_lines(cause: ServerCause) -> Iterator[tuple[str, str]]:

@@ -25,14 +25,15 @@ def lines(three_way: ThreeWay, width: int) -> list[Text]:
     rest = len(three_way.points) - (len(rows) - 1)
     table = columns(rows, frozenset({1, 2, 3}), styles, width)
     more = [Text(f"… {count(rest, 'further point')}", style="dim")] if rest else []
-    notes = labelled([("note", clean(note)) for note in three_way.notes], width)
+    recorded = [("recorded", text) for text in _recorded(three_way)]
+    notes = labelled([*recorded, *(("note", clean(note)) for note in three_way.notes)], width)
     return [*table, *more, Text(""), *notes, Text(sentence(three_way), style="bold")]
 
 
 def section(three_way: ThreeWay) -> ReportSection:
     """The same table as a part of a report."""
     head, *rows = _rows(three_way)
-    text = "; ".join((sentence(three_way), *map(clean, three_way.notes)))
+    text = "; ".join((sentence(three_way), *_recorded(three_way), *map(clean, three_way.notes)))
     return ReportSection("Three sides", text, head, tuple(rows), verdict=(sentence(three_way), bool(three_way)))
 
 
@@ -42,12 +43,21 @@ def heads(sides: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(_NUMBERS)
 
 
+def _recorded(three_way: ThreeWay) -> list[str]:
+    """What was recorded otherwise, by which side: a sentence for all points that share one."""
+    points: dict[str, list[str]] = {}
+    for recorded in three_way.record_faults:
+        side = "" if recorded.side is None else f" of {three_way.sides[recorded.side]}"
+        points.setdefault(f"{side}: {clean(recorded.fault.sentence)}", []).append(clean(recorded.fault.checkpoint))
+    return [f"{', '.join(names[:4])}{' and more' if len(names) > 4 else ''}{text}" for text, names in points.items()]
+
+
 def _rows(three_way: ThreeWay) -> list[tuple[str, ...]]:
     """The table's head, and a row for each point that is shown."""
     names = heads(three_way.sides)
     head = ("checkpoint", *(f"{names[a]} – {names[b]}" for a, b in PAIRS), "alone")
     shown = _shown(three_way)
-    return [head, *((clean(point.checkpoint), *map(error, point.nmse), _who(names, point)) for point in shown)]
+    return [head, *((clean(point.checkpoint), *map(error, point.nmse), _accused(names, point)) for point in shown)]
 
 
 def sentence(three_way: ThreeWay) -> str:
@@ -55,7 +65,9 @@ def sentence(three_way: ThreeWay) -> str:
     if three_way.first is None:
         compared = ", ".join(f"{count:,}" for count in three_way.compared)
         sides = f"{', '.join(three_way.sides[:2])} and {three_way.sides[2]}"
-        return f"parity: {sides} agree at {len(three_way.points)} points ({compared} records)"
+        otherwise = sum(recorded.fault.records for recorded in three_way.record_faults)
+        recorded = f", {otherwise:,} recorded otherwise" if otherwise else ""
+        return f"parity: {sides} agree at {len(three_way.points)} points ({compared} records{recorded})"
     point = three_way.first
     if point.wrong or any(far is not None for far in point.truth):
         return f"divergence at {clean(point.checkpoint)}: {_by_truth(three_way, point)}"
@@ -70,7 +82,7 @@ def sentence(three_way: ThreeWay) -> str:
     return f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
 
 
-def _who(names: Sequence[str], point: ThreeWayPoint) -> str:
+def _accused(names: Sequence[str], point: ThreeWayPoint) -> str:
     """The sides that are wrong at a point where float64 says so, else the one that is alone."""
     if point.wrong:
         return ", ".join(names[side] for side in point.wrong)
@@ -115,6 +127,10 @@ def as_json(three_way: ThreeWay) -> dict[str, Any]:
         "pairs": [[three_way.sides[a], three_way.sides[b]] for a, b in PAIRS],
         "first_divergence": point(three_way.first) if three_way.first is not None else None,
         "points": [point(entry) for entry in three_way.points],
+        "record_faults": [
+            as_dict(recorded.fault) | {"side": None if recorded.side is None else three_way.sides[recorded.side]}
+            for recorded in three_way.record_faults
+        ],
         "answer": sentence(three_way),
         "notes": list(three_way.notes),
     }

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.gguf_file import Value, contents, header_bytes
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.gguf_values import Value
 
 Floats = NDArray[np.float32]
 _F32 = 0  # GGML_TYPE_F32

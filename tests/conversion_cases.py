@@ -206,7 +206,7 @@ def falcon_h1() -> Case:
 
 
 def roberta() -> Case:
-    """Positions behind the padding token's."""
+    """Positions after the padding token's."""
     positions = random(10, D)
     return Case(
         "bert",
@@ -229,8 +229,54 @@ def gemma3n() -> Case:
     )
 
 
+def plamo3() -> Case:
+    """Norms to which another number is added in each place."""
+    norm = random(D)
+    head = "model.layers.layers.0."
+    places = {"pre_mixer": "attn_norm.weight", "post_mixer": "post_attention_norm", "pre_mlp": "ffn_norm.weight"}
+    right = {f"blk.0.{name}": norm + np.float32(0.2 if place == "post_mixer" else 1) for place, name in places.items()}
+    right["blk.0.post_ffw_norm"] = norm + np.float32(1 / 5**1.5)
+    return Case(
+        "plamo3",
+        {},
+        {f"{head}{place}_norm.weight": norm for place in (*places, "post_mlp")},
+        right,
+        without_the_1={"blk.0.attn_norm.weight": norm},
+        without_the_={"blk.0.post_ffw_norm": norm},
+    )
+
+
+def chameleon() -> Case:
+    """Norms of queries and keys: the first head's halves as neighbours, for every head."""
+    halves = random(6)
+    neighbours = np.array([halves[i // 2 + 3 * (i % 2)] for i in range(6)])
+    return Case(
+        "chameleon",
+        {},
+        {"model.layers.0.self_attn.q_norm.weight": np.stack([halves] * HEADS)},
+        {"blk.0.attn_q_norm.weight": np.stack([neighbours] * HEADS)},
+        in_the_order_of_halves={"blk.0.attn_q_norm.weight": np.stack([halves] * HEADS)},
+    )
+
+
+def jais() -> Case:
+    """Scales of embeddings and logits, and matrices that are kept turned."""
+    embedding, up = random(5, D), random(D, F)
+    return Case(
+        "jais",
+        {"mup_embeddings_scale": 9.25, "mup_output_alpha": 1.7, "mup_width_scale": 0.0625},
+        {"transformer.wte.weight": embedding, "lm_head.weight": embedding, "transformer.h.0.mlp.c_fc.weight": up},
+        {
+            "token_embd.weight": embedding * np.float32(9.25),
+            "output.weight": embedding * np.float32(1.7 * 0.0625),
+            "blk.0.ffn_up.weight": up.T,
+        },
+        without_the_multiplier={"token_embd.weight": embedding},
+    )
+
+
 CASES: tuple[Callable[[], Case], ...] = (
-    gpt_oss, llama4, deepseek, granitemoe, dbrx, qwen35, qwen3next, falcon_h1, roberta, gemma3n,
+    plamo3, chameleon, jais, gpt_oss, llama4, deepseek, granitemoe, dbrx, qwen35, qwen3next, falcon_h1, roberta, gemma3n,
 )  # fmt: skip
 
 

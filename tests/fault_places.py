@@ -58,7 +58,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "experts-softmax-again": ("qwen3moe", {}, BOTH),
     "rope-in-layers-without": ("smollm3", {}, ALL),
     "scan-b-and-c-exchanged": ("mamba2", {}, BOTH),
-    "gate-behind-norm": ("mamba2", {}, BOTH),
+    "gate-after-norm": ("mamba2", {}, BOTH),
     "conv-gates-exchanged": ("lfm2", {}, BOTH),
     "delta-query-scale": ("qwen3next", {}, BOTH),
     "experts-one-more": ("qwen3moe", {}, BOTH),

@@ -145,7 +145,7 @@ _TURNED = Case("attn_output transposed", each("attn_output.weight", by=transpose
 _MODULO = Case("head h reads key head h % K", "modulo", ("gqa-modulo",))
 _PAIRS = Case("the other kind of RoPE's pairs", "pairs", ("rope-pairs", "qk-permuted"))
 _NEXT = Case("a position sees the next one", "sees the next", ("mask-shifted",))
-_BEHIND = Case("norm of heads behind RoPE", "norm behind RoPE", ("head-norm-after-rope",))
+_AFTER_ROPE = Case("norm of heads after RoPE", "norm after RoPE", ("head-norm-after-rope",))
 _OLD = Case("feed-forward's residual from the layer's input", "old residual", ("residual-old-buffer",))
 _CHUNKS = Case("chunks of 4 that don't see each other", "chunks of 4", ("mask-in-chunks",))
 _HALF_DOWN = Case("ffn_down halved", each("ffn_down.weight", by=half), ("values-scaled", "multiplier"))
@@ -159,12 +159,12 @@ _EXPERTS_ON = Case(
 
 CASES: dict[str, tuple[Case, ...]] = {
     "qwen3": (
-        _EPS, _BASE, _PLUS, _SWAPPED, _PERMUTED, _BEHIND, _MODULO, _NEXT,
+        _EPS, _BASE, _PLUS, _SWAPPED, _PERMUTED, _AFTER_ROPE, _MODULO, _NEXT,
         Case("GELU for SiLU", "gelu for silu", ("activation",)),
         Case("the feed-forward beside attention", "parallel", ("parallel-branches",)),
     ),
     "gemma3": (
-        _EPS, _HEAD_NORMS, _GATE_UP, _BEHIND, _PAIRS, _MODULO,
+        _EPS, _HEAD_NORMS, _GATE_UP, _AFTER_ROPE, _PAIRS, _MODULO,
         Case("window of 9 for 8", further("attention.sliding_window", 1), ("window-off-by-one",)),
         Case("one RoPE base for all layers", "one base", ("rope-base-of-other-layers", "rope-base")),
         Case("branches without their norm", "no post-norm", ("post-norm-missing",)),
@@ -186,7 +186,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("sigmoid for soft max", "sigmoid", ("experts-gating",)),
     ),
     "qwen3moe": (
-        _EXPERTS_ON, _MORE, _HALF_EXPERTS, _BEHIND, _CHUNKS, _SWAPPED,
+        _EXPERTS_ON, _MORE, _HALF_EXPERTS, _AFTER_ROPE, _CHUNKS, _SWAPPED,
         Case("attn_norm's weight missing", each("attn_norm.weight", by=ones), ("norm-weight-missing",)),
         Case("weights of experts exchanged", "weights exchanged", ("experts-weights-exchanged",)),
         Case("gate and up read in turn", "gate and up in turn", ("gate-up-split",)),

@@ -123,10 +123,10 @@ class Families:
             q, k, v = (self.product(f"{b}attn_{name}", x) for name in "qkv")
         q, k, v = (rows.reshape(len(x), -1, size) for rows in (q, k, v))
         normed = f"{b}attn_q_norm.weight" in self.weights
-        if normed and not self.has("norm behind RoPE"):
+        if normed and not self.has("norm after RoPE"):
             q, k = self.norm(f"{b}attn_q_norm", q), self.norm(f"{b}attn_k_norm", k)
         q, k = self.rotated(q, layer), self.rotated(k, layer)
-        if normed and self.has("norm behind RoPE"):
+        if normed and self.has("norm after RoPE"):
             q, k = self.norm(f"{b}attn_q_norm", q), self.norm(f"{b}attn_k_norm", k)
         return q, k, v
 

@@ -10,7 +10,8 @@ from cli import Cli, refused
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from msgspec.structs import replace
 
-from checkpoints.gguf_file import TensorEntry, contents, header_bytes, uint32_value
+from checkpoints.gguf_file import TensorEntry, contents, header_bytes
+from checkpoints.gguf_values import uint32_value
 from engine.weights.gguf_model import GgufModel
 from reference.after_quantising import dequantize_rest, is_f32
 

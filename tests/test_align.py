@@ -131,3 +131,13 @@ def test_a_prompt_that_the_other_side_generated_is_the_same_text() -> None:
     generated = (Token(6, 20), Token(7, 21))
     left = dump(ref, header=replace(HEADER, tokens=(*IDS, 20, 21)))
     assert compare(left, dump(ref, header=replace(HEADER, tokens=IDS), tokens=generated, prefill=6)).compared == 24
+
+
+def test_a_doubled_first_token_in_a_dump_without_a_header_is_named() -> None:
+    """One position more than the reference, which fits it one position earlier from the second on: said, and compared, not refused."""
+    right = random(POINTS, 6)
+    ours = dump({name: np.concatenate([rows[:1], rows[:5]]) for name, rows in right.items()}, header=None)
+    verdict = compare(ours, dump({name: rows[:5] for name, rows in right.items()}))
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "tokens-shifted"
+    assert any("is the first token (BOS) there twice" in note for note in verdict.notes)

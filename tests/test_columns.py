@@ -51,8 +51,12 @@ def same(left: Rows, other: Rows) -> bool:
 
 
 def test_arrays_and_lines_hold_the_same_records(both_ways: tuple[Path, Path]) -> None:
-    """Every record of every point, read back from arrays, equals that of the JSON lines: values, statistics, sketch, shapes, places."""
+    """Every record of every point, read back from arrays, equals that of the JSON lines: values, statistics, sketch, shapes, places.
+
+    A dump under 64 MB is one part a point.
+    """
     lines, arrays = (load(path) for path in both_ways)
+    assert both_ways[1].read_text(encoding="utf-8").count('"type":"columns"') == len(lines.points)
     assert list(arrays.points) == list(lines.points)
     assert all(same(arrays.points[name], rows) for name, rows in lines.points.items())
     assert arrays.end == lines.end
@@ -82,6 +86,30 @@ def test_parts_of_a_point_are_put_together(both_ways: tuple[Path, Path], tmp_pat
     assert written.read_text(encoding="utf-8").count('"type":"columns"') > len(wanted.points)
     arrays = load(written)
     assert all(same(arrays.points[name], rows) for name, rows in wanted.points.items())
+
+
+def test_decode_steps_and_a_long_header_come_back(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
+    """Which records are decode steps, and a header of thousands of tokens, which is still recognised as one that names arrays."""
+    rows = load(both_ways[1]).points["embd"]
+    decode = np.array([False, False, False, True, True])
+    header = Header(source="engine", tokens=tuple(range(5000)))
+    with ColumnsWriter(tmp_path / "long.jsonl", header) as writer:
+        writer.rows(replace(rows, decode=decode))
+    dump = load(tmp_path / "long.jsonl")
+    assert np.array_equal(dump.points["embd"].decode, decode)
+    assert dump.header is not None
+    assert dump.header.tokens == header.tokens
+
+
+def test_an_unfinished_dump_that_is_kept_has_its_arrays(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
+    """What an interrupted run keeps is read as a dump that was cut short, with all records that were written."""
+    rows = load(both_ways[1]).points["embd"]
+    writer = ColumnsWriter(tmp_path / "cut.jsonl", Header(source="engine"))
+    writer.rows(rows)
+    writer.close(complete=False, kept=True)
+    dump = load(tmp_path / "cut.jsonl")
+    assert same(dump.points["embd"], rows)
+    assert dump.end is None
 
 
 def _other_identity(dump: Path) -> None:

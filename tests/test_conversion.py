@@ -60,7 +60,7 @@ def test_a_right_conversion_is_equal_tensor_by_tensor(
     source = folder(family)
     code, answer = parity.json("weights", "--model", convert(source, tmp_path / "m.gguf"), "--hf", source)
     assert (code, answer["verdict"]) == (0, "right"), [tensor for tensor in answer["tensors"] if tensor["status"] != "equal"]
-    assert {tensor["status"] for tensor in answer["tensors"]} <= {"equal", "equal as F32"}  # the latter behind an exponential
+    assert {tensor["status"] for tensor in answer["tensors"]} <= {"equal", "equal as F32"}  # the latter after an exponential
     assert len(answer["tensors"]) > 10
 
 

@@ -101,6 +101,18 @@ def test_a_row_that_cancels_blames_no_operation(size: int, sketch: bool) -> None
     assert worse.pattern.code != "undecided"
 
 
+def test_a_gate_of_one_number_that_cancels_is_held_to_the_largest() -> None:
+    """8-bit activations move a gate by as much at all positions: where it is nearly 0 none is blamed, unless it is off by more."""
+    right = random(("embd", "blk.0.gate"), positions=7)
+    right["blk.0.gate"] = np.array([[1.0], [0.9], [0.02], [1.1], [0.8], [0.7], [1.2]], dtype=np.float32)
+    for off, decided in ((0.015, False), (0.2, True)):
+        ours = {name: rows.copy() for name, rows in right.items()}
+        ours["blk.0.gate"][2] += np.float32(off)
+        verdict = compare(dump(ours), dump(right), Options(compute="q8"))
+        assert verdict.pattern is not None
+        assert (verdict.pattern.code != "undecided") == decided
+
+
 @pytest.mark.parametrize("elements", [slice(3, 4), slice(None)])
 @pytest.mark.parametrize("sketch", [True, False])
 @pytest.mark.parametrize("theirs", [True, False])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_files import File
 from msgspec.structs import replace
 
 from checkpoints.formats import load
@@ -118,6 +119,31 @@ def test_a_scan_whose_terms_cancel(small_model: Callable[..., Path], reference: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "factor"), [("neo-bert", 4.0), ("eurobert", 10.0)])
+def test_an_encoders_large_scores(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, architecture: str, factor: float
+) -> None:
+    """Large scores, as T5's unscaled ones are, amplify rounding in the soft max of an encoder, whose rows have all positions: that is
+    parity, and a soft max that is a thousandth or a ten-thousandth too large is not."""
+    file = File(small_model(architecture, "f32"))
+    file.each(
+        "attn_qkv.weight" if architecture == "neo-bert" else "attn_q.weight", lambda weight: _larger_queries(weight, factor)
+    )
+    ids = tuple((37 * i + 61) % 1900 for i in range(40))
+    encoder = Scaled(file.write(tmp_path / "large.gguf"), tmp_path, reference, "blk.2.kq_soft_max", ids)
+    assert encoder.agrees(1.0)
+    assert not encoder.agrees(1.001)
+    assert not encoder.agrees(1.0001)
+
+
+def _larger_queries(weight: np.ndarray, factor: float) -> np.ndarray:
+    """Rows of a matrix multiplied: all of them, or the first half of a fused one, which has the queries and some keys."""
+    fused = weight.shape[0] > weight.shape[1]
+    weight[: weight.shape[0] // 2 if fused else None] *= np.float32(factor)
+    return weight
+
+
+@pytest.mark.slow
 def test_a_gate_of_one_number_that_cancels(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
     """qwen3next's shared expert has a gate of one number, at two positions all but 0, of which rounding is a far larger part: that is
     parity, and a gate that is a thousandth too large is not, nor is it if only the small ones are."""
@@ -145,7 +171,7 @@ def test_rows_of_which_a_table_leaves_little(small_model: Callable[..., Path], r
 def test_noise_leaves_the_choice_of_experts(
     small_model: Callable[..., Path], reference: Reference, tmp_path: Path, architecture: str
 ) -> None:
-    """Rounding's noise chooses no other experts, so that a product which is a thousandth too large is seen behind them."""
+    """Rounding's noise chooses no other experts, so that a product which is a thousandth too large is seen after them."""
     model = small_model(architecture)
     experts = Scaled(model, tmp_path, reference, "blk.0.attn_out", tuple(range(5, 13)), "default")
     assert experts.agrees(1.0)

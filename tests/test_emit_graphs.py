@@ -79,7 +79,7 @@ def test_a_graph_is_captured_while_replays_of_another_wait_for_room(tight: Path,
 
 
 def test_a_second_captured_stream_records_the_same_replay(engine: Path, tmp_path: Path) -> None:
-    """A checkpoint in a branch that nothing orders behind the first one writes to the same replay's place."""
+    """A checkpoint in a branch that nothing orders after the first one writes to the same replay's place."""
     for mode in ("forked", "forked eager"):
         done = ran(engine, tmp_path / mode, mode, 3_000)
         assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ def pytest_of_theirs(folder: Path, **environment: str) -> "subprocess.CompletedP
 
 @pytest.mark.slow
 def test_the_assertion_shows_first_divergence_and_cause(tmp_path: Path) -> None:
-    """Right: passes. Wrong RoPE pairs: the place in the first line, and the fault's name; without a golden dump it is an error."""
+    """Right: passes. Wrong RoPE pairs: the place first, and the fault's name; halfway: how far it goes; no golden dump: an error."""
     engine = open_engine(GgufModel(embedded.path()), "numpy")
     for name in ("golden", "ours"):
         dump(engine, OursJob(tmp_path / f"{name}.jsonl", IDS, points="all"))
@@ -47,6 +47,10 @@ def test_the_assertion_shows_first_divergence_and_cause(tmp_path: Path) -> None:
     assert "AssertionError: divergence at blk.0.q_rope, position 1" in failed.stdout
     assert "rope-pairs" in failed.stdout
     assert "_parity(" not in failed.stdout  # the fixture's own frames are hidden
+    dump(open_engine(GgufModel(embedded.path()), "numpy"), OursJob(wrong, IDS, points="embd,blk.0.l_out"))
+    halfway = pytest_of_theirs(tmp_path)
+    assert halfway.returncode == 1
+    assert "parity as far as it goes (nothing after blk.0.l_out)" in halfway.stdout
     (tmp_path / "golden.jsonl").unlink()
     missing = pytest_of_theirs(tmp_path)
     assert missing.returncode == 1

@@ -1,6 +1,6 @@
 """`parity explain` neither acquits the guilty nor accuses the innocent: cases that once got a misleading answer, with the right one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,14 @@ from engine.faults.fitted import FITTED
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
+from parity.explain.budget import Budget
+from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.leads import believed
+from parity.explain.search import Search
+from parity.explain.state import Candidate
 from parity.models import embedded
-from reports.explanation import lines
+from reports.explanation import as_json, lines
 
 _PATIENT = ExplainOptions(budget=300.0)
 
@@ -91,6 +96,69 @@ def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
     classes = [explanation.causes[0].named, *explanation.causes[0].equivalent]
     assert name in [named.fault for named in classes]
     assert sentence in next(named.sentence for named in classes if named.fault == name)
+
+
+def _recorded(dump: Dump, point: str, change: Callable[[Array], Array]) -> Dump:
+    """The dump of an engine that computes right and records one point otherwise."""
+    rows = dump.points[point]
+    return replace(dump, points={**dump.points, point: replace(rows, values=change(rows.values))})
+
+
+@pytest.mark.parametrize(
+    ("point", "change"),
+    [
+        ("blk.2.q", lambda x: x * np.where(np.arange(x.shape[1]) == 5, -1, 1).astype(np.float32)),
+        ("blk.2.q_rope", lambda x: x * np.float32(1.002)),
+        ("blk.1.ffn_norm", lambda x: x + np.float32(0.01)),
+        ("blk.3.k", lambda x: np.where(np.arange(len(x))[:, None] == 6, x[::-1], x)),
+    ],
+)
+def test_a_record_that_alone_is_wrong_blames_no_operation(engine: Faulty, point: str, change: Callable[[Array], Array]) -> None:
+    """Everything computed from the record agrees and would not if it were what the engine computed: no operation is named as wrong."""
+    dump = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20)
+    explanation = explain(_recorded(dump, point, change), engine.model, _PATIENT)
+    assert names(explanation) == []
+    assert [suspect.checkpoint for suspect in explanation.suspects] == [point]
+    assert explanation.placed is None
+    text = " ".join(line.plain for line in lines(explanation, 1000))
+    assert f"{point} alone differs" in text
+    assert "this operation is wrong" not in text
+    assert as_json(explanation)["record_suspect"][0]["checkpoint"] == point
+    assert as_json(explanation)["operations"] == []
+
+
+def test_a_fault_behind_a_record_that_alone_is_wrong_is_found(engine: Faulty) -> None:
+    """The engine's own fault, in a later layer, is named as if that record were not there, and the record beside it."""
+    dump = engine.dump(Planted((("residual-missing", {"at": ("l_out",)}, (3,)),)), PROMPT, points="*", size=1 << 20)
+    explanation = explain(_recorded(dump, "blk.2.q", np.negative), engine.model, _PATIENT)
+    assert names(explanation) == ["residual-missing"]
+    assert [suspect.checkpoint for suspect in explanation.suspects] == ["blk.2.q"]
+
+
+def test_a_second_fault_that_undoes_the_first_is_none(engine: Faulty) -> None:
+    """Right scores of a right engine are recorded twice as large: that keys are doubled and attention's scale is halved is no answer."""
+    dump = engine.dump(RIGHT, PROMPT, points="blk.*.{kq,kqv_out}")
+    entries = explain(_recorded(dump, "blk.2.kq", lambda x: x * np.float32(2)), engine.model, _PATIENT)
+    assert names(entries) == []
+    assert [suspect.checkpoint for suspect in entries.suspects] == ["blk.2.kq"]
+
+
+def test_a_fault_that_spoils_what_agrees_is_not_believed(engine: Faulty) -> None:
+    """Of two faults that cancel each other neither is a cause, though both together leave nothing."""
+    dump = _recorded(engine.dump(RIGHT, PROMPT, points="blk.*.{kq,kqv_out}"), "blk.2.kq", lambda x: x * np.float32(2))
+    case = Case(dump, engine.model, _PATIENT)
+    search = Search(case.screening(case.entries, Budget(300)))
+    start = search.screening.start()
+    halved = {"scale": 0.5 * next(step.params["scale"] for step in engine.right if step.makes == "blk.2.kq_soft_max")}
+    faults = (("multiplier", {"by": 2.0, "part": "the result", "at": ("k",)}), ("attn-scale", halved))
+    numbers = {fit.fault.name: fit.fault for fit in FITTED}
+    state = start
+    for name, parameters in faults:
+        planted = search.screening.reached(state, Candidate(numbers[name], parameters, (2,)))
+        assert planted is not None
+        state = planted
+    assert state.first is None
+    assert believed(case.entries, search, start, state) is start
 
 
 @pytest.mark.slow

@@ -30,6 +30,15 @@ def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[
     return of
 
 
+def test_states_are_left_out_and_named(faulty: Callable[[str], Faulty]) -> None:
+    """A recurrent model's dump of every point: what explain does not compare, since it has no row for each position, is said."""
+    engine = faulty("mamba2")
+    explanation = explain(engine.dump(Planted(()), tokens_of(engine.model, 4, seed=5), points="*"), engine.model, PATIENT)
+    assert explanation
+    [note] = [note for note in explanation.notes if note.startswith("left out")]
+    assert "blk.0.cache_s" in note
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [

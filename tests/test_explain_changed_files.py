@@ -41,7 +41,7 @@ class _Named:
 
 _EPS, _EPS_OF_LAYER_NORM = number("attention.layer_norm_rms_epsilon", 1e-4), number("attention.layer_norm_epsilon", 1e-4)
 _SHOWN = (
-    _Named("gemma3", Case("ε 1e-4 for 1e-6, behind a table of float16", _EPS, ("norm-epsilon",))),
+    _Named("gemma3", Case("ε 1e-4 for 1e-6, after a table of float16", _EPS, ("norm-epsilon",))),
     _Named("deepseek32", Case("ε 1e-4, in a model that chooses keys", _EPS, ("norm-epsilon",))),
     _Named("llama4", Case("ε 1e-4, of norms without a weight, too", _EPS, ("norm-epsilon",))),
     _Named("phimoe", Case("ε 1e-4, of norms with names of their own", _EPS, ("norm-epsilon",))),

@@ -105,7 +105,7 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert explanation.causes[0].named.layers == (1,)
 
 
-def test_the_decoders_own_arithmetic_is_noted_behind_a_faulty_encoder() -> None:
+def test_the_decoders_own_arithmetic_is_noted_after_a_faulty_encoder() -> None:
     """The encoder's cause is the answer: that what is left of the decoder is lower arithmetic is said beside it."""
     place = DivergentPlace("blk.0.l_out", 0, 1e-5, 1e-10)
     cause = Cause(Named("transposed", {"at": ("v",)}, None, "in the encoder, v is transposed"), 1.0, 3, 1e-13, "", "", "")
@@ -144,7 +144,7 @@ def test_a_fault_in_each_half(engine: Transformer, tmp_path: Path) -> None:
 def test_lower_arithmetic_of_the_encoder_does_not_acquit_the_decoder(
     engine: Transformer, tmp_path: Path, fault: Planting | None
 ) -> None:
-    """An encoder in BF16 that does not say so is no fault; the decoder behind it is judged all the same."""
+    """An encoder in BF16 that does not say so is no fault; the decoder after it is judged all the same."""
     right = engine.encoder or (), engine.steps
     try:
         engine.encoder = as_encoder(rounded(encoder_alone(right[0]), "bf16", storage=False))

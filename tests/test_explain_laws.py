@@ -89,7 +89,7 @@ def test_what_the_numbers_say_is_said_in_a_sentence(
     [(lambda x: x * np.float32(1.002), "multiplier"), (lambda x: x + np.float32(0.01), "constant-added")],
 )
 def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[Array], Array], name: str) -> None:
-    """A result that is scaled or shifted reproduces every record behind it: its number is fitted."""
+    """A result that is scaled or shifted reproduces every record after it: its number is fitted."""
     explanation = explain(edited(engine, "blk.2.ffn_up", change), engine.model, _PATIENT)
     assert (names(explanation), explanation.remaining) == ([name], None)
     assert explanation.causes[0].named.parameters["by"] in (1.002, 0.01)
@@ -127,7 +127,7 @@ def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
 
 @pytest.mark.usefixtures("computed")
 def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
-    """Zero behind the recorded values: the next point differs, and the one in front of it was seen in part."""
+    """Zero after the recorded values: the next point differs, and the one before it was seen in part."""
     explanation = explain(edited(engine, "blk.1.ffn_out", _cut, size=16), engine.model, STEPS)
     assert names(explanation) == []
     assert explanation.first is not None
@@ -189,7 +189,7 @@ def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     assert "alone" not in explain(dump, engine.model, STEPS).law
 
 
-def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> None:
+def test_zeros_after_an_unseen_infinity_are_not_attention(engine: Faulty) -> None:
     """An infinity outside of the slice makes the next norm 0 from position 1 on: nothing there joins positions."""
 
     def late(x: Array) -> Array:
@@ -207,7 +207,7 @@ def test_zeros_behind_an_unseen_infinity_are_not_attention(engine: Faulty) -> No
 
 @pytest.mark.slow
 def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> None:
-    """One logit far behind the slice is wrong and the sketch shows it: no law of the 16 values, which are right."""
+    """One logit far after the slice is wrong and the sketch shows it: no law of the 16 values, which are right."""
 
     def late(x: Array) -> Array:
         return np.concatenate([x[..., :-1], x[..., -1:] + np.float32(50)], axis=-1)

@@ -68,8 +68,8 @@ def test_llama_cpps_own_dump_has_no_fault(
 
 
 @pytest.mark.parametrize("result", ["q_rope holds the result", "q_norm holds the result", "both hold the result"])
-def test_a_norm_behind_rope_is_one_cause(reference: Reference, small_model: Callable[..., Path], result: str) -> None:
-    """Whatever an engine that normalises behind RoPE calls what it records: one cause that reproduces every record."""
+def test_a_norm_after_rope_is_one_cause(reference: Reference, small_model: Callable[..., Path], result: str) -> None:
+    """Whatever an engine that normalises after RoPE calls what it records: one cause that reproduces every record."""
     model = small_model("qwen3")
     engine = Faulty(model, reference.graph(model))
     planted = Planted((("head-norm-after-rope", {"result": result}, None),))
@@ -110,7 +110,7 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
 
 
 def _later_ones(x: Array) -> Array:
-    """Rows behind the first with noise that no fault makes."""
+    """Rows after the first with noise that no fault makes."""
     changed = x.copy()
     changed[1:] += np.random.default_rng(6).standard_normal(changed[1:].shape).astype(x.dtype) * np.abs(x).mean()
     return changed

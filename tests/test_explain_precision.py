@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, small_engine, unstated
 from msgspec.structs import replace
-from planted import Faulty, half_sums
+from planted import Faulty, half_sums, tokens_of
 
 from checkpoints.reading.reader import read
 from engine import ops
@@ -18,6 +18,7 @@ from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.one_element import one_element
 from parity.explain.precision import floor
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -37,6 +38,44 @@ def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
     explanation = explain(dump, engine.model)
     assert explanation.precision_only in ("f16", "tf32")
     assert explanation.causes == ()
+
+
+def _followed(engine: Faulty, steps: list[Step], tokens: tuple[int, ...]) -> str:
+    """Which element or head an engine's errors follow at the first place that differs."""
+    case = Case(unstated(engine.dump(RIGHT, tokens, steps=steps)), engine.model, ExplainOptions())
+    first = next(entry for entry in case.entries if (entry.base > entry.limit).any())
+    right = first.taken(case.replay.on_host[first.point], case.positions)
+    return one_element(case, first, first.values - right, first.present)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "what"),
+    [
+        ("blk.0.v", slice(7, 8), "element 7 of blk.0.v_read"),
+        ("blk.0.kqv_out", slice(8, 16), "head 1 of blk.0.kqv_out"),
+        ("blk.0.ffn_swiglu", slice(7, 8), "element 7 of blk.0.ffn_swiglu"),
+        ("blk.0.ffn_norm", slice(7, 8), "element 7 of blk.0.ffn_norm"),
+    ],
+)
+def test_errors_that_follow_one_element_are_no_arithmetic(engine: Faulty, name: str, part: slice, what: str) -> None:
+    """One element or one head 0.3 % too large makes errors of F16's size, along one direction that is known."""
+
+    def off(x: Array) -> Array:
+        changed = x.copy()
+        changed[:, part] *= np.float32(1.003)
+        return changed
+
+    steps = [replace(step, op=Then(step.op, off)) if step.makes == name else step for step in engine.right]
+    assert _followed(engine, steps, PROMPT) == f"{what} were off"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_follows_no_element(engine: Faulty, seed: int) -> None:
+    """Neither F16's nor BF16's rounding, of products or of all activations, nor sums in F16 follow an element or a head."""
+    tokens = tokens_of(engine.model, 4, seed)
+    lower = [rounded(engine.right, kind, storage=storage) for kind in ("f16", "bf16", "q8") for storage in (False, True)]
+    sums = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
+    assert [_followed(engine, steps, tokens) for steps in (*map(list, lower), sums)] == [""] * 7
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])

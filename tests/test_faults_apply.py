@@ -170,7 +170,7 @@ def test_a_layer_norm_with_a_fault_is_one_of_the_row_without_its_mean(name: str)
 
 
 def test_norms_of_heads_have_whatever_name_a_model_gives_them() -> None:
-    """Hunyuan's norms stand behind RoPE under ggml's own names: the entries of such norms have variants there."""
+    """Hunyuan's norms stand after RoPE under ggml's own names: the entries of such norms have variants there."""
     step = Step("blk.0.Kcur_norm", ops.rms_norm, ("blk.0.k_rope",), ("w",), {"eps": 1e-6, "heads": 2})
     names = ("head-norm-missing", "head-norm-whole-width", "post-norm-one-plus-weight", "norm-weight-missing")
     fitted = next(fit for fit in FITTED if fit.fault.name == "head-norm-epsilon")

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from checkpoints.errors import DumpError
 from checkpoints.formats import load
+from checkpoints.formats.pickled import Opaque
 from checkpoints.formats.shards import joined
-from checkpoints.formats.torch_file import Opaque, contents
+from checkpoints.formats.torch_file import contents
 from checkpoints.record import Dump
 from engine.opened import open_engine
 from engine.weights.gguf_model import GgufModel
@@ -203,6 +204,29 @@ def test_two_debug_mode_logs_are_compared(run: Dump) -> None:
     first = compare(wrong, right).first_divergence
     assert first is not None
     assert first.checkpoint.startswith("Sequential.2.aten.")
+
+
+def test_a_debug_mode_log_says_nothing_of_what_an_operation_reads(tmp_path: Path) -> None:
+    """A right view of a weight after a wrong product acquits nothing: the product is the first divergence, and its inputs are unknown."""
+    lines = (
+        "    [nn.Mod] M",
+        "      [nn.Mod] M.up",
+        "        aten::t(t: f32[4, 8])  ->  t: f32[8, 4]  # {{'hash': 3.5}}",
+        "        aten::mm(t: f32[2, 8], t: f32[8, 4])  ->  t: f32[2, 4]  # {{'hash': {product}}}",
+        "      [nn.Mod] M.down",
+        "        aten::t(t: f32[8, 4])  ->  t: f32[4, 8]  # {{'hash': 7.25}}",
+        "        aten::mm(t: f32[2, 4], t: f32[4, 8])  ->  t: f32[2, 8]  # {{'hash': {last}}}",
+        "      [nn.Mod] M.head",
+        "        aten::t(t: f32[8, 4])  ->  t: f32[4, 8]  # {{'hash': 9.5}}",
+    )
+    for name, product, last in (("right", 12.5, 21.0), ("wrong", 13.5, 22.0)):
+        (tmp_path / name).write_text("\n".join(lines).format(product=product, last=last))
+    compared = compare(load(tmp_path / "wrong"), load(tmp_path / "right"))
+    assert compared.first_divergence is not None
+    assert compared.first_divergence.checkpoint == "M.up.aten.mm#1"
+    assert not compared.record_faults
+    assert not compared.operation
+    assert [origin.first.checkpoint for origin in compared.origins] == ["M.up.aten.mm#1"]
 
 
 def test_shards_without_notes() -> None:

@@ -100,6 +100,8 @@ CASES: list[Case] = [
     ("SCALE", [normal(3, 8)], (1, 1, 3, 8), packed(0.3, -1.5)),
     ("CLAMP", [normal(3, 8)], (1, 1, 3, 8), packed(-0.5, 0.7)),
     ("CONT", [normal(3, 8)], (1, 2, 3, 4), ()),
+    ("CPY", [normal(3, 8)], (1, 1, 3, 8), ()),
+    ("DUP", [normal(3, 8)], (1, 1, 3, 8), ()),
     ("GET_ROWS", [normal(9, 8), ids(T, below=9)], (1, 1, T, 8), ()),
     ("GET_ROWS", [normal(2, 3, 9, 8), ids(2, 3, T, below=9)], (2, 3, T, 8), ()),
     ("SET_ROWS", [normal(2, 3, 8), np.array([[[[4, 0, 5]]]], np.int64), normal(2, 6, 8)], (1, 2, 6, 8), ()),
@@ -237,6 +239,11 @@ def test_each_operation_stays_in_the_dtype_of_its_operands(case: Case) -> None:
     assert wide.dtype == np.float64
     coarse = _name(case) in ("UNARY-GELU", "UNARY-GELU_QUICK", "GLU-GEGLU", "GLU-GEGLU_QUICK")
     assert nmse(narrow, wide) <= (1e-6 if coarse else LIMIT)
+
+
+def test_every_operation_of_the_table_is_compared() -> None:
+    """An operation that is entered without a case here would be compared with nothing."""
+    assert set(OPERATIONS) == {name for name, *_ in CASES}
 
 
 def test_the_table_of_gelu_is_mirrored_to_the_bit(libggml: LibGgml) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from checkpoints.errors import ModelError
-from checkpoints.gguf_file import Value, contents, header_bytes, string_value, uint32_value
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.gguf_values import Value, string_value, uint32_value
 from engine.models import written_by_hand
 from engine.weights.gguf_model import GgufModel
 

@@ -213,7 +213,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
 
 
 def test_tensors_that_contradict_the_file(small: bytes, scratch: Path) -> None:
-    """Two tensors of a name, an offset behind the end, an unknown type and a row of half a block are each named."""
+    """Two tensors of a name, an offset after the end, an unknown type and a row of half a block are each named."""
     at = small.index(b"token_embd.weight") + len(b"token_embd.weight")  # then: dimensions, ne[2], type, offset
 
     def patched(content: bytes, place: int, layout: str, value: int) -> bytes:

@@ -140,7 +140,7 @@ def test_a_fault_of_conversion_is_located_and_named(
     """
     gguf, hf = convert(model(family), tmp_path / "model.gguf", **changes), dumped(family)
     assert parity("dump", "ref", "--model", gguf, "--follow", hf, "-o", "ref.jsonl").code == 0
-    # What another ε changes in the first norm is less than the table of GELU does behind it.
+    # What another ε changes in the first norm is less than the table of GELU does after it.
     limit = ["--tolerance", TABLE] if family in TABLE_FAMILIES and "eps" not in changes else []
     code, answer = parity.json("diff", hf, "ref.jsonl", *limit)
     assert (code, answer["first_divergence"]["checkpoint"]) == (1, place)

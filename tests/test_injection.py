@@ -49,7 +49,7 @@ with Recorder(out, compute="f32", model=path, tokens=ids, layers=m.layers, point
         n = m.norm(f"{at}.ffn_norm", x)
         gate = m.product(f"{at}.ffn_gate", n)
         x = x + m.product(f"{at}.ffn_down", gate / (1 + np.exp(-gate)) * m.product(f"{at}.ffn_up", n))
-        if "after" in sys.argv:  # recorded behind the injection: what is judged is never what was injected
+        if "after" in sys.argv:  # recorded after the injection: what is judged is never what was injected
             x = tap.inject(f"{at}.l_out", x)
         tap(f"{at}.l_out", x)
         if "after" not in sys.argv:
@@ -112,7 +112,7 @@ def test_with_all_points_the_operation_is_named(c_engine: Path, synthetic: Calla
 def test_wrong_layers_of_an_engine_in_python_are_named(
     faults: str, order: tuple[str, ...], python_engine: Callable[..., str], synthetic: Callable[..., Path], parity: Cli
 ) -> None:
-    """The same by the emitted Python file, whether it records before it injects or behind."""
+    """The same by the emitted Python file, whether it records before it injects or after."""
     code, answer = judged(parity, synthetic("tiny", layers=4), python_engine(faults, *order))
     assert (code, answer["wrong"]) == (int(bool(faults)), [f"blk.{layer}" for layer in faults.split(",") if layer])
 

@@ -16,7 +16,7 @@ from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.isolate.attention_checks import AttentionChecks, rotation_faults, soft_max_faults
-from parity.isolate.elements import Sample, sample_product
+from parity.isolate.elements import Sample, energy_of_scores, sample_product
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import routing_error
 from parity.isolate.values import RecordedValue
@@ -202,6 +202,9 @@ def test_attention_that_breaks_its_laws_is_told() -> None:
     right = np.tril(np.random.default_rng(0).random((2, 4, 4))).astype(np.float32)
     right /= right.sum(axis=2, keepdims=True)
     assert soft_max_faults(right, positions) == []
+    halves = right.astype(np.float16).astype(np.float32)  # kept in F16: off by 2^-11
+    assert "sum to" in soft_max_faults(halves, positions)[0]
+    assert soft_max_faults(halves, positions, most=1e-3) == []
     assert "sum to" in soft_max_faults(right * np.float32(0.5), positions)[0]
     assert "causal" in soft_max_faults(np.full((2, 4, 4), 0.25, np.float32), positions)[0]
     uniform = np.tril(np.ones((2, 4, 4), np.float32))
@@ -209,6 +212,14 @@ def test_attention_that_breaks_its_laws_is_told() -> None:
     repeated = np.zeros((1, 4, 4), np.float32)
     repeated[:, :, 0] = 1
     assert "repeated" in soft_max_faults(repeated, positions)[0]
+
+
+def test_scores_that_cancel_are_held_to_the_energy_of_their_terms() -> None:
+    """A query at a right angle to its only key has a score of almost nothing, and the rounding of its terms; later scores are masked."""
+    q, k = np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([[3.0, -3.0], [1.0, 0.0]])
+    energy = energy_of_scores(lambda given: (given[0] @ given[1].T)[None], [q, k], np.arange(2))
+    assert energy is not None
+    np.testing.assert_array_equal(energy, [18.0, 9 + 36 + 1])
 
 
 def test_rope_that_does_nothing_or_always_the_same_is_told() -> None:

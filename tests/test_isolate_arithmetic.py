@@ -98,7 +98,8 @@ def test_a_small_fault_is_named_in_undeclared_float32_and_right_engines_are_not_
     engine = Faulty(model, reference.graph(model))
 
     def wrong(steps: list[Step], **stated: Any) -> set[str]:
-        return {item.name for item in judged(engine, reference, tmp_path, steps, **stated).operations if item.status == WRONG}
+        isolation = judged(engine, reference, tmp_path, steps, **stated)
+        return {item.name for item in isolation.operations if item.status == WRONG} | set(isolation.findings)
 
     assert wrong(scaled(engine.right, "blk.1.kqv_out", 1.0002)) == {"blk.1.kqv_out"}
     assert not wrong(without_tables(engine.right), compute="f32")
@@ -146,7 +147,7 @@ def test_what_is_not_stated_acts_through_points_that_were_not_recorded(
     reference: Reference,
     tmp_path: Path,
 ) -> None:
-    """A cache of F16 behind unrecorded scores and an exact GELU that was not recorded are right; a result 0.1 % too large is not."""
+    """A cache of F16 after unrecorded scores and an exact GELU that was not recorded are right; a result 0.1 % too large is not."""
     model = small_model(recipe, kind="f32")
     engine = Faulty(model, reference.graph(model))
     tokens = tokens_of(model, 6, seed=1)

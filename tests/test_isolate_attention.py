@@ -27,7 +27,7 @@ KINDS = (
     "embd", "attn_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "Qcur_normed", "Kcur_normed", "Vcur_normed", "kv",
     "kv_cmpr", "k_pe", "q_pe", "kqv_out", "attn_out", "ffn_inp", "l_out",
 )  # fmt: skip
-# Grouped heads; windows; sinks; soft caps; MLA with absorbed and with plain heads; a norm behind RoPE.
+# Grouped heads; windows; sinks; soft caps; MLA with absorbed and with plain heads; a norm after RoPE.
 RECIPES = ("qwen3", "gemma3", "gpt-oss", "gemma2", "deepseek2", "minicpm3", "llama4")
 _QUICK = {"qwen3", "gpt-oss"}
 

@@ -113,7 +113,7 @@ def test_swapped_scales_and_mins_are_named_in_q4_k_only(
 
 
 def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
-    """Different faults in different layers of the stories model are all named; behind the first nothing is blamed for it."""
+    """Different faults in different layers of the stories model are all named; after the first nothing is blamed for it."""
     foreign = Foreign(stories, tmp_path)
     steps = plant(foreign.right, CATALOGUE["rope-base"], [2])
     steps = plant(steps, CATALOGUE["no-qkv-bias"], [5])
@@ -140,6 +140,32 @@ def test_a_record_that_alone_is_wrong_is_suspect_and_its_readers_are_right(
     isolation = isolate(IsolateRequest(foreign.model, dump=foreign.out))
     assert [item.name for item in isolation.wrong] == [name]
     assert isolation.wrong[0].reason.startswith("the record is suspect, not the operation: blk.1.")
+
+
+@pytest.mark.parametrize("kind", slow_but(("ffn_moe_weights", "ffn_moe_swiglu", "ffn_moe_out", "kq_soft_max"), "ffn_moe_out"))
+def test_a_record_of_experts_that_alone_is_wrong_blames_no_reader(
+    kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """Nodes outside the vocabulary are judged in the order in which they are computed: a wrong record is known before its readers."""
+    foreign = Foreign(small_model("qwen3moe"), tmp_path, reference)
+    foreign.record("all")
+    foreign.spoil(f"blk.1.{kind}")
+    isolation = isolate(IsolateRequest(foreign.model, dump=foreign.out), reference)
+    assert [item.name for item in isolation.wrong] == [f"blk.1.{kind}"]
+    assert isolation.wrong[0].reason.startswith("the record is suspect, not the operation: blk.1.")
+    assert not isolation.findings
+
+
+def test_scores_that_are_whole_at_the_first_positions_alone_are_judged_there(
+    synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A dump of leading values holds the scores of early positions whole: those are judged, the others are not known."""
+    foreign = Foreign(synthetic(layers=2), tmp_path)
+    foreign.engine.steps = foreign.right
+    dump(foreign.engine, OursJob(foreign.out, TOKENS, points="all", slice_size=16))
+    isolation = isolate(IsolateRequest(foreign.model, dump=foreign.out, windows=False))
+    assert not isolation.wrong
+    assert {item.name: item.status for item in isolation.operations}["blk.1.kq_soft_max"] == PROVEN
 
 
 @pytest.mark.parametrize("points", ["embd,blk.*.l_out", "embd,blk.*.l_out,blk.*.attn_norm"])

@@ -70,7 +70,7 @@ def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 33])
 def test_windows_are_crossed(parity: Cli, small_model: Make, count: int) -> None:
-    """A prompt longer than the window of attention, and one of a single token; steps behind both."""
+    """A prompt longer than the window of attention, and one of a single token; steps after both."""
     assert verdict(parity, small_model("gpt-oss"), "--tokens", ids(count), "--generate", "3")["verdict"] == "parity"
 
 

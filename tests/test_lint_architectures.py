@@ -19,7 +19,7 @@ from reference.jobs import DumpJob
 
 TOKENS = (5, 77, 300, 5, 901, 1204)  # one token twice: what stands before attention is the same there
 _QUICK = {"phi3", "deepseek2", "gpt-oss"}
-# Indices of a sparse attention's choice are no values, and scores behind its mask are −∞ in places of their own.
+# Indices of a sparse attention's choice are no values, and scores after its mask are −∞ in places of their own.
 _SPARSE = {"deepseek32", "glm-dsa"}
 
 
@@ -112,3 +112,26 @@ def test_a_head_that_sees_one_position_has_its_value(weight: float, suspected: b
         arrays[name][2:4, :16] = arrays[name][2, :16]  # the other heads differ
     whole = dump(arrays | {"blk.1.kq_soft_max": heads})
     assert ("stale-position" in {finding.rule for finding in lint(whole).findings}) == suspected
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["all heads on one key", "only the recorded head"])
+def test_what_follows_attention_on_one_key_repeats_like_it(same: bool) -> None:
+    """Where all heads hang on one key, the output projection repeats; where the row behind the slice differs, it is stale."""
+    arrays = random(("embd", "blk.1.kqv_out", "blk.1.attn_out", "blk.1.l_out"), positions=5)
+    heads = np.zeros((5, 5, 5), dtype=np.float32)
+    heads[:, :, 0] = 1
+    for name, width in (("blk.1.kqv_out", None if same else 16), ("blk.1.attn_out", None)):
+        arrays[name][3, :width] = arrays[name][2, :width]
+    findings = lint(dump(arrays | {"blk.1.kq_soft_max": heads})).findings
+    assert {finding.checkpoint for finding in findings if finding.rule == "stale-position"} == (
+        set() if same else {"blk.1.attn_out"}
+    )
+
+
+def test_ids_of_experts_that_are_written_as_numbers_are_no_ramp() -> None:
+    """Eight experts in ascending order are no row in even steps; half of a ramp's numbers are none."""
+    arrays = random(("embd", "blk.1.l_out"), positions=3)
+    ids = np.tile(np.arange(1, 9, dtype=np.float32), (3, 1))
+    for factor, rules in ((1.0, set()), (0.5, {"flat-row", "stale-position"})):
+        findings = lint(dump(arrays | {"blk.1.ffn_moe_chosen": ids * np.float32(factor)})).findings
+        assert {finding.rule for finding in findings if finding.checkpoint == "blk.1.ffn_moe_chosen"} == rules

@@ -64,7 +64,7 @@ def test_a_wrong_place_in_the_file_is_told(quantized: Callable[[str], Path], tmp
     path = quantized("F32")
     model, data = GgufModel(path), path.read_bytes()
     info = model.tensors["blk.1.ffn_up.weight"]
-    # The reader of gguf-py says where the data begin; the table of contents ends behind the last tensor's entry.
+    # The reader of gguf-py says where the data begin; the table of contents ends after the last tensor's entry.
     reader = gguf.GGUFReader(path)
     last = reader.tensors[-1].field
     end = last.offset + sum(part.nbytes for part in last.parts)

@@ -1,4 +1,4 @@
-"""An engine that chooses its own tokens: the first choice that is another is the headline, not the embedding behind it."""
+"""An engine that chooses its own tokens: the first choice that is another is the headline, not the embedding after it."""
 
 from pathlib import Path
 

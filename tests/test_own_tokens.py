@@ -72,7 +72,7 @@ def test_what_is_computed_from_other_tokens_is_judged_by_itself(
 def test_an_engine_that_goes_on_is_compared_over_the_prompt(
     c_engine: Path, parity: Cli, synthetic: Callable[..., Path]
 ) -> None:
-    """Positions behind what was asked for are listed as missing on the other side, with and without a lead along generated tokens."""
+    """Positions after what was asked for are listed as missing on the other side, with and without a lead along generated tokens."""
     model = synthetic(layers=4)
     code, answer = parity.json("run", "--model", model, "--tokens", PROMPT, "--exec", f"{c_engine} {{model}} {LONGER} {{out}}")
     assert (code, answer["first_divergence"]["token_idx"], answer["missing"]["ref"]["records"]) == (1, 5, 2 * 7)

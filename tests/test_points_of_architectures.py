@@ -94,7 +94,7 @@ def test_a_norm_is_a_norm(reference: Reference, small_model: Make) -> None:
         np.testing.assert_allclose(nodes[f"blk.{layer}.ffn_norm"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_behind_the_branches(reference: Reference, small_model: Make) -> None:
+def test_norms_after_the_branches(reference: Reference, small_model: Make) -> None:
     """olmo2 normalises what attention and feed-forward give: what goes into the feed-forward is the sum, and no norm."""
     nodes = values(reference, small_model("olmo2", layers=2))
     assert "blk.1.ffn_norm" not in nodes

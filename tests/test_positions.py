@@ -45,7 +45,7 @@ def test_generated_tokens_align_a_dump_that_counts_from_them() -> None:
     assert any("moved by +8" in note and "12 of our generated tokens" in note for note in verdict.notes)
 
 
-def test_generated_tokens_behind_their_prompt_are_not_moved() -> None:
+def test_generated_tokens_after_their_prompt_are_not_moved() -> None:
     """A side that lists its prompt and lacks the first generated token stays where it is, though the text repeats itself."""
     ref = reference()
     same = tuple(replace(token, id=5) for token in CHOSEN)

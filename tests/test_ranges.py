@@ -93,7 +93,7 @@ def test_a_second_header_is_read_here_and_so_is_what_follows(tmp_path: Path) -> 
 
 
 def test_an_error_names_the_line_of_the_file(tmp_path: Path) -> None:
-    """A record that contradicts itself, far behind the first range, is named by its line in the file."""
+    """A record that contradicts itself, far after the first range, is named by its line in the file."""
     path = write(tmp_path / "d.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     lines[400] = b'{"checkpoint":"embd","token_idx":-3,"values":[1]}\n'

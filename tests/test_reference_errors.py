@@ -12,7 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError, ModelError, ParityError, ReferenceFailed
-from checkpoints.gguf_file import contents, header_bytes, string_value
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.gguf_values import string_value
 from reference.client import Reference
 from reference.jobs import NATIVE, DumpJob
 from reference.worker import _answer

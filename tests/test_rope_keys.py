@@ -8,7 +8,8 @@ import pytest
 from cli import Cli
 
 from checkpoints.formats import load
-from checkpoints.gguf_file import Value, contents, header_bytes
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.gguf_values import Value
 
 FLOAT = 6  # GGUF_TYPE_FLOAT32
 KEYS = ("rope.scaling.factor", "rope.scale_linear")

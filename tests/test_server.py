@@ -14,7 +14,7 @@ from servers import Start
 from checkpoints.answers.server import ServerAnswer
 from parity.run.session import resolve_prompt
 from parity.score.measures import Listed, largest, log_sum
-from parity.server.ask import Heard, _echoed
+from parity.server.ask import ServerReply, _echoed
 from parity.server.base import kl, listed
 from parity.server.http import ServerError
 from parity.server.numbers import tells
@@ -86,6 +86,32 @@ def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, pari
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("settings", "cause", "words"),
+    [
+        ({"repeat_penalty": 1.3}, "repeat-penalty", "a repeat penalty of 1.3"),
+        ({"presence_penalty": 0.5}, "penalties", "0.5 (presence penalty)"),
+        ({"frequency_penalty": 0.5}, "penalties", "0.5 for each occurrence"),
+        ({"min_p": 0.05}, "truncated-logprobs", "after a min-p of 0.05"),
+        ({"typical_p": 0.5}, "truncated-logprobs", "after a typical-p of 0.5"),
+        ({"top_n_sigma": 1.0}, "truncated-logprobs", "after a top-n-sigma of 1"),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1}, "truncated-logprobs", "after an XTC threshold of 0."),
+    ],
+)
+def test_a_sampler_before_the_probabilities_is_named(
+    settings: dict[str, float], cause: str, words: str, serve: Start, stories: Path, parity: Cli
+) -> None:
+    """llama.cpp's own server gives probabilities after its sampler: which one it is, and its number, are named."""
+    text = "Lily had a big red ball. One day the dog took the ball and ran away with the ball. Lily was sad. Lily said"
+    extra = {"post_sampling_probs": True, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0} | settings
+    url = f"{serve('xllamacpp', stories)}/completion"
+    more = ("--server-top", 20, "--server-json", json.dumps(extra), "--generate", 2, "--out", "folder")
+    code, answer = parity.json("run", "--prompt", text, "--server", url, *more)
+    assert (code, [item["name"] for item in answer["causes"]]) == (1, [cause]), answer["causes"]
+    assert words in answer["causes"][0]["sentence"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("fault", "cause", "words"),
     [
         ("log10", "log-base", "to the base 10"),
@@ -96,7 +122,7 @@ def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, pari
         ("probabilities", "probabilities", "not their logarithms"),
         ("scaled", "log-scale", "times llama.cpp's, with no new normalisation"),
         ("heated", "temperature", "divided by a temperature of 0.7"),
-        ("top-3", "truncated-logprobs", "behind a top-k of 3"),
+        ("top-3", "truncated-logprobs", "after a top-k of 3"),
     ],
 )
 def test_numbers_that_are_no_log_probabilities_are_named(
@@ -198,9 +224,9 @@ def test_a_text_of_which_the_beginning_was_read_is_seen(
     ids = reference.tokenize(stories, read).ids[1:]
     vocabulary = Vocabulary(reference.pieces(stories, range(reference.tokenize(stories, read).n_vocab)))
     shown = [Prediction(TokenCandidate(piece, -0.5), ()) for piece in reference.pieces(stories, ids)]
-    heard = _echoed(Heard(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
-    assert heard.cut == cut
-    assert (heard.tokenizer is None) is (read == prompt.text)
+    reply = _echoed(ServerReply(prompt.ids, len(prompt.ids), (), True), shown, prompt, vocabulary)
+    assert reply.cut == cut
+    assert (reply.tokenizer is None) is (read == prompt.text)
 
 
 def test_kl_is_a_lower_bound_of_the_whole() -> None:
@@ -241,6 +267,38 @@ def test_a_truncation_is_found_by_its_offsets(what: str, kept: int | None) -> No
         cuts.append(count)
     fit = next(truncation for truncation in truncations(rows, offsets) if truncation.what == what)
     assert [int((fit.left(row) > -60).sum()) for row in rows] == cuts
+
+
+def _kept_by(sampler: Any, row: np.ndarray) -> list[int]:
+    """The tokens that one of llama.cpp's samplers leaves of a row of logits."""
+    import llama_cpp
+
+    data = (llama_cpp.llama_token_data * len(row))(*((token, float(logit), 0.0) for token, logit in enumerate(row)))
+    array = llama_cpp.llama_token_data_array(data, len(row), -1, False)
+    llama_cpp.llama_sampler_apply(sampler, array)
+    llama_cpp.llama_sampler_free(sampler)
+    left = [array.data[place] for place in range(array.size)]
+    return sorted(item.id for item in left if np.isfinite(item.logit))
+
+
+@pytest.mark.parametrize(
+    ("what", "sampler"),
+    [
+        ("a top-n-sigma of 1.5", lambda llama: llama.llama_sampler_init_top_n_sigma(1.5)),
+        ("a typical-p of 0.5", lambda llama: llama.llama_sampler_init_typical(0.5, 1)),
+        ("an XTC threshold of 0.05", lambda llama: llama.llama_sampler_init_xtc(1.0, 0.05, 1, 7)),
+    ],
+)
+def test_a_sampler_that_keeps_other_tokens_than_the_likeliest_is_llama_cpps(what: str, sampler: Callable[[Any], Any]) -> None:
+    """What llama.cpp's own sampler leaves of a row is what the truncation that fits its probabilities leaves."""
+    import llama_cpp
+
+    random = np.random.default_rng(3)
+    rows = [random.normal(0, 2, 300).astype(np.float32) for _ in range(8)]
+    kept = [_kept_by(sampler(llama_cpp), row) for row in rows]
+    offsets = [log_sum(row) - log_sum(row[tokens]) for row, tokens in zip(rows, kept, strict=True)]
+    fit = next(truncation for truncation in truncations(rows, offsets) if truncation.what == what)
+    assert [np.flatnonzero(fit.left(row) > -60).tolist() for row in rows] == kept
 
 
 def test_a_penalty_is_llama_cpps() -> None:

@@ -7,7 +7,7 @@ from math import log
 import numpy as np
 import pytest
 
-from parity.server.ask import Asked
+from parity.server.ask import PlacedPrediction
 from parity.server.base import KlFloor
 from parity.server.choices import unfaithful
 from parity.server.http import Connection, ServerError
@@ -26,7 +26,7 @@ def test_a_limit_is_25_times_the_floor(worst: float, limit: float) -> None:
 def test_candidates_a_thousandth_apart_are_a_tie(behind: float, named: bool) -> None:
     """Of two candidates that are closer than 0.001 a greedy server may choose either."""
     first, second = TokenCandidate(" a", -1.0, 5), TokenCandidate(" b", -1.0 - behind, 6)
-    assert bool(unfaithful([Asked(3, (first, second), own=second, chosen=6)])) is named
+    assert bool(unfaithful([PlacedPrediction(3, (first, second), own=second, chosen=6)])) is named
 
 
 @pytest.mark.parametrize(("moved", "named"), [(0.9, True), (1.1, False)])

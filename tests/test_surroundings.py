@@ -52,6 +52,8 @@ def test_an_answer_that_cannot_be_written_is_said(stories_run: Path) -> None:
     one_line(ran.stderr, "cannot be written or read: No space left on device")
     ran = shell('parity lint "$1" >&-', stories_run / "ours.jsonl")
     assert (ran.returncode, ran.stderr) == (0, "")
+    ran = shell("parity lint nothing.jsonl > /dev/full 2> /dev/full")
+    assert ran.returncode == 2, "1 would be a divergence"
 
 
 def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:
@@ -65,6 +67,14 @@ def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:
     ran = shell(r"parity tokens --prompt $'\xff'")
     assert ran.returncode == 2
     one_line(ran.stderr, "the prompt is not UTF-8")
+
+
+@pytest.mark.parametrize("width", ["0", "\u00b2"])
+def test_a_terminal_without_a_width_is_served(stories_run: Path, width: str) -> None:
+    """A width that is none is not taken: with COLUMNS=0 nothing was printed, not even the verdict."""
+    ran = shell('parity diff "$1" "$2"', stories_run / "ours.jsonl", stories_run / "ref.jsonl", COLUMNS=width)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "parity: 35 of 35 records agree" in ran.stdout
 
 
 def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProcess[str]:

@@ -103,7 +103,7 @@ def test_a_step_of_the_table_is_no_fault(recipe: str, size: int, kinds: tuple[st
 @pytest.mark.parametrize("recipe", ["gpt2", "gemma4"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exact: bool, sides: Callable[[str], Sides]) -> None:
-    """An engine with ggml's table and one with the function itself are right; noise of 1e-5 behind it is seen in both."""
+    """An engine with ggml's table and one with the function itself are right; noise of 1e-5 after it is seen in both."""
     both = sides(recipe)
     steps = without_tables(both.faulty.right) if exact else list(both.faulty.right)
     last = [name for name in both.ref.points if name.endswith("l_out")][-1]
@@ -118,7 +118,7 @@ def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exac
 
 
 @pytest.mark.slow
-def test_a_fault_behind_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
+def test_a_fault_after_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""
     both = sides("gemma3")
     right = list(both.faulty.right)
@@ -192,7 +192,7 @@ class _OursIsTrue:
 
 
 def test_an_exact_engine_is_right_however_coarse_the_reference_is() -> None:
-    """Float64 decides also where no error is as small as a table of float16 makes it behind few layers."""
+    """Float64 decides also where no error is as small as a table of float16 makes it after few layers."""
     right = random(("embd", "blk.0.l_out", "blk.1.l_out", "blk.2.l_out"))
     ours = {name: values * np.float32(1.07) if name in _OursIsTrue.coarse else values for name, values in right.items()}
     whole = {name: dump(values, slice_size=None) for name, values in (("ours", ours), ("ref", right))}
@@ -262,7 +262,7 @@ def test_rounding_that_is_amplified_twice_over(error: float, float32: float, noi
     ("op", "right"), [("UNARY:GELU", True), ("UNARY:GELU_QUICK", True), ("UNARY:SILU", False), ("UNARY", False)]
 )
 def test_the_header_says_which_function_is_looked_up(op: str, right: bool) -> None:
-    """An error of 1e-7 behind a node without a telling name is the table's where the header says GELU, and a divergence elsewhere."""
+    """An error of 1e-7 after a node without a telling name is the table's where the header says GELU, and a divergence elsewhere."""
     dataflow = {
         "": {"embd": ["GET_ROWS", [], ["token_embd.weight"]]},
         "0": {"gated": [op, ["embd"], []], "l_out": ["MUL_MAT", [".gated"], [".proj.weight"]]},
@@ -312,7 +312,7 @@ def test_what_a_norm_removes_is_not_acquitted_by_it(sides: Callable[[str], Sides
 
 
 def test_a_factor_that_a_norm_removes_blames_no_operation(sides: Callable[[str], Sides]) -> None:
-    """Keys twice as large, and all that is made of them behind their norm right: the record, or an operation that the norm hides."""
+    """Keys twice as large, and all that is made of them after their norm right: the record, or an operation that the norm hides."""
     verdict = sides("qwen3").judged(16, change=lambda kind, values: values * np.float32(2) if kind == "k" else values)
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.k"

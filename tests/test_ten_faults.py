@@ -19,7 +19,7 @@ from reference.client import Reference
 
 ENGINE = Path(__file__).with_name("foreign_families.py")
 SHOWN = {  # a fault of the file, or of the NumPy engine, for each of the ten
-    "qwen3": "norm of heads behind RoPE",
+    "qwen3": "norm of heads after RoPE",
     "gemma3": "the other kind of RoPE's pairs",
     "mixtral": "one expert more",
     "qwen3moe": "experts one place on",

@@ -19,6 +19,7 @@ from reports.html import html
 from reports.markdown import markdown
 from reports.report import Report
 from reports.three_way import as_json, heads, sentence
+from reports.three_way import lines as table
 
 TOKENS = (2047, 5, 11, 500)
 _ROPE = Planted((("rope-pairs", {}, (7,)),))
@@ -56,6 +57,9 @@ def test_a_reference_that_is_off_is_named_as_well(faulty: Faulty, ref: Dump) -> 
     compared = _compared(faulty, ref, wrong, "auto").verdict
     assert compared.truth is not None
     assert compared.truth.alone == "reference"
+    assert compared.pattern is not None
+    assert compared.pattern.code == "reference-wrong"
+    assert not compared.operation
 
 
 def test_off_and_all(faulty: Faulty, ref: Dump) -> None:
@@ -117,6 +121,26 @@ def test_of_three_sides_one_may_have_other_tokens(faulty: Faulty, ref: Dump) -> 
     assert heads(("runs/first/ours.jsonl", "llama.cpp", "ours")) == ["first", "second", "third"]
     third = faulty.dump(Planted(()), (*TOKENS[:-1], 78), bare=False)
     assert "undecided" in sentence(compare_three((third, ref, other)))
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_of_three_sides_one_may_record_otherwise(faulty: Faulty, ref: Dump, odd: int) -> None:
+    """Whichever side shows halves as neighbours, all three agree, and the answer says whose records these are and in which order."""
+    right = faulty.dump(Planted(()), TOKENS, points="blk.5.*", size=4096, bare=False)
+    rows = right.points["blk.5.q_rope"]
+    heads = rows.values.reshape(len(rows), -1, 2, 16)
+    neighbours = replace(rows, values=heads.swapaxes(2, 3).reshape(rows.values.shape), sketch=None, stats={})
+    assert right.header is not None
+    sides = [replace(right, header=replace(right.header, source=name)) for name in ("first", "second", "third")]
+    sides[odd] = replace(sides[odd], points={**right.points, "blk.5.q_rope": neighbours})
+    three = compare_three((sides[0], sides[1], sides[2]))
+    assert three
+    [recorded] = three.record_faults
+    assert (recorded.side, recorded.fault.checkpoint) == (odd, "blk.5.q_rope")
+    assert "neighbours where llama.cpp has halves" in recorded.fault.sentence
+    assert f"{len(TOKENS)} recorded otherwise" in sentence(three)
+    assert as_json(three)["record_faults"][0]["side"] == ("first", "second", "third")[odd]
+    assert any(f"blk.5.q_rope of {('first', 'second', 'third')[odd]}: neighbours" in line.plain for line in table(three, 200))
 
 
 def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> None:

@@ -11,12 +11,13 @@ import gguf
 import numpy as np
 import pytest
 from cli import Cli, refused
+from msgspec.structs import replace
 
 from checkpoints.cache import cache_dir, cache_limit
 from checkpoints.content import content_hash
 from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
-from checkpoints.gguf_file import contents
+from checkpoints.gguf_file import contents, header_bytes
 from checkpoints.record import ModelInfo
 from checkpoints.whole_file import create_locked
 from reference.client import Reference
@@ -242,3 +243,12 @@ def test_a_wrong_bound_stops_a_run_before_it_computes(parity: Cli, monkeypatch: 
     assert parity("dump", "ref", "--prompt", "hi", "--points", "embd", "-o", "a.jsonl").code == 0
     monkeypatch.setenv("PARITY_CACHE_GB", "abc")
     refused(parity("dump", "ref", "--prompt", "hi", "--points", "embd", "-o", "b.jsonl"), "PARITY_CACHE_GB is 'abc'")
+
+
+def test_dimensions_of_1_at_the_end_of_a_shape(reference: Reference, model: Path) -> None:
+    """llama.cpp leaves them out of the copy, where a converter writes them (norms of one head, one expert): that is no loss."""
+    file = contents(model)
+    infos = [replace(tensor, ne=(*tensor.ne, 1)) if len(tensor.ne) == 1 else tensor for tensor in file.tensors]
+    model.write_bytes(header_bytes(file.metadata, infos) + model.read_bytes()[file.data :])
+    twin = reference.twin(model)
+    assert {tensor.name for tensor in contents(twin).tensors} == {tensor.name for tensor in file.tensors}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from cli import Cli
 
-from checkpoints.gguf_file import Value, contents, header_bytes, string_value
+from checkpoints.gguf_file import contents, header_bytes
+from checkpoints.gguf_values import Value, string_value
 from checkpoints.printable import no_command, printable
 
 ROOT = Path(__file__).parent.parent

@@ -219,11 +219,13 @@ def test_a_dump_is_not_judged_by_another_model(
 
 
 def test_a_dump_of_the_twin_is_the_models(parity: Cli) -> None:
-    """A dump of the F32 twin is linted against the file that the twin was made of, with a warning that it is another file."""
+    """A dump of the F32 twin is linted against and explained by the file that it was made of; lint warns that it is another file."""
     assert parity("twin", default_model.path(), "-o", "twin.gguf").code == 0
     assert parity("dump", "ours", "--model", "twin.gguf", "--tokens", "2047,430", "-o", "ours.jsonl").code == 0
     _, answer = parity.json("lint", "ours.jsonl", "--model", default_model.path())
     assert (answer["usable"], [finding["rule"] for finding in answer["findings"]]) == (True, ["hparams"])
+    explained = parity("explain", "ours.jsonl", "--model", default_model.path())
+    assert (explained.code, explained.out[:8]) == (0, "no fault")
 
 
 def test_nan_on_both_sides_is_no_agreement(parity: Cli) -> None:

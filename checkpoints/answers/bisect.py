@@ -24,7 +24,7 @@ class JudgedPart(Struct, frozen=True):
 
 
 class Bisected(Struct, frozen=True):
-    """The answer; true if every part that was judged is right, and at least one was judged."""
+    """The answer; true if every part was judged, and is right."""
 
     parts: tuple[JudgedPart, ...]
     runs: int
@@ -39,4 +39,4 @@ class Bisected(Struct, frozen=True):
         return tuple(part for part in self.parts if part.status == WRONG)
 
     def __bool__(self) -> bool:
-        return not self.wrong
+        return all(part.status == RIGHT for part in self.parts)

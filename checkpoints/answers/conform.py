@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct, convert
 
 from ..structs import as_dict
 
@@ -14,10 +14,13 @@ DIVERGENCE = "divergence"
 REFUSED = "refused"
 CRASHED = "crashed"
 TIMED_OUT = "timed out"
-UNUSABLE = "unusable"  # a dump that cannot be read or believed
+UNUSABLE = "unusable"  # a dump that cannot be read or believed, or has no logits
 NO_REFERENCE = "no reference"  # llama.cpp itself has no such model, or cannot run it
 CHANGED = "changed"  # the key of a result of which nobody knows by which build of the engine it was made
 WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
+
+
+_Measured = Annotated[float, Meta(ge=0)]  # a number, which NaN in a damaged file is not
 
 
 class Cell(Struct, frozen=True):
@@ -58,8 +61,8 @@ class CellResult(Struct, frozen=True):
     cause: str = ""
     sentence: str = ""
     compared: int = 0
-    nmse: float | None = None
-    of_limit: float | None = None
+    nmse: _Measured | None = None
+    of_limit: _Measured | None = None
     worst: str = ""
     rope: str = ""
     seconds: float = 0.0
@@ -82,11 +85,11 @@ class CellResult(Struct, frozen=True):
         """Read a result back from such a dictionary.
 
         Raises:
-            KeyError, TypeError: it was written by another version.
+            KeyError, TypeError, ValueError: it was written by another version, or is damaged.
         """
-        cell = Cell(**{name: facts[name] for name in Cell.__struct_fields__})
+        cell = {name: facts[name] for name in Cell.__struct_fields__}
         own = {name: facts[name] for name in CellResult.__struct_fields__ if name != "cell"}
-        return CellResult(cell, **own)
+        return convert({"cell": cell, **own}, CellResult)
 
 
 class SharedCause(Struct, frozen=True):

@@ -9,6 +9,7 @@ from msgspec import Struct, field
 
 PARITY = "parity"
 DIVERGENCE = "divergence"
+INCOMPLETE = "incomplete"  # what was compared agrees, but the result that was asked for was not
 
 AGREES = "agrees"
 FRESH = "fresh"  # the error jumps here
@@ -163,6 +164,23 @@ class Missing(Struct, frozen=True):
     records: int = 0
 
 
+class Uncompared(Struct, frozen=True):
+    """What was asked for and never compared; false if nothing is.
+
+    `asked` is how many points of the vocabulary were asked for, `points` are those without any compared record, in dataflow order,
+    `positions` those at which no point was compared. `after`: the last point that was compared, if nothing after it was; empty if
+    something was, or if no point of those asked for was compared.
+    """
+
+    asked: int = 0
+    points: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
+    after: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.points or self.positions)
+
+
 class Choices(Struct, frozen=True):
     """The next token as each side would choose it.
 
@@ -201,6 +219,8 @@ class Limits(Struct, frozen=True):
 class Verdict(Struct, frozen=True):
     """The answer to "do these two dumps agree?"; true for parity.
 
+    `verdict` is INCOMPLETE if an engine was asked for its result and did not print it, although all that was compared agrees. `uncompared`
+    is what of the other side's records, or of what an engine was asked for, was never compared.
     `next` is a `--points` value, empty if the records already identify the operation (then `operation` names it).
     `left_out` counts records after the position at which the token sequences diverge. `next_slice` is how many leading values the next
     run has to record if too little of the rows was seen. `excused` records are over the table's limit and agree by an assumption about
@@ -224,6 +244,7 @@ class Verdict(Struct, frozen=True):
     pattern: Pattern | None = None
     missing_ours: Missing = field(default_factory=Missing)
     missing_ref: Missing = field(default_factory=Missing)
+    uncompared: Uncompared = field(default_factory=Uncompared)
     choices: Choices | None = None
     left_out: int = 0
     excused: int = 0

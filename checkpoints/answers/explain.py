@@ -75,6 +75,16 @@ class PossibleOperations(Struct, frozen=True):
     seen: tuple[int, int] | None = None
 
 
+class SuspectRecord(Struct, frozen=True):
+    """A point whose records alone are wrong.
+
+    `agreeing` are computed from it and agree, though they would not if the engine had gone on with what it recorded.
+    """
+
+    checkpoint: str
+    agreeing: tuple[str, ...]
+
+
 class Explanation(Struct, frozen=True):
     """The answer. True if there is no fault: nothing differs, or only by precision.
 
@@ -83,7 +93,8 @@ class Explanation(Struct, frozen=True):
         last_agreement: the last point before it at which all records agree.
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
         law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
-        placed: which operations are in question there.
+        placed: which operations are in question there; None if its records alone are wrong.
+        suspects: points whose records alone are wrong, the one that is left among them.
         looks_like: the arithmetic whose noise the numbers look like, where f32 is stated or a fault may hide in it; or "".
         f32_stated: who says that it was computed in float32: "header", "--compute", or "".
         truth: how far both sides are from float64 at the first place, where the arbiter was asked.
@@ -104,6 +115,7 @@ class Explanation(Struct, frozen=True):
     precision_only: str = ""
     law: str = ""
     placed: PossibleOperations | None = None
+    suspects: tuple[SuspectRecord, ...] = ()
     precision_alike: tuple[str, ...] = ()
     looks_like: str = ""
     f32_stated: str = ""

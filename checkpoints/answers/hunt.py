@@ -11,13 +11,13 @@ class Round(Struct, frozen=True):
 
     Attributes:
         number: from 1.
-        asked: the `--points` expression that was requested.
+        points: the `--points` expression that was requested.
         recorded: the points that were recorded for the first time.
         verdict: the comparison of everything recorded so far.
     """
 
     number: int
-    asked: str
+    points: str
     recorded: tuple[str, ...]
     verdict: Verdict
 

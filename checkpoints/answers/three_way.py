@@ -2,7 +2,16 @@
 
 from msgspec import Struct
 
+from .diff import RecordFault
+
 PAIRS = ((0, 1), (0, 2), (1, 2))  # the two sides that each figure of a point compares
+
+
+class RecordedOtherwise(Struct, frozen=True):
+    """A fault of one side's records: `side` is the one that both others differ from there, None where only one pair shows the fault."""
+
+    side: int | None
+    fault: RecordFault
 
 
 class ThreeWayPoint(Struct, frozen=True):
@@ -23,12 +32,16 @@ class ThreeWayPoint(Struct, frozen=True):
 
 
 class ThreeWay(Struct, frozen=True):
-    """The answer for three sides; true if all agree. `first` is the first point in dataflow order at which they do not."""
+    """The answer for three sides; true if all agree. `first` is the first point in dataflow order at which they do not.
+
+    `record_faults`: what was recorded otherwise though everything computed from it agrees, which is no difference.
+    """
 
     sides: tuple[str, str, str]
     points: tuple[ThreeWayPoint, ...]
     compared: tuple[int, int, int]
     first: ThreeWayPoint | None = None
+    record_faults: tuple[RecordedOtherwise, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:

@@ -3,7 +3,8 @@
         aten::addmm(t: f32[8], t: f32[2, 4], t: f32[4, 8])  ->  t: f32[2, 8]  # {'hash': 6.691675990819931}
 
 A hash is the L1 norm of the whole tensor in float64. It is not an activation, but two such logs can be compared to find the first
-operation at which they differ. Each operation is a point, named by its module and its number among operations of its name there.
+operation at which they differ. Each operation is a point, named by its module and its number among operations of its name there. The
+log does not say what an operation reads: many lines are views of weights, and the line before is no input.
 """
 
 import re
@@ -73,8 +74,8 @@ def read(path: Path, mapping: Mapping) -> Dump:
         raise DumpError(
             f"{path} has no operation with a hash that is a number.", "Use DebugMode.log_tensor_hashes().", code="no-records"
         )
-    note = "values are hashes (L1 norms) of whole tensors: compare with another such log"
-    return Dump(str(path), Header("DebugMode", compute=compute), points, notes=(note,))
+    note = "values are hashes of whole tensors (L1 norms, unless hash_fn says otherwise): compare with another such log"
+    return Dump(str(path), Header("DebugMode", compute=compute, dataflow={}), points, notes=(note,))
 
 
 def _number(text: str) -> float | None:

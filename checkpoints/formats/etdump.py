@@ -12,7 +12,7 @@ from typing import Never
 from ..errors import DumpError
 from ..mapping import Mapping
 
-_IDENTIFIER = slice(4, 8)  # of a FlatBuffers file, behind the offset of its root table
+_IDENTIFIER = slice(4, 8)  # of a FlatBuffers file, after the offset of its root table
 _ETDUMP = b"ED00"
 
 

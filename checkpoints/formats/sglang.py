@@ -39,7 +39,7 @@ _RETURNED = re.compile(
 )  # of a module: its tensor, one of several, or the logits
 _NO_ACTIVATION = ("param__", "grad__")
 _LAYER = re.compile(r"(?:.+\.)?layers\.\d{1,9}")
-_RESIDUAL = " + residual"  # behind a layer's name: the second tensor that it returns
+_RESIDUAL = " + residual"  # after a layer's name: the second tensor that it returns
 _FILES = 1 << 17  # files of a folder: 60 layers, 20 tensors, 8 ranks, 10 steps
 _TOTAL = 4 << 30  # bytes of all of them
 _LARGEST_NUMBER = 1 << 40

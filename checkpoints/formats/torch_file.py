@@ -1,8 +1,7 @@
 """What `torch.save` writes, read without torch: no pickle is executed.
 
-A file is an archive: `data.pkl` describes a structure of dictionaries, lists and tensors, `data/0`, `data/1`, … hold their storages.
-The description is interpreted here, instruction by instruction, for the few instructions that build such a structure; everything else
-it names (a class of somebody's engine) becomes an `Opaque` value, and is neither imported nor called.
+A file is an archive: `data.pkl` describes a structure of dictionaries, lists and tensors (`pickled.py` interprets it), `data/0`,
+`data/1`, … hold their storages.
 """
 
 import zipfile
@@ -23,9 +22,9 @@ from ..nearest import unknown_names
 from ..record import Dump, Rows
 from ..regular import require_regular
 from .arrays import MOST, rows_of
+from .pickled import Opaque, key_of, structure
 
 LARGEST = 1 << 30  # bytes of a file, and of all tensors that it describes
-_STEPS = 1 << 20  # instructions of a description: twenty for each of 50,000 tensors
 _SMALL = 1 << 24  # bytes that any archive may unpack to; a larger one must be stored uncompressed, as torch does
 _RATIO = 100
 _ENTRY = 128  # bytes of a dictionary's entry
@@ -40,20 +39,6 @@ _TYPES = {
     "BoolStorage": "?", "bool": "?", "UntypedStorage": "u1",
 }  # fmt: skip
 _AGAIN = "Save it again, as torch.save(tensor.cpu(), path) does."
-
-
-class Opaque(Struct, frozen=True):
-    """A value of a class that is not known here; only its name is kept."""
-
-    name: str
-
-
-def _instructions(description: bytes) -> Iterator[tuple[Any, Any]]:
-    """(opcode, argument) of each instruction, as the standard library's disassembler reads them."""
-    import pickletools
-
-    for opcode, argument, _ in pickletools.genops(description):
-        yield opcode, argument
 
 
 class _Storage(Struct, frozen=True):
@@ -124,7 +109,7 @@ def contents(file: Path) -> Any:
             order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
             storages = {name.removeprefix("data/"): member for name, member in members.items() if name.startswith("data/")}
             reader = _Reader(archive, storages, big=order.strip() == b"big")
-            return reader.value(archive.read(members["data.pkl"]))
+            return structure(archive.read(members["data.pkl"]), reader.storage, reader.called)
     except DumpError:
         raise
     except zipfile.BadZipFile as error:
@@ -145,7 +130,7 @@ def _check_members(members: dict[str, zipfile.ZipInfo], size: int) -> None:
 
 
 class _Reader:
-    """Interprets the description of one archive."""
+    """Makes what the description of one archive names: its storages and tensors."""
 
     def __init__(self, archive: zipfile.ZipFile, storages: dict[str, zipfile.ZipInfo], *, big: bool) -> None:
         self._archive = archive
@@ -154,74 +139,7 @@ class _Reader:
         self._room = LARGEST
         self._raw: dict[str, bytes] = {}
 
-    def value(self, description: bytes) -> Any:
-        """The structure. Raises ValueError (or what the parser raises) if the description is invalid."""
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[int, Any] = {}
-        for number, (opcode, argument) in enumerate(_instructions(description)):
-            if number > _STEPS:
-                raise ValueError("its description is too long")
-            name = opcode.name
-            if name == "STOP":
-                return stack.pop()
-            if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            elif name in _EMPTY:
-                stack.append(_EMPTY[name]())
-            elif name in _LITERAL:
-                stack.append(argument)
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[_index(argument)] = stack[-1]
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET", "GET"):
-                stack.append(memo[_index(argument)])
-            elif name == "GLOBAL":
-                stack.append(Opaque(str(argument).replace(" ", ".")))
-            elif name == "STACK_GLOBAL":
-                last, module = stack.pop(), stack.pop()
-                if not isinstance(last, str) or not isinstance(module, str):
-                    raise ValueError("it names a class by something other than text")
-                stack.append(Opaque(f"{module}.{last}"))
-            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            elif name in ("TUPLE", "LIST", "APPENDS", "SETITEMS"):
-                self._marked(name, stack, marks.pop())
-            elif name == "APPEND":
-                item = stack.pop()
-                _list(stack[-1]).append(item)
-            elif name == "SETITEM":
-                item, key = stack.pop(), stack.pop()
-                _dict(stack[-1])[_key(key)] = item
-            elif name == "BINPERSID":
-                stack.append(self._storage(stack.pop()))
-            elif name in ("REDUCE", "NEWOBJ"):
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(self._called(function, arguments))
-            elif name == "BUILD":
-                stack.pop()  # attributes of an object: none that matter here
-            elif name not in ("PROTO", "FRAME"):
-                raise ValueError(f"its description has the instruction {name}")
-        raise ValueError("its description does not end")
-
-    @staticmethod
-    def _marked(name: str, stack: list[Any], mark: int) -> None:
-        items = stack[mark:]
-        del stack[mark:]
-        if name == "TUPLE":
-            stack.append(tuple(items))
-        elif name == "LIST":
-            stack.append(items)
-        elif name == "APPENDS":
-            _list(stack[-1]).extend(items)
-        else:
-            _dict(stack[-1]).update((_key(key), item) for key, item in zip(items[::2], items[1::2], strict=True))
-
-    def _storage(self, identity: Any) -> _Storage | Opaque:
+    def storage(self, identity: Any) -> _Storage | Opaque:
         kind, storage, key = identity[:3]
         last = storage.name.rpartition(".")[2] if isinstance(storage, Opaque) else ""
         if kind != "storage" or not isinstance(key, str):
@@ -230,7 +148,7 @@ class _Reader:
             return Opaque(last)
         return _Storage(_TYPES[last], key, self._order)
 
-    def _called(self, function: Any, arguments: Any) -> Any:
+    def called(self, function: Any, arguments: Any) -> Any:
         name = function.name if isinstance(function, Opaque) else ""
         if not isinstance(arguments, tuple):
             raise ValueError("its description calls something without arguments")  # noqa: TRY004  # a file's fault
@@ -248,7 +166,7 @@ class _Reader:
             self._room -= _ENTRY * (len(arguments[0]) if arguments else 0)
             if self._room < 0:
                 raise ValueError("its dictionaries are larger than activations")
-            return {_key(key): item for key, item in arguments[0]} if arguments else {}
+            return {key_of(key): item for key, item in arguments[0]} if arguments else {}
         if name == "torch.Size":
             return arguments[0]
         return Opaque(name or "?")
@@ -283,45 +201,3 @@ class _Reader:
         if key not in self._raw:
             self._raw[key] = self._archive.read(self._members[key])
         return self._raw[key]
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_LITERAL = frozenset(
-    (
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "BINFLOAT",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-    )
-)
-
-
-def _index(argument: Any) -> int:
-    """The index in the memory of values that an instruction names."""
-    return int(argument)
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("its description appends to something other than a list")  # noqa: TRY004  # a file's fault
-    return value
-
-
-def _key(value: Any) -> Any:
-    """A key of a dictionary; a deeply nested tuple would take for ever to hash, or exhaust the stack."""
-    if isinstance(value, tuple):
-        raise ValueError("a key of its dictionaries is a tuple")  # noqa: TRY004  # a file's fault
-    return value
-
-
-def _dict(value: Any) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("its description sets items of something other than a dictionary")  # noqa: TRY004  # a file's fault
-    return value

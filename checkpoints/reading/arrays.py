@@ -141,10 +141,10 @@ def _words(array: bytes) -> _Words | None:
     starts = np.flatnonzero(begins)
     if not len(starts):
         return _Words(starts, np.zeros(0), array, array)
-    behind_quote = np.minimum(starts + (data[starts] == ord('"')), len(data) - 1)
-    first = data[behind_quote]
+    after_quote = np.minimum(starts + (data[starts] == ord('"')), len(data) - 1)
+    first = data[after_quote]
     negative = first == ord("-")
-    letter = data[np.minimum(behind_quote + (negative | (first == ord("+"))), len(data) - 1)]
+    letter = data[np.minimum(after_quote + (negative | (first == ord("+"))), len(data) - 1)]
     is_word = _IS_WORD[letter]
     at = np.flatnonzero(is_word)
     of_word = inside & is_word[np.maximum(np.cumsum(begins, dtype=np.int32) - 1, 0)]

@@ -23,7 +23,7 @@ def objects_alone(block: bytes) -> int | None:
 def objects_of(block: bytes) -> tuple[list[int], list[bytes], int]:
     """Numbers of the lines that may be objects, those lines from their first brace on, and how many others are not blank.
 
-    Behind an object's brace there is a name in quotes, or its end: a log's other braces need no parser.
+    After an object's brace there is a name in quotes, or its end: a log's other braces need no parser.
     """
     numbers, objects, skipped = [], [], 0
     for number, line in enumerate(block.split(b"\n")[:-1]):

@@ -174,8 +174,8 @@ def _of_numbers(text: bytes, values: Floats) -> _Decimals | None:
     exponents = np.zeros(count, dtype=np.int64)
     if is_exponent.any():
         power = digit & in_exponent
-        behind = ends[number] - np.arange(len(data)) - 1  # digits that follow this one, in an exponent
-        worth = np.where(power, (data - float(ord("0"))) * 10.0 ** np.minimum(behind, _EXPONENT), 0.0)
+        following = ends[number] - np.arange(len(data)) - 1  # digits that follow this one, in an exponent
+        worth = np.where(power, (data - float(ord("0"))) * 10.0 ** np.minimum(following, _EXPONENT), 0.0)
         below = np.logical_or.reduceat(in_exponent & (data == ord("-")), starts)
         size = np.minimum(np.add.reduceat(worth, starts), _HUGE).astype(np.int64)
         exponents = np.where(below, -size, size)

@@ -131,7 +131,12 @@ def token(content: dict[str, Any]) -> Token:
     )
 
 
-_TEXTS = ("source", "mode", "compute", "kv_type", "created", "prompt")
+# What a field of the header must be, if it is there.
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("source", "mode", "compute", "kv_type", "created", "prompt"), (str, "a text")),
+    **dict.fromkeys(("hparams", "build", "dataflow", "columns"), (dict, "an object")),
+    **dict.fromkeys(("tokens", "pieces"), (list, "a list")),
+}
 
 
 def end(content: dict[str, Any]) -> End:
@@ -147,15 +152,9 @@ def header(content: dict[str, Any]) -> Header:
     if version > FORMAT:
         raise ValueError(f"format {version!r:.40} is newer than this parity, which reads format {FORMAT}")
     taken = {name: value for name, value in content.items() if name in Header.__struct_fields__ and value is not None}
-    for name in _TEXTS:
-        if not isinstance(taken.get(name, ""), str):
-            raise TypeError(f'"{name}" must be a text, not {taken[name]!r:.40}')
-    for name in ("hparams", "build", "dataflow", "columns"):
-        if not isinstance(taken.get(name, {}), dict):
-            raise TypeError(f'"{name}" must be an object, not {taken[name]!r:.40}')
-    for name in ("tokens", "pieces"):
-        if not isinstance(taken.get(name, []), list):
-            raise TypeError(f'"{name}" must be a list, not {taken[name]!r:.40}')
+    for name, (kind, described) in _KINDS.items():
+        if name in taken and not isinstance(taken[name], kind):
+            raise TypeError(f'"{name}" must be {described}, not {taken[name]!r:.40}')
     if "slice" in taken:
         integer(taken["slice"], "slice")
     for name, known in (("mode", words.mode), ("compute", words.compute), ("kv_type", words.kv_type)):

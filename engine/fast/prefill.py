@@ -35,7 +35,7 @@ class _LayerArguments(Struct, frozen=True):
     keys: Array
     values: Array
 
-    def tell(self, keep: Keep, first: int, values: tuple[Array, ...]) -> None:
+    def hand_over(self, keep: Keep, first: int, values: tuple[Array, ...]) -> None:
         """Pass the values of consecutive points to `keep`, from number `first` of `_POINTS` on."""
         for name, value in zip(self.names[first : first + len(values)], values, strict=True):
             keep(name, value)
@@ -94,13 +94,13 @@ class Prefill:
             self._run("project", t, (projected, *place.biases, *angles, *self._head_numbers, q, k, q_rope, *caches))
             if keep:
                 new_k, new_v, all_k, all_v = place.keys[past:s], place.values[past:s], place.keys[:s], place.values[:s]
-                place.tell(keep, 0, (normed, q, k, new_v, q_rope, new_k, all_k, all_v))
+                place.hand_over(keep, 0, (normed, q, k, new_v, q_rope, new_k, all_k, all_v))
             self._attend(pointers[i], t, s, (scores, *sizes, shares))
             self._run("lower", 256, (mixed, np.int64(mixed.size), low_q))
             self._product(layer.out, low_q, mixed, product)
             self._norm(product, m["attn_output"].bias, x, x, layer.ffn_norm, normed, low)
             if keep:
-                place.tell(keep, 8, (scores, shares, mixed, product, x, normed))
+                place.hand_over(keep, 8, (scores, shares, mixed, product, x, normed))
             self._product(layer.gate_up, low, normed, gates)
             self._add_biases((gate, up), (m["ffn_gate"], m["ffn_up"]))
             self._run("swiglu", 1024, (gate, up, np.int64(swiglu.size), swiglu, low_f))
@@ -108,7 +108,7 @@ class Prefill:
             after = w.layers[i + 1].attn_norm if i + 1 < hp.n_layers else w.norm
             self._norm(product, m["ffn_down"].bias, x, x, after, normed, low)
             if keep:
-                place.tell(keep, 14, (gate, up, swiglu, product, x))
+                place.hand_over(keep, 14, (gate, up, swiglu, product, x))
         if keep:
             keep("output_norm", normed)
         logits = self._floats(t, hp.n_vocab)

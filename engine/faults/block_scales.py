@@ -66,7 +66,7 @@ def _first_block(step: Step, _right: Steps, parameters: Parameters) -> Step:
         if shape[-1] <= size or shape[-1] % size:
             return source.get(name)
         whole = np.asarray(dequantize(raw, kind, shape[-1])).reshape(shape)
-        if parameters["behind"] == "repeated":
+        if parameters["rest"] == "repeated":
             return source.array(np.tile(whole[..., :size], shape[-1] // size))
         kept = np.zeros_like(whole)
         kept[..., :size] = whole[..., :size]
@@ -127,10 +127,10 @@ FAULTS = (
         name="first-block-only",
         kinds=ALL,
         change=_first_block,
-        what="only the first block of each row is read, the rest is {behind}, in {at}",
+        what="only the first block of each row is read, the rest is {rest}, in {at}",
         symptom="wrong from position 0 on",
         fix="a row has as many blocks as its length divided by the block's",
         seen="a loop over blocks whose index is not used",
-        parameters={"behind": ("repeated", "zero"), **WHERE},
+        parameters={"rest": ("repeated", "zero"), **WHERE},
     ),
 )

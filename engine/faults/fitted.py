@@ -199,7 +199,7 @@ def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
-    """The kinds of norms that not every model has (of heads, of latents, behind a branch): all together, those of queries and keys,
+    """The kinds of norms that not every model has (of heads, of latents, after a branch): all together, those of queries and keys,
     each alone."""
     each = tuple(kind for kind in kinds_with_epsilon(right) if kind not in _USUAL_NORMS)
     own = unlisted(right)

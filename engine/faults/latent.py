@@ -42,11 +42,11 @@ def _parts(step: Step, right: Steps) -> list[View]:
 
 def _exchanged_parts(step: Step, right: Steps, _parameters: Parameters) -> Step:
     """Each part read from where it would lie if the two were exchanged."""
-    front, behind = _parts(step, right)
+    leading, trailing = _parts(step, right)
     own = read_of(step, 0)
     assert isinstance(own, View)
-    offset = Size(0) if own.offset == behind.offset else Size(behind.shape[-1].fixed)
-    if not (front.shape[-1].constant and behind.shape[-1].constant):
+    offset = Size(0) if own.offset == trailing.offset else Size(trailing.shape[-1].fixed)
+    if not (leading.shape[-1].constant and trailing.shape[-1].constant):
         raise NotApplicable(f"{step.makes}: the parts' widths depend on the length")
     return replace(step, reads=(replace(own, offset=offset), *step.reads[1:]))
 

@@ -266,7 +266,7 @@ FAULTS = (
         change=_exchange,
         what="the weights of two norms are exchanged, or both are the same, in {at}",
         symptom="wrong from position 0 of layer 0 on",
-        fix="attn_norm before Q, K, V; ffn_norm before gate and up; attn_q_norm for queries; post_attention_norm behind attention",
+        fix="attn_norm before Q, K, V; ffn_norm before gate and up; attn_q_norm for queries; post_attention_norm after attention",
         seen="weights loaded by index",
         parameters={AT: _pairs},
     ),

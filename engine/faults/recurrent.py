@@ -74,7 +74,7 @@ def _no_bias(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _exchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    """B and C are the scan's third and fourth values of a pass, behind the state, x and the time step."""
+    """B and C are the scan's third and fourth values of a pass, after the state, x and the time step."""
     if len(require(step, "SSM_SCAN").reads) < _SCAN_C + 1:
         raise NotApplicable(f"{step.makes} reads no B and C")
     *before, second, first = step.reads[: _SCAN_C + 1]
@@ -83,16 +83,16 @@ def _exchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _conv_gates(step: Step, right: Steps, parameters: Parameters) -> Step:
     """LFM2's block is C · conv(B · x): its projection's three parts in another order."""
-    before, behind = (sibling(step, right, kind) for kind in ("mul", "mul.2"))
-    if not all("conv.in_proj" in name_of(read_of(gate, 0)) and len(gate.reads) == 2 for gate in (before, behind)):
+    inner_gate, outer_gate = (sibling(step, right, kind) for kind in ("mul", "mul.2"))
+    if not all("conv.in_proj" in name_of(read_of(gate, 0)) and len(gate.reads) == 2 for gate in (inner_gate, outer_gate)):
         raise NotApplicable(f"{step.makes} is no gate of a short convolution")
     place = ("B", "x").index(parameters["with"])
-    inner, outer = list(before.reads), list(behind.reads)
+    inner, outer = list(inner_gate.reads), list(outer_gate.reads)
     inner[place], outer[0] = outer[0], inner[place]
-    return replace(step, reads=tuple(inner if step is before else outer))
+    return replace(step, reads=tuple(inner if step is inner_gate else outer))
 
 
-def _gate_behind(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
+def _gate_after_norm(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
     """norm(y) · silu(z), where the model has norm(y · silu(z))."""
     gated = maker(step, right)
     if gated.op is not ops.swiglu or len(gated.reads) != 2:
@@ -188,10 +188,10 @@ FAULTS = (
         parameters={"with": ("B", "x")},
     ),
     Fault(
-        name="gate-behind-norm",
+        name="gate-after-norm",
         kinds=("ssm_norm",),
-        change=_gate_behind,
-        what="the gate is applied behind the norm: norm(y) · silu(z)",
+        change=_gate_after_norm,
+        what="the gate is applied after the norm: norm(y) · silu(z)",
         symptom="wrong from position 0 on, of plausible size",
         fix="norm(y · silu(z)), in groups: Mamba-2's norm_before_gate is false",
         seen="RMSNormGated of other models (norm_before_gate = true), taken over",

@@ -59,7 +59,7 @@ def attended(lifter: "Lifter", tensor: Tensor, number: int) -> View:
         rows = View(of, whole, (seen, row), (by_position, ONE), offset)
     else:
         rows = View(of, whole, (seen, heads, width), (by_position, by_head, by_element), offset)
-    lifter.helper(Step(name, ops.cached, (rows,)))
+    lifter.add_value(Step(name, ops.cached, (rows,)))
     if keys:
         return View(name, (seen, row), shape, (ZERO, width, row, ONE))
     return View(name, (seen, row), shape, (ZERO, width, ONE, row))

@@ -39,13 +39,13 @@ def read(lifter: "GraphLifter", tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
     )
     # The first rows of sections and masks differ from those of a shorter pass.
     axis = 0 if shape == (lifter.t,) else None
-    return lifter.helper(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
+    return lifter.add_value(Step(name, operation, reads, (), dict(rule.parameters), axis=axis, inner=True)), shape
 
 
 def of_lengths(lifter: "GraphLifter") -> str:
     """A value that only tells how long pass and cache are: the causal mask, [T, S]."""
     parameters = {"window": "causal", "size": 0}
-    return lifter.helper(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
+    return lifter.add_value(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
 
 
 def sections(positions: Array, *, sections: int, zeros: int) -> Array:

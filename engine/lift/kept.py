@@ -44,7 +44,7 @@ def state(lifter: "GraphLifter", index: int) -> View:
     size = product(numpy_shape(lifter.tensors[leaf].ne))
     if not size.constant:
         raise Unliftable("its state depends on the length")
-    name = lifter.helper(
+    name = lifter.add_value(
         Step(
             f"state.{lifter.tensors[leaf].name}",
             ops.part,

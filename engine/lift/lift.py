@@ -124,7 +124,7 @@ def _part(lifter: Lifter, index: int, name: str, start: int, stop: int) -> None:
     if axis != 0 or len(whole) != 2:
         raise Unliftable(f"{name} is a part of something that is not a row")
     view = View(lifter.names[index], whole, (lifter.t, Size(stop - start)), (whole[1], ONE), Size(start))
-    lifter.helper(Step(name, ops.part, (view,)))
+    lifter.add_value(Step(name, ops.part, (view,)))
 
 
 def _without_unread(steps: list[Step]) -> list[Step]:

@@ -62,7 +62,7 @@ class GraphLifter:
         self.added_steps.append(Step(step.makes, ops.positions_first, (read,)))
         self.taken.add(step.makes)
 
-    def helper(self, step: Step) -> str:
+    def add_value(self, step: Step) -> str:
         """Add the step of a value that is no node, once, and return the value's name."""
         if step.makes not in self.taken:
             self.added_steps.append(step)

@@ -45,7 +45,7 @@ def writes(lifter: "Lifter", index: int, tensor: Tensor) -> bool:
         if product(shown.shape) != times(lifter.t, width):
             raise Unliftable("it writes rows whose width is not the cache's")
         rows, inner = row_strides(shown.shape, shown.strides, lifter.t) if lifter.tensors[source].ne[0] != ONE else (width, ONE)
-        name = lifter.helper(
+        name = lifter.add_value(
             Step(
                 f"rows.{lifter.tensors[root].name}",
                 ops.part,
@@ -78,7 +78,7 @@ def _write_state(lifter: "Lifter", index: int, tensor: Tensor, root: int) -> Non
         raise Unliftable("the state that it leaves depends on the length")
     lifter.left.setdefault(root, []).append((start.fixed, read))
     if tensor.point:  # a row that belongs to the last position
-        lifter.helper(Step(tensor.point, ops.flat, (read,), axis=None))
+        lifter.add_value(Step(tensor.point, ops.flat, (read,), axis=None))
     lifter.done.add(index)
 
 

@@ -100,8 +100,8 @@ def _weighted_values(step: Step, back: Array, inputs: Sequence[Array], _weights:
     split = back.reshape(len(back), groups, len(weights) // groups, -1)
     values = v.reshape(len(v), groups, -1)
     of_weights = np.einsum("kghd,sgd->kghs", split, values).reshape(len(back), len(weights), -1)
-    mine = weights[:, row, row].reshape(groups, -1)
-    return [of_weights, np.einsum("kghd,gh->kgd", split, mine).reshape(len(back), -1)]
+    of_row = weights[:, row, row].reshape(groups, -1)
+    return [of_weights, np.einsum("kghd,gh->kgd", split, of_row).reshape(len(back), -1)]
 
 
 def _causal_soft_max(

@@ -84,7 +84,7 @@ def _by_rows(steps: Sequence[Step]) -> frozenset[str]:
     """The values that over fewer tokens are a part of those over more: rows by position, the same whatever follows.
 
     Others are values without positions, columns for as many keys as there are, and chosen keys, which of a row with few keys may be
-    ones behind it; and what is made of these and is no point.
+    ones after it; and what is made of these and is no point.
     """
     others: set[str] = set()
     for step in steps:
@@ -233,10 +233,10 @@ class Replay:
                     return [None] * len(edits)
                 name = self.steps[number].makes
                 self._advance(number, edits, owners.get(number, ()), changed, stop)
-                mine = [values for values in changed if values and name in values]
-                if mine and name in watched:
-                    keep = judge(name, self._xp.stack([values[name] for values in mine]))
-                    ended = {id(values) for values, kept in zip(mine, keep, strict=True) if not kept}
+                still_computed = [values for values in changed if values and name in values]
+                if still_computed and name in watched:
+                    keep = judge(name, self._xp.stack([values[name] for values in still_computed]))
+                    ended = {id(values) for values, kept in zip(still_computed, keep, strict=True) if not kept}
                     changed = [None if id(values) in ended else values for values in changed]
                 for old in used_up.get(number, ()):
                     for values in changed:

@@ -60,10 +60,12 @@ def synthesize(
 
     kind = _type(weight_type)
     block = gguf.GGML_QUANT_SIZES[kind][0]
-    odd = next((name for name, dims in matrices_of(shape) if dims[-1] % block), None)
-    if odd is not None:
+    unaligned = next((name for name, dims in matrices_of(shape) if dims[-1] % block), None)
+    if unaligned is not None:
         raise InputError(
-            f"{odd} has rows that are not a multiple of {weight_type}'s blocks of {block}.", "Change the shape.", code="shape"
+            f"{unaligned} has rows that are not a multiple of {weight_type}'s blocks of {block}.",
+            "Change the shape.",
+            code="shape",
         )
     sizes = [stored_as(dims, kind if len(dims) == 2 else gguf.GGMLQuantizationType.F32)[2] for _, dims in tensors_of(shape)]
     check_size(out, sum(sizes), shape.vocab if tokenizer is not None else 0, at_once(shape, blocks))

@@ -4,7 +4,6 @@ llama.cpp itself says which tensors it wants for these metadata, and in which sh
 that the model leaves out.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError
+from checkpoints.given_json import decoded
 
 from .shape import MOST_LAYERS, Shape
 
@@ -99,10 +99,10 @@ def shape_of(recipe: Recipe, **changes: Any) -> Shape:
     Raises:
         InputError: a shape that no model can have.
     """
-    asked = {name: value for name, value in changes.items() if value is not None}
-    if "heads" in asked and recipe.shape.kv_heads == recipe.shape.heads:
-        asked.setdefault("kv_heads", asked["heads"])
-    shape = replace(recipe.shape, **asked)
+    chosen = {name: value for name, value in changes.items() if value is not None}
+    if "heads" in chosen and recipe.shape.kv_heads == recipe.shape.heads:
+        chosen.setdefault("kv_heads", chosen["heads"])
+    shape = replace(recipe.shape, **chosen)
     if shape.layers > MOST_LAYERS:
         raise InputError(f"llama.cpp runs at most {MOST_LAYERS} layers.", "Change the shape.", code="shape")
     if shape.heads and not shape.head_size and shape.width % shape.heads:
@@ -135,7 +135,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Value]:
 
 def _value(text: str) -> Value:
     try:
-        value = json.loads(text)
+        value = decoded(text)
     except ValueError:
         return text
     if isinstance(value, list) and value and all(isinstance(item, bool | int | float | str) for item in value):

@@ -10,7 +10,8 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
-from checkpoints.gguf_file import ARRAY, Contents, contents
+from checkpoints.gguf_file import Contents, contents
+from checkpoints.gguf_values import ARRAY
 from checkpoints.record import ModelInfo
 
 from .dequantize import FORMATS, dequantize, dequantize_into

@@ -56,18 +56,17 @@ class Arbiter:
         self._given = given
         self._states = states
         self._rows = self._positions[-1:] if states else self._positions  # the position of each row of a value
-        # An encoder's scores have rows of other lengths than a decoder's. A state has no row for each position: what a run over the tokens
-        # up to a record's leaves behind is another arbiter's.
-        whole = sees_later(steps)
+        self._causal = not sees_later(steps)
+        # A state has no row for each position: what a run over the tokens up to a record's leaves behind is another arbiter's.
         shown = [step for step in steps if not step.inner]  # a point of llama.cpp's may be a step that only others read
         left = frozenset(step.makes for step in shown if step.axis is None)
-        by_row = frozenset(step.makes for step in shown if step.axis == 0 or (step.axis == 1 and not whole))
+        by_row = frozenset(step.makes for step in shown if step.axis is not None)
         self._points, self._left = (left, frozenset()) if states else (by_row, left)
         self._after: dict[int, Arbiter] = {}
         self._values: dict[Variant, dict[str, NDArray[Any]]] = {variant: {} for variant in Variant}
 
     @property
-    def asked(self) -> bool:
+    def started(self) -> bool:
         """Whether anything of the truth is known by now."""
         return bool(self._values[Variant.WIDE])
 
@@ -118,9 +117,9 @@ class Arbiter:
         distances = np.full(len(rows), np.nan)
         if here.any():
             like, rounded, truth = rows.take(here), *(self._values[of][rows.point] for of in (Variant.EXACT, Variant.WIDE))
-            mine = self._recorded(like, index[here], rounded)[0]
-            mine = replace(mine, sketch=None if rows.sketch is None else mine.sketch)
-            distances[here] = _nmse(mine, *self._recorded(like, index[here], truth))
+            rounded_rows = self._recorded(like, index[here], rounded)[0]
+            rounded_rows = replace(rounded_rows, sketch=None if rows.sketch is None else rounded_rows.sketch)
+            distances[here] = _nmse(rounded_rows, *self._recorded(like, index[here], truth))
         return distances
 
     def _here(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -259,11 +258,11 @@ class Arbiter:
         with np.errstate(over="ignore", invalid="ignore"):
             high = values.astype(np.float32)
             low = np.where(np.isfinite(high), values - high, 0.0).astype(np.float32) if values.dtype != np.float32 else None
-        first = int(self._rows[0])
+        first, causal = int(self._rows[0]), self._causal
 
         def recorded(part: NDArray[np.float32]) -> Rows:
             part = np.ascontiguousarray(part)
-            return summarise(rows.point, part, self._rows, slice_size=size, keep=index, first=first)
+            return summarise(rows.point, part, self._rows, slice_size=size, keep=index, first=first, causal=causal)
 
         return recorded(high), None if low is None else recorded(low)
 
@@ -287,8 +286,8 @@ def _nmse(rows: Rows, high: Rows, low: Rows | None) -> Floats:
             rest = 0.0 if low is None or low.sketch is None else low.sketch
             apart = rows.sketch.astype(np.float64) - (high.sketch.astype(np.float64) + rest)
             error = np.fmax(error, np.mean(apart**2, axis=1) / l2**2)
-    odd = present & (np.isfinite(values) != np.isfinite(wanted))
-    error[odd.any(axis=1)] = np.inf
+    one_sided = present & (np.isfinite(values) != np.isfinite(wanted))
+    error[one_sided.any(axis=1)] = np.inf
     return error
 
 

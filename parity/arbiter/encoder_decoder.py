@@ -38,9 +38,9 @@ class EncoderDecoderArbiter:
         self._decoder_steps = transformer.steps
 
     @property
-    def asked(self) -> bool:
+    def started(self) -> bool:
         """Whether anything has been computed in float64 yet."""
-        return self._encoder.asked or self._decoder.asked
+        return self._encoder.started or self._decoder.started
 
     @cached_property
     def coarse(self) -> frozenset[str]:

@@ -6,12 +6,13 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Difference, TruthPoint, TruthRecord
+from checkpoints.answers.diff import Difference, Pattern, TruthPoint, TruthRecord, Verdict
 from checkpoints.record import Rows
 
 from ..diff.align import Pair
 from ..diff.compare import Comparison
-from ..diff.truth import MULTIPLE
+from ..diff.limits import EXACT
+from ..diff.truth import AMPLIFIED, MULTIPLE, NO_COARSE_ROUNDING, ROUNDING
 from .arbiter import Arbiter
 from .encoder_decoder import EncoderDecoderArbiter
 
@@ -25,7 +26,7 @@ def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool)
     Args:
         everywhere: at every compared point; otherwise up to the first divergence, and everywhere if float64 was already computed.
     """
-    pairs = _asked(comparison, arbiter, everywhere=everywhere)
+    pairs = _pairs_for(comparison, arbiter, everywhere=everywhere)
     if not pairs:
         return comparison
     ours, ref = (arbiter.distances({pair.point: getattr(pair, side) for pair in pairs}) for side in ("ours", "ref"))
@@ -34,12 +35,26 @@ def with_truth(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool)
     pair = next((pair for pair in pairs if shown is not None and pair.point == shown.checkpoint and pair.point in ours), None)
     record = None if pair is None or shown is None else _record(pair, shown, arbiter, ours[pair.point], ref[pair.point])
     verdict = replace(comparison.verdict, truth_points=points, truth=None if record is None else record[0])
+    if record is not None and verdict.first_divergence is not None and comparison.records.mode == EXACT:
+        verdict = _blaming_the_reference(verdict, record[0], coarse=record[0].checkpoint in arbiter.coarse)
     return replace(comparison, verdict=verdict, truth=None if record is None else record[1])
 
 
-def _asked(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
+def _blaming_the_reference(verdict: Verdict, record: TruthRecord, *, coarse: bool) -> Verdict:
+    """The verdict of a divergence, which blames no operation of ours where the reference alone is further from float64 than rounding is."""
+    most = NO_COARSE_ROUNDING if coarse else AMPLIFIED
+    if record.alone != "reference" or record.ours is None or record.ref is None or record.ours > ROUNDING or record.ref <= most:
+        return verdict
+    sentence = (
+        f"{record.checkpoint}: the reference does not compute what this model file gives, and ours does: another file or version of it, or "
+        "a fault of the reference"
+    )
+    return replace(verdict, pattern=Pattern("reference-wrong", sentence), operation="")
+
+
+def _pairs_for(comparison: Comparison, arbiter: AnyArbiter, *, everywhere: bool) -> Sequence[Pair]:
     pairs, first = comparison.records.pairs, comparison.verdict.first_divergence
-    if everywhere or (first is None and arbiter.asked):
+    if everywhere or (first is None and arbiter.started):
         return pairs
     if first is None or first.checkpoint not in comparison.records.names:
         return ()

@@ -82,13 +82,14 @@ def findings(paths: Sequence[Path]) -> "list[ReportSection]":
         InputError: a file cannot be read, or is not such an answer.
     """
     from checkpoints.errors import InputError
+    from checkpoints.given_json import decoded
     from checkpoints.regular import read_text
     from reports.findings import finding
 
     read: list[ReportSection] = []
     for path in paths:
         try:
-            read.append(finding(json.loads(read_text(path)), str(path)))
+            read.append(finding(decoded(read_text(path)), str(path)))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}.", "Check --include.", code="include") from error
         except ValueError as error:

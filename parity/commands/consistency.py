@@ -46,7 +46,7 @@ def consistency(
     from ..run.prompt import given_prompt
     from ..run.request import Request
     from ..run.sides import EXEC, OURS
-    from .output import answer
+    from .output import answer, waiting
 
     if dumps is not None and len(dumps) not in (0, 2):
         raise InputError(f"{len(dumps)} dumps were given.", "Take two, or none and --prompt.", code="dumps")
@@ -65,7 +65,8 @@ def consistency(
     if pair is None and given["prompt"] is given["tokens"] is None:
         given_prompt(None, None, None)
     source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
-    result = check(ConsistencyRequest(Request(**given), source, chunk, pair))
+    with waiting("comparing passes", output_format):
+        result = check(ConsistencyRequest(Request(**given), source, chunk, pair))
     from reports import consistency as report
 
     raise typer.Exit(answer(result, report, output_format))

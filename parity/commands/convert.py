@@ -25,9 +25,10 @@ def convert(
     from checkpoints.jsonl import write
     from checkpoints.record import Header
 
-    from .output import notes, written
+    from .output import notes, waiting, written
 
-    dump = load(source, given["mapping"])
-    write(dump, out, Header(source=f"converted from {source.name}"))
+    with waiting(f"reading {source.name}"):
+        dump = load(source, given["mapping"])
+        write(dump, out, Header(source=f"converted from {source.name}"))
     notes(dump)
     written(out)

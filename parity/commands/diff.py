@@ -63,6 +63,7 @@ def diff(
     from ..diff.compare import Options, comparison
     from ..lint.lint import refuse_unusable
     from .comparison_output import findings, report, show_report
+    from .output import waiting
 
     if model is None:
         o.refuse_unused(context, "arbiter", "needs the model", "Give its GGUF file with --model.")
@@ -84,18 +85,19 @@ def diff(
         from ..diff.table import check_ending
 
         check_ending(table)
-    left, right = load(ours, mapping), load(ref)
-    if not despite_lint:
-        refuse_unusable(left, "ours")
-        refuse_unusable(right, "the reference")
-    if model is None:
-        compared = comparison(left, right, options)
-    else:
-        from ..diff.tokens import same_model
-        from ..explain.on_model import compared_on
+    with waiting("comparing", o.Format.TEXT if output_format is o.AnswerFormat.TEXT else o.Format.JSON):
+        left, right = load(ours, mapping), load(ref)
+        if not despite_lint:
+            refuse_unusable(left, "ours")
+            refuse_unusable(right, "the reference")
+        if model is None:
+            compared = comparison(left, right, options)
+        else:
+            from ..diff.tokens import same_model
+            from ..explain.on_model import compared_on
 
-        same_model(right, model)
-        compared = compared_on(left, right, options, model, arbiter)
+            same_model(right, model)
+            compared = compared_on(left, right, options, model, arbiter)
     if table is not None:
         from ..diff.table import write_table
 

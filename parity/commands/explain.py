@@ -34,7 +34,7 @@ def explain(
     """
     from reports import explanation
 
-    from .output import answer, catalogue_as
+    from .output import answer, catalogue_as, waiting
 
     if catalogue:
         if ours is not None:
@@ -59,9 +59,11 @@ def explain(
     model, mapping = given.pop("model"), given.pop("mapping")
     tokens = prompt_ids(model, given.pop("prompt"), given.pop("tokens"))
     options = ExplainOptions(**given, tokens=tokens, max_faults=max_faults, budget=budget)
-    dump = load(ours, mapping)
-    if ref is not None:
-        reference = load(ref)
-        same_experiment(dump, reference)
-        check_reference(reference, model, options)
-    raise typer.Exit(answer(explain_dump(dump, model, options), explanation, output_format))
+    with waiting("looking for the cause", output_format):
+        dump = load(ours, mapping)
+        if ref is not None:
+            reference = load(ref)
+            same_experiment(dump, reference)
+            check_reference(reference, model, options)
+        explained = explain_dump(dump, model, options)
+    raise typer.Exit(answer(explained, explanation, output_format))

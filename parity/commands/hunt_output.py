@@ -26,14 +26,14 @@ def hunted(request: "Request", started: "Reference", output_format: Format) -> i
 
     console = Console()
 
-    def heard(step: "RoundReport") -> None:
+    def print_round(step: "RoundReport") -> None:
         if output_format is Format.JSON:
             return
         if step.round.number == 1:
             print_header(console, step.ours.header, step.ref.header)
         print_lines(console, report.round_lines(step.round, console.width))
 
-    result, answer = hunted_quietly(request, started, output_format, heard)
+    result, answer = hunted_quietly(request, started, output_format, print_round)
     if output_format is Format.JSON:
         print(json.dumps(answer))
     else:
@@ -43,7 +43,10 @@ def hunted(request: "Request", started: "Reference", output_format: Format) -> i
 
 
 def hunted_quietly(
-    request: "Request", started: "Reference", output_format: Format, heard: "Callable[[RoundReport], None]" = lambda _: None
+    request: "Request",
+    started: "Reference",
+    output_format: Format,
+    report_round: "Callable[[RoundReport], None]" = lambda _: None,
 ) -> "tuple[Hunted, dict[str, Any]]":
     """Hunt and write diff.json and the report; what was found, and the answer as JSON."""
     from checkpoints.whole_file import put
@@ -56,7 +59,7 @@ def hunted_quietly(
     from .comparison_output import report as whole_report
 
     with progress_bar(output_format) as progress:
-        result = hunt(request, progress, started, heard)
+        result = hunt(request, progress, started, report_round)
     hunted, outcome = result.hunt, result.outcome
     answer = report.as_json(hunted) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
     put(outcome.folder / "diff.json", (json.dumps(answer, indent=1) + "\n").encode())

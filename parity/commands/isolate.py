@@ -69,7 +69,7 @@ def isolate(
 
     from ..isolate.isolate import IsolateRequest
     from ..isolate.isolate import isolate as judge
-    from .output import answer
+    from .output import answer, waiting
 
     if dump is None and (tensors is not None or given["mapping"] != Mapping()):
         raise InputError("--tensors, --map and --offset need a dump.", "Give it: parity isolate DUMP …", code="usage")
@@ -90,4 +90,6 @@ def isolate(
         windows=windows,
         graft=graft,
     )
-    raise typer.Exit(answer(judge(request), isolation, output_format))
+    with waiting("judging operations", output_format):
+        judged = judge(request)
+    raise typer.Exit(answer(judged, isolation, output_format))

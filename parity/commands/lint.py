@@ -31,12 +31,14 @@ def lint(
     from ..lint.lint import lint as check
     from ..lint.model_facts import open_model
     from ..run.graphs import dataflow_of
-    from .output import answer
+    from .output import answer, waiting
 
-    dump = load(file, given["mapping"])
-    facts = open_model(model) if model is not None else None
-    dataflow = None
-    # Shared caches and operations that give zeros are innocent where it is known what points are made from.
-    if facts is not None and not facts.alike and (dump.header is None or not dump.header.dataflow):
-        dataflow = dataflow_of(facts.model.path)
-    raise typer.Exit(answer(check(dump, facts, dataflow), report, output_format))
+    with waiting(f"reading {file.name}", output_format):
+        dump = load(file, given["mapping"])
+        facts = open_model(model) if model is not None else None
+        dataflow = None
+        # Shared caches and operations that give zeros are innocent where it is known what points are made from.
+        if facts is not None and not facts.alike and (dump.header is None or not dump.header.dataflow):
+            dataflow = dataflow_of(facts.model.path)
+        checked = check(dump, facts, dataflow)
+    raise typer.Exit(answer(checked, report, output_format))

@@ -17,9 +17,11 @@ def model(
     """Show what an engine must know about a model: ε, RoPE kind and base, head size, tied output, and the points with their shapes."""
     from ..model.describe import describe
     from ..models.embedded import path as default_model
-    from .output import print_facts
+    from .output import print_facts, waiting
 
-    print_facts(describe(path or default_model()), output_format)
+    with waiting("reading the model's graph", output_format):
+        facts = describe(path or default_model())
+    print_facts(facts, output_format)
 
 
 @o.fills("model", "text")

@@ -102,6 +102,15 @@ def progress_bar(output_format: Format) -> Iterator["Progress | None"]:
         yield update
 
 
+@contextmanager
+def waiting(what: str, output_format: Format = Format.TEXT) -> Iterator[None]:
+    """A moving bar on stderr that says what a command is doing, where nobody can know how long it takes; shown as `progress_bar` is."""
+    with progress_bar(output_format) as progress:
+        if progress is not None:
+            progress(what, 0, None)
+        yield
+
+
 def print_facts(facts: Mapping[str, Any], output_format: Format) -> None:
     """Named facts, one a line; nested ones indented."""
     if output_format is Format.JSON:

@@ -1,13 +1,12 @@
 """`parity score`: perplexity, and the distance of two sides' predictions over a text."""
 
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from checkpoints.errors import InputError, ParityError
+from checkpoints.errors import InputError
 
 from . import options as o
 
@@ -18,6 +17,9 @@ class ScoreFormat(StrEnum):
     TEXT = "text"
     JSON = "json"
     MARKDOWN = "markdown"
+
+
+_TEXT = "Take --text FILE, or --golden FOLDER for the prompts recorded there."
 
 
 @o.fills("model", "command", "scored_server", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
@@ -85,65 +87,38 @@ def score(
     from ..run.sides import EXEC, OURS
     from ..score.score import ScoreRequest
     from ..score.score import score as run
-    from .score_output import check_explained, explained, explained_quietly, opened_server, show, with_golden_model
+    from .score_output import answer, check_explained, opened_server, show_progress, with_golden_model
 
-    server = given.pop("server")
-    if sum(chosen is not None for chosen in (given["command"], side, server)) > 1:
-        raise InputError("more than one side was given.", "Take one of --exec, --server and --side.", code="usage")
-    if (text is None) == (golden is None):
-        problem = "no text was given" if text is None else "both --text and --golden were given"
-        raise InputError(f"{problem}.", "Take --text FILE, or --golden FOLDER for the prompts recorded there.", code="usage")
-    if sum((base is not None, base_model is not None, alone, golden is not None)) > 1:
-        raise InputError(
-            "more than one base was given.", "Take one of --base, --base-model, --golden and --alone.", code="usage"
-        )
-    if save_base is not None and (server is not None or golden is not None):
-        raise InputError(
-            "--save-base needs whole rows of logits over a text.", "Leave it out with --server and with --golden.", code="usage"
-        )
-    if explain_worst and alone:
-        raise InputError("--explain-worst needs a base.", "Leave --alone out.", code="usage")
+    server, command = given.pop("server"), given["command"]
+    sides = [given_side for given_side in (command, side, server) if given_side is not None]
+    bases = [named for named in (base, base_model, golden, alone or None) if named is not None]
+    mixtures = (  # whether it was asked for, what is wrong with it, what to do
+        (len(sides) > 1, "more than one side was given.", "Take one of --exec, --server and --side."),
+        (text is None and golden is None, "no text was given.", _TEXT),
+        (text is not None and golden is not None, "both --text and --golden were given.", _TEXT),
+        (len(bases) > 1, "more than one base was given.", "Take one of --base, --base-model, --golden and --alone."),
+        (
+            save_base is not None and (server is not None or golden is not None),
+            "--save-base needs whole rows of logits over a text.",
+            "Leave it out with --server and with --golden.",
+        ),
+        (explain_worst and alone, "--explain-worst needs a base.", "Leave --alone out."),
+    )
+    for asked, problem, advice in mixtures:
+        if asked:
+            raise InputError(problem, advice, code="usage")
     if golden is not None:
         o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")
         given = with_golden_model(given, golden)
-    if given["command"] is not None or side is o.SideChoice.REF or server is not None:
-        searched = given["command"] is not None and explain_worst  # the cause, by that engine
-        names = "devices" if searched else "backend devices"
-        o.refuse_unused(invocation, names, "is for the engine that comes with parity")
-    if given["command"] is None:
+    if sides and side is not o.SideChoice.OURS:
+        searched = command is not None and explain_worst  # the cause, by that engine
+        o.refuse_unused(invocation, "devices" if searched else "backend devices", "is for the engine that comes with parity")
+    if command is None:
         o.refuse_unused(invocation, "names offset compute", "is for an engine of yours", "Give its command with --exec.")
-    source = EXEC if given["command"] is not None else (side.value if side is not None else OURS)
-    request = ScoreRequest(
-        Request(**given),
-        text,
-        source,
-        context,
-        chunks,
-        base,
-        base_model,
-        save_base,
-        alone,
-        golden,
-        None if server is None else opened_server(server, given["model"]),
-    )
-
-    def progress(done: int, total: int, perplexity: float) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
-
+    source = EXEC if command is not None else (side.value if side is not None else OURS)
+    opened = None if server is None else opened_server(server, given["model"])
+    request = ScoreRequest(Request(**given), text, source, context, chunks, base, base_model, save_base, alone, golden, opened)
     if explain_worst:
         check_explained(source)
-    scored, leading = run(request, progress)
-    code = 0
-    answer: dict[str, Any] | None = None
-    if explain_worst and leading and output_format is not ScoreFormat.TEXT:
-        try:
-            answer, code = explained_quietly(request.run, source, leading, server)
-        except ParityError as error:  # the figures, which may have taken hours, are printed nevertheless
-            answer = {"error": {"code": error.code, "message": error.message, "advice": error.advice}}
-            code = error.exit_code
-    show(scored, output_format.value, answer)
-    if explain_worst and leading and output_format is ScoreFormat.TEXT:
-        code = explained(request.run, source, leading, server)
-    raise typer.Exit(code)
+    scored, leading = run(request, show_progress)
+    raise typer.Exit(answer(scored, output_format.value, request, server, leading if explain_worst else ()))

@@ -1,6 +1,7 @@
 """What `parity score` prints, and the comparison at the worst position."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, ParityError
 
 from .options import Format
 from .output import DIVERGENCE_CODE, PARITY_CODE
@@ -20,7 +21,34 @@ if TYPE_CHECKING:
 
     from ..run.request import Request
     from ..score.predictions import Predictor
+    from ..score.score import ScoreRequest
     from ..server.session import ServerRequest
+
+
+def show_progress(done: int, total: int, perplexity: float) -> None:
+    """One line on stderr that each chunk replaces, if that is a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
+
+
+def answer(
+    scored: "Scored", output_format: str, request: "ScoreRequest", server: "ServerRequest | None", leading: tuple[int, ...]
+) -> int:
+    """Print the figures, and what explains the position that the ids `leading` lead to, if there are any; the exit code."""
+    if not leading:
+        show(scored, output_format)
+        return PARITY_CODE
+    if output_format == "text":
+        show(scored, output_format)
+        return explained(request.run, request.source, leading, server)
+    try:
+        at_worst, code = explained_quietly(request.run, request.source, leading, server)
+    except ParityError as error:  # the figures, which may have taken hours, are printed nevertheless
+        at_worst = {"error": {"code": error.code, "message": error.message, "advice": error.advice}}
+        code = error.exit_code
+    show(scored, output_format, at_worst)
+    return code
 
 
 def show(score: "Scored", output_format: str, explained: "dict[str, Any] | None" = None) -> None:
@@ -83,10 +111,10 @@ def explained(run: "Request", source: str, leading: tuple[int, ...], server: "Se
     if server is not None:
         from reports import server as room
 
-        from .output import answer
+        from .output import answer as shown
 
         print()
-        return answer(_server_there(request, server), room, Format.TEXT)
+        return shown(_server_there(request, server), room, Format.TEXT)
     if source == EXEC:
         from reference.client import Reference
 

@@ -18,8 +18,8 @@ def twin(
     """Write an F32 copy of a model with llama.cpp: exact mode runs it, and your engine should load it there."""
     from reference.client import Reference
 
-    from .output import written
+    from .output import waiting, written
 
-    with Reference(verbose=given["verbose"]) as reference:
+    with waiting(f"writing {out.name}"), Reference(verbose=given["verbose"]) as reference:
         reference.quantize(model, kind, out)
     written(out)

@@ -22,7 +22,7 @@ from checkpoints.answers.conform import (
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.errors import DISK, MEMORY, OUTPUT, DumpError, ParityError
-from checkpoints.points import parse
+from checkpoints.points import LOGITS, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reference.client import Reference
@@ -30,6 +30,7 @@ from reports import explanation as answers
 from reports.findings import finding
 from reports.html import write_html
 from reports.report import Report
+from reports.sentences import uncompared
 
 from ..diff.compare import Comparison
 from ..run import command as engines
@@ -115,7 +116,7 @@ class Bench:
         """The cell's result, taken from an earlier run if nothing that it depends on has changed."""
         began = perf_counter()
         key = key_of(self._settings, self._engine, cell)
-        if (kept := results.load(self._settings.folder, key)) is not None:
+        if (kept := results.load(self._settings.folder, cell, key)) is not None:
             return kept
         try:
             model = self._models.path(cell.architecture, cell.type)
@@ -177,7 +178,9 @@ class Bench:
             return CellResult(cell, NO_REFERENCE, error.message)
         try:
             return self._judged(cell, request, ours, ref)
-        except DumpError as error:
+        except ParityError as error:  # the dump cannot be compared: it is of another model, has other tokens, other rows
+            if ends_the_run(error):
+                raise
             return CellResult(cell, UNUSABLE, error.message.replace(str(out), "its dump"))
 
     def _side(self, request: Request) -> ExternalEngine | HuggingFace | OurEngine:
@@ -219,6 +222,8 @@ class Bench:
             worst="" if worst is None else worst.checkpoint,
             rope=self._models.rope(request.model),
         )
+        if verdict and LOGITS in verdict.uncompared.points:
+            return replace(result, verdict=UNUSABLE, reason=f"{uncompared(verdict.uncompared)}: {LOGITS} never came")
         if verdict:
             return result
         first = verdict.first_divergence
@@ -241,7 +246,7 @@ class Bench:
 
     def _passed(self, cell: Cell) -> bool:
         """Whether that cell was parity."""
-        kept = results.load(self._settings.folder, key_of(self._settings, self._engine, cell))
+        kept = results.load(self._settings.folder, cell, key_of(self._settings, self._engine, cell))
         return kept is not None and kept.verdict == PARITY
 
     def _explained(self, request: Request, ours: Dump) -> Explanation | None:

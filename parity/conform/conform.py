@@ -67,34 +67,41 @@ def _results(request: ConformRequest) -> Iterator[CellResult]:
     settings, rest = request.settings, []
     engine = identity.of_side(settings.run.command, settings.hugging_face)
     for cell in request.cells:
-        kept = results.load(settings.folder, key_of(settings, engine, cell))
+        kept = results.load(settings.folder, cell, key_of(settings, engine, cell))
         if kept is None:
             rest.append(cell)
         else:
             yield kept
     parts = parts_of(rest)
-    if not request.cluster and (request.workers == 1 or len(parts) < 2):
-        if parts:
-            with Bench(settings) as bench:
-                for part in parts:
-                    yield from (bench.run(cell) for cell in part)
-        return
-    for attempt in range(_ATTEMPTS):
+    if request.cluster or (request.workers > 1 and len(parts) > 1):
+        yield from _by_workers(request, parts)
+    elif parts:
+        with Bench(settings) as bench:
+            yield from (bench.run(cell) for part in parts for cell in part)
+
+
+def _by_workers(request: ConformRequest, parts: list[list[Cell]]) -> Iterator[CellResult]:
+    """Results in the order in which parts end. A part whose worker is killed runs again."""
+    for _ in range(_ATTEMPTS):
         try:
-            with workers_of(min(request.workers, len(parts)), request.cluster) as pool:
-                pending = {pool.submit(run_part, settings, part): part for part in parts}
-                for finished in as_completed(pending):
-                    part_results = finished.result()
-                    parts.remove(pending[finished])
-                    for result in part_results:
-                        if request.cluster and result.key != CHANGED:  # its workers may have a disk of their own
-                            results.save(settings.folder, result)
-                        yield result
-        except BrokenProcessPool:  # a worker was killed: finished cells are kept, the others run again
-            if attempt + 1 == _ATTEMPTS:
-                yield from (CellResult(cell, CRASHED, "the worker process died three times") for part in parts for cell in part)
-        else:
-            return
+            for result in _attempt(request, parts):
+                if request.cluster and result.key != CHANGED:  # its workers may have a disk of their own
+                    results.save(request.settings.folder, result)
+                yield result
+        except BrokenProcessPool:
+            continue
+        return
+    yield from (CellResult(cell, CRASHED, "the worker process died three times") for part in parts for cell in part)
+
+
+def _attempt(request: ConformRequest, parts: list[list[Cell]]) -> Iterator[CellResult]:
+    """Results of parts, each of which is taken out of the list when it has ended."""
+    with workers_of(min(request.workers, len(parts)), request.cluster) as pool:
+        pending = {pool.submit(run_part, request.settings, part): part for part in parts}
+        for finished in as_completed(pending):
+            part_results = finished.result()
+            parts.remove(pending[finished])
+            yield from part_results
 
 
 def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -1,5 +1,7 @@
 """A run as an entry of a ledger: `parity drift history FOLDER` then shows which cell came closer to its limit."""
 
+from math import isfinite
+
 from checkpoints.answers.conform import Conformance
 from checkpoints.answers.diff import DIVERGENCE, PARITY
 from checkpoints.answers.drift import Entry
@@ -20,7 +22,7 @@ def noted(conformance: Conformance, settings: Settings, time: str) -> None:
     margins = {
         result.cell.name: (result.nmse, result.nmse / result.of_limit if result.of_limit else 0.0, result.of_limit)
         for result in conformance.results
-        if result.nmse is not None and result.of_limit is not None
+        if result.nmse is not None and result.of_limit is not None and isfinite(result.nmse)
     }
     if not margins:
         return

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from checkpoints.answers.conform import CellResult
+from checkpoints.answers.conform import Cell, CellResult
 from checkpoints.errors import InputError
+from checkpoints.given_json import decoded
+from checkpoints.regular import read_text
 from checkpoints.whole_file import put, unwritable
 
 try:
@@ -23,13 +25,13 @@ FOLDER = "results"
 _LOCK = ".lock"
 
 
-def load(folder: Path, key: str) -> CellResult | None:
-    """A stored result; None if there is none, or only one of another version."""
+def load(folder: Path, cell: Cell, key: str) -> CellResult | None:
+    """A cell's stored result; None if there is none, or only one of another version, cell or key."""
     try:
-        facts = json.loads(_path(folder, key).read_text(encoding="utf-8"))
-        return replace(CellResult.from_dict(facts), kept=True)
-    except (OSError, ValueError, KeyError, TypeError):
+        result = CellResult.from_dict(decoded(read_text(_path(folder, key))))
+    except (OSError, ValueError, KeyError, TypeError, InputError):
         return None
+    return replace(result, kept=True) if (result.cell, result.key) == (cell, key) else None
 
 
 def save(folder: Path, result: CellResult) -> None:

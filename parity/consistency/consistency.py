@@ -1,6 +1,6 @@
 """An engine compared with itself: the same positions computed in other portions must give the same values."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +26,7 @@ from ..arbiter.arbiter import Arbiter
 from ..arbiter.encoder_decoder import EncoderDecoderArbiter
 from ..arbiter.third_side import AnyArbiter
 from ..diff.compare import Options, compare
+from ..diff.uncompared import uncompared
 from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
@@ -97,17 +98,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     options = comparison_options(run)
     if isinstance(side, OurEngine):  # GELU's table is coarse: float64 tells how far two right passes may be apart
         options = replace(options, truth=_truth(side.engine, prompt, run.first_position))
-    ways = side.ways
-    if prompt.decoded:
-        if isinstance(side, ExternalEngine):
-            raise InputError(
-                "--exec cannot tell an engine which tokens the decoder of an encoder–decoder reads.",
-                "Dump the decoder's tokens twice, in one pass and one by one: parity consistency A B.",
-                code="encoder-decoder",
-            )
-        if not isinstance(side, OurEngine):
-            ways &= {PORTIONS}
-    checks: list[Check] = []
+    ways = _possible_ways(side, prompt)
     not_checked = [f"{subject}: {_untold(side, way)}" for way, subject in _WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
@@ -117,33 +108,66 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             return recorded(side, out, prompt, run.mapping)
 
         whole = dumped(prompt)
-        unconfirmed = False
-        for name, way, description in _ways(ways, prompt, request.chunk):
-            try:
-                dump = dumped(way)
-                verdict = compare(dump, whole, options)
-            except EngineError:
-                raise
-            except InputError as error:
-                # A model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch.
-                not_checked.append(f"{name}: {error.message}")
-                continue
-            foreign = isinstance(side, ExternalEngine) and bool(verdict)
-            unconfirmed = unconfirmed or (foreign and bool(way.portions) and _passes(dump) != list(way.portions))
-            suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, count)), way=_way_of(way))
-            checks.append(
-                Check(name, f"{description} against {_whole(prompt)}", verdict, suspect, reason, first_to_differ(verdict))
-            )
-        if unconfirmed:
-            not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {_HOW_TO_STEP}")
+        checks, refused = _in_other_ways(side, dumped, whole, prompt, _ways(ways, prompt, request.chunk), options)
+        not_checked += refused
         if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
             other = dumped(_another_last(prompt, vocabulary))
-            checks.append(_causal(other, whole, prompt.ids, options))
+            causal = _causal(other, whole, prompt.ids, options)
+            checks.append(causal if causal.verdict is None else replace(causal, verdict=_held_to(side, causal.verdict)))
     if not checks:
         raise whole_input()
     return Consistency(_described(side, whole), tuple(checks), tuple(not_checked))
+
+
+def _possible_ways(side: Side, prompt: Prompt) -> frozenset[str]:
+    """The ways of computing that a side knows for a prompt.
+
+    Raises:
+        InputError: an engine would have to know what an encoder–decoder's decoder reads.
+    """
+    if not prompt.decoded or isinstance(side, OurEngine):
+        return side.ways
+    if isinstance(side, ExternalEngine):
+        raise InputError(
+            "--exec cannot tell an engine which tokens the decoder of an encoder–decoder reads.",
+            "Dump the decoder's tokens twice, in one pass and one by one: parity consistency A B.",
+            code="encoder-decoder",
+        )
+    return side.ways & {PORTIONS}
+
+
+def _in_other_ways(
+    side: Side,
+    dumped: Callable[[Prompt], Dump],
+    whole: Dump,
+    prompt: Prompt,
+    ways: Iterable[tuple[str, Prompt, str]],
+    options: Options,
+) -> tuple[list[Check], list[str]]:
+    """The prompt computed in each of these ways against the whole, and sentences on what could not be checked."""
+    checks: list[Check] = []
+    not_checked: list[str] = []
+    unconfirmed = False
+    for name, way, description in ways:
+        try:
+            dump = dumped(way)
+            verdict = _held_to(side, compare(dump, whole, options))
+        except EngineError:
+            raise
+        except InputError as error:
+            # A model that llama.cpp cannot compute this way: an encoder, recurrent states in a batch.
+            not_checked.append(f"{name}: {error.message}")
+            continue
+        foreign = isinstance(side, ExternalEngine) and bool(verdict)
+        unconfirmed = unconfirmed or (foreign and bool(way.portions) and _passes(dump) != list(way.portions))
+        suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, len(prompt.ids))), way=_way_of(way))
+        title = f"{description} against {_whole(prompt)}"
+        checks.append(Check(name, title, verdict, suspect, reason, first_to_differ(verdict)))
+    if unconfirmed:
+        not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {_HOW_TO_STEP}")
+    return checks, not_checked
 
 
 _WAYS = {
@@ -156,6 +180,14 @@ _OURS = {
     SEQUENCES: "keeps one sequence on the device in this mode",
     STATE: "keeps its state on the device in this mode",
 }
+
+
+def _held_to(side: Side, verdict: Verdict) -> Verdict:
+    """The verdict, with the points that an external engine was asked for and printed in neither way."""
+    if not isinstance(side, ExternalEngine) or not side.asked:
+        return verdict
+    compared = {point.checkpoint for point in verdict.points}
+    return replace(verdict, uncompared=uncompared(side.asked, compared, verdict.uncompared.positions, ()))
 
 
 def _untold(side: Side, way: str) -> str:

@@ -8,7 +8,7 @@ from checkpoints.answers.diff import Limits
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, upstream
-from .known_tables import asked, behind_known_tables, compared_part, joined, shares
+from .known_tables import after_known_tables, compared_part, joined, known_at, shares
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .measure import Measured
 from .noise import excused
@@ -65,11 +65,11 @@ def hold(
             rare they are.
         lower_arithmetic: whether the limits are the table's for an arithmetic below float32, in exact mode.
     """
-    limit = _limit_of_each(measured, allowed)
-    behind = np.zeros(len(limit), dtype=np.bool_)
+    limit = _limit_of_each(measured, allowed, lower_arithmetic=lower_arithmetic)
+    after_table = np.zeros(len(limit), dtype=np.bool_)
     if excuse_noise and truth is None and (allowed.assumed or allowed.operations == EXACT_FLOOR.operations):
-        behind = _behind_a_table(measured, model, limit)
-    usual, limit = limit, np.where(behind, np.maximum(limit, TABLE), limit)
+        after_table = _after_a_table(measured, model, limit)
+    usual, limit = limit, np.where(after_table, np.maximum(limit, TABLE), limit)
     of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     tabled = (of_limit <= 1) & (measured.measures.nmse > usual)
     notes: tuple[str, ...] = ()
@@ -91,11 +91,11 @@ def hold(
         limit = _no_worse(measured, limit, of_limit, model)
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     failed = of_limit > 1
-    notes = (*_of_the_table(measured.measures.nmse, tabled, failed, behind), *notes)
+    notes = (*_of_the_table(measured.measures.nmse, tabled, failed, after_table), *notes)
     return Held(limit, of_limit, failed, notes, int((assumed & ~failed).sum()))
 
 
-def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> list[str]:
+def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, after_table: Bools) -> list[str]:
     """Notes on what llama.cpp's table of GELU lets pass, and on failures that it may explain if nothing else does."""
     table = "after llama.cpp's GELU (a table of float16)"
     notes: list[str] = []
@@ -104,7 +104,7 @@ def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> 
             f"noise: {int(passed.sum())} records {table} are up to {nmse[passed].max():.1e} off; "
             f"their limit is {TABLE:.0e} (--model lets float64 decide)"
         )
-    if failed.any() and bool((behind & (nmse <= NO_COARSE_ROUNDING))[failed].all()):
+    if failed.any() and bool((after_table & (nmse <= NO_COARSE_ROUNDING))[failed].all()):
         notes.append(
             f"all {int(failed.sum())} records over the limit are {table} and at most {nmse[failed].max():.1e} off: a fault, or the "
             "table's rounding, amplified by this model (--model M.gguf lets float64 decide)"
@@ -112,7 +112,7 @@ def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, behind: Bools) -> 
     return notes
 
 
-def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
+def _after_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
     """Which records, bool [R], may be off because of llama.cpp's table of GELU in float16.
 
     They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
@@ -123,18 +123,19 @@ def _behind_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
     for name, how in makers.items():  # a point comes after what it reads
         if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
             tables.add(name)
-    behind = model.whole.behind(lambda name, _: name in tables)
+    after_table = model.whole.downstream(lambda name, _: name in tables)
     stretches = [model.between(name) for name in measured.names]
     # Elements of such a row that were not recorded may be off, too.
     part = measured.names_of(np.isnan(measured.measures.nmse_row))
     at = np.array(
         [
-            stretch is not None and not (tables.isdisjoint(stretch.nodes) and behind.isdisjoint(part & set(stretch.inputs)))
+            stretch is not None
+            and not (tables.isdisjoint(stretch.nodes) and after_table.isdisjoint(part & set(stretch.inputs)))
             for stretch in stretches
         ],
         dtype=np.bool_,
     )
-    after = np.array([name in behind for name in measured.names], dtype=np.bool_)
+    after = np.array([name in after_table for name in measured.names], dtype=np.bool_)
     if not after.any():
         return after[measured.point]
     nmse = measured.measures.nmse
@@ -193,7 +194,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> t
     keys, above = (measured.point, measured.seq, measured.token_idx), Above.of(model.names, model.parents)
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
     if (near & coarse).any():
-        higher = np.where(coarse, behind_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
+        higher = np.where(coarse, after_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
     higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():
@@ -212,17 +213,17 @@ def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
     """
     nmse, share = measured.measures.nmse, shares(measured)
-    odd = (nmse > limit) & (nmse * share <= AMPLIFIED)
-    if not odd.any():
+    may_be_rounding = (nmse > limit) & (nmse * share <= AMPLIFIED)
+    if not may_be_rounding.any():
         return limit
     # Of the values that are compared, which may be those of one head of many.
-    by_noise = BOTH * asked(measured, odd, truth.spread, compared_part)
-    limit = np.where(odd, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
-    odd &= (nmse > limit) & (nmse <= by_noise)
-    if not odd.any():
+    by_noise = BOTH * known_at(measured, may_be_rounding, truth.spread, compared_part)
+    limit = np.where(may_be_rounding, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
+    may_be_rounding &= (nmse > limit) & (nmse <= by_noise)
+    if not may_be_rounding.any():
         return limit
-    by_float32 = MULTIPLE * asked(measured, odd, truth.own_rounding, compared_part)
-    return np.where(odd, np.fmax(limit, np.minimum(np.minimum(by_noise, by_float32), AMPLIFIED / share)), limit)
+    by_float32 = MULTIPLE * known_at(measured, may_be_rounding, truth.own_rounding, compared_part)
+    return np.where(may_be_rounding, np.fmax(limit, np.minimum(np.minimum(by_noise, by_float32), AMPLIFIED / share)), limit)
 
 
 def _reason(coarse: bool) -> str:
@@ -237,11 +238,12 @@ def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
     return np.fmax(ratio, np.where(future_mass > FUTURE_MASS, future_mass / FUTURE_MASS, 0.0))
 
 
-def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
+def _limit_of_each(measured: Measured, allowed: Limits, *, lower_arithmetic: bool) -> Floats:
     """The limit of each record, float64 [R]. If the arithmetic is not known, the noise of earlier layers sets the limit.
 
     A whole layer that agrees shows the engine's own noise; an error that jumps far above it later is not noise, however small it is
     compared with the loosest arithmetic. The loosest arithmetic's limit holds before the first whole layer, and is never exceeded.
+    A lower arithmetic that is stated allows for its own noise, but not behind whole layers that show float32's.
     """
     chosen = np.array(
         [
@@ -249,7 +251,7 @@ def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
             for pair in measured.pairs
         ]
     )
-    if allowed.assumed and len(measured.measures):
+    if (allowed.assumed or lower_arithmetic) and len(measured.measures):
         noise = 0.0
         starts = np.searchsorted(measured.point, np.arange(len(measured.pairs)))
         worst = np.maximum.reduceat(measured.measures.nmse, starts)
@@ -259,4 +261,6 @@ def _limit_of_each(measured: Measured, allowed: Limits) -> Floats:
                 chosen[number] = min(chosen[number], max(floor, ASSUMED_JUMP * noise))
             if (parse(pair.point).kind == "l_out" or pair.point == OUTPUT_NORM) and worst[number] <= chosen[number]:
                 noise = max(noise, float(worst[number]))
+                if not allowed.assumed and noise > EXACT_FLOOR.operations:
+                    break
     return chosen[measured.point] if len(measured.point) else np.zeros(0)

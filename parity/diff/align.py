@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Missing
+from checkpoints.answers.diff import Missing, Uncompared
 from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.nearest import unknown_names
@@ -18,6 +18,7 @@ from checkpoints.record import Dump, Rows
 
 from .dataflow import ordered
 from .tokens import SAME, TokenComparison
+from .uncompared import uncompared
 
 _POSITION_BITS = 40  # the reader accepts positions below 2^40
 # Two records of one key count as the same if they differ by no more than two right float32 runs (the limit of exact mode).
@@ -42,6 +43,7 @@ class Alignment(Struct, frozen=True):
     pairs: tuple[Pair, ...]
     missing_ours: Missing
     missing_ref: Missing
+    uncompared: Uncompared
     notes: tuple[str, ...]
     left_out: int = 0
     may_be_empty: bool = False
@@ -84,7 +86,12 @@ def align(
         kept = picked(pairs, [pair.ref.token_idx < tokens.until for pair in pairs])
     left_out = total - sum(len(pair.ours) for pair in kept)
     notes = tuple(_doubled(path, counts) for path, counts in doubled.items())
-    return Alignment(kept, lacks_ours.missing(), lacks_ref.missing(), notes, left_out, tokens.divergence is not None)
+    lacking = lacks_ours.missing()
+    compared = {position for pair in pairs for position in pair.ref.token_idx.tolist()} if lacking.positions else set()
+    never = uncompared(
+        [name for name in names if name in ref.points], {pair.point for pair in pairs}, lacking.positions, compared
+    )
+    return Alignment(kept, lacking, lacks_ref.missing(), never, notes, left_out, tokens.divergence is not None)
 
 
 def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pair, ...]:
@@ -180,13 +187,13 @@ def _unique(rows: Rows, path: str, step: int | None, doubled: dict[str, dict[str
 def _same(rows: Rows, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
     """bool [len(a)]: records a[i] and b[i] agree in their values."""
     left, right = rows.values[a].astype(np.float64), rows.values[b].astype(np.float64)
-    odd = ~(np.isfinite(left) & np.isfinite(right))
+    nonfinite = ~(np.isfinite(left) & np.isfinite(right))
     with np.errstate(invalid="ignore"):
-        delta = np.where(odd, 0.0, left - right)
+        delta = np.where(nonfinite, 0.0, left - right)
     if rows.quantum is not None:
         delta[np.abs(delta) <= np.maximum(rows.quantum[a], rows.quantum[b])] = 0.0
-    equal_odd = np.all(~odd | (left == right) | (np.isnan(left) & np.isnan(right)), axis=1)
-    energy = np.sum(np.where(odd, 0.0, right) ** 2, axis=1)
+    equal_odd = np.all(~nonfinite | (left == right) | (np.isnan(left) & np.isnan(right)), axis=1)
+    energy = np.sum(np.where(nonfinite, 0.0, right) ** 2, axis=1)
     near = np.sum(delta**2, axis=1) <= _SAME * energy
     equal: NDArray[np.bool_] = (rows.counts[a] == rows.counts[b]) & equal_odd & near
     return equal

@@ -160,6 +160,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         text=token_text(ours, ref),
         missing_ours=alignment.missing_ours,
         missing_ref=alignment.missing_ref,
+        uncompared=alignment.uncompared,
         left_out=alignment.left_out,
         strict=options.strict,
         stated=(options.compute or (ours.header.compute if ours.header is not None else "")).lower(),

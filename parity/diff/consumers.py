@@ -22,6 +22,7 @@ from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
 from .record_faults import in_order, listed
 from .records import Judged
 from .same_vector import alike
+from .wrong_values import energies, new_nonfinite, removed_by_a_norm
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -30,10 +31,6 @@ Bools = NDArray[np.bool_]
 # A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, if
 # the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides its error.
 _BELOW = 100.0
-# If at least this share of an error's energy is neither a factor nor a constant, or far more than a norm that agrees may be off, a norm
-# after it still shows it. The share is a choice: a scaled row
-# leaves only rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
-_LEFT = 0.25
 
 
 def judged(
@@ -65,7 +62,7 @@ class _Consumers:
         )
         self._at: dict[str, dict[tuple[int, int], int]] = {}
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
-        self._energy = _energies(measured)
+        self._energy = energies(measured)
         self._hidden: set[str] = set()  # points whose error a norm after them removes
         self._readings: dict[str, Reading | None] = {}
         self._others = Others(ref.points)
@@ -154,12 +151,7 @@ class _Consumers:
         return all(self._otherwise[rows].all() for rows in parents)
 
     def _nonfinite(self, name: str, wrong: Ints) -> Bools:
-        """The values of these records that are NaN or infinite though the reference's are not: bool [len(wrong), N]."""
-        pair = self._measured.pairs[self._place[name]]
-        ours, ref = (side.take(self._measured.row[wrong]) for side in (pair.ours, pair.ref))
-        width = min(ours.values.shape[1], ref.values.shape[1])
-        inside = np.arange(width) < np.minimum(ours.counts, ref.counts)[:, None]
-        return np.asarray(~np.isfinite(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
+        return new_nonfinite(self._measured.pairs[self._place[name]], self._measured.row[wrong])
 
     def _shows_nonfinite(self, name: str, child: str, record: int, other: int) -> bool:
         """Whether NaN, or infinity, at the element of a record's first one would show in the recorded values of a consumer."""
@@ -217,10 +209,10 @@ class _Consumers:
             return False
         if read is not None:
             return any(decided)
-        # Without a reading the proof must be complete: all positions, and no consumer behind a soft max, which may hide the error.
+        # Without a reading the proof must be complete: all positions, and no consumer after a soft max, which may hide the error.
         children = self._model.children[name]
-        behind = any(self._model.hidden(name, child) for child in children)
-        return all(decided) and not behind
+        after_soft_max = any(self._model.hidden(name, child) for child in children)
+        return all(decided) and not after_soft_max
 
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong.
@@ -298,20 +290,12 @@ class _Consumers:
 
     def _hidden_by_a_norm(self, name: str, child: str, record: int) -> bool:
         operations = self._model.operations(self._model.path(name, child))
-        return bool(operations & NORMS) and operations <= ELEMENTWISE | NORMS and self._removed_by_a_norm(name, record)
-
-    def _removed_by_a_norm(self, name: str, record: int) -> bool:
-        """Whether a record is off by a factor and a constant only: a norm after it removes those, so that its agreement says nothing."""
+        if not operations & NORMS or not operations <= ELEMENTWISE | NORMS:
+            return False
         pair, row = self._measured.pairs[self._place[name]], int(self._measured.row[record])
-        count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
-        values = pair.ref.values[row, :count].astype(np.float64)
-        delta = pair.ours.values[row, :count] - values
-        if not (np.isfinite(delta).all() and delta.any()):
-            return True  # the wrong elements were not recorded
-        removed = np.stack([values, np.ones(count)], axis=1)
-        left = delta - removed @ np.linalg.lstsq(removed, delta, rcond=None)[0]
-        shown = self._held.limit[record] * _BELOW * float(values @ values)  # far more than what an agreeing norm may be off
-        return bool(float(left @ left) < min(_LEFT * float(delta @ delta), shown))
+        return removed_by_a_norm(
+            pair, row, float(self._held.limit[record]) * _BELOW
+        )  # far more than what an agreeing norm may be off
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)
@@ -351,14 +335,3 @@ class _Consumers:
             sentence=f"{what}; {children}, computed from it, {agree}" if agreeing else what,
             map=read.mapping if read is not None else "",
         )
-
-
-def _energies(measured: Measured) -> Floats:
-    """‖b‖² of the reference's whole rows, [R]; of the slice if it is not recorded."""
-    energies: list[Floats] = []
-    for pair in measured.pairs:
-        values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)
-        sliced = np.sum(values**2, axis=1)
-        l2 = pair.ref.stats.get("l2")
-        energies.append(sliced if l2 is None else np.where(np.isnan(l2), sliced, l2**2))
-    return np.concatenate(energies) if energies else np.zeros(0)

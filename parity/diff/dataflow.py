@@ -75,8 +75,8 @@ class Flow(Struct, frozen=True, dict=True):
         """The nearest compared points that each compared point is made from."""
         nearest: dict[str, tuple[str, ...]] = {}
         for name, how in self.whole.computations.items():
-            behind = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
-            nearest[name] = tuple(dict.fromkeys(behind))
+            sources = (other for read in how.reads for other in ((read,) if read in self._compared else nearest[read]))
+            nearest[name] = tuple(dict.fromkeys(sources))
         for number, name in enumerate(
             self.names
         ):  # a point that the dataflow does not know is taken to be made from the one before it
@@ -85,8 +85,10 @@ class Flow(Struct, frozen=True, dict=True):
 
     @cached_property
     def children(self) -> dict[str, tuple[str, ...]]:
-        """The nearest compared points that are made from each compared point."""
+        """The nearest compared points that are made from each compared point; none if only the order of points is known."""
         children_of: dict[str, list[str]] = {name: [] for name in self.names}
+        if self.known and not self.whole.computations:
+            return dict.fromkeys(self.names, ())
         for name, parents in self.parents.items():
             for other in parents:
                 children_of[other].append(name)
@@ -199,7 +201,7 @@ def _closure(name: str, step: dict[str, tuple[str, ...]]) -> set[str]:
 def dataflow_of(ours: Dump, ref: Dump) -> tuple[Dataflow | None, tuple[str, ...]]:
     """The dataflow that a dump's header gives, preferably the reference's; None if neither does. Also sentences for the user."""
     for dump in (ref, ours):
-        if dump.header is not None and dump.header.dataflow:
+        if dump.header is not None and dump.header.dataflow is not None:
             try:
                 return Dataflow.from_json(dump.header.dataflow), ()
             except ValueError as error:

@@ -37,8 +37,8 @@ def looks_like_eight_bits(records: Records) -> bool:
         return False
     typical = np.array([np.median(errors[records.point == number]) for number in range(len(records.pairs))])
     wrong = typical > EXACT_FLOOR.operations
-    behind = records.flow.whole.behind(lambda _, how: how.op in MIXING)
-    multiplied = np.array([name in behind for name in records.names])
+    after_products = records.flow.whole.downstream(lambda _, how: how.op in MIXING)
+    multiplied = np.array([name in after_products for name in records.names])
     # Ids of experts are either right or different. Values before the first layer may have rows that are not whole blocks.
     must = multiplied & np.array([parse(pair.point).layer is not None and not is_routing(pair) for pair in records.pairs])
     if not (multiplied & wrong).any() or (must & ~wrong).any() or records.failed[~multiplied[records.point]].any():

@@ -51,8 +51,8 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     wider: int | None = None
     operation = ""
     if settled and stretch is not None and unseen and not (twin is not None and twin.idle):
-        behind = [parent for item in unseen for parent in records.flow.parents[item.checkpoint]]
-        advice = listed(sorted({*behind, *stretch.inputs, name}, key=records.names.index))
+        parents = [parent for item in unseen for parent in records.flow.parents[item.checkpoint]]
+        advice = listed(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
         every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)

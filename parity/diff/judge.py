@@ -66,6 +66,7 @@ def judge(records: Records) -> Verdict:
         pattern=pattern,
         missing_ours=records.missing_ours,
         missing_ref=records.missing_ref,
+        uncompared=records.uncompared,
         choices=choices(records),
         left_out=records.left_out,
         excused=records.excused,
@@ -108,13 +109,13 @@ def _under_the_mask(records: Records, minimal: NDArray[np.int64], start: int) ->
     """Whether the records of a point of origin are only NaN or infinite, and so is a later position of what the point is made from:
     a mask gives that position the weight 0, but 0 · NaN is NaN.
     """
-    odd = records.measures.nonfinite_ours > records.measures.nonfinite_ref
-    if not odd[minimal[records.point[minimal] == records.point[start]]].all():
+    more_nonfinite = records.measures.nonfinite_ours > records.measures.nonfinite_ref
+    if not more_nonfinite[minimal[records.point[minimal] == records.point[start]]].all():
         return False
     numbers = {name: number for number, name in enumerate(records.names)}
     above = [numbers[name] for name in records.flow.ancestors(records.names[records.point[start]]) if name in numbers]
     later = (records.token_idx > records.token_idx[start]) & (records.seq == records.seq[start])
-    return bool((odd & later & np.isin(records.point, above)).any())
+    return bool((more_nonfinite & later & np.isin(records.point, above)).any())
 
 
 def _origin(records: Records, first: int) -> Origin:

@@ -1,4 +1,4 @@
-"""What the truth says of records behind the reference's tables of float16, and how it is asked."""
+"""What the truth says of records after the reference's tables of float16, and how it is asked."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,7 +20,7 @@ Bools = NDArray[np.bool_]
 _SEVERAL = 4  # records of a point, of which most cannot have a row's rarest entry by chance
 
 
-def behind_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth, model: Flow) -> Floats:
+def after_known_tables(measured: Measured, limit: Floats, distance: Floats, near: Bools, truth: Truth, model: Flow) -> Floats:
     """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
     nor with the exact function is wrong.
 
@@ -44,10 +44,10 @@ def behind_known_tables(measured: Measured, limit: Floats, distance: Floats, nea
         apart = joined(measured, truth.from_table(ref))
         sampled = of_table(limit, apart, *keys, above)
         higher = _one_entry(measured, sampled, truth)
-        odd = near & ~exact & (nmse > higher)
-        if odd.any():  # `apart` is one sample of which entries rounding chooses
-            apart = np.fmax(apart, asked(measured, odd, truth.table_spread))
-            further = asked(measured, np.ones(len(odd), dtype=np.bool_), truth.largest_entry)
+        still_over = near & ~exact & (nmse > higher)
+        if still_over.any():  # `apart` is one sample of which entries rounding chooses
+            apart = np.fmax(apart, known_at(measured, still_over, truth.table_spread))
+            further = known_at(measured, np.ones(len(still_over), dtype=np.bool_), truth.largest_entry)
             sampled = np.fmax(sampled, of_table(limit, apart, *keys, above))
             higher = np.fmax(higher, of_table(limit, np.fmax(apart, further), *keys, above))
         higher = np.where(_mostly_over(measured, near & ~exact & (nmse > sampled), model), sampled, higher)
@@ -76,20 +76,20 @@ def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     dominates them all. In a whole row few elements do so: its estimate keeps its limit.
     """
     measures = measured.measures
-    odd = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
-    if not odd.any():
+    of_few = (measures.nmse > limit) & (measures.nmse_slice > limit) & (measures.nmse_row <= limit)
+    if not of_few.any():
         return limit
-    return np.where(odd, np.fmax(limit, asked(measured, odd, truth.one_entry)), limit)
+    return np.where(of_few, np.fmax(limit, known_at(measured, of_few, truth.one_entry)), limit)
 
 
-def asked(
+def known_at(
     measured: Measured,
-    odd: Bools,
+    chosen: Bools,
     known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
     part: Callable[[Pair], Rows] = lambda pair: pair.ref,
 ) -> Floats:
-    """What is known of each record, [R], or of a part of it, at the points of the odd ones; 0 elsewhere."""
-    concerned = measured.names_of(odd)
+    """What is known of each record, [R], or of a part of it, at the points of the `chosen` ones; 0 elsewhere."""
+    concerned = measured.names_of(chosen)
     answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
     return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
 

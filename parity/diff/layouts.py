@@ -148,11 +148,11 @@ def _parts(our_length: int, ref_length: int, head_size: int | None) -> Iterator[
     if our_length > ref_length:
         yield (
             np.concatenate([place, np.full(our_length - ref_length, -1)]),
-            f"{our_length - ref_length} elements of padding behind the row",
+            f"{our_length - ref_length} elements of padding after the row",
         )
         yield (
             np.concatenate([np.full(our_length - ref_length, -1), place]),
-            f"{our_length - ref_length} elements in front of the row",
+            f"{our_length - ref_length} elements before the row",
         )
 
 

@@ -85,6 +85,14 @@ LARGEST_ROUNDING = 0.02
 ASSUMED_JUMP = 1000.0
 
 
+def require_tolerance(tolerance: float) -> None:
+    """Raises InputError if it is not a finite number ≥ 0."""
+    if not 0 <= tolerance < inf:
+        raise InputError(
+            f"--tolerance must be 0 or more and finite, not {tolerance}.", "Write e.g. --tolerance 1e-6.", code="tolerance"
+        )
+
+
 def limits(ours: Header | None, ref: Header | None, *, compute: str | None = None, tolerance: float | None = None) -> Limits:
     """The limits for two sides with these headers; the loosest property of either decides.
 
@@ -98,10 +106,7 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
     if compute is not None and compute not in COMPUTES:
         raise InputError(f"--compute {compute!r} is not known.", f"Take one of {', '.join(COMPUTES)}.", code="compute")
     if tolerance is not None:
-        if not 0 <= tolerance < inf:
-            raise InputError(
-                f"--tolerance must be 0 or more and finite, not {tolerance}.", "Write e.g. --tolerance 1e-6.", code="tolerance"
-            )
+        require_tolerance(tolerance)
         return Limits(tolerance, tolerance, "--tolerance")
     sides = [side for side in (ours, ref) if side is not None]
     floors = [EXACT_FLOOR]

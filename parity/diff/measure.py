@@ -193,29 +193,29 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
     exact_text = joined([np.full(len(p.ours), p.ours.quantum is None and p.ref.quantum is None) for p in pairs], 0) > 0
     nmse_row, bound = whole_rows(pairs, n, l2)
     nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
-    odd = _nonfinite(pairs, values, ours, ref, present, finite)
+    nonfinite = _nonfinite(pairs, values, ours, ref, present, finite)
     return Measures(
-        nmse=np.where(odd.one_sided | odd.nothing, np.inf, np.fmax(part.nmse, nmse_row)),
+        nmse=np.where(nonfinite.one_sided | nonfinite.nothing, np.inf, np.fmax(part.nmse, nmse_row)),
         nmse_slice=part.nmse,
         nmse_row=nmse_row,
         bound=bound & ~full & exact_text,
-        max_abs=np.where(odd.index >= 0, np.inf, part.max_abs),
-        index=np.where(odd.index >= 0, odd.index, part.index),
+        max_abs=np.where(nonfinite.index >= 0, np.inf, part.max_abs),
+        index=np.where(nonfinite.index >= 0, nonfinite.index, part.index),
         cosine=part.cosine,
         relative=part.relative,
         relative_index=part.relative_index,
         ulp=part.ulp,
         ulp_index=part.ulp_index,
-        nonfinite_ours=odd.ours,
-        nonfinite_ref=odd.ref,
+        nonfinite_ours=nonfinite.ours,
+        nonfinite_ref=nonfinite.ref,
         future_mass=_future(column(pairs, "ours", "future_mass"), column(pairs, "ref", "future_mass")),
     )
 
 
 def _whole(pair: Pair) -> NDArray[np.bool_]:
     """Whether both sides recorded every value of the row: bool [R]. Bare lines don't say how long it is, the reference does."""
-    mine = pair.ours.full() | ((pair.ours.counts == pair.ref.counts) & (pair.ours.indices is None))
-    return np.asarray(mine & pair.ref.full())
+    ours_whole = pair.ours.full() | ((pair.ours.counts == pair.ref.counts) & (pair.ours.indices is None))
+    return np.asarray(ours_whole & pair.ref.full())
 
 
 class _Nonfinite(Struct, frozen=True):
@@ -246,9 +246,9 @@ def _nonfinite(
     at = np.full(len(ours), -1, dtype=np.int64)
     nothing = np.zeros(len(ours), dtype=np.bool_)
     if len(some):
-        odd = there & ~finite[some] & ~((a == b) | (np.isnan(a) & np.isnan(b)))
+        different = there & ~finite[some] & ~((a == b) | (np.isnan(a) & np.isnan(b)))
         index = elements(values)
-        first, where = largest(odd.astype(np.float64), None if index is None else index[some])
+        first, where = largest(different.astype(np.float64), None if index is None else index[some])
         at[some] = np.where(first > 0, where, -1)
         one_sided[some] |= first > 0
         neither = there & np.isnan(a) & np.isnan(b)

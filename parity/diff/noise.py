@@ -41,8 +41,8 @@ def outliers(point: NDArray[np.int64], nmse: Floats, of_limit: Floats, upstream:
     records = np.bincount(point)
     over, quiet = (np.bincount(point, weights=rows, minlength=len(records)) for rows in (failed, grown))
     rare = (over == quiet) & ((over * RARE <= records) | (records < RARE))
-    odd: Bools = grown & rare[point]
-    return odd
+    outlying: Bools = grown & rare[point]
+    return outlying
 
 
 def excused(

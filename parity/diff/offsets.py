@@ -85,8 +85,8 @@ def _by_generated(ours: Dump, ref: Dump) -> tuple[int, int] | None:
         return sum(chosen.get(token.token_idx + offset) == token.id for token in our_tokens)
 
     # Generated tokens that follow their own prompt are where format 1 wants them.
-    behind = ours.header is not None and 0 < len(ours.header.tokens) <= first
-    offset = 0 if behind else max(0, min(chosen) - first, key=matching)
+    follow_prompt = ours.header is not None and 0 < len(ours.header.tokens) <= first
+    offset = 0 if follow_prompt else max(0, min(chosen) - first, key=matching)
     return (offset, matching(offset)) if matching(offset) else None
 
 
@@ -116,11 +116,25 @@ def _by_values(ours: Dump, ref: Dump) -> AlignedDump:
     if same:
         note = f"positions: used as numbered, which is the same on both sides; values do not decide it (NMSE of {first.point}: {listed})"
         return AlignedDump(ours, note)
+    if (further := _one_too_many(ours, ref, first)) is not None:
+        note = (
+            f"positions: ours are used as numbered, but from the second on {first.point} fits the reference's position before (NMSE "
+            f"{further:.2g}): is the first token (BOS) there twice, or a slot in front of it?"
+        )
+        return AlignedDump(ours, note)
     raise DumpError(
         f"nothing says how the positions of {ours.path} are counted, and no offset fits clearly: NMSE of {first.point} is {listed}.",
         "Give --offset N, which is added to every position of ours (0: they count from the prompt's first token, like the reference's).",
         code="positions",
     )
+
+
+def _one_too_many(ours: Dump, ref: Dump, tried: Scores) -> float | None:
+    """The error of a point at the offset that moves our first position in front of the reference's, if only that one fits; else None."""
+    name = tried.point
+    offset = int(ref.points[name].token_idx.min()) - int(ours.points[name].token_idx.min()) - 1
+    scores = tried_offsets(ours.points[name], ref.points[name], {*tried.errors, offset})
+    return scores.errors[offset] if offset in scores.errors and scores.best == offset and scores.clear else None
 
 
 def _taken(ours: Dump, scores: Scores) -> AlignedDump:

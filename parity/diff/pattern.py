@@ -50,52 +50,53 @@ class Evidence(Struct, frozen=True):
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
-    """The first pattern that fits; None if no record failed."""
+    """The first pattern that fits, certain ones before likely ones; None if no record failed."""
     if not seen.failed.any():
         return None
-    where = _where(seen)
-    if seen.unjudged:
-        return Pattern(
-            "reference-nonfinite",
-            f"the reference is not finite here, at {_positions(seen)}: nothing can be judged at this point or behind it",
-        )
-    if seen.nonfinite:
-        return Pattern(
-            "nonfinite", f"NaN or infinity, {where}: an overflow, a division by zero, or memory that was never written"
-        )
-    if seen.zero:
-        norm = seen.stretch is not None and any("NORM" in op for op in seen.flow.operations(seen.stretch.nodes))
-        why = (
-            "a norm of a row with an infinity that was not recorded, or memory that was never written"
-            if norm
-            else "memory never written"
-        )
-        return Pattern("zero", f"all values are 0, {where}: {why}")
+    if (pattern := _without_numbers(seen)) is not None:
+        return pattern
     if seen.leak:
         return Pattern("causal-mask", "attention gives weight to later positions: the causal mask is missing")
     if seen.alike:
-        return Pattern(
-            "precision",
-            f"{where}, but the error is equally large at all positions: a lower precision than the limit assumes (--compute q8, bf16, f16)",
-        )
+        why = "the error is equally large at all positions: a lower precision than the limit assumes (--compute q8, bf16, f16)"
+        return Pattern("precision", f"{_where(seen)}, but {why}")
     if seen.point == EMBD:
         return _embedding(seen)
-    if decoding := _decode_only(seen):
-        return decoding
-    once = parse(seen.point).layer is None
-    if not seen.settled and not once and not seen.flow.sees_later(seen.point) and _all_but_last(seen):
-        return Pattern("causal-mask", "wrong at every position but the last of the pass: the causal mask is missing or shifted")
+    if (pattern := _decode_only(seen) or _all_but_last(seen)) is not None:
+        return pattern
     if seen.drifted:
         return Pattern("drift", "the error grew without a jump: precision rather than one wrong operation")
     shape = _shape(seen)
-    if seen.settled and (not _attends(seen) or shape is None or shape.code.startswith("from-position")):
+    from_one_on = shape is None or shape.code.startswith("from-position")
+    if seen.settled and (from_one_on or not _attends(seen)):
         likely = suspects(seen.flow, seen.stretch.nodes) if seen.stretch is not None else ""
-        return Pattern("operation", f"{where}, and its inputs agree" + (f": {likely}" if likely else ""))
+        return Pattern("operation", f"{_where(seen)}, and its inputs agree" + (f": {likely}" if likely else ""))
+    return _after_the_layers(seen, shape)
+
+
+def _without_numbers(seen: Evidence) -> Pattern | None:
+    """The pattern of values that are not finite, or all 0: nothing can be measured on them."""
+    if seen.unjudged:
+        places = _positions(seen)
+        sentence = f"the reference is not finite here, at {places}: nothing can be judged at this point or after it"
+        return Pattern("reference-nonfinite", sentence)
+    if seen.nonfinite:
+        causes = "an overflow, a division by zero, or memory that was never written"
+        return Pattern("nonfinite", f"NaN or infinity, {_where(seen)}: {causes}")
+    if seen.zero:
+        norm = seen.stretch is not None and any("NORM" in op for op in seen.flow.operations(seen.stretch.nodes))
+        infinite = "a norm of a row with an infinity that was not recorded, or memory that was never written"
+        return Pattern("zero", f"all values are 0, {_where(seen)}: {infinite if norm else 'memory never written'}")
+    return None
+
+
+def _after_the_layers(seen: Evidence, shape: Pattern | None) -> Pattern | None:
+    """The shape of an error, but for the points after the last layer, whose own operations are few enough to be named."""
     if seen.point == LOGITS:
         likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.computations else "the output matrix"
-        return Pattern("output-matrix", f"{where}: the last norm or {likely}, a soft cap")
+        return Pattern("output-matrix", f"{_where(seen)}: the last norm or {likely}, a soft cap")
     if seen.point == OUTPUT_NORM and shape is not None and shape.code == "from-position-0":
-        return Pattern("output-norm", f"{where}: a layer after the last recorded one, or the last norm")
+        return Pattern("output-norm", f"{_where(seen)}: a layer after the last recorded one, or the last norm")
     return shape
 
 
@@ -121,10 +122,10 @@ def _sides(seen: Evidence) -> tuple[list[str], list[str]] | None:
             if other in inside and other not in past:
                 past.add(other)
                 waiting.append(other)
-    behind = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
-    if not behind:
+    feeding = [name for name in seen.stretch.nodes if name not in past or seen.flow.attends(name)]
+    if not feeding:
         return None
-    return behind, [name for name in seen.stretch.nodes if name in past and name not in behind]
+    return feeding, [name for name in seen.stretch.nodes if name in past and name not in feeding]
 
 
 def _listed(seen: Evidence, nodes: list[str]) -> str:
@@ -183,11 +184,15 @@ def _decode_only(seen: Evidence) -> Pattern | None:
     )
 
 
-def _all_but_last(seen: Evidence) -> bool:
-    """Whether in each pass of several positions all but the last are wrong."""
+def _all_but_last(seen: Evidence) -> Pattern | None:
+    """A mask that lets positions see later ones: in each pass of several positions all but the last are wrong."""
+    if seen.settled or parse(seen.point).layer is None or seen.flow.sees_later(seen.point):
+        return None
     passes = [seen.step == step for step in distinct(seen.step[~seen.decode])]
     long = [chosen for chosen in passes if chosen.sum() > 2]
-    return bool(long) and all(bool(seen.failed[chosen][:-1].all()) and not seen.failed[chosen][-1] for chosen in long)
+    if not long or not all(seen.failed[chosen][:-1].all() and not seen.failed[chosen][-1] for chosen in long):
+        return None
+    return Pattern("causal-mask", "wrong at every position but the last of the pass: the causal mask is missing or shifted")
 
 
 def _shape(seen: Evidence) -> Pattern | None:

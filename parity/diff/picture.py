@@ -20,7 +20,7 @@ def picture(records: Records, verdict: Verdict, truth: Rows | None = None) -> Pi
     `truth` is that record in float64, if it is known.
     """
     shown = verdict.first_divergence or verdict.worst
-    ours, ref = (_spread(records, shown, mine) for mine in (True, False))
+    ours, ref = (_spread(records, shown, ours=which) for which in (True, False))
     return Picture(grid(records), ours, ref, None if truth is None else _of_row(truth, 0))
 
 
@@ -45,11 +45,11 @@ def grid(records: Records) -> Grid:
     return Grid(records.names, columns, tokens, **layers)
 
 
-def _spread(records: Records, shown: Difference | None, mine: bool) -> Spread | None:
+def _spread(records: Records, shown: Difference | None, *, ours: bool) -> Spread | None:
     pair = next((pair for pair in records.pairs if shown is not None and pair.point == shown.checkpoint), None)
     if pair is None or shown is None:
         return None
-    rows = pair.ours if mine else pair.ref
+    rows = pair.ours if ours else pair.ref
     at = np.flatnonzero((rows.seq == shown.seq) & (rows.token_idx == shown.token_idx))
     return _of_row(rows, int(at[0])) if len(at) else None
 

@@ -7,7 +7,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Difference, Limits, Missing, RecordFault
+from checkpoints.answers.diff import Difference, Limits, Missing, RecordFault, Uncompared
 from checkpoints.points import ENCODER, parse
 from checkpoints.record import DECODE, PREFILL, Dump
 
@@ -73,6 +73,7 @@ class Records(Struct, frozen=True, dict=True):
     text: dict[int, str]
     missing_ours: Missing
     missing_ref: Missing
+    uncompared: Uncompared
     left_out: int
     strict: bool
     stated: str

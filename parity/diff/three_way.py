@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import PointSummary, Verdict
-from checkpoints.answers.three_way import PAIRS, ThreeWay, ThreeWayPoint
+from checkpoints.answers.diff import PointSummary, RecordFault, Verdict
+from checkpoints.answers.three_way import PAIRS, RecordedOtherwise, ThreeWay, ThreeWayPoint
 from checkpoints.errors import DumpError, InputError
 from checkpoints.points import order
 from checkpoints.record import Dump
@@ -37,7 +37,9 @@ def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None
         *(_point(name, [pair.get(name) for pair in points_of]) for name in order(name for pair in points_of for name in pair)),
     )
     wrong = next((point for point in points if point.differs), None)
-    return ThreeWay(sides, points, _counts(verdicts), wrong, _notes(sides, verdicts))
+    return ThreeWay(
+        sides, points, _counts(verdicts), wrong, _recorded_otherwise(verdicts, dumps, options), _notes(sides, verdicts)
+    )
 
 
 def with_truth(three_way: ThreeWay, dumps: tuple[Dump, Dump, Dump], truth: Truth) -> ThreeWay:
@@ -83,6 +85,31 @@ def _notes(sides: tuple[str, str, str], verdicts: list[Verdict]) -> tuple[str, .
         for note in verdict.notes:
             pairs_of.setdefault(note, []).append(f"{sides[first]} – {sides[second]}")
     return tuple(note if len(pairs) == len(PAIRS) else f"{', '.join(pairs)}: {note}" for note, pairs in pairs_of.items())
+
+
+def _recorded_otherwise(
+    verdicts: Sequence[Verdict], dumps: tuple[Dump, Dump, Dump], options: Options | None
+) -> tuple[RecordedOtherwise, ...]:
+    """The faults of records, each point's once, of the side that both pairs which show it have in common."""
+    faults: dict[str, dict[int, RecordFault]] = {}
+    for pair, verdict in enumerate(verdicts):
+        for fault in verdict.record_faults:
+            faults.setdefault(fault.checkpoint, {})[pair] = fault
+    of_side = {name: _common_side(tuple(pairs)) for name, pairs in faults.items()}
+    # A pair's faults are told of its first side; the third side is nowhere first.
+    third = compare(dumps[2], dumps[0], options).record_faults if 2 in of_side.values() else ()
+    of_third = {fault.checkpoint: fault for fault in third}
+
+    def told(name: str) -> RecordFault:
+        pairs = faults[name]
+        return (of_third.get(name) if of_side[name] == 2 else pairs.get(2 * (of_side[name] or 0))) or next(iter(pairs.values()))
+
+    return tuple(RecordedOtherwise(of_side[name], told(name)) for name in order(faults))
+
+
+def _common_side(pairs: tuple[int, ...]) -> int | None:
+    """The side that two of the pairs have in common; None of one pair or all."""
+    return next(side for side in range(3) if all(side in PAIRS[pair] for pair in pairs)) if len(pairs) == 2 else None
 
 
 def _tokens(verdicts: Sequence[Verdict]) -> tuple[ThreeWayPoint, ...]:

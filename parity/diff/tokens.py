@@ -102,10 +102,10 @@ def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
             return _prompts(ours, ref, whole_left[:reach], whole_right[:reach])
     chosen = {(token.seq, token.token_idx): token for token in ours.tokens}
     for token in sorted(ref.tokens, key=lambda token: token.token_idx):
-        mine = chosen.get((token.seq, token.token_idx))
-        if mine is not None and mine.id != token.id:
+        our_token = chosen.get((token.seq, token.token_idx))
+        if our_token is not None and our_token.id != token.id:
             sentence = (
-                f"the generated tokens differ from position {token.token_idx} on: ours {_piece(mine.id, mine.text)}, "
+                f"the generated tokens differ from position {token.token_idx} on: ours {_piece(our_token.id, our_token.text)}, "
                 f"the reference {_piece(token.id, token.text)}"
             )
             return TokenComparison(token.token_idx, notes=(sentence,))

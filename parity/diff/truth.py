@@ -48,7 +48,7 @@ class Truth(Protocol):
     def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
         """How far records, [R], are moved if the one element of each row at which that changes most is looked up one entry further.
 
-        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there. At points behind
+        In a dense row that is next to nothing; of a row in which few elements are not zero it may be all that is there. At points after
         tables it is the effect of all of them together.
         """
 
@@ -67,7 +67,7 @@ NO_ROUNDING = 1e-7
 AMPLIFIED = 1e-6
 # The same if the reference is coarse, as after ggml's table of GELU (argument and result have float16's eleven bits: 1e-7 to 3e-7
 # at the operation). A right engine is then as far from the reference as the reference from the truth, whether its GELU is exact or
-# another entry of the table was used: twice that if both err, and twice again for safety. Behind 5 to 22 layers of the small gemma3n and
+# another entry of the table was used: twice that if both err, and twice again for safety. After 5 to 22 layers of the small gemma3n and
 # gemma4 of random weights, seven tokens, the reference is up to 4.2e-4 from the truth; `explain` looks into no error beyond this bound
 # (`diff` into those up to `limits.LARGEST_ROUNDING`).
 COARSE_MULTIPLE = 4.0

@@ -137,20 +137,20 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
         options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
         verdicts: list[Verdict] = []
         unrecorded: dict[str, None] = {}
-        for prompt, mine in zip(golden.prompts, dumps, strict=True):
-            kept = read(golden.path(prompt))
-            unrecorded |= dict.fromkeys(name for name in mine.points if name not in kept.points)
-            verdicts.append(compare(_recorded_points(mine, kept), kept, options))
+        for prompt, checked in zip(golden.prompts, dumps, strict=True):
+            golden_dump = read(golden.path(prompt))
+            unrecorded |= dict.fromkeys(name for name in checked.points if name not in golden_dump.points)
+            verdicts.append(compare(_recorded_points(checked, golden_dump), golden_dump, options))
         updated: tuple[tuple[int, str], ...] = ()
         if request.update:
             updated = _update(golden, source, verdicts, paths, dumps)
     return _answer(request, golden, source, dumps, verdicts, updated, tuple(unrecorded))
 
 
-def _recorded_points(mine: Dump, kept: Dump) -> Dump:
+def _recorded_points(checked: Dump, golden_dump: Dump) -> Dump:
     """A dump without points that its golden dump lacks: an engine may print more. All of it if they have no point in common."""
-    points = {name: rows for name, rows in mine.points.items() if name in kept.points}
-    return replace(mine, points=points) if points else mine
+    points = {name: rows for name, rows in checked.points.items() if name in golden_dump.points}
+    return replace(checked, points=points) if points else checked
 
 
 def _book(request: Checking, golden: Golden) -> Path:

@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, convert
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError, ModelError
 from checkpoints.gguf_file import contents
+from checkpoints.given_json import decoded
 from checkpoints.points import resolve
 from checkpoints.regular import read_text
 from checkpoints.structs import as_dict
@@ -130,33 +131,21 @@ def load(folder: Path) -> Golden:
     """
     path = folder / MANIFEST
     try:
-        facts = json.loads(read_text(path))
-        if facts.pop("format") != FORMAT:
+        facts = decoded(read_text(path))
+        if facts["format"] != FORMAT:
             raise InputError(f"{path} is of a newer format.", "Update parity.", code="golden")
-        prompts = tuple(_prompt(item) for item in facts.pop("prompts"))
-        golden = Golden(folder=folder, prompts=prompts, updates=tuple(facts.pop("updates")), **facts)
+        golden = convert({**facts, "folder": folder}, Golden, dec_hook=lambda kind, value: kind(value))
     except OSError as error:
         advice = "Make golden dumps with `parity drift record`."
         raise InputError(f"cannot read {path}: {error.strerror}.", advice, code="golden") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {error}.", "Restore it, or record again.", code="golden") from error
-    for prompt in prompts:
+    for prompt in golden.prompts:
         if Path(prompt.file).name != prompt.file or not golden.path(prompt).is_file():
             raise InputError(
                 f"the golden dump {golden.path(prompt)} is missing.", "Restore it, or record again.", code="golden"
             )
     return golden
-
-
-def _prompt(item: dict[str, Any]) -> GoldenPrompt:
-    return GoldenPrompt(
-        text=str(item["text"]),
-        tokens=tuple(map(int, item["tokens"])),
-        pieces=tuple(map(str, item["pieces"])),
-        generated=tuple(map(int, item["generated"])),
-        generated_pieces=tuple(map(str, item["generated_pieces"])),
-        file=str(item["file"]),
-    )
 
 
 def golden_prompt(prompt: Prompt, file: str) -> GoldenPrompt:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonlines
 import orjson
+from msgspec import convert
 
 from checkpoints.answers.drift import Change, Closer, Entry, Margin
 from checkpoints.errors import InputError
@@ -198,15 +199,7 @@ def _entry(line: dict[str, Any]) -> Entry:
     if line["schema"] != SCHEMA:
         raise ValueError("a newer schema")
     _time(line["time"])
-    return Entry(
-        time=line["time"],
-        commit=line["commit"],
-        verdict=line["verdict"],
-        source=line["source"],
-        golden=line["golden"],
-        versions=line["versions"],
-        points={name: _figures(figures) for name, figures in line["points"].items()},
-    )
+    return convert(line | {"points": {name: _figures(figures) for name, figures in line["points"].items()}, "extra": {}}, Entry)
 
 
 def _figures(figures: dict[str, Any]) -> tuple[float, float, float]:

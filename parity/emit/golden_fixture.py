@@ -23,6 +23,7 @@ import pytest
 
 PARITY, DIVERGENCE, WRONG_INPUT = 0, 1, 2  # parity's exit codes
 _WIDTH = "100"  # columns of what is printed
+_NOT_ALL = "parity as far as it goes"  # parts of the golden dump were not compared with anything
 
 
 def _parity(*arguments: object, timeout: float) -> "subprocess.CompletedProcess[str]":
@@ -46,9 +47,10 @@ def _cause(dump: Path, model: Path, options: list[str], timeout: float) -> str:
 def parity_golden() -> Callable[..., None]:
     """`parity_golden(dump, golden, model=None, compute=None, tolerance=None, options=(), timeout=600)`: fails if they disagree.
 
-    `dump` and `golden` are files that `parity diff` reads. With `model` (a GGUF file) the cause is looked for; `compute` is your
-    engine's arithmetic if its dump does not state it ("f32", "f16", "bf16"), `tolerance` one NMSE limit for everything, `options`
-    are further options of `parity diff`, `timeout` is in seconds for each of the two commands.
+    It fails, too, if the golden dump has points or positions that `dump` lacks. Both are files that `parity diff` reads. With `model`
+    (a GGUF file) the cause is looked for; `compute` is your engine's arithmetic if its dump does not state it ("f32", "f16", "bf16"),
+    `tolerance` one NMSE limit for everything, `options` are further options of `parity diff`, `timeout` is in seconds for each of the
+    two commands.
     """
 
     def check(
@@ -66,6 +68,9 @@ def parity_golden() -> Callable[..., None]:
         limits = ["--tolerance", str(tolerance)] if tolerance is not None else []
         known = ["--model", str(model)] if model is not None else []
         done = _parity("diff", dump, golden, *judged, *limits, *known, *options, timeout=timeout)
+        unseen = next((line for line in done.stdout.splitlines() if line.startswith(_NOT_ALL)), "")
+        if unseen:
+            pytest.fail(f"{unseen}\nThe golden dump has more: record it with the points of your engine.", pytrace=False)
         if done.returncode == PARITY:
             return
         if done.returncode != DIVERGENCE:

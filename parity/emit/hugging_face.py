@@ -116,7 +116,7 @@ class Observer:
         return wrapped
 
     def _after_rotation(self, read: "dict[str, Any]") -> None:
-        """Record Q and K behind RoPE, [B, H, T, d]; with the elements that it leaves alone where only a head's first ones are rotated.
+        """Record Q and K after RoPE, [B, H, T, d]; with the elements that it leaves alone where only a head's first ones are rotated.
 
         Args:
             read: what the attention reads, which has all elements.

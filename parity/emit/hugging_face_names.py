@@ -20,7 +20,7 @@ PERMUTED = frozenset(
         "baichuan",
     )
 )
-# One projection has the queries, keys and values of a head, or of the heads that share a key, behind each other.
+# One projection has the queries, keys and values of a head, or of the heads that share a key, one after the other.
 BY_GROUPS = frozenset(("falcon", "bloom", "gpt_neox"))
 ATTENTIONS = (".self_attn", ".attn", ".self_attention", ".attention")
 # Module names inside a layer and what their outputs are; `<` names what goes into the module.
@@ -45,14 +45,14 @@ _PLAIN = {
 }
 # What routes tokens to experts; where it is, the feed-forward's output is the experts'.
 _ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate")
-# A norm behind the attention and another behind the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
+# A norm after the attention and another after the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
 _SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attention_layernorm<"} | {
     "post_attention_layernorm": "attn_post_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "pre_feedforward_layernorm<": "ffn_inp",
     "post_feedforward_layernorm": "ffn_post_norm",
 }
-# OLMo 2 and EXAONE 4 have norms behind both halves only: what goes into the first one is the attention's output.
+# OLMo 2 and EXAONE 4 have norms after both halves only: what goes into the first one is the attention's output.
 _BEHIND = {name: kind for name, kind in _PLAIN.items() if name.rstrip("<") != "post_attention_layernorm"} | {
     "post_attention_layernorm": "attn_post_norm",
     "post_feedforward_layernorm": "ffn_post_norm",

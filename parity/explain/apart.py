@@ -68,15 +68,19 @@ class Probe(Struct, frozen=True):
 
     def tells(self, chosen: Candidate, others: Sequence[Candidate]) -> list[tuple[Candidate, list[str]]]:
         """The other candidates that show different numbers than the chosen one, and at which points."""
-        mine = self.shown_by(chosen) if others else None
-        differences = [(candidate, self.different(mine, self.shown_by(candidate))) for candidate in others]
+        expected = self.shown_by(chosen) if others else None
+        differences = [(candidate, self.different(expected, self.shown_by(candidate))) for candidate in others]
         return [(candidate, names) for candidate, names in differences if names]
 
     def likely(self, chosen: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
         """The other candidates that do not show the chosen one's numbers: they show different ones, or do not apply to this model."""
-        mine = self.shown_by(chosen) if others else None
+        expected = self.shown_by(chosen) if others else None
         values_of = [(candidate, self.shown_by(candidate)) for candidate in others]
-        return [candidate for candidate, values in values_of if mine is None or values is None or self.different(mine, values)]
+        return [
+            candidate
+            for candidate, values in values_of
+            if expected is None or values is None or self.different(expected, values)
+        ]
 
     def different(self, first: Values | None, second: Values | None) -> list[str]:
         """The points at which two faults show different numbers."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
@@ -33,46 +34,60 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if exact.verdict or first is None or first.checkpoint not in exact.records.names:
         return as_float32
     before = _computed_before(exact, first.checkpoint)
-    if known.case is None:
-        return (
-            as_float32 if before else comparison(ours, ref, replace(options, truth=None))
-        )  # as though the model were not known
-    kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
-    wanted = next((number for number, entry in enumerate(known.case.entries) if entry.point == first.checkpoint), None)
-    if wanted is None:
+    if known.case is None:  # as though the model were not known
+        return as_float32 if before else comparison(ours, ref, replace(options, truth=None))
+    if _entry(known.case, first.checkpoint) is None:
         return as_float32
-    error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(first.checkpoint)]))
-    candidates: dict[str, Comparison] = {}
-    far: dict[str, float] = {}
-    doubtful: list[str] = []
-    followed: str | None = ""
-    sought = False
-    for kind in kinds:
-        cost = known.floor(kind)
-        allowed = known.limits(ours, kind, cost)
-        if cost is None or allowed is None:
-            continue
-        if not mean_cost(cost.products[wanted]) * LOWER <= error <= allowed.points[first.checkpoint]:
-            continue
-        if _spared(exact, known.case, cost):
-            continue
-        tried = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
-        if any(point.checkpoint == first.checkpoint and point.status == AGREES for point in tried.verdict.points):
-            errors = _errors(exact, known.case, cost)
-            pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
-            alike = _alike(known.case, kind, pair)
-            if alike < REPRODUCED:
-                followed = followed if sought else _followed(known.case, pair, seconds)
-                sought = True
-            if (alike < REPRODUCED and followed != "") or not is_reproduced(kind, alike, errors):
-                doubtful.append(kind)
-                continue
-            candidates[kind], far[kind] = tried, mismatch(errors)
-    agreeing = {kind: far[kind] for kind, compared in candidates.items() if compared.verdict}
-    fitting = best(agreeing or far)
-    if not fitting and doubtful:
-        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
-    return _with(candidates[fitting[0]], fitting[0], first.checkpoint, fitting[1:]) if fitting else as_float32
+    kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
+    plausible = [
+        lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, first.checkpoint)) is not None
+    ]
+    # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
+    pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
+    elsewhere = any(lower.alike < REPRODUCED for lower in plausible)
+    followed = _followed(known.case, pair, seconds) if elsewhere else ""
+    fitting = {
+        lower.kind: lower
+        for lower in plausible
+        if (lower.alike >= REPRODUCED or followed == "") and is_reproduced(lower.kind, lower.alike, lower.errors)
+    }
+    far = {kind: mismatch(lower.errors) for kind, lower in fitting.items()}
+    ranked = best({kind: far[kind] for kind, lower in fitting.items() if lower.compared.verdict} or far)
+    if ranked:
+        return _with(fitting[ranked[0]].compared, ranked[0], first.checkpoint, ranked[1:])
+    doubtful = [lower.kind for lower in plausible if lower.kind not in fitting]
+    return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or "")) if doubtful else as_float32
+
+
+class _Plausible(Struct, frozen=True):
+    """An arithmetic in which the first difference would agree: the comparison by its limits, each point's mean error and cost, and
+    how much the errors of the first difference are those of our own rounding.
+    """
+
+    kind: str
+    compared: Comparison
+    errors: list[tuple[float, float, float]]
+    alike: float
+
+
+def _plausible(
+    exact: Comparison, ours: Dump, ref: Dump, options: Options, known: KnownModel, kind: str, first: str
+) -> _Plausible | None:
+    """None if the error at `first` is not of the size that this arithmetic costs, or if it spares a point that it must have moved."""
+    cost = known.floor(kind)
+    allowed = known.limits(ours, kind, cost)
+    if known.case is None or cost is None or allowed is None:
+        return None
+    place = exact.records.names.index(first)
+    error = float(np.mean(exact.records.measures.nmse[exact.records.point == place]))
+    products = next(products for entry, products in zip(known.case.entries, cost.products, strict=True) if entry.point == first)
+    if not mean_cost(products) * LOWER <= error <= allowed.points[first] or _spared(exact, known.case, cost):
+        return None
+    compared = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
+    if not any(point.checkpoint == first and point.status == AGREES for point in compared.verdict.points):
+        return None
+    alike = _alike(known.case, kind, exact.records.pairs[place])
+    return _Plausible(kind, compared, _errors(exact, known.case, cost), alike)
 
 
 def _followed(case: Case, pair: Pair, seconds: float) -> str | None:
@@ -122,12 +137,12 @@ def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]
     rows = {place: number for number, place in enumerate(places)}
     numbers = [rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)]
     index = np.array(numbers, dtype=np.int64)
-    mine = np.flatnonzero(index >= 0)
+    recorded = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
     dumped, known = np.zeros(right.shape), np.zeros(right.shape, dtype=np.bool_)
-    dumped[index[mine], :width] = pair.ours.values[mine, :width]
-    known[index[mine], :width] = np.arange(width)[None, :] < pair.ours.counts[mine, None]
+    dumped[index[recorded], :width] = pair.ours.values[recorded, :width]
+    known[index[recorded], :width] = np.arange(width)[None, :] < pair.ours.counts[recorded, None]
     known &= np.isfinite(dumped) & np.isfinite(right)
     return entry, np.where(known, dumped, 0.0) - np.where(known, right, 0.0), known
 
@@ -142,10 +157,10 @@ def _alike(case: Case, kind: str, pair: Pair) -> float:
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
     for storage in (False, True):
         values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
-        mine = entry.taken(values.on_host[pair.point], case.positions)
-        usable = known & np.isfinite(mine)
-        own = np.where(usable, mine, 0.0) - np.where(usable, right, 0.0)
-        nearest = max(nearest, cosine(np.where(usable, errors, 0.0), own))
+        computed = entry.taken(values.on_host[pair.point], case.positions)
+        usable = known & np.isfinite(computed)
+        rounding = np.where(usable, computed, 0.0) - np.where(usable, right, 0.0)
+        nearest = max(nearest, cosine(np.where(usable, errors, 0.0), rounding))
     return nearest
 
 
@@ -174,12 +189,12 @@ def _computed_before(compared: Comparison, first: str) -> str:
     for point in compared.verdict.points:
         if point.checkpoint == first:
             break
-        behind = (
+        upstream = (
             {point.checkpoint, *_above(compared, point.checkpoint)}
             if point.checkpoint in model.whole.computations
             else set[str]()
         )
-        if point.status == AGREES and MIXING & model.operations(behind):
+        if point.status == AGREES and MIXING & model.operations(upstream):
             return point.checkpoint
     return ""
 

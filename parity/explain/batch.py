@@ -204,14 +204,14 @@ class BatchScreening(AtFirstPlace):
             stop = self._screening.budget.over
             values = carry(self._after, self._name, list(values), replay.values[POSITIONS], replay.weights, stop)
         for begin in range(0, len(versions), _COMPARED):
-            some = versions[begin : begin + _COMPARED]
-            carried = list(islice(values, len(some)))
-            if len(carried) < len(some):
+            portion = versions[begin : begin + _COMPARED]
+            carried = list(islice(values, len(portion)))
+            if len(carried) < len(portion):
                 return  # the time is up
             stack = module_of(carried[0]).stack(carried)
             errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
-            for (_, numbers), mine in zip(some, errors, strict=True):
-                yield from ((number, mine) for number in numbers)
+            for (_, numbers), error in zip(portion, errors, strict=True):
+                yield from ((number, error) for number in numbers)
 
     def _causal(self, value: Array) -> bool:
         """Whether rows of a layer's output act on later rows only; NaN does not, since 0 · NaN is NaN under a mask, too."""

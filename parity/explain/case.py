@@ -1,6 +1,6 @@
 """One dump beside the right engine: its model, tokens, passes and records."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
-from ..diff.tokens import same_experiment, too_few_tokens
+from ..diff.tokens import same_model, too_few_tokens
 from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
@@ -80,7 +80,7 @@ class Case:
     Raises:
         ModelError: an encoder–decoder; what `open_model` raises.
         DumpError: no tokens are known, or no record is of a point that our engine has.
-        InputError: the dump is of another model.
+        InputError: the dump is of another model; the F32 twin of a model counts as the model.
     """
 
     def __init__(self, dump: Dump, model: Path | Half, options: ExplainOptions) -> None:
@@ -97,7 +97,7 @@ class Case:
         self.given = half.given
         self._truth = half.truth
         self.rounded = half.rounded
-        self.dump = _rows_of_positions(self.dump, self.transformer.steps)
+        self.dump, left_out = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
         if options.tokens is not None:
             self.dump = _of_prompt(self.dump, tokens)
@@ -115,13 +115,13 @@ class Case:
         self.passes = _passes(self.dump, self.positions, prompt)
         self.replay = self.make(self.transformer.steps, len(tokens))
         header = self.header()
-        same_experiment(self.dump, Dump("our engine", header, {}))
+        same_model(self.dump, Path(self.transformer.model.path))
         self.arbiter = self.truth_of(self.transformer.steps)
         self.entries, notes = expected(self.dump, self.replay, self.positions, header)
         self._arbiter_option = options.arbiter
         self.entries, noise = allowed(self.entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.noise = noise
-        self.notes = (*self.dump.notes, *notes, *resolved(self))
+        self.notes = (*self.dump.notes, *left_out, *notes, *resolved(self))
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
         """The dump's records beside those of another list of steps."""
@@ -146,6 +146,13 @@ class Case:
         other.take(steps, entries)
         other.noise = ()
         other.notes = (*self.notes, note) if note else self.notes
+        return other
+
+    def without(self, points: Collection[str]) -> "Case":
+        """The case without the records of these points."""
+        other = copy(self)
+        other.dump = replace(self.dump, points={name: rows for name, rows in self.dump.points.items() if name not in points})
+        other.entries = [entry for entry in self.entries if entry.point not in points]
         return other
 
     @property
@@ -209,11 +216,12 @@ class Case:
         )
 
 
-def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
-    """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores.
+def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> tuple[Dump, tuple[str, ...]]:
+    """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores;
+    and a note that names them.
 
     Also without masks and the like, whose rows are the second of three dimensions although they are not scores, and without nodes of
-    llama.cpp's that are no points of ours: of a choice of keys, say, what stands behind the keys that a position sees is anything.
+    llama.cpp's that are no points of ours: of a choice of keys, say, what follows the keys that a position sees may be anything.
     """
     whole = sees_later(steps)
     once = {
@@ -225,7 +233,11 @@ def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> Dump:
         raise DumpError(
             f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"
         )
-    return replace(dump, points={name: rows for name, rows in dump.points.items() if name not in once})
+    left_out = [name for name in dump.points if name in once]
+    named = f"{', '.join(left_out[:4])}{', …' if len(left_out) > 4 else ''}"
+    note = f"left out, because explain compares rows of positions, of one pass: {named} (parity diff compares them)"
+    kept = {name: rows for name, rows in dump.points.items() if name not in once}
+    return replace(dump, points=kept), (note,) if left_out else ()
 
 
 def _first_sequence(dump: Dump) -> Dump:
@@ -237,7 +249,7 @@ def _first_sequence(dump: Dump) -> Dump:
 
 
 def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
-    """A dump beside the prompt that was given: without records behind that prompt, if its header lists more tokens, as when its engine
+    """A dump beside the prompt that was given: without records after that prompt, if its header lists more tokens, as when its engine
     doubled BOS or went on by itself; and with a note of the first token that is another one.
 
     The records of a dump that lists no more tokens are left, since tokens are missing then.
@@ -260,7 +272,7 @@ def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
     left = sum(map(len, dump.points.values())) - sum(map(len, kept.values()))
     if not kept or not left:
         return dump
-    note = f"{left:,} records behind the prompt's {count} tokens are left out: the dump lists more tokens"
+    note = f"{left:,} records after the prompt's {count} tokens are left out: the dump lists more tokens"
     return replace(dump, points=kept, notes=(*dump.notes, note))
 
 

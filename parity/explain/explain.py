@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 from msgspec.structs import replace
 
-from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named, TruthAt
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named, SuspectRecord, TruthAt
 from checkpoints.answers.lint import ERROR
 from checkpoints.points import in_layer, parse
 from checkpoints.record import Dump
@@ -28,6 +28,7 @@ from .fits import remarks as remarks_on_number
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
+from .own_inputs import contradicted
 from .precision import KINDS, REPRODUCED, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
@@ -64,7 +65,22 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 
 
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
-    """The faults that reproduce one case's numbers, and the state that they lead to."""
+    """The faults that reproduce one case's numbers, and the state that they lead to.
+
+    Where a record alone is wrong, what differs beside it is explained without it.
+    """
+    answer, best = _of_all_records(case, options, budget)
+    rest = case.without({suspect.checkpoint for suspect in answer.suspects})
+    if not answer.suspects or not rest.entries or budget.late:
+        return answer, best
+    further, state = _explained(rest, options, budget)
+    if further:
+        return answer, best
+    return replace(further, suspects=(*answer.suspects, *further.suspects)), state
+
+
+def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
+    """The faults that reproduce the numbers of all of a case's records, and the state that they lead to."""
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     sharper: Search | None = None
 
@@ -112,11 +128,13 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
         f32_stated=case.stated_by,
         next="" if kinds else answer.next,
     )
-    return answer, best
+    return contradicted(case, answer) if start.first is None and not noise else answer, best
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
-    """Whether the error at a state's first place is known even without a cause: one operation, and a law of its numbers."""
+    """Whether the error at a state's first place is known without a cause: of its records alone, or of one operation, by a law."""
+    if search.screening.agreeing_after(state):
+        return True
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
@@ -149,6 +167,9 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     """The answer, with what the numbers say about the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     sentence, where = law_at(case, search, best), placed(case, search, best)
+    agreeing = search.screening.agreeing_after(best)
+    if agreeing and answer.remaining is not None:
+        return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
     rows = (
         garbage(case.entries, best, values, case.positions, answer.differing)
         if not sentence or sentence.endswith(WRONG)
@@ -163,7 +184,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
 
 def _truth(case: Case, start: SearchState, arbiter: str) -> TruthAt | None:
     """How far the dump and our right engine are from float64 at the first place, where the arbiter was asked."""
-    if start.first is None or not (arbiter == ALL or (arbiter == AUTO and case.arbiter.asked)):
+    if start.first is None or not (arbiter == ALL or (arbiter == AUTO and case.arbiter.started)):
         return None
     entry = case.entries[start.first.point]
     dump_distance = case.arbiter.distances({entry.point: entry.pair.ours})[entry.point]

@@ -121,8 +121,8 @@ class Fitting(AtFirstPlace):
         """Whether a layer before those in question has such a step: a fault in all layers would have shown there."""
         layers = self._screening.suspects(self._state)
         right = self._state.planting.right
-        has = [any(f"blk.{layer}.{kind}" in right for kind in kinds) for layer in range(layers[-1] + 1)] if layers else []
-        return bool(layers) and layers[0] > 0 and (any(has[: layers[0]]) or not any(has))
+        has_step = [any(f"blk.{layer}.{kind}" in right for kind in kinds) for layer in range(layers[-1] + 1)] if layers else []
+        return bool(layers) and layers[0] > 0 and (any(has_step[: layers[0]]) or not any(has_step))
 
     def _promising(self) -> list[_Trial]:
         """The trials that are worth more passes: those with the least error left, and those that a small change improves most."""
@@ -137,7 +137,7 @@ class Fitting(AtFirstPlace):
         self._pass(rest)
         first = {id(trial): trial.last[1] for trial in rest if trial.last is not None}
         self._pass(rest)
-        good: list[tuple[float, _Trial]] = [
+        promising: list[tuple[float, _Trial]] = [
             (trial.best / energy, trial) for trial in whole if trial.best < (1 - _PROMISING) * energy
         ]
         for trial in rest:
@@ -149,8 +149,8 @@ class Fitting(AtFirstPlace):
             gain = float(slope @ trial.last[1]) ** 2 / steep if steep > 0 else 0.0
             share = max(0.0, float(trial.last[1] @ trial.last[1]) - gain) / energy
             if min(share, left / energy) < 1 - _PROMISING:
-                good.append((min(share, left / energy), trial))
-        return _apart([trial for _, trial in sorted(good, key=lambda pair: pair[0])])[:_KEPT]
+                promising.append((min(share, left / energy), trial))
+        return _apart([trial for _, trial in sorted(promising, key=lambda pair: pair[0])])[:_KEPT]
 
     def _converged(self, trials: Sequence[_Trial]) -> list[_Trial]:
         """The trials that leave no error at the first place, one for each fault and its other parameters."""
@@ -318,10 +318,10 @@ def order_of_number(candidate: Candidate) -> int | None:
 
 def remarks(candidate: Candidate, right: Any) -> str:
     """The remarks on a candidate's fitted number; "" for a fault without one."""
-    mine = [fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault is candidate.fault] or [
+    fits = [fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault is candidate.fault] or [
         fit for fit in (*FITTED, *FITTED_PARTS) if fit.fault.name == candidate.fault.name
     ]
-    for fit in mine:
+    for fit in fits:
         value = candidate.parameters.get(fit.parameter)
         if isinstance(value, float):
             return fit.remarks(value, right, candidate.parameters)

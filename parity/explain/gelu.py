@@ -1,6 +1,6 @@
 """GELU, which ggml takes from a table of float16: engines with the function itself, and faults smaller than what the table costs.
 
-Behind the table a record's limit is raised, so that no such fault differs. One that then reproduces everything is found all the same.
+After the table a record's limit is raised, so that no such fault differs. One that then reproduces everything is found all the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ _NOTE = "GELU: compared with the function itself, which your values are nearer t
 
 
 def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Search | None]:
-    """The case beside the GELU that the dump has, and with the usual limits behind the table where one fault then reproduces everything.
+    """The case beside the GELU that the dump has, and with the usual limits after the table where one fault then reproduces everything.
 
     Args:
         search_in: begins a search.
@@ -74,7 +74,7 @@ def _acts_by_itself(case: Case, state: SearchState, exact: Sequence[Step]) -> bo
         return False
     rows = len(case.positions)
     faulty, right = (case.make(as_recorded(some), rows).on_host for some in (steps, exact))
-    first = next(entry for entry in case.entries if (entry.base > entry.limit).any())  # behind which other entries add up
+    first = next(entry for entry in case.entries if (entry.base > entry.limit).any())  # after it other entries add up
     over = first.base > first.limit
     moved = first.between(faulty[first.point], right[first.point], case.positions)[over]
     return len(moved) >= _LEAST and bool(np.median(moved / first.base[over]) >= _OWN)

@@ -73,7 +73,7 @@ def encoder_case(dump: Dump, transformer: Transformer, options: ExplainOptions) 
 def decoder_case(
     dump: Dump, transformer: Transformer, options: ExplainOptions, encoder: Case | None = None, best: SearchState | None = None
 ) -> Case | None:
-    """The decoder's half of a dump, behind the right encoder or the one that a state describes; None where it was not recorded.
+    """The decoder's half of a dump, fed by the right encoder or the one that a state describes; None where it was not recorded.
 
     Raises:
         ParityError: as `Case` does.
@@ -150,10 +150,10 @@ def _merged(encoder: Explanation, decoder: Explanation) -> list[Cause]:
     return [*causes, *others]
 
 
-def _same_fault(mine: Cause, other: Cause) -> bool:
-    ours, others = mine.named, other.named
-    everywhere = ours.layers is None and others.layers is None
-    return everywhere and (ours.fault, ours.parameters) == (others.fault, others.parameters)
+def _same_fault(cause: Cause, other: Cause) -> bool:
+    left, right = cause.named, other.named
+    everywhere = left.layers is None and right.layers is None
+    return everywhere and (left.fault, left.parameters) == (right.fault, right.parameters)
 
 
 def _of_encoder(answer: Explanation) -> Explanation:

@@ -70,9 +70,9 @@ class KnownModel(Struct, frozen=True, dict=True):
         return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.transformer)
 
     @property
-    def asked(self) -> bool:
+    def started(self) -> bool:
         """Whether float64 has been asked for anything so far."""
-        return "truth" in self.__dict__ and self.truth is not None and self.truth.asked
+        return "truth" in self.__dict__ and self.truth is not None and self.truth.started
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
         """How far records are from float64 (`Truth`)."""
@@ -91,7 +91,7 @@ class KnownModel(Struct, frozen=True, dict=True):
         return {} if self.truth is None else self.truth.spread(points)
 
     def table_spread(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:
-        """How far rounding moves records behind a table (`Truth`)."""
+        """How far rounding moves records after a table (`Truth`)."""
         return {} if self.truth is None else self.truth.table_spread(points)
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:

@@ -55,17 +55,17 @@ def _differing(compared: Beside) -> Bools:
 
 def _not_finite(compared: Beside) -> str:
     """Which elements are NaN or infinite, if all others are right; else ""."""
-    odd = ~np.isfinite(compared.dumped)
-    columns = np.asarray(odd.any(axis=0))
+    nonfinite = ~np.isfinite(compared.dumped)
+    columns = np.asarray(nonfinite.any(axis=0))
     if not compared.holds(np.where(np.isfinite(compared.dumped), compared.right, 0.0), ~columns):
         return ""
-    values = compared.dumped[odd]
+    values = compared.dumped[nonfinite]
     kinds = [
         name for name, here in (("NaN", np.isnan(values)), ("∞", values == np.inf), ("−∞", values == -np.inf)) if here.any()
     ]
     what = f"{' or '.join(kinds)}: an overflow, a division by zero, an empty soft max row, or memory never written"
     if columns.all():
-        return f"every recorded element is {what}" if odd.all() else ""
+        return f"every recorded element is {what}" if nonfinite.all() else ""
     where = (
         _elements(compared, columns) or f"elements {_listed(compared.index[columns])}{', …' if columns.sum() > LISTED else ''}"
     )
@@ -200,8 +200,8 @@ def _elements(compared: Beside, some: Bools) -> str:
     if compared.heads and compared.whole is not None:
         size = compared.whole.shape[1] // compared.heads
         heads = sorted(set((index // size).tolist()))
-        mine = compared.index[np.isin(compared.index // size, heads)]
-        if len(heads) < compared.heads and len(mine) == len(index) and len(mine) >= min(size, 2):
+        of_heads = compared.index[np.isin(compared.index // size, heads)]
+        if len(heads) < compared.heads and len(of_heads) == len(index) and len(of_heads) >= min(size, 2):
             return f"head {heads[0]} alone" if len(heads) == 1 else f"heads {', '.join(map(str, heads[:LISTED]))}"
     if bool(some[np.flatnonzero(some)[0] :].all()):
         return f"everything from element {first} on{seen}"

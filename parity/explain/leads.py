@@ -16,6 +16,7 @@ from .beside import beside
 from .case import Case
 from .fits import order_of_number
 from .laws import ZERO, law
+from .one_more import spoils
 from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
@@ -47,7 +48,7 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
     apart = 0
     for candidate in best.faults:
         after = search.screening.reached(state, candidate)
-        if after is None:
+        if after is None or spoils(entries, state, after):
             break
         state, apart = after, apart + 1
         share = mended_share(entries, accepted, after)

@@ -73,14 +73,14 @@ class Likely:
             was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
             wanted = self._wanted - was
             if name in self._derivatives:
-                mine = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
+                effects = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
                 wanted = wanted[self._chosen]
             else:
                 changed = self._logits_of(
                     replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights
                 )
-                mine = self._screening.backend.to_host(changed)[:, self._index] - was
-            cosines = _cosines(mine, wanted)
+                effects = self._screening.backend.to_host(changed)[:, self._index] - was
+            cosines = _cosines(effects, wanted)
         least = _DERIVED if name in self._derivatives else _ALIKE
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < least}
 

@@ -57,11 +57,11 @@ def _heads_moved(compared: Beside, whole: Floats) -> Iterator[str]:
     recorded = sorted(set((compared.index // size).tolist()))
     source: dict[int, int] = {}
     for head in recorded:
-        mine = compared.index // size == head
-        if mine.sum() < 2:
+        in_head = compared.index // size == head
+        if in_head.sum() < 2:
             return
         for other in (head, *(other_head for other_head in range(compared.heads) if other_head != head)):
-            if compared.holds_at(mine, whole[compared.rows][:, compared.index[mine] + (other - head) * size]):
+            if compared.holds_at(in_head, whole[compared.rows][:, compared.index[in_head] + (other - head) * size]):
                 source[head] = other
                 break
         else:

@@ -95,13 +95,13 @@ def without_own_noise(
     plain = as_recorded(steps)
     truth = truth_of(plain)
     beyond = np.concatenate([_beyond(entry, truth) for entry in entries])
-    odd = (new > limit) & (new <= beyond) & (new * EXPLAINED <= old)
-    if not odd.any():
+    almost_right = (new > limit) & (new <= beyond) & (new * EXPLAINED <= old)
+    if not almost_right.any():
         return nmse
     distance = own_distance(entries, make(plain, len(positions)), positions, truth)
     point, seq, token_idx = columns(entries)
     coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
-    own = odd & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING, _shares(entries)))
+    own = almost_right & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING, _shares(entries)))
     ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
     return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 

@@ -34,7 +34,7 @@ def compared_on(
     if not compared.verdict:
         compared = replace(compared, verdict=replace(compared.verdict, ignored=known.ignored))
     native = common_mode(ours.header, ref.header) == NATIVE
-    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.asked))):
+    if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.started))):
         return compared
     if known.truth is None:
         return compared
@@ -79,5 +79,7 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:
     """The reference with no more leading values than ours: the cost of an arithmetic is measured on the values that are compared."""
-    mine = ours.points
-    return replace(ref, points={name: as_wide(rows, mine[name]) if name in mine else rows for name, rows in ref.points.items()})
+    recorded = ours.points
+    return replace(
+        ref, points={name: as_wide(rows, recorded[name]) if name in recorded else rows for name, rows in ref.points.items()}
+    )

@@ -11,6 +11,7 @@ from engine.faults import FITTED_PARTS
 from .batch import beyond, in_two, screened
 from .fits import fitted, order_of_number
 from .likely import Likely
+from .records import Expected
 from .scopes import STAGES, rescoped, stages
 from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
@@ -23,12 +24,24 @@ _MANY = 32
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
 SAME_NOISE = 1e-12
+_SPOILT = 100.0  # limits that a record is far over: a fitted number may leave one that was below its limit a little above it
 _DIGITS_LEAVE = 1e-8  # NMSE that a number with the fewest digits within the usual limits (1e-9 at the logits) stays below
 
 
 def all_explained(states: Sequence[SearchState]) -> bool:
     """Whether one of these states explains everything."""
     return any(state.first is None for state in states)
+
+
+def spoils(entries: Sequence[Expected], before: SearchState, after: SearchState) -> bool:
+    """Whether a further fault makes records wrong, by far, that agreed: the engine does not have it, unless another one undoes it there.
+
+    Two faults of which the second undoes what the first one spoils are no better than none: what differs in between was recorded otherwise.
+    """
+    return any(
+        bool(((old <= entry.limit) & (new > _SPOILT * entry.limit)).any())
+        for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True)
+    )
 
 
 class OneMore:
@@ -160,6 +173,8 @@ class OneMore:
     def numbers(self, state: SearchState) -> list[SearchState]:
         """States that get further by a fitted number: in all layers, or in one of the few in question."""
         name = (*key(state.faults), "numbers")
+        if self.screening.agreeing_after(state):
+            return []
         if name not in self._cached:
             states: list[SearchState] = []
             layers = self.screening.suspects(state)
@@ -168,13 +183,13 @@ class OneMore:
             scopes += [(layer,) for layer in layers] if len(layers) <= _FITTED_LAYERS else []
             scopes += [tuple(range(layers[-1], self.screening.n_layers))] if len(layers) == 1 and not begins else []
             for scope in scopes:
-                mine = fitted(self.screening, state, scope)
+                fits = fitted(self.screening, state, scope)
                 # The same number in fewer layers: it may not hold in layers that no recorded point shows.
                 states += [
-                    *mine,
+                    *fits,
                     *(
                         other
-                        for partial in sorted(mine, key=self.rank)[:BEAM]
+                        for partial in sorted(fits, key=self.rank)[:BEAM]
                         for other in rescoped(self.screening, state, partial)
                     ),
                 ]

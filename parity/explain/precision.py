@@ -80,7 +80,7 @@ def is_reproduced(kind: str, alike: float, points: Sequence[tuple[float, float, 
 def is_proof(measured: PrecisionFloor) -> bool:
     """Whether errors of this arithmetic's size prove it: those of 8 bits only if our own are the same, those of float types by size.
 
-    Unlike `is_reproduced`, which is asked at a first computed point, this is asked of points behind attention too: there llama.cpp with
+    Unlike `is_reproduced`, which is asked at a first computed point, this is asked of points after attention too: there llama.cpp with
     BF16 weights, whose cache is F16, leaves other errors than our BF16 does.
     """
     return measured.kind != "q8" or measured.alike >= REPRODUCED

@@ -69,8 +69,8 @@ class Expected(Struct, frozen=True):
                 delta[np.abs(delta) <= printed + np.spacing(np.abs(wanted).astype(np.float32))] = 0.0
             error = np.einsum("mij,mij->mi", delta, delta) / self.energy[here]
         error[np.isnan(error)] = 0.0  # no difference where there are no values
-        odd = present & (np.isfinite(slices) != np.isfinite(wanted))
-        error[odd.any(axis=2)] = np.inf
+        one_sided = present & (np.isfinite(slices) != np.isfinite(wanted))
+        error[one_sided.any(axis=2)] = np.inf
         result = np.full((len(tensors), len(self.rows)), np.nan)
         result[:, here] = error
         if self.whole:  # a sketch is only compared where the slice does not contradict it

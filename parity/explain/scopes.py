@@ -24,8 +24,8 @@ def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator
     left = list(screening.candidates(state, layers))
     first = state.first
     if first is not None:
-        behind = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
-        shown = any(bool((errors <= entry.limit).all()) for entry, errors in behind)
+        later = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
+        shown = any(bool((errors <= entry.limit).all()) for entry, errors in later)
         agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
         late = [
             agreed is not None and state.planting.begin(candidate.fault, None, candidate.parameters) > state.order[agreed]

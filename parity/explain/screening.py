@@ -16,6 +16,7 @@ from ..diff.truth import NO_COARSE_ROUNDING, Truth
 from .budget import Budget
 from .cone import Cone, cone
 from .noise import EXPLAINED, without_own_noise
+from .record_alone import agreeing_after
 from .records import Expected, Floats, Ints
 from .state import Candidate, Layers, RecordKey, Screened, SearchState, Tried, key, shown_points, unchanged_steps
 
@@ -57,6 +58,7 @@ class Screening:
         self._replays: dict[tuple[str, ...], Replay] = {}
         self._checked: dict[tuple[str, ...], SearchState | None] = {}
         self._cones: dict[tuple[str, ...], Cone] = {}
+        self._alone: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._variants: tuple[tuple[str, ...] | None, dict[str, list[dict[str, Any]]]] = None, {}
         self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
 
@@ -147,16 +149,28 @@ class Screening:
             self._cones[name] = cone(self.entries, state)
         return self._cones[name]
 
+    def agreeing_after(self, state: SearchState) -> tuple[str, ...]:
+        """The points that show that the records of the state's first place alone are wrong; empty if the operation may be."""
+        name = key(state.faults)
+        if name not in self._alone:
+            replay = self.replay(state, self.rows)
+            self._alone[name] = agreeing_after(self.entries, state, replay, self.positions, self.backend)
+        return self._alone[name]
+
     def candidates(self, state: SearchState, layers: Layers) -> Iterator[Candidate]:
         """Every variant of every fault in these layers (None: all) that can act at the state's first place.
 
-        If every input of the place was seen whole and agrees, only faults that change a step in between, or what is shown, can act.
+        If every input of the place was seen whole and agrees, only faults that change a step in between, or what is shown, can act; if
+        its records alone are wrong, only what is shown.
         """
+        alone = bool(self.agreeing_after(state))
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
         layers_begin = (
             self._layers_begin(state) if layers is not None and state.first is not None and state.first.point > 0 else -1
         )
         for fault in CATALOGUE.values():
+            if alone and fault.shows is None:
+                continue
             if layers is not None and (fault.once or not state.planting.has_layers(fault)):
                 continue
             for parameters in self._variants_of(fault, state):

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from engine.faults import Planting
 from engine.inapplicable import NotApplicable
 
-from .one_more import BEAM, SAME_NOISE, OneMore, all_explained
+from .one_more import BEAM, SAME_NOISE, OneMore, all_explained, spoils
 from .scopes import ranges
 from .screening import Screening
 from .state import Candidate, Layers, SearchState, key, worst
@@ -69,23 +69,19 @@ class Search:
         if state.first is None or depth == 0:
             return state
         suspects = self.screening.suspects(state)
-        if len(suspects) == 1 and suspects[0] > 0:  # the layers before agree: most likely only one layer is wrong
-            states = self._one_more.once(state, single=True)
-            if states and states[0].first is None:
-                return self._follow(state, states, depth)
-        if len(suspects) > 1 and suspects[0] > 0 and not all_explained(self._one_more.first_stages(state)):
-            # A fault in all layers would most likely show in those that agree.
+        # The layers before agree: most likely only one layer is wrong, since a fault in all layers would show in them.
+        if suspects and suspects[0] > 0 and (len(suspects) == 1 or not all_explained(self._one_more.first_stages(state))):
             states = self._one_more.once(state, single=True)
             if all_explained(states):
                 return self._follow(state, states, depth)
         everywhere = self._one_more.once(state, single=False)
-        if len(suspects) > 1 and not (everywhere and everywhere[0].first is None):
+        if len(suspects) > 1 and not all_explained(everywhere):
             # Searching many layers takes long: faults found in all layers are followed first.
             best = self._follow(state, everywhere, depth)
             if best.first is None:
                 return best
         states = everywhere
-        if not (states and states[0].first is None):
+        if not all_explained(states):
             states = sorted([*states, *self._one_more.once(state, single=True)], key=self.rank)
         if not all_explained(states):
             states = sorted([*states, *self._one_more.numbers(state)], key=self.rank)
@@ -104,7 +100,7 @@ class Search:
         seen: set[tuple[float, ...]] = set()
         for follower in states:
             errors = tuple(float(f"{errors.max():.3g}") for errors in follower.nmse)
-            if errors in seen:
+            if errors in seen or spoils(self.screening.entries, state, follower):
                 continue
             seen.add(errors)
             best = min(best, self._one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
@@ -114,18 +110,18 @@ class Search:
 
     def alike(self, state: SearchState, number: int) -> list[Candidate]:
         """Other candidates that get as far in place of the state's fault of that number, with errors of the same size."""
-        mine = next(
+        reached = next(
             (earlier for earlier in self._stage(state, number) if earlier.faults == state.faults[: len(earlier.faults)]), None
         )
-        if mine is None:
+        if reached is None:
             return []
-        until = len(self.screening.entries) - 1 if mine.first is None else mine.first.point - 1
-        most = max(worst(mine, until) * _SAME_FACTOR, SAME_NOISE)
+        until = len(self.screening.entries) - 1 if reached.first is None else reached.first.point - 1
+        most = max(worst(reached, until) * _SAME_FACTOR, SAME_NOISE)
         return [
             other.faults[number]
             for other in self._stage(state, number)
-            if other.first == mine.first
-            and [at for at, pair in enumerate(zip_longest(other.faults, mine.faults)) if pair[0] != pair[1]] == [number]
+            if other.first == reached.first
+            and [at for at, pair in enumerate(zip_longest(other.faults, reached.faults)) if pair[0] != pair[1]] == [number]
             and worst(other, until) <= most
         ]
 

@@ -19,6 +19,7 @@ from engine.inapplicable import NotApplicable
 
 from .budget import Budget
 from .case import Case
+from .one_element import one_element
 from .records import Expected, Floats
 
 _CHANGE = 2.0**-10  # of a number, as a part of it; float32's rounding is then a part in 10,000 of what it moves
@@ -48,7 +49,7 @@ class _Moved(Struct, frozen=True):
 
 
 def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], seconds: float = SECONDS) -> str | None:
-    """What the errors of a point follow, as words ("blk.*.ffn_out times 1 +1.3e-03"); empty if they follow nothing that is tried.
+    """What the errors of a point follow, as words ("blk.*.ffn_out times 1 +1.3e-03", "element 5 of blk.0.v were off"); empty if nothing.
 
     None if they follow nothing that was tried before the time was up.
 
@@ -63,6 +64,8 @@ def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     total = float((wanted * wanted).sum())
     if not (np.isfinite(total) and total > 0):
         return ""
+    if alone := one_element(case, entry, errors, known):
+        return alone
     steps = _until(case.transformer.steps, entry.point)
     positions = case.positions
     right = entry.taken(case.replay.on_host[entry.point], positions)
@@ -95,9 +98,9 @@ def _changes(steps: Sequence[Step]) -> Iterator[tuple[str, float, list[Step]]]:
     layers = sorted({layer for step in steps if (layer := parse(step.makes).layer) is not None})
     scopes: list[int | None] = [None, *(layers if 1 < len(layers) <= _LAYERS else ())]
     for scope in scopes:
-        mine = [step for step in steps if scope is None or parse(step.makes).layer == scope]
-        for kind in dict.fromkeys(parse(step.makes).kind for step in mine):
-            chosen = {step.makes for step in mine if parse(step.makes).kind == kind}
+        in_scope = [step for step in steps if scope is None or parse(step.makes).layer == scope]
+        for kind in dict.fromkeys(parse(step.makes).kind for step in in_scope):
+            chosen = {step.makes for step in in_scope if parse(step.makes).kind == kind}
             name = next(iter(chosen)) if len(chosen) == 1 else f"blk.*.{kind}"
             yield (
                 name + " times 1 {:+.1e}",
@@ -109,7 +112,7 @@ def _changes(steps: Sequence[Step]) -> Iterator[tuple[str, float, list[Step]]]:
                 _CHANGE,
                 [replace(step, op=_Moved(step.op, True)) if step.makes in chosen else step for step in steps],
             )
-        for name in dict.fromkeys(name for step in mine for name, value in step.params.items() if isinstance(value, float)):
+        for name in dict.fromkeys(name for step in in_scope for name, value in step.params.items() if isinstance(value, float)):
             change = _OF_EPSILON if name.startswith("eps") else _CHANGE
             changed = [_with(step, name, 1 + change) if scope in (None, parse(step.makes).layer) else step for step in steps]
             yield f"{name} times 1 {{:+.1e}}", change, changed

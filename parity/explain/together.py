@@ -86,10 +86,10 @@ class Together(AtFirstPlace):
 
     def _others(self, order: tuple[Effect, ...]) -> Iterator[tuple[Effect, ...]]:
         """Combinations with one effect replaced that leave no error either."""
-        for place, mine in enumerate(order):
+        for place, replaced in enumerate(order):
             for effect in self.effects:
                 other = (*order[:place], effect, *order[place + 1 :])
-                if effect is not mine and not self._screening.budget.over() and self._left(other) <= self._limit:
+                if effect is not replaced and not self._screening.budget.over() and self._left(other) <= self._limit:
                     yield other
 
     def likely(self, number: int) -> Ints:
@@ -202,6 +202,6 @@ def _one_more(chosen: Ints, count: int) -> Ints:
 def _by_residual(chosen: Ints, values: Floats, wanted: Floats) -> Ints:
     """Sets of unit vectors, sorted by the residual of their least-squares fit to the wanted vector."""
     inner, shares = values @ values.T + _RIDGE * np.eye(len(values)), values @ wanted
-    mine = shares[chosen]
-    factors = np.linalg.solve(inner[chosen[:, :, None], chosen[:, None, :]], mine[:, :, None])[:, :, 0]
-    return chosen[np.argsort(-np.einsum("ij,ij->i", mine, factors), kind="stable")]
+    products = shares[chosen]
+    factors = np.linalg.solve(inner[chosen[:, :, None], chosen[:, None, :]], products[:, :, None])[:, :, 0]
+    return chosen[np.argsort(-np.einsum("ij,ij->i", products, factors), kind="stable")]

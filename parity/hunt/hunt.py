@@ -1,6 +1,6 @@
 """A foreign engine is run again, each time with the points that the last comparison asks for, until the operation has a name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import Verdict
+from checkpoints.answers.diff import DIVERGENCE, Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.answers.hunt import Hunt, Round
 from checkpoints.errors import InputError, ParityError
@@ -25,6 +25,7 @@ from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
+from ..run.asked import held_to
 from ..run.command import POINTS, Command
 from ..run.request import Progress, Prompt, Request
 from ..run.results import dumps_of
@@ -54,7 +55,7 @@ def hunt(
     request: Request,
     progress: Progress | None = None,
     started: Reference | None = None,
-    heard: Callable[[RoundReport], None] = lambda _: None,
+    report_round: Callable[[RoundReport], None] = lambda _: None,
 ) -> Hunted:
     """Run the engine until the operation has a name, then look for the cause.
 
@@ -72,10 +73,12 @@ def hunt(
             chase = _Chase(request, request.command, reference, prompt, (dumps, folder), progress)
             for step in chase.rounds():
                 rounds.append(step.round)
-                heard(step)
+                report_round(step)
     result = chase.result
     explanation, unexplained, own = (None, "", False)
-    if not result.verdict:
+    if result.verdict.verdict == DIVERGENCE:  # there is nothing to explain about what did not come
+        if progress is not None:
+            progress("looking for the cause", 0, None)
         explanation, unexplained, own = _explained(request, prompt, chase.ours, result.verdict)
     answer = Hunt(
         tuple(rounds),
@@ -110,18 +113,20 @@ class _Chase:
         self.result: Comparison
         self.stopped = ""
         self.notes: list[str] = []
+        self._described = reference.describe(request.model)
         self._requested_points: set[str] = set()  # by name, in all runs so far
 
     def rounds(self) -> Iterator[RoundReport]:
         """Run after run, until the operation has a name or another run would tell nothing new."""
-        asked = self._request.points
+        points = self._request.points
+        side = self._side(points)
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
-            printed = self._run(asked, number)
+            printed = self._run(side, number)
             self.ours = printed if known is None else self._together(known, printed)
             new = tuple(name for name in printed.points if known is None or name not in known.points)
             known = self.ours
-            self.ref = self._reference_for(known)
+            self.ref = self._reference_for(known, side.known)
             self.result = compared_on(
                 self.ours,
                 self.ref,
@@ -130,21 +135,24 @@ class _Chase:
                 self._request.arbiter,
                 third_side=False,
             )
-            verdict = self.result.verdict
-            yield RoundReport(Round(number, asked, new, verdict), self.ours, self.ref)
+            wanted = [name for name in side.known if name in self._requested_points]
+            verdict = held_to(self.result, wanted, side, self._request, self._prompt)
+            self.result = replace(self.result, verdict=verdict)
+            yield RoundReport(Round(number, points, new, verdict), self.ours, self.ref)
             if verdict or not verdict.next:
                 return
             if number > 1 and not new:
                 self.stopped = self._nothing_new(verdict)
                 return
-            if verdict.next == asked:
-                self.stopped = f"the records of {asked} do not narrow it down further"
+            if verdict.next == points:
+                self.stopped = f"the records of {points} do not narrow it down further"
                 return
             if not self._command.takes(POINTS):
                 self.stopped = f"{self._command.name} prints the same points every time: put {POINTS} into its command"
                 return
-            asked = verdict.next
-            if (names := self._side(asked).names) and set(names.split(",")) <= self._requested_points:
+            points = verdict.next
+            side = self._side(points)
+            if side.asked and self._requested_points.issuperset(side.asked):
                 self.stopped = self._nothing_new(verdict)
                 return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
@@ -158,12 +166,13 @@ class _Chase:
             return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
         return f"the records of {verdict.next} do not narrow it down further"
 
-    def _side(self, asked: str) -> ExternalEngine:
-        return ExternalEngine(replace(self._request, points=asked), self._command, self._reference)
+    def _side(self, points: str) -> ExternalEngine:
+        layers = self._request.layers if points == self._request.points else None  # they choose among the default points only
+        request = replace(self._request, points=points, layers=layers)
+        return ExternalEngine(request, self._command, self._reference, described=self._described)
 
-    def _run(self, asked: str, number: int) -> Dump:
-        side = self._side(asked)
-        self._requested_points.update(side.names.split(","))
+    def _run(self, side: ExternalEngine, number: int) -> Dump:
+        self._requested_points.update(side.asked)
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
         out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it
@@ -180,9 +189,9 @@ class _Chase:
             self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: its numbers are not reproducible")
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
-    def _reference_for(self, ours: Dump) -> Dump:
+    def _reference_for(self, ours: Dump, known: Sequence[str]) -> Dump:
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
-        asked = following(self._request, ours, self._prompt)
+        asked = following(self._request, ours, self._prompt, known)
         LlamaCpp(asked, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))
 

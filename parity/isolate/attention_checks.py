@@ -13,7 +13,7 @@ from ..diff.limits import FUTURE_MASS
 from .values import RecordedValue
 
 # A float32 softmax of S weights sums to 1 within S · 2^-24; 1e-5 is that for 168 positions with all errors in one direction,
-# and 100 times the embedded model's (1e-7).
+# and 100 times the embedded model's (1e-7). The root of an operation's limit is never less: that of float32 is 1e-10.
 _SUM = 1e-5
 # What right operations make of degenerate inputs, too: queries or keys of zero, scores that are all equal or hang on one key.
 _UNIFORM_ROWS = "every position weighs all positions alike: the scores are not used, or are all equal"
@@ -41,20 +41,22 @@ class AttentionChecks(Struct):
     Attributes:
         laws: the law of each point with attention's weights, by name.
         turned: the points that RoPE makes, and the point that each is made from.
+        off: how far from 1 a row of weights may sum to: weights that are kept in F16 are off by 2^-11 each.
         first: the first position that is cached.
         faults: what looks wrong, each with the point that shows it.
     """
 
     laws: Mapping[str, Law]
     turned: Mapping[str, str]
+    off: float = _SUM
     first: int = 0
     faults: list[tuple[str, str]] = field(default_factory=list)
     layers: set[str] = field(default_factory=set)
     rotations: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, steps: Sequence[Step]) -> "AttentionChecks":
-        """The checks of a model's attention."""
+    def of(cls, steps: Sequence[Step], limit: float) -> "AttentionChecks":
+        """The checks of a model's attention; an operation may be off by `limit`, NMSE."""
         laws, turned = {}, {}
         for step in steps:
             if step.op is ops.causal_soft_max:
@@ -62,7 +64,7 @@ class AttentionChecks(Struct):
                 laws[step.makes] = Law(window not in ("all", "symmetric"), any(step.weights), window in ("all", "causal"))
             elif (step.op is ops.rope or getattr(step.op, "name", "") == "ROPE") and isinstance(step.reads[0], str):
                 turned[step.makes] = step.reads[0]
-        return cls(laws, turned)
+        return cls(laws, turned, max(_SUM, float(np.sqrt(limit))))
 
     def watch(self, arriving: Iterable[tuple[str, RecordedValue]]) -> Iterable[tuple[str, RecordedValue]]:
         """The same values, checked as they pass."""
@@ -71,7 +73,7 @@ class AttentionChecks(Struct):
         for name, value in arriving:
             if name in self.laws:
                 self.layers.add(name)
-                faults = soft_max_faults(value.data, value.positions - self.first, self.laws[name])
+                faults = soft_max_faults(value.data, value.positions - self.first, self.laws[name], self.off)
                 self.faults += [(name, fault) for fault in faults]
             if name in self.turned and self.turned[name] in before:
                 self.rotations.add(name)
@@ -84,7 +86,7 @@ class AttentionChecks(Struct):
         """Take back what points that are proven right show: their inputs are degenerate, and no operation is wrong.
 
         Args:
-            unknown: points whose inputs were not finite, of which nothing is known.
+            unknown: points of which nothing is known: their inputs were not finite, or they were recorded wrong.
         """
         excused = {(name, fault) for name, fault in self.faults if name in unknown or (fault in _DEGENERATE and name in proven)}
         self.faults = [each for each in self.faults if each not in excused]
@@ -115,15 +117,17 @@ class AttentionChecks(Struct):
 _PLAIN = Law()
 
 
-def soft_max_faults(weights: NDArray[np.float32], positions: NDArray[np.int64], law: Law = _PLAIN) -> list[str]:
-    """What is wrong with attention weights [H, T, S] of positions [T] (counted from the first cached one)."""
+def soft_max_faults(
+    weights: NDArray[np.float32], positions: NDArray[np.int64], law: Law = _PLAIN, most: float = _SUM
+) -> list[str]:
+    """What is wrong with attention weights [H, T, S] of positions [T] (counted from the first cached one); sums may be off by `most`."""
     wide = weights.astype(np.float64)
     faults: list[str] = []
     if not np.isfinite(wide).all():
         return ["weights that are not finite"]
     off = wide.sum(axis=2) - 1
     off = np.maximum(off, 0) if law.sinks else np.abs(off)
-    if off.max() > _SUM:
+    if off.max() > most:
         h, t = np.unravel_index(int(off.argmax()), off.shape)
         faults.append(f"the weights of head {h}, position {positions[t]} sum to {wide[h, t].sum():.6g}, not 1")
     if not law.causal:

@@ -63,7 +63,7 @@ class IsolationBench(Struct):
         return cls(
             transformer,
             Isolator(definitions, weights, limit),
-            AttentionChecks.of((*encoder, *several)),
+            AttentionChecks.of((*encoder, *several), limit),
             RowChecks(rows, [definition.several for definition in definitions], weights, limit),
             Isolator([Definition(steps) for steps in standard(encoder)], weights, limit) if encoder else None,
         )
@@ -114,5 +114,5 @@ class IsolationBench(Struct):
     def operations(self) -> list[Operation]:
         """The verdict on each step, in the order of the model; what attention shows is held against it."""
         for isolator in self.isolators:
-            self.attention.settle(isolator.proven(), isolator.unknown())
+            self.attention.settle(isolator.proven(), isolator.unknown() | isolator.suspects())
         return [operation for isolator in self.isolators for operation in isolator.operations()]

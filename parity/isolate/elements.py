@@ -4,8 +4,9 @@ A product that differs slightly in all elements shows rounding; one with entirel
 wrong leading dimension, layout or row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod, sqrt
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +19,7 @@ from checkpoints.points import LOGITS
 from engine.graph import Altered, Step, WeightSource
 from engine.weights.rounding import Q4_1, Q5_1, q8_1_correction, round_activations
 
-from .values import RecordedValue
+from .values import RecordedValue, seen_scores
 
 _FEW_OUTPUTS = 16
 _SAMPLES = 8  # elements of each product: a wrong layout leaves hardly any element in place
@@ -67,6 +68,19 @@ def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> 
     squares = weights.rows(name, np.arange(outputs)).astype(np.float64) ** 2
     energy: NDArray[np.float64] = (x.astype(np.float64) ** 2 @ squares.T).sum(axis=1)
     return energy
+
+
+def energy_of_scores(
+    score: Callable[[Sequence[NDArray[Any]]], NDArray[Any]], inputs: Sequence[NDArray[np.float32]], positions: NDArray[np.int64]
+) -> NDArray[np.float64] | None:
+    """The sum of squares of a position's scores up to its own if their terms had random signs: float64 [T].
+
+    The few scores of the first positions may cancel to almost nothing as well. None if the squares are too large for `score`, which
+    makes scores [H, T, S] of queries and keys.
+    """
+    energy: NDArray[np.float64] = seen_scores(score([np.square(given, dtype=np.float64) for given in inputs]), positions)
+    energy = energy.sum(axis=(0, 2), dtype=np.float64)
+    return energy if np.isfinite(energy).all() else None
 
 
 def sample_product(

@@ -160,8 +160,9 @@ def _feed_reference(reference: Reference, request: IsolateRequest, prompt: Promp
 
 
 def _feed_dump(values: WholeValues, bench: IsolationBench, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
+    computed = [step.makes for step in bench.steps]
     if bench.encoder is not None:
-        bench.encode(prompt, values.arriving(values.passes[0], encoder=True))
+        bench.encode(prompt, values.arriving(values.passes[0], computed, encoder=True))
     tokens = bench.decoded(prompt, generated)
     first = values.first
     bench.attention.first = first
@@ -171,7 +172,7 @@ def _feed_dump(values: WholeValues, bench: IsolationBench, prompt: NDArray[np.in
             continue  # of an encoder's pass alone
         if int(positions.max()) - first >= len(tokens):
             raise too_few_tokens(values.path, int(positions.max()), len(tokens), decoder=bench.encoder is not None)
-        bench.run(tokens[positions - first], positions, values.arriving(step))
+        bench.run(tokens[positions - first], positions, values.arriving(step, computed))
     return len(values.passes)
 
 

@@ -169,7 +169,9 @@ def graft(
         )
     state = hidden_state(values, name)
     if state is None:
-        raise InputError(f"the dump has no whole {name} at every position.", "Record it: --full, all positions.", code="graft")
+        raise InputError(
+            f"the dump has no whole {name} at every position.", "Record it at all positions: --points all --full.", code="graft"
+        )
     path = engine.model.path
     ids = [int(token) for token in tokens[: len(state)]]
     own = dict(_by_point(reference.capture(path, ids, LOGITS, mode)))[LOGITS]

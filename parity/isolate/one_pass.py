@@ -2,6 +2,7 @@
 
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from msgspec import Struct
@@ -15,7 +16,8 @@ from engine.graph import POSITIONS, TOKENS, Altered, Step, compute, viewed
 from engine.replay.products import product
 from engine.replay.proof import rounds_activations
 
-from .elements import Sample, sample_product, typical_energy
+from ..diff.record_faults import listed
+from .elements import Sample, energy_of_scores, sample_product, typical_energy
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import look_of, other_epsilon
@@ -33,18 +35,27 @@ _NEARER = 10.0
 # weights); scores of 100, rounded to float32, make it 4e-11.
 STRETCH = 3.0
 _NORMS = (ops.rms_norm, ops.layer_norm)
+_NAMED = 3  # inputs that a reason names
+
+
+def _inputs(names: Sequence[str]) -> str:
+    """Inputs as the subject of a sentence: up to three by name, of more the two that are nearest to the operation."""
+    if len(names) == 1:
+        return f"its input {names[0]} was"
+    nearest = sorted(names, key=lambda name: (-1 if (layer := parse(name).layer) is None else layer, name))
+    return f"its inputs {listed(nearest if len(names) <= _NAMED else [*nearest[-2:], 'earlier ones'])} were"
 
 
 def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
     """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
     unknown = np.zeros(rows, dtype=np.bool_)
     for given in inputs:
-        odd = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
-        if odd.ndim == 2 and len(odd) == rows:
-            unknown |= odd.any(axis=1)
-        elif odd.ndim == 3 and odd.shape[1] == rows:
-            unknown |= odd.any(axis=(0, 2))
-        elif odd.any():
+        undefined = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
+        if undefined.ndim == 2 and len(undefined) == rows:
+            unknown |= undefined.any(axis=1)
+        elif undefined.ndim == 3 and undefined.shape[1] == rows:
+            unknown |= undefined.any(axis=(0, 2))
+        elif undefined.any():
             unknown[:] = True
     return unknown
 
@@ -132,10 +143,9 @@ class JudgedPass:
         if step.inner:
             self._states[step.makes] = None
             return
-        before = " and ".join(name for name in names if name != step.makes)
         output = "its output was not recorded as a whole"
         self._judging.records[step.makes].reason = (
-            output if step.makes in names else f"its input {before} was not recorded as a whole"
+            output if step.makes in names else f"{_inputs(names)} not recorded as a whole"
         )
 
     def _judge(self, step: Step) -> None:
@@ -163,7 +173,9 @@ class JudgedPass:
     def _definitions(self, step: Step) -> list[Step]:
         """The step in each right definition, each only once."""
         every = [program.producers[step.makes] for program in self._programs]
-        return [one for number, one in enumerate(every) if not any(one is other for other in every[:number])]
+        return [
+            definition for number, definition in enumerate(every) if not any(definition is other for other in every[:number])
+        ]
 
     def _held(self, step: Step, source: Inputs) -> _Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""
@@ -171,7 +183,7 @@ class JudgedPass:
         first = self._program.producers[step.makes]
         routing = self._program.routing.get(step.makes)
         best: _Held | None = None
-        limit, least = self._limit(step), self._typical_energy(first, inputs)
+        limit, least = self._limit(step), self._typical_energy(first, inputs, positions)
         tried: list[list[Step]] = []
         for program in self._programs:
             way = program.way(step.makes)  # definitions may also differ between the recorded values and the step
@@ -241,7 +253,7 @@ class JudgedPass:
         errors, positions, dumped = held.errors, held.positions, held.dumped
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
-        if nmse > limit and held.ours.size == self._live[step.makes].data.size and step.makes not in self._program.routing:
+        if nmse > limit and held.ours.size == self._live[step.makes].data.size:
             self._right[step.makes] = replace(self._live[step.makes], data=held.ours.reshape(self._live[step.makes].data.shape))
         if nmse <= record.nmse:
             return
@@ -283,7 +295,15 @@ class JudgedPass:
                 record.wrong = True
                 record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
 
-    def _typical_energy(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64] | None:
+    def _typical_energy(
+        self, step: Step, inputs: Sequence[NDArray[np.float32]], positions: NDArray[np.int64]
+    ) -> NDArray[np.float64] | None:
+        """What a row's sum of squares would be if the terms of its products had random signs, float64 [T]; None if that is not needed.
+
+        A gate of one number and the few scores of the first positions may cancel to almost nothing, but their rounding error does not.
+        """
+        if parse(step.makes).kind == "kq" and not any(step.weights):
+            return energy_of_scores(partial(compute, step, weights=self._weights), inputs, positions)
         if step.op is not product or not isinstance(step.weights[0], Altered):
             return None
         return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)

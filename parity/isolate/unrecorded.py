@@ -72,13 +72,13 @@ def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[
     through: dict[str, dict[str, None]] = {}
     sources: dict[str, tuple[str, ...]] = {}
     for step in steps:
-        behind: dict[str, None] = {}
+        passed_over: dict[str, None] = {}
         for name in step.names:
-            behind |= through.get(name, {})
+            passed_over |= through.get(name, {})
         if step.makes in names:
-            behind[step.makes] = None
+            passed_over[step.makes] = None
         if step.inner or step.makes in names:
-            through[step.makes] = behind
-        elif behind:
-            sources[step.makes] = tuple(behind)
+            through[step.makes] = passed_over
+        elif passed_over:
+            sources[step.makes] = tuple(passed_over)
     return sources

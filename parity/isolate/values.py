@@ -4,7 +4,7 @@ A dump has whole values in the safetensors file beside it, or in records that ca
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ def rows_at(name: str, value: RecordedValue, positions: NDArray[np.int64]) -> ND
     return data if len(rows) == len(value.positions) else data[rows]
 
 
+def seen_scores(scores: NDArray[Any], positions: NDArray[np.int64]) -> NDArray[Any]:
+    """Scores [H, T, S] of these positions [T] with 0 in place of those of later positions, which the mask covers."""
+    first = int(positions[-1]) + 1 - scores.shape[2]
+    seen = np.arange(scores.shape[2])[None, None, :] <= (positions - first)[None, :, None]
+    return np.where(seen, scores, 0)
+
+
 def row_errors(
     name: str,
     ours: NDArray[np.float32],
@@ -65,26 +72,24 @@ def row_errors(
     """
     kind = parse(name).kind
     if of_scores(name):
-        ours, dumped = ours.transpose(1, 0, 2), dumped.transpose(1, 0, 2)
         if kind == "kq" and ours.shape == dumped.shape:
-            first = int(positions[-1]) + 1 - ours.shape[2]
-            seen = np.arange(ours.shape[2])[None, None, :] <= (positions - first)[:, None, None]
-            ours, dumped = np.where(seen, ours, 0), np.where(seen, dumped, 0)
+            ours, dumped = seen_scores(ours, positions), seen_scores(dumped, positions)
+        ours, dumped = ours.transpose(1, 0, 2), dumped.transpose(1, 0, 2)
     if ours.shape[0] != dumped.shape[0] or ours.size != dumped.size:
         raise ModelError(f"{kind} has shape {list(dumped.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")
     a = ours.reshape(len(ours), -1).astype(np.float64)
     b = dumped.reshape(len(dumped), -1).astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    odd = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
+    nonfinite = (~np.isfinite(a) | ~np.isfinite(b)) & ~same
     with np.errstate(invalid="ignore"):
-        delta = without_subnormal(np.where(same | odd, 0.0, a - b))
+        delta = without_subnormal(np.where(same | nonfinite, 0.0, a - b))
     b = np.where(np.isfinite(b), b, 0.0)
     energy = np.einsum("ij,ij->i", b, b)
     error = np.einsum("ij,ij->i", delta, delta)
     with np.errstate(divide="ignore", invalid="ignore"):
         floor = np.maximum(ROW_FLOOR * energy.mean(), 0.0 if least is None else least)
         nmse = np.where(error == 0, 0.0, error / np.maximum(energy, floor))
-    return np.where(odd.any(axis=1), np.inf, nmse)
+    return np.where(nonfinite.any(axis=1), np.inf, nmse)
 
 
 class WholeValues:
@@ -183,9 +188,13 @@ class WholeValues:
             )
         return np.array(header.tokens, dtype=np.int64)
 
-    def arriving(self, step: int, *, encoder: bool = False) -> Iterator[tuple[str, RecordedValue]]:
-        """The whole values of a pass, one after the other: only an encoder's, or all others."""
-        for name in self.points(step):
+    def arriving(self, step: int, computed: Sequence[str], *, encoder: bool = False) -> Iterator[tuple[str, RecordedValue]]:
+        """The whole values of a pass, one after the other: only an encoder's, or all others.
+
+        They come in the order in which they are `computed`, whatever the dump's: a wrong record is known before its readers are judged.
+        """
+        place = {name: number for number, name in enumerate(computed)}
+        for name in sorted(self.points(step), key=lambda name: place.get(name, len(place))):
             if name.startswith(ENCODER) != encoder:
                 continue
             value = self.get(name, step)
@@ -208,7 +217,9 @@ class WholeValues:
             length = len(self._positions[step, name.startswith(ENCODER)])
             whole &= all(shape[-1:] == (length,) for shape in rows.shapes)
         rows = rows.take(np.flatnonzero(whole))
-        return _from_rows(name, rows) if len(rows) else None
+        # Scores are as long as the pass has positions, though the last ones may not be whole: later ones are masked.
+        seen = 0 if name.startswith(ENCODER) else int(self.positions(step).max(initial=-1)) + 1 - self.first
+        return _from_rows(name, rows, seen) if len(rows) else None
 
     def _from_tensor(self, name: str, step: int) -> RecordedValue:
         data = self._reader.get(name, step).astype(np.float32) if self._reader is not None else np.zeros(0, np.float32)
@@ -230,15 +241,15 @@ class WholeValues:
         return RecordedValue(data, positions)
 
 
-def _from_rows(name: str, rows: Rows) -> RecordedValue:
-    """The value of records that contain all of their values, as one array."""
+def _from_rows(name: str, rows: Rows, length: int) -> RecordedValue:
+    """The value of records that contain all of their values, as one array; scores have at least this length."""
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
     if kind in CACHED:  # the last position's record holds all rows
         count = rows.shapes[-1][0] if len(rows.shapes[-1]) > 1 else 1
         return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(count, -1), rows.token_idx)
     if of_scores(name):
-        heads, seen = rows.shapes[-1][0], max(shape[-1] for shape in rows.shapes)
+        heads, seen = rows.shapes[-1][0], max(length, *(shape[-1] for shape in rows.shapes))
         data = np.zeros((heads, len(rows), seen), dtype=np.float32)
         for r, shape in enumerate(rows.shapes):
             data[:, r, : shape[-1]] = rows.values[r, : int(rows.counts[r])].reshape(heads, -1)

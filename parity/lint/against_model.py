@@ -14,6 +14,7 @@ from reports.numbers import clean
 from .model_facts import ModelFacts
 from .rule import TELLING, Hit, Subject, leading, telling, where
 
+Floats = NDArray[np.float32]
 # Least cosine of two equal rows: float16 and 4-bit values keep 1 - 1e-3, other tokens' embeddings are far below.
 _SAME_DIRECTION = 0.995
 # Normalised rows agree to rounding: bf16's relative 2^-9 leaves 1 - 2e-6 at most. Other layers' outputs do not: measured at most
@@ -68,41 +69,47 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
     """`output_norm` is the RMSNorm of a value that is named after another layer."""
     model, final = subject.model, subject.points.get(OUTPUT_NORM)
     weight = model.output_norm() if model is not None else None
-    if model is None or final is None or weight is None:
+    if model is None or final is None or final.indices is not None or weight is None:
         return
     last = in_layer(model.hp.n_layers - 1, "l_out")
-    final_rows = subject.points.get(last)
-    lasts = (
-        {}
-        if final_rows is None or final_rows.indices is not None
-        else {place: leading(final_rows, r) for r, place in enumerate(_places(final_rows))}
-    )
-    normed = {place: leading(final, r) for r, place in enumerate(_places(final)) if telling(final)[r]}
-    late: dict[str, list[int]] = {}
-    for name, rows in subject.points.items():
-        if name == last or not (name == EMBD or parse(name).kind == "l_out") or rows.indices is not None:
-            continue
-        for r, place in enumerate(_places(rows)):
-            row, result = leading(rows, r), normed.get(place)
-            width = 0 if result is None else min(len(row), len(result), len(weight))
-            if result is None or width < TELLING or not (np.isfinite(row[:width]).all() and np.isfinite(result[:width]).all()):
-                continue
-            expected = row[:width].astype(np.float64) * weight[:width]
-            normal = result[:width].astype(np.float64)
-            same = _cosine(expected, normal) > _SAME_NORM and not _is_another(row, lasts.get(place), weight, normal)
-            if same and not _is_embedding(subject, model, place[1], row):
-                late.setdefault(name, []).append(place[1])
+    lasts = dict(_placed(subject.points.get(last)))
+    normed = {place: row for (place, row), tells in zip(_placed(final), telling(final).tolist(), strict=True) if tells}
+    streams = [name for name in subject.points if name != last and (name == EMBD or parse(name).kind == "l_out")]
+    late = [
+        (name, place[1])
+        for name in streams
+        for place, row in _placed(subject.points[name])
+        if place in normed
+        and _is_normed(row, lasts.get(place), weight, normed[place])
+        and not _is_embedding(subject, model, place[1], row)
+    ]
     if late:
-        names = list(late)
+        names = list(dict.fromkeys(name for name, _ in late))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        positions = [position for listed in late.values() for position in listed]
+        positions = [position for _, position in late]
         evidence = f"captured late: these are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
         yield Hit(names[0], min(positions), evidence)
 
 
-def _is_another(
-    row: NDArray[np.float32], last: NDArray[np.float32] | None, weight: NDArray[np.float32], normal: NDArray[np.float64]
-) -> bool:
+def _placed(rows: Rows | None) -> Iterator[tuple[tuple[int, int, int], Floats]]:
+    """The leading values of each (sequence, position, pass); none where elements are listed by index."""
+    if rows is None or rows.indices is not None:
+        return
+    places = zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)
+    yield from ((place, leading(rows, number)) for number, place in enumerate(places))
+
+
+def _is_normed(row: Floats, last: Floats | None, weight: Floats, normed: Floats) -> bool:
+    """Whether `normed` is the norm of this row, and not of the last layer's."""
+    width = min(len(row), len(normed), len(weight))
+    if width < TELLING or not (np.isfinite(row[:width]).all() and np.isfinite(normed[:width]).all()):
+        return False
+    normal = normed[:width].astype(np.float64)
+    expected = row[:width].astype(np.float64) * weight[:width]
+    return _cosine(expected, normal) > _SAME_NORM and not _is_another(row, last, weight, normal)
+
+
+def _is_another(row: Floats, last: Floats | None, weight: Floats, normal: NDArray[np.float64]) -> bool:
     """Whether the last layer's output was recorded as another vector, of which `normal` is the norm as well: where the last layers add
     next to nothing, the outputs before them have nearly the same direction.
     """
@@ -112,17 +119,13 @@ def _is_another(
     return _cosine(last[:width].astype(np.float64) * weight[:width], normal) > _SAME_NORM
 
 
-def _is_embedding(subject: Subject, model: ModelFacts, position: int, row: NDArray[np.float32]) -> bool:
+def _is_embedding(subject: Subject, model: ModelFacts, position: int, row: Floats) -> bool:
     """Whether the values really are the token's embedding: then the layers do nothing, and nothing was captured late."""
     token = subject.ids.get(position)
     if token is None or not 0 <= token < model.hp.n_vocab:
         return False
     wanted = model.embeddings([token], len(row))[0]
     return _cosine(row.astype(np.float64), wanted.astype(np.float64)) > _SAME_DIRECTION
-
-
-def _places(rows: Rows) -> list[tuple[int, int, int]]:
-    return list(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
 
 
 _METADATA_NAMES = {
@@ -170,8 +173,8 @@ def choice(subject: Subject) -> Iterator[Hit]:
     first: int | None = None
     for token in subject.dump.tokens:
         r = whole.get((token.seq, token.token_idx))
-        best, behind = _in_list(token) if rows is None or r is None else _in_row(token.id, leading(rows, r))
-        if behind > _BEHIND:
+        best, shortfall = _in_list(token) if rows is None or r is None else _in_row(token.id, leading(rows, r))
+        if shortfall > _BEHIND:
             first = token.token_idx if first is None else first
             wrong.append(f"id {token.id} was chosen for position {token.token_idx}, but the largest logit is that of {best}")
     if wrong:

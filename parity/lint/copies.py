@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
+
 from checkpoints.dataflow import CACHE
 from checkpoints.points import EMBD, in_layer, of_scores, parse
 from checkpoints.record import Rows
@@ -50,13 +52,13 @@ def _one_cache(subject: Subject, layer: int | None) -> bool:
         return False
     if subject.model is None and subject.dataflow is None:
         return True  # for all that is known
-    read = [_behind_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
+    read = [_through_copies(subject, in_layer(layer, kind)) for kind in ("k_read", "v_read")]
     if all(read):
         return read[0] == read[1]
     return subject.model is not None and f"blk.{layer}.attn_kv_a_mqa.weight" in subject.model.model.tensors
 
 
-def _behind_copies(subject: Subject, name: str) -> frozenset[str]:
+def _through_copies(subject: Subject, name: str) -> frozenset[str]:
     """The values that a value is made from, looking through copies in another layout."""
     origin = subject.computation(name)
     reads = frozenset() if origin is None else frozenset(origin.reads)
@@ -160,11 +162,41 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
                 if not excused and name in weighted:  # the first head sees the same single position at both
                     seen = weighted[name]
                     excused = (seq, before) in seen and seen[seq, before] == seen.get((seq, after))
+                excused = excused or _of_same_rows(subject, name, seq, before, after)
                 if not excused:
                     stale.update((before, after))
         if stale:
             total = len(set(rows.token_idx.tolist()))
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")
+
+
+def _of_same_rows(subject: Subject, name: str, seq: int, before: int, after: int) -> bool:
+    """Whether a point is made, one position at a time, from rows that are the same at both positions as a whole.
+
+    Where all heads hang on one key, what attention gives is the same, and so is what a product makes of that.
+    """
+    how, layer = subject.computation(name), parse(name).layer
+    if how is None:
+        reads = {in_layer(layer, "kqv_out")} if parse(name).kind == "attn_out" and layer is not None else set()
+    else:
+        reads = set() if how.op in _MIXING | _SHIFTS or of_scores(name) else set(how.reads)
+    return bool(reads) and all(
+        _same_rows(subject.points[read], seq, before, after)
+        if read in subject.points
+        else _of_same_rows(subject, read, seq, before, after)
+        for read in reads
+    )
+
+
+def _same_rows(rows: Rows, seq: int, before: int, after: int) -> bool:
+    """Whether the records of a point at two positions are whole, or have statistics, and are equal."""
+    at = [np.flatnonzero((rows.seq == seq) & (rows.token_idx == position)) for position in (before, after)]
+    if not all(map(len, at)):
+        return False
+    a, b = int(at[0][0]), int(at[1][0])
+    known = rows.full()[[a, b]].all() or "l2" in rows.stats
+    alike = all(stat[a] == stat[b] for stat in rows.stats.values())
+    return bool(known and alike and rows.counts[a] == rows.counts[b] and np.array_equal(rows.values[a], rows.values[b]))
 
 
 def _weighted_by(subject: Subject) -> dict[str, dict[tuple[int, int], int]]:

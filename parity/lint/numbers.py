@@ -10,7 +10,7 @@ from checkpoints.points import EMBD, LOGITS, parse
 from checkpoints.record import Rows
 from reports.numbers import count, ranges
 
-from .rule import Hit, Subject, by_point, kind, leading, positions_of
+from .rule import Hit, Subject, by_point, kind, leading, of_ids, positions_of
 
 # The largest activations seen in published models are some 1e4 ("massive activations", Sun et al. 2024), scores before the
 # scale some 1e5; an fp16 engine overflows at 65504. Five orders of magnitude above that, nothing is a computed value.
@@ -37,25 +37,25 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
     for name, rows in subject.points.items():
         width = np.arange(rows.values.shape[1])
         inside = width[None, :] < rows.counts[:, None]
-        odd = ~np.isfinite(rows.values) & inside
+        nonfinite = ~np.isfinite(rows.values) & inside
         origin = subject.computation(name)
         if "kq" in kind(name) or "mask" in kind(name):
-            odd &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
+            nonfinite &= ~np.isneginf(rows.values)  # a mask's −∞ is intended
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
         # What must not be chosen is −∞; a point of which nothing is known may be a mask, or made of one.
         unknown = origin is None and parse(name).known is None
         if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside))):
-            odd &= ~np.isneginf(rows.values)
+            nonfinite &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
-        bad = (odd.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
-        if bad:
-            first = min(bad, key=lambda r: int(rows.token_idx[r]))
-            wrong_values = int(max(counted[first], odd[first].sum()))
-            at = np.flatnonzero(odd[first])
+        wrong_rows = (nonfinite.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
+        if wrong_rows:
+            first = min(wrong_rows, key=lambda r: int(rows.token_idx[r]))
+            wrong_values = int(max(counted[first], nonfinite[first].sum()))
+            at = np.flatnonzero(nonfinite[first])
             place = f", the first at index {int(at[0])}: {rows.values[first, at[0]]}" if len(at) else ""
             evidence = (
                 f"{name} has {count(wrong_values, 'value')} that {'is' if wrong_values == 1 else 'are'} not a number{place}, "
-                + positions_of(rows, bad)
+                + positions_of(rows, wrong_rows)
             )
             yield Hit(name, int(rows.token_idx[first]), evidence)
 
@@ -121,15 +121,15 @@ def exact_zeros(subject: Subject) -> Iterator[Hit]:
         if some.any():
             rows_of[name] = some.nonzero()[0].tolist()
 
-    def say(name: str, bad: list[int]) -> str:
+    def sentence(name: str, wrong_rows: list[int]) -> str:
         rows = subject.points[name]
-        zeros = np.flatnonzero(leading(rows, bad[0]) == 0)
+        zeros = np.flatnonzero(leading(rows, wrong_rows[0]) == 0)
         return (
-            f"{name} holds {len(zeros)} exact zeros among {int(rows.counts[bad[0]])} values (index "
-            f"{ranges(tuple(zeros.tolist()))}), {positions_of(rows, bad)}"
+            f"{name} holds {len(zeros)} exact zeros among {int(rows.counts[wrong_rows[0]])} values (index "
+            f"{ranges(tuple(zeros.tolist()))}), {positions_of(rows, wrong_rows)}"
         )
 
-    yield from by_point(rows_of, subject, say)
+    yield from by_point(rows_of, subject, sentence)
 
 
 def garbage_logits(subject: Subject) -> Iterator[Hit]:
@@ -137,7 +137,7 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
     rows = subject.points.get(LOGITS)
     if rows is None:
         return
-    bad: list[int] = []
+    wrong_rows: list[int] = []
     text = ""
     for r in range(len(rows)):
         row = leading(rows, r).astype(np.float64)
@@ -150,11 +150,11 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
             continue
         far = np.flatnonzero(np.abs(row - median) > max(_OUTLIER * deviation, _FAR))
         if len(far) and len(far) < len(row) // 4:
-            bad.append(r)
+            wrong_rows.append(r)
             listed = ", ".join(f"[{i}] {row[i]:.4g}" for i in far[:4]) + (", …" if len(far) > 4 else "")
             text = text or f"{count(len(far), 'logit')} far outside the row's {median:.3g} ± {deviation:.2g}: {listed}"
-    if bad:
-        yield Hit(LOGITS, int(rows.token_idx[bad[0]]), f"{text}, {positions_of(rows, bad)}")
+    if wrong_rows:
+        yield Hit(LOGITS, int(rows.token_idx[wrong_rows[0]]), f"{text}, {positions_of(rows, wrong_rows)}")
 
 
 def _median(row: NDArray[np.float64]) -> float:
@@ -166,7 +166,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
     """Rows of one repeated number, or of numbers in even steps."""
     # A bias that is looked up by distance is the same for all distances beyond the largest.
     flow = subject.dataflow
-    of_tokens = frozenset() if flow is None else flow.behind(lambda name, _: name.endswith(EMBD))
+    of_tokens = frozenset() if flow is None else flow.downstream(lambda name, _: name.endswith(EMBD))
     for name, rows in subject.points.items():
         if of_tokens and flow is not None and name in flow.computations and name not in of_tokens:
             continue
@@ -175,7 +175,7 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
         origin = subject.computation(name)
         even = _even_steps(rows)
         if parse(name).known is None or (origin is not None and origin.op in _PADDED):
-            even &= rows.values[:, 0] != 0
+            even &= (rows.values[:, 0] != 0) & ~of_ids(rows)
         if even.any():
             bad = even.nonzero()[0].tolist()
             row = leading(rows, bad[0])
@@ -215,9 +215,9 @@ def denormals(subject: Subject) -> Iterator[Hit]:
         if bad:
             rows_of[name] = bad
 
-    def say(name: str, bad: list[int]) -> str:
-        row = leading(subject.points[name], bad[0])
+    def sentence(name: str, wrong_rows: list[int]) -> str:
+        row = leading(subject.points[name], wrong_rows[0])
         example = next(float(x) for x in row if 0 < abs(x) < _SMALLEST_NORMAL)
-        return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], bad)}"
+        return f"{name} is mostly denormal numbers such as {example:.2g}, {positions_of(subject.points[name], wrong_rows)}"
 
-    yield from by_point(rows_of, subject, say)
+    yield from by_point(rows_of, subject, sentence)

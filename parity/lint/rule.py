@@ -106,8 +106,8 @@ class Subject(Struct, frozen=True, dict=True):
         _, which, often = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_inverse=True, return_counts=True)
         repeated = np.split((often > 1)[which], np.cumsum([len(several) for several in hashes])[:-1]) if hashes else []
         vectors: dict[str, list[tuple[Place, bytes]]] = {}
-        for (name, rows), again in zip(self.points.items(), repeated, strict=True):
-            members = usable[name][again]
+        for (name, rows), repeated_rows in zip(self.points.items(), repeated, strict=True):
+            members = usable[name][repeated_rows]
             places = zip(rows.seq[members].tolist(), rows.token_idx[members].tolist(), rows.step[members].tolist(), strict=True)
             counts = rows.counts[members].tolist()
             vectors[name] = [
@@ -211,16 +211,25 @@ def leading(rows: Rows, r: int) -> NDArray[np.float32]:
 
 def telling(rows: Rows) -> NDArray[np.bool_]:
     """bool [R]: records with enough different finite values to be distinguished from others."""
-    ids = rows.dtype.startswith("i") or kind(rows.point).endswith(
-        ("moe_topk", "moe_argsort")
-    )  # they are few, and often the same
-    if not len(rows) or rows.values.shape[1] < TELLING or ids:
+    if not len(rows) or rows.values.shape[1] < TELLING:
         return np.zeros(len(rows), dtype=np.bool_)
     values = np.sort(rows.values, axis=1)  # padding and NaN sort to the end
     finite = np.isfinite(values[:, 1:]) & np.isfinite(values[:, :-1])
     different = 1 + np.sum((values[:, 1:] != values[:, :-1]) & finite, axis=1)
     enough: NDArray[np.bool_] = (different >= TELLING) & (rows.counts >= TELLING)
-    return enough
+    return np.asarray(enough & ~of_ids(rows))  # they are few, and often the same
+
+
+def of_ids(rows: Rows) -> NDArray[np.bool_]:
+    """bool [R]: rows of ids, such as chosen experts: by their type, or different whole numbers of a node outside the vocabulary."""
+    if rows.dtype.startswith("i"):
+        return np.ones(len(rows), dtype=np.bool_)
+    if parse(rows.point).known is not None or rows.values.shape[1] < 2:
+        return np.zeros(len(rows), dtype=np.bool_)
+    inside = np.arange(rows.values.shape[1])[None, :] < rows.counts[:, None]
+    whole: NDArray[np.bool_] = np.all((rows.values == np.rint(rows.values)) & (rows.values >= 0) | ~inside, axis=1)
+    ordered = np.sort(np.where(inside, rows.values, np.nan), axis=1)  # NaN at the end
+    return np.asarray(whole & ~np.any(ordered[:, 1:] == ordered[:, :-1], axis=1))
 
 
 def where(positions: Sequence[int], total: int | None = None) -> str:
@@ -236,11 +245,11 @@ def kind(name: str) -> str:
     return parse(name).kind
 
 
-def by_point(rows_of: dict[str, list[int]], subject: Subject, say: Callable[[str, list[int]], str]) -> Iterator[Hit]:
+def by_point(rows_of: dict[str, list[int]], subject: Subject, sentence: Callable[[str, list[int]], str]) -> Iterator[Hit]:
     """One hit for each point, however many of its records are affected."""
     for name, rows in rows_of.items():
         first = min(rows, key=lambda r: int(subject.points[name].token_idx[r]))
-        yield Hit(name, int(subject.points[name].token_idx[first]), say(name, rows))
+        yield Hit(name, int(subject.points[name].token_idx[first]), sentence(name, rows))
 
 
 def positions_of(rows: Rows, members: Sequence[int]) -> str:

@@ -68,10 +68,10 @@ def _otherwise(model: GgufModel) -> dict[str, Any]:
 
     try:
         with Reference() as reference:
-            said = sentences(reference.graph(model.path, NATIVE), model.metadata)
+            ignored = sentences(reference.graph(model.path, NATIVE), model.metadata)
     except ParityError:
         return {}
-    return {"not_as_the_file_says": list(said)} if said else {}
+    return {"not_as_the_file_says": list(ignored)} if ignored else {}
 
 
 def _epsilon(model: GgufModel) -> float | None:

@@ -60,7 +60,7 @@ class OursJob(Recording, frozen=True):
         )
 
     @property
-    def asked(self) -> Prompt:
+    def as_prompt(self) -> Prompt:
         """The prompt, and how it is to be computed."""
         return Prompt(
             self.prompt,
@@ -147,7 +147,7 @@ def dump(engine: Engine, job: OursJob) -> Header:
 
 
 def _passes(engine: Engine, job: OursJob, capture: Capture) -> None:
-    progress, logits = computed(engine, job.asked, job.first_position, capture)
+    progress, logits = computed(engine, job.as_prompt, job.first_position, capture)
     texts = job.generated_pieces or ("",) * len(job.generated)
     for token, text in zip(job.generated, texts, strict=True):
         capture.token(Token(progress.first + progress.length, token, text, top_logits(logits)))

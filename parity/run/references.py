@@ -76,8 +76,8 @@ def _dump(other: Other, outcome: Outcome, request: Request, out: Path, progress:
     with Reference(verbose=request.verbose, threads=request.threads, build=other.build) as reference:
         known = [name for name, _ in reference.describe(request.model).points]
         points = [name for name in following(request, outcome.ref, prompt, known).points.split(",") if name in known]
-        asked = replace(following(request, outcome.ref, prompt, known), points=",".join(points), full=False, binary=False)
-        LlamaCpp(asked, reference).dump(prompt, out, progress)
+        followed = replace(following(request, outcome.ref, prompt, known), points=",".join(points), full=False, binary=False)
+        LlamaCpp(followed, reference).dump(prompt, out, progress)
 
 
 def name_of(header: Header | None, label: str = "") -> str:

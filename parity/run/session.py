@@ -25,9 +25,10 @@ from reference.jobs import DumpResult
 
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.tokens import same_model
+from .asked import held_to
 from .request import Progress, Prompt, Request
 from .results import dumps_of
-from .sides import EXEC, OURS, LlamaCpp, OurEngine, Side, side_of
+from .sides import EXEC, OURS, ExternalEngine, LlamaCpp, OurEngine, Side, side_of
 
 if TYPE_CHECKING:
     from .hugging_face import HuggingFace
@@ -102,17 +103,19 @@ def run(
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         ours.check(prompt)
         with dumps_of(folder) as dumps:
-            if request.command is not None and (request.points, request.layers) == ("default", None):
+            if isinstance(ours, ExternalEngine) and (request.points, request.layers) == ("default", None):
                 _one_after_the_other(request, reference, ours, prompt, dumps, progress)
             else:
                 _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
+        points = ours.asked if isinstance(ours, ExternalEngine) else ()
     left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         from ..lint.lint import refuse_unusable
 
         refuse_unusable(left, "your engine's dump")
     compared = judge(left, right, comparison_options(request))
-    verdict = replace(compared.verdict, notes=(*taken_instead(request, right), *compared.verdict.notes))
+    verdict = held_to(compared, points, ours, request, prompt) if isinstance(ours, ExternalEngine) else compared.verdict
+    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
     return Outcome(folder, left, right, verdict, compared.picture, perf_counter() - began)
 
 
@@ -154,7 +157,7 @@ def _at_once(
 
 
 def _one_after_the_other(
-    request: Request, reference: Reference, ours: Side, prompt: Prompt, folder: Path, progress: Progress | None
+    request: Request, reference: Reference, ours: ExternalEngine, prompt: Prompt, folder: Path, progress: Progress | None
 ) -> None:
     """Run a foreign engine that was not asked for certain points first; llama.cpp then records the points that it printed."""
     if request.generate:
@@ -164,21 +167,21 @@ def _one_after_the_other(
         prompt = prompt.followed_by(chosen, tuple(reference.pieces(request.model, chosen)))
     ours.dump(prompt, folder / OURS_FILE, progress)
     printed = load(folder / OURS_FILE, request.mapping)
-    LlamaCpp(following(request, printed, prompt), reference).dump(prompt, folder / REF_FILE, progress)
+    LlamaCpp(following(request, printed, prompt, ours.known), reference).dump(prompt, folder / REF_FILE, progress)
 
 
 def following(request: Request, dump: Dump, prompt: Prompt, known: Sequence[str] = ()) -> Request:
     """The request that records what a dump has: its points, its positions, and at least as many values per row.
 
     Positions beyond the prompt are left out: an engine that goes on by itself, or doubles BOS, has more than were asked for. `known` are
-    the points of this model in llama.cpp: names of the vocabulary that it lacks are left out.
+    the points of this model in llama.cpp: other names are left out, and the comparison says that the reference lacks them.
 
     Raises:
         DumpError: llama.cpp has none of its points.
     """
     # `blk.N.<node>` may be a name of llama.cpp's; it cannot have any other name that is not a point.
     points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
-    points = [name for name in points if not known or name in known or not parse(name).known]
+    points = [name for name in points if not known or name in known]
     if not points:
         raise DumpError(f"{dump.path} has no point that llama.cpp has.", *unknown_names(dump.points), code="points")
     widest = max(int(dump.points[name].counts.max(initial=0)) for name in points)

@@ -16,7 +16,7 @@ from engine.opened import open_engine
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
-from reference.jobs import DumpJob, DumpResult
+from reference.jobs import Description, DumpJob, DumpResult
 
 from .command import POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
 from .ours import OursJob, chosen_points, dump
@@ -115,17 +115,25 @@ class OurEngine:
 class ExternalEngine:
     """A foreign engine that a command line starts. It is given `model`, or else the F32 twin (exact mode) or the file itself (native).
 
-    `names` are the points that it is asked for, if they are known already.
+    `names` are the points that it is asked for, and `described` is the model, if they are known already.
     """
 
     def __init__(
-        self, request: Request, command: Command, reference: Reference, *, model: Path | None = None, names: str | None = None
+        self,
+        request: Request,
+        command: Command,
+        reference: Reference,
+        *,
+        model: Path | None = None,
+        names: str | None = None,
+        described: Description | None = None,
     ) -> None:
         self._request = request
         self._command = command
         self._reference = reference
         self._model = model
         self._known_names = names
+        self._given_description = described
 
     @property
     def name(self) -> str:
@@ -181,13 +189,29 @@ class ExternalEngine:
             return ""
         if self._known_names is not None:
             return self._known_names
-        described = self._reference.describe(self._request.model)
-        known = [name for name, _ in described.points]
-        points = self.points
+        return ",".join(self.asked) or self.points
+
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        """The points that llama.cpp has in this model, in dataflow order."""
+        return tuple(name for name, _ in self._described.points)
+
+    @cached_property
+    def asked(self) -> tuple[str, ...]:
+        """The known points that it is asked for; none if there is a name among them that only the engine knows."""
         try:
-            return ",".join(select(points, known, described.n_layers))
-        except InputError:  # a name that only the engine knows
-            return points
+            return tuple(select(self.points, self.known, self._described.n_layers))
+        except InputError:
+            return ()
+
+    @property
+    def asked_by_name(self) -> bool:
+        """Whether the engine, or the user, is told the points, instead of printing what it has."""
+        return self._command.takes(POINTS) or (self._request.points, self._request.layers) != ("default", None)
+
+    @cached_property
+    def _described(self) -> Description:
+        return self._given_description or self._reference.describe(self._request.model)
 
 
 class LlamaCpp:

@@ -16,6 +16,7 @@ from .text import Chunk
 
 KEPT = 256  # logits a position: 2 KB, where a row of 151,936 has 594 KB
 _FORMAT = 1
+_ROUNDING = 1e-3  # of float32 logits in a sum: no logit is larger than the logarithm of the sum over all
 
 
 class Base(Struct, frozen=True):
@@ -35,10 +36,12 @@ class Base(Struct, frozen=True):
     log_sums: NDArray[np.float64]
     next_logits: NDArray[np.float32]
 
-    def check(self, chunks: Sequence[Chunk], path: Path) -> None:
-        """Raises InputError if it was made from other tokens."""
+    def check(self, chunks: Sequence[Chunk], vocabulary: int, path: Path) -> None:
+        """Raises InputError if it was made from other tokens, has ids beyond the vocabulary's, or fewer predictions than the text."""
         given = np.array([token for chunk in chunks for token in chunk.tokens], dtype=np.int64)
-        if len(given) > len(self.tokens) or not np.array_equal(given, self.tokens[: len(given)]):
+        known = not self.ids.size or (self.ids.min() >= 0 and self.ids.max() < vocabulary)
+        enough = sum(len(chunk.scored) for chunk in chunks) <= len(self.ids)
+        if not (known and enough) or len(given) > len(self.tokens) or not np.array_equal(given, self.tokens[: len(given)]):
             raise InputError(
                 f"{path} was made with another text, tokenizer or --context.", "Make it again with --save-base.", code="base"
             )
@@ -105,10 +108,23 @@ def load(path: Path) -> Base:
         raise InputError(f"cannot read {path}: {error.strerror or error}.", "Check --base.", code="base") from error
     except Exception as error:  # safetensors has errors of its own
         raise InputError(f"{path} is not a base file of this version.", "Make it with --save-base.", code="base") from error
-    count = len(base.log_sums)
-    if base.ids.shape != base.logits.shape or base.ids.ndim != 2 or {len(base.ids), len(base.next_logits)} != {count}:
+    if not _is_whole(base):
         raise InputError(f"{path} is damaged: its arrays do not match.", "Make it again with --save-base.", code="base")
     return base
+
+
+def _is_whole(base: Base) -> bool:
+    """Whether the arrays are of the types, the shapes and the numbers that `BaseWriter` writes."""
+    kinds = {"tokens": "<i8", "ids": "<i4", "logits": "<f4", "log_sums": "<f8", "next_logits": "<f4"}
+    if any(getattr(base, name).dtype != kind for name, kind in kinds.items()) or base.tokens.ndim != 1 or base.ids.ndim != 2:
+        return False
+    count, kept = base.ids.shape
+    if not kept or base.logits.shape != (count, kept) or not base.log_sums.shape == base.next_logits.shape == (count,):
+        return False
+    if not np.isfinite(base.log_sums).all():
+        return False
+    most = np.maximum(base.logits.max(axis=1, initial=-np.inf), base.next_logits)  # NaN stays NaN
+    return bool((most <= base.log_sums + _ROUNDING).all())
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:

@@ -130,7 +130,7 @@ def _base(request: ScoreRequest, text: _Text, vocabulary: int, stack: ExitStack)
         return GoldenPredictions(text.golden, text.prompts, vocabulary)
     if request.base is not None:
         base = load(request.base)
-        base.check(text.chunks, request.base)
+        base.check(text.chunks, vocabulary, request.base)
         return base
     if request.alone:
         return None
@@ -222,7 +222,7 @@ class _Figures:
                 if other is None:
                     raise RuntimeError(f"the base has no prediction at position {position}")
             row = _known(predicted, other)
-            broken = next((who for who, values in (("the side", row), ("the base", other)) if _broken(values)), "")
+            broken = next((name for name, values in (("the side", row), ("the base", other)) if _broken(values)), "")
             if broken:
                 self._unusable(chunk, position, broken)
                 if self._writer is not None and not isinstance(row, Listed):

@@ -15,7 +15,7 @@ _LARGEST = 1 << 28  # bytes of a text: a hundred times what perplexity is measur
 class Chunk(Struct, frozen=True):
     """One stretch of the text that is computed by itself, from position 0 on.
 
-    `first` is the first position whose prediction is scored: of the token behind it. Earlier ones have too little context.
+    `first` is the first position whose prediction is scored: of the token after it. Earlier ones have too little context.
     """
 
     number: int

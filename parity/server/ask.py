@@ -15,7 +15,7 @@ Progress = Callable[[str, int, int | None], None]
 _AT_ONCE = 512  # most requests of one comparison if each position takes one; in longer texts they are spread out
 
 
-class Asked(Struct, frozen=True):
+class PlacedPrediction(Struct, frozen=True):
     """What the server predicted after the tokens up to `position`.
 
     `chosen` is the token that it chose there, None if the text's own follows; `prefix` is the text that it was given, None if
@@ -29,7 +29,7 @@ class Asked(Struct, frozen=True):
     prefix: str | None = None
 
 
-class Heard(Struct, frozen=True):
+class ServerReply(Struct, frozen=True):
     """Everything that the server answered.
 
     `tokens` are llama.cpp's ids of the prompt and then those that the server chose; `around` is what it echoed before and after the
@@ -39,7 +39,7 @@ class Heard(Struct, frozen=True):
 
     tokens: tuple[int, ...]
     prompt: int
-    asked: tuple[Asked, ...]
+    placed: tuple[PlacedPrediction, ...]
     echoed: bool
     prompt_tokens: int | None = None
     around: tuple[str, str] | None = None
@@ -50,7 +50,7 @@ class Heard(Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-def listen(
+def ask_server(
     dialect: Dialect,
     prompt: Prompt,
     vocabulary: Vocabulary,
@@ -59,7 +59,7 @@ def listen(
     progress: Progress | None = None,
     *,
     first: int = 0,
-) -> Heard:
+) -> ServerReply:
     """Ask about every position of the prompt from `first` on, then let the server choose `generate` tokens.
 
     `prefix_ids` tokenizes as llama.cpp does: without echo a position is asked for by the text before it, if that text alone
@@ -72,55 +72,64 @@ def listen(
     answer = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
     if not answer.generated and (generate or not answer.prompt):
         raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Take another prompt.")
-    heard = Heard(
+    reply = ServerReply(
         prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens, wanted=generate, stopped=answer.stopped
     )
-    listened = (
-        _echoed(heard, answer.prompt, prompt, vocabulary)
+    reply = (
+        _echoed(reply, answer.prompt, prompt, vocabulary)
         if answer.prompt
-        else _one_by_one(heard, dialect, prompt, prefix_ids, progress, first)
+        else _one_by_one(reply, dialect, prompt, prefix_ids, progress, first)
     )
-    return _chosen(listened, answer.generated, vocabulary, generate)
+    return _chosen(reply, answer.generated, vocabulary, generate)
 
 
 def _stopped(text: str) -> str:
     return f" It answered {text[:40]!r}." if text else ""
 
 
-def _echoed(heard: Heard, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> Heard:
+def _echoed(reply: ServerReply, predictions: Sequence[Prediction], prompt: Prompt, vocabulary: Vocabulary) -> ServerReply:
     """The answer with predictions of the prompt's own tokens, as far as they are the same as llama.cpp's."""
     text = prompt.text if prompt.text is not None else "".join(prompt.pieces)
-    before, match, behind = "".join(item.token.text for item in predictions).partition(text)
-    hidden = _hidden(prompt)
     shown = list(predictions)
-    if shown and prompt.ids and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1] and hidden:
+    before, match, after = "".join(item.token.text for item in shown).partition(text)
+    hidden = _hidden(prompt)
+    echoed = before + match + after
+    if hidden and vocabulary.ids(shown[0].token)[:1] == prompt.ids[:1]:
         hidden = 0  # this server shows its BOS, too
         before = before.removeprefix(shown[0].token.text)
-    if match and (before.strip() or behind.strip()):
-        return replace(heard, around=(before, behind))
-    echoed = "".join(item.token.text for item in shown).lstrip()
-    if hidden == 0 and prompt.text is not None and shown:
+    if match and (before.strip() or after.strip()):
+        return replace(reply, around=(before, after))
+    echoed = echoed.lstrip()
+    if hidden == 0 and prompt.text is not None:
         echoed = echoed.removeprefix(shown[0].token.text)
     if echoed and len(echoed) < len(text.strip()) and text.lstrip().startswith(echoed):
-        heard = replace(heard, cut=len(echoed))
-    asked: list[Asked] = []
+        reply = replace(reply, cut=len(echoed))
+    placed: list[PlacedPrediction] = []
     bare = 0
-    for number, item in enumerate(shown):
-        index = number + hidden
-        piece = prompt.pieces[index] if index < len(prompt.ids) else ""
-        if index >= len(prompt.ids) or not (
-            vocabulary.same(item.token, prompt.ids[index]) or (number == 0 and item.token.text.strip() == piece.strip())
-        ):
-            return replace(heard, asked=tuple(asked), tokenizer=(index, piece, item.token.text))
+    for index, item in enumerate(shown, hidden):
+        if not _is_token(item, index, hidden, prompt, vocabulary):
+            return replace(reply, placed=tuple(placed), tokenizer=(index, _piece(prompt, index), item.token.text))
         if item.candidates and index > 0:
-            asked.append(Asked(index - 1, item.candidates, item.token))
+            placed.append(PlacedPrediction(index - 1, item.candidates, item.token))
         elif index > 1:  # nothing precedes the first token that is shown
             bare += 1
     if len(shown) + hidden < len(prompt.ids):
         index = len(shown) + hidden
-        return replace(heard, asked=tuple(asked), tokenizer=(index, prompt.pieces[index], ""))
+        return replace(reply, placed=tuple(placed), tokenizer=(index, prompt.pieces[index], ""))
     notes = (f"positions of which the server gave no candidates: {bare} of {len(shown)}",) if bare else ()
-    return replace(heard, asked=tuple(asked), notes=notes)
+    return replace(reply, placed=tuple(placed), notes=notes)
+
+
+def _piece(prompt: Prompt, index: int) -> str:
+    return prompt.pieces[index] if index < len(prompt.ids) else ""
+
+
+def _is_token(item: Prediction, index: int, hidden: int, prompt: Prompt, vocabulary: Vocabulary) -> bool:
+    """Whether what the server shows is the prompt's token at `index`; the first one that it shows may lack a space."""
+    if index >= len(prompt.ids):
+        return False
+    spaced = index == hidden and item.token.text.strip() == _piece(prompt, index).strip()
+    return spaced or vocabulary.same(item.token, prompt.ids[index])
 
 
 def _hidden(prompt: Prompt) -> int:
@@ -130,32 +139,41 @@ def _hidden(prompt: Prompt) -> int:
     return int(bool(text) and len(prompt.ids) > 1 and not text.lstrip().startswith(first.strip() or "\0"))
 
 
+class _Question(Struct, frozen=True):
+    """What the server is given to predict what follows `position`: a text, or ids."""
+
+    position: int
+    given: str | Sequence[int]
+
+
+def _questions(prompt: Prompt, prefix_ids: Callable[[str], Sequence[int]], first: int) -> tuple[list[_Question], int]:
+    """One question for each position from `first` on but the last, and how many positions no text leads to."""
+    positions = range(first, len(prompt.ids) - 1)
+    if prompt.text is None:
+        return [_Question(position, prompt.ids[: position + 1]) for position in positions], 0
+    questions: list[_Question] = []
+    left = 0
+    hidden = _hidden(prompt)
+    for position in positions:
+        prefix = "".join(prompt.pieces[hidden : position + 1])
+        prefix = prefix if prompt.text.startswith(" ") else prefix.lstrip(" ")
+        if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: position + 1]:
+            questions.append(_Question(position, prefix))
+        elif position >= hidden:
+            left += 1
+    return questions, left
+
+
 def _one_by_one(
-    heard: Heard,
+    reply: ServerReply,
     dialect: Dialect,
     prompt: Prompt,
     prefix_ids: Callable[[str], Sequence[int]],
     progress: Progress | None,
     first: int,
-) -> Heard:
+) -> ServerReply:
     """The answer with one request for each position but the last, which the first request covered already."""
-    questions: list[tuple[int, str | None, str | Sequence[int]]] = []
-    left = 0
-    text = ""
-    hidden = _hidden(prompt)
-    for index in range(len(prompt.ids) - 1):
-        if prompt.text is None:
-            if index >= first:
-                questions.append((index, None, prompt.ids[: index + 1]))
-            continue
-        text += prompt.pieces[index] if index >= hidden else ""
-        if index < first:
-            continue
-        prefix = text.lstrip(" ") if not prompt.text.startswith(" ") else text
-        if prefix.strip() and prompt.text.startswith(prefix) and tuple(prefix_ids(prefix)) == prompt.ids[: index + 1]:
-            questions.append((index, prefix, prefix))
-        elif index >= hidden:
-            left += 1
+    questions, left = _questions(prompt, prefix_ids, first)
     notes = []
     if left:
         notes.append(
@@ -167,22 +185,24 @@ def _one_by_one(
             f"the server was asked about {_AT_ONCE} of {len(questions)} positions, one request each, spread over the text"
         )
         questions = [questions[number * len(questions) // _AT_ONCE] for number in range(_AT_ONCE)]
-    asked = []
-    for number, (index, known, question) in enumerate(questions):
+    placed = []
+    for number, question in enumerate(questions):
         if progress is not None:
             progress("server", number, len(questions))
-        answer = dialect.complete(question, 1)
+        answer = dialect.complete(question.given, 1)
         if answer.generated and answer.generated[0].candidates:
-            own = next((c for c in answer.generated[0].candidates if c.id == prompt.ids[index + 1]), None)
-            asked.append(Asked(index, answer.generated[0].candidates, own, prefix=known))
-    if len(asked) < len(questions):
-        notes.append(f"positions of which the server gave no candidates: {len(questions) - len(asked)} of {len(questions)}")
-    return replace(heard, asked=tuple(asked), notes=tuple(notes))
+            candidates = answer.generated[0].candidates
+            own = next((item for item in candidates if item.id == prompt.ids[question.position + 1]), None)
+            prefix = question.given if isinstance(question.given, str) else None
+            placed.append(PlacedPrediction(question.position, candidates, own, prefix=prefix))
+    if len(placed) < len(questions):
+        notes.append(f"positions of which the server gave no candidates: {len(questions) - len(placed)} of {len(questions)}")
+    return replace(reply, placed=tuple(placed), notes=tuple(notes))
 
 
-def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabulary, generate: int) -> Heard:
+def _chosen(reply: ServerReply, generated: Sequence[Prediction], vocabulary: Vocabulary, generate: int) -> ServerReply:
     """The answer with predictions after the prompt, along the tokens that the server chose, up to one whose id is not known."""
-    tokens, asked, notes = list(heard.tokens), list(heard.asked), list(heard.notes)
+    tokens, placed, notes = list(reply.tokens), list(reply.placed), list(reply.notes)
     for number, item in enumerate(generated):
         possible = vocabulary.ids(item.token)
         known = {candidate.text: candidate.id for candidate in item.candidates if candidate.id is not None}
@@ -190,7 +210,7 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
         if chosen is None and possible:
             chosen = possible[0]
         if item.candidates:
-            asked.append(Asked(len(tokens) - 1, item.candidates, item.token, chosen if generate else None))
+            placed.append(PlacedPrediction(len(tokens) - 1, item.candidates, item.token, chosen if generate else None))
         if chosen is None:
             if generate:
                 notes.append(
@@ -199,4 +219,4 @@ def _chosen(heard: Heard, generated: Sequence[Prediction], vocabulary: Vocabular
             break
         if number < generate:
             tokens.append(chosen)
-    return replace(heard, tokens=tuple(tokens), asked=tuple(asked), notes=tuple(notes))
+    return replace(reply, tokens=tuple(tokens), placed=tuple(placed), notes=tuple(notes))

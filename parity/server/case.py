@@ -14,7 +14,7 @@ from reference.jobs import Tokens
 from ..run.request import Prompt
 from ..score.measures import Listed
 from . import numbers
-from .ask import Asked, Heard
+from .ask import PlacedPrediction, ServerReply
 from .base import Row, kl, listed, log_probabilities
 from .vocabulary import Vocabulary
 
@@ -29,38 +29,43 @@ class ServerCase(Struct, frozen=True):
     model: Path
     mode: str
     prompt: Prompt
-    heard: Heard
+    reply: ServerReply
     special: Tokens
     vocabulary: Vocabulary
-    sample: tuple[tuple[Asked, Row], ...]
+    sample: tuple[tuple[PlacedPrediction, Row], ...]
     limit: float
     notes: list[str] = field(default_factory=list)
 
-    def without(self, sample: Sequence[tuple[Asked, Row]]) -> float:
+    def without(self, sample: Sequence[tuple[PlacedPrediction, Row]]) -> float:
         """The worst KL of these predictions, read as they were asked for."""
-        return max(self.of(asked, row) for asked, row in sample)
+        return max(self.of(placed, row) for placed, row in sample)
 
-    def of(self, asked: Asked, row: Row) -> float:
+    def of(self, placed: PlacedPrediction, row: Row) -> float:
         """KL of one prediction, if llama.cpp's row is this one."""
-        return kl(row, self.listed(asked, row))
+        return kl(row, self.listed(placed, row))
 
-    def listed(self, asked: Asked, row: Row) -> Listed:
+    def listed(self, placed: PlacedPrediction, row: Row) -> Listed:
         """The server's numbers of one prediction, by tokens."""
-        return listed(asked.candidates, self.vocabulary, row)
+        return listed(placed.candidates, self.vocabulary, row)
 
-    def meant(self, asked: Asked, row: Row, meaning: numbers.Meaning) -> float:
+    def meant(self, placed: PlacedPrediction, row: Row, meaning: numbers.Meaning) -> float:
         """KL of one prediction, if the server's numbers are to be read this way."""
-        server = self.listed(asked, row)
+        server = self.listed(placed, row)
         return kl(row, replace(server, logprobs=meaning.natural(server.logprobs, log_probabilities(row, server.ids))))
 
 
 def judged(
-    case: ServerCase, name: str, sentence: str, advice: str, explained: Sequence[float], sample: Sequence[tuple[Asked, Row]]
+    case: ServerCase,
+    name: str,
+    sentence: str,
+    advice: str,
+    explained: Sequence[float],
+    sample: Sequence[tuple[PlacedPrediction, Row]],
 ) -> ServerCause | None:
     """The cause, if it explains enough of the sample and the unchanged request does not."""
     if not explained:
         return None
-    unchanged = [case.of(asked, row) for asked, row in sample]
+    unchanged = [case.of(placed, row) for placed, row in sample]
     # The closest of many readings; `limit` covers the noise of a sampler's or a quantised server's numbers.
     if sum(value <= case.limit for value in explained) < _ENOUGH * len(explained):
         return None

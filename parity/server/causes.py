@@ -9,7 +9,7 @@ from . import numbers
 from .base import log_probabilities
 from .case import ServerCase, judged
 from .predictions import may_be_logarithm
-from .sampler_causes import biased, penalty, subtracted, temperature, truncation
+from .sampler_causes import reweighted, temperature, truncation
 from .text_causes import beginning, echo, template, tokenizer
 
 
@@ -20,9 +20,9 @@ def cause_of(case: ServerCase) -> ServerCause | None:
     take a pass each).
     """
     readings: tuple[Callable[[ServerCase], ServerCause | None], ...] = (
-        echo, _numbers, beginning, temperature, truncation, _not_normalised, penalty, subtracted, biased, template, tokenizer,
+        echo, _numbers, beginning, temperature, truncation, _not_normalised, reweighted, template, tokenizer,
     )  # fmt: skip
-    if not all(may_be_logarithm(candidate) for asked, _ in case.sample for candidate in asked.candidates):
+    if not all(may_be_logarithm(candidate) for placed, _ in case.sample for candidate in placed.candidates):
         readings = (echo, _numbers, _not_normalised)
     return next((cause for find in readings if (cause := find(case)) is not None), None)
 
@@ -39,24 +39,24 @@ def unexplained(predictions: int, same: int) -> str:
 
 def _not_normalised(case: ServerCase) -> ServerCause | None:
     """Log-probabilities that are off by another constant at each position."""
-    listed = [case.listed(asked, row) for asked, row in case.sample]
+    listed = [case.listed(placed, row) for placed, row in case.sample]
     ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, listed, strict=True)]
     meaning = numbers.unnormalised([server.logprobs for server in listed], ours) if numbers.tells(ours) else None
     if meaning is None:
         return None
-    explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
+    explained = [case.meant(placed, row, meaning) for placed, row in case.sample]
     return judged(case, meaning.name, meaning.sentence, numbers.advice(meaning), explained, case.sample)
 
 
 def _numbers(case: ServerCase) -> ServerCause | None:
     """Numbers that are something other than natural log-probabilities."""
-    listed = [case.listed(asked, row) for asked, row in case.sample]
+    listed = [case.listed(placed, row) for placed, row in case.sample]
     ours = [log_probabilities(row, server.ids) for (_, row), server in zip(case.sample, listed, strict=True)]
     if not numbers.tells(ours):
         return None
     sums = [log_sum(row) for _, row in case.sample]
     for meaning in numbers.meanings([server.logprobs for server in listed], ours, sums):
-        explained = [case.meant(asked, row, meaning) for asked, row in case.sample]
+        explained = [case.meant(placed, row, meaning) for placed, row in case.sample]
         if cause := judged(case, meaning.name, meaning.sentence, numbers.advice(meaning), explained, case.sample):
             return cause
     return None

@@ -6,7 +6,7 @@ import numpy as np
 
 from checkpoints.answers.server import ServerCause
 
-from .ask import Asked
+from .ask import PlacedPrediction
 from .base import Row
 from .penalties import repeated
 
@@ -17,10 +17,10 @@ _ROUNDING = 0.1
 _PENALTIES = np.arange(1.02, 2.01, 0.02)
 
 
-def unfaithful(asked: Sequence[Asked]) -> tuple[tuple[int, str, str], ...]:
+def unfaithful(placed: Sequence[PlacedPrediction]) -> tuple[tuple[int, str, str], ...]:
     """(position, the chosen token's text, a better one's) of every choice that is not the most probable of its own candidates."""
     choices = []
-    for prediction in asked:
+    for prediction in placed:
         if prediction.chosen is None or prediction.own is None:
             continue
         own = next((item.logprob for item in prediction.candidates if item.text == prediction.own.text), prediction.own.logprob)
@@ -29,17 +29,19 @@ def unfaithful(asked: Sequence[Asked]) -> tuple[tuple[int, str, str], ...]:
     return tuple(choices)
 
 
-def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequence[tuple[int, str, str]]) -> ServerCause:
+def cause(
+    placed: Sequence[tuple[PlacedPrediction, Row]], tokens: Sequence[int], wrong: Sequence[tuple[int, str, str]]
+) -> ServerCause:
     """Why the server chooses differently: a repeat penalty that explains every choice, else a sampler that is not greedy."""
     position, chosen, better = wrong[0]
     first = (
-        f"the sampler: at {len(wrong)} of {len(asked)} steps it chose another token than its own most probable one, "
+        f"the sampler: at {len(wrong)} of {len(placed)} steps it chose another token than its own most probable one, "
         f"first {chosen!r} instead of {better!r} at position {position}"
     )
     fits = [
         float(penalty)
         for penalty in _PENALTIES
-        if all(_chooses(repeated(row, tokens[: item.position + 1], float(penalty)), item.chosen) for item, row in asked)
+        if all(_chooses(repeated(row, tokens[: item.position + 1], float(penalty)), item.chosen) for item, row in placed)
     ]
     if fits:
         span = f"{fits[0]:.2f}" if len(fits) == 1 else f"{fits[0]:.2f} to {fits[-1]:.2f}"
@@ -47,13 +49,13 @@ def cause(asked: Sequence[tuple[Asked, Row]], tokens: Sequence[int], wrong: Sequ
             "repeat-penalty",
             f"{first}; a repeat penalty of {span} explains every choice",
             "Turn it off: --server-json '{\"repeat_penalty\": 1}'.",
-            tried=len(asked),
+            tried=len(placed),
         )
     return ServerCause(
         "sampler",
         f"{first}; no repeat penalty explains that: it samples, although temperature 0 was requested",
         "Check whether the server sets a temperature, a seed or a penalty itself.",
-        tried=len(asked),
+        tried=len(placed),
     )
 
 

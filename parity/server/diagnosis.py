@@ -7,7 +7,7 @@ from reference.client import Reference
 from reference.jobs import EXACT
 
 from ..run.request import Prompt
-from .ask import Heard
+from .ask import ServerReply
 from .base import floor_of, kl, listed, rows
 from .case import ServerCase
 from .causes import cause_of
@@ -18,19 +18,21 @@ from .vocabulary import Vocabulary
 _POSITIONS = 32  # asked positions of the chunk among which the sample is taken: each further one lengthens llama.cpp's passes
 
 
-def diagnose(reference: Reference, model: Path, prompt: Prompt, heard: Heard, vocabulary: Vocabulary) -> ServerCause | None:
+def diagnose(
+    reference: Reference, model: Path, prompt: Prompt, reply: ServerReply, vocabulary: Vocabulary
+) -> ServerCause | None:
     """The cause that explains the first predictions of a chunk; None if they are llama.cpp's, or nothing explains them.
 
     Positions at which the server named no token of the model are left out.
     """
-    asked = [item for item in heard.asked if any(vocabulary.ids(candidate) for candidate in item.candidates)][:_POSITIONS]
-    if not asked:
+    placed = [item for item in reply.placed if any(vocabulary.ids(candidate) for candidate in item.candidates)][:_POSITIONS]
+    if not placed:
         return None
-    tokens = heard.tokens[: asked[-1].position + 1]
-    limit = limit_of(floor_of(reference, model, tokens, asked[0].position))
-    by_position = {item.position: item for item in asked}
-    sample = Sample(asked)
-    for position, row in rows(reference, model, tokens, asked[0].position, EXACT):
+    tokens = reply.tokens[: placed[-1].position + 1]
+    limit = limit_of(floor_of(reference, model, tokens, placed[0].position))
+    by_position = {item.position: item for item in placed}
+    sample = Sample(placed)
+    for position, row in rows(reference, model, tokens, placed[0].position, EXACT):
         item = by_position.get(position)
         if item is not None:
             sample.add(item, row, wrong=kl(row, listed(item.candidates, vocabulary, row)) > limit)
@@ -39,7 +41,7 @@ def diagnose(reference: Reference, model: Path, prompt: Prompt, heard: Heard, vo
         model,
         EXACT,
         prompt,
-        Heard(tokens, len(prompt.ids), tuple(asked), heard.echoed, heard.prompt_tokens),
+        ServerReply(tokens, len(prompt.ids), tuple(placed), reply.echoed, reply.prompt_tokens),
         reference.tokenize(model, "a"),
         vocabulary,
         sample.kept,

@@ -17,8 +17,8 @@ _PENALTIES = np.concatenate([np.arange(1.01, 1.5, 0.01), np.arange(1.5, 2.01, 0.
 def temperature(case: ServerCase) -> ServerCause | None:
     """Logits that were divided by a temperature: every difference of two candidates is scaled by the same factor."""
     ratios = []
-    for asked, row in case.sample:
-        server = listed(asked.candidates, case.vocabulary, row)
+    for placed, row in case.sample:
+        server = listed(placed.candidates, case.vocabulary, row)
         keep = np.isfinite(server.logprobs) & (server.logprobs > -30)
         ids, logprobs = server.ids[keep], server.logprobs[keep]
         if len(ids) > 1:
@@ -31,7 +31,7 @@ def temperature(case: ServerCase) -> ServerCause | None:
     temperature = 1 / float(np.median(ratios))
     if not _TEMPERATURES[0] < temperature < _TEMPERATURES[1]:
         return None
-    explained = [case.of(asked, (row / np.float32(temperature)).astype(np.float32)) for asked, row in case.sample]
+    explained = [case.of(placed, (row / np.float32(temperature)).astype(np.float32)) for placed, row in case.sample]
     sentence = f"the sampler: the log-probabilities are those of logits divided by a temperature of {temperature:.3g}"
     return judged(
         case, "temperature", sentence, "Request those before the sampler, or at temperature 1.", explained, case.sample
@@ -41,8 +41,8 @@ def temperature(case: ServerCase) -> ServerCause | None:
 def truncation(case: ServerCase) -> ServerCause | None:
     """Probabilities of which only the largest were kept and made to sum to 1: top-k, top-p, min-p."""
     offsets, cut = [], []
-    for asked, row in case.sample:
-        server = case.listed(asked, row)
+    for placed, row in case.sample:
+        server = case.listed(placed, row)
         keep = server.logprobs > -30
         if keep.any():
             offsets.append(float(np.median(server.logprobs[keep] - log_probabilities(row, server.ids[keep]))))
@@ -51,14 +51,20 @@ def truncation(case: ServerCase) -> ServerCause | None:
         return None
     fits = []
     for truncated in truncations(cut, offsets):
-        explained = [case.of(asked, truncated.left(row)) for asked, row in case.sample]
+        explained = [case.of(placed, truncated.left(row)) for placed, row in case.sample]
         sentence = (
-            f"the sampler: the log-probabilities are those behind {truncated.what}, "
-            "which leaves out all other tokens and makes the rest sum to 1"
+            f"the sampler: the log-probabilities are those after {truncated.what}, "
+            "which leaves out tokens and makes the rest sum to 1"
         )
         fits.append((sentence, explained))
     sentence, explained = min(fits, key=lambda fit: float(np.median(fit[1])))
     return judged(case, "truncated-logprobs", sentence, "Request those before the sampler.", explained, case.sample)
+
+
+def reweighted(case: ServerCase) -> ServerCause | None:
+    """Penalties or biases: of those that explain the numbers the closest, since a small one is nearly another's."""
+    causes = [cause for find in (penalty, subtracted, biased) if (cause := find(case)) is not None]
+    return min(causes, key=lambda cause: cause.kl or 0.0, default=None)
 
 
 def penalty(case: ServerCase) -> ServerCause | None:
@@ -66,8 +72,8 @@ def penalty(case: ServerCase) -> ServerCause | None:
 
     def worst(penalty: float) -> list[float]:
         return [
-            case.of(asked, penalties.repeated(row, case.heard.tokens[: asked.position + 1], penalty))
-            for asked, row in case.sample
+            case.of(placed, penalties.repeated(row, case.reply.tokens[: placed.position + 1], penalty))
+            for placed, row in case.sample
         ]
 
     best = min((float(np.mean(worst(float(penalty)))), float(penalty)) for penalty in _PENALTIES)[1]
@@ -82,12 +88,12 @@ def subtracted(case: ServerCase) -> ServerCause | None:
         return None
     presence, frequency = fitted
     explained = [
-        case.of(asked, penalties.less(row, case.heard.tokens[: asked.position + 1], presence, frequency))
-        for asked, row in case.sample
+        case.of(placed, penalties.less(row, case.reply.tokens[: placed.position + 1], presence, frequency))
+        for placed, row in case.sample
     ]
     sentence = (
-        f"the sampler: from the logits of tokens that were seen are subtracted {presence:.2g} (presence penalty) and {frequency:.2g} "
-        "for each time (frequency penalty)"
+        f"the sampler: {presence:.2g} (presence penalty), and {frequency:.2g} for each occurrence (frequency penalty), are subtracted "
+        "from the logits of tokens that were seen"
     )
     return judged(case, "penalties", sentence, "Request presence_penalty 0 and frequency_penalty 0.", explained, case.sample)
 
@@ -97,7 +103,7 @@ def biased(case: ServerCase) -> ServerCause | None:
     bias = penalties.biases(_seen(case))
     if not bias:
         return None
-    explained = [case.of(asked, penalties.with_bias(row, bias)) for asked, row in case.sample]
+    explained = [case.of(placed, penalties.with_bias(row, bias)) for placed, row in case.sample]
     shown = ", ".join(
         f"{printable(repr(case.vocabulary.pieces[token]), 20)} {'is banned' if by == penalties.BANNED else f'{by:+.2g}'}"
         for token, by in bias.items()
@@ -107,4 +113,6 @@ def biased(case: ServerCase) -> ServerCause | None:
 
 
 def _seen(case: ServerCase) -> list[penalties.Seen]:
-    return [penalties.Seen(case.listed(asked, row), row, case.heard.tokens[: asked.position + 1]) for asked, row in case.sample]
+    return [
+        penalties.Seen(case.listed(placed, row), row, case.reply.tokens[: placed.position + 1]) for placed, row in case.sample
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer
+from checkpoints.answers.server import GREEDY, TEACHER_FORCED, Predicted, ServerAnswer, ServerCause
 from checkpoints.errors import InputError
 from checkpoints.structs import as_dict
 from checkpoints.whole_file import put
@@ -24,8 +24,8 @@ from ..run.results import dumps_of
 from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
 from ..score.measures import largest, log_sum
 from . import choices
-from .ask import Asked, Heard, Progress, listen
-from .base import KlFloor, Row, floor_of, kl, listed, rows
+from .ask import PlacedPrediction, Progress, ServerReply, ask_server
+from .base import Row, floor_of, kl, listed, rows
 from .case import ServerCase
 from .causes import cause_of, unexplained
 from .dialects import AUTO, Dialect, dialect_of
@@ -70,18 +70,18 @@ def compare_server(
         vocabulary = Vocabulary(reference.pieces(request.model, range(special.n_vocab)))
         given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids
         dialect = dialect_of(connection, wanted.api, wanted.top, wanted.model, wanted.extra, given)
-        heard = listen(
+        reply = ask_server(
             dialect, prompt, vocabulary, lambda text: reference.tokenize(request.model, text).ids, request.generate, progress
         )
-        if not heard.asked and heard.around is None and heard.tokenizer is None:
+        if not reply.placed and reply.around is None and reply.tokenizer is None:
             raise InputError(
                 "the server gave no candidates that could be compared.", "Request more with --server-top.", code="server"
             )
         if progress is not None:
             progress("llama.cpp", 0, None)
-        answer = _compared(reference, request, prompt, heard, special, vocabulary, dialect)
+        answer = _compared(reference, request, prompt, reply, special, vocabulary, dialect)
         if not answer.causes:
-            require_logarithms((item for asked in heard.asked for item in asked.candidates), connection.name)
+            require_logarithms((item for placed in reply.placed for item in placed.candidates), connection.name)
     answer = replace(answer, requests=connection.requests, folder=str(folder), url=connection.name)
     with dumps_of(folder) as dumps:  # an earlier run's are replaced, asked for or not
         if wanted.dump_prefix and answer.prefix:
@@ -94,85 +94,101 @@ def compare_server(
     return answer
 
 
-def _compared(
-    reference: Reference,
-    request: Request,
-    prompt: Prompt,
-    heard: Heard,
-    special: Tokens,
-    vocabulary: Vocabulary,
-    dialect: Dialect,
-) -> ServerAnswer:
-    by_position = {asked.position: asked for asked in heard.asked}
-    floor = KlFloor(0.0, 0.0)
-    predictions: list[Predicted] = []
-    sample = Sample(heard.asked)
-    greedy: list[tuple[Asked, Row]] = []
-    unknown = 0
-    ended = _ended(heard)
+class _Beside(Struct, frozen=True):
+    """The server's predictions beside llama.cpp's.
+
+    `sample` is what causes are tried on; `greedy` are the server's own choices with llama.cpp's rows, which are empty from the 65th on.
+    `unknown` counts predictions of which no candidate is a token; `next_choice` is what llama.cpp chooses where the server stopped early.
+    """
+
+    predictions: tuple[Predicted, ...] = ()
+    sample: tuple[tuple[PlacedPrediction, Row], ...] = ()
+    greedy: tuple[tuple[PlacedPrediction, Row], ...] = ()
+    limit: float = LEAST_LIMIT
+    floor: float = 0.0
+    unknown: int = 0
     next_choice: int | None = None
-    if by_position:
-        first, tokens = min(by_position), heard.tokens[: max(by_position) + 1 + ended]
-        floor = floor_of(reference, request.model, tokens, first)
-        limit = request.tolerance if request.tolerance is not None else limit_of(floor)
-        for position, row in rows(reference, request.model, tokens, first, request.mode):
-            if ended and position == len(heard.tokens) - 1:
-                next_choice = int(row.argmax())
-            asked = by_position.get(position)
-            if asked is None:
-                continue
-            if not len(listed(asked.candidates, vocabulary, row).ids):
-                unknown += 1
-                continue
-            predictions.append(_predicted(asked, row, heard, vocabulary, limit))
-            sample.add(asked, row, wrong=predictions[-1].wrong)
-            if asked.chosen is not None:
-                greedy.append((asked, row.copy() if len(greedy) < 64 else row[:0]))
-    else:
-        limit = LEAST_LIMIT
+
+
+def _beside_llama_cpp(reference: Reference, request: Request, reply: ServerReply, vocabulary: Vocabulary) -> _Beside:
+    by_position = {placed.position: placed for placed in reply.placed}
+    if not by_position:
+        return _Beside()
+    ended = _ended(reply)
+    first, tokens = min(by_position), reply.tokens[: max(by_position) + 1 + ended]
+    floor = floor_of(reference, request.model, tokens, first)
+    limit = request.tolerance if request.tolerance is not None else limit_of(floor)
+    predictions: list[Predicted] = []
+    sample = Sample(reply.placed)
+    greedy: list[tuple[PlacedPrediction, Row]] = []
+    unknown = 0
+    next_choice: int | None = None
+    for position, row in rows(reference, request.model, tokens, first, request.mode):
+        if ended and position == len(reply.tokens) - 1:
+            next_choice = int(row.argmax())
+        placed = by_position.get(position)
+        if placed is None:
+            continue
+        if not len(listed(placed.candidates, vocabulary, row).ids):
+            unknown += 1
+            continue
+        predictions.append(_predicted(placed, row, reply, vocabulary, limit))
+        sample.add(placed, row, wrong=predictions[-1].wrong)
+        if placed.chosen is not None:
+            greedy.append((placed, row.copy() if len(greedy) < 64 else row[:0]))
     if unknown and not predictions:
         raise InputError(
             "none of the server's candidates is a token of this model.",
             "Is it the model that the server runs? Check --model.",
             code="server",
         )
-    left_out = (
-        *_fewer(heard, next_choice, special, vocabulary, min(dialect.top, special.n_vocab)),
-        *((f"predictions left out, because none of their candidates is a token of this model: {unknown}",) if unknown else ()),
-    )
+    return _Beside(tuple(predictions), sample.kept, tuple(greedy), limit, floor.worst, unknown, next_choice)
+
+
+def _cause(case: ServerCase, beside: _Beside, unfaithful: Sequence[tuple[int, str, str]], *, wrong: bool) -> ServerCause | None:
+    """What explains the server's numbers or, if those are right, its choices."""
+    reply = case.reply
+    cause = cause_of(case) if wrong or reply.around or reply.tokenizer else None
+    if cause is None and unfaithful:
+        return choices.cause([item for item in beside.greedy if len(item[1])], reply.tokens, unfaithful)
+    return cause
+
+
+def _compared(
+    reference: Reference,
+    request: Request,
+    prompt: Prompt,
+    reply: ServerReply,
+    special: Tokens,
+    vocabulary: Vocabulary,
+    dialect: Dialect,
+) -> ServerAnswer:
+    beside = _beside_llama_cpp(reference, request, reply, vocabulary)
+    predictions = beside.predictions
+    notes = [*reply.notes, *_fewer(reply, beside.next_choice, special, vocabulary, min(dialect.top, special.n_vocab))]
+    if beside.unknown:
+        notes.append(f"predictions left out, because none of their candidates is a token of this model: {beside.unknown}")
     wrong = next((item for item in predictions if item.wrong), None)
     other = next((item for item in predictions if not item.same_choice), None)
-    case = ServerCase(
-        reference,
-        request.model,
-        request.mode,
-        prompt,
-        heard,
-        special,
-        vocabulary,
-        sample.kept,
-        limit,
-    )
-    cause = cause_of(case) if wrong is not None or heard.around or heard.tokenizer else None
-    unfaithful = choices.unfaithful([asked for asked, _ in greedy])
-    if unfaithful and cause is None:
-        cause = choices.cause([item for item in greedy if len(item[1])], heard.tokens, unfaithful)
+    case = ServerCase(reference, request.model, request.mode, prompt, reply, special, vocabulary, beside.sample, beside.limit)
+    unfaithful = choices.unfaithful([placed for placed, _ in beside.greedy])
+    cause = _cause(case, beside, unfaithful, wrong=wrong is not None)
     if wrong is not None and cause is None:
         note = unexplained(len(predictions), sum(item.same_choice for item in predictions))
-        left_out = (*left_out, *((note,) if note else ()))
+        notes += [note] if note else []
     place = wrong or other
-    prefix = heard.tokens[: place.position + 1] if place is not None else ()
+    prefix = reply.tokens[: place.position + 1] if place is not None else ()
     return ServerAnswer(
         url="",
         api=dialect.name,
         model=request.model.name,
         mode=request.mode,
-        prompt=heard.prompt,
-        tokens=heard.tokens,
-        predictions=tuple(predictions),
-        limit=limit,
-        floor=floor.worst,
-        echoed=heard.echoed,
+        prompt=reply.prompt,
+        tokens=reply.tokens,
+        predictions=predictions,
+        limit=beside.limit,
+        floor=beside.floor,
+        echoed=reply.echoed,
         requests=0,
         seconds=0.0,
         first=wrong,
@@ -180,77 +196,65 @@ def _compared(
         causes=(cause,) if cause is not None else (),
         unfaithful=unfaithful,
         prefix=prefix,
-        wanted=heard.wanted,
+        wanted=reply.wanted,
         next_command=_next(request.model, prefix) if wrong is not None else "",
-        notes=(*heard.notes, *left_out, *case.notes),
+        notes=(*notes, *case.notes),
     )
 
 
-def _ended(heard: Heard) -> bool:
+def _ended(reply: ServerReply) -> bool:
     """Whether the server chose fewer tokens than it was asked for."""
-    return len(heard.tokens) - heard.prompt < heard.wanted
+    return len(reply.tokens) - reply.prompt < reply.wanted
 
 
-def _fewer(heard: Heard, next_choice: int | None, special: Tokens, vocabulary: Vocabulary, top: int) -> Iterator[str]:
+def _fewer(reply: ServerReply, next_choice: int | None, special: Tokens, vocabulary: Vocabulary, top: int) -> Iterator[str]:
     """Notes on tokens and candidates that the server was asked for and did not give."""
-    chosen = len(heard.tokens) - heard.prompt
-    if _ended(heard):
-        why = f", and says {reason!r}" if (reason := heard.stopped[:40]) else ""
+    chosen = len(reply.tokens) - reply.prompt
+    if _ended(reply):
+        why = f", and says {reason!r}" if (reason := reply.stopped[:40]) else ""
         if next_choice is None:
             then = ""
         elif next_choice == special.eos:
             then = "; llama.cpp, too, ends the text there"
         else:
             then = f"; llama.cpp would go on with {vocabulary.pieces[next_choice]!r}"
-        yield f"the server chose {chosen} of the {heard.wanted} tokens that it was asked for{why}{then}"
-    most = max((len(asked.candidates) for asked in heard.asked), default=top)
+        yield f"the server chose {chosen} of the {reply.wanted} tokens that it was asked for{why}{then}"
+    most = max((len(placed.candidates) for placed in reply.placed), default=top)
     if most < top:
         yield f"the server gives {most} candidates a position, not the {top} that it was asked for"
 
 
-def _predicted(asked: Asked, row: Row, heard: Heard, vocabulary: Vocabulary, limit: float) -> Predicted:
-    server = listed(asked.candidates, vocabulary, row)
+def _predicted(placed: PlacedPrediction, row: Row, reply: ServerReply, vocabulary: Vocabulary, limit: float) -> Predicted:
+    server = listed(placed.candidates, vocabulary, row)
     total = log_sum(row)
     pieces = vocabulary.pieces
-    top = largest(row, max(len(asked.candidates), 2))
+    top = largest(row, max(len(placed.candidates), 2))
     known = {int(number): float(value) for number, value in zip(server.ids, server.logprobs, strict=True)}
-    shown = [(vocabulary.most_probable(item, lambda token_id: float(row[token_id])), item) for item in asked.candidates]
-    in_text = asked.position + 1 < heard.prompt
-    follows = heard.tokens[asked.position + 1] if asked.position + 1 < len(heard.tokens) else -1
+    shown = [(vocabulary.most_probable(item, lambda token_id: float(row[token_id])), item) for item in placed.candidates]
+    in_text = placed.position + 1 < reply.prompt
+    follows = reply.tokens[placed.position + 1] if placed.position + 1 < len(reply.tokens) else -1
     server_choice = next((number for number, _ in shown[:1] if number is not None), None)
     distance = kl(row, server)
     return Predicted(
-        asked.position,
-        pieces[heard.tokens[asked.position]],
+        placed.position,
+        pieces[reply.tokens[placed.position]],
         TEACHER_FORCED if in_text else GREEDY,
         distance,
         tuple((-1 if number is None else number, item.text, max(item.logprob, -1e4)) for number, item in shown),
         tuple((int(number), pieces[int(number)], float(row[number]) - total) for number in top),
         follows,
-        known.get(follows, _own(asked)),
+        known.get(follows, _own(placed)),
         float(row[follows]) - total if follows >= 0 else None,
         float(row[top[0]] - row[server_choice]) if server_choice is not None else 0.0,
         wrong=not np.isfinite(distance) or distance > limit,
     )
 
 
-def _own(asked: Asked) -> float | None:
-    return max(asked.own.logprob, -1e4) if asked.own is not None else None
+def _own(placed: PlacedPrediction) -> float | None:
+    return max(placed.own.logprob, -1e4) if placed.own is not None else None
 
 
 def _next(model: Path, prefix: Sequence[int]) -> str:
     """The command that records every point of llama.cpp on these tokens."""
-    words = [
-        "parity",
-        "dump",
-        "ref",
-        "--model",
-        str(model),
-        "--tokens",
-        ",".join(map(str, prefix)),
-        "--points",
-        "all",
-        "-o",
-        REF_FILE,
-    ]
-    return shlex.join(words)
+    tokens = ",".join(map(str, prefix))
+    return shlex.join(["parity", "dump", "ref", "--model", str(model), "--tokens", tokens, "--points", "all", "-o", REF_FILE])

@@ -1,19 +1,25 @@
-"""Log-probabilities behind a sampler that keeps only the likeliest tokens and makes their probabilities sum to 1."""
+"""Log-probabilities after a sampler that keeps only some tokens, mostly the likeliest, and makes their probabilities sum to 1."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from ..score.measures import log_sum
 from .base import Row
 
 _MOST = 1000  # tokens that a sampler keeps
 _TOP_P = np.concatenate([np.arange(0.05, 0.995, 0.01), [0.995, 0.999]])
 _MIN_P = np.concatenate([[0.001, 0.002, 0.005], np.arange(0.01, 0.91, 0.01)])
+_SIGMAS = np.arange(0.1, 5.01, 0.05)
+_TYPICAL = np.concatenate([np.arange(0.05, 0.995, 0.05), [0.99]])
+_XTC = np.arange(0.02, 0.5, 0.01)
 _NEVER = 80.0  # a logit that far below the largest has no probability in float32
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 
 class Truncated(Struct, frozen=True):
@@ -24,7 +30,7 @@ class Truncated(Struct, frozen=True):
 
 
 def truncations(rows: Sequence[Row], offsets: Sequence[float]) -> Iterator[Truncated]:
-    """The top-k, the top-p and the min-p that fit best how far the server's log-probabilities are above llama.cpp's, at each position.
+    """Of each kind of truncation the one that fits best how far the server's log-probabilities are above llama.cpp's, at each position.
 
     `rows`: llama.cpp's logits [V] of each position.
     """
@@ -41,6 +47,51 @@ def truncations(rows: Sequence[Row], offsets: Sequence[float]) -> Iterator[Trunc
     by_share = np.array([[each[_over(p, share) - 1] for share in _MIN_P] for p, each in zip(likeliest, sums, strict=True)])
     share = float(_MIN_P[np.abs(by_share - above[:, None]).mean(axis=0).argmin()])
     yield Truncated(f"a min-p of {share:.3g}", lambda row: _cut(row, _over(_likeliest(row), share)))
+    kinds: tuple[tuple[str, Floats, Callable[[Row, float], Bools]], ...] = (
+        ("a top-n-sigma", _SIGMAS, _near_largest),
+        ("a typical-p", _TYPICAL, _typical),
+        ("an XTC threshold", _XTC, _without_top),
+    )
+    for name, values, kept in kinds:
+        off = [np.abs(np.array([_gain(row, kept(row, value)) for row in rows]) - above).mean() for value in values.tolist()]
+        yield Truncated(
+            f"{name} of {values[np.argmin(off)]:.3g}", partial(_masked, kept=kept, value=float(values[np.argmin(off)]))
+        )
+
+
+def _masked(row: Row, kept: Callable[[Row, float], Bools], value: float) -> Row:
+    """A row of which only some logits are left."""
+    return np.where(kept(row, value), row, row.max() - np.float32(_NEVER)).astype(np.float32)
+
+
+def _gain(row: Row, kept: Bools) -> float:
+    """By how much the log-probabilities of these tokens grow where they alone are left."""
+    return log_sum(row) - log_sum(row[kept])
+
+
+def _near_largest(row: Row, sigmas: float) -> Bools:
+    """`llama_sampler_top_n_sigma`: the logits less than so many standard deviations below the largest."""
+    return np.asarray(row >= row.max() - sigmas * row.std(dtype=np.float64))
+
+
+def _typical(row: Row, mass: float) -> Bools:
+    """`llama_sampler_typical`: the tokens whose surprise is nearest to the entropy, until they have this probability together."""
+    surprise = log_sum(row) - row.astype(np.float64)
+    p = np.exp(-surprise)
+    order = np.argsort(np.abs(surprise - float(p @ surprise)), kind="stable")
+    kept = np.zeros(len(row), dtype=np.bool_)
+    kept[order[: int(np.searchsorted(np.cumsum(p[order]), mass, side="right")) + 1]] = True
+    return kept
+
+
+def _without_top(row: Row, threshold: float) -> Bools:
+    """`llama_sampler_xtc`: of the tokens that reach the threshold only the least probable is left, and all below it."""
+    above = np.flatnonzero(row.astype(np.float64) - log_sum(row) >= np.log(threshold))
+    kept = np.ones(len(row), dtype=np.bool_)
+    if len(above) > 1:
+        kept[above] = False
+        kept[above[row[above].argmin()]] = True
+    return kept
 
 
 def _likeliest(row: Row) -> Floats:

@@ -6,7 +6,9 @@ with the results of the usual mistakes. A few rows at a time are read: memory do
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +21,10 @@ from .conversion_forms import ConvertedModel
 from .conversion_guesses import first_wrong_row, guess
 from .conversion_settings import DERIVED_TENSORS, FACTOR_ROUNDING, rope_factors, settings
 from .conversion_sources import TensorSource, sources_of
+from .packed import Floats
 from .row_distance import limit_of
-from .safetensors_folder import Floats, Folder
+from .safetensors_folder import Folder
+from .stored import Stored
 from .weights import Progress, type_name
 
 _PERMUTING = frozenset(
@@ -30,12 +34,22 @@ _PERMUTING = frozenset(
         "mistral3", "chameleon",
     )
 )  # fmt: skip
-# Converters store 1 + w of their norms, but for the norm behind a gated delta net. Gemma 3n and 4 multiply by w itself.
-_OFFSET = re.compile(r"gemma[23]?|gemma-embedding|nemotron|qwen3next|qwen35(moe)?")
-_GATED = ".ssm_norm.weight"
+# What converters add to the weights of norms: architectures, names, and the number. Gemma 3n and 4 multiply by w itself, and so
+# does the norm after a gated delta net.
+_OFFSETS = (
+    (
+        re.compile(r"gemma[23]?|gemma-embedding|nemotron|qwen3next|qwen35(moe)?|step35"),
+        re.compile(r"(?<!\.ssm_)norm\.weight$"),
+        1.0,
+    ),
+    (re.compile(r"plamo[23]"), re.compile(r"\.post_attention_norm(\.weight)?$"), 1.0 / 5),
+    (re.compile(r"plamo[23]"), re.compile(r"\.post_ffw_norm(\.weight)?$"), 1.0 / 5**1.5),
+    (re.compile(r"plamo[23]"), re.compile(r"(attn|ffn|output)_norm\.weight$"), 1.0),
+    (re.compile(r"plamo3"), re.compile(r"attn_[qk]_norm\.weight$"), 1.0),
+)
 _DECAY = ".ssm_a"  # −exp of the folder's A_log (`MambaModel.modify_tensors`)
 _EXP = 1e-13  # NMSE: exp as two libraries round it to float32, a unit in the last place of each value
-_TRANSPOSED = frozenset(("gpt2",))  # keeps [in, out] (Conv1D)
+_TRANSPOSED = frozenset(("gpt2", "jais"))  # keeps [in, out] (Conv1D)
 _BY = ("GGUF", "folder")
 
 
@@ -60,7 +74,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
         checks.append(
             _factors(model, info, factors)
             if factors is not None
-            else _tensor(model, info, sources.get(info.name), arch, _heads_of_layer(model, info.name))
+            else _tensor(model, info, sources.get(info.name), arch, _heads_of_layer(model, info.name), source.refusal)
         )
         done += info.n_bytes
         if progress is not None:
@@ -97,28 +111,19 @@ def _tied(name: str, model: GgufModel, sources: dict[str, TensorSource]) -> bool
     )
 
 
-def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int]) -> TensorCheck:
+def _tensor(
+    model: GgufModel, info: TensorInfo, source: TensorSource | None, arch: str, heads: tuple[int, int], refusal: str
+) -> TensorCheck:
     kind, count = type_name(info.type), int(np.prod(info.shape))
-    if source is None:
-        if info.name in DERIVED_TENSORS or info.name == "output.weight":
-            reason = (
-                "no tensor of the folder, and config.json does not give it"
-                if info.name in DERIVED_TENSORS
-                else "no tensor of the folder"
-            )
-            return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), f"{reason}: the converter made it")
-        return TensorCheck(info.name, kind, info.shape, "extra", 0, (), "the folder has no such tensor")
-    if not source.readable:
-        reason = "the folder keeps it in a type with scales of its own (8 bits, or packed), which is not read"
-        return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, 0, (), reason)
-    if source.size != count:
-        shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
-        return TensorCheck(info.name, kind, info.shape, DIFFERENT, 0, _BY, f"{source.size:,} values in the folder, {shapes}")
+    if source is None or not source.readable or source.size != count:
+        status, by, reason = _incomparable(info.name, source, refusal)
+        return TensorCheck(info.name, kind, info.shape, status, 0, by, reason)
     stored, source = source, source.shaped(info.shape)
     conv1d = arch in _TRANSPOSED and len(info.shape) == 2 and info.name.startswith("blk.")
     if conv1d:
         source = source.turned()
-    right = _expected(info, arch, heads)
+    kept = np.float16 if all(part.array.dtype == np.float16 for part in source.parts) else np.float32
+    right = _expected(info, arch, heads, kept)
     count_of = _heads(info, heads)
     held = HeldTensor(model, info, info.shape[0] // count_of if count_of and len(info.shape) == 2 else 1)
     distance = held.distance(source, right)
@@ -128,11 +133,11 @@ def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arc
         return TensorCheck(info.name, kind, info.shape, status, count, _BY)
     wrong = [] if distance is None else limit.wrong_rows(distance).tolist()
     first = held.first(source, right, wrong[0] if wrong else 0)
-    for mistake, parts in stored.mistakes:
-        if limit.holds(held.distance(TensorSource(parts).shaped(info.shape), right)):
-            return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
-    for mistake, change in _mistakes(info, arch, heads):
-        if limit.holds(held.distance(source, change)):
+    joined = ((mistake, TensorSource(parts).shaped(info.shape), right) for mistake, parts in stored.mistakes)
+    scaled = ((mistake, TensorSource(parts), right) for mistake, parts in _mistaken_scales(source))
+    changed = ((mistake, source, change) for mistake, change in _mistakes(info, arch, heads))
+    for mistake, other, change in chain(joined, scaled, changed):
+        if limit.holds(held.distance(other, change)):
             return TensorCheck(info.name, kind, info.shape, mistake, count, _BY, mistake, first)
     if mistake := guess(held, source, right, limit):
         status = DIFFERENT if mistake.startswith("it is exchanged") else mistake
@@ -142,6 +147,23 @@ def _tensor(model: GgufModel, info: TensorInfo, source: TensorSource | None, arc
         row = first_wrong_row(held, source, right, limit, wrong[0]) if wrong else ""
         reason = limit.excess(distance, row or reason)
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, count, _BY, reason, first)
+
+
+def _incomparable(name: str, source: TensorSource | None, refusal: str) -> tuple[str, tuple[str, ...], str]:
+    """Status, what was compared, and the reason for a tensor whose values the folder does not have, or not as many of them.
+
+    `refusal` is why the folder's values cannot be read, if they cannot.
+    """
+    if source is None and name in DERIVED_TENSORS:
+        return NOT_CHECKED, (), "no tensor of the folder, and config.json does not give it: the converter made it"
+    if source is None and name == "output.weight":
+        return NOT_CHECKED, (), "no tensor of the folder: the converter made it"
+    if source is None:
+        return "extra", (), "the folder has no such tensor"
+    if not source.readable:
+        return NOT_CHECKED, (), refusal
+    shapes = " + ".join(str(list(part.shape)) for part in source.parts[:2])
+    return DIFFERENT, _BY, f"{source.size:,} values in the folder, {shapes}"
 
 
 def _factors(model: GgufModel, info: TensorInfo, right: Floats) -> TensorCheck:
@@ -167,14 +189,26 @@ def _heads(info: TensorInfo, heads: tuple[int, int]) -> int:
     return count if count > 0 and info.shape[0] % (2 * count) == 0 else 0
 
 
-def _expected(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Change:
+def _offset(name: str, arch: str) -> float:
+    """What a converter adds to a norm's weight."""
+    return next((number for archs, names, number in _OFFSETS if archs.fullmatch(arch) and names.search(name)), 0.0)
+
+
+def _expected(info: TensorInfo, arch: str, heads: tuple[int, int], kept: type[np.floating[Any]]) -> Change:
+    """What a converter makes of the folder's rows; it computes in float32, or in float16 what is `kept` so."""
     if arch in _PERMUTING and _heads(info, heads):
         return lambda rows: permuted(rows, info.shape, _heads(info, heads))
-    if _OFFSET.fullmatch(arch) and info.name.endswith("norm.weight") and not info.name.endswith(_GATED):
-        return lambda rows: rows + np.float32(1)
+    if offset := _offset(info.name, arch):
+        return lambda rows: (rows.astype(kept) + kept(offset)).astype(np.float32)
     if info.name.endswith(_DECAY):
-        return lambda rows: -np.exp(rows)
+        return lambda rows: -np.exp(rows).astype(kept).astype(np.float32)
     return lambda rows: rows
+
+
+def _mistaken_scales(source: TensorSource) -> Iterator[tuple[str, tuple[Stored, ...]]]:
+    """What mistakes with the scales of packed weights would have given: the same one in each part."""
+    for together in zip(*(part.mistakes() for part in source.parts), strict=False):
+        yield together[0][0], tuple(part for _, part in together)
 
 
 def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[tuple[str, Change]]:
@@ -189,9 +223,11 @@ def _mistakes(info: TensorInfo, arch: str, heads: tuple[int, int]) -> Iterator[t
             yield "permuted, which this architecture's rows are not", lambda rows: permuted(rows, info.shape, n)
     if info.name.endswith(_DECAY):
         yield "the logarithm of the decay, of which llama.cpp expects −exp", lambda rows: rows
-    if info.name.endswith("norm.weight"):
-        if _OFFSET.fullmatch(arch) and not info.name.endswith(_GATED):
-            yield "without the 1 that llama.cpp expects in this norm's weight", lambda rows: rows
+    if info.name.removesuffix(".weight").endswith("norm"):
+        if offset := _offset(info.name, arch):
+            yield f"without the {offset:.4g} that llama.cpp expects in this norm's weight", lambda rows: rows
+            if offset != 1:
+                yield f"with 1 added instead of {offset:.4g}", lambda rows: rows + np.float32(1)
         else:
             yield "with 1 added, which this architecture's norm does not expect", lambda rows: rows + np.float32(1)
 

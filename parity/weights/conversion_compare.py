@@ -11,8 +11,8 @@ from engine.weights.dequantize import dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
 from .conversion_sources import TensorSource
+from .packed import Floats
 from .row_distance import Distance
-from .safetensors_folder import Floats
 
 CHUNK = 1 << 18  # elements that are read at a time: what is computed from them stays in the cache (1 MB as float32)
 

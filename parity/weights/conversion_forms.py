@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from .safetensors_folder import Stored
+from .stored import Stored
 
 Array = NDArray[Any]
 _INTERLEAVED = frozenset(("gpt-oss",))  # rows of gate and up in turns
@@ -21,6 +22,7 @@ HALVES = "gate and up taken as halves, though this folder keeps their rows in tu
 TURNS = "gate and up taken in turns, though this folder keeps them as halves"
 IN_GROUPS = "left in groups: llama.cpp expects all queries, then all keys, then all values"
 GROUPED_HEADS = "value heads left beside their key head: llama.cpp expects the first of each key head, then the second"
+HALVES_OF_NORM = "in the order of halves: llama.cpp rotates neighbours here, so that a head's norm is permuted as its rows are"
 UNSCALED = "without the multiplier that config.json gives, which llama.cpp expects in the weights"
 
 
@@ -76,10 +78,10 @@ def _latent(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[s
     nope, rank = model.number("qk_nope_head_dim"), stored.shape[-1]
     heads = stored.array.reshape(model.number("num_attention_heads"), -1, rank)
     keys, values = heads[:, :nope], heads[:, nope:]
-    turned = ("each head's key part not transposed", tuple(Stored(head.reshape(-1)) for head in keys))
+    turned = ("each head's key part not transposed", tuple(stored.view(head.reshape(-1)) for head in keys))
     return {
-        "attn_k_b.weight": ConvertedForm((Stored(keys.swapaxes(1, 2)),), (turned,)),
-        "attn_v_b.weight": ConvertedForm((Stored(values),)),
+        "attn_k_b.weight": ConvertedForm((stored.view(keys.swapaxes(1, 2)),), (turned,)),
+        "attn_v_b.weight": ConvertedForm((stored.view(values),)),
     }
 
 
@@ -94,7 +96,7 @@ def _gate_and_up(name: str, to: str, stored: Stored, model: ConvertedModel) -> d
     kind = "bias" if bias else "weight"
     mistake = HALVES if interleaved else TURNS
     return {
-        f"ffn_{part}_exps.{kind}": ConvertedForm((Stored(right[i]),), ((mistake, (Stored(wrong[i]),)),))
+        f"ffn_{part}_exps.{kind}": ConvertedForm((stored.view(right[i]),), ((mistake, (stored.view(wrong[i]),)),))
         for i, part in enumerate(("gate", "up"))
     }
 
@@ -104,7 +106,7 @@ def _down(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str
     bias = name.endswith("bias")
     turned = not bias and model.architecture in _EXPERTS_TURNED
     array = stored.array.swapaxes(1, 2) if turned else stored.array
-    return {f"ffn_down_exps.{'bias' if bias else 'weight'}": ConvertedForm((Stored(array),))}
+    return {f"ffn_down_exps.{'bias' if bias else 'weight'}": ConvertedForm((stored.view(array),))}
 
 
 def _halves(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
@@ -114,7 +116,10 @@ def _halves(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[s
     kind = "" if name.startswith("transformer.") else "_exps" if axis else "_shexp"
     if kind == "_shexp" and not model.number("num_local_experts"):
         kind = ""
-    return {f"ffn_gate{kind}.weight": ConvertedForm((Stored(gate),)), f"ffn_up{kind}.weight": ConvertedForm((Stored(up),))}
+    return {
+        f"ffn_gate{kind}.weight": ConvertedForm((stored.view(gate),)),
+        f"ffn_up{kind}.weight": ConvertedForm((stored.view(up),)),
+    }
 
 
 def _shared_down(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
@@ -128,7 +133,7 @@ def _experts_in_rows(name: str, to: str, stored: Stored, model: ConvertedModel) 
     number = settings.get("moe_num_experts") if isinstance(settings, dict) else None
     experts = stored.array.reshape(number if isinstance(number, int) else 0, -1, stored.shape[-1])
     kind = {"w1": "gate", "v1": "up", "w2": "down"}[name[-2:]]
-    return {f"ffn_{kind}_exps.weight": ConvertedForm((Stored(experts.swapaxes(1, 2) if kind == "down" else experts),))}
+    return {f"ffn_{kind}_exps.weight": ConvertedForm((stored.view(experts.swapaxes(1, 2) if kind == "down" else experts),))}
 
 
 def _correction(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
@@ -142,7 +147,7 @@ def _grouped(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[
     if model.architecture not in _GROUPED or not few or many % few:
         return {}
     group = stored.array.reshape(few, many // few + 2, -1, *stored.shape[1:])
-    parts = tuple(Stored(part) for part in (group[:, :-2], group[:, -2], group[:, -1]))
+    parts = tuple(stored.view(part) for part in (group[:, :-2], group[:, -2], group[:, -1]))
     return {to: ConvertedForm(parts, ((IN_GROUPS, (stored,)),))} if to else {}
 
 
@@ -152,8 +157,8 @@ def _queries_to_gates(name: str, to: str, stored: Stored, model: ConvertedModel)
     key, value = model.number("linear_key_head_dim"), model.number("linear_value_head_dim") * many // max(few, 1)
     heads = stored.array.reshape(few, 2 * key + 2 * value, -1)
     cuts = (slice(0, key), slice(key, 2 * key), slice(2 * key, 2 * key + value))
-    fused = ConvertedForm(tuple(Stored(heads[:, cut]) for cut in cuts))
-    return {"attn_qkv.weight": fused, "attn_gate.weight": ConvertedForm((Stored(heads[:, 2 * key + value :]),))}
+    fused = ConvertedForm(tuple(stored.view(heads[:, cut]) for cut in cuts))
+    return {"attn_qkv.weight": fused, "attn_gate.weight": ConvertedForm((stored.view(heads[:, 2 * key + value :]),))}
 
 
 def _value_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
@@ -168,17 +173,27 @@ def _value_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> d
         tiled = array.reshape(len(array), few, many // few, -1).swapaxes(1, 2)
     else:
         tiled = array[before:].reshape(few, many // few, -1, *array.shape[1:]).swapaxes(0, 1)
-    parts = (Stored(array[:before]), Stored(tiled)) if before else (Stored(tiled),)
+    parts = (stored.view(array[:before]), stored.view(tiled)) if before else (stored.view(tiled),)
     return {to: ConvertedForm(parts, ((GROUPED_HEADS, (stored,)),))} if to else {}
 
 
+def _norm_of_heads(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
+    """Chameleon's norm of queries and keys: the first head's, permuted as rows are, for every head (`_reverse_hf_permute`)."""
+    if model.architecture != "chameleon" or not to:
+        return {}
+    neighbours = stored.array[0].reshape(2, -1).T
+    heads = model.heads[".k_norm." in name]
+    every = stored.view(np.broadcast_to(neighbours, (heads, *neighbours.shape)))
+    return {to: ConvertedForm((every,), ((HALVES_OF_NORM, (stored,)),))}
+
+
 def _positions(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
-    """RoBERTa's positions begin behind the padding token's."""
+    """RoBERTa's positions begin after the padding token's."""
     if "roberta" not in str(model.config.get("model_type")) and model.config.get("model_type") != "camembert":
         return {}
     first = model.number("pad_token_id") + 1
-    shifted = ("begins with the rows of padding, which llama.cpp does not expect", (Stored(stored.array[:-first]),))
-    return {to: ConvertedForm((Stored(stored.array[first:]),), (shifted,))}
+    shifted = ("begins with the rows of padding, which llama.cpp does not expect", (stored.view(stored.array[:-first]),))
+    return {to: ConvertedForm((stored.view(stored.array[first:]),), (shifted,))}
 
 
 _FALCON_H1 = (
@@ -194,6 +209,18 @@ _FALCON_H1 = (
 )
 
 
+def _maximal_update(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
+    """Jais: scales of embeddings and logits (`JaisModel.__init__` of conversion/jais.py)."""
+    if model.architecture != "jais" or not to:
+        return {}
+    if name == "lm_head.weight":
+        alpha, width = model.scale("mup_output_alpha"), model.scale("mup_width_scale")
+        factor = alpha * width if "mup_width_scale" in model.config else model.scale("width_scale")
+    else:
+        factor = model.scale("mup_embeddings_scale" if "mup_embeddings_scale" in model.config else "embeddings_scale")
+    return {to: ConvertedForm((replace(stored, factors=(factor,)),), ((UNSCALED, (stored,)),))}
+
+
 def _multiplied(name: str, to: str, stored: Stored, model: ConvertedModel) -> dict[str, ConvertedForm]:
     """Falcon-H1: multipliers of activations, which converters apply to the weights."""
     if model.architecture != "falcon-h1" or not to:
@@ -206,20 +233,20 @@ def _multiplied(name: str, to: str, stored: Stored, model: ConvertedModel) -> di
         return {
             to: ConvertedForm(
                 tuple(
-                    Stored(part, (scale, model.scale("ssm_multipliers", i)))
+                    replace(stored, array=part, factors=(scale, model.scale("ssm_multipliers", i)))
                     for i, part in enumerate(np.split(stored.array, edges))
                 ),
                 unscaled,
             )
         }
     keys = next((keys for word, keys in _FALCON_H1 if word in name), ())
-    return {to: ConvertedForm((Stored(stored.array, tuple(model.scale(*key) for key in keys)),), unscaled)} if keys else {}
+    return {to: ConvertedForm((replace(stored, factors=tuple(model.scale(*key) for key in keys)),), unscaled)} if keys else {}
 
 
 _FORMS: tuple[tuple[str, Callable[[str, str, Stored, ConvertedModel], dict[str, ConvertedForm]]], ...] = (
     (r"\.kv_b_proj\.weight$", _latent),
-    (r"\.experts\.gate_up_proj(_bias|_blocks)?$", _gate_and_up),
-    (r"\.experts\.down_proj(_bias|_blocks)?$", _down),
+    (r"\.experts\.gate_up_proj(_bias)?$", _gate_and_up),
+    (r"\.experts\.down_proj(_bias)?$", _down),
     (r"\.(input_linear|ffn\.proj_1)\.weight$", _halves),
     (r"\.shared_mlp\.output_linear\.weight$", _shared_down),
     (r"\.ffn\.experts\.mlp\.(w1|v1|w2)$", _experts_in_rows),
@@ -227,7 +254,9 @@ _FORMS: tuple[tuple[str, Callable[[str, str, Stored, ConvertedModel], dict[str, 
     (r"\.query_key_value\.(weight|bias)$", _grouped),
     (r"\.in_proj_qkvz\.weight$", _queries_to_gates),
     (r"\.linear_attn\.(?!norm)", _value_heads),
+    (r"\.[qk]_norm\.(weight|bias)$", _norm_of_heads),
     (r"\.position_embeddings\.weight$|^embeddings\.position_embeddings\.weight$", _positions),
+    (r"\bwte\.weight$|^lm_head\.weight$", _maximal_update),
     (r"", _multiplied),
 )
 
@@ -237,9 +266,9 @@ def matrices(stored: Stored, columns: int) -> Iterator[Stored]:
     array = stored.array
     if array.ndim < 2:
         rows = array.reshape(-1, columns) if columns and array.size % columns == 0 else array.reshape(1, -1)
-        yield Stored(rows, stored.factors)
+        yield stored.view(rows)
     elif array.ndim > 2 and int(np.prod(array.shape[1:])) != columns:
         for inner in array:
-            yield from matrices(Stored(inner, stored.factors), columns)
+            yield from matrices(stored.view(inner), columns)
     else:
         yield stored

@@ -5,7 +5,6 @@ import numpy as np
 from .conversion_compare import CHUNK, Change, HeldTensor
 from .conversion_sources import TensorSource
 from .row_distance import Distance, Limit
-from .safetensors_folder import Stored
 
 TURNED = "transposed: llama.cpp expects a row for each output"
 MATRICES_TURNED = "each of its matrices is transposed: llama.cpp expects a row for each output"
@@ -20,7 +19,7 @@ def guess(held: HeldTensor, source: TensorSource, right: Change, limit: Limit) -
         if limit.holds(held.distance(turned, right)):
             return TURNED if len(turned.parts) == 1 else MATRICES_TURNED
         if all(part.array.flags.c_contiguous and part.array.size % columns == 0 for part in turned.parts):
-            reshaped = TensorSource(tuple(Stored(part.array.reshape(-1, columns), part.factors) for part in turned.parts))
+            reshaped = TensorSource(tuple(part.view(part.array.reshape(-1, columns)) for part in turned.parts))
             if limit.holds(held.distance(reshaped, right)):
                 return RESHAPED
     if other := _other(held, source, right, limit):

@@ -9,7 +9,8 @@ import numpy as np
 from checkpoints.answers.weights import DIFFERENT, TensorCheck
 from engine.weights.gguf_model import GgufModel
 
-from .safetensors_folder import Floats, Folder
+from .packed import Floats
+from .safetensors_folder import Folder
 
 DERIVED_TENSORS = (
     "rope_freqs.weight",

@@ -11,13 +11,18 @@ from msgspec.structs import replace
 from checkpoints.errors import InputError
 
 from .conversion_forms import ConvertedForm, ConvertedModel, forms, matrices
-from .safetensors_folder import Floats, Folder, Stored
+from .folder_quantisation import SCALE
+from .packed import Floats
+from .safetensors_folder import Folder
+from .stored import Stored
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
-_STACKED = re.compile(r"(.*\.altup_(?:\w+_)?projections)\.(\d+)\.weight")
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)(\.(?:weight|scale|input_scale))")
+_ONE = 1e-6  # converters take a scale as near as this for 1
+_SUFFIXES = (".weight", ".bias", ".scale", ".input_scale")
+_STACKED = re.compile(r"(.*\.altup_(?:\w+_)?projections|.*\.[qk]_layernorm)(?:\.norms)?\.(\d+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -37,17 +42,22 @@ class TensorSource(Struct, frozen=True):
         """The number of values."""
         return sum(part.array.size for part in self.parts)
 
+    @property
+    def needless(self) -> bool:
+        """Whether these are scales that converters leave out: `_write_scale_tensor` of conversion/base.py."""
+        return all(part.kind == SCALE and abs(float(part.array[0]) - 1) < _ONE for part in self.parts)
+
     def shaped(self, shape: tuple[int, ...]) -> "TensorSource":
         """With parts that have the rows of a GGUF tensor of that shape, where their number of values allows it."""
         columns = shape[-1]
         if len(shape) == 1 and len(self.parts) + self.parts[0].array.ndim > 2:
-            row = np.concatenate([part.array.reshape(-1) for part in self.parts])[None]
-            return replace(self, parts=(Stored(row, self.parts[0].factors),))
+            row = np.concatenate([part.part().reshape(-1) for part in self.parts])[None]
+            return replace(self, parts=(Stored(row),))
         return replace(self, parts=tuple(piece for part in self.parts for piece in matrices(part, columns)))
 
     def turned(self) -> "TensorSource":
         """Each part transposed."""
-        return replace(self, parts=tuple(Stored(part.array.T, part.factors) for part in self.parts))
+        return replace(self, parts=tuple(part.view(part.array.T) for part in self.parts))
 
     def portions(self, columns: int, most: int, unit: int) -> Iterator[tuple[int, Floats]]:
         """(first row, values [rows, columns]) of at most about `most` values at a time, whole multiples of `unit` rows.
@@ -80,7 +90,7 @@ def sources_of(model: ConvertedModel, layers: int, folder: Folder) -> tuple[dict
     for name, stored in folder.tensors.items():
         if match := _EXPERT.fullmatch(name):
             head = match[1].replace("block_sparse_moe", "mlp")
-            stacks.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}.weight", {})[int(match[2])] = name
+            stacks.setdefault(f"{head}.experts.{_MIXTRAL.get(match[3], match[3])}{match[4]}", {})[int(match[2])] = name
             continue
         if match := _STACKED.fullmatch(name):
             stacks.setdefault(match[1].replace("model.language_model.", "model.") + ".weight", {})[int(match[2])] = name
@@ -97,7 +107,7 @@ def sources_of(model: ConvertedModel, layers: int, folder: Folder) -> tuple[dict
             stray += members.values()
             continue
         sources[to] = TensorSource(tuple(folder.tensors[members[number]] for number in range(len(members))))
-    return sources, stray
+    return {name: source for name, source in sources.items() if not source.needless}, stray
 
 
 def _named(name: str, names: "TensorNameMap", held: frozenset[str]) -> str:
@@ -105,5 +115,5 @@ def _named(name: str, names: "TensorNameMap", held: frozenset[str]) -> str:
     plain = name.replace("model.language_model.", "model.").replace(".qweight", ".weight")
     # As the converters of BLOOM and Mamba 2 change them.
     spellings = (plain, plain.removeprefix("transformer."), plain.replace(".dt_bias", ".dt_proj.bias"))
-    to = next(filter(None, (names.get_name(text, try_suffixes=(".weight", ".bias")) for text in spellings)), "") or ""
+    to = next(filter(None, (names.get_name(text, try_suffixes=_SUFFIXES) for text in spellings)), "") or ""
     return to if to in held else next((to + suffix for suffix in (".weight", ".bias") if to + suffix in held), to)

@@ -1,6 +1,7 @@
 """What can happen to a weight while an engine loads it: each mishap with the leading values that it gives."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,33 +52,17 @@ def mishaps(model: GgufModel, info: TensorInfo, count: int, heads: tuple[int, in
         yield "nibbles swapped", altered(lambda blocks: _swap_nibbles(blocks, start, length))
         yield "nibbles in the order of bytes (low, high, low, high)", lambda: _interleaved(model, info, count)
     yield from _elsewhere(model, info, count)
-    if info.type in (12, 13):
-        yield "scales and mins swapped", altered(_swap_k4)
-        yield "d and dmin swapped", altered(lambda blocks: _swap(blocks, 0, 2))
-    if info.type == 10:
-        yield "scales and mins swapped", altered(lambda blocks: _swap_nibbles(blocks, 0, 16))
-        yield "d and dmin swapped", altered(lambda blocks: _swap(blocks, 80, 82))
-    if info.type == 11:
-        yield from _of_q3_k(model, info, count)
-    if info.type in _ZERO:
-        yield f"{_ZERO[info.type]} not subtracted from the quants", lambda: _without_zero(model, info, count)
-    if info.type == 8:
-        yield "quants read as unsigned bytes", lambda: _unsigned(model, info, count)
-    if info.type == 39:
-        yield (
-            "scales twice as large: the exponent's bias is 127 where values are doubled",
-            lambda: 2 * first_values(model, info, count),
-        )
-    if info.type in (3, 7):
-        yield "scales and mins swapped", altered(lambda blocks: _swap(blocks, 0, 2))
+    for name, change in _BLOCK_CHANGES.get(info.type, ()):
+        yield name, altered(change)
+    if info.type in _READINGS:
+        yield from _READINGS[info.type](model, info, count)
     if info.type in _HALVES:
         yield "byte order of the 16-bit fields", altered(lambda blocks: _turn_halves(blocks, _HALVES[info.type]))
     if info.type == 0:
         yield "byte order", altered(lambda blocks: np.ascontiguousarray(blocks[:, ::-1]))
-    if info.type == 1:
-        yield "F16 read as BF16", lambda: _as(model, info, count, 30)
-    if info.type == 30:
-        yield "BF16 read as F16", lambda: _as(model, info, count, 1)
+    if info.type in _OTHER_HALF:
+        name, kind = _OTHER_HALF[info.type]
+        yield name, lambda: _as(model, info, count, kind)
 
 
 def _transposed(model: GgufModel, info: TensorInfo, count: int) -> Floats:
@@ -238,3 +223,30 @@ def _interleaved(model: GgufModel, info: TensorInfo, count: int) -> Floats | Non
 
 def _as(model: GgufModel, info: TensorInfo, count: int, kind: int) -> Floats:
     return _values(_blocks(model, info, count), kind)
+
+
+def _offset_kept(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, MishapValues]]:
+    yield f"{_ZERO[info.type]} not subtracted from the quants", lambda: _without_zero(model, info, count)
+
+
+def _of_q8_0(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, MishapValues]]:
+    yield "quants read as unsigned bytes", lambda: _unsigned(model, info, count)
+
+
+def _of_mxfp4(model: GgufModel, info: TensorInfo, count: int) -> Iterator[tuple[str, MishapValues]]:
+    sentence = "scales twice as large: the exponent's bias is 127 where values are doubled"
+    yield sentence, lambda: 2 * first_values(model, info, count)
+
+
+_SWAPPED, _HALF_SWAPPED = "scales and mins swapped", "d and dmin swapped"
+_Q4_K = (_SWAPPED, _swap_k4), (_HALF_SWAPPED, partial(_swap, a=0, b=2))
+# What can happen to the fields of a type's blocks, and to the reading of its values.
+_BLOCK_CHANGES: dict[int, tuple[tuple[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]], ...]] = {
+    3: ((_SWAPPED, partial(_swap, a=0, b=2)),),
+    7: ((_SWAPPED, partial(_swap, a=0, b=2)),),
+    10: ((_SWAPPED, partial(_swap_nibbles, start=0, length=16)), (_HALF_SWAPPED, partial(_swap, a=80, b=82))),
+    12: _Q4_K,
+    13: _Q4_K,
+}
+_READINGS = {2: _offset_kept, 6: _offset_kept, 8: _of_q8_0, 11: _of_q3_k, 39: _of_mxfp4}
+_OTHER_HALF = {1: ("F16 read as BF16", 30), 30: ("BF16 read as F16", 1)}

@@ -4,8 +4,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from .packed import Floats
 from .quantisation_loss import LOSS, largest_loss
-from .safetensors_folder import Floats
 
 # A type of 16 bits rounds: half a step of bfloat16's 8 bits is 2^-9.
 _ROUNDED = 2.0**-17

@@ -41,9 +41,9 @@ def check_weights(
                 progress("weights", done, total)
 
         checks.append(_tensor(model, info, side, by_libggml, portion, advanced))
-    odd = [check.name for check in checks if check.nonfinite]
-    damaged = f"the file itself contains NaN or infinities: {', '.join(odd[:4])}{', …' if len(odd) > 4 else ''}"
-    notes = (f"ours on {side.device}", *((damaged,) if odd else ()))
+    nonfinite = [check.name for check in checks if check.nonfinite]
+    damaged = f"the file itself contains NaN or infinities: {', '.join(nonfinite[:4])}{', …' if len(nonfinite) > 4 else ''}"
+    notes = (f"ours on {side.device}", *((damaged,) if nonfinite else ()))
     return WeightsCheck(f"{model.hyperparameters.name or path.stem} ({path})", "", tuple(checks), total, notes)
 
 
@@ -110,12 +110,12 @@ def _first_difference(
 ) -> FirstDifference | None:
     """The first element whose bits are not the same in all results; all NaNs count as equal."""
     results = list(dequantised.values())
-    odd = np.zeros(len(results[0]), dtype=np.bool_)
+    different = np.zeros(len(results[0]), dtype=np.bool_)
     for other in results[1:]:
-        odd |= (results[0].view(np.uint32) != other.view(np.uint32)) & ~(np.isnan(results[0]) & np.isnan(other))
-    if not odd.any():
+        different |= (results[0].view(np.uint32) != other.view(np.uint32)) & ~(np.isnan(results[0]) & np.isnan(other))
+    if not different.any():
         return None
-    at = int(odd.argmax())
+    at = int(different.argmax())
     elements, size = block_of(info.type, info.name)
     block = at // elements
     raw = part.reshape(-1)[block * size : (block + 1) * size]
@@ -131,7 +131,7 @@ def _blame(first: FirstDifference) -> str:
     """Which implementation disagrees with the others."""
     values = first.values
     for name, value in values.items():
-        others = [other for who, other in values.items() if who != name]
+        others = [other for other_name, other in values.items() if other_name != name]
         if len(others) > 1 and len(set(map(repr, others))) == 1 and repr(others[0]) != repr(value):
             return f"{name} stands alone"
     return "all differ" if len(values) > 2 else "the two differ"

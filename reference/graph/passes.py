@@ -101,7 +101,7 @@ class PassSession:
         )
         taken = RawPass(now, min(self._n_ctx, -(-len(keys) // PAD) * PAD) if self.caches else 0)
         session.record(
-            tokens, first, GraphRecorder(session.model.library.ggml, self._weights, taken).asked, encode=self._encode
+            tokens, first, GraphRecorder(session.model.library.ggml, self._weights, taken).record, encode=self._encode
         )
         last = session.last_position()
         # llama.cpp takes back the positions of a pass that was stopped, but recurrent memories cannot do so.

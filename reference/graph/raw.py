@@ -45,7 +45,7 @@ class RawPass(Struct):
 
 
 class GraphRecorder:
-    """Records one pass, node by node; `asked` is called inside the callback.
+    """Records one pass, node by node; `record` is called inside the callback.
 
     Raises (from the pass):
         ReferenceFailed: tensors have another layout, or an input has a type that cannot be read.
@@ -55,7 +55,7 @@ class GraphRecorder:
         self._ggml, self._weights, self._taken = ggml, weights, taken
         self._known: set[int] = set()
 
-    def asked(self, address: int) -> None:
+    def record(self, address: int) -> None:
         """Record a node and the leaves that it reads."""
         raw = self._read(address)
         self._taken.nodes.append(raw)

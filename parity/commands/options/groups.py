@@ -64,7 +64,7 @@ GROUPS = {
     "window": _single("window", declared.WindowOption, "auto", values.window),
     "threads": _single("threads", declared.ThreadsOption),
     "first_position": _single("first_position", declared.FirstOption, 0),
-    "tolerance": _single("tolerance", declared.ToleranceOption),
+    "tolerance": _single("tolerance", declared.ToleranceOption, None, values.tolerance),
     "strict": _single("strict", declared.StrictOption, False),
     "compute": _single("compute", declared.ComputeOption),
     "arbiter": _single("arbiter", declared.ArbiterOption, ArbiterChoice.AUTO),

@@ -1,12 +1,12 @@
 """The options of a server as a side, and the request that they form together."""
 
-import json
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from checkpoints.errors import InputError
+from checkpoints.given_json import decoded
 
 from .values import Given
 
@@ -137,8 +137,8 @@ def members(server_json: str) -> dict[str, Any]:
         InputError: it is not a JSON object.
     """
     try:
-        extra = json.loads(server_json) if server_json else {}
-    except (ValueError, RecursionError) as error:
+        extra = decoded(server_json) if server_json else {}
+    except ValueError as error:
         raise InputError(f"--server-json is not JSON: {error}.", _EXAMPLE, code="server") from None
     if not isinstance(extra, dict):
         raise InputError("--server-json must be a JSON object.", _EXAMPLE, code="server")

@@ -45,6 +45,19 @@ def mapping(names: Path | None, offset: int | None) -> "Mapping":
     return read if offset is None else replace(read, position_offset=(read.position_offset or 0) + offset)
 
 
+def tolerance(given: float | None) -> float | None:
+    """`--tolerance`, refused before anything is run with it.
+
+    Raises:
+        InputError: it is not a finite number ≥ 0.
+    """
+    if given is not None:
+        from ...diff.limits import require_tolerance
+
+        require_tolerance(given)
+    return given
+
+
 def devices(text: str | None) -> tuple[int, ...]:
     """`--devices` as numbers; empty for the backend's own choice.
 

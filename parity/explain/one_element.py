@@ -1,0 +1,96 @@
+"""Errors of the size of lower arithmetic that follow one element, or one head, of one value: rounding changes all of them.
+
+To first order such an error moves what is recorded along one column of its derivatives. Those of a sequence's first row are exact, as it
+depends on no other.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.points import parse
+from engine.graph import TOKENS, Step, sees_later
+from engine.replay.adjoint import derivatives
+
+from .case import Case
+from .records import Expected, Floats
+
+_ELEMENTS = 64  # recorded elements whose derivatives are taken, at most
+# The share of the error's energy along one direction: a part in 1,000 of an element leaves one in a million beyond first order. Noise of
+# that many values of equal weight exceeds it once in 10^8 draws, and there are some thousand elements.
+_ALONG, _WEIGHT = 0.9999, 5.0
+# The most that an element may have of what all of them, rounded alike, do to the recorded ones: an activation that is a thousand times
+# larger than the others, as trained models have at their first token, has all of the rounding's error, too.
+_OF_ALL = 0.1
+
+
+def one_element(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_]) -> str:
+    """Which element or head the errors of a point's first row follow, as words; empty if none, or if that cannot be said.
+
+    Args:
+        errors: [R, k], the recorded elements minus the right ones, where they are known: bool [R, k].
+    """
+    steps = case.transformer.steps
+    first = np.flatnonzero(entry.rows == 0)
+    if not len(first) or sees_later(steps) or entry.values.shape[1] < _WEIGHT:
+        return ""
+    record = int(first[0])
+    columns = np.flatnonzero(known[record] & entry.present[record])
+    columns = columns[np.unique(np.linspace(0, len(columns) - 1, min(len(columns), _ELEMENTS)).astype(np.int64))]
+    wanted = errors[record, columns]
+    size = float(wanted @ wanted)
+    if not (np.isfinite(size) and size > 0) or size**2 / float((wanted**4).sum()) < _WEIGHT:
+        return ""
+    elements = columns if entry.index is None else entry.index[record, columns]
+    end = next(number for number, step in enumerate(steps) if step.makes == entry.point)
+    replay = case.make(steps[: end + 1], 1)
+    after_tokens = [step for step in steps[: end + 1] if TOKENS not in step.names]
+    try:
+        answers = derivatives(after_tokens, entry.point, elements, 0, replay.values, replay.weights)
+    except KeyError:  # an operation whose derivatives are not known
+        return ""
+    on_host = case.transformer.backend.to_host
+    changes = {
+        name: on_host(part).astype(np.float64) for name, part in answers.items() if name != entry.point and part.ndim == 2
+    }
+    rows = {name: on_host(replay.values[name])[0].astype(np.float64) for name in changes}
+    for what, direction, telling in _directions(changes, rows, _heads(steps)):
+        energy = np.einsum("kn,kn->n", direction, direction)
+        shares = np.where(telling, (wanted @ direction) ** 2 / (np.where(telling, energy, 1.0) * size), 0.0)
+        if shares.max() > _ALONG:
+            return f"{what.format(int(np.argmax(shares)))} were off"
+    return ""
+
+
+def _directions(
+    changes: Mapping[str, Floats], rows: Mapping[str, Floats], heads: Collection[int]
+) -> Iterator[tuple[str, Floats, NDArray[np.bool_]]]:
+    """Where the elements of values, and the heads of attention's, move what is recorded, [k, n] each: of one value, and in all layers.
+
+    With them, which of these directions rounding does not have: bool [n].
+    """
+    of_kind: dict[str, list[str]] = {}
+    for name, part in changes.items():
+        if rows[name].shape == part.shape[1:]:
+            of_kind.setdefault(parse(name).kind, []).append(name)
+    for kind, names in of_kind.items():
+        for alike in [
+            *([name] for name in names),
+            *([names] if len(names) > 1 and len({changes[name].shape for name in names}) == 1 else []),
+        ]:
+            scaled = sum((changes[name] * rows[name] for name in alike), np.zeros_like(changes[alike[0]]))
+            where = alike[0] if len(alike) == 1 else f"blk.*.{kind}"
+            energy = np.einsum("kn,kn->n", scaled, scaled)
+            small = energy < _OF_ALL * energy.sum()
+            yield f"element {{}} of {where}", scaled, small & (energy > 0)
+            for count in heads if kind[:1] in "qkv" else ():
+                if scaled.shape[1] % count == 0:
+                    of_heads = scaled.reshape(len(scaled), count, -1).sum(axis=2)
+                    yield f"head {{}} of {where}", of_heads, bool(small.all()) & of_heads.any(axis=0)
+
+
+def _heads(steps: Sequence[Step]) -> set[int]:
+    """How many heads attention has, for queries and for keys, where there are several."""
+    counts = {step.params.get(name) for step in steps for name in ("heads", "kv_heads")}
+    return {count for count in counts if isinstance(count, int) and count > 1}

@@ -1,0 +1,83 @@
+"""Records that raised limits let pass, held against what their operation makes of the dump's own inputs: no earlier error counts then."""
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
+from checkpoints.points import LOGITS
+from engine.graph import History, Step, compute, inputs_of
+from engine.inapplicable import NotApplicable
+from engine.replay.wide import is_looked_up
+
+from ..diff.limits import EXACT_FLOOR
+from .beside import ROOM, beside
+from .case import Case
+from .laws import law
+from .records import Expected
+
+
+def contradicted(case: Case, answer: Explanation) -> Explanation:
+    """The answer that nothing differs, unless a record is not what its operation makes of its own inputs, which were recorded whole.
+
+    Only records over the usual limit are asked. Of an operation that ggml computes from a table another engine's own values differ.
+    """
+    entries = {entry.point: entry for entry in case.entries}
+    for step in case.transformer.steps:
+        entry = entries.get(step.makes)
+        if entry is None or is_looked_up(step) or _rounded(entry):
+            continue
+        usual = replace(
+            entry, limit=np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations)
+        )
+        value = _made_of_own_inputs(case, step, entries) if (usual.base > usual.limit).any() else None
+        if value is None:
+            continue
+        errors = usual.nmse(value, case.positions)
+        wrong = errors > ROOM * usual.limit
+        if wrong.any():
+            compared = beside(usual, errors, {step.makes: value}, case.positions)
+            at = int(np.flatnonzero(wrong)[0])
+            place = DivergentPlace(step.makes, int(case.positions[entry.rows[at]]), float(errors[at]), float(usual.limit[at]))
+            return replace(
+                answer,
+                differing=int(wrong.sum()),
+                first=place,
+                remaining=place,
+                law="" if compared is None else law(compared),
+                placed=PossibleOperations((step.makes,), step.names, sure=True),
+            )
+    return answer
+
+
+def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) -> NDArray[np.float32] | None:
+    """What an operation makes of the inputs that a dump holds; None where one of them was not recorded whole and unrounded."""
+    if not step.names or any(isinstance(read, History) for read in step.reads):
+        return None
+    whole = {name: _whole(case, entries.get(name)) for name in step.names}
+    inputs = {name: value for name, value in whole.items() if value is not None}
+    if len(inputs) < len(whole):
+        return None
+    weights, backend = case.replay.weights, case.transformer.backend
+    try:
+        return backend.to_host(compute(step, inputs_of(step, lambda name: backend.array(inputs[name]), weights), weights))
+    except (NotApplicable, ValueError):
+        return None
+
+
+def _whole(case: Case, entry: Expected | None) -> NDArray[np.float32] | None:
+    """A point's rows at all positions, if each was recorded whole, with all digits, and has no element that is not finite."""
+    if entry is None or entry.quantum.any() or entry.index is not None or _rounded(entry):
+        return None
+    right = case.replay.on_host[entry.point]
+    rows = len(case.positions)
+    if right.ndim != 2 or entry.values.shape != right.shape or not np.array_equal(entry.rows, np.arange(rows)):
+        return None
+    if not entry.present.all() or not np.isfinite(entry.values).all():
+        return None
+    return entry.values.astype(np.float32)
+
+
+def _rounded(entry: Expected) -> bool:
+    """Whether all values have ten bits of mantissa or fewer: a recorder that keeps F16 or BF16 rounds what the operation did not."""
+    return not (entry.values[entry.present].astype(np.float32).view(np.uint32) & np.uint32(0x1FFF)).any()

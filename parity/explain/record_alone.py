@@ -1,0 +1,91 @@
+"""Is the operation wrong, or the record alone? If the engine had computed what a record holds, what is made from it would differ, too."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from engine.backend import Array, Backend
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Replay
+
+from .records import Expected, Floats, Ints
+from .state import SearchState
+
+# A consumer that agrees refutes a record whose values would have moved it by at least this many limits: the factor of `diff.consumers`.
+_TELLS = 100.0
+_COUNTED = 1 << 24  # elements that float32 can number
+_MOST = 0.5  # of the wrong records, which must be refuted: the others may be invisible, as queries at position 0 are
+
+
+def agreeing_after(
+    entries: Sequence[Expected], state: SearchState, replay: Replay, positions: Ints, backend: Backend
+) -> tuple[str, ...]:
+    """The nearest recorded points computed from a state's first place, if they show that its records alone are wrong; else ().
+
+    All of them agree, and would not if the engine had gone on with what was recorded.
+
+    Args:
+        replay: of the state, over all positions.
+    """
+    if state.first is None:
+        return ()
+    entry = entries[state.first.point]
+    if entry.point in state.shown or entry.point not in state.order or replay.on_host[entry.point].size > _COUNTED:
+        return ()
+    number = {other.point: at for at, other in enumerate(entries)}
+    consumers = {name: entries[number[name]] for name in _consumers(state, entry.point, number)}
+    if not consumers or any((state.nmse[number[name]] > other.limit).any() for name, other in consumers.items()):
+        return ()
+    wrong = state.nmse[state.first.point] > entry.limit
+    errors = _if_it_were_so(state, entry, wrong, consumers, replay, positions, backend)
+    refuted = {name: consumers[name].rows[far > _TELLS * consumers[name].limit] for name, far in errors.items()}
+    telling = tuple(name for name, rows in refuted.items() if len(rows))
+    rows = np.concatenate([refuted[name] for name in telling]) if telling else np.zeros(0)
+    return telling if np.isin(entry.rows[wrong], rows).mean() >= _MOST else ()
+
+
+def _consumers(state: SearchState, point: str, recorded: Mapping[str, int]) -> list[str]:
+    """The recorded points that are made from a point with no other one between, in the order of computation."""
+    reached, found = {point}, []
+    for step in state.steps[state.order[point] + 1 :]:
+        if not reached.isdisjoint(step.names):
+            if step.makes in recorded:
+                found.append(step.makes)
+            else:
+                reached.add(step.makes)
+    return found
+
+
+def _if_it_were_so(
+    state: SearchState,
+    entry: Expected,
+    wrong: NDArray[np.bool_],
+    consumers: Mapping[str, Expected],
+    replay: Replay,
+    positions: Ints,
+    backend: Backend,
+) -> dict[str, Floats]:
+    """How far the dump's consumers are from those of an engine that goes on with the wrong recorded values: NMSE [R] by point."""
+    value = replay.on_host[entry.point].copy()
+    # Which elements of the value are recorded: a tensor of their numbers, seen as a record sees it.
+    numbers = entry.taken(np.arange(value.size, dtype=np.float32).reshape(value.shape), positions)
+    changed = entry.present & wrong[:, None] & np.isfinite(numbers)
+    value.reshape(-1)[numbers[changed].astype(np.int64)] = entry.values[changed]
+    recorded = backend.array(value)
+    number = state.order[entry.point]
+    steps = list(state.steps)
+    steps[number] = replace(steps[number], op=lambda *_inputs, **_params: recorded)
+    errors: dict[str, Floats] = {}
+
+    def visit(name: str, tensor: Array) -> bool:
+        if name in consumers:
+            errors[name] = consumers[name].nmse(backend.to_host(tensor), positions)
+        return len(errors) < len(consumers)
+
+    try:
+        replay.run(steps, visit, number)
+    except NotApplicable:
+        return {}
+    return errors

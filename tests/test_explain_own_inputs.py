@@ -1,0 +1,58 @@
+"""Behind ggml's table of GELU a record may differ by what the table costs, but not from what its operation makes of its own inputs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from explaining import RIGHT
+from msgspec.structs import replace
+from planted import PATIENT, Faulty, tokens_of
+
+from checkpoints.answers.explain import Explanation
+from engine.backend import Array
+from engine.faults.edits import Then
+from engine.replay.wide import without_tables
+from parity.explain.case import Case
+from parity.explain.own_inputs import contradicted
+from reference.client import Reference
+
+PLACE = "blk.1.l_out"
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference, small_model: Callable[..., Path]) -> Faulty:
+    """A small gemma3, whose feed-forward uses GELU."""
+    model = small_model("gemma3")
+    return Faulty(model, reference.graph(model))
+
+
+def test_a_recorder_that_rounds_blames_no_operation(engine: Faulty) -> None:
+    """Records in F16 of a right engine: their sums are not those of the rounded operands, which is no fault."""
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 5, seed=3), points="blk.1.*", size=1 << 20)
+    half = {name: replace(rows, values=rows.values.astype(np.float16).astype(np.float32)) for name, rows in dump.points.items()}
+    nothing = Explanation(records=1, differing=0, first=None, last_agreement=None)
+    assert contradicted(Case(replace(dump, points=half), engine.model, PATIENT), nothing) is nothing
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_an_operation_that_contradicts_its_own_inputs_is_wrong(engine: Faulty, wrong: bool) -> None:
+    """Of two engines without the table, one sums 1.0007 times too much: its own operands tell; of the right one nothing is said."""
+
+    def larger(x: Array) -> Array:
+        return x * np.float32(1.0007)
+
+    steps = without_tables(engine.right)
+    if wrong:
+        steps = [replace(step, op=Then(step.op, larger)) if step.makes == PLACE else step for step in steps]
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 5, seed=3), points="*", size=1 << 20, steps=steps)
+    nothing = Explanation(records=1, differing=0, first=None, last_agreement=None)
+    answer = contradicted(Case(dump, engine.model, PATIENT), nothing)
+    if not wrong:
+        assert answer is nothing
+        return
+    assert answer.first is not None
+    assert answer.placed is not None
+    assert (answer.first.checkpoint, answer.placed.operations) == (PLACE, (PLACE,))
+    assert answer.law == "every element is 1.0007 times the right one"
+    assert not answer

@@ -1,0 +1,155 @@
+"""What was asked for and never compared: agreement of the rest says so in its first words, and an engine that stops halfway fails."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from cli import Cli
+from dumps import DEFAULT, dump, noisy, random
+from msgspec.structs import replace
+
+from checkpoints.answers.diff import PARITY
+from parity.diff.compare import Options, compare
+from reports.github import annotations
+from reports.junit import junit
+from reports.sentences import answer, headline
+
+TOKENS = "5,99,7,300"
+# An engine that prints, of a dump that was right, the lines that its last argument leaves.
+ENGINE = """
+import json, sys
+right, out, points, which = sys.argv[1:]
+with open(right) as file, open(out, "w") as written:
+    for line in file:
+        record = json.loads(line)
+        name = record.get("checkpoint")
+        if name is not None and points and name not in points.split(","):
+            continue
+        if name is not None and not eval(which, {"name": name, "t": record["token_idx"]}):
+            continue
+        written.write(line)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(synthetic: Callable[..., Path]) -> Path:
+    """Four small layers."""
+    return synthetic(layers=4)
+
+
+@pytest.fixture
+def engine(parity: Cli, model: Path, tmp_path: Path) -> Callable[..., str]:
+    """A command line of an engine that prints what a condition on `name` and `t` leaves of a right dump."""
+    right, path = tmp_path / "right.jsonl", tmp_path / "somebodys.py"
+    assert parity("dump", "ours", "--model", model, "--tokens", TOKENS, "--points", "all", "-o", right).code == 0
+    path.write_text(ENGINE)
+    return lambda which, points="{points}": f"{sys.executable} {path} {right} {{out}} '{points}' '{which}'"
+
+
+def test_dumps_say_how_far_they_go() -> None:
+    """Ours ends in layer 5, or at position 2: every format says so in its first words; a point that lacks before others is counted."""
+    arrays = random()
+    ref, ours = dump(arrays), noisy(arrays)
+    assert ref.header is not None
+    for kept, words in (
+        ({name: ours[name] for name in DEFAULT[:3]}, "nothing after blk.5.l_out"),
+        ({name: rows[:3] for name, rows in ours.items()}, "nothing at positions 3–11"),
+    ):
+        verdict = compare(replace(dump(kept), header=ref.header), ref)
+        assert verdict.verdict == PARITY
+        assert answer(verdict).startswith(f"parity as far as it goes ({words}): ")
+        assert headline(verdict) == f"parity as far as it goes ({words})"
+        (line,) = annotations(verdict)
+        assert line.startswith(f"::warning title=parity::parity as far as it goes ({words})")
+        suite = ET.fromstring(junit(verdict))[0]
+        skipped = [case.get("name") for case in suite if case.find("skipped") is not None]
+        assert skipped == [name for name in DEFAULT if name not in kept]
+        assert suite.get("skipped") == str(len(skipped))
+    without = compare(dump({name: ours[name] for name in DEFAULT if name != "blk.5.l_out"}), ref)
+    assert answer(without).startswith("parity: 72 of 72 records agree, 1 of 7 points never compared, exact mode")
+    assert answer(compare(dump(ours), ref)).startswith("parity: 84 of 84 records agree, exact mode")
+
+
+def test_a_lower_arithmetic_and_a_divergence_say_it_too() -> None:
+    """What was never compared is said where the arithmetic is assumed, and beside a divergence."""
+    arrays = random()
+    rounded = {name: rows.astype(np.float16).astype(np.float32) for name, rows in arrays.items() if name != "logits"}
+    verdict = compare(dump(rounded, header=None), dump(arrays), Options(placed=True))
+    assert answer(verdict).startswith("parity as far as it goes (nothing after output_norm) as F16 arithmetic (assumed")
+    verdict = compare(dump({name: rows + 1 for name, rows in rounded.items()}), dump(arrays))
+    assert not verdict
+    assert verdict.uncompared.after == "output_norm"
+
+
+def test_an_engine_that_stops_halfway_is_incomplete(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+    """It was asked for the logits by name and exits 0 without them: exit 1, and the missing points and the last one are named."""
+    words = ("run", "--model", model, "--tokens", TOKENS, "--exec")
+    code, found = parity.json(*words, engine('name in ("embd", "blk.0.l_out")'))
+    assert (code, found["verdict"]) == (1, "incomplete")
+    assert found["uncompared"] == {
+        "asked": 5,
+        "points": ["blk.3.l_out", "output_norm", "logits"],
+        "positions": [],
+        "after": "blk.0.l_out",
+    }
+    ran = parity(*words, engine('name in ("embd", "blk.0.l_out")'))
+    assert ran.code == 1
+    assert "incomplete (nothing after blk.0.l_out): all " in " ".join(ran.out.split())
+
+
+def test_positions_that_never_came(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+    """An engine that drops the prompt's last token is incomplete; one that prints logits for the last position only is not."""
+    words = ("run", "--model", model, "--tokens", TOKENS, "--exec")
+    code, found = parity.json(*words, engine("t < 3"))
+    assert (code, found["verdict"], found["uncompared"]["positions"]) == (1, "incomplete", [3])
+    code, found = parity.json(*words, engine('t == 3 or name != "logits"'))
+    assert (code, found["verdict"], found["uncompared"]["positions"]) == (0, "parity", [])
+
+
+@pytest.mark.slow
+def test_who_was_not_asked_by_name_is_told_only(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+    """Without {points}, an engine that prints two layers passes as far as it goes; --strict, and --points that name the logits, fail it."""
+    line = engine('"l_out" in name', points="")
+    words = ("run", "--model", model, "--tokens", TOKENS, "--exec", line)
+    ran = parity(*words)
+    assert ran.code == 0
+    assert "parity as far as it goes (nothing after blk.3.l_out): " in " ".join(ran.out.split())
+    assert parity.json(*words, "--strict")[1]["verdict"] == "incomplete"
+    assert parity.json(*words, "--points", "default")[0] == 0
+    assert parity.json(*words, "--points", "blk.3.l_out,logits")[1]["verdict"] == "incomplete"
+
+
+@pytest.mark.slow
+def test_a_hunt_does_not_end_in_agreement_of_a_part(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+    """--hunt counts what was compared, not what was printed, and explains nothing where nothing differs."""
+    code, found = parity.json(
+        "run", "--model", model, "--tokens", TOKENS, "--hunt", "--exec", engine('name in ("embd", "blk.0.l_out")')
+    )
+    assert (code, found["verdict"], found["explanation"]) == (1, "incomplete", None)
+    assert found["uncompared"]["after"] == "blk.0.l_out"
+
+
+def test_a_name_that_llama_cpp_lacks_refuses_nothing(
+    parity: Cli, model: Path, engine: Callable[..., str], tmp_path: Path
+) -> None:
+    """A node of the engine's own beside known points is listed as what the reference lacks; the rest is compared."""
+    line = engine("True")
+    (tmp_path / "somebodys.py").write_text(
+        ENGINE.replace("written.write(line)", 'written.write(line.replace("blk.0.l_out", "blk.0.mine"))')
+    )
+    code, found = parity.json("run", "--model", model, "--tokens", TOKENS, "--exec", line)
+    assert code == 0
+    assert found["missing"]["ref"]["points"] == ["blk.0.mine"]
+    assert found["uncompared"]["points"] == ["blk.0.l_out"]
+
+
+@pytest.mark.slow
+def test_an_engine_that_agrees_with_itself_says_how_far(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+    """`consistency` of an engine that prints two points in every way: consistent, as far as it goes."""
+    line = engine('name in ("embd", "blk.0.l_out")')
+    ran = parity("consistency", "--model", model, "--tokens", TOKENS, "--exec", line)
+    assert ran.code == 0
+    assert "consistent as far as it goes (nothing after blk.0.l_out): " in " ".join(ran.out.split())
