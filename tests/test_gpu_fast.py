@@ -65,21 +65,63 @@ def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[
         assert nmse(computed, expected) < limit.logits
 
 
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q5_0"])
 @pytest.mark.parametrize("near", [True, False], ids=["near", "far"])
 @pytest.mark.parametrize("like", ["tiny", "tiny-llama"])
-def test_decode_alone_rounds_nothing_but_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, like: str, near: bool) -> None:
-    """With F32 weights the one-kernel step agrees with the plain engine to 1e-10, for both pairings of RoPE.
+def test_decode_alone_rounds_little_but_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, like: str, near: bool, kind: str
+) -> None:
+    """The one-kernel step agrees with the plain engine to 1e-10, for both pairings of RoPE, also where it multiplies integers.
 
     Also where a layer's feed-forward does not fit into shared memory.
     """
     if not near:
         monkeypatch.setattr(DecodeStep, "_staging", lambda _self: {"GATE_BYTES": 0, "DOWN_BYTES": 0})
     path = tmp_path / "model.gguf"
-    synthesize(path, shape_like(like), weight_type="f32")
+    synthesize(path, shape_like(like), weight_type=kind)
     backend = choose("cupy")
     plain, fast = Transformer(GgufModel(path), backend), FastTransformer(GgufModel(path), backend, positions=256)
     left, other = plain.start(), fast.start()
-    plain.forward([1, 2, 3], left)
-    fast.forward([1, 2, 3], other)
-    for token in range(150):
+    for token in range(150):  # one by one: a prefill rounds to half precision
         assert nmse(fast.forward([token], other), plain.forward([token], left)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K_M", "Q6_K"])
+def test_decode_of_quantised_types_rounds_little_but_sums(quantized: Callable[[str], Path], kind: str) -> None:
+    """The same to 1e-10 with blocks of 256 elements, minima, and types that differ by layer."""
+    model, backend = GgufModel(quantized(kind)), choose("cupy")
+    plain, fast = Transformer(model, backend), FastTransformer(model, backend, positions=128)
+    left, other = plain.start(), fast.start()
+    for token in range(300, 320):
+        assert nmse(fast.forward([token], other), plain.forward([token], left)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_every_logit_of_a_large_vocabulary_is_right(tmp_path: Path, kind: str) -> None:
+    """Of 151,936 tokens each 64 logits, the last ones too, are the final norm's products in float64, and the largest is chosen."""
+    path = tmp_path / "model.gguf"
+    synthesize(path, shape_like("tiny", vocab=151_936), weight_type=kind)
+    model = GgufModel(path)
+    engine = FastTransformer(model, choose("cupy"), positions=128)
+    sequence = engine.start()
+    for token in (151_935, 0, 75_000):
+        logits = engine.forward([token], sequence).astype(np.float64)
+        output = "output.weight" if "output.weight" in model.tensors else "token_embd.weight"
+        right = model.load(output).astype(np.float64) @ cupy.asnumpy(engine.step.output_norm).astype(np.float64)
+        errors, sizes = (((logits - right) ** 2).reshape(-1, 64).sum(axis=1), (right**2).reshape(-1, 64).sum(axis=1))
+        assert (errors / sizes).max() < 1e-11
+        chosen = engine.step.chosen(sequence.length, sequence.length + 1)
+        assert int(chosen[0]) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_value_that_is_not_finite_reaches_the_logits(tmp_path: Path, kind: str, odd: float) -> None:
+    """A final norm's weight that is not finite makes the logits not finite, as in the plain engine: integers do not hide it."""
+    path = tmp_path / "model.gguf"
+    synthesize(path, shape_like("tiny"), weight_type=kind)
+    engine = FastTransformer(GgufModel(path), choose("cupy"), positions=128)
+    engine._weights.norm[5] = odd
+    cupy.cuda.Device().synchronize()
+    logits = engine.forward([7], engine.start())
+    assert not np.isfinite(logits).any()

@@ -19,10 +19,15 @@ from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
 _THREADS = 512 + 32  # as in decode.cu: the threads that compute, and the warp that prefetches weights
-_OTHER = 3456  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
-_SMALL_PIECES = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
-# Quantised rows of a 0.5 B model are 28 pieces: one warp takes such a row, four take a row of the down projection.
-_QUANTISED_WARPS = {"QKV_WARPS": 1, "OUT_WARPS": 1, "GATE_WARPS": 1, "DOWN_WARPS": 4, "DOWN_ROWS": 2}
+_OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
+_FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
+# The matrices of a phase, whose types it is compiled for.
+_PHASES = {
+    "QKV_TYPES": ("attn_q", "attn_k", "attn_v"), "OUT_TYPES": ("attn_output",),
+    "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
+}  # fmt: skip
+# Quantised rows of a 0.5 B model are 56 pieces, those of the down projection 304.
+_QUANTISED_WARPS = {"QKV_WARPS": 2, "OUT_WARPS": 2, "GATE_WARPS": 2, "DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second, for float types and for others;
 # near.cuh has that of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.486 ms a step in F16 at 290, 0.490 at 275
@@ -114,10 +119,12 @@ class DecodeStep:
         }  # fmt: skip
         numbers |= self._staging()
         if self._memory_bandwidth() < _SLOWER_MEMORY:
-            numbers["PACE"] = _SLOWER_PACE if self.weights.types & _SMALL_PIECES else _SLOWER_PACE_QUANTISED
-        if not self.weights.types & _SMALL_PIECES:
+            numbers["PACE"] = _SLOWER_PACE if self.weights.types & _FLOATS else _SLOWER_PACE_QUANTISED
+        if not self.weights.types & _FLOATS:
             numbers |= _QUANTISED_WARPS
-        return (*(f"{name}={value}" for name, value in numbers.items()), f"TYPES={self.weights.types}ull")
+        masks = {"TYPES": self.weights.types, "LOGIT_TYPES": 1 << self.weights.output.kind}
+        masks |= {phase: self.weights.types_of(*names) for phase, names in _PHASES.items()}
+        return (*(f"{name}={value}" for name, value in numbers.items()), *(f"{name}={mask}ull" for name, mask in masks.items()))
 
     def _memory_bandwidth(self) -> float:
         """Peak bytes a second of the device's memory: two transfers a clock over the bus's width."""
@@ -135,7 +142,10 @@ class DecodeStep:
 
         gate, down = most("ffn_gate", hp.n_ff) + most("ffn_up", hp.n_ff), most("ffn_down", hp.n_embd)
         activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
-        rest = 4 * (9 * activations // 8 + 32) + 64 * hp.head_size + _OTHER
+        floats, others = self.weights.types & _FLOATS, self.weights.types & ~_FLOATS
+        rest = (
+            (4 * (9 * activations // 8 + 32) if floats else 0) + (4 * activations if others else 0) + 64 * hp.head_size + _OTHER
+        )
         fits = gate + down + rest <= self._device["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}
 

@@ -1,7 +1,8 @@
 """The fast mode: native weight types on the device, prefill through cuBLAS, decode as one kernel. CuPy only.
 
 The plain operations of `engine.ops` remain the definition, and tests compare this mode with them. A prefill's products round
-activations (and quantised weights) to half precision, or to bfloat16 for BF16 files; decode rounds nothing but its float32 sums.
+activations (and quantised weights) to half precision, or to bfloat16 for BF16 files; decode rounds nothing but its float32 sums,
+and activations to 24 bits of the largest of 32 neighbours where they meet quantised weights.
 """
 
 from collections.abc import Sequence

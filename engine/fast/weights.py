@@ -9,11 +9,12 @@ from checkpoints.errors import ModelError
 from ..backend import Array, Backend
 from ..blocks import ROPE_FACTORS
 from ..weights.gguf_model import GgufModel
-from ..weights.packing import BF16, F16, F32, PACKED, Packed, pack
+from ..weights.packing import BF16, F16, F32, PACKED, Q4_0, Q5_0, Q8_0, Packed, pack, pack_as_bytes
 from .upload import Upload
 
 PAIRS = {"qwen2": True, "llama": False}  # NEOX pairs, by architecture, as in engine/models
 _FLOATS = {F32, F16, BF16}
+_LIKE_BYTES = {Q4_0, Q5_0, Q8_0}
 _GROUPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
 
 
@@ -70,6 +71,9 @@ class FastWeights:
         self.embedding, self.output = embedding.parts[0], self.output_group.parts[0]
         self.norm = self._vectors["output_norm.weight"]
         self.factors = model.load(ROPE_FACTORS).ravel() if ROPE_FACTORS in model.tensors else None
+        kinds = {model.tensors[f"blk.{i}.{name}.weight"].type for i in range(hp.n_layers) for name in _GROUPS[0]}
+        # A phase of one type loads its first rows before their activations are there: Q, K and V, the smallest ones, are made alike.
+        self._qkv_as_bytes = len(kinds) > 1 and kinds <= _LIKE_BYTES
         self.layers = [self._layer(f"blk.{i}.") for i in range(hp.n_layers)]
 
     @property
@@ -78,8 +82,15 @@ class FastWeights:
         kinds = {m.kind for layer in self.layers for m in layer.matrices.values()} | {self.embedding.kind, self.output.kind}
         return sum(1 << kind for kind in kinds)
 
+    def types_of(self, *names: str) -> int:
+        """The ggml types of these matrices of all layers, as a bit mask."""
+        return sum(1 << kind for kind in {layer.matrices[name].kind for layer in self.layers for name in names})
+
     def _layer(self, name: str) -> LayerWeights:
-        qkv, out, gate_up, down = groups = [self._group(*(name + part for part in parts)) for parts in _GROUPS]
+        qkv, out, gate_up, down = groups = [
+            self._group(*(name + part for part in parts), as_bytes=self._qkv_as_bytes and parts is _GROUPS[0])
+            for parts in _GROUPS
+        ]
         names = [part for parts in _GROUPS for part in parts]
         matrices = dict(zip(names, [part for group in groups for part in group.parts], strict=True))
         norms = self._vectors[f"{name}attn_norm.weight"], self._vectors[f"{name}ffn_norm.weight"]
@@ -94,12 +105,12 @@ class FastWeights:
         ends = np.cumsum([host.size for host in hosts.values()]).tolist()
         return {name: together[end - host.size : end] for (name, host), end in zip(hosts.items(), ends, strict=True)}
 
-    def _group(self, *names: str) -> MatrixGroup:
+    def _group(self, *names: str, as_bytes: bool = False) -> MatrixGroup:
         """Matrices of one width: float types one after the other in memory, each quantised one as its own planes."""
         infos = [self._model.tensors[f"{name}.weight"] for name in names]
         kinds = {info.type for info in infos}
         if len(kinds) > 1 or not kinds <= _FLOATS:
-            return MatrixGroup(tuple(self._packed(name) for name in names), -1, None)
+            return MatrixGroup(tuple(self._packed(name, as_bytes) for name in names), -1, None)
         joined = self._backend.xp.empty((sum(info.shape[0] for info in infos), infos[0].n_bytes // infos[0].shape[0]), np.uint8)
         parts, done = [], 0
         for name, info in zip(names, infos, strict=True):
@@ -109,7 +120,7 @@ class FastWeights:
             done += info.shape[0]
         return MatrixGroup(tuple(parts), kinds.pop(), joined)
 
-    def _packed(self, name: str) -> Packed:
+    def _packed(self, name: str, as_bytes: bool) -> Packed:
         info = self._model.tensors[f"{name}.weight"]
         kind, cols = (info.type if info.type in PACKED else F32), info.shape[-1]
         if kind == info.type:
@@ -118,7 +129,7 @@ class FastWeights:
             self._upload.wait()
         else:
             raw = self._backend.array(self._model.load(f"{name}.weight").view(np.uint8))
-        return replace(pack(raw, kind, cols), bias=self._bias(name))
+        return replace((pack_as_bytes if as_bytes else pack)(raw, kind, cols), bias=self._bias(name))
 
     def _bias(self, name: str) -> Array:
         return self._vectors.get(f"{name}.bias")

@@ -148,7 +148,7 @@ __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
         }
         const float share = 1.f / total;
         value.x *= share; value.y *= share;
-        *(float2*)(s.x + padded(e)) = value;
+        s.x.put<2, QW % 64 == 0>(e, {value.x, value.y});
         if (blockIdx.x == 0) {
             *(float2*)(l.kqv_out + e) = value;
             if (e % HEAD == 0) *(float2*)(l.peaks + 2 * head) = make_float2(peak, share);

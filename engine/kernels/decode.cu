@@ -19,7 +19,7 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
     int best_at = 0x7fffffff;
     static_assert(R == 4, "rows at once");
     const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
-    Rows<D, 32, R> ahead;
+    Rows<D, 32, R, LOGIT_TYPES> ahead;
     for (int r = first + warp * R; r < last; r += LOGITS_ROUND) {
         int rows[R];
         float sum[R];
@@ -98,7 +98,7 @@ __device__ __forceinline__ void keep_layer(Shared& s, int i, long long word) {
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         const Model* model, float eps, float scale, const Point* work, int count, int size, int slice, int bytes, int logits_at,
         double* chunks, unsigned* counters, char* records) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     Shared& s = *(Shared*)memory;
     const Model& m = *model;     // a copy in shared memory was slower: 0.588 instead of 0.556 ms a step
     const State now = *m.state;
@@ -145,14 +145,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         norm.keep(s, eps, l.attn_norm_out);
         MARK
         if (threadIdx.x == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
-        if (STAGED && threadIdx.x == 64) find_near(s, l);
         #pragma unroll 1
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) {
             if (u != blockIdx.x) block_sync();                 // the sums of the last one have been read
             attend(s, l, u / splits, u % splits, splits, seen, scale, step);
         }
         MARK
-        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, false> out;
+        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, OUT_TYPES, false> out;
         out.load(l.o, x);
         const long long word = fetch_layer(m, i + 1);
         merge(s, l, splits, step);
@@ -171,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         gate_up.run(s, l, eps, step);
         norm.keep(s, eps, l.ffn_norm_out);
         MARK
-        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, STAGED> down;
+        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED> down;
         down.load(l.down, l.ffn_inp);
         if (i + 1 < LAYERS) {
             if (STAGED && threadIdx.x == 32) leave(&s.used[0]);

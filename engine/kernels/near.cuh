@@ -19,15 +19,16 @@ __device__ __forceinline__ void await(const unsigned long long* full, unsigned p
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
                  :: "r"(near_address(full)), "r"(phase) : "memory");
 }
-// Rows [first, first + rows) of a plane: where they begin in memory, and where they go behind the planes before.
+// Rows [first, first + rows) of a plane: where they begin in memory, and where they go behind the planes before; whole lines of 128 bytes, since
+// copies to other places take longer (4 % of a step).
 struct Place { unsigned long long from; unsigned offset, size, skip; };
 __device__ __forceinline__ Place place_of(const Matrix& m, int plane, int first, int rows, int cols, unsigned offset) {
     const int row = eighths(type_of(m), plane) * (cols / 32) / 8;
     if (!row) return Place{0, offset, 0, 0};
     const void* start = plane == LOW_PLANE ? (const void*)m.low : plane == HIGH_PLANE ? m.high : plane == SCALES_PLANE ? m.scales : m.super;
     const unsigned long long from = (unsigned long long)start + (unsigned long long)first * row;
-    const unsigned skip = from & 15;
-    return Place{from - skip, offset, (skip + (unsigned)rows * row + 15) & ~15u, skip};
+    const unsigned skip = from & 127;
+    return Place{from - skip, offset, (skip + (unsigned)rows * row + 127) & ~127u, skip};
 }
 __device__ __forceinline__ unsigned places_end(const Matrix& m, int first, int rows, int cols, unsigned offset) {
     for (int k = 0; k < 4; k++) offset += place_of(m, k, first, rows, cols, offset).size;
@@ -59,9 +60,12 @@ __device__ __forceinline__ void prefetch(const void* plane, long long from, unsi
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"((bytes + 15) & ~15u));
 }
 __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int count, int cols) {
-    const int low = eighths(type_of(m), LOW_PLANE) * (cols / 32) / 8, scales = eighths(type_of(m), SCALES_PLANE) * (cols / 32) / 8;
-    prefetch(m.low, (long long)first * low, count * low);
-    if (scales) prefetch(m.scales, (long long)first * scales, count * scales);
+    const void* const planes[4] = {m.low, m.high, m.scales, m.super};
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int row = eighths(type_of(m), k) * (cols / 32) / 8;
+        if (row) prefetch(planes[k], (long long)first * row, count * row);
+    }
 }
 
 // The warp that prefetches weights: a layer's gate and up as soon as the last ones have been used, then its down.
@@ -107,19 +111,14 @@ __device__ __noinline__ void produce(Shared& s, const Model& m) {
         const Matrix gate = l.gate, up = l.up, down = l.down;
         const Matrix* two[2] = {&gate, &up};
         const Matrix* one[1] = {&down};
+        unsigned offset = 0;
         if (i) await(&s.used[0], (i - 1) & 1);
+        s.near_gate = near_matrix(gate, s.weights, gate_first, gate_rows, D, offset);   // read by those who have awaited the copies
+        s.near_up = near_matrix(up, s.weights, gate_first, gate_rows, D, offset);
         producer.bring(&s.full[0], s.weights, two, 2, gate_first, gate_rows, D);
         if (i) await(&s.used[1], (i - 1) & 1);
+        offset = 0;
+        s.near_down = near_matrix(down, s.weights + GATE_BYTES, down_first, down_rows, FF, offset);
         producer.bring(&s.full[1], s.weights + GATE_BYTES, one, 1, down_first, down_rows, FF);
     }
-}
-
-// Where the producer puts this layer's matrices.
-__device__ __noinline__ void find_near(Shared& s, const Layer& l) {
-    const int first = first_of(FF), rows = last_of(FF) - first;
-    unsigned offset = 0;
-    s.near_gate = near_matrix(l.gate, s.weights, first, rows, D, offset);
-    s.near_up = near_matrix(l.up, s.weights, first, rows, D, offset);
-    offset = 0;
-    s.near_down = near_matrix(l.down, s.weights + GATE_BYTES, first_of(D), last_of(D) - first_of(D), FF, offset);
 }

@@ -28,7 +28,7 @@ struct Norm {
         for (int i = 0; i < EACH; i++) {
             const int e = threadIdx.x + i * THREADS;
             x[i] = v[i] * weight[i];
-            if (e < D) s.x[padded(e)] = x[i];
+            if (e < D) s.x.put<1, true>(e, {x[i]});   // D is a multiple of 32
             squares += (double)v[i] * v[i];
         }
         for (int far = 16; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);

@@ -59,7 +59,7 @@ __device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int col
 // Q, K and V of the normalised input; Q and K rotated; K and V into the cache.
 struct Projection {
     static const int LANES = QKV_WARPS * 32, UNITS = THREADS / LANES;
-    Rows<D, LANES, 2> rows;
+    Rows<D, LANES, 2, QKV_TYPES> rows;
     int first, last, lane, mine;
     float2 bias, angle;          // of the pair whose sums this thread will finish
 
@@ -148,16 +148,17 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
         #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int e = threadIdx.x + (n + i) * THREADS;
-            if (e < FF / 4) *(float4*)(s.x + padded(4 * e)) = values_of(four[i]);
+            const float4 v = values_of(four[i]);
+            if (e < FF / 4) s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
         }
     }
     block_sync();
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
-template <int COLS, int SHARED_BY, int R, bool CLOSE> struct ProjectionBack {
+template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE> struct ProjectionBack {
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
-    Rows<COLS, LANES, R, CLOSE> rows;
+    Rows<COLS, LANES, R, TYPE_MASK, CLOSE> rows;
     int first, last, lane, mine;
     float bias, rest;            // of the row whose sum this thread will finish
 
@@ -204,7 +205,7 @@ template <int COLS, int SHARED_BY, int R, bool CLOSE> struct ProjectionBack {
 
 struct GateUp {
     static const int LANES = GATE_WARPS * 32, UNITS = THREADS / LANES;
-    Rows<D, LANES, 2, STAGED> rows;
+    Rows<D, LANES, 2, GATE_TYPES, STAGED> rows;
     int first, last, lane, mine;
 
     __device__ __forceinline__ void fetch(const Layer& l, int r) {
@@ -219,7 +220,7 @@ struct GateUp {
     __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, unsigned step) {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
-        const bool alike = ONE_TYPE || type_of(l.gate) == type_of(l.up);
+        const bool alike = one_type(GATE_TYPES) || type_of(l.gate) == type_of(l.up);
         const float scale = Norm::scale(s, eps);
         rows.hold(s.x, lane);
         #pragma unroll 1
@@ -232,11 +233,11 @@ struct GateUp {
                 const int two[2] = {r, r};
                 rows.dot(both, two, lane, s.x, sum);
                 if (r + UNITS < last) fetch(l, r + UNITS);
-            } else if constexpr (!ONE_TYPE) {
+            } else if constexpr (!one_type(GATE_TYPES)) {
                 const Matrix *gate[1] = {&g}, *up[1] = {&u};
                 const int row[1] = {r};
                 float one[1];
-                Rows<D, LANES, 1, STAGED> single;
+                Rows<D, LANES, 1, GATE_TYPES, STAGED> single;
                 single.dot(gate, row, lane, s.x, one);
                 sum[0] = one[0];
                 single.dot(up, row, lane, s.x, one);

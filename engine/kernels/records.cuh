@@ -119,18 +119,34 @@ __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wante
 // (With numbers of rounds and a fence behind each, in place of words, a step took longer.)
 __device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted, unsigned step) {
     const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
+    constexpr int EACH = LOGITS_ROUND / 32;
     float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;
     Gathered gathered;
+    Word words[EACH];
+    const auto request = [&](int start) {
+        #pragma unroll
+        for (int i = 0; i < EACH; i++) words[i] = start + 32 * i + lane < last ? look(m.made + start + 32 * i + lane) : (Word)step << 32;
+    };
+    request(first);
     #pragma unroll 1
     for (int start = first; start < last; start += LOGITS_ROUND) {
-        float raws[LOGITS_ROUND / 32];
-        hear([&](int i) { const int e = start + 32 * i + lane; return e < last ? m.made + e : nullptr; }, step, raws);
+        float raws[EACH];
+        while (true) {
+            bool all = true;
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) { all &= told(words[i], step); raws[i] = value_of(words[i]); }
+            if (all) break;
+            __nanosleep(PAUSE);
+            request(start);
+        }
+        if constexpr (!FLOATS) request(start + LOGITS_ROUND);  // on their way while these are summed up
         #pragma unroll
-        for (int i = 0; i < LOGITS_ROUND / 32; i++) {
+        for (int i = 0; i < EACH; i++) {
             const int e = start + 32 * i + lane;
             if (e < last && e < wanted.slice) values[e] = raws[i];
             gathered.take(raws[i], e, last);
         }
+        if constexpr (FLOATS) request(start + LOGITS_ROUND);   // ahead it costs 4 µs: logits are made slower than they are summed up
     }
     gathered.put((double*)record_of(wanted.records, wanted.bytes, wanted.logits + 1) + blockIdx.x * PART);
 }

@@ -2,15 +2,17 @@
 
 // The dot products of R rows with x by LANES lanes; `sum` holds this lane's share.
 //
-// If all matrices of the model have one type, `load` fetches the first pieces into registers before x is known: called
+// If all matrices of TYPE_MASK have one type, `load` fetches the first pieces into registers before x is known: called
 // before a barrier, it overlaps the latencies of memory and barrier.
-template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
+template <int COLS, int LANES, int R, unsigned long long TYPE_MASK, bool NEAR = false> struct Rows {
+    static const bool ONE = one_type(TYPE_MASK);
+    static const int ONLY = ONE ? last_type(TYPE_MASK) : F32;
     template <int T> struct Of {
         static const int pieces = COLS / Format<T, false>::E, rounds = (pieces + LANES - 1) / LANES;
         static const int ahead = rounds * R <= 12 ? rounds : (R >= 4 ? 2 : 8 / R);   // pieces in flight before the first use
     };
     template <int T> using Piece = Format<T, NEAR>;
-    static const int ONLY = ONE_TYPE ? ONLY_TYPE : F32;
+    template <int T> using Operand = typename Format<T, NEAR>::Operand;
     Piece<ONLY> held[Of<ONLY>::ahead][R];
 
     template <int T> static __device__ __forceinline__ void fetch(
@@ -24,17 +26,20 @@ template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
         }
     }
     template <int T> static __device__ __forceinline__ void multiply(
-            const Piece<T> (&piece)[Of<T>::ahead][R], int lane, int i, const float* x, float (&sum)[R]) {
+            const Piece<T> (&piece)[Of<T>::ahead][R], int lane, int i, const Activations& x, float (&sum)[R]) {
         #pragma unroll
         for (int u = 0; u < Of<T>::ahead; u++) {
             const int c = lane + (i + u) * LANES;
-            if (c < Of<T>::pieces)
+            if (c < Of<T>::pieces) {
+                Operand<T> operand;
+                x.take(c, operand);
                 #pragma unroll
-                for (int r = 0; r < R; r++) sum[r] += piece[u][r].dot(FromShared{x, c * Format<T, false>::E});
+                for (int r = 0; r < R; r++) sum[r] += piece[u][r].dot(operand);
+            }
         }
     }
     template <int T> static __device__ __forceinline__ void all(
-            const Matrix* const (&m)[R], const int (&rows)[R], int lane, const float* x, float (&sum)[R], int from) {
+            const Matrix* const (&m)[R], const int (&rows)[R], int lane, const Activations& x, float (&sum)[R], int from) {
         #pragma unroll 1
         for (int i = from; i < Of<T>::rounds; i += Of<T>::ahead) {
             Piece<T> piece[Of<T>::ahead][R];
@@ -44,18 +49,14 @@ template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
     }
 
     // This lane's activations, for all the rows it will take; only if they are few and of one type.
-    static const bool HOLDS = ONE_TYPE && NEAR && COLS % Format<ONLY, false>::E == 0 && Of<ONLY>::rounds * Format<ONLY, false>::E <= 32;
+    static const bool HOLDS = ONE && NEAR && COLS % Format<ONLY, false>::E == 0 && Of<ONLY>::rounds * sizeof(Operand<ONLY>) <= 128;
     static const int HELD_ROUNDS = HOLDS ? Of<ONLY>::rounds : 1;
-    FromRegisters<Format<ONLY, false>::E> activations[HELD_ROUNDS];
-    __device__ __forceinline__ void hold(const float* x, int lane) {
+    Operand<ONLY> operands[HELD_ROUNDS];
+    static __device__ __forceinline__ int held_piece(int lane, int i) { return min(lane + i * LANES, Of<ONLY>::pieces - 1); }
+    __device__ __forceinline__ void hold(const Activations& x, int lane) {
         if constexpr (HOLDS)
             #pragma unroll
-            for (int i = 0; i < HELD_ROUNDS; i++) {
-                const int c = lane + i * LANES;
-                #pragma unroll
-                for (int j = 0; j < Format<ONLY, false>::E / 4; j++)
-                    activations[i].x[j] = c < Of<ONLY>::pieces ? FromShared{x, c * Format<ONLY, false>::E}(4 * j) : make_float4(0.f, 0.f, 0.f, 0.f);
-            }
+            for (int i = 0; i < HELD_ROUNDS; i++) x.take(held_piece(lane, i), operands[i]);
     }
     __device__ __forceinline__ void dot_held(const Matrix* const (&m)[R], const int (&rows)[R], int lane, float (&sum)[R]) const {
         #pragma unroll
@@ -65,25 +66,26 @@ template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
             #pragma unroll
             for (int i = 0; i < HELD_ROUNDS; i++)
                 #pragma unroll
-                for (int r = 0; r < R; r++) piece[i][r].load(*m[r], rows[r], Of<ONLY>::pieces, min(lane + i * LANES, Of<ONLY>::pieces - 1));
+                for (int r = 0; r < R; r++) piece[i][r].load(*m[r], rows[r], Of<ONLY>::pieces, held_piece(lane, i));
             #pragma unroll
             for (int i = 0; i < HELD_ROUNDS; i++)
                 #pragma unroll
                 for (int r = 0; r < R; r++) {
-                    const float more = piece[i][r].dot(activations[i]);
+                    const float more = piece[i][r].dot(operands[i]);
                     sum[r] += lane + i * LANES < Of<ONLY>::pieces ? more : 0.f;
                 }
         }
     }
 
     __device__ __forceinline__ void load(const Matrix* const (&m)[R], const int (&rows)[R], int lane) {
-        if constexpr (ONE_TYPE && !NEAR && COLS % Format<ONLY, false>::E == 0) fetch<ONLY>(held, m, rows, lane, 0);
+        if constexpr (ONE && !NEAR && COLS % Format<ONLY, false>::E == 0) fetch<ONLY>(held, m, rows, lane, 0);
     }
     // The products of the rows that were loaded last.
-    __device__ __forceinline__ void dot(const Matrix* const (&m)[R], const int (&rows)[R], int lane, const float* x, float (&sum)[R]) const {
+    __device__ __forceinline__ void dot(
+            const Matrix* const (&m)[R], const int (&rows)[R], int lane, const Activations& x, float (&sum)[R]) const {
         #pragma unroll
         for (int r = 0; r < R; r++) sum[r] = 0.f;
-        if constexpr (ONE_TYPE) {
+        if constexpr (ONE) {
             if constexpr (COLS % Format<ONLY, false>::E == 0) {
                 if constexpr (!NEAR) multiply<ONLY>(held, lane, 0, x, sum);
                 if constexpr (NEAR) all<ONLY>(m, rows, lane, x, sum, 0);
@@ -92,7 +94,7 @@ template <int COLS, int LANES, int R, bool NEAR = false> struct Rows {
             return;
         }
         switch (type_of(*m[0])) {
-#define CASE(T) case T: if constexpr ((TYPES >> T & 1) && COLS % Format<T, false>::E == 0) all<T>(m, rows, lane, x, sum, 0); break;
+#define CASE(T) case T: if constexpr ((TYPE_MASK >> T & 1) && COLS % Format<T, false>::E == 0) all<T>(m, rows, lane, x, sum, 0); break;
             CASE(F32) CASE(F16) CASE(BF16) CASE(Q8_0) CASE(Q4_0) CASE(Q5_0) CASE(Q4_K) CASE(Q6_K)
 #undef CASE
         }

@@ -1,7 +1,7 @@
 // What the phases of a decode step share: the model's structures, a block's shared memory, its share of the rows.
 
+#include "activations.cuh"
 #include "messages.cuh"
-#include "weights.cuh"
 
 #define THREADS 512              // that compute; one more warp prefetches weights
 #define WARPS (THREADS / 32)
@@ -37,6 +37,15 @@ struct Model {
     unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
     Word* made;                              // [VOCAB] logits, for those that record them
 };
+
+// The types of each phase's matrices, among TYPES: with one type the first pieces are loaded ahead of the activations.
+#ifndef QKV_TYPES
+#define QKV_TYPES TYPES
+#define OUT_TYPES TYPES
+#define GATE_TYPES TYPES
+#define DOWN_TYPES TYPES
+#define LOGIT_TYPES TYPES
+#endif
 
 // Shared memory for this block's rows of a layer's gate and up, and of its down; 0 where they do not fit.
 #ifndef GATE_BYTES
@@ -83,16 +92,17 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
                            most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
 
+using Activations = ActivationsOf<most(most(FF, D), QW)>;
 struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
-    __align__(16) float x[most(most(FF, D), QW) * 9 / 8 + 32];   // activations, padded
+    Activations x;
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     Matrix near_gate, near_up, near_down;
-    __align__(16) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
+    __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
 // This block's share of `count` items, as [first, last).

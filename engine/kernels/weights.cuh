@@ -8,7 +8,7 @@
 
 // Planes that `engine.weights.packing` makes from the file's blocks; `low` has 16 bytes (Q8_0: 32) a block of 32 elements.
 struct Matrix {
-    const uint4* low;            // float values, int8, or nibbles: element i low, i + 16 high
+    const uint4* low;            // float values, int8, or nibbles: of 16 elements, number i low, i + 8 high
     const void* high;            // Q5_0: uint32, Q6_K: uint2 of upper bits
     const void* scales;          // Q8_0, Q4_0, Q5_0: half; Q4_K: uchar2 scale and min; Q6_K: char2
     const void* super;           // K-quants: half2 d, dmin (Q4_K), half d (Q6_K) of 256 elements
@@ -21,19 +21,16 @@ enum { F32 = 0, F16 = 1, Q4_0 = 2, Q5_0 = 6, Q8_0 = 8, Q4_K = 12, Q6_K = 14, BF1
 #ifndef TYPES                    // bit mask of the ggml types that the model has; no code is compiled for others
 #define TYPES ~0ull
 #endif
-constexpr bool ONE_TYPE = (TYPES & (TYPES - 1)) == 0;
-constexpr int only_type(unsigned long long mask) { int t = 0; while (mask >>= 1) t++; return t; }
-constexpr int ONLY_TYPE = only_type(TYPES);
-__device__ __forceinline__ int type_of(const Matrix& m) { return ONE_TYPE ? ONLY_TYPE : (int)m.type; }
-
-__device__ __forceinline__ int padded(int e) { return e + ((e >> 5) << 2); }
+constexpr bool one_type(unsigned long long mask) { return (mask & (mask - 1)) == 0; }
+constexpr int last_type(unsigned long long mask) { int t = 0; while (mask >>= 1) t++; return t; }
+__device__ __forceinline__ int type_of(const Matrix& m) { return one_type(TYPES) ? last_type(TYPES) : (int)m.type; }
 
 // One element of a row, as ggml dequantises it.
 __device__ __noinline__ float element(const Matrix& m, long long row, int cols, int e) {
-    const int type = type_of(m), b = e >> 5, i = e & 31, k = i & 3, w = (i >> 2) & 3;
+    const int type = type_of(m), b = e >> 5, i = e & 31, k = i & 3, w = (i >> 2) & 3, at = (i >> 4 << 3) + (i & 7);
     const long long block = row * (cols / 32) + b;
     const unsigned char* low = (const unsigned char*)m.low;
-    int q = type == Q8_0 || type < 2 || type == BF16 ? 0 : (i < 16 ? low[block * 16 + i] & 15 : low[block * 16 + i - 16] >> 4);
+    int q = type == Q8_0 || type < 2 || type == BF16 ? 0 : low[block * 16 + at] >> (i & 8) / 2 & 15;
     switch (type) {
         case F32: return ((const float*)m.low)[row * cols + e];
         case F16: return __half2float(((const half*)m.low)[row * cols + e]);

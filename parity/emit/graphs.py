@@ -39,7 +39,9 @@ from .cuda_driver import (
 from .graph_kernel import CHUNK, THREADS, TOGETHER, Control, Segment, Segments, record_kernel
 from .graph_rows import DeviceRow, Replayed, Slot, in_file_of_its_own, in_memory
 
-_RING = 32 << 20  # bytes of device memory that a graph's replays take turns in, at most, unless eight of them need more
+# Bytes of device memory that a graph's replays take turns in, at most, unless eight of them need more; so many because a replay must not
+# wait where our thread loses its core, for tens of milliseconds on a busy host. Further graphs get a share.
+_RING = 256 << 20
 _WAITING = 1 << 30  # bytes of replays that wait in memory to be written; what comes then waits in temporary files
 _QUIET = 0.1  # seconds without a replay that count as rest: the lines are made then, since that takes Python from the engine
 _BUSY, _IDLE = 0.002, 0.005  # seconds between two looks at the counts
@@ -49,8 +51,9 @@ _KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the 
 class _Graph:
     """What one capture made: its slots, and the ring that its replays take turns in."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, most: int) -> None:
         self.slots: list[Slot] = []
+        self._most = most  # bytes of the ring, unless eight replays need more
         self.place: Slot | None = None  # of the pass that is being captured
         self.size, self.places, self.collected = 0, 0, 0
         self._context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
@@ -79,15 +82,31 @@ class _Graph:
         """A new one, for which the ring is made to fit: a power of two of places, of which none is in use yet."""
         self.slots.append(Slot(point, row, place, self.size))
         self.size += -(-row.size // 16) * 16
-        self.places = 64
-        while self.places > 8 and self.places * self.size > _RING:
+        self.places = 1024
+        while self.places > 8 and self.places * self.size > self._most:
             self.places //= 2
         if self._capacity < self.places * self.size:
             # A ring that was too small, half of this one, stays: to free memory is to wait for the device.
-            self._capacity = max(1 << 20, 1 << (self.places * self.size - 1).bit_length())
-            call_driver("cuMemAlloc_v2", ctypes.byref(self._ring), ctypes.c_size_t(self._capacity))
+            self._capacity = max(1 << 20, 2 * self._capacity, self.places * self.size)
+            while not self._allocated(self._capacity) and self.places > 8:
+                self.places //= 2
+                self._capacity = self.places * self.size
         self._set(Control(room=self.places, places=self.places, size=self.size, ring=self._ring.value), 0)
         return self.slots[-1]
+
+    def _allocated(self, size: int) -> bool:
+        """Whether the device had memory for a ring of so many bytes, or for less.
+
+        Raises:
+            RuntimeError: not even for eight replays.
+        """
+        try:
+            call_driver("cuMemAlloc_v2", ctypes.byref(self._ring), ctypes.c_size_t(size))
+        except RuntimeError:
+            if self.places == 8:
+                raise
+            return False
+        return True
 
     def _set(self, value: Any, at: int) -> None:
         """Write to the control, beside everything else, and wait for that."""
@@ -160,7 +179,7 @@ class _Graph:
             OSError: there is no room for a temporary file.
         """
         start = self.collected % self.places
-        count = min(complete - self.collected, self.places - start, max(1, self.places // 4))
+        count = min(complete - self.collected, self.places - start, max(1, self.places // 8))
         rows = (in_file_of_its_own if in_file else in_memory)(count * self.size).reshape(count, self.size)
         source, size = ctypes.c_uint64((self._ring.value or 0) + start * self.size), ctypes.c_size_t(rows.nbytes)
         with in_context(self._context):
@@ -218,7 +237,7 @@ class Graphs:
         """Put a checkpoint behind what the stream has captured so far, with the place of its pass where it is the first of one."""
         number, graph, _ = captured_nodes(stream)
         with self._capturing:
-            captured = self._graphs.get(number) or _Graph(graph)
+            captured = self._graphs.get(number) or _Graph(graph, _RING // (1 + len(self._graphs)))
             # A point that comes again is of another pass in the same graph, which has a position of its own.
             slots = []
             if captured.place is None or any(slot.point == point and slot.place is captured.place for slot in captured.slots):

@@ -88,7 +88,7 @@ typedef pthread_t parity__thread;
 #define PARITY_WAITING (1u << 30) /* bytes of captured values that may wait to be written; then replays wait for the writers */
 #endif
 #ifndef PARITY_RING
-#define PARITY_RING (32u << 20) /* bytes of device memory, at most, that a graph's replays take turns in, unless eight of them need more */
+#define PARITY_RING (256u << 20) /* bytes of device memory, at most, that a graph's replays take turns in, unless eight of them need more */
 #endif
 #ifndef PARITY_WRITERS
 #define PARITY_WRITERS 8 /* threads that turn captured rows into lines in parallel; the lines are written in the order of the replays */
@@ -114,7 +114,7 @@ struct parity_segments {
 };
 
 /* Memory of a graph's checkpoints. `seen` is pinned: each replay begins with the copy of the control there. So is `brought`, for a
- * quarter of the places: few large copies disturb the device less than many small ones. What a ring outgrows, half of it each time,
+ * eighth of the places: few large copies disturb the device less than many small ones. What a ring outgrows, half of it each time,
  * is kept until the end: to free memory is to wait for the device. */
 struct parity_ring {
     struct parity_control *control, *seen;
@@ -784,7 +784,7 @@ static inline cudaError_t parity__collect(parity_dump *d, struct parity_graph *g
         start = (uint32_t)(g->collected % g->places);
         n = complete - g->collected;
         if (n > g->places - start) n = g->places - start;
-        if (n > g->places / 4) n = g->places / 4;
+        if (n > g->places / 8) n = g->places / 8;
         status = parity__bring(d, g->device, g->ring.brought, g->ring.memory + start * g->size, (size_t)n * g->size, cudaMemcpyDeviceToHost);
         room = (uint32_t)(g->collected + n) + g->places;
         if (status == cudaSuccess) status = parity__bring(d, g->device, &g->ring.control->room, &room, sizeof room, cudaMemcpyHostToDevice);
@@ -1239,25 +1239,41 @@ static inline struct parity_slot *parity__slot(struct parity_graph *g, size_t by
     return slot;
 }
 
-/* Fit the ring to the size of a replay: a power of two of places, of which none is in use before the capture ends. */
+/* Memory of so many bytes for a ring. */
+static inline cudaError_t parity__allocate_ring(struct parity_ring *ring, size_t size) {
+    cudaError_t status = cudaMalloc((void **)&ring->memory, size);
+    if (status == cudaSuccess) status = cudaMallocHost((void **)&ring->brought, size / 8);
+    if (status != cudaSuccess && ring->memory) cudaFree(ring->memory);
+    if (status != cudaSuccess) ring->memory = ring->brought = NULL;
+    ring->size = status == cudaSuccess ? size : 0;
+    return status;
+}
+
+/* Fit the ring to the size of a replay: a power of two of places, of which none is in use before the capture ends. Replays must not wait
+ * where a thread of ours loses its core for a while (tens of milliseconds on a busy host), so there are many; fewer where there are
+ * several graphs, or where the device has no room. */
 static inline cudaError_t parity__fit_ring(parity_dump *d, struct parity_graph *g) {
     struct parity_ring *ring = &g->ring;
     struct parity_control control;
+    const struct parity_graph *other;
     cudaError_t status = cudaSuccess;
-    uint32_t places = 64;
-    size_t needed;
-    while (places > 8 && places * g->size > PARITY_RING) places /= 2;
-    needed = places * g->size;
-    if (ring->size < needed) {
-        if (ring->memory || ring->brought) {
+    uint32_t places = 1024, rings = 1;
+    size_t size;
+    for (other = d->graphs; other; other = other->next) rings += other != g && other->ring.memory;
+    while (places > 8 && places * g->size > PARITY_RING / rings) places /= 2;
+    if (ring->size < places * g->size) {
+        if (ring->memory) {
             ring->outgrown[ring->n_outgrown][0] = ring->memory;
             ring->outgrown[ring->n_outgrown++][1] = ring->brought;
         }
         ring->memory = ring->brought = NULL;
-        for (ring->size = (size_t)1 << 20; ring->size < needed;) ring->size *= 2;
-        status = cudaMalloc((void **)&ring->memory, ring->size);
-        if (status == cudaSuccess) status = cudaMallocHost((void **)&ring->brought, ring->size / 4);
-        if (status != cudaSuccess) ring->size = 0;
+        size = 2 * ring->size > (size_t)1 << 20 ? 2 * ring->size : (size_t)1 << 20;
+        status = parity__allocate_ring(ring, size > places * g->size ? size : places * g->size);
+        while (status == cudaErrorMemoryAllocation && places > 8) {
+            cudaGetLastError();
+            places /= 2;
+            status = parity__allocate_ring(ring, places * g->size);
+        }
     }
     memset(&control, 0, sizeof control);
     control.places = control.room = places;
