@@ -38,7 +38,9 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     """Golden dumps of the stories model by llama.cpp, two prompts."""
     folder = tmp_path_factory.mktemp("golden")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    return record(GoldenRecording(Request(model=default_model.path(), generate=1), folder / "prompts.txt", folder / "stories"))
+    return record(
+        GoldenRecording(Request(model=default_model.path(), generate=1), folder / "prompts.txt", folder / "stories")
+    ).golden
 
 
 def dumps(golden: Golden, engine: Transformer, folder: Path, steps: list[Step] | None = None) -> tuple[Path, ...]:
@@ -115,7 +117,7 @@ def test_each_fault_is_drift(
     if name == "q4k-scale-min":  # a fault of a file type
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("Once upon a time\n", encoding="utf-8")
-        golden = record(GoldenRecording(Request(model=quantized("Q4_K_M"), generate=1), prompts, tmp_path / "golden"))
+        golden = record(GoldenRecording(Request(model=quantized("Q4_K_M"), generate=1), prompts, tmp_path / "golden")).golden
         engine = Transformer(GgufModel(quantized("Q4_K_M")), choose("numpy"))
         assert check(Checking(golden.folder, dumps=dumps(golden, engine, tmp_path), keep_ledger=False))
     # Another ε in layer 7 alone stays below the limit at the default points: what it is added to is large by then.

@@ -129,6 +129,35 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     assert reasons["blk.2.q_rope"] == "5 of 6 positions"
 
 
+@pytest.mark.parametrize(("kind", "first"), [("logits", 7), ("blk.1.ffn_out", 3)])
+def test_few_rows_of_a_matrix_are_told_from_rounding(
+    kind: str, first: int, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A matrix with two rows of zeros leaves an error as small as rounding's: the rows are named. Rounding is close everywhere."""
+    foreign = Foreign(synthetic(layers=2), tmp_path)
+
+    def without_rows(value: np.ndarray) -> np.ndarray:
+        value = value.copy()
+        value[:, [first, first + 1]] = 0
+        return value
+
+    def rounded(value: np.ndarray) -> np.ndarray:
+        return value.astype(np.float16).astype(np.float32)
+
+    def reason(change: Callable[[np.ndarray], np.ndarray]) -> str:
+        steps = [
+            replace(step, op=lambda *inputs, op=step.op, **given: change(op(*inputs, **given))) if step.makes == kind else step
+            for step in foreign.right
+        ]
+        (wrong,) = foreign.judged(steps).wrong
+        assert wrong.name == kind
+        return wrong.reason
+
+    assert "only 2 of " in (found := reason(without_rows)), found
+    assert f"outputs are far off ({first}, {first + 1})" in found
+    assert reason(rounded).startswith("every element is close: rounding")
+
+
 @pytest.mark.parametrize("name", ["blk.0.l_out", "blk.1.q", "blk.1.k_rope", "blk.1.v"])
 def test_a_record_that_alone_is_wrong_is_suspect_and_its_readers_are_right(
     name: str, synthetic: Callable[..., Path], tmp_path: Path

@@ -153,3 +153,16 @@ def test_an_engine_that_agrees_with_itself_says_how_far(parity: Cli, model: Path
     ran = parity("consistency", "--model", model, "--tokens", TOKENS, "--exec", line)
     assert ran.code == 0
     assert "consistent as far as it goes (nothing after blk.0.l_out): " in " ".join(ran.out.split())
+
+
+def test_golden_dumps_of_a_part_are_recorded_with_a_note(
+    parity: Cli, model: Path, engine: Callable[..., str], tmp_path: Path
+) -> None:
+    """`drift record` of an engine that prints two of its points says how far it went: a later check compares no more than that."""
+    (tmp_path / "prompts.txt").write_text("ab\n")
+    words = ("drift", "record", "--model", model, "--prompts", tmp_path / "prompts.txt", "--exec")
+    ran = parity(*words, engine('name in ("embd", "blk.0.l_out")'), "-o", tmp_path / "part")
+    assert ran.code == 0
+    assert "note: 000.jsonl is recorded as far as the engine went (nothing after blk.0.l_out" in ran.err
+    ran = parity(*words, engine("True"), "-o", tmp_path / "whole")
+    assert (ran.code, "as far as the engine went" in ran.err) == (0, False)

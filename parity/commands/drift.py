@@ -1,5 +1,6 @@
 """`parity drift`: golden dumps for CI."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,8 @@ def record(
     ] = 1,
 ) -> None:
     """Write a golden dump of every prompt: small enough to commit."""
+    from reports.sentences import uncompared
+
     from ..drift import drift
     from ..run.request import Request
     from ..run.sides import EXEC
@@ -53,9 +56,12 @@ def record(
     source = side.value if given["command"] is None else EXEC
     request = drift.GoldenRecording(Request(**given, generate=generate), prompts, out, source)
     with progress_bar(o.Format.TEXT) as progress:
-        golden = drift.record(request, progress)
-    for prompt in golden.prompts:
-        written(golden.path(prompt))
+        recorded = drift.record(request, progress)
+    for prompt in recorded.golden.prompts:
+        written(recorded.golden.path(prompt))
+    for file, lacking in recorded.lacking.items():
+        sentence = f"note: {file} is recorded as far as the engine went ({uncompared(lacking)}): check will not see the rest"
+        print(sentence, file=sys.stderr)
 
 
 @app.command("check", short_help="Compare with the golden dumps.")

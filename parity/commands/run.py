@@ -109,7 +109,8 @@ def run(
     With --ref-python or --ref-lib other versions or builds of llama.cpp run beside the installed one: a table shows at which points the
     reference itself moved, and our side may differ as much as references differ from each other by rounding.
 
-    Exits 0 for parity, 1 for a divergence, or if an engine was asked for its logits and did not print them.
+    Exits 0 for parity, 1 for a divergence, or if an engine stopped halfway: it was asked for its logits and did not print them, or
+    printed nothing at the prompt's last position.
     """
     _refuse_mixtures(given, hunt=hunt, bisect=bisect, third=other is not None)
     _refuse_unused(context, given, hunt=hunt, bisect=bisect, third=other is not None)

@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints import formats
-from checkpoints.answers.diff import Verdict
+from checkpoints.answers.diff import Uncompared, Verdict
 from checkpoints.answers.drift import Checked, Drift, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
@@ -43,6 +43,13 @@ class GoldenRecording(Struct, frozen=True):
     side: str = REF
 
 
+class Recorded(Struct, frozen=True):
+    """Golden dumps, and what of the points and positions that were asked for a foreign engine did not print, by the dump's file."""
+
+    golden: Golden
+    lacking: dict[str, Uncompared] = {}
+
+
 class Checking(Struct, frozen=True):
     """The request of `parity drift check`. A `side` of None is the recorded one; `dumps` are a foreign engine's own.
 
@@ -67,7 +74,7 @@ class Checking(Struct, frozen=True):
     cluster: str = ""
 
 
-def record(request: GoldenRecording, progress: Progress | None = None) -> Golden:
+def record(request: GoldenRecording, progress: Progress | None = None) -> Recorded:
     """Write golden dumps of every prompt.
 
     Raises:
@@ -96,6 +103,7 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Golden
         dumps = GoldenDumps(request.side, replace(run, generate=0), reference)
         put(golden.folder / ".gitattributes", b"*.jsonl -diff\nledger.jsonl merge=union\n")
         written: list[GoldenPrompt] = []
+        lacking: dict[str, Uncompared] = {}
         with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
             for number, text in enumerate(texts):
                 prompt = resolve_prompt(reference, run.model, text)
@@ -103,6 +111,8 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Golden
                     prompt = chosen_by_llama_cpp(prompt, run, reference)
                 kept = golden_prompt(prompt, f"{number:03}.jsonl")
                 dumps.write(prompt, Path(scratch) / kept.file)
+                if never := dumps.lacking(prompt, Path(scratch) / kept.file):
+                    lacking[kept.file] = never
                 written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
@@ -111,7 +121,7 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Golden
     header = read(golden.path(written[0])).header
     golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
     golden.save()
-    return golden
+    return Recorded(golden, lacking)
 
 
 def check(request: Checking, progress: Progress | None = None) -> Drift:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from checkpoints.answers.diff import Uncompared
 from checkpoints.errors import InputError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
+from checkpoints.reading.reader import read
 from checkpoints.record import Header
 from reference.client import Reference
 
+from ..diff.uncompared import uncompared
 from ..run.request import Prompt, Request
-from ..run.sides import EXEC, REF, LlamaCpp, Side, side_of
+from ..run.sides import EXEC, REF, ExternalEngine, LlamaCpp, Side, side_of
 from ..run.workers import workers_of
 from .golden import GoldenPrompt
 
@@ -42,6 +45,14 @@ class GoldenDumps:
             printed = Path(scratch) / "printed.jsonl"
             self._side.dump(prompt, printed)
             write(load(printed), out, Header(source=f"printed by {shlex.split(self._request.command.line)[0]}"))
+
+    def lacking(self, prompt: Prompt, out: Path) -> Uncompared:
+        """What a foreign engine was asked for and did not print into `out`; false of parity's own sides, which print all of it."""
+        if not isinstance(self._side, ExternalEngine):
+            return Uncompared()
+        points = read(out).points
+        positions = {position for rows in points.values() for position in rows.token_idx.tolist()}
+        return uncompared(self._side.asked, points.keys(), range(len(prompt.ids)), positions)
 
     def write_again(self, kept: GoldenPrompt, out: Path) -> None:
         """Write the dump of a recorded prompt; llama.cpp tokenizes it again, since its tokenizer is checked, too."""

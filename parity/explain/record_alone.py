@@ -39,7 +39,10 @@ def agreeing_after(
     if not consumers or any((state.nmse[number[name]] > other.limit).any() for name, other in consumers.items()):
         return ()
     wrong = state.nmse[state.first.point] > entry.limit
-    errors = _if_it_were_so(state, entry, wrong, consumers, replay, positions, backend)
+    # What was not recorded may be right, or off by the same factor, which a norm would remove: both must be refuted.
+    beside = _if_it_were_so(state, entry, wrong, consumers, replay, positions, backend)
+    scaled = _if_it_were_so(state, entry, wrong, consumers, replay, positions, backend, scaled=True)
+    errors = {name: np.minimum(far, scaled[name]) for name, far in beside.items() if name in scaled}
     refuted = {name: consumers[name].rows[far > _TELLS * consumers[name].limit] for name, far in errors.items()}
     telling = tuple(name for name, rows in refuted.items() if len(rows))
     rows = np.concatenate([refuted[name] for name in telling]) if telling else np.zeros(0)
@@ -66,9 +69,20 @@ def _if_it_were_so(
     replay: Replay,
     positions: Ints,
     backend: Backend,
+    *,
+    scaled: bool = False,
 ) -> dict[str, Floats]:
-    """How far the dump's consumers are from those of an engine that goes on with the wrong recorded values: NMSE [R] by point."""
+    """How far the dump's consumers are from those of an engine that goes on with the wrong recorded values: NMSE [R] by point.
+
+    `scaled`: the elements that were not recorded are off by the factor of those that were.
+    """
     value = replay.on_host[entry.point].copy()
+    if scaled:
+        right = entry.taken(value, positions)
+        known = entry.present & np.isfinite(right) & np.isfinite(entry.values)
+        products, squares = (np.where(known, right * other, 0.0).sum(axis=1) for other in (entry.values, right))
+        for record in np.flatnonzero(wrong & (squares > 0)):
+            value[..., entry.rows[record], :] *= value.dtype.type(products[record] / squares[record])
     # Which elements of the value are recorded: a tensor of their numbers, seen as a record sees it.
     numbers = entry.taken(np.arange(value.size, dtype=np.float32).reshape(value.shape), positions)
     changed = entry.present & wrong[:, None] & np.isfinite(numbers)

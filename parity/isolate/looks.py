@@ -13,6 +13,10 @@ _LARGEST = 1 << 24  # most elements of a weight for which other readings are tri
 _FAR_NEARER = 1e-3
 # Rounding of activations to 8 bits costs 2e-5 … 3e-4 (NMSE of one product, every 4- to 8-bit type): this is ten times that.
 _ROUNDING = 3e-3
+# A few outputs are wrong by themselves if so small a share of them holds so large a share of the error, and each is far off: rounding
+# is spread over all outputs, or in proportion to their own values. The shares are choices.
+_FEW, _MOST = 0.1, 0.9
+_NAMED = 4  # outputs that are named
 
 
 def look_of(
@@ -99,6 +103,25 @@ def _product(
         for other in siblings:
             if weights.raw(other)[2] == shape and is_product(weights.get(other), added):
                 return f"it is the product with {other}"
+        if few := _few_outputs(wide @ weight.T.astype(np.float64) + (0.0 if added is None else weights.get(added)), dumped):
+            return few
+        if nmse <= _ROUNDING:
+            return "every element is close: rounding of inputs, or a detail of the weight's format, not its layout"
     if nmse <= _ROUNDING:
-        return "every element is close: rounding of inputs, or a detail of the weight's format, not its layout"
+        return "close as a whole: rounding of inputs, a detail of the weight's format, or few of its rows; not its layout"
     return "not rounding: rows, layout or format of the weight, or its bias"
+
+
+def _few_outputs(right: NDArray[np.float64], dumped: NDArray[np.float32]) -> str:
+    """Which outputs are wrong while all others are close, given the right product and the recorded one [T, out]; else empty."""
+    errors = np.sum((dumped - right) ** 2, axis=0)
+    if not (np.isfinite(errors).all() and errors.any()):
+        return ""
+    falling = np.argsort(-errors, kind="stable")
+    number = int(np.searchsorted(np.cumsum(errors[falling]), _MOST * errors.sum())) + 1
+    wrong = np.sort(falling[:number])
+    if number > _FEW * len(errors) or (errors[wrong] <= _ROUNDING * np.sum(right[:, wrong] ** 2, axis=0)).any():
+        return ""
+    named = ", ".join(map(str, wrong[:_NAMED].tolist())) + (", …" if number > _NAMED else "")
+    are = "is" if number == 1 else "are"
+    return f"only {number:,} of {len(errors):,} outputs {are} far off ({named}): rows of the weight, or of its bias"
