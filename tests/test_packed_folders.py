@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from conversion_cases import write
-from packed_cases import CASES, NAME, TO, PackedCase, finite_codes, floats, fp8_blocks, gptq, mxfp4
+from packed_cases import CASES, IN, NAME, OUT, TO, PackedCase, finite_codes, floats, fp8_blocks, gptq, mxfp4
 
 from parity.weights.folder_quantisation import unpacked
 from parity.weights.stored import Stored
@@ -54,6 +54,30 @@ def test_floats_of_eight_bits_without_scales_are_their_values(parity: Cli, tmp_p
     source = _folder(case, tmp_path / "folder", {}, {f"{NAME}.weight": ("F8_E4M3", codes)})
     model = write(tmp_path / "m.gguf", "qwen2", {TO: floats(codes)})
     assert parity("weights", "--model", model, "--hf", source).code == 0
+
+
+def test_a_scale_that_no_method_names_is_not_left_out(parity: Cli, tmp_path: Path) -> None:
+    """Floats of 8 bits beside a scale: modelopt names itself in hf_quant_config.json only; without that nothing is known of the scale."""
+    codes = finite_codes(8, 64)
+    scale = ("F32", np.array(0.25, np.float32))
+    tensors = {f"{NAME}.weight": ("F8_E4M3", codes), f"{NAME}.weight_scale": scale, f"{NAME}.input_scale": scale}
+    source = _folder(fp8_blocks(), tmp_path / "folder", {}, tensors)
+    model = write(tmp_path / "m.gguf", "qwen2", {TO: floats(codes) * np.float32(0.25)})
+    for content, status in (('{"producer": {"name": "modelopt"}}', "equal"), ('{"producer": [{}]}', "not checked")):
+        (source / "hf_quant_config.json").write_text(content, encoding="utf-8")
+        _, answer = parity.json("weights", "--model", model, "--hf", source)
+        assert [tensor["status"] for tensor in answer["tensors"] if tensor["name"] == TO] == [status]
+        assert status != "equal" or len(answer["tensors"]) == 1, answer["tensors"]
+
+
+def test_matrices_that_a_converter_rounds_are_not_accused(parity: Cli, tmp_path: Path) -> None:
+    """BitNet's converter rounds matrices to −1, 0 and 1 times a scale of its own, and writes a linear scaling of RoPE by 1."""
+    weights = finite_codes(OUT, IN).astype(np.float32) - 90
+    size = np.abs(weights).mean()
+    model = write(tmp_path / "m.gguf", "bitnet", {TO: np.clip(np.round(weights / size), -1, 1) * size})
+    source = _folder(fp8_blocks(), tmp_path / "folder", {}, {f"{NAME}.weight": ("F32", weights)})
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    assert (code, [tensor["status"] for tensor in answer["tensors"]]) == (0, ["not checked"])
 
 
 @pytest.mark.parametrize("method", ["awq", "bitsandbytes", "something-new"])

@@ -127,6 +127,8 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
     if kind not in _NAMES:
         return
     held = str(model.metadata.get(f"{model.hyperparameters.architecture}.rope.scaling.type", "none"))
+    if held == "linear" and _of(model, "rope.scaling.factor") == 1:  # what BitNet's converter writes: none
+        held = "none"
     if held != _NAMES[kind] and not (kind == "longrope" and "rope_factors_long.weight" in model.tensors):
         yield TensorCheck("RoPE scaling", "", (), DIFFERENT, reason=f"config.json says {kind}, the GGUF {held}")
         return

@@ -44,11 +44,17 @@ def unpacked(tensors: Tensors, config: dict[str, Any]) -> Tensors:
                 for part in used:
                     found.pop(part, None)
                 found |= made
-    if known:
+    if method:
         found = {name: stored for name, stored in found.items() if stored.kind == SCALE or not name.endswith(_UNUSED)}
     if not method or known:
-        found |= {name: _unscaled(stored) for name, stored in found.items() if stored.kind in TABLES and stored.array.size}
+        plain = {name: stored for name, stored in found.items() if stored.kind in TABLES and stored.array.size}
+        found |= {name: _unscaled(stored) for name, stored in plain.items() if not _has_scale(name, found)}
     return found
+
+
+def _has_scale(name: str, tensors: Tensors) -> bool:
+    """Whether a scale stands beside a tensor that no method applied to it."""
+    return any(f"{name}{ending}" in tensors for ending in ("_scale", "_scale_inv"))
 
 
 def refusal(config: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ class Folder:
         # Models that also see or hear have the language model's numbers in a separate part.
         inner = config.get("text_config")
         self.config: dict[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
+        if not self.config.get("quantization_config"):
+            self.config = self.config | _of_modelopt(path)
         stored: dict[str, Stored] = {}
         for file in files:
             stored.update(_stored(file))
@@ -73,6 +75,13 @@ class Folder:
         """The first of these entries of config.json that is a whole number."""
         values = (self.config.get(name) for name in names)
         return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _of_modelopt(path: Path) -> dict[str, Any]:
+    """A quantization_config that names the producer in hf_quant_config.json: modelopt writes that file, at first it alone."""
+    producer = _json(path / "hf_quant_config.json").get("producer")
+    name = producer.get("name") if isinstance(producer, dict) else None
+    return {"quantization_config": {"quant_method": name.lower()}} if isinstance(name, str) else {}
 
 
 def _json(file: Path) -> dict[str, Any]:
