@@ -1,5 +1,6 @@
 """What was asked for and never compared: agreement of the rest says so in its first words, and an engine that stops halfway fails."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ from cli import Cli
 from dumps import DEFAULT, dump, noisy, random
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import PARITY
-from parity.diff.compare import Options, compare
+from checkpoints.answers.diff import INCOMPLETE, PARITY
+from parity.commands.options import Format
+from parity.commands.three_way_output import finish_three
+from parity.diff.compare import Options, compare, comparison
+from parity.diff.three_way import compare_three
+from parity.run.session import Outcome
 from reports.github import annotations
 from reports.junit import junit
 from reports.sentences import answer, headline
@@ -166,3 +171,19 @@ def test_golden_dumps_of_a_part_are_recorded_with_a_note(
     assert "note: 000.jsonl is recorded as far as the engine went (nothing after blk.0.l_out" in ran.err
     ran = parity(*words, engine("True"), "-o", tmp_path / "whole")
     assert (ran.code, "as far as the engine went" in ran.err) == (0, False)
+
+
+def test_a_third_side_that_agrees_makes_nothing_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a third side, too, an engine that stops halfway is incomplete: exit 1, in text and in JSON."""
+    arrays = random()
+    left, right = dump({"embd": arrays["embd"]}), dump(arrays)
+    compared = comparison(left, right)
+    verdict = replace(compared.verdict, verdict=INCOMPLETE)
+    outcome = Outcome(tmp_path, left, right, verdict, compared.picture, 1.0)
+    three_way = compare_three((left, right, right))
+    assert three_way
+    assert finish_three(outcome, right, three_way, Format.TEXT) == 1
+    assert "incomplete (nothing after embd): all 12 records that came agree" in capsys.readouterr().out
+    assert finish_three(outcome, right, three_way, Format.JSON) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["uncompared"]["after"]) == ("incomplete", "embd")

@@ -20,19 +20,28 @@ def finish_three(outcome: "Outcome", third: "Dump", three_way: "ThreeWay", outpu
 
     The report draws ours and the reference, as that of every run, with what the third side says as a table.
     """
+    from checkpoints.answers.diff import INCOMPLETE
+    from checkpoints.structs import as_dict
     from checkpoints.whole_file import put
     from reports.html import write_html
+    from reports.sentences import answer as answer_of_two
     from reports.three_way import as_json, section
 
     dumps = outcome.ours, outcome.ref, third
-    answer = {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    answer: dict[str, Any] = {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 3)}
+    # An engine that stops halfway agrees with both others as far as it goes.
+    incomplete = bool(three_way) and outcome.verdict.verdict == INCOMPLETE
+    if incomplete:
+        answer |= {"verdict": INCOMPLETE, "uncompared": as_dict(outcome.verdict.uncompared)}
     put(outcome.folder / "diff.json", (json.dumps(as_json(three_way) | answer, indent=1) + "\n").encode())
     code = show_three(three_way, dumps, output_format, extra=answer)
     whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, [section(three_way)])
     write_html(whole, outcome.folder / "report.html")
     if output_format is Format.TEXT:
+        if incomplete:
+            print(answer_of_two(outcome.verdict))
         print(folder_line(outcome))
-    return code
+    return DIVERGENCE_CODE if incomplete else code
 
 
 def show_three(
