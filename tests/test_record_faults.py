@@ -309,3 +309,20 @@ def test_a_slice_must_show_where_nan_would_be(right: Dump, ref: Dump) -> None:
     assert not compare(replace(spoilt, points={**spoilt.points, **short}), ref, F32)
     seen = with_nan(ours, "blk.3.ffn_out", 2)
     assert compare(replace(seen, points={**seen.points, **short}), ref, F32)
+
+
+def test_a_layer_that_is_kept_in_half_precision_is_recorded_so(
+    reference: Reference, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All records of one layer are rounded, the rows of its scores too, which grow with the position: no operation is wrong."""
+    reference.dump(DumpJob(synthetic(layers=3), tmp_path / "ref.jsonl", (5, 99, 7, 300), points="all", slice_size=4096))
+    right = read(tmp_path / "ref.jsonl")
+    half = {
+        name: replace(rows, values=rows.values.astype(np.float16).astype(np.float32), stats={}, sketch=None)
+        for name, rows in right.points.items()
+        if name.startswith("blk.1.")
+    }
+    verdict = compare(replace(right, points=right.points | half), right, F32)
+    assert verdict
+    assert {fault.kind for fault in verdict.record_faults} == {"type"}
+    assert {"blk.1.kq", "blk.1.q_rope", "blk.1.attn_norm"} <= {fault.checkpoint for fault in verdict.record_faults}

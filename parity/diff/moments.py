@@ -236,6 +236,9 @@ def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
 
 def _other_type(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as the reference's values rounded to a type, or as their bits taken for another type's."""
+    rounded = rounded_to(ours, ref)
+    if rounded:
+        return Reading(TYPE, f"rounded to {rounded}: captured in that type")
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = ours.values[:, :width], ref.values[:, :width]
     if width < TELLING or not np.isfinite(b).all() or not b.any(axis=1).all():
@@ -247,8 +250,7 @@ def _other_type(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
             same, telling = near | (np.isnan(a) & np.isnan(other)), np.isfinite(other) & (other != 0)
             if same.mean() > _SAME_BITS and telling.mean() > _SAME_BITS / 2:
                 return Reading(TYPE, what)
-    rounded = rounded_to(ours, ref)
-    return Reading(TYPE, f"rounded to {rounded}: captured in that type") if rounded else None
+    return None
 
 
 _SAME_BITS = (

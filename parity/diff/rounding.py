@@ -23,21 +23,24 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     """
     if ours.indices is not None or ref.indices is not None or not len(ours):
         return ""
-    width = int(min(ours.counts.min(), ref.counts.min()))
-    a, b = ours.values[:, :width], ref.values[:, :width]
-    if width < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
+    counts = np.minimum(ours.counts, ref.counts)
+    width = int(counts.max())
+    inside = np.arange(width) < counts[:, None]
+    # Rows of attention's scores grow with the position: what a shorter one lacks counts as 0, which every type has.
+    a, b = (np.where(inside, side.values[:, :width], np.float32(0)) for side in (ours, ref))
+    if counts.sum() < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
         return ""
     with np.errstate(over="ignore"):  # what F16 cannot hold becomes infinite, and fits nothing
-        fitting = [name for name, rounding in _types() if _rounds(a, b, rounding)]
+        fitting = [name for name, rounding in _types() if _rounds(a, b, rounding, int(counts.sum()))]
     if fitting:
         return " or ".join(fitting)
-    return "8 bits a block" if _steps(a, b) else ""
+    return "8 bits a block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
 
 
-def _rounds(a: Floats, b: Floats, rounding: Callable[[Floats], Floats]) -> bool:
-    """Whether `a` is `b` rounded, but for few values near the middle of two steps: there the last bits of two engines decide."""
+def _rounds(a: Floats, b: Floats, rounding: Callable[[Floats], Floats], number: int) -> bool:
+    """Whether `a` is `b` rounded, but for few of `number` values near the middle of two steps: there the last bits decide."""
     rounded = rounding(b)
-    if not np.array_equal(rounding(a), a) or (a != rounded).mean() > _NEAR_TIES:
+    if not np.array_equal(rounding(a), a) or (a != rounded).sum() > _NEAR_TIES * number:
         return False
     noise = _NOISE * np.sqrt(np.mean(b.astype(np.float64) ** 2, axis=1, keepdims=True))
     return bool((np.abs(a - b) <= np.abs(rounded - b) + 2 * noise).all())
