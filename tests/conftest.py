@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cli import Cli
+from hypothesis import HealthCheck, settings
 from servers import Start, started
 
 from checkpoints.record import Dump
@@ -25,6 +26,10 @@ from reference.client import Reference
 
 if TYPE_CHECKING:
     from planted import Faulty
+
+# Examples that take long to make, or to test, are the machine's matter: it may be busy.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
