@@ -11,6 +11,7 @@ from engine.graph import POSITIONS
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Edits
 
+from ..diff.truth import NO_COARSE_ROUNDING
 from .carry import carry, distinct, steps_between
 from .first_place import AtFirstPlace
 from .records import Floats
@@ -184,10 +185,14 @@ class BatchScreening(AtFirstPlace):
         return value_of, ended
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
-        """Whether versions of a point before the first place agree with the dump: [M, R, …] -> M."""
+        """Whether versions of a point may agree with the dump: [M, R, …] -> M.
+
+        After a table of float16 the rounding of products over a few rows may meet another entry of it.
+        """
         entry = self._screening.entries[self._screening.number[name]]
         errors = entry.nmse_of(self._screening.backend.to_host(values), self._screening.positions[: values.shape[-2]])
-        return list(~np.any(errors > _SLACK * entry.limit, axis=1))
+        rounding = NO_COARSE_ROUNDING if name in self._screening.coarse else 0.0
+        return list(~np.any(errors > np.maximum(_SLACK * entry.limit, rounding), axis=1))
 
     def _errors(self, values: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
         """NMSE at the first place's point, by candidate: [records]."""

@@ -11,6 +11,7 @@ from engine.faults import AT, CATALOGUE, SEEN, Fault, Planting
 from engine.graph import Step, sees_later
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
+from engine.replay.wide import coarse_points
 
 from ..diff.truth import NO_COARSE_ROUNDING, Truth
 from .budget import Budget
@@ -60,6 +61,7 @@ class Screening:
         self._cones: dict[tuple[str, ...], Cone] = {}
         self._alone: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._variants: tuple[tuple[str, ...] | None, dict[str, list[dict[str, Any]]]] = None, {}
+        self.coarse = coarse_points(steps)  # points after a table of float16, which amplifies rounding
         self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
 
     def start(self) -> SearchState:
