@@ -67,7 +67,8 @@ def sentence(three_way: ThreeWay) -> str:
         sides = f"{', '.join(three_way.sides[:2])} and {three_way.sides[2]}"
         otherwise = sum(recorded.fault.records for recorded in three_way.record_faults)
         recorded = f", {otherwise:,} recorded otherwise" if otherwise else ""
-        return f"parity: {sides} agree at {len(three_way.points)} points ({compared} records{recorded})"
+        points = f"{len(three_way.points)} point{'s' * (len(three_way.points) != 1)}"
+        return f"parity: {sides} agree at {points} ({compared} records{recorded})"
     point = three_way.first
     if point.wrong or any(far is not None for far in point.truth):
         return f"divergence at {clean(point.checkpoint)}: {_by_truth(three_way, point)}"

@@ -39,7 +39,7 @@ def temperature(case: ServerCase) -> ServerCause | None:
 
 
 def truncation(case: ServerCase) -> ServerCause | None:
-    """Probabilities of which only the largest were kept and made to sum to 1: top-k, top-p, min-p."""
+    """Probabilities of which only some were kept and made to sum to 1: top-k, top-p, min-p, typical-p, top-n-sigma or XTC."""
     offsets, cut = [], []
     for placed, row in case.sample:
         server = case.listed(placed, row)
