@@ -81,3 +81,15 @@ def test_what_is_wrong_with_a_field_is_said(
 ) -> None:
     """A format, a shape or a position that cannot be: one line in the words of the format, not of Python."""
     refused(parity("lint", changed(lambda dump: dump.replace(before, after, 1))), message)
+
+
+def test_few_digits_are_said_of_the_records_that_have_them(parity: Cli, stories_run: Path) -> None:
+    """Lines without a header whose digits were cut are counted in the note: a `1.0` of one line says nothing of the others."""
+    lines = [json.loads(line) for line in (stories_run / "ours.jsonl").read_text().splitlines()]
+    records = [{name: line[name] for name in ("checkpoint", "token_idx", "values")} for line in lines if "values" in line]
+    for few, said in ((1, "1 of 35 records' values are printed in steps"), (35, "values are printed in steps")):
+        for record in records[:few]:
+            record["values"] = [round(value, 2) for value in record["values"]]
+        Path("few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        _, answer = parity.json("diff", "few.jsonl", stories_run / "ref.jsonl", "--offset", "0")
+        assert [note.partition(" of up to")[0] for note in answer["notes"] if "steps" in note] == [said]

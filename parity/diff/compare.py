@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits, RecordFault, Verdict
 from checkpoints.answers.picture import Picture
@@ -185,6 +186,16 @@ def _held(errors: Measured, allowed: Limits, model: Flow, options: Options, ref:
     return replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes)), routing
 
 
+def _printed_steps(pairs: tuple[Pair, ...]) -> NDArray[np.float64]:
+    """The widest step of the printed digits of either side, by record: 0 where both give every float32."""
+    steps = [np.zeros(len(pair.ours)) for pair in pairs]
+    for pair, step in zip(pairs, steps, strict=True):
+        for side in (pair.ours, pair.ref):
+            if side.quantum is not None:
+                np.maximum(step, side.quantum.max(axis=1, initial=0.0), out=step)
+    return np.concatenate(steps) if steps else np.zeros(0)
+
+
 def _layers(dump: Dump) -> int | None:
     return dump.header.model.layers if dump.header is not None else None
 
@@ -197,13 +208,12 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
             if a and b and a != b:
                 looser = "; the looser limits, those of native mode, apply" if what == "mode" else ""
                 notes.append(f"{what}: ours {a}, the reference {b}{looser}")
-    printed = [pair for pair in pairs if pair.ours.quantum is not None or pair.ref.quantum is not None]
-    if printed:
-        step = max(
-            float(side.quantum.max(initial=0)) for pair in printed for side in (pair.ours, pair.ref) if side.quantum is not None
-        )
+    printed = _printed_steps(pairs)
+    if printed.any():
+        records = "" if printed.all() else f"{np.count_nonzero(printed):,} of {len(printed):,} records' "
         notes.append(
-            f"values are printed in steps of up to {step:.0e}: smaller differences cannot be seen (%.9g prints all digits)"
+            f"{records}values are printed in steps of up to {printed.max():.0e}: smaller differences cannot be seen there"
+            " (%.9g prints all digits)"
         )
     both = np.flatnonzero((measures.nonfinite_ours > 0) & (measures.nonfinite_ref > 0))
     if len(both):
