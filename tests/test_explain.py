@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 from slow import slow_but
 
+from checkpoints.formats import shifted
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header
@@ -40,6 +41,17 @@ def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
     explanation = explain(only(engine), engine.model)
     assert explanation
     assert (explanation.first, explanation.causes, explanation.variants) == (None, (), 0)
+
+
+def test_positions_that_an_engine_counts_from_1_are_no_fault_of_its_rope(engine: Faulty) -> None:
+    """A right engine's records, rotated queries and keys among them, are taken where the model gives them; a wrong engine's as well."""
+    right = shifted(only(engine, points="all"), 1)
+    explanation = explain(right, engine.model, ExplainOptions(tokens=PROMPT))
+    assert (explanation.first, explanation.causes) == (None, ())
+    assert sum("moved by -1" in note for note in explanation.notes) == 1
+    wrong = shifted(only(engine, ("activation", {"activation": "ReLU"}, (2,)), points="all"), 1)
+    explanation = explain(wrong, engine.model, ExplainOptions(tokens=PROMPT))
+    assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("activation", (2,))]
 
 
 def test_generated_tokens_alone_contradict_no_prompt(engine: Faulty) -> None:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError, ModelError
+from checkpoints.formats import shifted
 from checkpoints.points import of_scores
 from checkpoints.record import Dump, Header
 from engine.backend import Array
@@ -107,21 +108,43 @@ class Case:
         first = min(int(rows.token_idx.min()) for rows in self.dump.points.values())
         prompt = len(self.dump.header.tokens) if self.dump.header is not None and self.dump.header.tokens else len(tokens)
         # Positions count from 0, unless the dump of a long-context run begins beyond its own tokens.
-        self.first = first if last >= len(tokens) and last - first < len(tokens) else 0
-        if last - self.first >= len(tokens):
+        first = first if last >= len(tokens) and last - first < len(tokens) else 0
+        if last - first >= len(tokens):
             raise too_few_tokens(dump.path, last, len(tokens), decoder=bool(half.given))
-        self.tokens = tokens
-        self.positions: Ints = np.arange(len(tokens), dtype=np.int64) + self.first
-        self.passes = _passes(self.dump, self.positions, prompt)
-        self.replay = self.make(self.transformer.steps, len(tokens))
-        header = self.header()
         same_model(self.dump, Path(self.transformer.model.path))
+        self.tokens = tokens
+        self._count_from(first, prompt)
+        self.entries, notes = expected(self.dump, self.replay, self.positions, self.header())
+        if first:
+            notes = (*self._from_zero(first, prompt), *notes)
         self.arbiter = self.truth_of(self.transformer.steps)
-        self.entries, notes = expected(self.dump, self.replay, self.positions, header)
         self._arbiter_option = options.arbiter
         self.entries, noise = allowed(self.entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.noise = noise
         self.notes = (*self.dump.notes, *left_out, *notes, *resolved(self))
+
+    def _count_from(self, first: int, prompt: int) -> None:
+        """Make the right engine's replay with the first token at this position."""
+        self.positions: Ints = np.arange(len(self.tokens), dtype=np.int64) + first
+        self.passes = _passes(self.dump, self.positions, prompt)
+        self.replay = self.make(self.transformer.steps, len(self.tokens))
+
+    def _from_zero(self, first: int, prompt: int) -> tuple[str, ...]:
+        """Count the dump's positions from 0 if the model then gives more of its records, and say so: some engines number lines from 1."""
+        numbered, replay, entries = self.dump, self.replay, self.entries
+        self.dump = replace(shifted(numbered, -first), notes=numbered.notes)
+        self._count_from(0, prompt)
+        self.entries, _ = expected(self.dump, self.replay, self.positions, self.header())
+        before, now = (sum(int((entry.base > entry.limit).sum()) for entry in of) for of in (entries, self.entries))
+        if now < before:
+            records = f"{before - now:,} more record{'s' * (before - now != 1)}"
+            return (
+                f"positions: the dump's are moved by {-first:+d}, where {records} are the model's (it begins at position {first})",
+            )
+        self.dump = numbered
+        self._count_from(first, prompt)
+        self.replay, self.entries = replay, entries
+        return ()
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
         """The dump's records beside those of another list of steps."""
