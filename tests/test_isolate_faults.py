@@ -1,5 +1,6 @@
 """Faults planted in an engine whose whole values are judged: each is named at its operations and layers, and nothing else."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -318,3 +319,19 @@ def test_no_record_is_held_to_itself(small_model: Callable[..., Path], reference
     assert steps != list(foreign.right)
     isolation = foreign.judged(steps)
     assert [item.name for item in isolation.wrong] == [name]
+
+
+@pytest.mark.parametrize("fault", [None, pytest.param("no-final-norm", marks=pytest.mark.slow)])
+def test_lines_numbered_from_1_are_no_fault_of_rope(synthetic: Callable[..., Path], tmp_path: Path, fault: str | None) -> None:
+    """A dump whose first position is 1 is judged from position 0, where its rotations are right; what is wrong stays wrong."""
+    foreign = Foreign(synthetic("tiny"), tmp_path)
+    steps = foreign.right if fault is None else plant(foreign.right, CATALOGUE[fault])
+    foreign.judged(steps, full=False)
+    lines = [json.loads(line) for line in foreign.out.read_text().splitlines()]
+    for line in lines:
+        if "token_idx" in line:
+            line["token_idx"] += 1
+    foreign.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    isolation = isolate(IsolateRequest(foreign.model, tokens=TOKENS, dump=foreign.out))
+    assert {operation.operation for operation in isolation.wrong} == (set() if fault is None else {"output_norm"})
+    assert isolation.facts["positions"].startswith("moved by -1")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Graft, Isolation, Operation
 from checkpoints.errors import DumpError, InputError
 from checkpoints.mapping import Mapping
-from checkpoints.points import ENCODER, parse
+from checkpoints.points import ENCODER
 from checkpoints.record import Header
 from engine.graph import in_one_pass
 from engine.replay.proof import proof_steps
@@ -34,7 +34,7 @@ from .bench import IsolationBench
 from .judged_layers import eliminated, graft, judged_layers
 from .standards import Define, foreign_standard, reference_standard
 from .suspicions import as_eight_bits, in_order
-from .unrecorded import passed_over, stretches, without
+from .unrecorded import pass_over
 from .values import RecordedValue, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
@@ -43,7 +43,6 @@ LIMIT = 1e-10
 LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type"
 # An operation is not called wrong under this many times the worst one of the embedded model on this machine.
 _FLOOR_FACTOR = 10.0
-_NO_OUTPUT = "its output was not recorded as a whole"
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens will do: operations are judged one by one
 
 
@@ -77,7 +76,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         ParityError: anything wrong with the request, the model, the dump or the reference, in one line.
     """
     if request.dump is not None:
-        return _foreign(request, request.dump, running)
+        return _as_counted(request, request.dump, running)
     if request.graft:
         raise InputError(
             "--graft needs an external engine's dump.", "Give the dump: parity isolate DUMP --graft …", code="graft"
@@ -209,8 +208,22 @@ def _without_blas(operations: list[Operation], devices: Sequence[str]) -> list[O
     ]
 
 
-def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
+def _as_counted(request: IsolateRequest, dump: Path, running: Reference | None) -> Isolation:
+    """Judge a dump, from position 0 if it begins later and fewer operations are wrong then: some engines number lines from 1."""
     values = WholeValues(dump, request.tensors, request.mapping)
+    isolation = _foreign(request, values, running)
+    mapping, first = request.mapping or Mapping(), values.first
+    if not (first and isolation.wrong and mapping.position_offset is None):
+        return isolation
+    from_zero = WholeValues(dump, request.tensors, replace(mapping, position_offset=-first))
+    moved = _foreign(request, from_zero, running)
+    if len(moved.wrong) >= len(isolation.wrong):
+        return isolation
+    note = f"moved by {-first:+d}: the dump begins at position {first}, where more operations would be wrong"
+    return replace(moved, facts={**moved.facts, "positions": note})
+
+
+def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | None) -> Isolation:
     header = values.dump.header or Header(source="")
     same_model(values.dump, request.model)
     if request.rows and not any("logits" in values.points(step) for step in values.passes):
@@ -253,7 +266,7 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             if values.unshaped:
                 values.with_shapes(dict(reference().describe(request.model).points))
             values.two_sided = ("",) if in_one_pass(bench.isolator.steps) else (ENCODER,)
-            lacking = _pass_over(bench, values, mode, kv_type)
+            lacking = pass_over(bench, values, mode, kv_type)
             passes = _feed_dump(values, bench, tokens, later)
             return Judgement(bench, in_order([*bench.operations(), *lacking], bench.steps), passes, limit)
 
@@ -277,12 +290,12 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
         otherwise = _ignored(bench.transformer, reference()) if differs or bench.transformer.recorded is not None else ""
     if all(item.nmse is None for item in (*operations, *layers)) and not grafted:
         raise DumpError(
-            f"{dump} has no operation whose inputs and output were recorded as whole rows.",
+            f"{values.path} has no operation whose inputs and output were recorded as whole rows.",
             'Record whole values: a tensors file, or all values of each record and their "shape": [width] (parity emit shows how).',
             code="nothing",
         )
     return Isolation(
-        judged=header.source or dump.name,
+        judged=header.source or Path(values.path).name,
         model=_named(bench.transformer),
         mode=mode,
         kv_type=kv_type,
@@ -302,25 +315,6 @@ def _foreign(request: IsolateRequest, dump: Path, running: Reference | None) -> 
             "metadata": otherwise,
         },
     )
-
-
-def _pass_over(bench: IsolationBench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
-    """Let points that the dump lacks be computed where that is sound; returns the verdicts on their operations."""
-    if kv_type != "f32":  # a cache of F16 rounds attention's weights: a computed value is rounded differently here and there
-        return []
-    recorded = {name for step in values.passes for name in values.points(step)}
-    passed = []
-    for isolator in bench.isolators:
-        steps = isolator.definitions[0].several
-        names = passed_over(steps, recorded, rounds=mode == "native")
-        isolator.definitions = [without(definition, names) for definition in isolator.definitions]
-        isolator.stretches = stretches(steps, names)
-        judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}
-        for name in names:
-            together = f"not recorded as a whole; judged together with {judged[name]}" if name in judged else _NO_OUTPUT
-            point = parse(name)
-            passed.append(Operation(point.kind, point.layer, NOT_OBSERVABLE, reason=together))
-    return passed
 
 
 def _named(transformer: Transformer) -> str:
