@@ -219,7 +219,7 @@ def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatc
     folder.mkdir()
     for name in ("ours.jsonl", "ours-odd.jsonl", "ref.jsonl", "diff.json", "report.html", "server.json"):
         (folder / name).write_text("old")
-    words = ("run", "--prompt", "Lily", "--server", f"{hostile}/sure", "--out", folder, "--dump-prefix")
+    words = ("run", "--prompt", "Lily had a big red", "--server", f"{hostile}/sure", "--out", folder, "--dump-prefix")
     code, answer = parity.json(*words)
     assert (code, answer["verdict"], answer["causes"]) == (1, "divergence", [])
     assert "the search for a chat template ended after 0 seconds: 0 of" in answer["notes"][-1]
