@@ -54,6 +54,16 @@ def test_positions_that_an_engine_counts_from_1_are_no_fault_of_its_rope(engine:
     assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("activation", (2,))]
 
 
+def test_a_run_that_begins_far_from_0_keeps_its_positions(engine: Faulty, parity: Cli) -> None:
+    """A right engine's dump of a long context is right where it counts: its positions are not moved."""
+    tokens = ",".join(map(str, PROMPT))
+    words = ("dump", "ours", "--model", engine.model, "--tokens", tokens, "--first-position", "40", "--points", "all")
+    assert parity(*words, "-o", "far.jsonl").code == 0
+    explanation = explain(read(Path("far.jsonl")), engine.model, ExplainOptions(tokens=PROMPT))
+    assert (explanation.first, explanation.causes) == (None, ())
+    assert not any("moved by" in note for note in explanation.notes)
+
+
 def test_generated_tokens_alone_contradict_no_prompt(engine: Faulty) -> None:
     """A dump that lists only what it generated says nothing of the prompt: no token of it is called another one, no record left out."""
     dump = engine.dump(RIGHT, PROMPT, generated=2)

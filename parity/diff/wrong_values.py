@@ -9,8 +9,8 @@ from .measure import Measured
 Floats = NDArray[np.float64]
 
 # If at least this share of an error's energy is neither a factor nor a constant, or far more than a norm that agrees may be off, a norm
-# after it still shows it. The share is a choice: a scaled row
-# leaves only rounding, while a fit of two numbers to noise in ten values leaves four fifths of it.
+# after it still shows it. The share is a choice: a scaled row leaves only rounding, while a fit of two numbers to noise in ten values
+# leaves four fifths of it.
 _LEFT = 0.25
 
 

@@ -131,8 +131,8 @@ class Case:
 
     def _from_zero(self, first: int, prompt: int) -> tuple[str, ...]:
         """Count the dump's positions from 0 if the model then gives more of its records, and say so: some engines number lines from 1."""
-        numbered, replay, entries = self.dump, self.replay, self.entries
-        self.dump = replace(shifted(numbered, -first), notes=numbered.notes)
+        numbered, entries = (self.dump, self.positions, self.passes, self.replay), self.entries
+        self.dump = replace(shifted(self.dump, -first), notes=self.dump.notes)
         self._count_from(0, prompt)
         self.entries, _ = expected(self.dump, self.replay, self.positions, self.header())
         before, now = (sum(int((entry.base > entry.limit).sum()) for entry in of) for of in (entries, self.entries))
@@ -141,9 +141,7 @@ class Case:
             return (
                 f"positions: the dump's are moved by {-first:+d}, where {records} are the model's (it begins at position {first})",
             )
-        self.dump = numbered
-        self._count_from(first, prompt)
-        self.replay, self.entries = replay, entries
+        (self.dump, self.positions, self.passes, self.replay), self.entries = numbered, entries
         return ()
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
