@@ -130,6 +130,13 @@ def _edge() -> dict[str, bytes]:
     return {"edgellm_dump.safetensors": Path("edge.safetensors").read_bytes()}
 
 
+def _vllm() -> dict[str, bytes]:
+    """Two layers of a request of three tokens."""
+    states = np.stack([*random_arrays(("embd", "blk.0.l_out"), positions=3).values()], axis=1)
+    save_file({"hidden_states": states, "token_ids": np.array([1, 403, 407], np.int64)}, "vllm.safetensors")
+    return {"request.safetensors": Path("vllm.safetensors").read_bytes()}
+
+
 def _llama_debug() -> dict[str, bytes]:
     """Logits of the last of three tokens, with ids and prompt beside."""
     logits = random_arrays(("logits",), positions=1)["logits"]
@@ -150,6 +157,7 @@ FOLDERS: dict[str, Callable[[], dict[str, bytes]]] = {
     "tensorrt-llm": lambda: {Path(name).name: data for name, data in list(_zipped("tensorrt-llm").items())[2:6]},
     "edge-llm": _edge,
     "llama-debug": _llama_debug,
+    "vllm": _vllm,
     "debug mode": lambda: {"debug.log": (LOGS / "debug-mode.log").read_bytes()},
     "binary": _binary,
 }
