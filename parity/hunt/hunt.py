@@ -25,8 +25,8 @@ from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
-from ..run.completeness import held_to
 from ..run.command import POINTS, Command
+from ..run.completeness import held_to
 from ..run.request import Progress, Prompt, Request
 from ..run.results import dumps_of
 from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
