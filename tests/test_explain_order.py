@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
@@ -37,6 +38,26 @@ def test_a_router_is_judged_before_the_layer_that_it_feeds(reference: Reference,
     assert explanation.first.checkpoint == weights
     assert explanation.law == "the value is what this operation makes of blk.0.ffn_moe_logits instead of blk.0.ffn_moe_probs"
     assert all(name in engine.transformer.points for name in explanation.next.split(",") if name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["", "experts-not-normalised"])
+def test_experts_may_be_listed_in_any_order(reference: Reference, small_model: Callable[..., Path], fault: str) -> None:
+    """A right engine that lists the chosen experts backwards has no fault, and a wrong one has its own fault, at 16 values a row."""
+    path = small_model("qwen3moe")
+    engine = Faulty(path, reference.graph(path))
+    planted = Planted(((fault, {}, None),) if fault else ())
+    dump = engine.dump(planted, tokens_of(path, 7, seed=4), points="*")
+    points = dict(dump.points)
+    for name, rows in points.items():
+        if "moe" in name and not name.endswith(("logits", "probs", "out", "sum", "clamped")):
+            width = rows.values.shape[1]
+            backwards = rows.values[:, ::-1] if width == 2 else rows.values + np.float32(1)  # 16 of 192: another expert's
+            points[name] = replace(rows, values=backwards.copy())
+    explanation = explain(replace(dump, points=points), path, ExplainOptions(budget=30.0))
+    assert [cause.named.fault for cause in explanation.causes] == ([fault] if fault else [])
+    assert explanation.remaining is None
+    assert any("not listed in the order of their scores" in note for note in explanation.notes)
 
 
 def test_rows_of_a_computed_value_are_no_table() -> None:
