@@ -52,9 +52,9 @@ class Size(NamedTuple):
 
 
 class MovingParam(NamedTuple):
-    """A parameter of a node that depends on the length of the pass: `op_params[index]`, a whole number or, if `real`, a float32."""
+    """A parameter of a node that depends on the length of the pass: `op_params[number]`, a whole number or, if `real`, a float32."""
 
-    index: int
+    number: int
     size: Size
     real: bool
 
@@ -219,7 +219,7 @@ def _plain(tensor: Tensor) -> dict[str, Any]:
     if any(tensor.params):
         plain["params"] = list(tensor.params)
     if tensor.moving:
-        plain["moving"] = [[index, _size(size), real] for index, size, real in tensor.moving]
+        plain["moving"] = [[number, _size(size), real] for number, size, real in tensor.moving]
     if tensor.sources:
         plain["sources"] = list(tensor.sources)
     if tensor.root is not None:
@@ -269,7 +269,7 @@ def _tensor(plain: Mapping[str, Any], count: int) -> Tensor:
         operand_points={int(number): str(name) for number, name in plain.get("operand_points", {}).items()},
         parts=tuple((str(name), int(start), int(stop)) for name, start, stop in plain.get("parts", ())),
         rule=None if rule is None else InputRule(rule["kind"], {key: value for key, value in rule.items() if key != "kind"}),
-        moving=tuple(MovingParam(int(index), _read_size(size), bool(real)) for index, size, real in plain.get("moving", ())),
+        moving=tuple(MovingParam(int(number), _read_size(size), bool(real)) for number, size, real in plain.get("moving", ())),
     )
 
 

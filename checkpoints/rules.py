@@ -173,9 +173,8 @@ def decay(count: int, *, heads: int, of: str) -> Values:
     row = np.arange(count, dtype=np.float32)
     if of == "pair":
         distance = row[:, None] - row[None, :]
-        numbers: Values = np.where(distance >= 0, -slopes(heads)[:, None, None] * distance, np.float32(-np.inf))
-        return numbers
-    numbers = -slopes(heads)[None, :] * (row + 1 if of == "query" else count - 1 - row)[:, None]
+        return np.where(distance >= 0, -slopes(heads)[:, None, None] * distance, np.float32(-np.inf))
+    numbers: Values = -slopes(heads)[None, :] * (row + 1 if of == "query" else count - 1 - row)[:, None]
     return numbers
 
 
@@ -239,7 +238,9 @@ def _gives(rule: InputRule, entry: Recorded) -> bool:
     if flat.shape != entry.data.shape:
         return False
     if entry.data.dtype.kind == "f" and rule.kind in ("temperature", "hadamard", "slopes", "decay"):
-        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf and powf of libm and of NumPy, another order of division
+        return bool(
+            np.allclose(flat, entry.data, rtol=1e-6, atol=0)
+        )  # logf and powf of libm and of NumPy, another order of division
     return bool(np.array_equal(flat, entry.data))
 
 

@@ -129,7 +129,9 @@ _STEPS: dict[str, Callable[["GraphLifter", Any], StepParts]] = {
     "decay": lambda lifter, parameters: (
         decay,
         (POSITIONS,),
-        (Size(parameters["heads"]), lifter.t, lifter.t) if parameters["of"] == "pair" else (lifter.t, Size(parameters["heads"])),
+        (Size(parameters["heads"]), lifter.t, lifter.t)
+        if parameters["of"] == "pair"
+        else (lifter.t, Size(parameters["heads"])),
     ),
     "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),
 }
