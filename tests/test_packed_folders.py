@@ -11,6 +11,7 @@ from cli import Cli
 from conversion_cases import write
 from packed_cases import CASES, IN, NAME, OUT, TO, PackedCase, finite_codes, floats, fp8_blocks, gptq, mxfp4
 
+from parity.weights.conversion import check_conversion
 from parity.weights.folder_quantisation import unpacked
 from parity.weights.stored import Stored
 
@@ -89,6 +90,30 @@ def test_a_method_that_is_not_read_is_named(method: str, parity: Cli, tmp_path: 
     (tensor,) = answer["tensors"]
     assert (code, tensor["status"]) == (0, "not checked")
     assert f"quantised by {method}, which is not read: take the folder before quantisation" in tensor["reason"]
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "something-new"}, {"quant_method": ""}, {}], ids=str)
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def test_what_belongs_to_weights_that_are_not_read_is_no_finding(
+    make: Callable[[], PackedCase], settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Every known way of packing under a method of another name, or of none: not checked, with its scales, and no note."""
+    case = make()
+    model = write(tmp_path / "m.gguf", case.architecture, case.right)
+    answer = check_conversion(model, _folder(case, tmp_path / "folder", settings))
+    assert {tensor.name: tensor.status for tensor in answer.tensors} == dict.fromkeys(case.right, "not checked")
+    assert answer.notes == ()
+
+
+@pytest.mark.parametrize("form", ["marlin", "gptq_v3", ""])
+def test_a_format_of_gptq_that_is_not_known_is_not_guessed(form: str, parity: Cli, tmp_path: Path) -> None:
+    """The two formats of GPTQ differ by one in each zero point; another one is neither, and the answer names it."""
+    case = gptq()
+    source = _folder(case, tmp_path / "folder", case.settings | {"checkpoint_format": form})
+    code, answer = parity.json("weights", "--model", write(tmp_path / "m.gguf", "qwen2", case.right), "--hf", source)
+    (tensor,) = answer["tensors"]
+    assert (code, tensor["status"]) == (0, "not checked")
+    assert f"quantised by gptq in the format '{form}', which is not read" in tensor["reason"]
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)

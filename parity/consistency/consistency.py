@@ -184,10 +184,10 @@ _OURS = {
 
 def _held_to(side: Side, verdict: Verdict) -> Verdict:
     """The verdict, with the points that an external engine was asked for and printed in neither way."""
-    if not isinstance(side, ExternalEngine) or not side.asked:
+    if not isinstance(side, ExternalEngine) or not side.requested:
         return verdict
     compared = {point.checkpoint for point in verdict.points}
-    return replace(verdict, uncompared=uncompared(side.asked, compared, verdict.uncompared.positions, ()))
+    return replace(verdict, uncompared=uncompared(side.requested, compared, verdict.uncompared.positions, ()))
 
 
 def _untold(side: Side, way: str) -> str:
