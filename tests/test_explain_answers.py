@@ -268,7 +268,7 @@ def test_another_operand_is_named(engine: Faulty) -> None:
     """K made from another layer's norm: the value that it is made from is said."""
     dump = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20, steps=_operand(engine.right, "blk.2.k", "blk.0.ffn_norm"))
     explanation = explain(dump, engine.model, _PATIENT)
-    assert explanation.law == "is what this operation makes of blk.0.ffn_norm instead of blk.2.attn_norm"
+    assert explanation.law == "the value is what this operation makes of blk.0.ffn_norm instead of blk.2.attn_norm"
     assert names(explanation) == []
 
 

@@ -182,6 +182,23 @@ def test_inputs_of_ids_are_told_apart() -> None:
     assert explain([Recorded(now, (3, 1, 1, 1), np.array([1, 1, 2], np.int32))], {}) is None
 
 
+def test_decays_of_lightning_attention() -> None:
+    """Slopes of heads and their products with distances in the pass, as llama.cpp lays them out; the wrong end is not taken for the
+    right one."""
+    slope, tokens = 2.0 ** -np.array([2, 4, 6, 8]), 5
+    now = ForwardPass(np.arange(tokens) + 90, np.arange(tokens) + 3, np.arange(tokens + 3))
+    row = np.arange(tokens)
+    pair = np.where(row[:, None] >= row, -slope[:, None, None] * (row[:, None] - row), -np.inf)
+    for data, ne, rule in (
+        (slope, (4, 1, 1, 1), InputRule("slopes", {"heads": 4})),
+        (-slope * (row + 1)[:, None], (1, 4, tokens, 1), InputRule("decay", {"heads": 4, "of": "query"})),
+        (-slope * (tokens - 1 - row)[:, None], (1, 4, tokens, 1), InputRule("decay", {"heads": 4, "of": "key"})),
+        (pair, (tokens, tokens, 4, 1), InputRule("decay", {"heads": 4, "of": "pair"})),
+        (-slope * (row + 2)[:, None], (1, 4, tokens, 1), None),
+    ):
+        assert explain([Recorded(now, ne, data.astype(np.float32).reshape(-1))], {}) == rule
+
+
 def test_an_input_without_a_rule_is_refused_by_name(reference: Reference, small_model: Make) -> None:
     """The engine computes nothing from an input that it cannot explain."""
     from checkpoints.errors import ModelError

@@ -1,5 +1,6 @@
 """The lift: a graph becomes steps of the engine, which compute what llama.cpp computes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 from slow import slow_but
 
 from checkpoints.errors import ModelError
+from checkpoints.graph import MovingParam, RecordedGraph, Size
 from engine import ops
 from engine.backend import choose
 from engine.blocks import Blocks
@@ -24,9 +26,9 @@ from reference.client import Reference
 Make = Callable[..., Path]
 
 # One of each family: what is computed, at prompts of which lengths. Windows are of eight positions.
-FAMILIES = ("phi3", "olmo2", "stablelm", "granite", "mistral3", "glm4")
-MIXTURES = ("qwen3moe", "gpt-oss", "deepseek2", "llama4")
-RECURRENT = ("lfm2", "qwen35", "granitehybrid")
+FAMILIES = ("phi3", "olmo2", "stablelm", "granite", "mistral3", "glm4", "chameleon")
+MIXTURES = ("qwen3moe", "gpt-oss", "deepseek2", "llama4", "hy_v4", "minimax-m3")
+RECURRENT = ("lfm2", "qwen35", "granitehybrid", "minimax-01", "kimi-k3")
 
 
 def alike(step: Step) -> Step:
@@ -73,6 +75,22 @@ def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
 def test_windows_are_crossed(parity: Cli, small_model: Make, count: int) -> None:
     """A prompt longer than the window of attention, and one of a single token; steps after both."""
     assert verdict(parity, small_model("gpt-oss"), "--tokens", ids(count), "--generate", "3")["verdict"] == "parity"
+
+
+def test_streams_of_one_token(parity: Cli, small_model: Make) -> None:
+    """A prompt of one token has several streams, which are no embedding, as one of more tokens has: both sides give them one name."""
+    model = small_model("qwen4exp", layers=2)
+    assert verdict(parity, model, "--tokens", "61")["verdict"] == "parity"
+    assert "hc_init" in parity.json("model", model)[1]["points"]
+
+
+def test_parameters_that_follow_the_length(reference: Reference, small_model: Make) -> None:
+    """minimax-01 multiplies by minus the number of tokens, whatever it is; the recording says so, as data too."""
+    recorded = reference.graph(small_model("minimax-01", layers=2))
+    assert {moving for tensor in recorded.several.tensors for moving in tensor.moving} == {
+        MovingParam(0, Size(0, -1), real=True)
+    }
+    assert RecordedGraph.from_json(json.loads(json.dumps(recorded.to_json()))) == recorded
 
 
 @pytest.mark.slow
