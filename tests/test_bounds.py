@@ -184,7 +184,7 @@ def test_a_small_dump_is_compared_and_converted_soon(tmp_path: Path, name: str, 
         ("headers.jsonl", "headers.jsonl has more than 100 headers"),
         pytest.param("zeros.npz", "neither activations nor weights compress so well", marks=pytest.mark.slow),
         ("overlap.safetensors", "two of its arrays overlap"),
-        ("many.safetensors", "100,000 arrays"),
+        pytest.param("many.safetensors", "100,000 arrays", marks=pytest.mark.slow),
         ("rows.npy", "more positions than any context has"),
     ],
 )

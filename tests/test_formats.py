@@ -257,6 +257,7 @@ def test_a_real_debugger_tree_says_the_same_printed_and_as_arrays(tmp_path: Path
         load(summary)
 
 
+@pytest.mark.slow
 def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path: Path) -> None:
     """A converted log and converted arrays compare as their sources do; offsets shift positions and are said."""
     (tmp_path / "debug.log").write_text("\n".join(printed(run, "new")))

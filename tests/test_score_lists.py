@@ -162,9 +162,9 @@ STRANGE = {"Ωmega": -0.7, "日本語日本語": -0.9, "zzyzx": -2.0, "qqq": -3.
 @pytest.mark.parametrize(
     ("fixed", "message", "advice"),
     [
-        (FEW, "gives 2 candidates a position, not the 5 asked for", "--server-top 2"),
+        pytest.param(FEW, "gives 2 candidates a position, not the 5 asked for", "--server-top 2", marks=pytest.mark.slow),
         (STRANGE, "candidates are not tokens of this model", "Is it the model that the server runs?"),
-        ({}, "nothing was predicted that could be scored", "longer text"),
+        pytest.param({}, "nothing was predicted that could be scored", "longer text", marks=pytest.mark.slow),
     ],
     indirect=["fixed"],
 )
@@ -174,6 +174,7 @@ def test_lists_that_cannot_be_used(parity: Cli, fixed: str, words: tuple[object,
         refused(parity(*words, "--server", fixed + path), message, advice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [FEW], indirect=True)
 def test_a_server_is_no_base_file(parity: Cli, fixed: str, words: tuple[object, ...]) -> None:
     """Two sides, a base file of lists, and options without their server are refused; two candidates where two are asked for are scored."""

@@ -52,7 +52,7 @@ class GoldenDumps:
             return Uncompared()
         points = read(out).points
         positions = {position for rows in points.values() for position in rows.token_idx.tolist()}
-        return uncompared(self._side.asked, points.keys(), range(len(prompt.ids)), positions)
+        return uncompared(self._side.requested, points.keys(), range(len(prompt.ids)), positions)
 
     def write_again(self, kept: GoldenPrompt, out: Path) -> None:
         """Write the dump of a recorded prompt; llama.cpp tokenizes it again, since its tokenizer is checked, too."""

@@ -38,29 +38,29 @@ def unpacked(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     settings = _settings(config)
     method = settings.get("quant_method")
     known = _METHODS.get(method) if isinstance(method, str) else None
-    found = dict(tensors)
+    readable = dict(tensors)
     for name in tensors:
         for ending, convert in (known or {}).items():
             if name.endswith(ending):
                 try:
-                    made, used = convert(name.removesuffix(ending), tensors, settings)
+                    weights, used = convert(name.removesuffix(ending), tensors, settings)
                 except (KeyError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError, AttributeError):
                     continue  # not as the method has them
                 for part in used:
-                    found.pop(part, None)
-                found |= made
+                    readable.pop(part, None)
+                readable |= weights
     if method:
-        found = {name: stored for name, stored in found.items() if stored.kind == SCALE or not name.endswith(_UNUSED)}
+        readable = {name: stored for name, stored in readable.items() if stored.kind == SCALE or not name.endswith(_UNUSED)}
     if not method or known:
-        plain = {name: stored for name, stored in found.items() if stored.kind in TABLES and stored.array.size}
-        found |= {name: _unscaled(stored) for name, stored in plain.items() if not _has_scale(name, found)}
-    return _with_unread_whole(found)
+        plain = {name: stored for name, stored in readable.items() if stored.kind in TABLES and stored.array.size}
+        readable |= {name: _unscaled(stored) for name, stored in plain.items() if not _has_scale(name, readable)}
+    return _with_unread_whole(readable)
 
 
-def _with_unread_whole(found: Tensors) -> Tensors:
+def _with_unread_whole(readable: Tensors) -> Tensors:
     """Without what stands beside packed weights that no method read: those are one unreadable tensor each, by the weight's name."""
-    renamed = dict(found)
-    for name in [name for name, stored in found.items() if name.endswith(_LEFT_PACKED) and not stored.readable]:
+    renamed = dict(readable)
+    for name in [name for name, stored in readable.items() if name.endswith(_LEFT_PACKED) and not stored.readable]:
         renamed[name.rpartition("_")[0]] = renamed.pop(name)
     unread = {name for name, stored in renamed.items() if not stored.readable}
     unread |= {name.rpartition(".")[0] for name in unread if name.endswith(("weight", ".qweight"))}
@@ -171,8 +171,8 @@ def _pairs(weight: Stored, scales: Stored, table: Floats, group: int) -> Stored:
 def _mxfp4(base: str, tensors: Tensors, settings: dict[str, Any]) -> _Made:
     """gpt-oss' experts: blocks [experts, out, groups, 16], as the tensor [experts, in, out] that they are made from."""
     names = (f"{base}_blocks", f"{base}_scales")
-    made = _pairs(tensors[names[0]], tensors[names[1]], E8M0, 32)
-    return {base: made.view(made.array.swapaxes(-1, -2))}, names
+    weights = _pairs(tensors[names[0]], tensors[names[1]], E8M0, 32)
+    return {base: weights.view(weights.array.swapaxes(-1, -2))}, names
 
 
 def _packed(base: str, tensors: Tensors, settings: dict[str, Any]) -> _Made:
@@ -242,11 +242,11 @@ def _nvfp4(base: str, tensors: Tensors, weight: Stored, whole: str, *, inverse: 
     """
     module = base.removesuffix(".weight")
     names = (f"{base}{whole}", f"{module}.input{'_global' * inverse}_scale")
-    made = {base: _pairs(weight, tensors[f"{base}_scale"], np.abs(E4M3), 16)}
+    weights = {base: _pairs(weight, tensors[f"{base}_scale"], np.abs(E4M3), 16)}
     for name, kind in zip(names, (".scale", ".input_scale"), strict=True):
         number = _numbers(tensors[name]).reshape(-1)[[0]] if name in tensors else np.ones(1, np.float32)
-        made[module + kind] = Stored(np.asarray(1 / number if inverse else number, np.float32), SCALE)
-    return made, (f"{base}_scale", f"{base}_packed", *names)
+        weights[module + kind] = Stored(np.asarray(1 / number if inverse else number, np.float32), SCALE)
+    return weights, (f"{base}_scale", f"{base}_packed", *names)
 
 
 _METHODS: dict[str, dict[str, Callable[[str, Tensors, dict[str, Any]], _Made]]] = {
