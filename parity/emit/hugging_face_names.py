@@ -141,7 +141,9 @@ def names_of(model: Any) -> "dict[str, str]":
     """Module path -> point for every module of the model whose value is known; a path that ends in "<" is a module's input."""
     modules = dict(model.named_modules())
     paths = list(modules)
-    layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h", "blocks")]
+    layers = [
+        name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h", "blocks")
+    ]
     embedding = next(path for path, module in modules.items() if module is model.get_input_embeddings())
     points = {embedding: "embd"}
     for layer in layers:
@@ -153,17 +155,7 @@ def names_of(model: Any) -> "dict[str, str]":
         if "self_attn.gate_proj" in inside:  # AFMoE: what the projection reads was multiplied by a gate
             points[f"{layer}.self_attn.gate_proj"] = f"blk.{number}.attn_gate_proj"
             points[f"{layer}.self_attn.o_proj<"] = f"blk.{number}.attn_gated"
-        for router in _ROUTERS:
-            if router in inside:
-                experts = router.split(".")[0]
-                # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
-                biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
-                points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
-                if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
-                    points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
-                    points[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
-                else:
-                    points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
+        points |= _routed(layer, number, inside, modules)
         if "self_attn.qkv_proj" in inside:
             points[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
@@ -174,6 +166,23 @@ def names_of(model: Any) -> "dict[str, str]":
             points[path] = _OUTSIDE[leaf]
         elif leaf == "drop" and f"{path.removesuffix(leaf)}wpe" in modules:  # positions were added before the first layer
             points[path] = points.pop(embedding)
+    return points
+
+
+def _routed(layer: str, number: str, inside: "set[str]", modules: "dict[str, Any]") -> "dict[str, str]":
+    """The points of a layer's router and experts, which take the place of the feed-forward's."""
+    points = {}
+    for router in _ROUTERS:
+        if router in inside:
+            experts = router.split(".")[0]
+            # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
+            biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
+            points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
+            if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
+                points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
+                points[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
+            else:
+                points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
     return points
 
 

@@ -58,7 +58,9 @@ def truncation(case: ServerCase) -> ServerCause | None:
     # Rounding moves the edge at single positions: a kind that explains all but one more may be the right one.
     others = sorted(fit for fit in fits if fit[2] != what and fit[0] <= wrong + 1 and fit[0] <= len(explained) / 10)
     kinds = " or ".join([what, *(fit[2] for fit in others)])
-    sentence = f"the sampler: the log-probabilities are those after {kinds}, which leaves out tokens and makes the rest sum to 1"
+    sentence = (
+        f"the sampler: the log-probabilities are those after {kinds}, which leaves out tokens and makes the rest sum to 1"
+    )
     return judged(case, "truncated-logprobs", sentence, "Request those before the sampler.", explained, case.sample)
 
 
