@@ -10,7 +10,6 @@ from checkpoints.record import Rows
 Floats = NDArray[np.float32]
 
 _BLOCK = 32  # of Q8_0
-_TELLING = 8  # values that a type has to reproduce
 # Bits of float32's mantissa that a simple number (1, 0.75, 3) has not, and how many others show a type: any has F16's bits by chance once
 # in 8,192 draws.
 _SIMPLE, _FEWEST = 19, 3
@@ -33,7 +32,7 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     inside = np.arange(width) < counts[:, None]
     # Rows of attention's scores grow with the position: what a shorter one lacks counts as 0, which every type has.
     a, b = (np.where(inside, side.values[:, :width], np.float32(0)) for side in (ours, ref))
-    if counts.sum() < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or _too_simple(a) or np.array_equal(a, b):
         return ""
     with np.errstate(over="ignore"):  # what F16 cannot hold becomes infinite, and fits nothing
         fitting = [name for name, rounding in _types() if _rounds(a, b, rounding, int(counts.sum()))]
@@ -42,9 +41,14 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     return "8 bits a block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
 
 
+def _too_simple(values: Floats) -> bool:
+    """Whether too few of the values have more bits than any type has."""
+    return int(np.count_nonzero(_mantissa(values, _SIMPLE) != values)) < _FEWEST
+
+
 def type_of(values: Floats) -> str:
     """The lowest type ("F16", "BF16", "TF32") that has all of these values exactly; empty if none has, or if they are too few to tell."""
-    if not np.isfinite(values).all() or np.count_nonzero(_mantissa(values, _SIMPLE) != values) < _FEWEST:
+    if not np.isfinite(values).all() or _too_simple(values):
         return ""
     with np.errstate(over="ignore"):
         fitting = [name for name, rounding in _types() if np.array_equal(rounding(values), values)]
