@@ -140,9 +140,9 @@ class _Consumers:
         for other in self._measured.names:
             if other not in below or parse(other).layer != parse(name).layer:
                 continue
-            theirs = self._wrong(other)
-            if len(theirs) and keys <= self._keys(theirs):
-                read = self._reading(other, theirs)
+            wrong_there = self._wrong(other)
+            if len(wrong_there) and keys <= self._keys(wrong_there):
+                read = self._reading(other, wrong_there)
                 if read is not None and read.shows == name:
                     self._right_elsewhere[name] = other
                     return other
