@@ -158,6 +158,21 @@ class Planting:
             self._begins[place] = min(self._numbers(fault, layers, parameters), default=len(self.steps))
         return self._begins[place]
 
+    def first_change(self, fault: Fault, parameters: Parameters) -> int:
+        """The number of the first step that this fault changes in all layers; the number of steps if it changes none.
+
+        Unlike `begin` it knows a fault that only some layers of its kind can have: those with a window, or with experts.
+        """
+        if fault.shows is not None:
+            return self.begin(fault, None, parameters)
+        for number in sorted(self._numbers(fault, None, parameters)):
+            try:
+                if fault.change(self.steps[number], self.right, parameters) != self.steps[number]:
+                    return number
+            except NotApplicable:
+                continue
+        return len(self.steps)
+
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault; see `plant`."""
         new: Mapping[int, Sequence[Step]] = {}

@@ -85,10 +85,16 @@ def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | Non
     return ops.rope(ops.linear(x, weight, bias), positions, None, **rope)
 
 
+def _rotated_cache(history: Array, positions: Array, *, rope: Mapping[str, Any]) -> Array:
+    return ops.rope(ops.cached(history), positions, None, **rope)
+
+
 def _values_too(step: Step, right: Steps, _parameters: Parameters) -> Step:
     rope = sibling(step, right, "k_rope")
-    if rope.op is not ops.rope or step.op is not ops.linear:
+    if rope.op is not ops.rope or step.op not in (ops.linear, ops.cached):
         raise NotApplicable(f"{step.makes} or {rope.makes} is not a plain operation")
+    if step.op is ops.cached:
+        return replace(step, op=_rotated_cache, reads=(*step.reads, History(POSITIONS)), params={"rope": rope.params})
     return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope.params})
 
 
@@ -228,12 +234,13 @@ FAULTS = (
     ),
     Fault(
         name="rope-on-values",
-        kinds=("v",),
+        kinds=("v", "v_read"),
         change=_values_too,
         what="RoPE is applied to the values as well",
         symptom="position 0 is right, attention's output wrong from 1 on",
         fix="rotate Q and K only",
         seen="fused QKV kernels that rotate the whole row",
+        parameters={AT: (("v",), ("v_read",))},
     ),
     Fault(
         name="rope-twice",
