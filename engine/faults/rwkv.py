@@ -90,8 +90,9 @@ class _Shift:
 
 
 def _shift(step: Step, right: Steps, parameters: Parameters) -> Step:
-    if not ggml(step, "SUB") or not ggml(maker(step, right), "CONCAT"):
-        raise NotApplicable(f"{step.makes} is no token shift")
+    before = right.get(name_of(read_of(step, 0)))
+    if before is None or not ggml(before, "CONCAT"):
+        return step
     time = name_of(read_of(step, 1)).endswith(".attn_norm")
     if parameters["in"] == ("channel mixing" if time else "time mixing"):
         return step
@@ -103,7 +104,7 @@ def _lerps(step: Step, _right: Steps, parameters: Parameters) -> Step:
     places = [_LERPS.index(name) for name in parameters["lerps"]]
     weight = step.weights[0] if step.weights else None
     if not isinstance(weight, str) or "lerp_fused" not in weight:
-        raise NotApplicable(f"{step.makes} reads no fused factors")
+        return step
 
     def exchanged(source: Any, name: str) -> Array:
         factors = source.get(name)
