@@ -30,6 +30,7 @@ _OF_ONE = ("UNARY", "SQR")
 _OF_TWO = ("MUL", "SUB", "ADD")
 # Sums and products that other entries know by what they are: residuals, branches, experts.
 _KNOWN = ("embd", "ffn_inp", "l_out", "ffn_moe_weighted", "ffn_moe_out", "ffn_out")
+_NONE = "an operation"  # stands for those of a model that is not known
 _FAR = 4  # steps without weights that are followed back to what an operation's operand was made with
 _LAYER = re.compile(r"^blk\.\d+\.")
 
@@ -70,8 +71,10 @@ def _of_two(step: Step, right: Steps) -> str:
 
 
 def _each(named: Callable[[Step, Steps], str]) -> Callable[[Steps], Values]:
-    """The operations that a model has, each once."""
-    return lambda right: tuple(name for name in dict.fromkeys(named(step, right) for step in right.values()) if name)
+    """The operations that a model has, each once; a stand-in if it has none."""
+    return lambda right: (
+        tuple(name for name in dict.fromkeys(named(step, right) for step in right.values()) if name) or (_NONE,)
+    )
 
 
 def _other_function(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -117,7 +120,7 @@ FAULTS = (
     ),
     Fault(
         name="operand-left-out",
-        kinds=(*_OF_TWO, "l_out"),
+        kinds=(*_OF_TWO, "SUM"),
         change=_one_operand,
         what="{operation} is computed without its {operand} operand",
         symptom="wrong from the first layer on that has this operation",

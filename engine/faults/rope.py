@@ -23,6 +23,7 @@ from .rotation import (
     has_factors,
     head_size,
     heads_of,
+    in_decode,
     is_rotation,
     not_rotated,
     require_rotation,
@@ -67,6 +68,10 @@ def _position_per_pass(step: Step, _right: Steps, _parameters: Parameters) -> St
 
 def _off_by_prompt(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return by_prompt(step, 1 if parameters["prompt"] == "added once more" else -1)
+
+
+def _in_decode(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return in_decode(step, parameters["by"])
 
 
 def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -221,6 +226,16 @@ FAULTS = (
         fix="the first generated token has the prompt's length as its position, counted from 0",
         seen="decode loops that count from 0, or add the length to an index that already includes it",
         parameters={"prompt": ("added once more", "left out"), **_PAIRWISE},
+    ),
+    Fault(
+        name="rope-position-in-decode",
+        kinds=ROTATED,
+        change=_in_decode,
+        what="RoPE's positions are off by {by} in the passes after the first, on {at}",
+        symptom="prefill right, decode wrong",
+        fix="the position of a decode step is the number of tokens before it",
+        seen="past lengths that count the token that is about to be processed, or not the last one of the prompt",
+        parameters={"by": (1, -1), **_PAIRWISE},
     ),
     Fault(
         name="rope-missing",

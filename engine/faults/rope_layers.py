@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import POSITIONS, History, Step
+from ..graph import POSITIONS, History, Read, Step
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, Values, kind_of, layer_of, read_of
 from .rotation import ROTATED, is_rotation
@@ -42,7 +42,7 @@ def _added(step: Step, right: Steps, parameters: Parameters) -> Step | Sequence[
     if step.op is not ops.attention_scores or not _pairs_of(right):
         raise NotApplicable("the model rotates queries and keys")
     heads, kv_heads = step.params["heads"], step.params["kv_heads"]
-    sides = (("queries", POSITIONS, heads), ("keys", History(POSITIONS), kv_heads))
+    sides: tuple[tuple[str, Read, int], ...] = (("queries", POSITIONS, heads), ("keys", History(POSITIONS), kv_heads))
     rotated = [
         Step(
             f"{step.makes}.{side}", _whole_heads, (read_of(step, at), positions),

@@ -20,7 +20,9 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     rounded, too: an engine that computes in that type has errors in everything after it. The last recorded point has nothing after it. What
     is made from a point that counts was recorded by the same recorder.
     """
-    kinds = {entry.point: kind for entry in entries if _differs(entry) and (kind := rounded_to(entry.pair.ours, entry.pair.ref))}
+    kinds = {
+        entry.point: kind for entry in entries if _differs(entry) and (kind := rounded_to(entry.pair.ours, entry.pair.ref))
+    }
     if not kinds:
         return list(entries), ()
     agreeing = {entry.point for entry in entries if not _differs(entry)}
@@ -34,7 +36,7 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     types = " or ".join(dict.fromkeys(kinds[name] for name in listed))
     note = (
         f"captured in a lower type: {', '.join(listed[:_LISTED])}{', …' if len(listed) > _LISTED else ''} hold the right values rounded to"
-        f" {types}, and what is made from them agrees"
+        f" {types}: the recorder's rounding, not the engine's"
     )
     return [_within(entry) if entry.point in captured else entry for entry in entries], (note,)
 
