@@ -51,6 +51,14 @@ class Size(NamedTuple):
         return Size(*(number // by for number in self))
 
 
+class MovingParam(NamedTuple):
+    """A parameter of a node that depends on the length of the pass: `op_params[number]`, a whole number or, if `real`, a float32."""
+
+    number: int
+    size: Size
+    real: bool
+
+
 Sizes = tuple[Size, Size, Size, Size]
 NOTHING = Size(0)
 
@@ -69,6 +77,7 @@ class Tensor(Struct, frozen=True):
         kind: "node", or for a leaf "weight" (its name is the GGUF's), "input", "cache" (keys or values), "state" (recurrent).
         op: ggml's name of the operation ("MUL_MAT"), "NONE" for a leaf.
         params: the 16 int32 of `op_params` (a float is the same 32 bits); zeros for a view: its place is in `root` and `offset`.
+        moving: those of `params` that depend on the length; there they are of one of the recorded passes.
         type: ggml's name of the type ("f32").
         ne: elements in each of four dimensions, the fastest first.
         nb: bytes from one element to the next, likewise.
@@ -94,6 +103,7 @@ class Tensor(Struct, frozen=True):
     operand_points: Mapping[int, str] = field(default_factory=dict)
     parts: tuple[tuple[str, int, int], ...] = ()
     rule: InputRule | None = None
+    moving: tuple[MovingParam, ...] = ()
 
     @property
     def position_axis(self) -> int | None:
@@ -208,6 +218,8 @@ def _plain(tensor: Tensor) -> dict[str, Any]:
         plain["kind"] = tensor.kind
     if any(tensor.params):
         plain["params"] = list(tensor.params)
+    if tensor.moving:
+        plain["moving"] = [[number, _size(size), real] for number, size, real in tensor.moving]
     if tensor.sources:
         plain["sources"] = list(tensor.sources)
     if tensor.root is not None:
@@ -257,6 +269,7 @@ def _tensor(plain: Mapping[str, Any], count: int) -> Tensor:
         operand_points={int(number): str(name) for number, name in plain.get("operand_points", {}).items()},
         parts=tuple((str(name), int(start), int(stop)) for name, start, stop in plain.get("parts", ())),
         rule=None if rule is None else InputRule(rule["kind"], {key: value for key, value in rule.items() if key != "kind"}),
+        moving=tuple(MovingParam(int(number), _read_size(size), bool(real)) for number, size, real in plain.get("moving", ())),
     )
 
 

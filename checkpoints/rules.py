@@ -155,6 +155,33 @@ def _sees_encoded(now: ForwardPass) -> Values:
     return np.zeros((len(now.tokens), len(_encoded(now))), np.float32)
 
 
+def slopes(heads: int) -> Values:
+    """How fast each head of lightning attention forgets, ALiBi's numbers: float32 [heads]. Mirrors llm_graph_input_la::set_input."""
+    two = np.float32(2)
+    start = two ** -(two ** -(np.log2(np.float32(heads)) - np.float32(3)))
+    numbers: Values = (start * start ** np.arange(heads, dtype=np.float32)).astype(np.float32)
+    return numbers
+
+
+def _slopes(now: ForwardPass, *, heads: int) -> Values:
+    return slopes(heads)
+
+
+def decay(count: int, *, heads: int, of: str) -> Values:
+    """Minus the slopes times a distance in a pass of `count` tokens: "query" to the tokens before the pass, "key" to its last token,
+    both [T, heads], "pair" from key to query, [heads, T, T], −∞ for later keys."""
+    row = np.arange(count, dtype=np.float32)
+    if of == "pair":
+        distance = row[:, None] - row[None, :]
+        return np.where(distance >= 0, -slopes(heads)[:, None, None] * distance, np.float32(-np.inf))
+    numbers: Values = -slopes(heads)[None, :] * (row + 1 if of == "query" else count - 1 - row)[:, None]
+    return numbers
+
+
+def _decay(now: ForwardPass, *, heads: int, of: str) -> Values:
+    return decay(len(now.tokens), heads=heads, of=of)
+
+
 RULES: dict[str, Callable[..., Values]] = {
     "tokens": _tokens,
     "positions": _positions,
@@ -170,6 +197,8 @@ RULES: dict[str, Callable[..., Values]] = {
     "temperature": _temperature,
     "encoded": _encoded,
     "sees_encoded": _sees_encoded,
+    "slopes": _slopes,
+    "decay": _decay,
 }
 
 
@@ -208,8 +237,10 @@ def _gives(rule: InputRule, entry: Recorded) -> bool:
     flat = values.reshape(-1)
     if flat.shape != entry.data.shape:
         return False
-    if entry.data.dtype.kind == "f" and rule.kind in ("temperature", "hadamard"):
-        return bool(np.allclose(flat, entry.data, rtol=1e-6, atol=0))  # logf of libm and of NumPy, another order of division
+    if entry.data.dtype.kind == "f" and rule.kind in ("temperature", "hadamard", "slopes", "decay"):
+        return bool(
+            np.allclose(flat, entry.data, rtol=1e-6, atol=0)
+        )  # logf and powf of libm and of NumPy, another order of division
     return bool(np.array_equal(flat, entry.data))
 
 
@@ -231,6 +262,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
             InputRule("mean"),
             *([InputRule("hadamard", {"size": first.ne[0]})] if square else []),
             *masks,
+            *_of_lightning_attention(first),
             *(InputRule("temperature", {"floor": n, "scale": float(scale), "offset": o}) for n in floors for o in (0.0, 1.0)),
         ]
     rules = [
@@ -249,6 +281,17 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
     if first.ne[0] % count == 0 and first.data.size > count:
         width = first.ne[0] // count
         rules.append(InputRule("cells_transposed", {"cells": int(first.data[1] - first.data[0]), "width": width}))
+    return rules
+
+
+def _of_lightning_attention(entry: Recorded) -> list[InputRule]:
+    """Slopes and decays that an input of this shape may be."""
+    ne, count = entry.ne, len(entry.now.tokens)
+    rules = [InputRule("slopes", {"heads": ne[0]})] if ne[1:] == (1, 1, 1) else []
+    if ne == (1, ne[1], count, 1):
+        rules += [InputRule("decay", {"heads": ne[1], "of": of}) for of in ("query", "key")]
+    if ne == (count, count, ne[2], 1):
+        rules.append(InputRule("decay", {"heads": ne[2], "of": "pair"}))
     return rules
 
 

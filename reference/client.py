@@ -242,10 +242,15 @@ class Reference:
         Raises:
             ModelError: the file is not usable; ReferenceFailed: the graph changes its structure with the length.
         """
-        return cast(
-            "RecordedGraph",
-            self._ask(f"recording the graph of {model}", "graph", Path(model), mode, n_ctx, threads or self._threads),
-        )
+        doing = f"recording the graph of {model}"
+        try:
+            return cast("RecordedGraph", self._ask(doing, "graph", Path(model), mode, n_ctx, threads or self._threads))
+        except ReferenceFailed as error:
+            if error.code != "aborted":
+                raise
+            # The passes that are recorded are not computed: some models compute although these cannot even be built.
+            advice = "`parity dump ref` and `parity diff` may take the model; --verbose shows llama.cpp's log."
+            raise ReferenceFailed(error.message, advice, code=error.code) from error
 
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:
         """Write a model with another file type ("Q4_K_M", "F16", …)."""

@@ -66,7 +66,8 @@ class Session:
         self._context = api.llama_init_from_model(model.handle, params)
         if not self._context:
             raise ReferenceFailed(
-                f"llama.cpp cannot compute {model.path}: {model.library.reason()}.", "Free memory, or take a shorter prompt."
+                f"llama.cpp cannot compute {model.path}: {model.library.reason()}.",
+                "If memory is short, free some or take a shorter prompt; --verbose shows llama.cpp's log.",
             )
 
     def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32], *, encode: bool = False) -> list[Node]:

@@ -62,20 +62,22 @@ def conform_as_junit(conformance: Conformance) -> str:
 def _suite(name: str, verdict: Verdict) -> ET.Element:
     cases = [_case(name, point) for point in verdict.points]
     failures = sum(point.failed > 0 for point in verdict.points)
-    never = verdict.uncompared.points
+    never_compared = verdict.uncompared.points
     if not verdict and not failures:  # tokens part, or records are missing: no point of its own failed
         case = ET.Element("testcase", classname=_plain(name), name="alignment")
         _failure(case, headline(verdict), [answer(verdict), *_sentences(verdict)])
         cases.append(case)
         failures = 1
-    suite = ET.Element("testsuite", name=_plain(name), tests=str(len(cases) + len(never)), failures=str(failures), errors="0")
-    suite.set("skipped", str(len(never)))
+    suite = ET.Element(
+        "testsuite", name=_plain(name), tests=str(len(cases) + len(never_compared)), failures=str(failures), errors="0"
+    )
+    suite.set("skipped", str(len(never_compared)))
     first = verdict.first_divergence
     for case, point in zip(cases, [*verdict.points, None], strict=False):
         if point is not None and first is not None and point.checkpoint == first.checkpoint:
             _texted(case, "system-out", [headline(verdict), *_sentences(verdict)])
         suite.append(case)
-    for missing in never:
+    for missing in never_compared:
         case = ET.SubElement(suite, "testcase", classname=_plain(name), name=_plain(missing))
         ET.SubElement(case, "skipped", message="never compared")
     return suite

@@ -43,7 +43,7 @@ def uncompared(lacks: Uncompared) -> str:
     parts: list[str] = []
     if lacks.after:
         parts.append(f"nothing after {clean(lacks.after)}")
-    elif len(lacks.points) == lacks.asked > 0:
+    elif len(lacks.points) == lacks.requested > 0:
         parts.append("no point that was asked for")
     elif lacks.points:
         parts.append(f"without {_first_names(lacks.points)}")
@@ -77,7 +77,7 @@ def answer(verdict: Verdict) -> str:
         sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
         if verdict.uncompared.points and not verdict.uncompared.after:
-            sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.asked, 'point')} never compared"
+            sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.requested, 'point')} never compared"
         if verdict.excused:
             sentence += (
                 f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"
@@ -180,9 +180,9 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
-    if (never := verdict.uncompared).points and never.points != verdict.missing_ours.points:
-        some = f"{len(never.points)} of {count(never.asked, 'point')}"
-        yield "missing", f"your engine printed nothing of {some}: {_first_names(never.points)}"
+    if (lacking := verdict.uncompared).points and lacking.points != verdict.missing_ours.points:
+        some = f"{len(lacking.points)} of {count(lacking.requested, 'point')}"
+        yield "missing", f"your engine printed nothing of {some}: {_first_names(lacking.points)}"
     if verdict.left_out:
         yield "left out", f"{count(verdict.left_out, 'record')} after the position at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))
@@ -200,15 +200,20 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         seen = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
         margin = f" (its margin: {choices.differs_margin:.2g})" if choices.differs_margin is not None else ""
         yield "first choice", seen + margin
+    yield from assumed(verdict)
+    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
+        yield "float64", seen
+    for note in verdict.notes:
+        yield "note", clean(note)
+
+
+def assumed(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """What would be a divergence in float32, or that nothing says which limit applies."""
     precision = verdict.precision
     if precision is not None and precision.in_float32:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
     elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
-    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
-        yield "float64", seen
-    for note in verdict.notes:
-        yield "note", clean(note)
 
 
 MAP_LINE = "names.toml"  # names a remark that is a line to be copied

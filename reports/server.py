@@ -24,13 +24,13 @@ _PARTS = 6  # rows of the table: enough to see a drift grow, few enough for one 
 
 def lines(server_answer: ServerAnswer, width: int) -> Iterator[Text]:
     """Who was compared, how far they are apart along the text, the first wrong prediction and its cause."""
-    asked = "one request echoed the text" if server_answer.echoed else "one request a position"
+    how_asked = "one request echoed the text" if server_answer.echoed else "one request a position"
     generated = len(server_answer.tokens) - server_answer.prompt
     yield from labelled(
         [
             (
                 "server",
-                f"{clean(server_answer.url)} · {clean(server_answer.api)} · {asked}, {count(server_answer.requests, 'request')}",
+                f"{clean(server_answer.url)} · {clean(server_answer.api)} · {how_asked}, {count(server_answer.requests, 'request')}",
             ),
             ("ref", f"llama.cpp · {clean(server_answer.model)} · {server_answer.mode}"),
             (

@@ -49,6 +49,27 @@ def test_placeholders_are_filled_once_and_need_no_quotes(tmp_path: Path) -> None
     assert printed == "--x=2,1"
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("./bin/engine --config run.py {tokens}", "engine"),
+        ("python3.12 -u tools/engine.py {model}", "engine.py"),
+        ("A=1 env B=2 /opt/bin/python -m my.engine {tokens}", "my.engine"),
+        ("python -c 'import engine' {tokens}", "python"),
+        ("python {model}.py", "python"),
+        ("uv run --with numpy python engine.py {out}", "engine.py"),
+        ("taskset -c 0 node serve.mjs", "serve.mjs"),
+        ("cd build; ulimit -v 1000; ./engine {tokens} | sort", "engine"),
+        ("export A=1 && python engine.py", "engine.py"),
+        ("cd", "cd"),
+        ("env", "env"),
+    ],
+)
+def test_an_engine_is_called_what_its_interpreter_runs(line: str, name: str) -> None:
+    """A script or module is named, not the interpreter, launcher or shell command in front of it; a program keeps its own name."""
+    assert Command(line, shell="cd" in line or "export" in line).name == name
+
+
 def test_standard_output_is_the_dump_without_out(tmp_path: Path) -> None:
     """A command without {out} prints its dump."""
     assert ran(engine(tmp_path, f"print('{LINE}')"), tmp_path / "o").strip() == LINE

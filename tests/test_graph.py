@@ -86,6 +86,7 @@ def test_a_window_whose_edge_cannot_be_reached(reference: Reference, small_model
         engine.check([1] * 20_001, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", [128, 256])
 def test_long_factors_follow_the_context(reference: Reference, small_model: Make, tmp_path: Path, original: int) -> None:
     """Where a file has two sets of RoPE factors, ours are those that llama.cpp takes for a run of that length."""
@@ -179,6 +180,23 @@ def test_inputs_of_ids_are_told_apart() -> None:
         explanation = explain([Recorded(now, (3, 1, 1, 1), data.astype(np.int32))], {})
         assert explanation == InputRule(kind)
     assert explain([Recorded(now, (3, 1, 1, 1), np.array([1, 1, 2], np.int32))], {}) is None
+
+
+def test_decays_of_lightning_attention() -> None:
+    """Slopes of heads and their products with distances in the pass, as llama.cpp lays them out; the wrong end is not taken for the
+    right one."""
+    slope, tokens = 2.0 ** -np.array([2, 4, 6, 8]), 5
+    now = ForwardPass(np.arange(tokens) + 90, np.arange(tokens) + 3, np.arange(tokens + 3))
+    row = np.arange(tokens)
+    pair = np.where(row[:, None] >= row, -slope[:, None, None] * (row[:, None] - row), -np.inf)
+    for data, ne, rule in (
+        (slope, (4, 1, 1, 1), InputRule("slopes", {"heads": 4})),
+        (-slope * (row + 1)[:, None], (1, 4, tokens, 1), InputRule("decay", {"heads": 4, "of": "query"})),
+        (-slope * (tokens - 1 - row)[:, None], (1, 4, tokens, 1), InputRule("decay", {"heads": 4, "of": "key"})),
+        (pair, (tokens, tokens, 4, 1), InputRule("decay", {"heads": 4, "of": "pair"})),
+        (-slope * (row + 2)[:, None], (1, 4, tokens, 1), None),
+    ):
+        assert explain([Recorded(now, ne, data.astype(np.float32).reshape(-1))], {}) == rule
 
 
 def test_an_input_without_a_rule_is_refused_by_name(reference: Reference, small_model: Make) -> None:

@@ -95,7 +95,7 @@ def test_an_engine_that_stops_halfway_is_incomplete(parity: Cli, model: Path, en
     code, found = parity.json(*words, engine('name in ("embd", "blk.0.l_out")'))
     assert (code, found["verdict"]) == (1, "incomplete")
     assert found["uncompared"] == {
-        "asked": 5,
+        "requested": 5,
         "points": ["blk.3.l_out", "output_norm", "logits"],
         "positions": [],
         "after": "blk.0.l_out",
@@ -115,7 +115,7 @@ def test_positions_that_never_came(parity: Cli, model: Path, engine: Callable[..
 
 
 @pytest.mark.slow
-def test_who_was_not_asked_by_name_is_told_only(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
+def test_who_was_not_requested_by_name_is_told_only(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
     """Without {points}, an engine that prints two layers passes as far as it goes; --strict, and --points that name the logits, fail it."""
     line = engine('"l_out" in name', points="")
     words = ("run", "--model", model, "--tokens", TOKENS, "--exec", line)

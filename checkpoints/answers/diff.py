@@ -167,12 +167,12 @@ class Missing(Struct, frozen=True):
 class Uncompared(Struct, frozen=True):
     """What was asked for and never compared; false if nothing is.
 
-    `asked` is how many points of the vocabulary were asked for, `points` are those without any compared record, in dataflow order,
+    `requested` is how many points of the vocabulary were asked for, `points` are those without any compared record, in dataflow order,
     `positions` those at which no point was compared. `after`: the last point that was compared, if nothing after it was; empty if
     something was, or if no point of those asked for was compared.
     """
 
-    asked: int = 0
+    requested: int = 0
     points: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
     after: str = ""

@@ -137,14 +137,14 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     if layer is None or not step.weights:
         return step
     names = _names_of(step)
-    theirs = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if theirs is None and step.inner:  # a step without a name of its own is identified by its weights
+    other_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
+    if other_step is None and step.inner:  # a step without a name of its own is identified by its weights
         wanted = [name and name.replace(f"blk.{layer}.", f"blk.{to(layer)}.", 1) for name in names]
-        theirs = next((other for other in right.values() if other.op == step.op and _names_of(other) == wanted), None)
+        other_step = next((other for other in right.values() if other.op == step.op and _names_of(other) == wanted), None)
     # Where layers are computed several times, a weight has another number than its step.
-    if theirs is None or [_in_any_layer(name) for name in names] != [_in_any_layer(name) for name in _names_of(theirs)]:
+    if other_step is None or [_in_any_layer(name) for name in names] != [_in_any_layer(name) for name in _names_of(other_step)]:
         return step
-    return replace(step, weights=tuple(map(_named, step.weights, _names_of(theirs))))
+    return replace(step, weights=tuple(map(_named, step.weights, _names_of(other_step))))
 
 
 def _in_any_layer(name: str | None) -> str | None:

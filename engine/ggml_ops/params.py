@@ -1,12 +1,13 @@
 """What a node says besides its operands: the 16 integers of `ggml_tensor.op_params` and the type of its result."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..backend import Array, module_of
@@ -39,6 +40,13 @@ class OpParams(Struct, frozen=True):
         """The float whose bits stand at `index`."""
         value: float = struct.unpack("<f", struct.pack("<i", self.int(index)))[0]
         return value
+
+    def changed(self, numbers: "Mapping[_Index, tuple[_Index, bool]]") -> "OpParams":
+        """The same with other numbers at these indices, each as an integer or, if it says so, as the bits of a float."""
+        values = list(self.values)
+        for index, (number, real) in numbers.items():
+            values[index] = struct.unpack("<i", struct.pack("<f", number))[0] if real else number
+        return replace(self, values=tuple(values))
 
     def rounded(self, x: Array) -> bool:
         """Whether a value like `x` is to be rounded where ggml rounds by definition."""

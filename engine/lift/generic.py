@@ -27,6 +27,8 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
     # NaN is not hidden by adding -inf: its own values are NaN at every position.
     if tensor.op == "SCALE" and not isfinite(own.float(0)):
         raise Unliftable(f"llama.cpp multiplies by {own.float(0)} there, as for a soft cap of 0, and its values are not finite")
+    # Clamped to one number a value is that number, whatever it was: memory that nothing has been written to.
+    name = "FILL" if tensor.op == "CLAMP" and own.float(0) == own.float(1) else tensor.op
     reads: list[Read] = []
     weights: list[str | RowsOf | WeightPart] = []
     operands_read: list[tuple[str, int, tuple[Size, ...], tuple[Size, ...] | None] | None] = []
@@ -41,7 +43,7 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
         if tensor.op in _COPIES and number == 1:  # of the target only the shape matters
             operands_read.append(None)
             continue
-        if tensor.op == "FILL":  # of the operand only the shape matters
+        if name == "FILL":  # of the operand only the shape matters
             cached = any(size.cached for size in tensor.ne)
             lengths = (lifter.t, lifter.s) if cached else (lifter.t,)
             operands_read.append(("read", len(reads), lengths, lengths))
@@ -56,7 +58,7 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
     result_shape, axis = lifter.memory.layout(index)
     shape = numpy_shape(tensor.ne)
     positions = None
-    if any(not size.constant for size in shape) and not any(
+    if (tensor.moving or any(not size.constant for size in shape)) and not any(
         entry and any(not size.constant for size in entry[2]) for entry in operands_read
     ):
         positions = len(reads)
@@ -73,11 +75,13 @@ def generic(lifter: "Lifter", index: int, tensor: Tensor) -> None:
     }
     if positions is not None:
         params["positions"] = positions
+    if tensor.moving:
+        params["moving"] = tensor.moving
     # The value has neither a row for each position nor one for all; or llama.cpp's padding is a part of its rows.
     inner = not tensor.point or (axis is None and len(result_shape) != 2) or lifter.memory.padded(index)
     lifter.make_rows(
         index,
-        Step(lifter.name(index), GgmlOperation(tensor.op), tuple(reads), tuple(weights), params, axis=axis, inner=inner),
+        Step(lifter.name(index), GgmlOperation(name), tuple(reads), tuple(weights), params, axis=axis, inner=inner),
     )
 
 

@@ -100,6 +100,16 @@ def mean(positions: Array) -> Array:
     return (positions * 0 + 1).astype(np.float32) / np.float32(len(positions))
 
 
+def slopes(positions: Array, *, heads: int) -> Array:
+    """How fast each head of lightning attention forgets: [T] -> float32 [heads]. `checkpoints.rules.slopes`."""
+    return module_of(positions).asarray(rules.slopes(heads))
+
+
+def decay(positions: Array, *, heads: int, of: str) -> Array:
+    """Minus the slopes times a distance in the pass: [T] -> float32 [T, heads] or [heads, T, T]. `checkpoints.rules.decay`."""
+    return module_of(positions).asarray(rules.decay(len(positions), heads=heads, of=of))
+
+
 StepParts = tuple[Callable[..., Array], tuple[Read, ...], tuple[Size, ...]]
 
 _STEPS: dict[str, Callable[["GraphLifter", Any], StepParts]] = {
@@ -115,5 +125,13 @@ _STEPS: dict[str, Callable[["GraphLifter", Any], StepParts]] = {
     "hadamard": lambda _lifter, parameters: (rotation, (POSITIONS,), (Size(parameters["size"]),) * 2),
     "last": lambda _lifter, _parameters: (last, (POSITIONS,), (Size(1),)),
     "mean": lambda lifter, _parameters: (mean, (POSITIONS,), (lifter.t,)),
+    "slopes": lambda _lifter, parameters: (slopes, (POSITIONS,), (Size(parameters["heads"]),)),
+    "decay": lambda lifter, parameters: (
+        decay,
+        (POSITIONS,),
+        (Size(parameters["heads"]), lifter.t, lifter.t)
+        if parameters["of"] == "pair"
+        else (lifter.t, Size(parameters["heads"])),
+    ),
     "zero": lambda _lifter, _parameters: (zeros, (POSITIONS,), (Size(1),)),
 }

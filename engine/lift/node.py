@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
-from checkpoints.graph import Size
+from checkpoints.graph import MovingParam, Size
 
 from ..backend import Array, module_of
 from ..ggml_ops import OpParams, operation
@@ -50,8 +50,10 @@ class GgmlOperation(Struct, frozen=True):
         shape: Shape,
         result_shape: Shape,
         positions: int | None = None,
+        moving: tuple[MovingParam, ...] = (),
     ) -> Array:
-        """The node's value in the shape `result_shape`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T."""
+        """The node's value in the shape `result_shape`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T;
+        `moving` are the parameters that depend on the length."""
         t = s = e = 0
         for operand in operands:
             if operand is not None and operand.variable:
@@ -59,6 +61,8 @@ class GgmlOperation(Struct, frozen=True):
                 t, s, e = max(t, sizes[0]), max(s, sizes[1]), max(e, sizes[2])
         if positions is not None:  # no operand's shape tells T
             t = len(inputs[positions])
+        if moving:
+            params = params.changed({index: (size.at(t, s, e), real) for index, size, real in moving})
         arguments = [None if operand is None else _shaped(inputs[operand.index], operand, (t, s, e)) for operand in operands]
         result = self.compute(*arguments, params=params, shape=_at(shape, (t, s, e)))
         if positions is not None:  # made without operands, and so perhaps on the host

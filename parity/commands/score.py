@@ -104,8 +104,8 @@ def score(
         ),
         (explain_worst and alone, "--explain-worst needs a base.", "Leave --alone out."),
     )
-    for asked, problem, advice in mixtures:
-        if asked:
+    for mixed, problem, advice in mixtures:
+        if mixed:
             raise InputError(problem, advice, code="usage")
     if golden is not None:
         o.refuse_unused(invocation, "context", "is for a text", "Golden prompts are scored whole: leave it out.")

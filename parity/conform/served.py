@@ -46,7 +46,7 @@ def served_cell(
     """
     url = server.url(request.model)
     name = f"served/{cell.name.replace(' ', '-')}"
-    asked = replace(
+    run_request = replace(
         request,
         prompt=TEXTS[cell.prompt],
         tokens=None,
@@ -56,7 +56,7 @@ def served_cell(
     connection = Connection(url, timeout=server.timeout)
     extra = json.loads(asking.members) if asking.members else {}
     try:
-        answer = compare_server(asked, ServerRequest(connection, asking.api, extra=extra), reference=reference)
+        answer = compare_server(run_request, ServerRequest(connection, asking.api, extra=extra), reference=reference)
     except ServerError as error:
         if (how := server.ended()) is not None:
             raise how from error

@@ -88,10 +88,10 @@ def align(
     notes = tuple(_doubled(path, counts) for path, counts in doubled.items())
     lacking = lacks_ours.missing()
     compared = {position for pair in pairs for position in pair.ref.token_idx.tolist()} if lacking.positions else set()
-    never = uncompared(
+    never_compared = uncompared(
         [name for name in names if name in ref.points], {pair.point for pair in pairs}, lacking.positions, compared
     )
-    return Alignment(kept, lacking, lacks_ref.missing(), never, notes, left_out, tokens.divergence is not None)
+    return Alignment(kept, lacking, lacks_ref.missing(), never_compared, notes, left_out, tokens.divergence is not None)
 
 
 def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pair, ...]:

@@ -100,11 +100,11 @@ def _recorded_otherwise(
     third = compare(dumps[2], dumps[0], options).record_faults if 2 in of_side.values() else ()
     of_third = {fault.checkpoint: fault for fault in third}
 
-    def told(name: str) -> RecordFault:
+    def fault_of_side(name: str) -> RecordFault:
         pairs = faults[name]
         return (of_third.get(name) if of_side[name] == 2 else pairs.get(2 * (of_side[name] or 0))) or next(iter(pairs.values()))
 
-    return tuple(RecordedOtherwise(of_side[name], told(name)) for name in order(faults))
+    return tuple(RecordedOtherwise(of_side[name], fault_of_side(name)) for name in order(faults))
 
 
 def _common_side(pairs: tuple[int, ...]) -> int | None:

@@ -7,18 +7,18 @@ from checkpoints.points import in_vocabulary
 
 
 def uncompared(
-    asked: Sequence[str], compared: Collection[str], positions: Collection[int], compared_positions: Collection[int]
+    requested: Sequence[str], compared: Collection[str], positions: Collection[int], compared_positions: Collection[int]
 ) -> Uncompared:
     """Which of the points that were asked for, in dataflow order, and of the positions were compared nowhere.
 
     Nodes of llama.cpp's that are not in the vocabulary do not count: other engines need not have them.
     """
-    asked = [name for name in asked if in_vocabulary(name)]
-    lacking = tuple(name for name in asked if name not in compared)
-    last = next((name for name in reversed(asked) if name in compared), "")
+    requested = [name for name in requested if in_vocabulary(name)]
+    lacking = tuple(name for name in requested if name not in compared)
+    last = next((name for name in reversed(requested) if name in compared), "")
     return Uncompared(
-        len(asked),
+        len(requested),
         lacking,
         tuple(sorted(set(positions) - set(compared_positions))),
-        last if lacking and last != asked[-1] else "",
+        last if lacking and last != requested[-1] else "",
     )

@@ -111,8 +111,8 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
                     prompt = chosen_by_llama_cpp(prompt, run, reference)
                 kept = golden_prompt(prompt, f"{number:03}.jsonl")
                 dumps.write(prompt, Path(scratch) / kept.file)
-                if never := dumps.lacking(prompt, Path(scratch) / kept.file):
-                    lacking[kept.file] = never
+                if never_compared := dumps.lacking(prompt, Path(scratch) / kept.file):
+                    lacking[kept.file] = never_compared
                 written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))

@@ -128,12 +128,12 @@ def _alike(entry: Expected, rounded_rows: Floats, right: Floats) -> float:
     return cosine(*(np.where(entry.present & np.isfinite(rows), rows - right, 0.0) for rows in (entry.values, rounded_rows)))
 
 
-def cosine(theirs: Floats, ours: Floats) -> float:
+def cosine(rows: Floats, other_rows: Floats) -> float:
     """The mean cosine of rows, [R, k] both, that are not zero; 0 where none is."""
-    sizes = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
+    sizes = np.linalg.norm(rows, axis=1) * np.linalg.norm(other_rows, axis=1)
     if not sizes.any() or not np.isfinite(sizes).all():
         return 0.0
-    return float((np.einsum("ij,ij->i", theirs, ours)[sizes > 0] / sizes[sizes > 0]).mean())
+    return float((np.einsum("ij,ij->i", rows, other_rows)[sizes > 0] / sizes[sizes > 0]).mean())
 
 
 def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:

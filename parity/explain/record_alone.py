@@ -51,14 +51,14 @@ def agreeing_after(
 
 def _consumers(state: SearchState, point: str, recorded: Mapping[str, int]) -> list[str]:
     """The recorded points that are made from a point with no other one between, in the order of computation."""
-    reached, found = {point}, []
+    reached, consumers = {point}, []
     for step in state.steps[state.order[point] + 1 :]:
         if not reached.isdisjoint(step.names):
             if step.makes in recorded:
-                found.append(step.makes)
+                consumers.append(step.makes)
             else:
                 reached.add(step.makes)
-    return found
+    return consumers
 
 
 def _if_it_were_so(

@@ -66,13 +66,13 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
             )
         request = replace(request, points=request.points if request.points != "default" else _names(slots))
         with dumps_of(folder) as dumps:
-            even, odd = _both(request, command, reference, prompt, slots, dumps, progress)
-            reference_dump = _reference(request, reference, prompt, even, odd, dumps, progress)
-    if (other := _other_tokens(request, prompt, even, reference_dump)) is not None:
+            even_run, odd_run = _both(request, command, reference, prompt, slots, dumps, progress)
+            reference_dump = _reference(request, reference, prompt, even_run, odd_run, dumps, progress)
+    if (other := _other_tokens(request, prompt, even_run, reference_dump)) is not None:
         return Bisected((other,), 2, command.name, perf_counter() - began, str(folder))
-    parts = tuple(_judge(request, slots, even, odd, reference_dump))
+    parts = tuple(_judge(request, slots, even_run, odd_run, reference_dump))
     if any(part.status != RIGHT for part in parts) and all(
-        _same(rows, odd.points.get(name)) for name, rows in even.points.items()
+        _same(rows, odd_run.points.get(name)) for name, rows in even_run.points.items()
     ):
         raise InputError(
             f"{command.name} does not inject anything: it printed the same values with other inputs.",
@@ -144,25 +144,25 @@ def _reference(
     request: Request,
     reference: Reference,
     prompt: Prompt,
-    even: Dump,
-    odd: Dump,
+    even_run: Dump,
+    odd_run: Dump,
     folder: Path,
     progress: Progress | None,
 ) -> Dump:
     """llama.cpp's dump of everything that either run printed."""
-    together = replace(even, points=odd.points | even.points)
+    together = replace(even_run, points=odd_run.points | even_run.points)
     known = [name for name, _ in reference.describe(request.model).points]
     LlamaCpp(following(request, together, prompt, known), reference).dump(prompt, folder / REF_FILE, progress)
     return load(folder / REF_FILE)
 
 
-def _judge(request: Request, slots: list[str], even: Dump, odd: Dump, ref: Dump) -> Iterator[JudgedPart]:
+def _judge(request: Request, slots: list[str], even_run: Dump, odd_run: Dump, ref: Dump) -> Iterator[JudgedPart]:
     """The embedding, each layer and what follows the last one, from the run in which its input was the reference's."""
     layers = len(slots) - 1
     for number in range(-1, layers + 1):
         before = slots[number] if number >= 0 else None
         inside = [name for name in ref.points if _part(name, layers) == number]
-        dump, other = (even, odd) if number % 2 == 0 else (odd, even)
+        dump, other = (even_run, odd_run) if number % 2 == 0 else (odd_run, even_run)
         title = EMBD if number < 0 else _AFTER if number == layers else f"blk.{number}"
         yield _judged(request, title, before, inside, dump, other, ref)
 

@@ -25,8 +25,8 @@ from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on
 from ..lint.lint import refuse_unusable
-from ..run.asked import held_to
 from ..run.command import POINTS, Command
+from ..run.completeness import held_to
 from ..run.request import Progress, Prompt, Request
 from ..run.results import dumps_of
 from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
@@ -152,7 +152,7 @@ class _Chase:
                 return
             points = verdict.next
             side = self._side(points)
-            if side.asked and self._requested_points.issuperset(side.asked):
+            if side.requested and self._requested_points.issuperset(side.requested):
                 self.stopped = self._nothing_new(verdict)
                 return
         self.stopped = f"{MOST_ROUNDS} runs did not identify an operation"
@@ -172,7 +172,7 @@ class _Chase:
         return ExternalEngine(request, self._command, self._reference, described=self._described)
 
     def _run(self, side: ExternalEngine, number: int) -> Dump:
-        self._requested_points.update(side.asked)
+        self._requested_points.update(side.requested)
         if self._progress is not None:
             self._progress(f"run {number} of {side.name}", 0, None)
         out = self._folder / OURS_FILE  # where it stays if it cannot be believed; else the points of all runs replace it
@@ -191,8 +191,8 @@ class _Chase:
 
     def _reference_for(self, ours: Dump, known: Sequence[str]) -> Dump:
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
-        asked = following(self._request, ours, self._prompt, known)
-        LlamaCpp(asked, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
+        followed = following(self._request, ours, self._prompt, known)
+        LlamaCpp(followed, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))
 
 

@@ -21,6 +21,8 @@ from checkpoints.errors import InputError
 from checkpoints.printable import printable
 from checkpoints.whole_file import is_special, unwritable
 
+from .program_name import program_name
+
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
 MODEL, TOKENS, OUT, POINTS, PORTIONS = "{model}", "{tokens}", "{out}", "{points}", "{portions}"
 SEQUENCES, STATE, UBATCH, PORT = "{sequences}", "{state}", "{ubatch}", "{port}"
@@ -89,11 +91,8 @@ class Command(Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """The program's name, as messages use it."""
-        words = self._split()[1]
-        while len(words) > 1 and (Path(words[0]).name == "env" or _ASSIGNMENT.fullmatch(words[0])):
-            words = words[1:]  # `env NAME=value CMD` starts CMD
-        return Path(words[0]).name
+        """The engine's name, as messages use it."""
+        return program_name(self._split()[1])
 
     def takes(self, placeholder: str) -> bool:
         """Whether the line contains this placeholder."""

@@ -25,7 +25,7 @@ from reference.jobs import DumpResult
 
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.tokens import same_model
-from .asked import held_to
+from .completeness import held_to
 from .request import Progress, Prompt, Request
 from .results import dumps_of
 from .sides import EXEC, OURS, ExternalEngine, LlamaCpp, OurEngine, Side, side_of
@@ -107,7 +107,7 @@ def run(
                 _one_after_the_other(request, reference, ours, prompt, dumps, progress)
             else:
                 _at_once(request, reference, ours, prompt, dumps, progress, meanwhile)
-        points = ours.asked if isinstance(ours, ExternalEngine) else ()
+        points = ours.requested if isinstance(ours, ExternalEngine) else ()
     left, right = load(folder / OURS_FILE, request.mapping), load(folder / REF_FILE)
     if request.command is not None and not request.despite_lint:
         from ..lint.lint import refuse_unusable

@@ -189,7 +189,7 @@ class ExternalEngine:
             return ""
         if self._known_names is not None:
             return self._known_names
-        return ",".join(self.asked) or self.points
+        return ",".join(self.requested) or self.points
 
     @cached_property
     def known(self) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ class ExternalEngine:
         return tuple(name for name, _ in self._described.points)
 
     @cached_property
-    def asked(self) -> tuple[str, ...]:
+    def requested(self) -> tuple[str, ...]:
         """The known points that it is asked for; none if there is a name among them that only the engine knows."""
         try:
             return tuple(select(self.points, self.known, self._described.n_layers))
@@ -205,7 +205,7 @@ class ExternalEngine:
             return ()
 
     @property
-    def asked_by_name(self) -> bool:
+    def requested_by_name(self) -> bool:
         """Whether the engine, or the user, is told the points, instead of printing what it has."""
         return self._command.takes(POINTS) or (self._request.points, self._request.layers) != ("default", None)
 

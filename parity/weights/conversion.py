@@ -54,6 +54,7 @@ _TERNARY = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weig
 _BY = ("GGUF", "folder")
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # damaged scales overflow: the answer says that values differ
 def check_conversion(path: Path, folder: Path, progress: Progress | None = None) -> WeightsCheck:
     """Check for each tensor of a GGUF whether it is what the folder's tensors convert to, and where config.json and metadata disagree.
 
@@ -71,7 +72,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     total = sum(info.n_bytes for info in model.tensors.values())
     done = 0
     for info in model.tensors.values():
-        checks.append(_check(model, info, source, sources.get(info.name), arch))
+        checks.append(_check(model, info, source, sources.get(info.name, _of_weight(info.name, sources)), arch))
         done += info.n_bytes
         if progress is not None:
             progress("weights", done, total)
@@ -92,6 +93,13 @@ def _check(model: GgufModel, info: TensorInfo, folder: Folder, source: TensorSou
         reason = "converters round it to −1, 0 and 1 times the mean of its absolute values, which is not computed here"
         return TensorCheck(info.name, type_name(info.type), info.shape, NOT_CHECKED, 0, (), reason)
     return _tensor(model, info, source, arch, _heads_of_layer(model, info.name), folder.refusal)
+
+
+def _of_weight(name: str, sources: dict[str, TensorSource]) -> TensorSource | None:
+    """The source of the weight that a tensor of scales belongs to, if that is not readable: then the scales are not either."""
+    base, _, kind = name.rpartition(".")
+    weight = sources.get(f"{base}.weight") if kind in ("scale", "input_scale") else None
+    return None if weight is None or weight.readable else weight
 
 
 def _heads_of_layer(model: GgufModel, name: str) -> tuple[int, int]:

@@ -144,8 +144,12 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
             _of(model, "rope.scaling.original_context_length"),
         ),
     ):
-        asked = kind in ("linear", "yarn") if "factor" in setting else kind == "yarn"
-        if asked and isinstance(in_config, (int, float)) and (in_gguf is None or not isclose(in_gguf, in_config, rel_tol=1e-6)):
+        matters = kind in ("linear", "yarn") if "factor" in setting else kind == "yarn"
+        if (
+            matters
+            and isinstance(in_config, (int, float))
+            and (in_gguf is None or not isclose(in_gguf, in_config, rel_tol=1e-6))
+        ):
             yield TensorCheck(
                 setting,
                 "",

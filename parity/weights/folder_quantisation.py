@@ -3,6 +3,7 @@
 Mirrors `dequant_model` of llama.cpp's converter (conversion/base.py).
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ _UNUSED = (
     ".v_scale",
     ".input_global_scale",
 )
+_LEFT_PACKED = ("_packed", "_blocks")  # endings of packed weights under another name than the weight's
+# What may stand beside a packed weight: scales, zero points, the order and shape of groups, tables.
+_BESIDE = re.compile(r"\w*(?:scale|zero|g_idx|shape|absmax|quant_)[\w.]*")
+_ZEROS_LESS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what was taken from the stored zero points
 _Made = tuple[Tensors, tuple[str, ...]]  # tensors by their names, and the names of those that they were made of
 
 
@@ -33,23 +38,38 @@ def unpacked(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     settings = _settings(config)
     method = settings.get("quant_method")
     known = _METHODS.get(method) if isinstance(method, str) else None
-    found = dict(tensors)
+    readable = dict(tensors)
     for name in tensors:
         for ending, convert in (known or {}).items():
             if name.endswith(ending):
                 try:
-                    made, used = convert(name.removesuffix(ending), tensors, settings)
+                    weights, used = convert(name.removesuffix(ending), tensors, settings)
                 except (KeyError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError, AttributeError):
                     continue  # not as the method has them
                 for part in used:
-                    found.pop(part, None)
-                found |= made
+                    readable.pop(part, None)
+                readable |= weights
     if method:
-        found = {name: stored for name, stored in found.items() if stored.kind == SCALE or not name.endswith(_UNUSED)}
+        readable = {name: stored for name, stored in readable.items() if stored.kind == SCALE or not name.endswith(_UNUSED)}
     if not method or known:
-        plain = {name: stored for name, stored in found.items() if stored.kind in TABLES and stored.array.size}
-        found |= {name: _unscaled(stored) for name, stored in plain.items() if not _has_scale(name, found)}
-    return found
+        plain = {name: stored for name, stored in readable.items() if stored.kind in TABLES and stored.array.size}
+        readable |= {name: _unscaled(stored) for name, stored in plain.items() if not _has_scale(name, readable)}
+    return _with_unread_whole(readable)
+
+
+def _with_unread_whole(readable: Tensors) -> Tensors:
+    """Without what stands beside packed weights that no method read: those are one unreadable tensor each, by the weight's name."""
+    renamed = dict(readable)
+    for name in [name for name, stored in readable.items() if name.endswith(_LEFT_PACKED) and not stored.readable]:
+        renamed[name.rpartition("_")[0]] = renamed.pop(name)
+    unread = {name for name, stored in renamed.items() if not stored.readable}
+    unread |= {name.rpartition(".")[0] for name in unread if name.endswith(("weight", ".qweight"))}
+
+    def beside(name: str) -> bool:
+        ends = (i for i, letter in enumerate(name) if letter in "._")
+        return any(name[:i] in unread and _BESIDE.fullmatch(name, i + 1) for i in ends)
+
+    return {name: stored for name, stored in renamed.items() if not beside(name)}
 
 
 def _has_scale(name: str, tensors: Tensors) -> bool:
@@ -59,9 +79,11 @@ def _has_scale(name: str, tensors: Tensors) -> bool:
 
 def refusal(config: dict[str, Any]) -> str:
     """Why packed weights are not read, for a person."""
-    method = _settings(config).get("quant_method")
-    if isinstance(method, str) and method not in _METHODS:
-        return f"the folder keeps it quantised by {method[:40]}, which is not read: take the folder before quantisation"
+    settings = _settings(config)
+    method, form = settings.get("quant_method"), settings.get("checkpoint_format")
+    form = f" in the format {form[:40]!r}" if method == "gptq" and isinstance(form, str) and form not in _ZEROS_LESS else ""
+    if isinstance(method, str) and method and (form or method not in _METHODS):
+        return f"the folder keeps it quantised by {method[:40]}{form}, which is not read: take the folder before quantisation"
     return "the folder keeps it in a type with scales of its own (8 bits, or packed), in a form that is not read"
 
 
@@ -149,8 +171,8 @@ def _pairs(weight: Stored, scales: Stored, table: Floats, group: int) -> Stored:
 def _mxfp4(base: str, tensors: Tensors, settings: dict[str, Any]) -> _Made:
     """gpt-oss' experts: blocks [experts, out, groups, 16], as the tensor [experts, in, out] that they are made from."""
     names = (f"{base}_blocks", f"{base}_scales")
-    made = _pairs(tensors[names[0]], tensors[names[1]], E8M0, 32)
-    return {base: made.view(made.array.swapaxes(-1, -2))}, names
+    weights = _pairs(tensors[names[0]], tensors[names[1]], E8M0, 32)
+    return {base: weights.view(weights.array.swapaxes(-1, -2))}, names
 
 
 def _packed(base: str, tensors: Tensors, settings: dict[str, Any]) -> _Made:
@@ -193,7 +215,7 @@ def _gptq(base: str, tensors: Tensors, settings: dict[str, Any]) -> _Made:
         or not 0 <= int(groups.array.min()) <= int(groups.array.max()) < len(scales.array)
     ):
         raise ValueError("packed weights of another shape than their settings")
-    offset = int(settings.get("checkpoint_format", "gptq") == "gptq")  # the first version stores zeros less 1
+    offset = _ZEROS_LESS[settings.get("checkpoint_format", "gptq")]
     source = Gptq(weight.array, zeros.array, _numbers(scales), groups.array, bits, offset)
     return {f"{base}.weight": _stored((outputs, inputs), source)}, names
 
@@ -220,11 +242,11 @@ def _nvfp4(base: str, tensors: Tensors, weight: Stored, whole: str, *, inverse: 
     """
     module = base.removesuffix(".weight")
     names = (f"{base}{whole}", f"{module}.input{'_global' * inverse}_scale")
-    made = {base: _pairs(weight, tensors[f"{base}_scale"], np.abs(E4M3), 16)}
+    weights = {base: _pairs(weight, tensors[f"{base}_scale"], np.abs(E4M3), 16)}
     for name, kind in zip(names, (".scale", ".input_scale"), strict=True):
         number = _numbers(tensors[name]).reshape(-1)[[0]] if name in tensors else np.ones(1, np.float32)
-        made[module + kind] = Stored(np.asarray(1 / number if inverse else number, np.float32), SCALE)
-    return made, (f"{base}_scale", f"{base}_packed", *names)
+        weights[module + kind] = Stored(np.asarray(1 / number if inverse else number, np.float32), SCALE)
+    return weights, (f"{base}_scale", f"{base}_packed", *names)
 
 
 _METHODS: dict[str, dict[str, Callable[[str, Tensors, dict[str, Any]], _Made]]] = {

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, InputRule, Size, Tensor
+from checkpoints.graph import CACHE, INPUT, NODE, STATE, VIEWS, WEIGHT, Graph, InputRule, MovingParam, Size, Tensor
 from checkpoints.rules import UNDEFINED, Recorded, explain
 
 from ..ggml import Ggml
@@ -34,7 +34,7 @@ def assemble(
         prefix: put in front of the points.
 
     Raises:
-        ReferenceFailed: parameters depend on the length, or an input follows no rule.
+        ReferenceFailed: parameters depend on the length, but are no expression of it.
     """
     flat = flats[0]
     names = points_of(flat, ggml, prefix)
@@ -51,8 +51,7 @@ def assemble(
         ne = (expressions[0], expressions[1], expressions[2], expressions[3])
         point = names.points.get(i, "")
         params = raw.params if kind == NODE and op not in VIEWS else (0,) * 16
-        if kind == NODE and any(other.tensors[i].params != raw.params for other in flats) and params == raw.params:
-            raise unrecordable(raw, "has parameters that depend on the length")
+        moving = _moving(i, flats, passes) if kind == NODE and op not in VIEWS else ()
         tensors.append(
             Tensor(
                 name=raw.name,
@@ -69,9 +68,42 @@ def assemble(
                 operand_points=names.operands.get(i, {}),
                 parts=tuple(names.parts.get(i, ())),
                 rule=_rule(i, raw, flats, passes, facts, known) if kind == INPUT else None,
+                moving=moving,
             )
         )
     return Graph(tuple(tensors))
+
+
+def _moving(index: int, flats: Sequence[FlatPass], passes: Sequence[RawPass]) -> tuple[MovingParam, ...]:
+    """The parameters of a node that differ from pass to pass, as expressions of T and S.
+
+    Raises:
+        ReferenceFailed: they are no such expression.
+    """
+    raw = flats[0].tensors[index]
+    params = np.array([flat.tensors[index].params for flat in flats], dtype=np.int32)
+    if not (differing := np.flatnonzero((params != params[0]).any(axis=0))).size:
+        return ()
+    lengths = [(len(taken.now.tokens), taken.cached) for taken in passes]
+    found = []
+    for number in differing.tolist():
+        as_float = params[:, number].view(np.float32)
+        for values, real in ((params[:, number], False), (as_float, True)):
+            if (size := _expression(values, lengths)) is not None:
+                found.append(MovingParam(number, size, real))
+                break
+        else:
+            raise unrecordable(raw, "has parameters that depend on the length")
+    return tuple(found)
+
+
+def _expression(values: NDArray[Any], lengths: Sequence[tuple[int, int]]) -> Size | None:
+    """Whole numbers of passes over T tokens and S cached positions as fixed + tokens · T + cached · S; None if they are not that."""
+    if not (np.isfinite(values).all() and (values == np.rint(values)).all()):
+        return None
+    terms = np.array([[1, t, s] for t, s in lengths], dtype=np.float64)
+    solved = np.rint(np.linalg.lstsq(terms, values.astype(np.float64), rcond=None)[0])
+    return Size(*(int(number) for number in solved)) if (terms @ solved == values).all() else None
 
 
 def kept_leaves(flat: FlatPass, ggml: Ggml) -> dict[int, str]:

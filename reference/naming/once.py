@@ -32,13 +32,21 @@ def model_points(graph: Structure, outside: Sequence[int]) -> dict[int, str]:
 def _embedding(graph: Structure, values: Sequence[int]) -> int | None:
     """The value that the first layer reads: the tokens' rows after any preprocessing. Several streams are not an embedding."""
     entering = graph.inputs.get(min(graph.inputs)) if graph.inputs else None
-    if entering is not None and entering in values and graph.nodes[entering].ne[2] == 1:
+    if entering is not None and entering in values and not _is_several_streams(graph, entering):
         return entering
     for name in _EMBEDDINGS:
         matching = [i for i in values if graph.nodes[i].name == name]
         if matching:
             return matching[-1]
     return next((i for i in values if graph.nodes[i].op == "GET_ROWS"), None)
+
+
+def _is_several_streams(graph: Structure, i: int) -> bool:
+    """Whether a value has several rows of a token: [D, T, streams], or [D, streams, T], which over one token is [D, streams, 1]."""
+    shape = graph.nodes[i].ne
+    looked_up = (node for node in graph.nodes if any(source.name == "token_embd.weight" for source in node.sources[:1]))
+    tokens = next((node.ne[1] for node in looked_up if node.op == "GET_ROWS"), shape[1])
+    return shape[2] > 1 or shape[1] != tokens
 
 
 def _is_final_norm(graph: Structure, i: int) -> bool:

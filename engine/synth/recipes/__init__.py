@@ -3,9 +3,11 @@
 from checkpoints.errors import InputError
 
 from ..recipe import Recipe
-from . import dense, encoders, experts, recurrent
+from . import dense, encoders, experts, recurrent, sparse
 
-RECIPES: dict[str, Recipe] = {entry.name: entry for family in (dense, experts, recurrent, encoders) for entry in family.RECIPES}
+RECIPES: dict[str, Recipe] = {
+    entry.name: entry for family in (dense, experts, sparse, recurrent, encoders) for entry in family.RECIPES
+}
 
 
 def names() -> list[str]:

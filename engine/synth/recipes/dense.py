@@ -186,6 +186,42 @@ RECIPES = (
         BIAS,
     ),
     small("nanbeige", None, BIAS),
+    small("talkie", {"logit_scale": 0.5, "rope.dimension_count": head}, BIAS, tied=False),
+    small(
+        "muse-glimmer",
+        {
+            "attention.sliding_window": 8,
+            "rope.freq_base_swa": 5e4,
+            "final_logit_softcapping": 20.0,
+            "logit_scale": 0.196,
+        },
+        BIAS,
+        head_size=48,
+        tied=False,
+    ),
+    small(
+        "spark2_5",
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": layers_with(True, True, True, False),
+            "rope.freq_base_swa": 5e4,
+        },
+        BIAS,
+    ),
+    # llama.cpp hides the logits of 8,192 image tokens, which the vocabulary must have
+    small("chameleon", {"rope.dimension_count": head, "swin_norm": True}, BIAS, vocab=8300),
+    small("qwen3tts", {"rope.dimension_sections": sections, "n_deepstack_layers": 0}, BIAS),
+    small(
+        "plm",
+        {
+            "attention.kv_lora_rank": 32,
+            "attention.key_length": 48,
+            "attention.value_length": 32,
+            "rope.dimension_count": 16,
+        },
+        BIAS,
+        kv_heads=4,
+    ),
     # decoders that go through the same layers several times: each time is a layer with a cache of its own
     small("nanbeige-loops", {"num_loops": 2}, BIAS, architecture="nanbeige", layers=2),
     small(

@@ -34,6 +34,7 @@ def small(
     tied: bool = True,
     rope_base: float = 10000.0,
     context: int = 512,
+    vocab: int = 2048,
     layer_norm: bool = False,
     fused_qkv: bool = False,
     qk_norm: float = 1.0,
@@ -53,6 +54,7 @@ def small(
         eps=eps,
         rope_base=rope_base,
         context=context,
+        vocab=vocab,
     )
     return Recipe(name, shape.architecture, shape, metadata or {}, without, layer_norm, fused_qkv, qk_norm, kind)
 
@@ -130,6 +132,15 @@ DELTA_NET: Metadata = {
     "ssm.time_step_rank": lambda shape: shape.width // 32,
     "ssm.group_count": 2,
 }
+# A dense layer, then layers with a shared expert and a sigmoid for the choice.
+SHARED: Metadata = {
+    **MOE,
+    "leading_dense_block_count": 1,
+    "expert_shared_count": 1,
+    "expert_weights_scale": 1.5,
+    "expert_weights_norm": True,
+    "expert_gating_func": 2,
+}
 MLA: Metadata = {
     "rope.dimension_count": 16,
     "attention.kv_lora_rank": 64,
@@ -141,6 +152,17 @@ MLA: Metadata = {
     **MOE,
     "expert_shared_count": 1,
     "expert_weights_scale": 1.5,
+}
+# Gates that decay channel by channel, with attention in every second layer only (Kimi Delta Attention).
+KDA: Metadata = {
+    **MLA,
+    "attention.head_count_kv": layers_with(0, 1),
+    "attention.q_lora_rank": 64,
+    "ssm.conv_kernel": 4,
+    "kda.head_dim": 32,
+    "kda.gate_lower_bound": -5.0,
+    "expert_gating_func": 2,
+    "expert_weights_norm": True,
 }
 BERT: Metadata = {"attention.causal": False, "pooling_type": 1, "/tokenizer.ggml.token_type_count": 2}
 INDEXER: Metadata = {

@@ -22,13 +22,13 @@ def held_to(compared: Comparison, points: Sequence[str], engine: ExternalEngine,
     records, verdict = compared.records, compared.verdict
     positions = set(_positions(request, prompt))
     at = set(records.token_idx.tolist())
-    never = uncompared(points, set(records.names), positions, at)
-    if not never or verdict.left_out:
+    lacking = uncompared(points, set(records.names), positions, at)
+    if not lacking or verdict.left_out:
         return verdict
-    result = engine.asked_by_name and next(filter(in_vocabulary, reversed(engine.known)), "") in never.points
-    last = bool(positions) and max(positions) in never.positions
+    result = engine.requested_by_name and next(filter(in_vocabulary, reversed(engine.known)), "") in lacking.points
+    last = bool(positions) and max(positions) in lacking.positions
     incomplete = verdict.verdict == PARITY and (result or last or request.strict)
-    return replace(verdict, uncompared=never, verdict=INCOMPLETE if incomplete else verdict.verdict)
+    return replace(verdict, uncompared=lacking, verdict=INCOMPLETE if incomplete else verdict.verdict)
 
 
 def _positions(request: Request, prompt: Prompt) -> Sequence[int]:
