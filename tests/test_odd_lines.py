@@ -93,3 +93,15 @@ def test_few_digits_are_said_of_the_records_that_have_them(parity: Cli, stories_
         Path("few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         _, answer = parity.json("diff", "few.jsonl", stories_run / "ref.jsonl", "--offset", "0")
         assert [note.partition(" of up to")[0] for note in answer["notes"] if "steps" in note] == [said]
+
+
+def test_nothing_is_said_of_digits_where_none_are_lacking(parity: Cli) -> None:
+    """Ids of experts are whole numbers, and two float32 values may both end at the ninth decimal: no digit was cut."""
+    lines = [
+        {"checkpoint": name, "token_idx": 0, "values": values}
+        for name, values in (("embd", [0.123456789, 1.5]), ("blk.0.ffn_moe_topk", [1.0, 3.0]), ("blk.0.ffn_moe_weights", ["a"]))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines).replace('["a"]', "[0.7008724,0.299127579]")
+    Path("bare.jsonl").write_text(text)
+    _, answer = parity.json("diff", "bare.jsonl", "bare.jsonl", "--offset", "0")
+    assert [note for note in answer["notes"] if "steps" in note] == []

@@ -23,7 +23,7 @@ from .measure import Measured, Measures, measured
 from .offsets import AlignedDump, elsewhere, place
 from .picture import picture
 from .records import Judged, Records
-from .routing import Routed, as_sets, routed
+from .routing import Routed, as_sets, is_routing, routed
 from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
 from .truth import Truth
 from .whole_rows import sizes
@@ -187,12 +187,17 @@ def _held(errors: Measured, allowed: Limits, model: Flow, options: Options, ref:
 
 
 def _printed_steps(pairs: tuple[Pair, ...]) -> NDArray[np.float64]:
-    """The widest step of the printed digits of either side, by record: 0 where both give every float32."""
+    """The widest step of the printed digits of either side, by record: 0 where both give every float32, and for ids of experts.
+
+    A step below that from one float32 to the next hides nothing: in a row of two values, `%.9g` may print both with nine decimals.
+    """
     steps = [np.zeros(len(pair.ours)) for pair in pairs]
     for pair, step in zip(pairs, steps, strict=True):
         for side in (pair.ours, pair.ref):
-            if side.quantum is not None:
-                np.maximum(step, side.quantum.max(axis=1, initial=0.0), out=step)
+            if side.quantum is not None and not is_routing(pair):
+                with np.errstate(invalid="ignore"):
+                    hidden = np.where(side.quantum > np.spacing(np.abs(side.values)), side.quantum, 0.0)
+                np.maximum(step, hidden.max(axis=1, initial=0.0), out=step)
     return np.concatenate(steps) if steps else np.zeros(0)
 
 

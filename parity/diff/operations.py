@@ -65,6 +65,8 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
             continue  # the bias or the norm's weight: see below
         elif op in ("CONT", "VIEW", CACHE) and len(operations) > 1:
             continue
+        elif op == "GET_ROWS" and not weights:
+            words.append("the lookup: which rows it takes, or of which value")
         elif op in _WORDS:
             words.append(
                 _WORDS[op].format(

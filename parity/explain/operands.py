@@ -17,7 +17,7 @@ _ROWS = 2  # rows of the first look
 
 
 def other_operand(case: Case, state: SearchState, entry: Expected, errors: Floats) -> str:
-    """The sentence "is what … makes of …" for a point that is wrong by these errors [R]; "" if no other operand gives its values.
+    """The sentence "the value is what … makes of …" for a point that is wrong by these errors [R]; "" if no other operand gives its values.
 
     Each operand is replaced by every earlier value of the right run with its shape, and each weight by every weight of the model
     with its shape.
@@ -45,7 +45,7 @@ def _changed(case: Case, state: SearchState, step: Step) -> Iterator[tuple[Step,
         for name in reversed(before):
             if name != read and values[name].shape == shape:
                 reads = (*step.reads[:at], name, *step.reads[at + 1 :])
-                yield replace(step, reads=reads), f"is what this operation makes of {name} instead of {read}"
+                yield replace(step, reads=reads), f"the value is what this operation makes of {name} instead of {read}"
     tensors = case.transformer.model.tensors
     for at, weight in enumerate(step.weights):
         if not isinstance(weight, str) or weight not in tensors:
@@ -53,7 +53,7 @@ def _changed(case: Case, state: SearchState, step: Step) -> Iterator[tuple[Step,
         for name, info in tensors.items():
             if name != weight and info.shape == tensors[weight].shape:
                 weights = (*step.weights[:at], name, *step.weights[at + 1 :])
-                yield replace(step, weights=weights), f"is what this operation makes with {name} instead of {weight}"
+                yield replace(step, weights=weights), f"the value is what this operation makes with {name} instead of {weight}"
 
 
 def _gives(case: Case, entry: Expected, step: Step, replay: Replay) -> bool:

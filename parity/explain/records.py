@@ -165,7 +165,9 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
     Raises:
         DumpError: there are none, or records of one key contradict each other.
     """
-    known = {name: rows for name, rows in dump.points.items() if name in replay.values}
+    known = {
+        name: dump.points[name] for name in replay.values if name in dump.points
+    }  # the order of computation, not the dump's
     foreign = [name for name in dump.points if name not in known]
     notes = [f"ignored, because our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
     if not known:

@@ -1,0 +1,71 @@
+"""`parity explain` takes records in the order in which the model computes them, whatever order a dump has."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.dataflow import Computation, Dataflow
+from parity.diff.dataflow import Flow
+from parity.diff.operations import suspects
+from parity.explain.case import ExplainOptions
+from parity.explain.explain import explain
+from reference.client import Reference
+
+
+@pytest.mark.slow
+def test_a_router_is_judged_before_the_layer_that_it_feeds(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """A hunt's dump has the layers' outputs in front: weights of experts taken from raw logits are found there, not in what follows."""
+    path = small_model("qwen2moe")
+    engine = Faulty(path, reference.graph(path))
+    weights = "blk.0.ffn_moe_weights"
+    steps = [
+        replace(step, reads=("blk.0.ffn_moe_logits", *step.reads[1:])) if step.makes == weights else step
+        for step in engine.right
+    ]
+    dump = engine.dump(Planted(()), tokens_of(path, 5, seed=4), points="*", steps=steps)
+    wanted = ("l_out", "embd", "ffn_out", "ffn_norm", "ffn_moe_logits", "ffn_moe_probs", "ffn_moe_topk", "ffn_moe_weights")
+    ordered = sorted(
+        (name for name in dump.points if name.split(".")[-1] in wanted), key=lambda name: wanted.index(name.split(".")[-1])
+    )
+    explanation = explain(
+        replace(dump, points={name: dump.points[name] for name in ordered}), path, ExplainOptions(budget=30.0)
+    )
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == weights
+    assert explanation.law == "the value is what this operation makes of blk.0.ffn_moe_logits instead of blk.0.ffn_moe_probs"
+    assert all(name in engine.transformer.points for name in explanation.next.split(",") if name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["", "experts-not-normalised"])
+def test_experts_may_be_listed_in_any_order(reference: Reference, small_model: Callable[..., Path], fault: str) -> None:
+    """A right engine that lists the chosen experts backwards has no fault, and a wrong one has its own fault, at 16 values a row."""
+    path = small_model("qwen3moe")
+    engine = Faulty(path, reference.graph(path))
+    planted = Planted(((fault, {}, None),) if fault else ())
+    dump = engine.dump(planted, tokens_of(path, 7, seed=4), points="*")
+    points = dict(dump.points)
+    for name, rows in points.items():
+        if "moe" in name and not name.endswith(("logits", "probs", "out", "sum", "clamped")):
+            width = rows.values.shape[1]
+            backwards = rows.values[:, ::-1] if width == 2 else rows.values + np.float32(1)  # 16 of 192: another expert's
+            points[name] = replace(rows, values=backwards.copy())
+    explanation = explain(replace(dump, points=points), path, ExplainOptions(budget=30.0))
+    assert [cause.named.fault for cause in explanation.causes] == ([fault] if fault else [])
+    assert explanation.remaining is None
+    assert any("not listed in the order of their scores" in note for note in explanation.notes)
+
+
+def test_rows_of_a_computed_value_are_no_table() -> None:
+    """Experts' weights are looked up among the router's scores: nothing is dequantised there, as in the embedding."""
+    computations = {
+        "embd": Computation("GET_ROWS", (), ("token_embd.weight",)),
+        "blk.0.ffn_moe_weights": Computation("GET_ROWS", ("blk.0.ffn_moe_probs", "blk.0.ffn_moe_topk")),
+    }
+    flow = Flow(Dataflow(computations), tuple(computations), known=True)
+    assert suspects(flow, ["embd"]).startswith("the table token_embd.weight")
+    assert suspects(flow, ["blk.0.ffn_moe_weights"]) == "the lookup: which rows it takes, or of which value"
