@@ -40,7 +40,7 @@ def test_a_folder_is_no_model(parity: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with b'PK"), (b"GGU", "is not a GGUF")]
+    ("content", "message"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with 50 4b 03 04, not "), (b"GGU", "is not a GGUF")]
 )
 def test_not_a_gguf(parity: Cli, tmp_path: Path, content: bytes, message: str) -> None:
     """A file of another kind is refused with its first bytes."""

@@ -1,11 +1,10 @@
 """JSON lines as engines print them: bare nan and inf, log text before the brace."""
 
+import json
 import re
 from typing import Any
 
 import orjson
-
-from .. import given_json
 
 # A word for a number that is not finite, and nothing of a longer word or of a text.
 _WORD = r'(?:-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?)(?![\w"])'
@@ -49,7 +48,14 @@ def loads(text: str | bytes) -> Any:
         return orjson.loads(mended)
     except orjson.JSONDecodeError:
         pass
-    return given_json.loads(mended)  # numbers beyond float64, which orjson refuses, are infinite here
+    try:
+        return json.loads(mended)  # numbers beyond float64, which orjson refuses, are infinite here
+    except RecursionError:
+        raise ValueError("the line is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("a whole number has more than 4,300 digits") from None
 
 
 def whole(line: bytes) -> bool:
