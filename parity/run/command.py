@@ -252,7 +252,7 @@ class Command(Struct, frozen=True):
                 how=NOT_STARTED,
             )
         killed = -status if status < 0 else status - 128 if status in _ENDED_BY_SIGNAL else 0
-        how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
+        how = f"was killed by {_signal(killed)}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(
             f"{self.name} {how}: {last_line.rstrip('.')}.",
@@ -267,6 +267,14 @@ class Command(Struct, frozen=True):
             raise EngineError(f"{self.name} exited with code 0 but did not write {out}.", "It must write to {out}.") from None
         if not stat.S_ISREG(status.st_mode):
             raise self._no_file(out, status.st_mode)
+
+
+def _signal(number: int) -> str:
+    """A signal by its name, or, where it has none (those for real-time use), by its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
