@@ -118,7 +118,7 @@ def test_an_engine_that_never_ends_is_stopped(tmp_path: Path) -> None:
         ("a pipe", "os.mkfifo(sys.argv[1]); open(sys.argv[1], 'w').write('x')"),
         ("a pipe", "os.mkfifo(sys.argv[1])"),
         ("a link", "os.symlink('/dev/zero', sys.argv[1]); time.sleep(30)"),
-        ("not a regular file", "os.mkdir(sys.argv[1])"),
+        ("a folder", "os.mkdir(sys.argv[1])"),
     ],
 )
 def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path) -> None:

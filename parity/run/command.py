@@ -238,7 +238,8 @@ class Command(Struct, frozen=True):
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
         return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def failed(self, status: int, stderr: str) -> EngineError:
