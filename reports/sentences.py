@@ -200,15 +200,20 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         seen = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
         margin = f" (its margin: {choices.differs_margin:.2g})" if choices.differs_margin is not None else ""
         yield "first choice", seen + margin
+    yield from assumed(verdict)
+    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
+        yield "float64", seen
+    for note in verdict.notes:
+        yield "note", clean(note)
+
+
+def assumed(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """What would be a divergence in float32, or that nothing says which limit applies."""
     precision = verdict.precision
     if precision is not None and precision.in_float32:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
     elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
-    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
-        yield "float64", seen
-    for note in verdict.notes:
-        yield "note", clean(note)
 
 
 MAP_LINE = "names.toml"  # names a remark that is a line to be copied
@@ -277,10 +282,11 @@ def rows_seen(points: Sequence[Seen]) -> str:
         number = f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
         sizes = "" if not of else (f" of {of[0]:,}" if len(of) == 1 else f" of {of[0]:,} to {of[-1]:,}")
         besides = "statistics, no sketch" if all(item.statistics for item in others) else "no sketch"
-        sentences.append(f"{number}{sizes} values a row, {besides}")
+        noun = "value" if number == "1" and not of else "values"
+        sentences.append(f"{number}{sizes} {noun} a row, {besides}")
     if logits:
-        of_them = f" of {logits[0].of:,}" if logits[0].of is not None else " values"
-        sentences.append(f"logits {logits[0].values}{of_them}")
+        seen = f"{logits[0].values} of {logits[0].of:,}" if logits[0].of is not None else count(logits[0].values, "value")
+        sentences.append(f"logits {seen}")
     return "; ".join(sentences)
 
 

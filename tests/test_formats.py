@@ -1,6 +1,7 @@
 """Files of llama.cpp, Hugging Face and NumPy are read as dumps, and compared."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_real_eval_callback_logs_agree_exactly(run: Path, style: str) -> None:
     assert dump.points["blk.0.kq"].shapes[-1] == (8, 9)
     assert lint(dump).findings == ()
     assert ("pass_sum" in dump.points["embd"].stats) == (style == "new")
+
+
+def test_a_sum_beside_its_sum_of_squares_is_read(tmp_path: Path) -> None:
+    """`llama-debug` of December 2025 printed "sum    =" and "sum_sq =": the sums are those of the real log, and nothing else changes."""
+    log = LOGS / "eval-callback-new.log"
+    both = tmp_path / "both.log"
+    both.write_text(re.sub(r"( *)sum = (.*)", r"\1sum    = \2\n\1sum_sq = 4.5", log.read_text()))
+    once, squared = load(log), load(both)
+    assert once.points.keys() == squared.points.keys()
+    for name, rows in once.points.items():
+        for statistic, values in rows.stats.items():
+            np.testing.assert_array_equal(values, squared.points[name].stats[statistic])
 
 
 def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path) -> None:
