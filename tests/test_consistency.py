@@ -10,6 +10,7 @@ import pytest
 from cli import Cli
 from foreign import numpy_engine
 from msgspec.structs import replace
+from slow import slow_but
 from split_files import split
 
 from checkpoints.answers.consistency import Consistency
@@ -91,7 +92,7 @@ def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]
     assert all(check.verdict is not None and check.verdict.compared > 100 for check in answer.checks)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_but(FAULTS, "positions", "cache", "mask"))
 def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Path]) -> None:
     """A fault that only portions show is found, and the answer distinguishes positions, cache, mask and batch size."""
     kinds, op, suspect = FAULTS[fault]
