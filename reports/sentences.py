@@ -212,7 +212,7 @@ def assumed(verdict: Verdict) -> Iterator[tuple[str, str]]:
     precision = verdict.precision
     if precision is not None and precision.in_float32:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
-    elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
+    elif verdict.limit_assumed:
         yield "limit", verdict.limits.source
 
 
