@@ -30,7 +30,8 @@ def finding(answer: Any, name: str) -> ReportSection:
         InputError: it is not an answer of lint, isolate or explain.
     """
     if isinstance(answer, Mapping):
-        for key, make in (("operations", _isolate), ("findings", _lint), ("causes", _explain)):
+        # An explanation has a list of operations, too.
+        for key, make in (("causes", _explain), ("operations", _isolate), ("findings", _lint)):
             if isinstance(answer.get(key), list) and all(isinstance(item, Mapping) for item in answer[key]):
                 return make(answer, answer[key])
     raise InputError(

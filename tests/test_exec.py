@@ -118,7 +118,7 @@ def test_an_engine_that_never_ends_is_stopped(tmp_path: Path) -> None:
         ("a pipe", "os.mkfifo(sys.argv[1]); open(sys.argv[1], 'w').write('x')"),
         ("a pipe", "os.mkfifo(sys.argv[1])"),
         ("a link", "os.symlink('/dev/zero', sys.argv[1]); time.sleep(30)"),
-        ("not a regular file", "os.mkdir(sys.argv[1])"),
+        ("a folder", "os.mkdir(sys.argv[1])"),
     ],
 )
 def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path) -> None:
@@ -174,3 +174,11 @@ def test_what_an_earlier_run_left_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "o").write_text(LINE)
     assert "did not write" in str(failure(f"{engine(tmp_path, 'pass')} {{out}}", tmp_path / "o"))
     assert "cannot run" in str(failure("/nowhere/engine {out}", tmp_path / "o"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(11, "was killed by SIGSEGV: "), (64, "was killed by SIGRTMAX: "), (50, "was killed by signal 50: ")]
+)
+def test_a_signal_is_named(number: int, said: str, tmp_path: Path) -> None:
+    """SIGSEGV says more than 11; some numbers for real-time use have no name."""
+    assert said in str(failure(engine(tmp_path, f"os.kill(os.getpid(), {number})"), tmp_path / "o"))

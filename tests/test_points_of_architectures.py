@@ -85,6 +85,13 @@ def test_rows_are_those_of_their_positions(reference: Reference, small_model: Ma
             )
 
 
+def test_a_layer_ends_where_it_says(reference: Reference, small_model: Make) -> None:
+    """kimi-k3's layers begin with a mixture of earlier values: the output of the one before is its sum, not what they read first."""
+    graph = reference.graph(small_model("kimi-k3")).several
+    ends = {tensor.point: tensor.name for tensor in graph.tensors if tensor.point.endswith(".l_out")}
+    assert ends == {f"blk.{layer}.l_out": f"l_out-{layer}" for layer in range(4)}
+
+
 @pytest.mark.slow
 def test_a_norm_is_a_norm(reference: Reference, small_model: Make) -> None:
     """llama4 calls an attention output `ffn_norm`, lfm2 a norm `ffn_out`: the points are what their weights say."""

@@ -14,7 +14,7 @@ from checkpoints.answers.drift import Checked, Drift, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
-from checkpoints.whole_file import put
+from checkpoints.whole_file import Replacement, put, unwritable
 from reference.client import Reference
 from reports.numbers import count
 
@@ -101,10 +101,10 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
             prompts=(),
         )
         dumps = GoldenDumps(request.side, replace(run, generate=0), reference)
-        put(golden.folder / ".gitattributes", b"*.jsonl -diff\nledger.jsonl merge=union\n")
+        attributes = _attributes(golden.folder)
         written: list[GoldenPrompt] = []
         lacking: dict[str, Uncompared] = {}
-        with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
+        with attributes, tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
             for number, text in enumerate(texts):
                 prompt = resolve_prompt(reference, run.model, text)
                 if run.generate and request.side != EXEC:
@@ -122,6 +122,21 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
     golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
     golden.save()
     return Recorded(golden, lacking)
+
+
+def _attributes(folder: Path) -> Replacement:
+    """What git is to know of golden dumps. It is begun before anything is computed: a folder that refuses it is said then.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    path = folder / ".gitattributes"
+    try:
+        attributes = Replacement(path)
+        attributes.temporary.write_bytes(b"*.jsonl -diff\nledger.jsonl merge=union\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return attributes
 
 
 def check(request: Checking, progress: Progress | None = None) -> Drift:

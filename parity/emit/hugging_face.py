@@ -26,8 +26,9 @@ class Observer:
         self.kind = str(config.model_type)
         self.heads = int(getattr(config, "num_attention_heads", None) or 1)  # a recurrent model has none
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
-        if hasattr(config, "multi_query"):  # falcon
-            self.kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else self.heads
+        if hasattr(config, "multi_query"):  # falcon, gpt_bigcode
+            grouped = getattr(config, "new_decoder_architecture", False)
+            self.kv_heads = config.num_kv_heads if grouped else 1 if config.multi_query else self.heads
         self.layer = 0
         self.projected: dict[str, Any] = {}
         self.rotated: dict[str, Any] = {}

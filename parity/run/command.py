@@ -238,7 +238,8 @@ class Command(Struct, frozen=True):
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
         return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def failed(self, status: int, stderr: str) -> EngineError:
@@ -252,7 +253,7 @@ class Command(Struct, frozen=True):
                 how=NOT_STARTED,
             )
         killed = -status if status < 0 else status - 128 if status in _ENDED_BY_SIGNAL else 0
-        how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
+        how = f"was killed by {_signal(killed)}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(
             f"{self.name} {how}: {last_line.rstrip('.')}.",
@@ -267,6 +268,14 @@ class Command(Struct, frozen=True):
             raise EngineError(f"{self.name} exited with code 0 but did not write {out}.", "It must write to {out}.") from None
         if not stat.S_ISREG(status.st_mode):
             raise self._no_file(out, status.st_mode)
+
+
+def _signal(number: int) -> str:
+    """A signal by its name, or, where it has none (those for real-time use), by its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
