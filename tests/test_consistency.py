@@ -201,6 +201,7 @@ EVERY_WAY = ("--portions={portions}", "--state={state}", "--ubatch={ubatch}")
         ("", set(), "", ""),
         ("ubatch", {"ubatches of 1", "prefill and one step"}, "positions", "blk.0.q_rope"),
         ("pad", {"among other sequences"}, "sequences", "blk.0.kqv_out"),
+        ("leak", {"among other sequences"}, "sequences", "blk.0.kqv_out"),
         ("state", {"a restored state"}, "state", "blk.0.kqv_out"),
     ],
 )

@@ -170,6 +170,10 @@ def test_golden_dumps_of_a_part_are_recorded_with_a_note(
     ran = parity(*words, engine('name in ("embd", "blk.0.l_out")'), "-o", tmp_path / "part")
     assert ran.code == 0
     assert "note: 000.jsonl is recorded as far as the engine went (nothing after blk.0.l_out" in ran.err
+    _, checked = parity.json("drift", "check", tmp_path / "part", "--model", model, "--side", "ours")
+    assert any(
+        "000.jsonl was recorded as far as the engine went (nothing after blk.0.l_out" in note for note in checked["notes"]
+    )
     ran = parity(*words, engine("True"), "-o", tmp_path / "whole")
     assert (ran.code, "as far as the engine went" in ran.err) == (0, False)
 

@@ -16,6 +16,7 @@ from checkpoints.reading.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
 from checkpoints.whole_file import Replacement, put, unwritable
 from reference.client import Reference
+from reports import sentences
 from reports.numbers import count
 
 from ..diff.compare import Options, compare
@@ -113,6 +114,7 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
                 dumps.write(prompt, Path(scratch) / kept.file)
                 if never_compared := dumps.lacking(prompt, Path(scratch) / kept.file):
                     lacking[kept.file] = never_compared
+                    kept = replace(kept, lacking=sentences.uncompared(never_compared))
                 written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
@@ -209,7 +211,7 @@ def _answer(
         changes=moved,
         findings=tuple(ledger.findings(points)),
         updated=updated,
-        notes=tuple(_notes(skipped, book, unrecorded)),
+        notes=tuple(_notes(skipped, book, unrecorded, golden)),
     )
     if request.keep_ledger and not updated:
         commit, dirty = ledger.commit()
@@ -219,11 +221,14 @@ def _answer(
     return answer
 
 
-def _notes(skipped: int, book: Path, unrecorded: Sequence[str]) -> Iterator[str]:
+def _notes(skipped: int, book: Path, unrecorded: Sequence[str], golden: Golden) -> Iterator[str]:
     if skipped:
         yield ledger.skipped_note(skipped, book)
     if unrecorded:
         yield f"not compared, since the golden dumps lack them: {listed_points(unrecorded)}"
+    for prompt in golden.prompts:
+        if prompt.lacking:
+            yield f"{prompt.file} was recorded as far as the engine went ({prompt.lacking}): the rest is not checked"
 
 
 def listed_points(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long pr
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
 LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
 _WATCH = 0.05  # seconds between two checks of the clock and of the dump
+_SHOWN = 200  # characters of a program's path
 _GRACE = 1.0  # seconds that reading the rest of stderr's pipe may take once the engine has ended
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _NOT_EXECUTABLE, _NOT_THERE = 126, 127  # exit codes of env and of shells (POSIX) for a program that cannot be run, or found
@@ -115,7 +116,7 @@ class Command(Struct, frozen=True):
         path = (os.environ | environment | dict(self.variables)).get("PATH")
         if shutil.which(program[0], path=path) is None:
             raise EngineError(
-                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.",
+                f"cannot run {shlex.quote(program[0])[:_SHOWN]}: it is not there, or not executable.",
                 f"Check {self.option}.",
                 how=NOT_STARTED,
             )
