@@ -154,7 +154,7 @@ class Recorder:
         )
 
     def __call__(self, name: str, value: Any, positions: "Sequence[int] | None" = None) -> None:
-        """Record a value: [T, n] or [n]; [B, T, n] are B sequences. Attention scores and weights are [H, T, S].
+        """Record a value: [T, n] or [n]; [B, T, n] are B sequences, [B, T, heads, n] as well. Attention scores and weights are [H, T, S].
 
         Raises:
             TypeError, ValueError: it is not an array, or its number of rows is not that of the positions.
@@ -191,8 +191,8 @@ class Recorder:
         if known is not None and known.row == ("H", "t+1"):
             for seq, rows in enumerate(array if array.ndim == 4 else array[None]):
                 self._record(point, rows, rows.shape[1], seq, positions)
-        elif array.ndim == 3:
-            for seq, rows in enumerate(array):
+        elif array.ndim in (3, 4):  # a norm of heads makes [B, T, heads, n]
+            for seq, rows in enumerate(array.reshape(*array.shape[:2], -1)):
                 self._record(point, rows, len(rows), seq, positions)
         else:
             self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
