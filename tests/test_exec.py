@@ -172,6 +172,13 @@ def test_a_refusal_is_no_crash(how: str, body: str, tmp_path: Path) -> None:
     assert failure(engine(tmp_path, body), tmp_path / "o").how == how
 
 
+def test_more_ids_than_a_command_line_holds_are_said(tmp_path: Path) -> None:
+    """The system takes no argument of 240 kB: the prompt is too long, and the option is not wrong."""
+    command = Command(f"{engine(tmp_path, 'pass')} {{tokens}}")
+    with pytest.raises(EngineError, match="take a shorter prompt"):
+        command.run(model=tmp_path / "m", tokens=[12345] * 40_000, out=tmp_path / "o")
+
+
 def test_what_an_earlier_run_left_is_not_taken(tmp_path: Path) -> None:
     """An engine that ends well without writing is told so, even if a dump lies there from before."""
     (tmp_path / "o").write_text(LINE)
