@@ -162,6 +162,7 @@ def test_a_child_that_holds_stderr_is_not_waited_for(tmp_path: Path) -> None:
         (CRASHED, "raise KeyError('x')"),
         (CRASHED, "sys.exit(1)"),
         (CRASHED, "print('Segmentation violation', file=sys.stderr); sys.exit(139)"),  # as a shell reports signal 11
+        (CRASHED, "print('thread main panicked at src/main.rs:7', file=sys.stderr); sys.exit(101)"),
         (REFUSED, "sys.exit('this engine has no mamba')"),
         (NOT_STARTED, "print('env: my-engine: Permission denied', file=sys.stderr); sys.exit(126)"),
         (NOT_STARTED, "print('sh: my-engine: not found', file=sys.stderr); sys.exit(127)"),
