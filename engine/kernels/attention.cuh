@@ -87,7 +87,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
         peak = higher;
     }
     #pragma unroll
-    for (int i = 0; i < EACH; i++) if (2 * lane + 64 * i < HEAD) *(float2*)&s.mixed[warp][2 * lane + 64 * i] = acc[i];
+    for (int i = 0; i < EACH; i++) if (2 * lane + 64 * i < HEAD) *(float2*)&s.mixed[warp * HEAD + 2 * lane + 64 * i] = acc[i];
     if (lane == 0) { s.peak[warp] = peak; s.total[warp] = total; }
     block_sync();
     // Each warp combines the results of all warps: lane w has the share of warp w.
@@ -100,7 +100,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     #pragma unroll
     for (int w = 0; w < WARPS; w++) {
         const float its_share = __shfl_sync(~0u, share, w);
-        if (threadIdx.x < HEAD) sum = fmaf(its_share, s.mixed[w][threadIdx.x], sum);
+        if (threadIdx.x < HEAD) sum = fmaf(its_share, s.mixed[w * HEAD + threadIdx.x], sum);
     }
     if (threadIdx.x < HEAD) tell(l.words + MIXED_WORDS + slot * HEAD + threadIdx.x, sum, step);
     total = share * s.total[lane % WARPS];

@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
     for (int i = 0; i < LAYERS; i++) {
         const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
         const float* x = i ? next.l_out : m.embd;              // `next` still is the layer before
-        norm.run(s, i ? nullptr : x, next.words + OUT_WORDS, step);
+        norm.run<false>(s, i ? nullptr : x, next.words + OUT_WORDS, step);
         MARK
         qkv.run(s, l, eps, now.position, step);
         norm.keep(s, eps, l.attn_norm_out);
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
             attend(s, l, u / splits, u % splits, splits, seen, scale, step);
         }
         MARK
-        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, OUT_TYPES, false> out;
+        ProjectionBack<QW, OUT_WARPS, OUT_ROWS, OUT_TYPES, false, false> out;
         out.load(l.o, x);
         const long long word = fetch_layer(m, i + 1);
         merge(s, l, splits, step);
@@ -164,13 +164,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         norm.load(l.ffn_norm);
         if (threadIdx.x == 32 && !STAGED) prefetch_mine(l.down, D, FF);
         __nanosleep(FIRST_PAUSE);
-        norm.run(s, nullptr, l.words + INP_WORDS, step);
+        norm.run<GATE_TILED>(s, nullptr, l.words + INP_WORDS, step);
         if (STAGED) await(&s.full[0], i & 1);
         MARK
         gate_up.run(s, l, eps, step);
         norm.keep(s, eps, l.ffn_norm_out);
         MARK
-        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED> down;
+        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED, DOWN_TILED> down;
         down.load(l.down, l.ffn_inp);
         if (i + 1 < LAYERS) {
             if (STAGED && threadIdx.x == 32) leave(&s.used[0]);
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         if (i + 1 < LAYERS) qkv.load(m, next, now.position);
         MARK
     }
-    norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
+    norm.run<false>(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
     norm.keep(s, eps, m.output_norm);
     settle();
     logits(s, m, Norm::scale(s, eps), logits_at >= 0, step);

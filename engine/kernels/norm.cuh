@@ -17,7 +17,7 @@ struct Norm {
         }
     }
     // The values come as words from the other blocks, or, where they are this block's own, from memory.
-    __device__ __forceinline__ void run(Shared& s, const float* values, const Word* words, unsigned step) {
+    template <bool TILED> __device__ __forceinline__ void run(Shared& s, const float* values, const Word* words, unsigned step) {
         float v[EACH];
         double squares = 0;
         if (values)
@@ -28,7 +28,10 @@ struct Norm {
         for (int i = 0; i < EACH; i++) {
             const int e = threadIdx.x + i * THREADS;
             x[i] = v[i] * weight[i];
-            if (e < D) s.x.put<1, true>(e, {x[i]});   // D is a multiple of 32
+            if (e < D) {                       // D is a multiple of 32
+                if constexpr (TILED) s.halves.template put<1, true>(e, {x[i]});
+                else s.x.template put<1, true>(e, {x[i]});
+            }
             squares += (double)v[i] * v[i];
         }
         for (int far = 16; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);

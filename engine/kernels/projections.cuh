@@ -3,6 +3,7 @@
 #include "near.cuh"
 #include "norm.cuh"
 #include "rows.cuh"
+#include "tiles.cuh"
 
 // The two rows of pair `p` of a projection into heads: a rotated pair, or two rows beyond the rotary dimensions.
 __device__ __forceinline__ int2 rows_of_pair(int p) {
@@ -149,14 +150,17 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
         for (int i = 0; i < TOGETHER; i++) {
             const int e = threadIdx.x + (n + i) * THREADS;
             const float4 v = values_of(four[i]);
-            if (e < FF / 4) s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
+            if (e < FF / 4) {
+                if constexpr (DOWN_TILED) s.halves.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
+                else s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
+            }
         }
     }
     block_sync();
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
-template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE> struct ProjectionBack {
+template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE, bool TILED> struct ProjectionBack {
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
     Rows<COLS, LANES, R, TYPE_MASK, CLOSE> rows;
     int first, last, lane, mine;
@@ -182,6 +186,8 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         rest = r < last ? __ldcg(residual + r) : 0.f;
     }
     __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed, Word* words, unsigned step) {
+        if constexpr (TILED) down_tile(s, first, last);
+        else
         #pragma unroll 1
         for (int r = mine; r < last; r += AT_ONCE) {
             const Matrix* each[R];
@@ -196,7 +202,7 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         const int r = first + threadIdx.x;
         if (r >= last) return;
-        const float y = sum_of<SHARED_BY>(s, threadIdx.x) + bias;
+        const float y = (TILED ? down_sum(s, threadIdx.x) : sum_of<SHARED_BY>(s, threadIdx.x)) + bias;
         tell(words + r, y + rest, step);
         made[r] = y;
         summed[r] = y + rest;
@@ -221,10 +227,11 @@ struct GateUp {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = one_type(GATE_TYPES) || type_of(l.gate) == type_of(l.up);
-        const float scale = Norm::scale(s, eps);
-        rows.hold(s.x, lane);
+        if (threadIdx.x >= THREADS - 32) s.scale = Norm::scale(s, eps);
+        if constexpr (GATE_TILED) gate_up_tiles(s, first, last);
+        else rows.hold(s.x, lane);
         #pragma unroll 1
-        for (int r = mine; r < last; r += UNITS) {
+        for (int r = GATE_TILED ? last : mine; r < last; r += UNITS) {
             float sum[2];
             if constexpr (decltype(rows)::HOLDS) {
                 const int two[2] = {r, r};
@@ -247,7 +254,9 @@ struct GateUp {
         }
         block_sync();
         for (int r = first + threadIdx.x; r < last; r += THREADS) {
-            float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
+            const int at = r - first;
+            float a = s.scale * (GATE_TILED ? gate_up_sum(s, at, false) : sum_of<GATE_WARPS>(s, 2 * at));
+            float b = s.scale * (GATE_TILED ? gate_up_sum(s, at, true) : sum_of<GATE_WARPS>(s, 2 * at + 1));
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];
             const float y = short_of(a / (1.f + expf(-a)) * b);

@@ -1,6 +1,7 @@
 // What the phases of a decode step share: the model's structures, a block's shared memory, its share of the rows.
 
 #include "activations.cuh"
+#include "halves.cuh"
 #include "messages.cuh"
 
 #define THREADS 512              // that compute; one more warp prefetches weights
@@ -89,16 +90,24 @@ enum {
 };
 #define SHARE(COUNT) ((COUNT) / BLOCKS + 1)   // the most of COUNT items that a block gets
 constexpr int most(int a, int b) { return a > b ? a : b; }
-constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
-                           most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
+// Whether the tensor cores multiply gate and up, and down: F16 rows in shared memory. Gate and up by tiles of eight rows each, down by one.
+constexpr bool GATE_TILED = STAGED && GATE_TYPES == 1ull << F16 && D % 64 == 0 && SHARE(FF) <= 64;
+constexpr bool DOWN_TILED = STAGED && DOWN_TYPES == 1ull << F16 && FF % 64 == 0 && SHARE(D) <= 8;
+constexpr int GATE_TILES = GATE_TILED ? (SHARE(FF) + 7) / 8 : 1, GATE_SLOTS = D / 64 < WARPS ? D / 64 : WARPS;   // warps that have sums
+constexpr int PARTS = most(most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
+                                most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS)), DOWN_TILED ? 8 * WARPS : 0);
+constexpr int MIXED = most(WARPS * HEAD, GATE_TILED ? GATE_SLOTS * GATE_TILES * 16 - PARTS : 0);
 
-using Activations = ActivationsOf<most(most(FF, D), QW)>;
+using Activations = ActivationsOf<most(most(DOWN_TILED ? 32 : FF, D), QW)>;
+using Halves = HalvesOf<most(GATE_TILED ? D : 64, DOWN_TILED ? FF : 64)>;
 struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     Activations x;
-    float part[PARTS];           // sums of rows by the warps that share them
+    Halves halves;
+    float part[PARTS];           // sums of rows by the warps that share them; those of gate and up extend over `mixed`
+    float mixed[MIXED];          // [WARPS][HEAD], with `peak` and `total`: of the warps that share a head
+    float peak[WARPS], total[WARPS], scale;
     double norm[WARPS];
-    float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     Matrix near_gate, near_up, near_down;
