@@ -127,19 +127,20 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         return;
     }
     keep_layer(s, 0, fetch_layer(m, 0));
+    Projection::prepare(s, m, now.position);
     for (int i = threadIdx.x; i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
         __stcg(m.embd + i, element(m.embedding, now.token, D, i));
+    if (first_of(D) + threadIdx.x < last_of(D)) s.rest[threadIdx.x] = element(m.embedding, now.token, D, first_of(D) + threadIdx.x);
     block_sync();
     Projection qkv;
-    qkv.load(m, s.layer[0], now.position);
+    qkv.load(s.layer[0]);
     Norm norm;
     norm.load(s.layer[0].attn_norm);
     if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
     MARK
     for (int i = 0; i < LAYERS; i++) {
         const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
-        const float* x = i ? next.l_out : m.embd;              // `next` still is the layer before
-        norm.run<false>(s, i ? nullptr : x, next.words + OUT_WORDS, step);
+        norm.run<false>(s, i ? nullptr : m.embd, next.words + OUT_WORDS, step);
         MARK
         qkv.run(s, l, eps, now.position, step);
         norm.keep(s, eps, l.attn_norm_out);
@@ -152,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         }
         MARK
         ProjectionBack<QW, OUT_WARPS, OUT_ROWS, OUT_TYPES, false, false> out;
-        out.load(l.o, x);
+        out.load(l.o);
         const long long word = fetch_layer(m, i + 1);
         merge(s, l, splits, step);
         keep_layer(s, i + 1, word);                            // read behind the next barriers of the block
@@ -171,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         norm.keep(s, eps, l.ffn_norm_out);
         MARK
         ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED, DOWN_TILED> down;
-        down.load(l.down, l.ffn_inp);
+        down.load(l.down);
         if (i + 1 < LAYERS) {
             if (STAGED && threadIdx.x == 32) leave(&s.used[0]);
             if (threadIdx.x / 32 == 2) prefetch_qkv(next);
@@ -184,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
         if (STAGED && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
         norm.load(i + 1 < LAYERS ? next.attn_norm : m.norm);
-        if (i + 1 < LAYERS) qkv.load(m, next, now.position);
+        if (i + 1 < LAYERS) qkv.load(next);
         MARK
     }
     norm.run<false>(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);

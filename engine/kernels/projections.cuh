@@ -51,6 +51,7 @@ __device__ __forceinline__ void prefetch_qkv(const Layer& l) {
         const Matrix& m = qkv_matrix(l, p, rows);
         prefetch_rows(m, rows.x, 1, D);
         prefetch_rows(m, rows.y, 1, D);
+        if (m.bias) { prefetch(m.bias, 4 * rows.x, 4); prefetch(m.bias, 4 * rows.y, 4); }
     }
 }
 __device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int cols) {
@@ -62,23 +63,20 @@ struct Projection {
     static const int LANES = QKV_WARPS * 32, UNITS = THREADS / LANES;
     Rows<D, LANES, 2, QKV_TYPES> rows;
     int first, last, lane, mine;
-    float2 bias, angle;          // of the pair whose sums this thread will finish
 
-    __device__ __forceinline__ void load(const Model& m, const Layer& l, int position) {
+    // What is the same in every layer: the angles of this block's pairs.
+    static __device__ __forceinline__ void prepare(Shared& s, const Model& m, int position) {
+        const int p = first_of(PAIRS) + threadIdx.x, i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
+        if (p >= last_of(PAIRS)) return;
+        s.angle[threadIdx.x] = make_float2(0.f, 0.f);
+        if (p < (QW + KW) / 2 && i < ROPE / 2) {
+            const long long at = (long long)position * (ROPE / 2) + i;
+            s.angle[threadIdx.x] = make_float2(__ldg(m.cosine + at), __ldg(m.sine + at));
+        }
+    }
+    __device__ __forceinline__ void load(const Layer& l) {
         first = first_of(PAIRS); last = last_of(PAIRS); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
         if (mine < last) fetch(l, mine);
-        const int p = first + threadIdx.x;
-        bias = angle = make_float2(0.f, 0.f);
-        if (p < last) {
-            int2 r;
-            const Matrix& w = qkv_matrix(l, p, r);
-            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
-            const int i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
-            if (p < (QW + KW) / 2 && i < ROPE / 2) {
-                const long long at = (long long)position * (ROPE / 2) + i;
-                angle = make_float2(__ldg(m.cosine + at), __ldg(m.sine + at));
-            }
-        }
     }
     __device__ __forceinline__ void fetch(const Layer& l, int p) {
         int2 r;
@@ -88,6 +86,12 @@ struct Projection {
         rows.load(both, two, lane);
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, int position, unsigned step) {
+        float2 bias = make_float2(0.f, 0.f);                   // of the pair whose sums this thread will finish: needed after the products
+        if (first + threadIdx.x < last) {
+            int2 r;
+            const Matrix& w = qkv_matrix(l, first + threadIdx.x, r);
+            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
+        }
         const float scale = Norm::scale(s, eps);
         #pragma unroll 1
         for (int p = mine; p < last; p += UNITS) {
@@ -115,6 +119,7 @@ struct Projection {
             v[r.x] = a; v[r.y] = b;
             return;
         }
+        const float2 angle = s.angle[u];
         const bool query = p < QW / 2, turned = (query ? p : p - QW / 2) % (HEAD / 2) < ROPE / 2;
         float* before = query ? l.q_out : l.k_out;
         float* after = query ? l.q_rope : l.k_cache + (long long)position * KW;
@@ -164,7 +169,6 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
     Rows<COLS, LANES, R, TYPE_MASK, CLOSE> rows;
     int first, last, lane, mine;
-    float bias, rest;            // of the row whose sum this thread will finish
 
     // R neighbouring rows; if there are fewer, the last one repeated.
     __device__ __forceinline__ void find(const Matrix& w, int r, const Matrix* (&each)[R], int (&row)[R]) const {
@@ -177,15 +181,13 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         find(w, r, each, row);
         rows.load(each, row, lane);
     }
-    // The residual stream of these rows was made by this very thread.
-    __device__ __forceinline__ void load(const Matrix& w, const float* residual) {
+    __device__ __forceinline__ void load(const Matrix& w) {
         first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES * R;
         if (mine < last) fetch(w, mine);
-        const int r = first + threadIdx.x;
-        bias = r < last && w.bias ? __ldg(w.bias + r) : 0.f;
-        rest = r < last ? __ldcg(residual + r) : 0.f;
     }
     __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed, Word* words, unsigned step) {
+        const int finished = first + threadIdx.x;              // the row whose sum this thread will finish
+        const float bias = finished < last && w.bias ? __ldg(w.bias + finished) : 0.f;
         if constexpr (TILED) down_tile(s, first, last);
         else
         #pragma unroll 1
@@ -200,12 +202,12 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         }
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
-        const int r = first + threadIdx.x;
-        if (r >= last) return;
-        const float y = (TILED ? down_sum(s, threadIdx.x) : sum_of<SHARED_BY>(s, threadIdx.x)) + bias;
-        tell(words + r, y + rest, step);
-        made[r] = y;
-        summed[r] = y + rest;
+        if (finished >= last) return;
+        const float y = (TILED ? down_sum(s, threadIdx.x) : sum_of<SHARED_BY>(s, threadIdx.x)) + bias, sum = y + s.rest[threadIdx.x];
+        tell(words + finished, sum, step);
+        s.rest[threadIdx.x] = sum;
+        made[finished] = y;
+        summed[finished] = sum;
     }
 };
 

@@ -108,6 +108,8 @@ struct Shared {
     float mixed[MIXED];          // [WARPS][HEAD], with `peak` and `total`: of the warps that share a head
     float peak[WARPS], total[WARPS], scale;
     double norm[WARPS];
+    float rest[SHARE(D)];        // the residual stream of this block's rows
+    float2 angle[SHARE(PAIRS)];  // of the pairs of rows of Q and K
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     Matrix near_gate, near_up, near_down;

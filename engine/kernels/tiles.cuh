@@ -66,7 +66,7 @@ __device__ __forceinline__ void gate_up_tiles(Shared& s, int first, int last) {
         const Vectors x = vectors_of(s.halves, group);
         #pragma unroll
         for (int t = 0; t < GATE_TILES; t++) {
-            const unsigned row = min(first + 8 * t + (lane >> 2), last - 1) * (D * 2);
+            const unsigned row = max(first, min(first + 8 * t + (lane >> 2), last - 1)) * (D * 2);
             add_tile(sums[t], columns_of(gate + row, group), columns_of(up + row, group), x);
         }
     }
@@ -90,7 +90,7 @@ __device__ __forceinline__ float gate_up_sum(const Shared& s, int row, bool up) 
 __device__ __forceinline__ void down_tile(Shared& s, int first, int last) {
     constexpr int GROUPS = FF / 64, ROUNDS = (GROUPS + WARPS - 1) / WARPS;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const unsigned row = near_address(s.near_down.low) + min(first + (lane >> 2), last - 1) * (FF * 2);
+    const unsigned row = near_address(s.near_down.low) + max(first, min(first + (lane >> 2), last - 1)) * (FF * 2);
     const Columns none = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
     float sums[2] = {0.f, 0.f};
     #pragma unroll
