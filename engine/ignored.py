@@ -47,6 +47,7 @@ class _Kind(Struct, frozen=True):
         used: the numbers of this kind in a graph.
         needed: whether a model that has none of them ignores the key; otherwise the key has no meaning for it.
         scaling: the types of RoPE scaling that read the key; any if empty.
+        by_layer: whether each key is of some layers, which may lack the operation: if the graph has only numbers of the other keys.
         accepted: the numbers of which one must be in the graph, if the file has this number; none if it has no effect.
     """
 
@@ -55,6 +56,7 @@ class _Kind(Struct, frozen=True):
     used: Callable[[Graph], Iterator[float]]
     needed: bool = False
     scaling: tuple[str, ...] = ()
+    by_layer: bool = False
     accepted: Callable[[float], tuple[float, ...]] = lambda stated: (stated,)
 
 
@@ -70,9 +72,12 @@ def ignored(recorded: RecordedGraph | None, metadata: Metadata) -> tuple[Ignored
         if kind.scaling and scaling not in kind.scaling:
             continue
         used = tuple(sorted({number for graph in graphs for number in kind.used(graph)}))
-        for key in kind.keys:
-            stated = metadata.get(prefix + key)
+        stated_numbers = {key: metadata.get(prefix + key) for key in kind.keys}
+        for key, stated in stated_numbers.items():
             if isinstance(stated, bool) or not isinstance(stated, int | float) or not (used or kind.needed):
+                continue
+            others = [number for other, number in stated_numbers.items() if other != key and number is not None]
+            if kind.by_layer and all(any(_same(number, other) for other in others) for number in used):
                 continue
             accepted = kind.accepted(float(stated))
             if accepted and not any(_same(accepted_number, number) for accepted_number in accepted for number in used):
@@ -163,7 +168,7 @@ def _either_way(stated: float) -> tuple[float, ...]:
 _KINDS = (
     _Kind(("attention.layer_norm_rms_epsilon",), "ε of RMS norms", _parameter("RMS_NORM", 0)),
     _Kind(("attention.layer_norm_epsilon",), "ε of LayerNorm", _parameter("NORM", 0)),
-    _Kind(("rope.freq_base", "rope.freq_base_swa"), "RoPE's base", _parameter("ROPE", 5)),
+    _Kind(("rope.freq_base", "rope.freq_base_swa"), "RoPE's base", _parameter("ROPE", 5), by_layer=True),
     _Kind(("rope.dimension_count",), "dimensions that RoPE rotates", _rotated),
     _Kind(
         ("rope.scaling.factor",),

@@ -10,6 +10,7 @@ from checkpoints.answers.drift import Drift, Margin
 from .as_json import SCHEMA, plain, verdict_as_json
 from .layout import columns, labelled
 from .numbers import clean, count, error, of_limit
+from .sentences import assumed
 from .terminal import explanation
 
 _ROWS = 24  # points that are listed; of more, those nearest to their limits
@@ -51,7 +52,8 @@ def sentence(drift: Drift) -> str:
     room = ""
     if nearest is not None and nearest.margin is not None:
         room = f"; narrowest margin {factor(nearest.margin)} at {clean(nearest.checkpoint)}"
-    return f"no drift: {count(drift.compared, 'record')} of {prompts} within their limits{room}"
+    limit = " (limit assumed)" if drift.assumed else ""
+    return f"no drift{limit}: {count(drift.compared, 'record')} of {prompts} within their limits{room}"
 
 
 def remarks(drift: Drift) -> Iterator[tuple[str, str]]:
@@ -62,6 +64,8 @@ def remarks(drift: Drift) -> Iterator[tuple[str, str]]:
         yield "changed", f"{clean(change.what)} was {before}, is now {now}"
     if drift.changes:
         yield "", f"the numbers {'moved by up to ' + of_limit(moved) + ' of their limits' if moved else 'did not move'}"
+    for name, text in dict.fromkeys(how for verdict in drift.assumed for how in assumed(verdict)):
+        yield name, text
     for finding in drift.findings:
         yield "finding", clean(finding)
     for number, name in drift.updated:
@@ -81,6 +85,7 @@ def drift_as_json(drift: Drift) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": drift.verdict,
         "compared": drift.compared,
+        "limit_assumed": bool(drift.assumed),
         "golden": drift.golden,
         "side": drift.side,
         "points": [

@@ -202,7 +202,11 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
         return []
     if len(placed.operations) > _OPERATIONS:
         return [("after", f"{agreeing}, which {agree} as whole rows")]
-    return [("wrong", f"one of {', '.join(placed.operations)}: {agreeing} {agree} as whole rows")]
+    # "node.103" is llama.cpp's number of a step without a name, and tells a reader nothing.
+    named = [name for name in placed.operations if not name.startswith("node.")] or list(placed.operations)
+    unnamed = ", or an unnamed step before it" if len(named) == 1 else ", or an unnamed step between them"
+    which = f"{'one of ' if len(named) > 1 else ''}{', '.join(named)}{unnamed if len(named) < len(placed.operations) else ''}"
+    return [("wrong", f"{which}: {agreeing} {agree} as whole rows")]
 
 
 def _truth(truth: TruthAt, *, right: bool) -> str:

@@ -26,7 +26,9 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
     """The points of each side and set of golden dumps, one bar per check: the higher, the nearer to the limit."""
     for label, group in groups(entries):
         last = group[-1]
-        yield Text(f"{label} · {count(len(group), 'check')}, {group[0].time[:10]} to {last.time[:10]}", style="bold")
+        began, ended = group[0].time[:10], last.time[:10]
+        when = ended if began == ended else f"{began} to {ended}"
+        yield Text(f"{label} · {count(len(group), 'check')}, {when}", style="bold")
         every = list(dict.fromkeys(name for entry in group for name in entry.points))
         nearest = sorted(every, key=lambda name: -last.points[name][2] if name in last.points else 0.0)[:_MOST]
         names = [name for name in every if name in set(nearest)]

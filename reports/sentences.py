@@ -200,15 +200,20 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         seen = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
         margin = f" (its margin: {choices.differs_margin:.2g})" if choices.differs_margin is not None else ""
         yield "first choice", seen + margin
+    yield from assumed(verdict)
+    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
+        yield "float64", seen
+    for note in verdict.notes:
+        yield "note", clean(note)
+
+
+def assumed(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """What would be a divergence in float32, or that nothing says which limit applies."""
     precision = verdict.precision
     if precision is not None and precision.in_float32:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
     elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
         yield "limit", verdict.limits.source
-    if verdict.first_divergence is None and (seen := "; ".join(_everywhere(verdict.truth_points))):
-        yield "float64", seen
-    for note in verdict.notes:
-        yield "note", clean(note)
 
 
 MAP_LINE = "names.toml"  # names a remark that is a line to be copied

@@ -85,6 +85,19 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "decay-form": ("mamba", {}, BOTH),
     "skip-missing": ("mamba", {}, BOTH),
     "convolution-bias-missing": ("mamba", {}, BOTH),
+    "norm-of-other": ("gemma3", {"norm": ("ffn_post_norm", "ffn_norm")}, BOTH),
+    "experts-weights-on-other-side": ("llama4", {}, (None, (3,))),
+    "rope-added": ("gpt2", {}, BOTH),
+    "rope-pairs-of-head": ("stablelm", {}, BOTH),
+    "token-shift": ("rwkv7", {}, BOTH),
+    "token-shift-order": ("rwkv7", {}, BOTH),
+    "rwkv-decay": ("rwkv7", {"w": "exp(−exp(x)), as in RWKV 6"}, BOTH),
+    "rwkv-removal": ("rwkv7", {"how": "without its rate"}, BOTH),
+    "rwkv-key-norm-missing": ("rwkv7", {}, BOTH),
+    "time-step-softplus-twice": ("mamba2", {}, BOTH),
+    "delta-heads-repeated": ("qwen3next", {}, BOTH),
+    "function-of-other": ("qwen3next", {"function": "sigmoid", "operation": "silu(attn_gate)"}, BOTH),
+    "operand-left-out": ("rwkv7", {"operation": "time_mix_ln.bias + time_mix_value"}, BOTH),
 }
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # other metadata than the recipe's: name here -> (recipe, metadata)

@@ -9,11 +9,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import weight_mutants
 from accidents import archived, mutated
 from dumps import dump
 from dumps import random as random_arrays
 from safetensors.numpy import save_file
+from weight_mutants import one_line
 
+from checkpoints.columns import ColumnsWriter, beside
 from checkpoints.errors import ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import Writer
@@ -102,6 +105,17 @@ def _zipped(name: str) -> dict[str, bytes]:
         return {file: archive.read(file) for file in archive.namelist()}
 
 
+def _binary() -> dict[str, bytes]:
+    """Records as arrays beside the lines, with statistics, sketches and a generated token."""
+    whole = dump(random_arrays(POINTS, positions=2), tokens=(Token(2, 7, " x", ((7, 1.5), (3, 0.5))),))
+    with ColumnsWriter("binary.jsonl", whole.header) as writer:  # type: ignore[arg-type]
+        for rows in whole.points.values():
+            writer.rows(rows)
+        for token in whole.tokens:
+            writer.token(token)
+    return {name: Path(name).read_bytes() for name in ("binary.jsonl", beside("binary.jsonl").name)}
+
+
 def _edge() -> dict[str, bytes]:
     """Two rounds of Edge-LLM's layer debugger."""
     cache = next(iter(random_arrays(("embd",), positions=4).values()))[:, :16]
@@ -114,6 +128,13 @@ def _edge() -> dict[str, bytes]:
         }
     save_file(arrays, "edge.safetensors")
     return {"edgellm_dump.safetensors": Path("edge.safetensors").read_bytes()}
+
+
+def _vllm() -> dict[str, bytes]:
+    """Two layers of a request of three tokens."""
+    states = np.stack([*random_arrays(("embd", "blk.0.l_out"), positions=3).values()], axis=1)
+    save_file({"hidden_states": states, "token_ids": np.array([1, 403, 407], np.int64)}, "vllm.safetensors")
+    return {"request.safetensors": Path("vllm.safetensors").read_bytes()}
 
 
 def _llama_debug() -> dict[str, bytes]:
@@ -136,8 +157,11 @@ FOLDERS: dict[str, Callable[[], dict[str, bytes]]] = {
     "tensorrt-llm": lambda: {Path(name).name: data for name, data in list(_zipped("tensorrt-llm").items())[2:6]},
     "edge-llm": _edge,
     "llama-debug": _llama_debug,
+    "vllm": _vllm,
     "debug mode": lambda: {"debug.log": (LOGS / "debug-mode.log").read_bytes()},
+    "binary": _binary,
 }
+BESIDE = {"binary": 0.6}  # how often another file than the first is damaged
 WHOLE = ("torch", "sglang", "sglang hook", "sglang modules", "tensorrt-llm", "edge-llm")  # the folder is the dump
 
 
@@ -165,7 +189,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "safetensors": lambda: _arrays("safetensors"),
 }
 NAMED = {"lines": "a.jsonl", "bare": "a.jsonl", "old log": "a.log", "middle log": "a.log", "new log": "a.log"}
-KINDS = (*MAKERS, "tree", "tree printed", "map", "tokens", *FOLDERS)
+KINDS = (*MAKERS, "tree", "tree printed", "map", "tokens", *FOLDERS, *weight_mutants.KINDS)
 
 
 def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable[[], str]]]:
@@ -173,6 +197,9 @@ def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable
 
     The working folder must be writable.
     """
+    if kind in weight_mutants.KINDS:
+        yield from weight_mutants.cases(kind, seeds, folder)
+        return
     others = [_bare()[:20_000], _log("new")[:20_000], _arrays("npz"), NAMES.encode()]
     if kind == "tokens":
         for seed in seeds:
@@ -189,7 +216,7 @@ def cases(kind: str, seeds: range, folder: Path) -> Iterator[tuple[int, Callable
     ref = _load(right, kind, names[0])
     for seed in seeds:
         draw = random.Random(f"{kind} {seed}")
-        spoiled = names[0] if len(names) == 1 or draw.random() < 0.9 else draw.choice(names[1:])
+        spoiled = names[0] if len(names) == 1 or draw.random() < 1 - BESIDE.get(kind, 0.1) else draw.choice(names[1:])
         wrong = folder / "wrong"
         wrong.mkdir(exist_ok=True)
         for name, data in files.items():
@@ -216,12 +243,6 @@ def _answer(folder: Path, ref: Dump, kind: str, first: str) -> str:
     except ParityError as error:
         return one_line(error)
     return compared.verdict.verdict if judged.usable else "unusable"
-
-
-def one_line(error: ParityError) -> str:
-    """The error's text. Raises AssertionError if it would be printed on several lines."""
-    assert "\n" not in f"{error}{error.advice}", "an error of several lines"
-    return "refused"
 
 
 def _of_tokens(data: bytes) -> str:

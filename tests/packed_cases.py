@@ -1,6 +1,8 @@
 """Folders whose weights have scales of their own, small, with what converters make of them computed value by value."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -233,3 +235,18 @@ def mxfp4() -> PackedCase:
 CASES: tuple[Callable[[], PackedCase], ...] = (
     fp8_blocks, fp8_latent, eight_bit_rows, packed_groups, gptq, bitnet, nvfp4, compressed_nvfp4, mxfp4,
 )  # fmt: skip
+
+
+def folder_of(case: PackedCase, path: Path, settings: Any = None, folder: dict[str, Any] | None = None) -> Path:
+    """The folder of a case, with other settings or tensors if they are given."""
+    path.mkdir(exist_ok=True)
+    config = case.config | {"quantization_config": case.settings if settings is None else settings}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    header, body = {}, b""
+    for name, (kind, values) in (case.folder if folder is None else folder).items():
+        raw = values.tobytes()
+        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return path

@@ -60,6 +60,7 @@ def renamed(source: Path, first: int, split: int = len(TOKENS)) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+@pytest.mark.slow
 def test_run_and_consistency_take_foreign_names(parity: Cli) -> None:
     """`run --exec` and `consistency` take --map and --offset; without an engine of one's own `run` refuses them."""
     Path("names.toml").write_text('[names]\nwte = "embd"\n')
@@ -85,6 +86,7 @@ def test_isolate_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> N
     assert (code, {"embd", "output_norm", "logits"} <= proven) == (0, True)
 
 
+@pytest.mark.slow
 def test_explain_takes_arrays_and_foreign_names(stories: Path, parity: Cli) -> None:
     """`explain` names a planted fault from arrays under an engine's own names."""
     np.savez("ours.npz", **arrays(stories, "rope-pairs"))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pictures import diverging, hostile, huge, passing
+from slow import slow_but
 
 from checkpoints.answers.drift import Entry
 from reports.history_html import history_html
@@ -85,7 +86,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [*((name, "light") for name in (*REPORTS, "history")), ("passing", "dark"), ("diverging", "dark")]
+    ("name", "scheme"),
+    [
+        ("passing", "light"),
+        ("diverging", "dark"),
+        *(pytest.param(name, "light", marks=pytest.mark.slow) for name in ("diverging", "hostile", "huge", "history")),
+        pytest.param("passing", "dark", marks=pytest.mark.slow),
+    ],
 )
 def test_it_opens_quietly(name: str, scheme: str, page: Page) -> None:
     """Nothing in the console, no request but for the file itself, few enough nodes to scroll, no serious fault for axe."""
@@ -114,7 +121,7 @@ def serious(page: Page) -> list[str]:
     return [f"{item['id']}: {item['nodes'][0]['html']}" for item in violations if item["impact"] in ("serious", "critical")]
 
 
-@pytest.mark.parametrize("name", ["diverging", "hostile", "huge"])
+@pytest.mark.parametrize("name", slow_but(["diverging", "hostile", "huge"], "diverging"))
 def test_the_first_divergence_is_marked(name: str, page: Page) -> None:
     """The mark stands on the first divergence's cell: its place says so, and pointing at its middle tells of that record."""
     page.open(name)

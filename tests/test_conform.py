@@ -86,6 +86,7 @@ def test_one_cause_is_one_line_and_a_fix_runs_again(
     assert diverging[0]["report"] in page
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
     """A screen with one letter for each place, the first failure on stderr, JUnit with skipped cells, a CSV row a cell, Markdown."""
@@ -109,6 +110,7 @@ def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
     assert "| qwen2 | ✗ | – |" in parity(*words, "--format", "markdown").out
 
 
+@pytest.mark.slow
 def test_our_engine_conforms_in_every_mode(parity: Cli) -> None:
     """Every mode of our engine agrees with llama.cpp for a K type, whose models are wide enough for its blocks."""
     code, answer = parity.json("conform", "--side", "ours", "--architectures", "qwen2", "--types", "Q4_K", "--prompts", "short")

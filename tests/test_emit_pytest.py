@@ -58,6 +58,7 @@ def test_the_assertion_shows_first_divergence_and_cause(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stdout
 
 
+@pytest.mark.slow
 def test_a_missing_parity_fails_and_says_so(tmp_path: Path) -> None:
     """Without parity on the path the test fails and says so."""
     for name in ("golden", "ours"):

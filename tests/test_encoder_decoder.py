@@ -95,6 +95,7 @@ def test_an_encoder_that_was_not_recorded(t5: Path, engine: Transformer, tmp_pat
     assert not isolation.wrong
 
 
+@pytest.mark.slow
 def test_generated_tokens_that_a_dump_does_not_say(parity: Cli, t5: Path, engine: Transformer, tmp_path: Path) -> None:
     """isolate and explain ask for the decoder's tokens as lines of the dump: --tokens are the encoder's. With them they go on."""
     job = OursJob(tmp_path / "whole.jsonl", IDS, generated=(5, 9), points="all", full=True)
@@ -127,6 +128,7 @@ def test_other_portions_of_the_decoder_come_out_the_same(t5: Path, engine: Trans
         assert all(check.verdict is not None and check.verdict.compared > 500 for check in answer.checks)
 
 
+@pytest.mark.slow
 def test_portions_of_a_decoder_that_disagree(t5: Path, engine: Transformer) -> None:
     """A key that a step over one token makes otherwise than a pass over several is seen."""
 

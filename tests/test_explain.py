@@ -43,6 +43,7 @@ def test_a_right_engine_has_no_fault(engine: Faulty) -> None:
     assert (explanation.first, explanation.causes, explanation.variants) == (None, (), 0)
 
 
+@pytest.mark.slow
 def test_positions_that_an_engine_counts_from_1_are_no_fault_of_its_rope(engine: Faulty) -> None:
     """A right engine's records, rotated queries and keys among them, are taken where the model gives them; a wrong engine's as well."""
     right = shifted(only(engine, points="all"), 1)
@@ -165,7 +166,6 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
             ("bos", "activation"),
         ],
         ("rope-base", "no-final-norm"),
-        ("bos", "activation"),
     ),
 )
 def test_two_faults_at_once_are_both_named(engine: Faulty, names: Sequence[str]) -> None:
@@ -185,6 +185,7 @@ def test_a_missing_first_token_is_named(engine: Faulty) -> None:
     assert explanation.causes[0].named.parameters == {"tokens": "the first one is missing"}
 
 
+@pytest.mark.slow
 def test_faults_of_the_cache_are_named_from_logits_of_a_generation(engine: Faulty) -> None:
     """Ten logits a position, prompt and generation, are enough; the dump comes from decode steps with a real cache."""
     tokens = tokens_of(engine.model, 14, seed=4)
@@ -299,6 +300,7 @@ def test_the_catalogue_is_listed(parity: Cli) -> None:
     refused(parity("explain", "--list", "ours.jsonl"), "--list takes no dump")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("computed")
 def test_garbage_at_single_logits_is_named_with_their_ids(engine: Faulty) -> None:
     """No fault that could be planted makes random numbers: that all else agrees names the rows of the output matrix."""

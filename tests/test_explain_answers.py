@@ -8,6 +8,7 @@ import pytest
 from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
+from slow import slow_but
 
 from checkpoints.answers.explain import DivergentPlace, Explanation, TruthAt
 from checkpoints.record import Dump
@@ -70,7 +71,7 @@ def test_a_base_that_is_almost_right_is_fitted_for_queries_alone(llama: Faulty) 
     assert cause.named.parameters["base"] == pytest.approx(1.001e6, rel=1e-4)
 
 
-@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("stated", slow_but([True, False], False))
 @pytest.mark.parametrize(
     ("name", "parameters", "sentence"),
     [
@@ -82,7 +83,7 @@ def test_a_base_that_is_almost_right_is_fitted_for_queries_alone(llama: Faulty) 
             "the nearest that others have is 1e-05",
         ),
         ("multiplier", {"by": 0.999, "part": "the result", "at": ("attn_out",)}, "0.999 times"),
-        ("multiplier", {"by": 0.999, "part": "the result", "at": ("v",)}, "0.999 times"),
+        pytest.param("multiplier", {"by": 0.999, "part": "the result", "at": ("v",)}, "0.999 times", marks=pytest.mark.slow),
     ],
 )
 def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(

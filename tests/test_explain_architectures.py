@@ -12,7 +12,7 @@ from engine.faults import CATALOGUE
 from parity.explain.explain import explain
 from reference.client import Reference
 
-_QUICK = {"head-norm-missing", "experts-one-fewer", "window-ignored"}
+_QUICK = {"head-norm-missing", "window-ignored"}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[
     return of
 
 
+@pytest.mark.slow
 def test_states_are_left_out_and_named(faulty: Callable[[str], Faulty]) -> None:
     """A recurrent model's dump of every point: what explain does not compare, since it has no row for each position, is said."""
     engine = faulty("mamba2")

@@ -23,6 +23,7 @@ _SUPERBLOCKS = Shape("qwen2", 2, 256, 4, 2, 0, 256, 320)  # rows that are multip
 _BY_PASS = {
     "rope-position-per-pass",
     "rope-position-by-prompt",
+    "rope-position-in-decode",
     "rope-after-cache",
     "cache-row-missing",
     "cache-stale",

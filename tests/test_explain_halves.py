@@ -78,7 +78,8 @@ def named(explanation: Explanation) -> list[str]:
     return [cause.named.fault for cause in explanation.causes]
 
 
-@pytest.mark.parametrize("points", ["default", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("points", ["default", "all"])
 def test_no_fault_in_a_right_engine(engine: Transformer, tmp_path: Path, points: str) -> None:
     """Both halves are judged, and nothing is wrong."""
     explanation = explained(engine, tmp_path / "ours.jsonl", points=points)
@@ -97,6 +98,7 @@ def test_a_fault_of_the_encoder_is_not_held_against_the_decoder(engine: Transfor
     assert explanation.first.checkpoint == "enc.blk.2.l_out"
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     """The encoder agrees, and the decoder's matrix is named in its layer."""
     explanation = explained(engine, tmp_path / "ours.jsonl", decoder=("transposed", {"at": ("attn_out",)}, (1,)))
@@ -172,6 +174,7 @@ def test_what_only_encoder_decoders_can_have(engine: Transformer, tmp_path: Path
     assert all((CATALOGUE[name].symptom, CATALOGUE[name].fix, CATALOGUE[name].seen))
 
 
+@pytest.mark.slow
 def test_an_encoder_that_was_not_recorded(engine: Transformer, tmp_path: Path) -> None:
     """A decoder's fault is named without the encoder's records, and the answer says what was not seen."""
     explanation = explained(
@@ -196,7 +199,7 @@ def test_llama_cpps_dump_is_explained_and_checks_our_engine(
 @pytest.mark.parametrize(
     ("fault", "layers"),
     [
-        (("transposed", {"at": ("v",)}), None),
+        pytest.param(("transposed", {"at": ("v",)}), None, marks=pytest.mark.slow),
         pytest.param(("layer-offset", {"by": 1, "at": ("attn_norm",)}), (0,), marks=pytest.mark.slow),
     ],
 )

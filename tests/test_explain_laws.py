@@ -59,7 +59,7 @@ def _cut(x: Array) -> Array:
         ("blk.2.ffn_up", _swapped, "elements 3 and 7 are exchanged; the others are right"),
         ("blk.2.v", lambda x: np.roll(x, 8, axis=1), "heads 0 and 1 are exchanged"),
         ("blk.2.ffn_up", _blocks, "every 32nd element from 0 on is the right one plus 0.5; the others are right"),
-        ("blk.2.q", _head, "head 3 alone is 1.5 times the right one; the others are right"),
+        pytest.param("blk.2.q", _head, "head 3 alone is 1.5 times the right one; the others are right", marks=pytest.mark.slow),
         ("blk.2.ffn_norm", _negated, "element 5 alone has the wrong sign; the others are right"),
         ("blk.2.ffn_out", _cut, "everything from element 50 on is 0; the others are right"),
         ("blk.2.ffn_gate", lambda x: np.roll(x, 1, axis=1), "element i is the right element i − 1: the row is rolled"),
@@ -68,7 +68,12 @@ def _cut(x: Array) -> Array:
             lambda x: x * np.linspace(1, 1.5, 11, dtype=np.float32)[np.arange(x.shape[1]) % 11],
             "every element is off by a factor of its own at every position (1 to 1.5): a norm's weight, or scales of channels",
         ),
-        ("blk.2.attn_out", lambda x: np.roll(x, 1, axis=0), "position t holds the right values of position t − 1"),
+        pytest.param(
+            "blk.2.attn_out",
+            lambda x: np.roll(x, 1, axis=0),
+            "position t holds the right values of position t − 1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_the_numbers_say_is_said_in_a_sentence(
@@ -125,6 +130,7 @@ def test_what_two_elements_hold_is_no_lower_arithmetic(engine: Faulty) -> None:
     assert (explanation.precision_only, explanation.looks_like, names(explanation)) == ("", "", [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("computed")
 def test_what_was_not_seen_is_not_said_to_agree(engine: Faulty) -> None:
     """Zero after the recorded values: the next point differs, and the one before it was seen in part."""
@@ -222,6 +228,7 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
     assert explanation.law == "every recorded element is right: what differs was not recorded"
 
 
+@pytest.mark.slow
 def test_zeros_of_one_head_prove_no_factor(engine: Faulty) -> None:
     """The only recorded head is zero: that all heads are multiplied by 0 would reproduce it, and nothing that is made from it."""
 

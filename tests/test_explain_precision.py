@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from planted import Faulty, half_sums, tokens_of
 
 from checkpoints.reading.reader import read
+from checkpoints.record import Dump, Rows
 from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
@@ -151,3 +152,41 @@ def test_eight_bits_that_are_not_declared_are_told_as_such(blocks: Faulty) -> No
     assert explanation.looks_like == "q8"
     assert any("--compute q8 treats them as noise" in line.plain for line in lines(explanation, 300))
     assert explain(dump, blocks.model, ExplainOptions(compute="q8"))
+
+
+def _kept_in_f16(dump: Dump, layer: int) -> Dump:
+    """The dump of a recorder that keeps one layer's values in F16."""
+
+    def kept(name: str, rows: Rows) -> Rows:
+        half = replace(rows, values=rows.values.astype(np.float16).astype(np.float32))
+        return half if name.startswith(f"blk.{layer}.") else rows
+
+    return replace(dump, points={name: kept(name, rows) for name, rows in dump.points.items()})
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_recorded_in_f16_is_no_fault(engine: Faulty, layer: int) -> None:
+    """Right values that a recorder rounded are told as such, though float32 is stated: what is made from them agrees."""
+    explanation = explain(_kept_in_f16(engine.dump(RIGHT, PROMPT, points="*"), layer), engine.model)
+    assert explanation
+    assert (explanation.causes, explanation.suspects, explanation.precision_only) == ((), (), "")
+    assert any(note.startswith(f"captured in a lower type: blk.{layer}.attn_norm") for note in explanation.notes)
+
+
+def test_a_fault_in_a_layer_recorded_in_f16_is_placed_at_its_operation(engine: Faulty) -> None:
+    """The recorder's rounding of the operations before it is not held against them."""
+    wrong = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(1.02))) if step.makes == "blk.2.ffn_out" else step
+        for step in engine.right
+    ]
+    explanation = explain(_kept_in_f16(engine.dump(RIGHT, PROMPT, points="*", steps=wrong), 2), engine.model)
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.2.ffn_out"
+
+
+@pytest.mark.usefixtures("computed")
+def test_an_engine_that_computes_in_f16_is_no_recorder(engine: Faulty) -> None:
+    """Its first values are the right ones rounded, too, but the rounding goes into everything that follows."""
+    dump = unstated(engine.dump(RIGHT, PROMPT, points="*", steps=rounded(engine.right, "f16", storage=True)))
+    explanation = explain(dump, engine.model, STEPS)
+    assert not any(note.startswith("captured") for note in explanation.notes)

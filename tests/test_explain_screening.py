@@ -10,6 +10,7 @@ from explaining import PROMPT, only, small_engine
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import Faulty, Planted, tokens_of
+from slow import slow_but
 
 from engine.backend import Array
 from engine.faults import CATALOGUE, Planting, plant
@@ -134,7 +135,7 @@ def test_a_shorter_replay_takes_over_what_a_longer_one_has_computed(engine: Faul
         assert np.shares_memory(taken, longer) == (number < changed), step.makes
 
 
-@pytest.mark.parametrize("name", ["deepseek32", "rwkv7"])
+@pytest.mark.parametrize("name", slow_but(["deepseek32", "rwkv7"], "deepseek32"))
 def test_a_shorter_replay_has_the_shapes_of_fewer_rows(
     name: str, small_model: Callable[..., Path], reference: Reference
 ) -> None:

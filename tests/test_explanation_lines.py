@@ -30,6 +30,22 @@ def test_up_to_twelve_operations_are_listed(count: int, listed: bool) -> None:
     assert ("after     blk.3.in0, which agrees as whole rows" in text) is not listed
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("node.103", "blk.3.topk"), "wrong     blk.3.topk, or an unnamed step before it: blk.3.in0 agrees"),
+        (
+            ("blk.3.a", "node.103", "blk.3.b"),
+            "wrong     one of blk.3.a, blk.3.b, or an unnamed step between them: blk.3.in0 agrees",
+        ),
+        (("node.1", "node.2"), "wrong     one of node.1, node.2: blk.3.in0 agrees"),
+    ],
+)
+def test_steps_without_a_name_are_not_listed_by_number(names: tuple[str, ...], said: str) -> None:
+    """A reader cannot record "node.103", and learns nothing from the number, unless there is no other."""
+    assert said in printed(replace(UNEXPLAINED, placed=PossibleOperations(names, ("blk.3.in0",), sure=True)))
+
+
 def test_a_single_operation_is_wrong() -> None:
     """One operation whose inputs agree is called wrong, also where it reads tokens alone."""
     assert "blk.3.op0 is computed from blk.3.in0 and blk.3.in1, which agree as whole rows: this operation is wrong" in printed(

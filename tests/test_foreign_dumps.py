@@ -18,6 +18,7 @@ from checkpoints.formats import load
 from checkpoints.formats.pickled import Opaque
 from checkpoints.formats.shards import joined
 from checkpoints.formats.torch_file import contents
+from checkpoints.mapping import read_mapping
 from checkpoints.record import Dump
 from engine.opened import open_engine
 from engine.weights.gguf_model import GgufModel
@@ -227,6 +228,64 @@ def test_a_debug_mode_log_says_nothing_of_what_an_operation_reads(tmp_path: Path
     assert not compared.record_faults
     assert not compared.operation
     assert [origin.first.checkpoint for origin in compared.origins] == ["M.up.aten.mm#1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "right", "wrong"),
+    [
+        ("aten::mm(t$0: f32[2, 8], t$1: f32[8, 4])  ->  t$2: f32[2, 4]  # {{'hash': {}}}", "12.5", "12.75"),
+        ("aten::mm(t: f32[2, 8], t: f32[8, 4])  # {{'input_hash': ((3.5, 7.25), {{}}), 'hash': {}}}", "12.5", "12.75"),
+        (
+            "aten::mm(t: f32[2, 8], t: f32[8, 4])  ->  t: f32[2, 4]  # {{'hash': {}}}",
+            "9278655593168502784",
+            "9278655593168502785",
+        ),
+        (
+            "aten::topk(t$3: f32[3, 4], 2)  ->  ('t$10: f32[3, 2]', 't$11: i64[3, 2]')  # {{'hash': {}}}",
+            "(5.5, 2.0)",
+            "(5.5, 3.0)",
+        ),
+        ("aten::mm(t: f32[2, 8], t: f32[8, 4])  ->  t: f32[2, 4]  # {{'hash': {}}}", "(12.5, 16414091547508736)", "(12.75, 1)"),
+    ],
+    ids=["ids", "without outputs", "bits", "several results", "several hashes"],
+)
+def test_every_way_of_debug_mode_is_compared(line: str, right: str, wrong: str, tmp_path: Path) -> None:
+    """Numbered tensors, operations without their output, hashes of bits of which one differs, several hashes: as torch 2.13 prints."""
+    for name, value in (("right", right), ("again", right), ("wrong", wrong)):
+        (tmp_path / name).write_text(f"    {line.format(value)}\n" * 2)
+    assert compare(load(tmp_path / "again"), load(tmp_path / "right")).verdict == "parity"
+    first = compare(load(tmp_path / "wrong"), load(tmp_path / "right")).first_divergence
+    assert first is not None
+    assert first.checkpoint.startswith("aten.")
+
+
+def test_norms_are_compared_where_bits_stand_beside_them(tmp_path: Path) -> None:
+    """Rounding changes every bit of a hash and little of a norm: of both the norm is compared."""
+    line = "    aten::mm(t: f32[2, 8], t: f32[8, 4])  ->  t: f32[2, 4]  # {{'hash': {}}}\n"
+    (tmp_path / "a").write_text(line.format("(12.376840725541115, 60591607073734656)"))
+    (tmp_path / "b").write_text(line.format("(12.376840725541116, 9278655593168502784)"))
+    assert compare(load(tmp_path / "a"), load(tmp_path / "b")).verdict == "parity"
+
+
+def test_vllm_s_hidden_states_are_named_by_a_mapping(run: Dump, tmp_path: Path) -> None:
+    """Two layers of a request as vLLM writes them: not named without a mapping, which is said; then in parity, or wrong at their layer."""
+    names = ("embd", "blk.0.l_out")
+    states = np.stack([run.points[name].values for name in names], axis=1)
+    ids = np.array([1, 403, 407, 261, 378][: len(states)], np.int64)
+    save_file({"hidden_states": states, "token_ids": ids}, tmp_path / "request.safetensors")
+    dump = load(tmp_path / "request.safetensors")
+    assert list(dump.points) == ["hidden_states.0", "hidden_states.1"]
+    assert dump.header is not None
+    assert dump.header.tokens == tuple(ids)
+    assert "name them with --map" in dump.notes[0]
+    (tmp_path / "m.toml").write_text('[names]\n"hidden_states.0" = "embd"\n"hidden_states.1" = "blk.0.l_out"\n')
+    mapped = load(tmp_path / "request.safetensors", read_mapping(tmp_path / "m.toml"))
+    assert (list(mapped.points), mapped.notes) == (list(names), ())
+    for name in names:
+        np.testing.assert_array_equal(mapped.points[name].values, run.points[name].values)
+    save_file({"hidden_states": states, "token_ids": ids[1:]}, tmp_path / "short.safetensors")
+    with pytest.raises(DumpError, match="do not belong together"):
+        load(tmp_path / "short.safetensors")
 
 
 def test_shards_without_notes() -> None:

@@ -1,6 +1,7 @@
 """Files of llama.cpp, Hugging Face and NumPy are read as dumps, and compared."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_real_eval_callback_logs_agree_exactly(run: Path, style: str) -> None:
     assert ("pass_sum" in dump.points["embd"].stats) == (style == "new")
 
 
+def test_a_sum_beside_its_sum_of_squares_is_read(tmp_path: Path) -> None:
+    """`llama-debug` of December 2025 printed "sum    =" and "sum_sq =": the sums are those of the real log, and nothing else changes."""
+    log = LOGS / "eval-callback-new.log"
+    both = tmp_path / "both.log"
+    both.write_text(re.sub(r"( *)sum = (.*)", r"\1sum    = \2\n\1sum_sq = 4.5", log.read_text()))
+    once, squared = load(log), load(both)
+    assert once.points.keys() == squared.points.keys()
+    for name, rows in once.points.items():
+        for statistic, values in rows.stats.items():
+            np.testing.assert_array_equal(values, squared.points[name].stats[statistic])
+
+
 def test_a_printed_sum_of_all_values_shows_what_the_printed_ones_hide(run: Path) -> None:
     """An error in rows and elements that no log prints is a divergence at the last position of its pass; a right sum is none."""
     ours, printed = load(run), load(LOGS / "eval-callback-new.log")
@@ -244,6 +257,7 @@ def test_a_real_debugger_tree_says_the_same_printed_and_as_arrays(tmp_path: Path
         load(summary)
 
 
+@pytest.mark.slow
 def test_convert_writes_any_of_them_as_format_1(run: Path, parity: Cli, tmp_path: Path) -> None:
     """A converted log and converted arrays compare as their sources do; offsets shift positions and are said."""
     (tmp_path / "debug.log").write_text("\n".join(printed(run, "new")))

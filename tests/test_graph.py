@@ -86,6 +86,7 @@ def test_a_window_whose_edge_cannot_be_reached(reference: Reference, small_model
         engine.check([1] * 20_001, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", [128, 256])
 def test_long_factors_follow_the_context(reference: Reference, small_model: Make, tmp_path: Path, original: int) -> None:
     """Where a file has two sets of RoPE factors, ours are those that llama.cpp takes for a run of that length."""

@@ -44,12 +44,13 @@ def test_numbers_that_are_not_read(
         ("granite", {"attention.scale": 0.3, "logit_scale": 3.0, "residual_scale": 0.7, "embedding_scale": 5.0}),
         ("llama-yarn", {"rope.scaling.factor": 3.0, "rope.freq_base": 777.0}),
         ("mpt", {"attention.max_alibi_bias": 3.0, "attention.clamp_kqv": 2.5}),
+        ("muse-glimmer", {"rope.freq_base": 777.0}),  # its layers without a window do not rotate
     ],
 )
 def test_numbers_that_are_read(
     reference: Reference, small_model: Callable[..., Path], name: str, settings: dict[str, Value]
 ) -> None:
-    """Caps, scales (also inverted), YaRN's factor, ALiBi and clamps that llama.cpp takes from the file are not accused."""
+    """Caps, scales (also inverted), YaRN's factor, bases, ALiBi and clamps that llama.cpp takes from the file are not accused."""
     model = small_model(name, layers=2, settings=settings)
     assert ignored(reference.graph(model), GgufModel(model).metadata) == ()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli, refused
+from slow import slow_but
 
 from checkpoints.answers.isolate import PROVEN, Isolation
 from engine.backend import choose
@@ -35,7 +36,7 @@ def all_proven(isolation: Isolation) -> None:
     assert isolation.findings == ()
 
 
-@pytest.mark.parametrize("kind", ON_STORIES)
+@pytest.mark.parametrize("kind", slow_but(ON_STORIES, "Q8_0"))
 def test_every_operation_of_the_stories_model_is_proven(
     kind: str, quantized: Callable[[str], Path], reference: Reference
 ) -> None:
@@ -62,7 +63,7 @@ def test_decode_steps_are_proven_too(like: str, synthetic: Callable[..., Path], 
 ARCHITECTURES = ("gemma3", "gpt-oss", "deepseek2", "mamba2", "jamba", "phi2")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(ARCHITECTURES, "mamba2", "phi2"))
 def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path], reference: Reference) -> None:
     """Every operation of models whose steps are read from llama.cpp's graph, on the file's own types, in decode steps too."""
     isolation = isolate(IsolateRequest(small_model(name, "q8_0"), tokens=TOKENS, kv_type="f16", generate=2), reference)
@@ -70,6 +71,7 @@ def test_lifted_operations_are_proven(name: str, small_model: Callable[..., Path
     assert {item.passes for item in isolation.operations} == {3}
 
 
+@pytest.mark.slow
 def test_experts_of_k_quants_are_proven(small_model: Callable[..., Path], reference: Reference) -> None:
     """MUL_MAT_ID of Q4_K and Q6_K experts is proven: activations are rounded in super-blocks of 256, as for any product."""
     isolation = isolate(IsolateRequest(small_model("mixtral", "q4_k_m", width=256, ff=256), tokens=TOKENS), reference)
@@ -129,6 +131,7 @@ def test_operations_without_ggmls_rounding_are_wrong(
     assert "rounding" in isolation.wrong[0].reason
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_under_the_floor_of_this_machine(synthetic: Callable[..., Path], reference: Reference) -> None:
     """Where the embedded model itself shows such errors, an operation is not observable, and the reason says so."""
     isolation = isolate(IsolateRequest(synthetic(kind="q8_0", layers=3), tokens=TOKENS), reference, unrounded)

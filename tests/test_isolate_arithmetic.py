@@ -135,7 +135,7 @@ def test_too_few_products_leave_the_arithmetic_open(
     ("recipe", "other", "point"),
     [
         ("qwen3", lambda right: proof_steps(right, native=False, kv_type="f16"), "kqv_out"),
-        ("gemma", without_tables, "ffn_out"),
+        pytest.param("gemma", without_tables, "ffn_out", marks=pytest.mark.slow),
     ],
     ids=["cache of F16", "exact GELU"],
 )

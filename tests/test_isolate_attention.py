@@ -29,7 +29,7 @@ KINDS = (
 )  # fmt: skip
 # Grouped heads; windows; sinks; soft caps; MLA with absorbed and with plain heads; a norm after RoPE.
 RECIPES = ("qwen3", "gemma3", "gpt-oss", "gemma2", "deepseek2", "minicpm3", "llama4")
-_QUICK = {"qwen3", "gpt-oss"}
+_QUICK = {"qwen3"}
 
 RIGHT = Planted(())
 

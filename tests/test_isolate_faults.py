@@ -143,7 +143,7 @@ def test_few_rows_of_a_matrix_are_told_from_rounding(
         return value
 
     def rounded(value: np.ndarray) -> np.ndarray:
-        return value.astype(np.float16).astype(np.float32)
+        return value + np.float32(0.7) * (value.astype(np.float16).astype(np.float32) - value)
 
     def reason(change: Callable[[np.ndarray], np.ndarray]) -> str:
         steps = [
@@ -222,7 +222,7 @@ def test_an_epsilon_is_named_in_every_norm(stories: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "fault", slow_but([name for name in KINDS if name not in ("norm-epsilon", "q4k-scale-min")], "rope-base", "transposed")
+    "fault", slow_but([name for name in KINDS if name not in ("norm-epsilon", "q4k-scale-min")], "transposed")
 )
 def test_each_fault_in_all_layers_of_the_stories_model(stories: Path, tmp_path: Path, fault: str) -> None:
     """Planted in all 24 layers, every spoiled operation is named and every other one proven."""
@@ -280,7 +280,7 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("kind", slow_but(EXPERTS, "ffn_moe_topk", "ffn_moe_weights_norm"))
+@pytest.mark.parametrize("kind", slow_but(EXPERTS, "ffn_moe_topk"))
 def test_faults_of_experts_are_named(kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
     """Choice, normalising, gating, order and activation of experts: each is named in its layer, and what follows from it is right."""
     foreign = Foreign(small_model("mixtral", "q8_0"), tmp_path, reference)
@@ -306,7 +306,7 @@ def test_another_order_of_the_same_experts_is_right(
     assert foreign.judged([turned(step) for step in foreign.right])
 
 
-@pytest.mark.parametrize("kind", ["q_nope_absorbed", "kqv_mla"])
+@pytest.mark.parametrize("kind", slow_but(["q_nope_absorbed", "kqv_mla"], "kqv_mla"))
 def test_no_record_is_held_to_itself(small_model: Callable[..., Path], reference: Reference, tmp_path: Path, kind: str) -> None:
     """A point that shows a value in ggml's order is judged by that value computed anew: MLA's products a thousandth too large are wrong."""
     foreign = Foreign(small_model("deepseek2", layers=2), tmp_path, reference)

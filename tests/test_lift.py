@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli, refused
 from msgspec.structs import replace
+from slow import slow_but
 
 from checkpoints.errors import ModelError
 from checkpoints.graph import MovingParam, RecordedGraph, Size
@@ -61,7 +62,7 @@ def ids(count: int) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3", "mixtral", "mamba", *(pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, *MIXTURES, *RECURRENT))],
+    ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "mamba", *FAMILIES, *MIXTURES, *RECURRENT))],
 )
 def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
     """Prompt and decode steps of lifted models agree with llama.cpp at every point, in exact mode."""
@@ -70,7 +71,7 @@ def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
     assert answer["compared"] > 300
 
 
-@pytest.mark.parametrize("count", [1, 33])
+@pytest.mark.parametrize("count", slow_but([1, 33], 33))
 def test_windows_are_crossed(parity: Cli, small_model: Make, count: int) -> None:
     """A prompt longer than the window of attention, and one of a single token; steps after both."""
     assert verdict(parity, small_model("gpt-oss"), "--tokens", ids(count), "--generate", "3")["verdict"] == "parity"
@@ -92,6 +93,7 @@ def test_parameters_that_follow_the_length(reference: Reference, small_model: Ma
     assert RecordedGraph.from_json(json.loads(json.dumps(recorded.to_json()))) == recorded
 
 
+@pytest.mark.slow
 def test_positions_begin_anywhere(parity: Cli, small_model: Make) -> None:
     """`--first-position` moves positions and windows of a lifted model as it does those of a written one."""
     answer = verdict(parity, small_model("mistral3"), "--tokens", ids(12), "--first-position", "300")
@@ -138,6 +140,7 @@ def test_layers_that_are_computed_twice_are_refused(reference: Reference, small_
         lift(replace(recorded, several=replace(recorded.several, tensors=again)))
 
 
+@pytest.mark.slow
 def test_a_model_of_which_llama_cpp_makes_nan_is_refused(parity: Cli, small_model: Make) -> None:
     """A soft cap of 0 is one line, since llama.cpp divides by it: no operation of its own is called wrong, and no engine diverges."""
     path = small_model("gemma2", layers=1, settings={"attn_logit_softcapping": 0.0})
@@ -200,7 +203,7 @@ def test_gelu_of_a_table_is_no_divergence(parity: Cli, small_model: Make, name: 
     assert any("from float64" in note for note in answer["notes"])
 
 
-@pytest.mark.parametrize("name", ["qwen35", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen35", "gemma3"])
 def test_other_portions_come_out_the_same(parity: Cli, small_model: Make, name: str) -> None:
     """States, windows and GELU's table: chunks and single tokens give what one pass gives."""
     ran = parity("consistency", "--model", small_model(name), "--tokens", ids(9))

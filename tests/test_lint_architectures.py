@@ -9,6 +9,7 @@ from changed_files import File
 from cli import Cli
 from dumps import dump, random
 from msgspec.structs import replace
+from slow import slow_but
 
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
@@ -18,13 +19,17 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 
 TOKENS = (5, 77, 300, 5, 901, 1204)  # one token twice: what stands before attention is the same there
-_QUICK = {"phi3", "deepseek2", "gpt-oss"}
+_QUICK = {"phi3"}
 # Indices of a sparse attention's choice are no values, and scores after its mask are −∞ in places of their own.
 _SPARSE = {"deepseek32", "glm-dsa"}
+_ALIKE = {
+    "kimi-k3"
+}  # each layer normalises the same earlier values once more: lint suspects equal vectors, which are right there
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in RECIPES if name not in _SPARSE]
+    "name",
+    [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in RECIPES if name not in _SPARSE | _ALIKE],
 )
 def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """All points, two generated tokens where the model generates any, with the model file and without."""
@@ -47,7 +52,7 @@ def test_a_window_of_repeated_tokens_is_clean(parity: Cli, small_model: Callable
     assert parity("lint", out, "--model", model).code == 0
 
 
-@pytest.mark.parametrize("side", ["ref", "ours"])
+@pytest.mark.parametrize("side", slow_but(["ref", "ours"], "ours"))
 def test_a_window_of_one_position_is_clean(parity: Cli, small_model: Callable[..., Path], tmp_path: Path, side: str) -> None:
     """Where each position sees itself only, equal tokens have equal rows, with the model file and without; rows of other tokens
     are still suspected, and so are these if the window is larger.
@@ -69,6 +74,7 @@ def test_a_window_of_one_position_is_clean(parity: Cli, small_model: Callable[..
         assert "stale-position" in {finding.rule for finding in lint(stale, known).findings}
 
 
+@pytest.mark.slow
 def test_ids_of_experts_are_no_vectors(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
     """Four of five experts are the same at many positions and in many layers, and an engine may write them as numbers."""
     model = small_model("qwen2moe", layers=2, settings={"expert_count": 5, "expert_used_count": 4})

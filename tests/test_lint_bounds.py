@@ -67,3 +67,12 @@ def test_five_findings_of_a_rule_are_listed_and_more_are_counted(layers: int, li
     assert len(findings) == listed
     rest = f"and {layers - 5} more like this, at blk."
     assert findings[-1].evidence.startswith(rest) is (layers > 6)
+
+
+@pytest.mark.parametrize(("number", "named"), [(np.finfo(np.float32).min, False), (-3.3895314e38, False), (-3.0e38, True)])
+def test_the_lowest_number_hides_a_logit(number: float, named: bool) -> None:
+    """The lowest float32 or bfloat16 is what engines write for −∞, in values and statistics; another number of that size is garbage."""
+    logits = random(("logits",), positions=4)["logits"]
+    logits[:, 4:40] = number
+    found = rules(dump({"logits": logits}, slice_size=16))
+    assert ("impossible-size" in found, "statistics" in found) == (named, False)

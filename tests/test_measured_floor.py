@@ -8,6 +8,7 @@ import pytest
 from cli import Cli
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, half_sums
+from slow import slow_but
 
 from checkpoints.record import Dump
 from engine import ops
@@ -42,10 +43,15 @@ def _dump(engine: Faulty, steps: Sequence[Step], compute: str) -> Dump:
     return replace(dump, header=replace(dump.header, compute=compute))
 
 
+@pytest.fixture(scope="module")
+def right(engine: Faulty) -> Dump:
+    """What it dumps where nothing is wrong."""
+    return _dump(engine, engine.right, "f32")
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
-def test_a_right_engine_keeps_the_measured_limits(engine: Faulty, kind: str) -> None:
+def test_a_right_engine_keeps_the_measured_limits(engine: Faulty, right: Dump, kind: str) -> None:
     """Rounded products alone stay within what rounded products and activations cost, and would not pass as float32."""
-    right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, rounded(engine.right, kind, storage=False), kind)
     verdict = compared_on(ours, right, Options(), engine.model).verdict
     assert verdict
@@ -54,10 +60,9 @@ def test_a_right_engine_keeps_the_measured_limits(engine: Faulty, kind: str) -> 
     assert not compare(replace(ours, header=replace(ours.header, compute="f32")), right)
 
 
-def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(engine: Faulty) -> None:
+def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(engine: Faulty, right: Dump) -> None:
     """Activations kept in BF16 cost more over 24 layers than a limit for every model allows: without a jump that is excused, and said;
     measured, they are right."""
-    right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, rounded(engine.right, "bf16", storage=True), "bf16")
     excused = compare(ours, right)
     assert excused
@@ -67,9 +72,8 @@ def test_a_deep_right_engine_is_excused_by_the_table_and_proven_by_the_model(eng
 
 
 @pytest.mark.slow
-def test_a_fault_stands_out_of_the_measured_floor(engine: Faulty) -> None:
+def test_a_fault_stands_out_of_the_measured_floor(engine: Faulty, right: Dump) -> None:
     """Limits that are measured are no free pass: another activation diverges in F16 and in BF16."""
-    right = _dump(engine, engine.right, "f32")
     for kind in ("f16", "bf16"):
         steps = plant(engine.right, CATALOGUE["activation"], activation="GELU (exact)")
         ours = _dump(engine, rounded(steps, kind, storage=True), kind)
@@ -79,9 +83,8 @@ def test_a_fault_stands_out_of_the_measured_floor(engine: Faulty) -> None:
 
 
 @pytest.mark.parametrize("kind", ["f32", "tf32", "f16", "bf16", "q8"])
-def test_unknown_arithmetic_is_found(engine: Faulty, kind: str) -> None:
+def test_unknown_arithmetic_is_found(engine: Faulty, right: Dump, kind: str) -> None:
     """An engine that does not say what it computes in is judged by the model: the precision at which the sides agree is named."""
-    right = _dump(engine, engine.right, "f32")
     steps = engine.right if kind == "f32" else rounded(engine.right, kind, storage=kind != "q8")
     ours = replace(_dump(engine, steps, ""), header=None)
     verdict = compared_on(ours, right, Options(), engine.model).verdict
@@ -104,9 +107,9 @@ def test_what_an_arithmetic_spares_is_not_explained_by_it(engine: Faulty) -> Non
     assert verdict.precision.arithmetic == "f32"
 
 
-def test_a_fault_in_float32_is_no_precision(engine: Faulty) -> None:
+@pytest.mark.slow
+def test_a_fault_in_float32_is_no_precision(engine: Faulty, right: Dump) -> None:
     """What jumps in a later layer, after layers that agree as float32 does, is judged as float32; without the model as assumed."""
-    right = _dump(engine, engine.right, "f32")
     steps = plant(engine.right, CATALOGUE["norm-epsilon"], (5,), epsilon=1e-5)
     ours = replace(_dump(engine, steps, ""), header=None)
     verdict = compared_on(ours, right, Options(), engine.model).verdict
@@ -118,10 +121,9 @@ def test_a_fault_in_float32_is_no_precision(engine: Faulty) -> None:
     assert assumed.precision.assumed
 
 
-@pytest.mark.parametrize("factor", [1.005, 1.02])
-def test_a_fault_of_the_size_of_bf16_is_not_acquitted(engine: Faulty, factor: float) -> None:
+@pytest.mark.parametrize("factor", slow_but([1.005, 1.02], 1.005))
+def test_a_fault_of_the_size_of_bf16_is_not_acquitted(engine: Faulty, right: Dump, factor: float) -> None:
     """Values scaled a little cost as much as BF16 or 8 bits do, but are not its rounding: no parity."""
-    right = _dump(engine, engine.right, "f32")
 
     def scaled(step: Step) -> Step:
         return replace(step, op=lambda *given, **kwargs: step.op(*given, **kwargs) * np.float32(factor))
@@ -130,10 +132,9 @@ def test_a_fault_of_the_size_of_bf16_is_not_acquitted(engine: Faulty, factor: fl
     assert not compared_on(ours, right, Options(), engine.model).verdict
 
 
-@pytest.mark.parametrize("kind", ["ffn_out", "v", "attn_out"])
-def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, kind: str) -> None:
+@pytest.mark.parametrize("kind", slow_but(["ffn_out", "v", "attn_out"], "ffn_out"))
+def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, right: Dump, kind: str) -> None:
     """A product a thousandth too large costs what F16 does, but its errors follow that factor and are not scattered: no parity."""
-    right = _dump(engine, engine.right, "f32")
 
     def scaled(step: Step) -> Step:
         return replace(step, op=lambda *given, **kwargs: step.op(*given, **kwargs) * np.float32(1.001))
@@ -162,9 +163,8 @@ def test_explain_takes_no_factor_for_f16(engine: Faulty) -> None:
     assert explain(_dump(engine, sums, ""), engine.model, PATIENT).precision_only in ("f16", "tf32")
 
 
-def test_sums_in_f16_follow_no_number(engine: Faulty) -> None:
+def test_sums_in_f16_follow_no_number(engine: Faulty, right: Dump) -> None:
     """A right engine with sums in F16, whose errors are not those of our own rounding, keeps its parity."""
-    right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right], "")
     verdict = compared_on(ours, right, Options(), engine.model).verdict
     assert verdict
@@ -172,9 +172,8 @@ def test_sums_in_f16_follow_no_number(engine: Faulty) -> None:
     assert verdict.precision.arithmetic in ("f16", "tf32")
 
 
-def test_a_search_for_one_number_that_is_out_of_time_acquits_nothing(engine: Faulty) -> None:
+def test_a_search_for_one_number_that_is_out_of_time_acquits_nothing(engine: Faulty, right: Dump) -> None:
     """The same engine where no time is left to try a number: its size may be that of F16, which is undecided, and not parity."""
-    right = _dump(engine, engine.right, "f32")
     ours = _dump(engine, [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right], "")
     verdict = of_unknown_arithmetic(ours, right, Options(), KnownModel(right, engine.model), seconds=0).verdict
     assert not verdict
@@ -199,9 +198,8 @@ def test_products_that_8_bits_hold_exactly_convict_nobody(small_model: Callable[
     assert verdict.precision.arithmetic == "q8"
 
 
-def test_the_first_words_say_what_is_assumed(engine: Faulty) -> None:
+def test_the_first_words_say_what_is_assumed(engine: Faulty, right: Dump) -> None:
     """Parity under an assumed limit begins with the arithmetic it holds for, and says what float32 would make of it."""
-    right = _dump(engine, engine.right, "f32")
     ours = replace(_dump(engine, rounded(engine.right, "f16", storage=False), ""), header=None)
     verdict = compare(ours, right)
     assert verdict

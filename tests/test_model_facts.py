@@ -17,6 +17,7 @@ def layers(parity: Cli, model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return facts, facts["layers_by_kind"]
 
 
+@pytest.mark.slow
 def test_windows_bases_and_caps(parity: Cli, small_model: Callable[..., Path]) -> None:
     """gemma3: the pattern of windows, both RoPE bases, norms with their widths, the embedding's scale; gemma2: both soft caps."""
     facts, kinds = layers(parity, small_model("gemma3"))
@@ -33,6 +34,7 @@ def test_windows_bases_and_caps(parity: Cli, small_model: Callable[..., Path]) -
     assert kinds["0"]["attention"]["attention_soft_cap"] == 50
 
 
+@pytest.mark.slow
 def test_experts(parity: Cli, small_model: Callable[..., Path]) -> None:
     """deepseek2: one dense layer, then experts with sigmoid gating, a selection bias, a scale and a shared one; gpt-oss: sinks."""
     _, kinds = layers(parity, small_model("deepseek2", layers=2))
@@ -48,6 +50,7 @@ def test_experts(parity: Cli, small_model: Callable[..., Path]) -> None:
     assert "YaRN from 128 positions" in kinds["0"]["rope"]
 
 
+@pytest.mark.slow
 def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) -> None:
     """qwen35: convolutions, states and a layer with attention whose RoPE has sections; mamba has no attention at all; longrope."""
     _, kinds = layers(parity, small_model("qwen35"))

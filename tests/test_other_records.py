@@ -132,7 +132,11 @@ def test_one_map_line_settles_all_layers_and_one_layer_only_its_own(right: Dump,
 
 @pytest.mark.parametrize(
     ("fault", "blamed"),
-    [("rope-pairs", ("q_rope",)), ("gqa-modulo", ("kqv_out", "kq")), ("norm-skipped", ("ffn_norm",))],
+    [
+        ("rope-pairs", ("q_rope",)),
+        pytest.param("gqa-modulo", ("kqv_out", "kq"), marks=pytest.mark.slow),
+        pytest.param("norm-skipped", ("ffn_norm",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_mistake_of_the_capture_does_not_hide_the_operation(
     faulty: Faulty, right: Dump, fault: str, blamed: tuple[str, ...]

@@ -12,7 +12,7 @@ from cli import Cli
 @pytest.mark.parametrize(
     ("lifted", "ending", "factor", "codes"),
     [
-        (False, "attn_norm.weight", 3e38, (1, 1, 2, 1)),
+        pytest.param(False, "attn_norm.weight", 3e38, (1, 1, 2, 1), marks=pytest.mark.slow),
         pytest.param(False, "ffn_down.weight", 1e30, (0, 1, 0, 0), marks=pytest.mark.slow),
         pytest.param(True, "ffn_down.weight", 1e30, (0, 1, 0, 0), marks=pytest.mark.slow),
     ],

@@ -18,7 +18,7 @@ def engine(stories: Path) -> Transformer:
     return Transformer(GgufModel(stories), choose("numpy"))
 
 
-@pytest.mark.parametrize(("own", "verdict"), [(2, "divergence"), (4, "parity")])
+@pytest.mark.parametrize(("own", "verdict"), [(2, "divergence"), pytest.param(4, "parity", marks=pytest.mark.slow)])
 def test_the_first_other_choice_is_the_headline(engine: Transformer, parity: Cli, own: int, verdict: str) -> None:
     """Bare lines of an engine that follows llama.cpp for `own` tokens and then goes its own way: told at `tokens`, all before agrees."""
     assert parity("dump", "ref", "--prompt", "Once upon a time", "--generate", "4", "-o", "ref.jsonl").code == 0

@@ -20,6 +20,7 @@ def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_engine(tmp_path_factory.mktemp("own_tokens"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ids", "words"), [(DOUBLED, "the first one is doubled"), (MISSING, "the first one is missing")], ids=["doubled", "missing"]
 )
@@ -51,7 +52,7 @@ def test_explain_says_which_token_is_another_one(c_engine: Path, parity: Cli, sy
     assert "token 3 is 259 in the dump, 258 in the prompt that was given" in answer["notes"]
 
 
-@pytest.mark.parametrize("fault", ["", "rope"], ids=["right", "wrong"])
+@pytest.mark.parametrize("fault", ["", pytest.param("rope", marks=pytest.mark.slow)], ids=["right", "wrong"])
 def test_what_is_computed_from_other_tokens_is_judged_by_itself(
     c_engine: Path, parity: Cli, synthetic: Callable[..., Path], fault: str
 ) -> None:
@@ -69,6 +70,7 @@ def test_what_is_computed_from_other_tokens_is_judged_by_itself(
     assert [cause["fault"] for cause in answer["explanation"]["causes"]] == ["rope-pairs"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_goes_on_is_compared_over_the_prompt(
     c_engine: Path, parity: Cli, synthetic: Callable[..., Path]
 ) -> None:
@@ -81,6 +83,7 @@ def test_an_engine_that_goes_on_is_compared_over_the_prompt(
     assert (answer["compared"], answer["missing"]["ref"]["records"]) == (7 * 7, 2 * 7)
 
 
+@pytest.mark.slow
 def test_layers_are_not_judged_on_other_tokens(c_engine: Path, parity: Cli, synthetic: Callable[..., Path]) -> None:
     """--bisect of an engine that doubles BOS: rows would be injected at other positions, so the tokens are the answer, not "all right"."""
     line = f"{c_engine} {{model}} {DOUBLED} {{out}} '' {{points}}"

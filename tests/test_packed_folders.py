@@ -1,6 +1,5 @@
 """Weights that a folder keeps with scales of their own, and what `parity weights --hf` expects of them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,25 +8,11 @@ import numpy as np
 import pytest
 from cli import Cli
 from conversion_cases import write
-from packed_cases import CASES, IN, NAME, OUT, TO, PackedCase, finite_codes, floats, fp8_blocks, gptq, mxfp4
+from packed_cases import CASES, IN, NAME, OUT, TO, PackedCase, finite_codes, floats, folder_of, fp8_blocks, gptq, mxfp4
 
 from parity.weights.conversion import check_conversion
 from parity.weights.folder_quantisation import unpacked
 from parity.weights.stored import Stored
-
-
-def _folder(case: PackedCase, path: Path, settings: Any = None, folder: dict[str, Any] | None = None) -> Path:
-    path.mkdir(exist_ok=True)
-    config = case.config | {"quantization_config": case.settings if settings is None else settings}
-    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    header, body = {}, b""
-    for name, (kind, values) in (case.folder if folder is None else folder).items():
-        raw = values.tobytes()
-        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": [len(body), len(body) + len(raw)]}
-        body += raw
-    text = json.dumps(header).encode()
-    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
-    return path
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
@@ -36,7 +21,7 @@ def test_packed_weights_are_read_and_mistakes_with_their_scales_are_named(
 ) -> None:
     """Right conversions are equal to the bit, nothing is left unchecked; a mistake is named for exactly its tensors."""
     case = make()
-    source = _folder(case, tmp_path / "folder")
+    source = folder_of(case, tmp_path / "folder")
     code, answer = parity.json("weights", "--model", write(tmp_path / "m.gguf", case.architecture, case.right), "--hf", source)
     assert (code, {tensor["status"] for tensor in answer["tensors"]}) == (0, {"equal"}), answer["tensors"]
     assert answer["notes"] == []
@@ -52,7 +37,7 @@ def test_floats_of_eight_bits_without_scales_are_their_values(parity: Cli, tmp_p
     """A folder that was cast to 8 bits, without a method: each code is its value."""
     case = fp8_blocks()
     codes = finite_codes(8, 64)
-    source = _folder(case, tmp_path / "folder", {}, {f"{NAME}.weight": ("F8_E4M3", codes)})
+    source = folder_of(case, tmp_path / "folder", {}, {f"{NAME}.weight": ("F8_E4M3", codes)})
     model = write(tmp_path / "m.gguf", "qwen2", {TO: floats(codes)})
     assert parity("weights", "--model", model, "--hf", source).code == 0
 
@@ -62,7 +47,7 @@ def test_a_scale_that_no_method_names_is_not_left_out(parity: Cli, tmp_path: Pat
     codes = finite_codes(8, 64)
     scale = ("F32", np.array(0.25, np.float32))
     tensors = {f"{NAME}.weight": ("F8_E4M3", codes), f"{NAME}.weight_scale": scale, f"{NAME}.input_scale": scale}
-    source = _folder(fp8_blocks(), tmp_path / "folder", {}, tensors)
+    source = folder_of(fp8_blocks(), tmp_path / "folder", {}, tensors)
     model = write(tmp_path / "m.gguf", "qwen2", {TO: floats(codes) * np.float32(0.25)})
     for content, status in (('{"producer": {"name": "modelopt"}}', "equal"), ('{"producer": [{}]}', "not checked")):
         (source / "hf_quant_config.json").write_text(content, encoding="utf-8")
@@ -76,7 +61,7 @@ def test_matrices_that_a_converter_rounds_are_not_accused(parity: Cli, tmp_path:
     weights = finite_codes(OUT, IN).astype(np.float32) - 90
     size = np.abs(weights).mean()
     model = write(tmp_path / "m.gguf", "bitnet", {TO: np.clip(np.round(weights / size), -1, 1) * size})
-    source = _folder(fp8_blocks(), tmp_path / "folder", {}, {f"{NAME}.weight": ("F32", weights)})
+    source = folder_of(fp8_blocks(), tmp_path / "folder", {}, {f"{NAME}.weight": ("F32", weights)})
     code, answer = parity.json("weights", "--model", model, "--hf", source)
     assert (code, [tensor["status"] for tensor in answer["tensors"]]) == (0, ["not checked"])
 
@@ -85,7 +70,7 @@ def test_matrices_that_a_converter_rounds_are_not_accused(parity: Cli, tmp_path:
 def test_a_method_that_is_not_read_is_named(method: str, parity: Cli, tmp_path: Path) -> None:
     """Packed weights of another method are not checked, and one line says whose they are and what to do."""
     case = gptq()
-    source = _folder(case, tmp_path / "folder", {"quant_method": method})
+    source = folder_of(case, tmp_path / "folder", {"quant_method": method})
     code, answer = parity.json("weights", "--model", write(tmp_path / "m.gguf", "qwen2", case.right), "--hf", source)
     (tensor,) = answer["tensors"]
     assert (code, tensor["status"]) == (0, "not checked")
@@ -100,7 +85,7 @@ def test_what_belongs_to_weights_that_are_not_read_is_no_finding(
     """Every known way of packing under a method of another name, or of none: not checked, with its scales, and no note."""
     case = make()
     model = write(tmp_path / "m.gguf", case.architecture, case.right)
-    answer = check_conversion(model, _folder(case, tmp_path / "folder", settings))
+    answer = check_conversion(model, folder_of(case, tmp_path / "folder", settings))
     assert {tensor.name: tensor.status for tensor in answer.tensors} == dict.fromkeys(case.right, "not checked")
     assert answer.notes == ()
 
@@ -109,7 +94,7 @@ def test_what_belongs_to_weights_that_are_not_read_is_no_finding(
 def test_a_format_of_gptq_that_is_not_known_is_not_guessed(form: str, parity: Cli, tmp_path: Path) -> None:
     """The two formats of GPTQ differ by one in each zero point; another one is neither, and the answer names it."""
     case = gptq()
-    source = _folder(case, tmp_path / "folder", case.settings | {"checkpoint_format": form})
+    source = folder_of(case, tmp_path / "folder", case.settings | {"checkpoint_format": form})
     code, answer = parity.json("weights", "--model", write(tmp_path / "m.gguf", "qwen2", case.right), "--hf", source)
     (tensor,) = answer["tensors"]
     assert (code, tensor["status"]) == (0, "not checked")
@@ -144,7 +129,7 @@ def test_damaged_scales_are_left_unread(make: Callable[[], PackedCase]) -> None:
 def test_a_config_json_that_is_no_object_is_one_line(config: str, parity: Cli, tmp_path: Path) -> None:
     """A list, a number, nesting without end: one line that names the file, exit 2."""
     case = gptq()
-    source = _folder(case, tmp_path / "folder")
+    source = folder_of(case, tmp_path / "folder")
     (source / "config.json").write_text(config, encoding="utf-8")
     refused = parity("weights", "--model", write(tmp_path / "m.gguf", "qwen2", case.right), "--hf", source)
     assert (refused.code, refused.err.count("\n")) == (2, 1), refused.err

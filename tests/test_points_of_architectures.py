@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from cli import Cli, refused
+from slow import slow_but
 
 from checkpoints import points
 from checkpoints.points import parse
@@ -84,6 +85,14 @@ def test_rows_are_those_of_their_positions(reference: Reference, small_model: Ma
             )
 
 
+def test_a_layer_ends_where_it_says(reference: Reference, small_model: Make) -> None:
+    """kimi-k3's layers begin with a mixture of earlier values: the output of the one before is its sum, not what they read first."""
+    graph = reference.graph(small_model("kimi-k3")).several
+    ends = {tensor.point: tensor.name for tensor in graph.tensors if tensor.point.endswith(".l_out")}
+    assert ends == {f"blk.{layer}.l_out": f"l_out-{layer}" for layer in range(4)}
+
+
+@pytest.mark.slow
 def test_a_norm_is_a_norm(reference: Reference, small_model: Make) -> None:
     """llama4 calls an attention output `ffn_norm`, lfm2 a norm `ffn_out`: the points are what their weights say."""
     for name, layer in (("llama4", 1), ("lfm2", 0)):
@@ -139,6 +148,7 @@ def test_latent_attention(reference: Reference, small_model: Make) -> None:
     np.testing.assert_array_equal(nodes["blk.0.k_read"].reshape(5, 80), keys)
 
 
+@pytest.mark.slow
 def test_order(reference: Reference, small_model: Make) -> None:
     """Norms stand in their layers, position embeddings before them, rotated parts before the keys that they are part of."""
     for name, before, after in (
@@ -194,7 +204,7 @@ def test_states_are_points(reference: Reference, small_model: Make, tmp_path: Pa
     assert "blk.0.cache_r" in stepped.points
 
 
-@pytest.mark.parametrize("setting", ["rope.scaling.factor", "rope.scale_linear"])
+@pytest.mark.parametrize("setting", slow_but(["rope.scaling.factor", "rope.scale_linear"], "rope.scaling.factor"))
 def test_a_factor_without_a_type_scales(reference: Reference, parity: Cli, small_model: Make, setting: str) -> None:
     """llama.cpp scales positions by a factor that stands without a type, and so does our engine."""
     model = small_model("llama3-factors", layers=1, settings={setting: 4.0})

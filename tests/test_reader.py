@@ -237,6 +237,7 @@ def printed_lines(draw: st.DrawFn) -> str:
     return begin + "{" + ",".join(draw(st.permutations(parts))) + "}" + draw(st.sampled_from(["", "", "\r", "\n", ' {"a":1}']))
 
 
+@pytest.mark.slow
 @same_file
 @example([f'{{"checkpoint":"embd","token_idx":0,"values":[{text}]}}' for text in ("", "true", "[1]")])
 @given(st.lists(printed_lines(), min_size=1, max_size=8))

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from planted import TOKENS
+from planted import TOKENS, Faulty, Planted
 
 from checkpoints.answers.diff import OTHERWISE, Verdict
 from checkpoints.mapped import renamed
 from checkpoints.mapping import read_mapping
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
-from checkpoints.record import Dump
+from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
 from reference.client import Reference
@@ -271,12 +271,23 @@ def test_nan_that_nothing_was_computed_with_is_the_records(right: Dump, ref: Dum
     assert not compare(ours, ref, replace(F32, strict=True))
 
 
-@pytest.mark.parametrize("name", ["blk.3.kq_soft_max", "blk.3.v", "blk.3.k_rope", "logits"])
-def test_nan_whose_way_is_not_seen_stays_a_divergence(right: Dump, ref: Dump, name: str) -> None:
-    """Nothing, or what other positions share, is made from these: nothing acquits NaN there."""
+@pytest.mark.parametrize("name", ["blk.3.kq_soft_max", "blk.3.v", "blk.3.k_rope", "blk.3.q_rope"])
+def test_nan_that_attention_did_not_have_is_the_records(right: Dump, ref: Dump, name: str) -> None:
+    """A cache's rows, scores, weights and their mix at the same position would be NaN, too, and their whole rows are right."""
     verdict = compare(with_nan(right, name, 0), ref, F32)
+    assert verdict
+    assert [(fault.checkpoint, fault.kind) for fault in verdict.record_faults] == [(name, "nonfinite")]
+
+
+def test_nan_whose_way_is_not_seen_stays_a_divergence(right: Dump, ref: Dump) -> None:
+    """Nothing is made from logits, and of scores whose first values alone were recorded the others may be NaN."""
+    verdict = compare(with_nan(right, "logits", 0), ref, F32)
     assert verdict.first_divergence is not None
-    assert verdict.first_divergence.checkpoint == name
+    assert verdict.first_divergence.checkpoint == "logits"
+    bare = changed(right, lambda x: x, kinds(), 16, bare=True)
+    verdict = compare(with_nan(only(bare, "embd", "blk.3.v", "blk.3.kqv_out", "logits"), "blk.3.v", 0), ref, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.3.v"
 
 
 def test_infinity_and_nan_that_spreads_are_divergences(right: Dump, ref: Dump) -> None:
@@ -311,18 +322,36 @@ def test_a_slice_must_show_where_nan_would_be(right: Dump, ref: Dump) -> None:
     assert compare(replace(seen, points={**seen.points, **short}), ref, F32)
 
 
+def half(rows: Rows) -> Rows:
+    return replace(rows, values=rows.values.astype(np.float16).astype(np.float32), stats={}, sketch=None)
+
+
 def test_a_layer_that_is_kept_in_half_precision_is_recorded_so(
-    reference: Reference, synthetic: Callable[..., Path], tmp_path: Path
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """All records of one layer are rounded, the rows of its scores too, which grow with the position: no operation is wrong."""
-    reference.dump(DumpJob(synthetic(layers=3), tmp_path / "ref.jsonl", (5, 99, 7, 300), points="all", slice_size=4096))
-    right = read(tmp_path / "ref.jsonl")
-    half = {
-        name: replace(rows, values=rows.values.astype(np.float16).astype(np.float32), stats={}, sketch=None)
-        for name, rows in right.points.items()
-        if name.startswith("blk.1.")
-    }
-    verdict = compare(replace(right, points=right.points | half), right, F32)
+    """All records of a layer are rounded, or of a dump: scores' rows, which grow, and single numbers, too. No operation is wrong."""
+    model = small_model("qwen3moe")
+    reference.dump(DumpJob(model, tmp_path / "ref.jsonl", (5, 99, 7, 300), points="all", slice_size=4096))
+    ref = read(tmp_path / "ref.jsonl")
+    engine = Faulty(model, reference.graph(model))
+    right = engine.dump(Planted(()), (5, 99, 7, 300), points="all", size=4096, bare=False)
+    layer = {name: half(rows) for name, rows in right.points.items() if name.startswith("blk.1.") and not name.endswith("topk")}
+    verdict = compare(replace(right, points=right.points | layer), ref, F32)
     assert verdict
     assert {fault.kind for fault in verdict.record_faults} == {"type"}
-    assert {"blk.1.kq", "blk.1.q_rope", "blk.1.attn_norm"} <= {fault.checkpoint for fault in verdict.record_faults}
+    assert {fault.checkpoint for fault in verdict.record_faults} == layer.keys()
+    every = {name: rows if name.endswith("topk") else half(rows) for name, rows in right.points.items()}
+    assert compare(replace(right, points=every), ref, F32)
+
+
+def test_a_layer_that_is_computed_in_half_precision_is_wrong(faulty: Faulty, ref: Dump) -> None:
+    """An engine that keeps all values of a layer in F16 and says float32: what follows shows it."""
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **p: op(*x, **p).astype(np.float16).astype(np.float32))
+        if step.makes.startswith("blk.1.")
+        else step
+        for step in faulty.right
+    ]
+    verdict = compare(faulty.dump(Planted(()), TOKENS, points="all", size=4096, bare=False, steps=steps), ref, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.1.attn_norm"

@@ -191,6 +191,7 @@ def test_cache_of_a_decode_step(reference: Reference, whole: DumpResult, tokens:
         np.testing.assert_array_equal(tensors.get(name, 3), rows)
 
 
+@pytest.mark.slow
 def test_generate_then_lead(reference: Reference, folder: Path, whole: DumpResult) -> None:
     """Following the ids that were chosen before gives the same dump, tokens included."""
     job = DumpJob(MODEL, folder / "led.jsonl", whole.header.tokens, points="all", lead=whole.generated, window="off")

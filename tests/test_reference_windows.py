@@ -50,6 +50,7 @@ def test_twin_is_found_again(reference: Reference, stories: Path, tmp_path: Path
     assert not list(cache_dir().glob("tmp-*"))
 
 
+@pytest.mark.slow
 def test_cache_is_bounded(
     stories: Path, quantized: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_generating_in_windows(reference: Reference, stories: Path, tmp_path: Pa
     assert read(parts.out).tokens == read(whole.out).tokens
 
 
+@pytest.mark.slow
 def test_layers_of_a_hidden_state(reference: Reference, stories: Path) -> None:
     """Layers fed with the whole model's own hidden state go on as the whole model does, to the bit."""
     whole = {node.point: value for node, value in reference.capture(stories, TOKENS)}

@@ -12,6 +12,7 @@ from cli import Cli, refused
 from msgspec.structs import replace
 from servers import Start
 
+from parity.commands import score_output
 from parity.run.request import Request
 from parity.score.measures import Listed, kl_of_list, kl_of_lists, kl_whole, largest, log_sum
 from parity.score.predictions import LlamaCppPredictions, Rows
@@ -161,9 +162,9 @@ STRANGE = {"Ωmega": -0.7, "日本語日本語": -0.9, "zzyzx": -2.0, "qqq": -3.
 @pytest.mark.parametrize(
     ("fixed", "message", "advice"),
     [
-        (FEW, "gives 2 candidates a position, not the 5 asked for", "--server-top 2"),
+        pytest.param(FEW, "gives 2 candidates a position, not the 5 asked for", "--server-top 2", marks=pytest.mark.slow),
         (STRANGE, "candidates are not tokens of this model", "Is it the model that the server runs?"),
-        ({}, "nothing was predicted that could be scored", "longer text"),
+        pytest.param({}, "nothing was predicted that could be scored", "longer text", marks=pytest.mark.slow),
     ],
     indirect=["fixed"],
 )
@@ -173,6 +174,7 @@ def test_lists_that_cannot_be_used(parity: Cli, fixed: str, words: tuple[object,
         refused(parity(*words, "--server", fixed + path), message, advice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [FEW], indirect=True)
 def test_a_server_is_no_base_file(parity: Cli, fixed: str, words: tuple[object, ...]) -> None:
     """Two sides, a base file of lists, and options without their server are refused; two candidates where two are asked for are scored."""
@@ -181,6 +183,20 @@ def test_a_server_is_no_base_file(parity: Cli, fixed: str, words: tuple[object, 
     refused(parity(*words, "--server-top", 3), "need a server")
     code, answer = parity.json(*words, "--server", fixed, "--server-top", 2)
     assert (code, answer["top_k"], answer["perplexity"]["bounded"] > 0) == (0, None, True)
+
+
+@pytest.mark.parametrize("fixed", [FEW], indirect=True)
+def test_requests_within_a_chunk_are_counted_on_a_terminal(
+    parity: Cli, fixed: str, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not echo gets a request for each position: a terminal shows which one is under way, other streams nothing."""
+    command = (*words, "--server", fixed, "--server-top", 2)
+    assert parity(*command).err == ""
+    monkeypatch.setattr(score_output, "on_terminal", lambda: True)
+    shown = parity(*command).err
+    assert [shown.count(f"request {number} of 7 ") for number in (0, 6, 7)] == [2, 2, 0]
+    assert shown.count("chunk ") == 2
+    assert shown.endswith("\n")
 
 
 class OneTokenLess:

@@ -68,6 +68,7 @@ def test_another_product_of_the_same_row_shows_that_it_is_right(sides: tuple[Dum
     assert verdict.operation == "blk.2.v is computed from blk.2.attn_norm, which agrees: this operation is wrong"
 
 
+@pytest.mark.slow
 def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dump]) -> None:
     """At kqv_out, with everything else of the layer recorded, kq and kq_soft_max are asked for by name, and V is not suspected."""
     right, wrong = sides

@@ -230,6 +230,7 @@ def test_nothing_of_an_earlier_run_is_left(hostile: str, parity: Cli, monkeypatc
     assert {path.name for path in folder.iterdir()} == {"server.json"}
 
 
+@pytest.mark.slow
 def test_a_hostile_answer_ends_the_run_in_one_line(hostile: str, parity: Cli) -> None:
     """Through the command: NaN for a log-probability exits 2, and nothing is said on stdout."""
     refused(parity("run", "--prompt", "hi", "--server", f"{hostile}/nan"), "a log-probability is nan")

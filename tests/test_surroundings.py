@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli import Cli, one_line, refused
+from slow import slow_but
 
 from checkpoints.reading.reader import read
 
@@ -44,6 +45,7 @@ def test_an_answer_that_nobody_reads_is_neither_parity_nor_divergence(stories_ru
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_an_answer_that_cannot_be_written_is_said(stories_run: Path) -> None:
     """A full disk behind stdout is one line and exit 2; a closed stdout leaves the exit code."""
@@ -56,6 +58,7 @@ def test_an_answer_that_cannot_be_written_is_said(stories_run: Path) -> None:
     assert ran.returncode == 2, "1 would be a divergence"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:
     """In a locale without UTF-8 the prompt's bytes are taken as UTF-8 and what cannot be printed is a question mark."""
     plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -69,7 +72,7 @@ def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:
     one_line(ran.stderr, "the prompt is not UTF-8")
 
 
-@pytest.mark.parametrize("width", ["0", "\u00b2"])
+@pytest.mark.parametrize("width", slow_but(["0", "\u00b2"], "0"))
 def test_a_terminal_without_a_width_is_served(stories_run: Path, width: str) -> None:
     """A width that is none is not taken: with COLUMNS=0 nothing was printed, not even the verdict."""
     ran = shell('parity diff "$1" "$2"', stories_run / "ours.jsonl", stories_run / "ref.jsonl", COLUMNS=width)

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from cli import Cli
+from slow import slow_but
 
 from checkpoints.errors import InputError
 from engine import backend
@@ -49,6 +50,7 @@ def test_the_file_has_the_shape_asked_for(parity: Cli) -> None:
     assert parity("run", "--model", "m.gguf", "--prompt", "Once").code == 0
 
 
+@pytest.mark.slow
 def test_a_type_that_only_llama_cpp_makes(parity: Cli) -> None:
     """Q4_K_M is quantised by llama.cpp from F32, and runs."""
     assert parity("synth", "--width", "256", "--ff", "256", "--type", "q4_k_m", "-o", "m.gguf").code == 0
@@ -57,7 +59,7 @@ def test_a_type_that_only_llama_cpp_makes(parity: Cli) -> None:
     assert sorted(path.name for path in Path().glob("m.*")) == ["m.gguf"]
 
 
-@pytest.mark.parametrize("kind", ["q4_k_m", "q2_k", pytest.param("iq4_xs", marks=pytest.mark.slow), "tq1_0"])
+@pytest.mark.parametrize("kind", slow_but(["q4_k_m", "q2_k", "iq4_xs", "tq1_0"], "q2_k", "tq1_0"))
 def test_quantised_while_it_is_made(
     reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stories: Path, kind: str
 ) -> None:

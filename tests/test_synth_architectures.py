@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli, refused
+from slow import slow_but
 
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
@@ -50,7 +51,7 @@ def test_heads_take_their_keys_along(parity: Cli) -> None:
     assert contents(Path("m.gguf")).integer("olmo2.attention.head_count_kv") == 8
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "mamba"])
+@pytest.mark.parametrize("architecture", slow_but(["mixtral", "mamba"], "mamba"))
 def test_quantised_while_it_is_made(parity: Cli, reference: Reference, architecture: str) -> None:
     """Experts and recurrent layers: a file of type Q4_K_M has the bytes of llama.cpp's quantiser, run on the F32 file."""
     for kind in ("f32", "q4_k_m"):
@@ -71,6 +72,7 @@ def test_one_seed_is_one_file(parity: Cli) -> None:
     np.testing.assert_array_equal(before.raw("blk.0.attn_q.weight"), after.raw("blk.0.attn_q.weight"))
 
 
+@pytest.mark.slow
 def test_types_are_llama_cpps(small_model: Callable[..., Path]) -> None:
     """gpt-oss has MXFP4 experts by itself; any file type of llama.cpp's can be asked for; norms stay F32."""
     types = {tensor.name: tensor.type for tensor in contents(small_model("gpt-oss", layers=2)).tensors}

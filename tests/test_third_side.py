@@ -51,6 +51,7 @@ def test_the_side_that_is_off_is_named(faulty: Faulty, ref: Dump) -> None:
     assert [point.checkpoint for point in compared.truth_points] == ["embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out"]
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_off_is_named_as_well(faulty: Faulty, ref: Dump) -> None:
     """The sides exchanged: nothing favours the reference."""
     wrong = faulty.dump(_ROPE, TOKENS, bare=False)
@@ -83,6 +84,7 @@ def test_without_a_common_position_nothing_is_asked(faulty: Faulty, ref: Dump) -
     assert (verdict.pattern.code, verdict.compared) == ("bos-missing", 0)
 
 
+@pytest.mark.slow
 def test_every_report_shows_all_three(faulty: Faulty, ref: Dump) -> None:
     """Values, distribution and distances of float64 stand in the HTML and Markdown reports and in the JSON."""
     ours = faulty.dump(_ROPE, TOKENS, bare=False)
@@ -143,6 +145,7 @@ def test_of_three_sides_one_may_record_otherwise(faulty: Faulty, ref: Dump, odd:
     assert any(f"blk.5.q_rope of {('first', 'second', 'third')[odd]}: neighbours" in line.plain for line in table(three, 200))
 
 
+@pytest.mark.slow
 def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> None:
     """Two that share a fault outvote the one that is right: with the model they are the wrong ones, without it the right one is alone."""
     wrong = faulty.dump(_ROPE, TOKENS, bare=False)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cli import Cli, refused
 from msgspec.structs import replace
+from slow import slow_but
 
 from checkpoints.cache import cache_dir, cache_limit
 from checkpoints.content import content_hash
@@ -58,6 +59,7 @@ def model(stories: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_model_that_was_changed_anywhere_has_another_twin(model: Path) -> None:
     """After a change in place between the fingerprint's samples the twin has the new weights, not those of the old twin."""
     with Reference() as reference:
@@ -109,7 +111,7 @@ def cut(data: bytearray) -> None:
     del data[-70_000:]
 
 
-@pytest.mark.parametrize("damage", [flipped, zeroed, cut])
+@pytest.mark.parametrize("damage", slow_but([flipped, zeroed, cut], flipped))
 def test_a_damaged_twin_is_made_again_with_a_line(
     model: Path, damage: Callable[[bytearray], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_remembered_hash_is_used(tmp_path: Path) -> None:
     assert content_hash(path) == first
 
 
+@pytest.mark.slow
 def test_use_of_a_twin_is_noted_beside_it(model: Path) -> None:
     """Taking a twin from the cache makes it the last used one and leaves its own times alone, by which its hash stays known."""
     with Reference() as reference:
@@ -183,6 +186,7 @@ def test_use_of_a_twin_is_noted_beside_it(model: Path) -> None:
     assert not list((cache_dir() / "used").iterdir())
 
 
+@pytest.mark.slow
 def test_a_twin_in_use_is_not_evicted(model: Path, synthetic: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the cache is too small for two, the twin of a run under way stays, and goes when that run has ended."""
     monkeypatch.setenv("PARITY_CACHE_GB", "0")
@@ -238,6 +242,7 @@ def test_a_bound_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, t
         cache_limit()
 
 
+@pytest.mark.slow
 def test_a_wrong_bound_stops_a_run_before_it_computes(parity: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """`PARITY_CACHE_GB=abc` is one line, also where a twin is in the cache already."""
     assert parity("dump", "ref", "--prompt", "hi", "--points", "embd", "-o", "a.jsonl").code == 0

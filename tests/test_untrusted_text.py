@@ -127,7 +127,10 @@ def test_a_log_that_was_asked_for_is_text_too(stories: Path, tmp_path: Path) -> 
     assert b"\x1b" not in ran.stderr
 
 
-@pytest.mark.parametrize("words", [("run", "--prompt", "hi"), ("diff", "a.jsonl", "a.jsonl"), ("lint", "none.jsonl")])
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(("run", "--prompt", "hi"), marks=pytest.mark.slow), ("diff", "a.jsonl", "a.jsonl"), ("lint", "none.jsonl")],
+)
 def test_an_answer_that_cannot_be_written_is_said(tmp_path: Path, words: tuple[str, ...]) -> None:
     """With stdout on a full disk the reason stands on stderr, also where the answer was to be JSON."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"checkpoint": "embd"} | RECORD) + "\n")

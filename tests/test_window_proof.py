@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow import slow_but
 
 from checkpoints.errors import InputError, ReferenceFailed
 from engine.synth.recipes import RECIPES
@@ -40,7 +41,7 @@ def both(reference: Reference, model: Path, folder: Path, mode: str = EXACT, win
     assert windows == whole
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "phi3"])
+@pytest.mark.parametrize("name", slow_but(["qwen2moe", "phi3"], "phi3"))
 def test_windows_are_the_whole_model(reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """Where nothing depends on a layer's number; qwen2moe needs an output matrix beside its embedding."""
     both(reference, small_model(name, layers=3), tmp_path)

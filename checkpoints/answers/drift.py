@@ -67,6 +67,12 @@ class Drift(Struct, frozen=True):
         return PARITY if self else DIVERGENCE
 
     @property
+    def assumed(self) -> tuple[Verdict, ...]:
+        """The agreements that hold only by an assumed limit: nothing says what the engine computes in, and it is not float32's error."""
+        agreeing = (item.verdict for item in self.checked if item.verdict and item.verdict.limits.assumed)
+        return tuple(found for found in agreeing if found.precision is None or found.precision.arithmetic != "f32")
+
+    @property
     def compared(self) -> int:
         """The number of records of all prompts."""
         return sum(item.verdict.compared for item in self.checked)

@@ -101,7 +101,15 @@ def rows_of(point: str, array: NDArray[Any], step: int = 0, first: int = 0) -> R
 
 
 def check_size(file: Path) -> int:
-    """The bytes of a file's arrays. Raises DumpError if they would fill the memory, as a small archive of huge arrays would."""
+    """The bytes of a file's arrays. Raises DumpError if they would fill the memory."""
+    size = unpacked_size(file)
+    if size > _LARGEST:
+        raise DumpError(f"{file} holds more than 1 GiB.", "Save fewer positions or points, or single arrays.", code="array")
+    return size
+
+
+def unpacked_size(file: Path) -> int:
+    """The bytes of a file's arrays. Raises DumpError where a small archive would unpack to huge arrays."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -115,14 +123,12 @@ def check_size(file: Path) -> int:
                 raise DumpError(f"{file} holds {len(members):,} arrays.", "Save fewer points.", code="array")
             if size > max(_SMALL, _RATIO * status.st_size):
                 raise DumpError(
-                    f"{file} has {status.st_size:,} bytes and would unpack to {size:,}: these are not activations.",
+                    f"{file} has {status.st_size:,} bytes and would unpack to {size:,}: neither activations nor weights compress so well.",
                     "Save the arrays again.",
                     code="array",
                 )
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
-    if size > _LARGEST:
-        raise DumpError(f"{file} holds more than 1 GiB.", "Save fewer positions or points, or single arrays.", code="array")
     return size
 
 

@@ -1,7 +1,8 @@
 """What llama.cpp's eval-callback prints: a line that names a tensor, then some of its values to four decimals.
 
 Three formats: `ggml_debug:` with the first three values of a row; with the first and last three and a sum; and
-`common_debug_cb_eval:`, indented by four spaces a level. Other log lines may stand between.
+`common_debug_cb_eval:`, indented by four spaces a level. `llama-debug` once printed a sum of squares beside the sum. Other
+log lines may stand between.
 """
 
 import re
@@ -18,7 +19,7 @@ _HEAD = re.compile(
     rb"(?:ggml_debug|common_debug_cb_eval): +(.+?) = \((\w+)\) +(\S+)\((.*)\) = \{(\d{1,12}), (\d{1,12}), (\d{1,12}), (\d{1,12})\}"
 )
 _WORD = re.compile(rb"-?(?:\d{1,60}\.\d{1,9}|nan(?:\(\w*\))?|inf)")
-_SUM = re.compile(rb"^\s*sum = (-?(?:\d{1,60}\.\d+|nan|inf))")
+_SUM = re.compile(rb"^\s*sum\s+= (-?(?:\d{1,60}\.\d+|nan|inf))")
 _LINE = 1 << 16  # bytes of a line that are searched at once …
 _NAMED = 1000  # … and those that may name a tensor: a search in more could take quadratic time
 _PEEK = 1 << 20  # bytes that are searched for a name: such logs begin with the loading of the model

@@ -17,6 +17,7 @@ from . import (
     sglang,
     tensorrt_llm,
     torch_file,
+    vllm,
 )
 
 FORMATS = (
@@ -27,6 +28,7 @@ FORMATS = (
     llama_debug,
     sglang,
     tensorrt_llm,
+    vllm,
     arrays,
     torch_file,
     debug_mode,

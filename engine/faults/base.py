@@ -158,6 +158,15 @@ class Planting:
             self._begins[place] = min(self._numbers(fault, layers, parameters), default=len(self.steps))
         return self._begins[place]
 
+    def first_change(self, fault: Fault, parameters: Parameters) -> int:
+        """`begin` of a fault in all layers, by the steps that it does change: it may be one of layers with a window, or with experts."""
+        if fault.shows is not None:
+            return self.begin(fault, None, parameters)
+        try:
+            return next(iter(self.edits(fault, None, parameters)), len(self.steps))
+        except NotApplicable:
+            return len(self.steps)
+
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault; see `plant`."""
         new: Mapping[int, Sequence[Step]] = {}
@@ -280,6 +289,7 @@ _OPERATIONS: Mapping[Callable[..., Any], str] = {  # ggml's names of the operati
     ops.rms_norm: "RMS_NORM",
     ops.layer_norm: "NORM",
     ops.causal_soft_max: "SOFT_MAX",
+    ops.add: "SUM",  # ggml's ADD is a bias's, where it is a step of its own
     buckets: "BUCKETS",  # of relative positions: no operation of ggml's, which takes them as an input
 }
 

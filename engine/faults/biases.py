@@ -15,11 +15,13 @@ _QKV = ("q", "k", "v")
 _PRODUCTS = ("wqkv", "wqkv_b", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "ffn_moe_logits", "ffn_moe_probs")
 _EXPERTS = ("ffn_moe_gate_biased", "ffn_moe_up_biased", "ffn_moe_down_biased")
 _OTHERS = (*_PRODUCTS, *_EXPERTS)
+_ANY = ("MUL_MAT", "ADD", "ADD_ID")
 
 
 def _biased(right: Steps) -> Values:
     """The kinds of other products with a bias in this model: all together, those of the feed-forward, and each alone."""
-    kinds = {kind_of(step): None for step in right.values() if kind_of(step) in _OTHERS and _number_of_bias(step) is not None}
+    biased = {kind_of(step): None for step in right.values() if _number_of_bias(step) is not None and not step.inner}
+    kinds = [kind for kind in biased if kind not in _QKV]
     if not kinds:
         return (_OTHERS,)
     groups = (tuple(kinds), tuple(kind for kind in kinds if kind.startswith("ffn")), *((kind,) for kind in kinds))
@@ -28,7 +30,7 @@ def _biased(right: Steps) -> Values:
 
 def _number_of_bias(step: Step) -> int | None:
     """Which of a step's weights is its bias; None if it has none."""
-    number = 0 if ggml(step, "ADD_ID") else 1 if step.op is ops.linear else None
+    number = 0 if ggml(step, "ADD_ID", "ADD") else 1 if step.op is ops.linear else None
     return None if number is None or not isinstance(weight_of(step, number), str) else number
 
 
@@ -84,7 +86,7 @@ FAULTS = (
     ),
     Fault(
         name="bias-missing",
-        kinds=_OTHERS,
+        kinds=(*_OTHERS, *_ANY),
         change=_missing,
         what="the bias of {at} is not added",
         symptom="wrong from the first layer and position on, of plausible size",
@@ -94,7 +96,7 @@ FAULTS = (
     ),
     Fault(
         name="bias-twice",
-        kinds=(*_QKV, *_OTHERS),
+        kinds=(*_QKV, *_OTHERS, *_ANY),
         change=_bias_twice,
         what="the bias of {at} is added twice",
         symptom="wrong from the first layer and position on",

@@ -61,6 +61,50 @@ def _heads_zeroed(step: Step, right: Steps, parameters: Parameters) -> Step:
     return replace(_plain_read(step), op=_zeroed, params={"kv_heads": kv_heads, "heads": parameters["heads"]})
 
 
+def _one_slot_late(rows: Array) -> Array:
+    """Cache rows [S, n] that were written one slot too late: the first was never written."""
+    moved = module_of(rows).zeros_like(rows)
+    moved[1:] = rows[:-1]
+    return moved
+
+
+def _one_slot_early(rows: Array) -> Array:
+    moved = module_of(rows).zeros_like(rows)
+    moved[:-1] = rows[1:]
+    return moved
+
+
+def _own_slot(scores: Array) -> tuple[Array, Array]:
+    """Where a query meets its own key, whose slot the next position writes: indices of queries and keys in [H, T, S]."""
+    xp, (_, queries, keys) = module_of(scores), scores.shape
+    return xp.arange(queries), xp.arange(queries) + keys - queries
+
+
+def _scores_of_slots(q: Array, k: Array, *, late: bool, **heads: int) -> Array:
+    if late:
+        return ops.attention_scores(q, _one_slot_late(k), **heads)
+    scores = ops.attention_scores(q, _one_slot_early(k), **heads).copy()
+    scores[(slice(None), *_own_slot(scores))] = 0
+    return scores
+
+
+def _values_of_slots(weights: Array, v: Array, *, late: bool, kv_heads: int) -> Array:
+    if late:
+        return ops.weighted_values(weights, _one_slot_late(v), kv_heads=kv_heads)
+    weights = weights.copy()
+    weights[(slice(None), *_own_slot(weights))] = 0
+    return ops.weighted_values(weights, _one_slot_early(v), kv_heads=kv_heads)
+
+
+_OF_SLOTS = {ops.attention_scores: _scores_of_slots, ops.weighted_values: _values_of_slots}
+
+
+def _other_slot(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op not in _OF_SLOTS:
+        raise NotApplicable(f"{step.makes} does not read a cache by itself")
+    return replace(step, op=_OF_SLOTS[step.op], params={**step.params, "late": parameters["slot"] == "late"})
+
+
 def _capped_mask(
     scores: Array,
     positions: Array,
@@ -123,6 +167,17 @@ FAULTS = (
         fix="write all key/value heads of a position into its row",
         seen="writes that cover one head, or half a warp; a grid with the wrong number of heads",
         parameters={"heads": tuple(_HEADS), AT: (("v_read",), ("k_read",), _READS)},
+    ),
+    Fault(
+        name="cache-slot",
+        kinds=("kqv_out", "kq"),
+        change=_other_slot,
+        what="{at}: a position's row is written one slot too {slot}, and a slot that nobody wrote is 0",
+        symptom="wrong from position 0 on for values, from 1 on for keys",
+        fix="write the row of position t to slot t, for keys and for values",
+        seen="indices that are advanced before the write; a counter for keys and another one for values",
+        parameters={"slot": ("late", "early"), AT: (("kqv_out",), ("kq",), ("kqv_out", "kq"))},
+        says={("kqv_out",): "values", ("kq",): "keys", ("kqv_out", "kq"): "keys and values"},
     ),
     Fault(
         name="softcap-after-mask",

@@ -1,15 +1,17 @@
 """Faults of the gated delta rule: its gate, its β, and the norms of queries and keys."""
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from ..backend import Array, module_of
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
-from .edits import WithInput, ggml, integer, left_out, require
+from .edits import Then, WithInput, ggml, integer, left_out, require
 
 _QUERIES, _KEYS, _GATE, _BETA = 0, 1, 3, 4  # GGML_OP_GATED_DELTA_NET's operands
 _SIGMOID = 7  # GGML_UNARY_OP_SIGMOID
@@ -59,7 +61,44 @@ def _no_norm(step: Step, right: Steps, parameters: Parameters) -> Step:
     return step
 
 
+class _OtherOrder(Struct, frozen=True):
+    """Heads that repeat in turn, each repeated one after the other, or the other way round."""
+
+    heads: int
+    size: int
+
+    def __call__(self, repeated: Array) -> Array:
+        """Any shape that holds [..., H, d]."""
+        xp, split = module_of(repeated), repeated.reshape(-1, self.heads, self.size)
+        for count in (count for count in range(2, self.heads) if self.heads % count == 0):
+            each = self.heads // count
+            if bool((split[:, count:] == split[:, :-count]).all()):
+                return xp.repeat(split[:, :count], each, axis=1).reshape(repeated.shape)
+            in_groups = split.reshape(-1, count, each, self.size)
+            if bool((in_groups == in_groups[:, :, :1]).all()):
+                return xp.tile(in_groups[:, :, 0], (1, each, 1)).reshape(repeated.shape)
+        raise NotApplicable("no heads repeat")
+
+
+def _other_repetition(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    rules = [other for other in right.values() if ggml(other, *_RULE)]
+    read = {name_of(read_of(rule, place)) for rule in rules for place in (_QUERIES, _KEYS)}
+    if step.makes not in read:
+        return step
+    *heads, size = (int(side.fixed) for side in step.params["shape"] if side.fixed)
+    return replace(step, op=Then(step.op, _OtherOrder(prod(heads), size)))
+
+
 FAULTS = (
+    Fault(
+        name="delta-heads-repeated",
+        kinds=("REPEAT",),
+        change=_other_repetition,
+        what="the delta rule's queries and keys are repeated in turn where each is repeated by itself, or the other way round",
+        symptom="wrong from position 0 on in models with fewer key than value heads",
+        fix="value head h reads key head h // (H / H') of Qwen3-Next, and h % H' where the converter has put value heads so",
+        seen="repeat for repeat_interleave, and the other way round",
+    ),
     Fault(
         name="delta-gate-missing",
         kinds=_RULE,

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import Step
+from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
 from .edits import Then, ggml, maker, only, require
@@ -97,6 +97,44 @@ def _on_weights(change: Callable[[Array], Array]) -> Callable[[Step, Steps, Para
     return planted
 
 
+def _weighted(value: Array, weights: Array) -> Array:
+    """Values of chosen experts [T, k, n] or [T, k · n], each times its expert's weight [T, k]."""
+    factors = weights.reshape(weights.shape[0], -1)
+    shaped = value.reshape(*factors.shape, -1)
+    product: Array = (shaped * factors[:, :, None]).reshape(value.shape)
+    return product
+
+
+class _ThenWeighted(Struct, frozen=True):
+    """An operation whose result is multiplied by the experts' weights, its input number `at`."""
+
+    op: Callable[..., Array]
+    at: int
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        own = [value for number, value in enumerate(inputs) if number != self.at]
+        return _weighted(self.op(*own, **params), inputs[self.at])
+
+
+def _other_side(step: Step, right: Steps, parameters: Parameters) -> Step:
+    """Experts' weights applied to their results where the model applies them to their input, to both, or the other way round."""
+    prefix, _, kind = step.makes.rpartition(".")
+    weighted = right.get(f"{prefix}.ffn_moe_weighted")
+    if weighted is None or not ggml(weighted, "MUL") or len(weighted.reads) < 2:
+        raise NotApplicable(f"{step.makes}: no step weights experts")
+    weights = name_of(weighted.reads[1])
+    before = any(ggml(other, "MUL_MAT_ID") and weighted.makes in other.names for other in right.values())
+    both = parameters["weights"] == "both"
+    if kind == "ffn_moe_weighted":
+        return step if both else only(step, read_of(step, 0))
+    if (kind in _INTO) == before:
+        return step
+    return replace(step, op=_ThenWeighted(step.op, len(step.reads)), reads=(*step.reads, weights))
+
+
+_INTO = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_gate_up")  # products with an expert's input: a factor of it is one of theirs
+
+
 def _reads_shared(step: Step, right: Steps) -> int:
     """The number of the operand of a sum that is the shared expert's."""
     for number in range(len(step.reads)):
@@ -176,6 +214,15 @@ FAULTS = (
         "experts-weights-exchanged", _WEIGHTS, _on_weights(_reversed),
         "the chosen experts have each other's weights", _RIGHT_LOGITS,
         "keep ids and weights in the same order", "ids sorted after the weights were taken",
+    ),
+    replace(
+        _new(
+            "experts-weights-on-other-side", (*_INTO, "ffn_moe_down", "ffn_moe_weighted"), _other_side,
+            "the experts' weights multiply {weights}", _RIGHT_LOGITS,
+            "Llama 4 weights what an expert reads, all others what it makes", "apply_router_weight_on_input ignored, or honoured twice",
+        ),
+        parameters={"weights": ("the other side of the experts", "both")},
+        says={"both": "what the experts read and what they make"},
     ),
     _new(
         "shared-expert-missing", ("ffn_out", "ffn_moe_out_merged"), _no_shared,

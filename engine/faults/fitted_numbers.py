@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
+from ..backend import Array, module_of
 from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of
-from .edits import ggml, number
+from .edits import WithInput, ggml, number
 from .fitted import CAPS, Fitted, around, named, parameter_wanted
 from .multipliers import FAULTS as MULTIPLIERS
 from .windows import CAPPED, QUERY_SCALES, cap_of, recapped
@@ -64,6 +66,45 @@ _CAP = Fault(
     parameters={"cap": (), AT: (("logits",),)},
     group="fitted",
 )
+_ACTIVATIONS = ("ffn_swiglu", "ffn_geglu", "ffn_gelu", "ffn_moe_swiglu", "ffn_moe_geglu", "GLU")
+
+
+class _Clamp(Struct, frozen=True):
+    """Values limited from above, or in both directions."""
+
+    limit: float
+    both: bool
+
+    def __call__(self, x: Array) -> Array:
+        """Any shape."""
+        limit = x.dtype.type(self.limit)
+        clamped: Array = module_of(x).clip(x, -limit if self.both else None, limit)
+        return clamped
+
+
+def _clamped(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    at = int(parameters["of"] == "the other factor")
+    if at >= len(step.reads):
+        raise NotApplicable(f"{step.makes} has one factor")
+    return replace(
+        step, op=WithInput(step.op, at, _Clamp(parameters["limit"], at == 1 or parameters["of"].endswith("both sides")))
+    )
+
+
+_CLAMPED = Fault(
+    name="activation-clamped",
+    kinds=_ACTIVATIONS,
+    change=_clamped,
+    what="{of} is limited to {limit}, which this model does not do",
+    symptom="right where activations are small, large ones are cut off",
+    fix="only gpt-oss and a few others clamp; read the limit from the file",
+    seen="gpt-oss' clamped SwiGLU for other models; clamps against overflow in half precision",
+    parameters={
+        "limit": (),
+        "of": ("the activation's argument on both sides", "the activation's argument from above", "the other factor"),
+    },
+    group="fitted",
+)
 _ALIBI = replace(
     named(WINDOWS, "alibi"),
     what="attention's linear biases (ALiBi) have max_bias {bias}",
@@ -89,6 +130,13 @@ def _other_scales(right: Steps) -> tuple[tuple[str, ...], ...]:
 
 
 FITTED = (
+    Fitted(
+        fault=_CLAMPED,
+        parameter="limit",
+        wanted=lambda *_: None,
+        starts=lambda _wanted: (0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 20.0),
+        known={7.0: "gpt-oss", 10.0: "DeepSeek-V4"},
+    ),
     Fitted(
         fault=_at(named(WINDOWS, "query-scale"), "scale", *QUERY_SCALES),
         parameter="scale",

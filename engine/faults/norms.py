@@ -12,7 +12,7 @@ from ..backend import Array
 from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets, with_parameters
-from .edits import ggml, number, with_values
+from .edits import HandsOn, ggml, number, with_values
 
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
@@ -55,6 +55,11 @@ def _everywhere(right: Steps) -> Values:
 def _also_others(right: Steps) -> Values:
     """The usual norms, then the others: all together, and each kind alone."""
     return (*_ANY_NORM[AT], *(subsets(*others) if (others := _others(right)) else ()))
+
+
+def _all_together(right: Steps) -> Values:
+    """The usual norms, and all with a weight that a model has, together."""
+    return tuple(dict.fromkeys((*_ANY_NORM[AT], (*_NORMS, *_others(right)))))
 
 
 def with_epsilon(step: Step, eps: float) -> Step:
@@ -159,8 +164,10 @@ def _by(name: str) -> Fault:
 
     # A skipped final norm has an entry of its own.
     where: Mapping[str, Any] = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
-    if name == "norm-weight-missing":
+    if name in ("norm-weight-missing", "norm-in-halves"):
         where = {AT: _also_others}
+    if name == "norm-one-plus-weight":
+        where = {AT: _all_together}
     return Fault(
         name=name,
         kinds=(*_NORMS, *_OPERATIONS),
@@ -243,6 +250,40 @@ def _exchange(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return replace(step, weights=other.weights)
 
 
+def _others_alike(right: Steps) -> Values:
+    """Pairs of a norm and another one of its layer whose weight it may read instead; those of `_PAIRS` are left to that fault."""
+    first: dict[str, Step] = {}
+    for step in right.values():
+        if step.op in (ops.rms_norm, ops.layer_norm) and step.weights and kind_of(step) != "output_norm":
+            first.setdefault(kind_of(step), step)
+    known = {*_PAIRS, *(pair[::-1] for pair in _PAIRS)}
+    alike = [
+        (kind, other)
+        for kind, step in first.items()
+        for other, theirs in first.items()
+        if kind != other and (kind, other) not in known and step.op is theirs.op
+        if (step.params.get("heads", 1) == 1) == (theirs.params.get("heads", 1) == 1)
+    ]
+    return tuple(alike) or (("attn_norm", "ffn_norm"),)
+
+
+class _WithOther(HandsOn, frozen=True):
+    """A norm whose weight must be as wide as what it multiplies."""
+
+    def __call__(self, x: Array, weight: Array, *rest: Array, **params: Any) -> Array:
+        """[T, n], [n / heads] -> [T, n]."""
+        if weight.size * params.get("heads", 1) != x.shape[1]:
+            raise NotApplicable("the other norm's weight has another width")
+        return self.op(x, weight, *rest, **params)
+
+
+def _of_other(step: Step, right: Steps, parameters: Parameters) -> Step:
+    kind, other = parameters["norm"]
+    if kind_of(step) != kind:
+        return step
+    return replace(step, op=_WithOther(step.op), weights=sibling(step, right, other).weights)
+
+
 def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_skipped)
 
@@ -269,6 +310,16 @@ FAULTS = (
         fix="attn_norm before Q, K, V; ffn_norm before gate and up; attn_q_norm for queries; post_attention_norm after attention",
         seen="weights loaded by index",
         parameters={AT: _pairs},
+    ),
+    Fault(
+        name="norm-of-other",
+        kinds=_OPERATIONS,
+        change=_of_other,
+        what="a norm multiplies by the weight of another norm of its layer: {norm} (the norm, and whose weight)",
+        symptom="wrong from position 0 of layer 0 on, of plausible size",
+        fix="attn_norm, post_attention_norm, ffn_norm and post_ffw_norm are different tensors: compare their names",
+        seen="post-norms of Gemma and GLM-4 taken for pre-norms; MTP graphs that read attn_post_norm for ffn_norm",
+        parameters={"norm": _others_alike},
     ),
     Fault(
         name="no-final-norm",

@@ -10,11 +10,12 @@ from ..backend import Array
 from ..graph import Altered, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
-from .edits import WithInput, ggml, integer, left_out, maker, only, require
+from .edits import Then, WithInput, ggml, integer, left_out, maker, only, require
 
 _CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
 _SCAN_C = 4  # of the values that a scan reads, A aside, which is a weight
-_SOFTPLUS = 15  # enum ggml_unary_op
+_SCAN_DT = 2  # GGML_OP_SSM_SCAN's operand
+_SOFTPLUS, _LINEAR = 15, 20.0  # enum ggml_unary_op; above this softplus(x) is x
 
 
 def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -32,6 +33,18 @@ def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     if integer(step, 0) != _SOFTPLUS:
         raise NotApplicable(f"{step.makes} is not a softplus")
     return left_out(step)
+
+
+def _softplus(x: Array) -> Array:
+    """log(1 + exp(x)), and x where that is the same in float32."""
+    return np.where(x > _LINEAR, x, np.log1p(np.exp(np.minimum(x, x.dtype.type(_LINEAR)))))
+
+
+def _softplus_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    """Mamba's scan applies softplus itself; elsewhere it is a step of its own."""
+    if ggml(step, "SSM_SCAN"):
+        return replace(step, op=WithInput(step.op, step.params["operands"][_SCAN_DT].index, _softplus))
+    return replace(step, op=Then(step.op, _softplus)) if ggml(step, "UNARY") and integer(step, 0) == _SOFTPLUS else step
 
 
 def _no_decay(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -121,6 +134,15 @@ FAULTS = (
         symptom="states that grow instead of decaying",
         fix="dt = softplus(projection + bias)",
         seen="softplus fused into a kernel that was later replaced",
+    ),
+    Fault(
+        name="time-step-softplus-twice",
+        kinds=("SSM_SCAN", "a_softplus"),
+        change=_softplus_twice,
+        what="softplus is applied to the time step twice",
+        symptom="states that decay too fast",
+        fix="hand the scan dt as it is where its kernel applies softplus",
+        seen="scan kernels with dt_softplus, given a dt that went through softplus already",
     ),
     Fault(
         name="time-step-bias-missing",

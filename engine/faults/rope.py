@@ -23,6 +23,7 @@ from .rotation import (
     has_factors,
     head_size,
     heads_of,
+    in_decode,
     is_rotation,
     not_rotated,
     require_rotation,
@@ -69,6 +70,10 @@ def _off_by_prompt(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return by_prompt(step, 1 if parameters["prompt"] == "added once more" else -1)
 
 
+def _in_decode(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return in_decode(step, parameters["by"])
+
+
 def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return not_rotated(step)
 
@@ -85,10 +90,16 @@ def _rotated_linear(x: Array, positions: Array, weight: Array, bias: Array | Non
     return ops.rope(ops.linear(x, weight, bias), positions, None, **rope)
 
 
+def _rotated_cache(history: Array, positions: Array, *, rope: Mapping[str, Any]) -> Array:
+    return ops.rope(ops.cached(history), positions, None, **rope)
+
+
 def _values_too(step: Step, right: Steps, _parameters: Parameters) -> Step:
     rope = sibling(step, right, "k_rope")
-    if rope.op is not ops.rope or step.op is not ops.linear:
+    if rope.op is not ops.rope or step.op not in (ops.linear, ops.cached):
         raise NotApplicable(f"{step.makes} or {rope.makes} is not a plain operation")
+    if step.op is ops.cached:
+        return replace(step, op=_rotated_cache, reads=(*step.reads, History(POSITIONS)), params={"rope": rope.params})
     return replace(step, op=_rotated_linear, reads=(*step.reads, POSITIONS), params={"rope": rope.params})
 
 
@@ -217,6 +228,16 @@ FAULTS = (
         parameters={"prompt": ("added once more", "left out"), **_PAIRWISE},
     ),
     Fault(
+        name="rope-position-in-decode",
+        kinds=ROTATED,
+        change=_in_decode,
+        what="RoPE's positions are off by {by} in the passes after the first, on {at}",
+        symptom="prefill right, decode wrong",
+        fix="the position of a decode step is the number of tokens before it",
+        seen="past lengths that count the token that is about to be processed, or not the last one of the prompt",
+        parameters={"by": (1, -1), **_PAIRWISE},
+    ),
+    Fault(
         name="rope-missing",
         kinds=ROTATED,
         change=_missing,
@@ -228,12 +249,13 @@ FAULTS = (
     ),
     Fault(
         name="rope-on-values",
-        kinds=("v",),
+        kinds=("v", "v_read"),
         change=_values_too,
         what="RoPE is applied to the values as well",
         symptom="position 0 is right, attention's output wrong from 1 on",
         fix="rotate Q and K only",
         seen="fused QKV kernels that rotate the whole row",
+        parameters={AT: (("v",), ("v_read",))},
     ),
     Fault(
         name="rope-twice",

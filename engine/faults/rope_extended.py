@@ -1,11 +1,13 @@
-"""Faults of rotations that only ggml's own operation computes: YaRN, frequency factors for long contexts, sections of several positions."""
+"""Faults of rotations beyond the plain one: YaRN, factors for long contexts, sections of several positions, a part of each head."""
 
 from math import log
+from typing import Any
 
 from msgspec.structs import replace
 
 from checkpoints.long_factors import LONG, SHORT
 
+from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
@@ -109,6 +111,23 @@ def _sections(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_values(step, {_MODE: _INTERLEAVED if mode == _SIDE_BY_SIDE else _SIDE_BY_SIDE})
 
 
+def _far_pairs(x: Array, positions: Array, factors: Array | None, *, heads: int, dims: int, **params: Any) -> Array:
+    """Element i of each head rotated with i + d/2, not i + dims/2: [T, heads · d] -> [T, heads · d]."""
+    xp, size = module_of(x), x.shape[1] // heads
+    near, far = list(range(dims // 2)), list(range(size // 2, size // 2 + dims // 2))
+    order = xp.asarray([*near, *far, *(at for at in range(size) if at not in near and at not in far)])
+    split = x.reshape(len(x), heads, size)[:, :, order].reshape(x.shape)
+    rotated = ops.rope(split, positions, factors, heads=heads, dims=dims, **params).reshape(len(x), heads, size)
+    result: Array = rotated[:, :, xp.argsort(order)].reshape(x.shape)
+    return result
+
+
+def _pairs_of_head(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.op is not ops.rope or step.params["pairs"] != "neox":
+        raise NotApplicable(f"{step.makes} does not pair halves")
+    return replace(step, op=_far_pairs)
+
+
 _LATER = "position 0 is right, later ones are wrong"
 
 FAULTS = (
@@ -158,5 +177,15 @@ FAULTS = (
             ),
             AT: both,
         },
+    ),
+    Fault(
+        name="rope-pairs-of-head",
+        kinds=ROTATED,
+        change=_pairs_of_head,
+        what="of a head of which a part is rotated, element i is paired with i + half the head, not with i + half the part",
+        symptom=_LATER,
+        fix="rotate the first rope.dimension_count elements as if they were the head, and hand on the others",
+        seen="partial rotary of Phi, StableLM and GLM in code for whole heads",
+        parameters={AT: both},
     ),
 )

@@ -169,6 +169,15 @@ def _in_sections(counted: Array, positions: Array) -> Array:
     return sections.reshape(positions.shape).astype(positions.dtype)
 
 
+def in_decode(step: Step, by: int) -> Step:
+    """The step with the positions of every pass but the first moved."""
+
+    def moved(positions: Array, passes: Array) -> Array:
+        return positions + _in_sections(module_of(passes).where(passes > 0, by, 0), positions)
+
+    return at_positions(step, moved, PASSES)
+
+
 def by_prompt(step: Step, times: int) -> Step:
     """The step with the positions of decode steps moved by `times` the prompt's length."""
 

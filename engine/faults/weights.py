@@ -168,6 +168,14 @@ def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:
     return _of_layer(step, right, lambda layer: layer + parameters["by"])
 
 
+def _parts_of_layer(right: Steps) -> Values:
+    """Values of `at`: a whole layer, its usual norms, each norm and each matrix that may be off by itself."""
+    norms = {kind_of(step): None for step in right.values() if step.op in (ops.rms_norm, ops.layer_norm)}
+    others = [kind for kind in norms if kind not in ("attn_norm", "ffn_norm", "output_norm")]
+    usual = (("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm"))
+    return (_WITH_WEIGHTS, _WHOLE_LAYER, *usual, *((kind,) for kind in (*others, *MATRICES)))
+
+
 def _swap_layers(step: Step, right: Steps, parameters: Parameters) -> Step:
     both = (parameters["first"], parameters["first"] + 1)
     return _of_layer(step, right, lambda layer: sum(both) - layer if layer in both else layer)
@@ -292,14 +300,7 @@ FAULTS = (
         seen="loops from 1",
         parameters={
             "by": (1, -1),
-            AT: (
-                _WITH_WEIGHTS,
-                _WHOLE_LAYER,
-                ("attn_norm",),
-                ("ffn_norm",),
-                ("attn_norm", "ffn_norm"),
-                *((kind,) for kind in MATRICES),
-            ),
+            AT: _parts_of_layer,
         },
         says={_WITH_WEIGHTS: "each layer", _WHOLE_LAYER: "each layer"},
     ),

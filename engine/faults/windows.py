@@ -1,5 +1,7 @@
 """Faults of features that only some models' attention has: windows, soft caps, sinks, a scale of the queries."""
 
+from typing import Any
+
 from msgspec.structs import replace
 
 from .. import ops
@@ -36,6 +38,21 @@ def _sizes(right: Steps) -> Values:
 
 def _of_size(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_parameters(step, size=parameters["size"]) if _has_window(step) else step
+
+
+_USUAL_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _sizes_of_others(right: Steps) -> Values:
+    """Sizes of a window where there is none: the model's own in other layers, small ones, which short prompts show, and usual ones."""
+    own = {int(step.params["size"]) for step in right.values() if _has_window(step)}
+    return tuple(sorted({*own, *range(1, _SMALL), *_USUAL_SIZES}))
+
+
+def _added(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.causal_soft_max or step.params.get("window", "causal") != "causal":
+        return step
+    return with_parameters(step, window="standard", size=parameters["size"])
 
 
 def _alibi(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -96,6 +113,18 @@ def soft_capped(x: Array, *, cap: float) -> Array:
     number = x.dtype.type(cap)
     capped: Array = number * module_of(x).tanh(x / number)
     return capped
+
+
+def _one_more(scores: Array, positions: Array, key_positions: Array, **params: Any) -> Array:
+    """exp(x) / (1 + Σ exp(x)): [H, T, S] -> [H, T, S]."""
+    sinks = module_of(scores).zeros(scores.shape[0], scores.dtype)
+    return ops.causal_soft_max(scores, positions, key_positions, sinks, **params)
+
+
+def _plus_one(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.op is not ops.causal_soft_max or step.weights:
+        raise NotApplicable(f"{step.makes} is no softmax without sinks")
+    return replace(step, op=_one_more)
 
 
 def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -185,6 +214,16 @@ FAULTS = (
         parameters={"size": _sizes},
     ),
     Fault(
+        name="window-added",
+        kinds=_SOFT,
+        change=_added,
+        what="attention sees the last {size} positions where this model sees all earlier ones",
+        symptom="right while the text is shorter than the window, then wrong",
+        fix="no window without <architecture>.attention.sliding_window, and none in layers that have none",
+        seen="Mistral code for models without a window; one window for all layers of Gemma 2 and 3",
+        parameters={"size": _sizes_of_others},
+    ),
+    Fault(
         name="softcap-missing",
         kinds=CAPPED,
         change=_uncapped,
@@ -213,6 +252,15 @@ FAULTS = (
         fix="add one score per head (attn_sinks) to the softmax and drop its weight",
         seen="Llama code that loads gpt-oss; a buffer of sinks that was never filled",
         parameters={"sinks": ("left out", "zero")},
+    ),
+    Fault(
+        name="softmax-plus-one",
+        kinds=_SOFT,
+        change=_plus_one,
+        what="the softmax has 1 more in its denominator, or a sink of 0",
+        symptom="wrong from position 0 on, attention too weak",
+        fix="weights of a row sum to 1: add sinks only where the file has them",
+        seen='"attention is off by one" experiments; sinks of gpt-oss left at 0 for models that have none',
     ),
     Fault(
         name="query-scale",

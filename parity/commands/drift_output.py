@@ -115,12 +115,11 @@ def _begin(since: str) -> datetime:
 
 def last_findings(entries: list[Entry]) -> list[str]:
     """What the latest check of each kind shows, compared with all earlier ones."""
-    last: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        last.setdefault((entry.source, entry.golden), []).append(entry)
+    from reports.history import groups
+
     sentences: list[str] = []
-    for (source, _), group in last.items():
+    for label, group in groups(entries):
         points = [Margin(name, *figures) for name, figures in group[-1].points.items()]
         points = [replace(point, before=ledger.best(group[:-1], point.checkpoint)) for point in points]
-        sentences += [f"{source}: {finding}" for finding in ledger.findings(points)]
+        sentences += [f"{label}: {finding}" for finding in ledger.findings(points)]
     return sentences

@@ -27,9 +27,22 @@ if TYPE_CHECKING:
 
 def show_progress(done: int, total: int, perplexity: float) -> None:
     """One line on stderr that each chunk replaces, if that is a terminal."""
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\rchunk {done} of {total}, perplexity {perplexity:.4f} ", end=end, file=sys.stderr, flush=True)
+    _replace_line(f"chunk {done} of {total}, perplexity {perplexity:.4f}", end="\n" if done == total else "")
+
+
+def show_requests(_: str, done: int, total: int | None) -> None:
+    """The requests of a chunk in the same line, if stderr is a terminal: a server that does not echo gets one for each position."""
+    _replace_line(f"request {done} of {total}")
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal."""
+    return sys.stderr.isatty()
+
+
+def _replace_line(text: str, end: str = "") -> None:
+    if on_terminal():
+        print(f"\r{text} \x1b[K", end=end, file=sys.stderr, flush=True)
 
 
 def answer(
@@ -100,7 +113,7 @@ def opened_server(server: "ServerRequest", model: Path) -> "Callable[[Reference,
     """What makes a server a side of a score."""
     from ..server.scoring import ServerPredictions
 
-    return partial(ServerPredictions, server, model)
+    return partial(ServerPredictions, server, model, progress=show_requests)
 
 
 def explained(run: "Request", source: str, leading: tuple[int, ...], server: "ServerRequest | None" = None) -> int:

@@ -1,20 +1,18 @@
 """An engine compared with itself: the same positions computed in other portions must give the same values."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from checkpoints.answers.consistency import Check, Consistency
 from checkpoints.answers.diff import Verdict
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.gguf_file import contents
-from checkpoints.points import parse
 from checkpoints.record import Dump, Header
 from engine.engine import Engine, whole_input
 from engine.graph import sees_later
@@ -27,31 +25,15 @@ from ..arbiter.encoder_decoder import EncoderDecoderArbiter
 from ..arbiter.third_side import AnyArbiter
 from ..diff.compare import Options, compare
 from ..diff.uncompared import uncompared
-from ..run.command import PORTIONS, SEQUENCES, STATE, UBATCH, EngineError
+from ..run.command import PORTIONS, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
 from ..run.sides import OURS, ExternalEngine, OurEngine, Side, recorded, side_of
+from .suspects import MASK, MORE_POINTS, first_to_differ, suspected
+from .ways import WAYS, described_whole, other_ways, portions_text, possible_ways, starts_of, way_of, why_not, with_another_last
 
-CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
-OTHERS, SAVED = "sequences", "state"
-_BY_KIND = {
-    **dict.fromkeys(("q_rope", "k_rope"), POSITIONS),
-    **dict.fromkeys(("k_read", "v_read"), CACHE),
-    "kq_soft_max": MASK,
-    **dict.fromkeys(("kq", "kqv_out"), CACHE),
-}
-_WORDS = {
-    CACHE: "keys or values of earlier passes are not those that were computed: rows written to or read from other places",
-    POSITIONS: "Q or K are rotated by another position: the count of earlier tokens is not added, or added twice",
-    MASK: "scores are right and weights are not: the mask takes positions of this pass for positions in the sequence",
-    OTHERS: "a prompt gives other values in a batch: padding or other sequences' rows are seen, or positions are counted across sequences",
-    SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
-    BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
-}
 _HOW_TO_STEP = 'Record the number of the pass: "step" in a line, parity_pass in C.'
 _DECODER = "dec.output_norm.weight"  # a tensor of every encoder–decoder
-_BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
-_ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 
 
 class ConsistencyRequest(Struct, frozen=True):
@@ -98,8 +80,8 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     options = comparison_options(run)
     if isinstance(side, OurEngine):  # GELU's table is coarse: float64 tells how far two right passes may be apart
         options = replace(options, truth=_truth(side.engine, prompt, run.first_position))
-    ways = _possible_ways(side, prompt)
-    not_checked = [f"{subject}: {_untold(side, way)}" for way, subject in _WAYS.items() if way not in ways]
+    ways = possible_ways(side, prompt)
+    not_checked = [f"{subject}: {why_not(side, way)}" for way, subject in WAYS.items() if way not in ways]
     with TemporaryDirectory(prefix="parity-consistency-") as folder:
 
         def dumped(prompt: Prompt) -> Dump:
@@ -108,34 +90,17 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
             return recorded(side, out, prompt, run.mapping)
 
         whole = dumped(prompt)
-        checks, refused = _in_other_ways(side, dumped, whole, prompt, _ways(ways, prompt, request.chunk), options)
+        checks, refused = _in_other_ways(side, dumped, whole, prompt, other_ways(ways, prompt, request.chunk), options)
         not_checked += refused
         if isinstance(side, OurEngine) and sees_later(side.engine.steps):
             not_checked.append("another last token: in an encoder every position sees all others")
         else:
-            other = dumped(_another_last(prompt, vocabulary))
+            other = dumped(with_another_last(prompt, vocabulary))
             causal = _causal(other, whole, prompt.ids, options)
             checks.append(causal if causal.verdict is None else replace(causal, verdict=_held_to(side, causal.verdict)))
     if not checks:
         raise whole_input()
     return Consistency(_described(side, whole), tuple(checks), tuple(not_checked))
-
-
-def _possible_ways(side: Side, prompt: Prompt) -> frozenset[str]:
-    """The ways of computing that a side knows for a prompt.
-
-    Raises:
-        InputError: an engine would have to know what an encoder–decoder's decoder reads.
-    """
-    if not prompt.decoded or isinstance(side, OurEngine):
-        return side.ways
-    if isinstance(side, ExternalEngine):
-        raise InputError(
-            "--exec cannot tell an engine which tokens the decoder of an encoder–decoder reads.",
-            "Dump the decoder's tokens twice, in one pass and one by one: parity consistency A B.",
-            code="encoder-decoder",
-        )
-    return side.ways & {PORTIONS}
 
 
 def _in_other_ways(
@@ -162,24 +127,12 @@ def _in_other_ways(
             continue
         foreign = isinstance(side, ExternalEngine) and bool(verdict)
         unconfirmed = unconfirmed or (foreign and bool(way.portions) and _passes(dump) != list(way.portions))
-        suspect, reason = suspected(verdict, _starts(way.portions or (way.saved, len(prompt.ids))), way=_way_of(way))
-        title = f"{description} against {_whole(prompt)}"
+        suspect, reason = suspected(verdict, starts_of(way.portions or (way.saved, len(prompt.ids))), way=way_of(way))
+        title = f"{description} against {described_whole(prompt)}"
         checks.append(Check(name, title, verdict, suspect, reason, first_to_differ(verdict)))
     if unconfirmed:
         not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {_HOW_TO_STEP}")
     return checks, not_checked
-
-
-_WAYS = {
-    PORTIONS: "portions", UBATCH: "ubatch sizes", SEQUENCES: "several sequences in a batch", STATE: "saved and restored state",
-}  # fmt: skip
-
-
-_OURS = {
-    UBATCH: "does not cut a pass further",
-    SEQUENCES: "keeps one sequence on the device in this mode",
-    STATE: "keeps its state on the device in this mode",
-}
 
 
 def _held_to(side: Side, verdict: Verdict) -> Verdict:
@@ -190,66 +143,10 @@ def _held_to(side: Side, verdict: Verdict) -> Verdict:
     return replace(verdict, uncompared=uncompared(side.requested, compared, verdict.uncompared.positions, ()))
 
 
-def _untold(side: Side, way: str) -> str:
-    """Why a way of computing is not checked."""
-    if isinstance(side, OurEngine):
-        return f"{side.name} {_OURS[way]}"
-    if isinstance(side, ExternalEngine):
-        return f"{side.name} is not told about them; put {way} into --exec"
-    return f"{side.name} encodes a prompt at once, and a state does not hold what came of it"
-
-
 def _truth(engine: Engine, prompt: Prompt, first: int) -> AnyArbiter:
     if isinstance(engine, Transformer) and engine.encoder is not None:
         return EncoderDecoderArbiter(engine, prompt.ids, prompt.decoded)
     return Arbiter.of(engine, prompt.ids, first)
-
-
-def _whole(prompt: Prompt) -> str:
-    return f"{'the decoder over' if prompt.decoded else 'a prefill of'} {len(prompt.ids)}"
-
-
-def _another_last(prompt: Prompt, vocabulary: int) -> Prompt:
-    """The prompt with another last token, of those that come one after the other."""
-    if prompt.decoded:
-        return replace(prompt, decoded=(*prompt.decoded[:-1], (prompt.decoded[-1] + 1) % vocabulary))
-    return replace(prompt, ids=(*prompt.ids[:-1], (prompt.ids[-1] + 1) % vocabulary), pieces=())
-
-
-def _ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tuple[str, Prompt, str]]:
-    """(name, the prompt computed another way, a description), for each way that the side supports."""
-    ids, count = prompt.ids, len(prompt.ids)
-    if PORTIONS in ways:
-        for name, portions in _portions(count, chunk).items():
-            yield name, replace(prompt, portions=tuple(portions)), _portions_text(portions)
-    if UBATCH in ways:
-        for size in dict.fromkeys((1, chunk)):
-            if size < count:
-                yield f"ubatches of {size}", replace(prompt, ubatch=size), f"a pass in ubatches of {size}"
-    if SEQUENCES in ways:  # a shorter one, the same one, a longer one
-        companions = (ids[: (count + 1) // 2], ids, (*ids, *ids[: (count + 1) // 2]))
-        yield (
-            "among other sequences",
-            replace(prompt, companions=companions),
-            "the last of four sequences, one of them the same,",
-        )
-    if STATE in ways:
-        saved = count // 2
-        yield (
-            "a restored state",
-            replace(prompt, saved=saved),
-            f"{saved} tokens, a state that is saved and restored, {count - saved} more,",
-        )
-
-
-def _way_of(prompt: Prompt) -> str:
-    return SEQUENCES if prompt.companions else STATE if prompt.saved else UBATCH if prompt.ubatch else PORTIONS
-
-
-def first_to_differ(verdict: Verdict) -> str:
-    """The first point, in dataflow order, at which any value differs: the first operation that depends on something irrelevant."""
-    differing = (point for point in verdict.points if point.worst.nmse or point.worst.max_abs)
-    return next((point.checkpoint for point in differing), "")
 
 
 def _described(side: Side, whole: Dump) -> str:
@@ -260,24 +157,6 @@ def _described(side: Side, whole: Dump) -> str:
     device = header.build.get("device") or header.build.get("backend", "")
     described = f"{model.name} · {model.architecture}, {model.layers} layers"
     return " · ".join(filter(None, [side.name, described, device]))
-
-
-def _portions(count: int, chunk: int) -> dict[str, list[int]]:
-    """Ways to compute `count` positions, by name."""
-    ways = {"prefill and one step": [count - 1, 1], "one token at a time": [1] * count}
-    if chunk < count:
-        ways["chunks"] = [chunk] * (count // chunk) + ([count % chunk] if count % chunk else [])
-    return ways
-
-
-def _starts(portions: Sequence[int]) -> NDArray[np.int64]:
-    return np.cumsum([0, *portions[:-1]])
-
-
-def _portions_text(portions: Sequence[int]) -> str:
-    if len(set(portions)) == 1 and len(portions) > 1:
-        return f"{len(portions)} × {portions[0]}"
-    return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
 
 
 def _causal(other: Dump, whole: Dump, ids: Sequence[int], options: Options) -> Check:
@@ -296,34 +175,6 @@ def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:
     return replace(dump, header=header, points=points)
 
 
-_ALL_POINTS = "--points all tells which of them"
-_MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would show which of them"
-
-
-def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS, way: str = PORTIONS) -> tuple[str, str]:
-    """What to suspect if a comparison of portions fails, and a sentence; empty if it does not.
-
-    Args:
-        starts: the first positions of the portions, int64.
-        advice: what would decide, if the recorded points leave it open.
-        way: how the other side was computed: the placeholder that requests it.
-    """
-    first = verdict.first_divergence
-    if verdict or first is None:
-        return "", ""
-    kinds = [parse(origin.first.checkpoint).kind for origin in verdict.origins] or [parse(first.checkpoint).kind]
-    suspects = [_BY_KIND[kind] for kind in kinds if kind in _BY_KIND]
-    at = f"first at {first.checkpoint}, position {first.token_idx}"
-    if way in _BY_WAY:
-        return _BY_WAY[way], f"{_WORDS[_BY_WAY[way]]} ({at})"
-    if suspects:
-        return suspects[0], f"{_WORDS[suspects[0]]} ({at})"
-    if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
-        return BATCH, f"{_WORDS[BATCH]} ({at})"
-    later = "cache, positions or mask"
-    return later, f"right within the first portion, wrong after it ({at}): {advice}"
-
-
 def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consistency:
     """Two dumps of an external engine over the same tokens, computed in different portions.
 
@@ -334,17 +185,17 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     passes = [_passes(dump) for dump in (a, b)]
     if passes[0] == passes[1]:
         raise DumpError(
-            f"{left.name} and {right.name} were computed in the same portions ({_portions_text(passes[0])}).",
+            f"{left.name} and {right.name} were computed in the same portions ({portions_text(passes[0])}).",
             f"Dump once with the prompt in one pass and once with decode steps or chunks. {_HOW_TO_STEP}",
             code="portions",
         )
     verdict = compare(a, b, comparison_options(request.run))
     finer = max(passes, key=len)
-    suspect, reason = suspected(verdict, _starts(finer), _MORE_POINTS)
+    suspect, reason = suspected(verdict, starts_of(finer), MORE_POINTS)
     source = (a.header or b.header or Header("")).source
     check = Check(
         "two dumps",
-        f"{left.name} ({_portions_text(passes[0])}) against {right.name} ({_portions_text(passes[1])})",
+        f"{left.name} ({portions_text(passes[0])}) against {right.name} ({portions_text(passes[1])})",
         verdict,
         suspect,
         reason,

@@ -4,6 +4,7 @@ The record then shows another layout, another moment or another point than its n
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import RecordFault
 from checkpoints.points import parse
-from checkpoints.record import Dump
+from checkpoints.record import Dump, Rows
 
 from .against_limits import Held
 from .dataflow import Flow
@@ -21,6 +22,7 @@ from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
 from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
 from .record_faults import in_order, listed
 from .records import Judged
+from .rounded_records import RoundedRecords
 from .same_vector import alike
 from .wrong_values import energies, new_nonfinite, removed_by_a_norm
 
@@ -65,6 +67,7 @@ class _Consumers:
         self._energy = energies(measured)
         self._hidden: set[str] = set()  # points whose error a norm after them removes
         self._readings: dict[str, Reading | None] = {}
+        self._rounded = RoundedRecords(model, self._wrong_records)
         self._others = Others(ref.points)
         self._right_elsewhere = dict(elsewhere)
         self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
@@ -104,11 +107,14 @@ class _Consumers:
                 continue  # nothing is known of NaN that was not recorded
             decided = self._decisions(name, wrong)
             alike = {reading for kind, reading in known if kind == parse(name).kind}
-            if decided is None and not alike and not self._begins(name):
+            if decided is None and not alike and not self._begins(name) and not self._rounded.alone(name):
                 continue
             read = self._reading(name, wrong)
+            if read is not None and read.own and decided is not None and not any(decided):
+                # Its own values, all of them: what chooses by them need not tell, if something else does.
+                decided = self._decisions(name, wrong, choices=False)
             acquitted = self._acquitted(name, decided, read)
-            if acquitted or (read is not None and (read.proof or read.same in alike)):
+            if acquitted or (read is not None and (read.proof or read.same in alike or self._rounded.alone(name))):
                 if not acquitted and read is not None and not read.own:
                     self._blind.add(name)
                 self._otherwise[wrong] = True
@@ -155,7 +161,7 @@ class _Consumers:
 
     def _shows_nonfinite(self, name: str, child: str, record: int, other: int) -> bool:
         """Whether NaN, or infinity, at the element of a record's first one would show in the recorded values of a consumer."""
-        if not (np.isnan(self._measured.measures.nmse_row[other]) or self._measured.measures.bound[other]):
+        if self._known_whole(other):
             return True
         parent, consumer = (self._measured.pairs[self._place[point]] for point in (name, child))
         above, below = int(self._measured.row[record]), int(self._measured.row[other])
@@ -172,11 +178,14 @@ class _Consumers:
             self._readings[name] = self._read(name, wrong)
         return self._readings[name]
 
+    def _wrong_records(self, name: str) -> tuple[Rows, Rows]:
+        pair, rows = self._measured.pairs[self._place[name]], self._measured.row[self._wrong(name)]
+        return pair.ours.take(rows), pair.ref.take(rows)
+
     def _read(self, name: str, wrong: Ints) -> Reading | None:
         if not np.isfinite(self._measured.measures.nmse[wrong]).all():
             return None
-        pair = self._measured.pairs[self._place[name]]
-        ours, ref = (side.take(self._measured.row[wrong]) for side in (pair.ours, pair.ref))
+        ours, ref = self._wrong_records(name)
         allowed = Allowed.of(self._held.limit[wrong], self._measured.measures.nmse[wrong], ours, ref)
         layout = reading(ours, ref, allowed, self._others, self._head_size)
         if layout is None and (others := alike(name, ours, self._ours.points)):
@@ -190,9 +199,14 @@ class _Consumers:
             )
         return layout
 
-    def _decisions(self, name: str, wrong: Ints) -> list[bool] | None:
-        """For each wrong record of a point, whether what is made from it decides; None if something made from it is wrong, too."""
+    def _decisions(self, name: str, wrong: Ints, *, choices: bool = True) -> list[bool] | None:
+        """For each wrong record of a point, whether what is made from it decides; None if something made from it is wrong, too.
+
+        `choices`: what is chosen by it must tell as well.
+        """
         children = self._model.children[name]
+        if not choices:
+            children = tuple(child for child in children if not self._chooses(name, child))
         if not children:
             return None
         decided: list[bool] = []
@@ -202,6 +216,9 @@ class _Consumers:
                 return None
             decided.append(judged_by_consumers)
         return decided
+
+    def _chooses(self, name: str, child: str) -> bool:
+        return bool(self._model.operations(self._model.path(name, child)) & CHOICES)
 
     def _acquitted(self, name: str, decided: list[bool] | None, read: Reading | None) -> bool:
         """Whether what is made from a point shows that its wrong records are no fault of the operation."""
@@ -219,7 +236,7 @@ class _Consumers:
 
         Where something is wrong, a norm or a product with weights that agrees has still read the right row.
         """
-        decided, consumed, hidden = True, False, False
+        decided, consumed, hidden, unclear = True, False, False, False
         failing, read = False, False
         for child in children:
             other = self._record(child, record)
@@ -230,11 +247,11 @@ class _Consumers:
             elif self._held.failed[other]:
                 failing = True
             elif not np.isfinite(self._measured.measures.nmse[record]):  # what is made from NaN would be NaN, too
-                carries = self._carries(name, record)
+                carries = self._carries(name, record, whole=self._known_whole(other))
                 if self._shows_nonfinite(name, child, record, other) and self._model.reaches(name, child, carries):
                     consumed = True
                 else:
-                    decided = False
+                    unclear = True  # another reader that had a finite value shows that there was one
             elif self._hidden_by_a_norm(name, child, record):
                 hidden = True  # it says nothing, but a residual sum beside it does
                 self._hidden.add(name)
@@ -245,12 +262,17 @@ class _Consumers:
                 decided = False
         if failing:
             return True if read else None
-        return decided and (consumed or not hidden)
+        return decided and (consumed or not (hidden or unclear))
 
-    def _carries(self, name: str, record: int) -> Callable[[str], bool]:
+    def _known_whole(self, record: int) -> bool:
+        """Whether a record is compared as a whole row."""
+        measures = self._measured.measures
+        return not (np.isnan(measures.nmse_row[record]) or measures.bound[record])
+
+    def _carries(self, name: str, record: int, *, whole: bool) -> Callable[[str], bool]:
         """Which operations leave no finite value of what a record has that is not finite."""
         nan = np.isnan(self._measured.pairs[self._place[name]].ours.values[self._measured.row[record]]).any()
-        return self._model.carries_nan if nan else self._model.carries_infinity
+        return partial(self._model.carries_nan if nan else self._model.carries_infinity, somewhere=whole)
 
     def _reads_rows(self, name: str, child: str) -> bool:
         """Whether a consumer reads whole rows: through a norm or a product with weights."""
@@ -270,11 +292,11 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
-        if operations & CHOICES:
+        if self._chooses(name, child):
             return False  # many other scores choose the same experts
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
-        if not (np.isnan(measures.nmse_row[other]) or measures.bound[other]) or self._model.mixes(name, child):
+        if self._known_whole(other) or self._model.mixes(name, child):
             return True
         seen = measures.nmse_slice[record] * _BELOW > self._held.limit[record]
         if operations <= ELEMENTWISE and seen:

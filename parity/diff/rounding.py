@@ -10,10 +10,14 @@ from checkpoints.record import Rows
 Floats = NDArray[np.float32]
 
 _BLOCK = 32  # of Q8_0
-_TELLING = 8  # values that a type has to reproduce
+# Bits of float32's mantissa that a simple number (1, 0.75, 3) has not, and how many others show a type: any has F16's bits by chance once
+# in 8,192 draws.
+_SIMPLE, _FEWEST = 19, 3
 # Error of a right engine in proportion to a row's root mean square, the root of the limit of NMSE; and the share of values that it may
 # round the other way: those near a tie, and those so small that their steps are no larger than the error.
 _NOISE, _NEAR_TIES = 1e-5, 0.05
+# Bits of mantissa after the first one, and the exponent of the smallest step.
+_MANTISSA = {"F16": (10, -24), "BF16": (7, -133), "TF32": (10, -136)}
 
 
 def rounded_to(ours: Rows, ref: Rows) -> str:
@@ -28,13 +32,36 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     inside = np.arange(width) < counts[:, None]
     # Rows of attention's scores grow with the position: what a shorter one lacks counts as 0, which every type has.
     a, b = (np.where(inside, side.values[:, :width], np.float32(0)) for side in (ours, ref))
-    if counts.sum() < _TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.array_equal(a, b):
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or _too_simple(a) or np.array_equal(a, b):
         return ""
     with np.errstate(over="ignore"):  # what F16 cannot hold becomes infinite, and fits nothing
         fitting = [name for name, rounding in _types() if _rounds(a, b, rounding, int(counts.sum()))]
     if fitting:
         return " or ".join(fitting)
     return "8 bits a block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
+
+
+def _too_simple(values: Floats) -> bool:
+    """Whether too few of the values have more bits than any type has."""
+    return int(np.count_nonzero(_mantissa(values, _SIMPLE) != values)) < _FEWEST
+
+
+def type_of(values: Floats) -> str:
+    """The lowest type ("F16", "BF16", "TF32") that has all of these values exactly; empty if none has, or if they are too few to tell."""
+    if not np.isfinite(values).all() or _too_simple(values):
+        return ""
+    with np.errstate(over="ignore"):
+        fitting = [name for name, rounding in _types() if np.array_equal(rounding(values), values)]
+    return min(fitting, key=lambda name: _MANTISSA[name][0], default="")
+
+
+def beyond_rounding(values: Floats, rounded: Floats, name: str) -> Floats:
+    """`rounded`, values of a type that `type_of` names, plus what `values` are further from it than half a step of that type."""
+    bits, least = _MANTISSA[name]
+    half = np.ldexp(0.5, np.maximum(np.frexp(rounded)[1] - 1 - bits, least))
+    apart = values.astype(np.float64) - rounded
+    with np.errstate(invalid="ignore"):
+        return np.asarray((rounded + np.sign(apart) * np.maximum(np.abs(apart) - half, 0.0)).astype(np.float32))
 
 
 def _rounds(a: Floats, b: Floats, rounding: Callable[[Floats], Floats], number: int) -> bool:

@@ -1,6 +1,5 @@
 """The dumps of golden prompts, written by any side, which opens the model once."""
 
-import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
@@ -44,7 +43,7 @@ class GoldenDumps:
         with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
             printed = Path(scratch) / "printed.jsonl"
             self._side.dump(prompt, printed)
-            write(load(printed), out, Header(source=f"printed by {shlex.split(self._request.command.line)[0]}"))
+            write(load(printed), out, Header(source=f"printed by {self._request.command.name}"))
 
     def lacking(self, prompt: Prompt, out: Path) -> Uncompared:
         """What a foreign engine was asked for and did not print into `out`; false of parity's own sides, which print all of it."""

@@ -28,6 +28,7 @@ from ..diff.tokens import same_model, too_few_tokens
 from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
+from .captured import as_captured
 from .expert_order import by_score
 from .noise import allowed
 from .records import Expected, Ints, expected
@@ -123,6 +124,8 @@ class Case:
         self.entries, noise = allowed(self.entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.noise = noise
         self.notes = (*self.dump.notes, *left_out, *notes, *self._reordered, *resolved(self))
+        self.entries, captured = as_captured(self.entries, self.transformer.steps)
+        self.notes = (*self.notes, *captured)
 
     def _count_from(self, first: int, prompt: int) -> None:
         """Make the right engine's replay with the first token at this position."""

@@ -28,7 +28,7 @@ def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in later)
         agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
         late = [
-            agreed is not None and state.planting.begin(candidate.fault, None, candidate.parameters) > state.order[agreed]
+            agreed is not None and state.planting.first_change(candidate.fault, candidate.parameters) > state.order[agreed]
             for candidate in left
         ]
         capture = [shown and candidate.fault.shows is not None for candidate in left]

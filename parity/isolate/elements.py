@@ -5,6 +5,7 @@ wrong leading dimension, layout or row.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from math import prod, sqrt
 from typing import Any
 from zlib import crc32
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import Element
 from checkpoints.errors import InputError
-from checkpoints.points import LOGITS
-from engine.graph import Altered, Step, WeightSource
+from checkpoints.points import LOGITS, parse
+from engine.graph import Altered, Step, WeightSource, compute, viewed
+from engine.replay.products import product
 from engine.weights.rounding import Q4_1, Q5_1, q8_1_correction, round_activations
 
 from .values import RecordedValue, seen_scores
@@ -81,6 +83,33 @@ def energy_of_scores(
     energy: NDArray[np.float64] = seen_scores(score([np.square(given, dtype=np.float64) for given in inputs]), positions)
     energy = energy.sum(axis=(0, 2), dtype=np.float64)
     return energy if np.isfinite(energy).all() else None
+
+
+def least_energy(
+    step: Step, inputs: Sequence[NDArray[np.float32]], positions: NDArray[np.int64], weights: WeightSource
+) -> NDArray[np.float64] | None:
+    """What a row's sum of squares would be if the terms of its products had random signs, float64 [T]; None if that is not needed.
+
+    A gate of one number and the few scores of the first positions may cancel to almost nothing, but their rounding error does not.
+    """
+    if parse(step.makes).kind == "kq" and not any(step.weights):
+        return energy_of_scores(partial(compute, step, weights=weights), inputs, positions)
+    if step.op is not product or not isinstance(step.weights[0], Altered):
+        return None
+    return typical_energy(viewed(step.reads[0], inputs[0]), weights, step.weights[0].weight)
+
+
+def sampled_error(
+    step: Step, inputs: Sequence[NDArray[np.float32]], dumped: NDArray[np.float32], weights: WeightSource
+) -> float | None:
+    """The largest error of single elements of a step's recorded value, as `sample_product` gives it; None if it is no product."""
+    if "native" not in step.params or not isinstance(step.weights[0], Altered):
+        return None
+    chosen = Sample.of(step.makes, *dumped.shape)
+    bias = step.weights[1] if len(step.weights) > 1 else None
+    added = weights.get(bias) if isinstance(bias, str) else None
+    x = viewed(step.reads[0], inputs[0])
+    return sample_product(chosen, x, dumped, weights, step.weights[0].weight, added, native=bool(step.params["native"]))
 
 
 def sample_product(

@@ -216,7 +216,11 @@ class Inputs:
         Raises:
             UnknownInput: one of its inputs is not known.
         """
-        value: Array = compute(step, self.of(step), self._weights)
+        given = self.of(step)
+        try:
+            value: Array = compute(step, given, self._weights)
+        except (ValueError, IndexError):  # a choice of experts that names none, say
+            raise UnknownInput(f"{step.makes}, which it reads, does not follow from what was recorded") from None
         self.done_with(step)
         return value
 

@@ -44,7 +44,12 @@ class Record(Struct):
     wrong: bool = False
     # If only a definition that rounds activations, as the mode does not, makes the recorded value: NMSE of the one that does not.
     unrounded: float | None = None
+    lower: str = ""  # the type to which the right value was rounded, where nothing else is wrong with what was recorded
     denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
+    read_by: dict[str, None] = field(default_factory=dict)  # operations that read the recorded value, and not the right one
+    reordered: dict[str, float] = field(
+        default_factory=dict
+    )  # choices that it read in another order; NMSE by the recorded order
 
 
 class Judging(Struct):

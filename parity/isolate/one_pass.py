@@ -1,11 +1,9 @@
 """One forward pass: each operation is computed from the inputs that it really had, and compared with what came out of it."""
 
 from collections import ChainMap, Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
@@ -13,15 +11,16 @@ from checkpoints.errors import ModelError
 from checkpoints.points import parse
 from engine import ops
 from engine.graph import POSITIONS, TOKENS, Altered, Step, compute, viewed
-from engine.replay.products import product
 from engine.replay.proof import rounds_activations
 
 from ..diff.record_faults import listed
-from .elements import Sample, energy_of_scores, sample_product, typical_energy
+from ..diff.rounding import beyond_rounding, type_of
+from .elements import least_energy, sampled_error
+from .held import Held, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import look_of, other_epsilon
-from .routing import routing_error
+from .routing import other_order, routing_error
 from .values import CACHED, RecordedValue, row_errors, rows_at
 
 # A norm is one scale a row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
@@ -46,33 +45,6 @@ def _inputs(names: Sequence[str]) -> str:
     return f"its inputs {listed(nearest if len(names) <= _NAMED else [*nearest[-2:], 'earlier ones'])} were"
 
 
-def _without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
-    """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
-    unknown = np.zeros(rows, dtype=np.bool_)
-    for given in inputs:
-        undefined = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
-        if undefined.ndim == 2 and len(undefined) == rows:
-            unknown |= undefined.any(axis=1)
-        elif undefined.ndim == 3 and undefined.shape[1] == rows:
-            unknown |= undefined.any(axis=(0, 2))
-        elif undefined.any():
-            unknown[:] = True
-    return unknown
-
-
-class _Held(Struct, frozen=True):
-    """An operation's recorded value and the one that follows from its inputs, at the positions [R] that all of them have."""
-
-    inputs: Sequence[NDArray[np.float32]]
-    dumped: NDArray[np.float32]
-    ours: NDArray[np.float32]
-    positions: NDArray[np.int64]
-    errors: NDArray[np.float64]
-    reason: str
-    rounds: bool = False  # only a definition that rounds activations, unlike the first one, is as near
-    unrounded: float = 0.0  # the worst error by the first definition
-
-
 class JudgedPass:
     """One forward pass as it goes through the judging."""
 
@@ -84,7 +56,7 @@ class JudgedPass:
         self._live = {**judging.given, TOKENS: RecordedValue(tokens, positions), POSITIONS: RecordedValue(positions, positions)}
         self._memory.past[POSITIONS].append(self._live[POSITIONS])
         self._inputs = Inputs(self._program, self._weights, self._memory, positions, self._live)
-        self._right: dict[str, RecordedValue] = {}  # the right values of wrong operations
+        self._right: dict[str, RecordedValue] = {}  # what readers may have read in place of a record
         self._states: dict[str, NDArray[np.float32] | None] = {}
 
     def run(self, arriving: Iterable[tuple[str, RecordedValue]]) -> None:
@@ -154,11 +126,9 @@ class JudgedPass:
         Raises:
             UnknownInput: an input is not known at the positions of the output.
         """
-        held = self._held(step, self._inputs)
+        held = self._nearest(step)
         record = self._judging.records[step.makes]
         record.passes += 1
-        if held.errors.max() > self._limit(step):
-            held = self._with_right_inputs(step) or held
         definitions = self._definitions(step)
         if held.rounds and held.errors.max() <= self._limit(step):
             record.unrounded = max(record.unrounded or 0.0, held.unrounded)
@@ -166,9 +136,45 @@ class JudgedPass:
         if step.op is ops.rms_norm:
             self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
         if self._judging.sample:
-            sampled = [self._sampled(definition, held.inputs, held.dumped) for definition in definitions]
+            sampled = [sampled_error(definition, held.inputs, held.dumped, self._weights) for definition in definitions]
             if measured := [error for error in sampled if error is not None]:
                 record.sampled = max(record.sampled or 0.0, min(measured))
+
+    def _nearest(self, step: Step) -> Held:
+        """A step's recorded value beside what follows from the records of its inputs or, if it does not, from their right values."""
+        others = {name: self._right[name] for name in self._right if name in self._program.needs(step)}
+        limit = self._limit(step)
+        try:
+            held = self._held(step, self._inputs)
+        except UnknownInput:
+            if (read := self._with_others(step, others)) is None:
+                raise
+            return read
+        if not held.agrees(limit) or held.unknown:
+            return self._with_others(step, others, float(held.errors.max())) or held
+        if others:
+            held = self._weighed(step, held, others)
+        if (routing := self._program.routing.get(step.makes)) and held.ours.shape == held.dumped.shape:
+            order = other_order(routing.used, held.ours, held.dumped)
+            if order.size == self._live[step.makes].data.size:
+                self._right[step.makes] = self._in_place(step.makes, order)
+        return held
+
+    def _weighed(self, step: Step, held: Held, others: Mapping[str, RecordedValue]) -> Held:
+        """A step that agrees with the records of its inputs; what that says of them is noted: nothing, if it agrees with others, too."""
+        choices = [name for name in others if name in self._program.routing and not self._judging.records[name].wrong]
+        for name in choices:
+            self._judging.records[name].read_by[step.makes] = None
+        others = {name: value for name, value in others.items() if name not in choices}
+        instead = self._held_by(step, others) if others else None
+        if instead is None or not instead.agrees(self._limit(step)):
+            for name in others:
+                self._judging.records[name].read_by[step.makes] = None
+            return held
+        if type_of(held.dumped) and instead.ours.size == self._live[step.makes].data.size:
+            # Both were rounded, as a cache's rows are with the values that it keeps: those who read it may have read either.
+            self._right[step.makes] = self._in_place(step.makes, instead.ours)
+        return instead if held.lower else held
 
     def _definitions(self, step: Step) -> list[Step]:
         """The step in each right definition, each only once."""
@@ -177,13 +183,13 @@ class JudgedPass:
             definition for number, definition in enumerate(every) if not any(definition is other for other in every[:number])
         ]
 
-    def _held(self, step: Step, source: Inputs) -> _Held:
+    def _held(self, step: Step, source: Inputs) -> Held:
         """A step's recorded value, and the one that the nearest definition makes from its inputs."""
         inputs, dumped, positions = self._aligned(step, source)
         first = self._program.producers[step.makes]
         routing = self._program.routing.get(step.makes)
-        best: _Held | None = None
-        limit, least = self._limit(step), self._typical_energy(first, inputs, positions)
+        best: Held | None = None
+        limit, least = self._limit(step), least_energy(first, inputs, positions, self._weights)
         tried: list[list[Step]] = []
         for program in self._programs:
             way = program.way(step.makes)  # definitions may also differ between the recorded values and the step
@@ -200,44 +206,62 @@ class JudgedPass:
                 errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
                 errors = row_errors(step.makes, ours, dumped, positions, least)
-            unknown = _without_numbers(inputs, len(errors))
+            unknown = without_numbers(inputs, len(errors))
             if unknown.all():
                 raise UnknownInput(NOT_FINITE)
             errors = np.where(unknown, 0.0, errors)
-            if best is None or errors.max() < best.errors.max():
+            if best is None or nearer(errors, best.errors, limit):
                 rounds = rounds_activations(definition) and not rounds_activations(first)
                 by_first = float(errors.max()) if best is None else best.unrounded
-                best = _Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first)
+                best = Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first, bool(unknown.any()))
             if best.errors.max() <= limit:
                 break
         assert best is not None
+        if best.errors.max() > limit and routing is None and best.ours.size == dumped.size and (kind := type_of(dumped)):
+            rounded = beyond_rounding(best.ours.reshape(dumped.shape), dumped, kind)
+            errors = np.where(unknown, 0.0, row_errors(step.makes, rounded, dumped, positions, least))
+            best = replace(best, lower=kind if errors.max() <= limit else "")
         return best
 
-    def _with_right_inputs(self, step: Step) -> _Held | None:
-        """A wrong step, compared using the right values of inputs that were found wrong; None if it is wrong even then.
+    def _with_others(self, step: Step, others: Mapping[str, RecordedValue], error: float = np.inf) -> Held | None:
+        """A step that does not follow from the records of its inputs, compared using other values of those; None if it is wrong even then.
 
         An operation that is right then really had these values: the record of its input is wrong. One such input is tried at a time,
-        then all together.
+        then all together. `error` is that by the records.
         """
-        wrong = [name for name in self._right if name in self._program.needs(step)]
-        for names in [*([name] for name in wrong), *([wrong] if len(wrong) > 1 else [])]:
-            right = {name: self._right[name] for name in names}
-            past = {name: [*self._memory.past[name][:-1], value] for name, value in right.items() if name in self._memory.past}
-            memory = replace(self._memory, past={**self._memory.past, **past})
-            live = ChainMap(right, self._live)
-            held = self._held(step, Inputs(self._program, self._weights, memory, self._positions, live))
-            if held.errors.max() <= self._limit(step):
-                for name in names:
-                    self._judging.records[name].denied_by[step.makes] = None
-                self._memory.past.update(past)  # later passes read it, too
-                return held
+        for names in [*([name] for name in others), *([list(others)] if len(others) > 1 else [])]:
+            held = self._held_by(step, {name: others[name] for name in names})
+            if held is None or not held.agrees(self._limit(step)) or held.unknown:
+                continue
+            for name in names:
+                self._judging.records[name].denied_by[step.makes] = None
+                if name in self._program.routing and not self._judging.records[name].wrong:
+                    self._judging.records[step.makes].reordered[name] = error
+                if name in self._memory.past:
+                    self._memory.past[name][-1] = others[name]  # later passes read it, too
+            return held
         return None
+
+    def _held_by(self, step: Step, others: Mapping[str, RecordedValue]) -> Held | None:
+        """A step compared using other values of some inputs than the recorded ones; None if an input is not known."""
+        past = {name: [*self._memory.past[name][:-1], value] for name, value in others.items() if name in self._memory.past}
+        memory = replace(self._memory, past={**self._memory.past, **past})
+        live = ChainMap(dict(others), self._live)
+        try:
+            return self._held(step, Inputs(self._program, self._weights, memory, self._positions, live))
+        except UnknownInput:
+            return None
+
+    def _in_place(self, name: str, data: NDArray[np.float32]) -> RecordedValue:
+        return replace(self._live[name], data=data.reshape(self._live[name].data.shape))
 
     def _computed(self, step: Step, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         try:
             with np.errstate(all="ignore"):  # a foreign engine's inputs may be anything
                 computed: NDArray[np.float32] = compute(step, inputs, self._weights)
         except (ValueError, IndexError):
+            if choice := next((name for name in self._program.needs(step) if name in self._program.routing), ""):
+                raise UnknownInput(f"{choice} was recorded with places that nothing has") from None
             shapes = ", ".join(str(list(given.shape)) for given in inputs)
             raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
         return computed
@@ -246,7 +270,7 @@ class JudgedPass:
         self,
         step: Step,
         definition: Step,
-        held: _Held,
+        held: Held,
     ) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._judging.records[step.makes], self._limit(step)
@@ -254,7 +278,10 @@ class JudgedPass:
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
         if nmse > limit and held.ours.size == self._live[step.makes].data.size:
-            self._right[step.makes] = replace(self._live[step.makes], data=held.ours.reshape(self._live[step.makes].data.shape))
+            self._right[step.makes] = self._in_place(step.makes, held.ours)
+        if nmse > limit and held.lower:
+            record.lower = held.lower
+        record.wrong |= nmse > limit and not held.lower
         if nmse <= record.nmse:
             return
         record.nmse = nmse
@@ -266,7 +293,6 @@ class JudgedPass:
             first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else dumped
             look = held.reason or look_of(definition, first, dumped, self._weights, nmse, limit, self._siblings(step))
             record.reason = "; ".join(part for part in (where, look) if part)
-            record.wrong = True
 
     def _siblings(self, step: Step) -> list[str]:
         """Weights of the other products of the same layer."""
@@ -294,30 +320,6 @@ class JudgedPass:
             if error * _NEARER < record.nmse:
                 record.wrong = True
                 record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
-
-    def _typical_energy(
-        self, step: Step, inputs: Sequence[NDArray[np.float32]], positions: NDArray[np.int64]
-    ) -> NDArray[np.float64] | None:
-        """What a row's sum of squares would be if the terms of its products had random signs, float64 [T]; None if that is not needed.
-
-        A gate of one number and the few scores of the first positions may cancel to almost nothing, but their rounding error does not.
-        """
-        if parse(step.makes).kind == "kq" and not any(step.weights):
-            return energy_of_scores(partial(compute, step, weights=self._weights), inputs, positions)
-        if step.op is not product or not isinstance(step.weights[0], Altered):
-            return None
-        return typical_energy(viewed(step.reads[0], inputs[0]), self._weights, step.weights[0].weight)
-
-    def _sampled(self, step: Step, inputs: Sequence[NDArray[np.float32]], dumped: NDArray[np.float32]) -> float | None:
-        if "native" not in step.params or not isinstance(step.weights[0], Altered):
-            return None
-        chosen = Sample.of(step.makes, *dumped.shape)
-        bias = step.weights[1] if len(step.weights) > 1 else None
-        added = self._weights.get(bias) if isinstance(bias, str) else None
-        x = viewed(step.reads[0], inputs[0])
-        return sample_product(
-            chosen, x, dumped, self._weights, step.weights[0].weight, added, native=bool(step.params["native"])
-        )
 
     def _aligned(self, step: Step, source: Inputs) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
         """The step's inputs and output at the positions that all of them have.

@@ -42,7 +42,9 @@ class Isolator(Judging, dict=True):
 
     def proven(self) -> frozenset[str]:
         """Points that follow from their inputs, as far as they could be judged."""
-        return frozenset(name for name, record in self.records.items() if record.nmse >= 0 and not record.wrong)
+        return frozenset(
+            name for name, record in self.records.items() if record.nmse >= 0 and not record.wrong and not record.lower
+        )
 
     def unknown(self) -> frozenset[str]:
         """Points whose inputs were not finite."""
@@ -68,23 +70,61 @@ class Isolator(Judging, dict=True):
         judged = Operation(point.kind, point.layer, NOT_OBSERVABLE, weight=self._weight(step), reason=record.reason)
         if record.nmse < 0:
             return judged
+        status, reason = self._verdict(step.makes, record)
+        misread = [name for name in record.reordered if not self._recorded_in_another_order(name)]
         return replace(
             judged,
-            status=WRONG if record.wrong else PROVEN,
-            reason=self._together(step.makes, record),
-            nmse=record.nmse,
+            status=WRONG if misread else status,
+            reason=self._other_order(misread[0]) if misread else reason,
+            nmse=max([record.nmse, *(record.reordered[name] for name in misread)]),
             position=record.position,
             passes=record.passes,
             sampled=record.sampled,
         )
 
+    def _verdict(self, name: str, record: Record) -> tuple[str, str]:
+        """Whether an operation is right, and what is to be said of it."""
+        denied = listed_readers(record.denied_by)
+        if record.wrong:
+            return WRONG, self._together(name, record)
+        if record.lower and record.denied_by and not record.read_by:
+            return PROVEN, f"recorded rounded to {record.lower}: {denied} read the value before it was rounded"
+        if record.lower:
+            rounded = f"the right value rounded to {record.lower}"
+            if not record.read_by and record.lower in self._recorders_types:
+                return (
+                    NOT_OBSERVABLE,
+                    f"{rounded}, as the records of others are: nothing recorded shows whether it was computed so",
+                )
+            return WRONG, f"{rounded}: stored or computed in that type"
+        if self._recorded_in_another_order(name):
+            return PROVEN, f"recorded in another order than {denied} read it"
+        return PROVEN, self._together(name, record)
+
+    @property
+    def _recorders_types(self) -> set[str]:
+        """The lower types to which values were rounded in the record alone."""
+        return {record.lower for record in self.records.values() if record.lower and record.denied_by and not record.read_by}
+
+    def _recorded_in_another_order(self, name: str) -> bool:
+        """Whether several operations read a choice in another order than the recorded one, and none in that."""
+        record = self.records[name]
+        return not record.wrong and not record.lower and len(record.denied_by) > 1 and not record.read_by
+
+    def _other_order(self, name: str) -> str:
+        """What a wrong operation is that reads a choice in another order."""
+        readers = self.records[name].read_by
+        than = (
+            f"than {listed_readers(readers)}" if readers else "than it was recorded in (or the record alone has another order)"
+        )
+        return f"it reads {name} in another order {than}"
+
     def _together(self, name: str, record: Record) -> str:
         """What a wrong operation looks like, and which others it was judged together with."""
         others = self.stretches.get(name, ())
         if record.wrong and record.denied_by:
-            readers = list(record.denied_by)
-            named = f"{', '.join(readers[:_LISTED])}{', …' if len(readers) > _LISTED else ''}"
-            return f"the record is suspect, not the operation: {named} agree with the right value, not with the recorded one"
+            readers = listed_readers(record.denied_by)
+            return f"the record is suspect, not the operation: {readers} agree with the right value, not with the recorded one"
         if not record.wrong or not others:
             return record.reason
         named = ", ".join(parse(other).kind for other in others)
@@ -102,3 +142,8 @@ class Isolator(Judging, dict=True):
             return str(GGMLQuantizationType(self.weights.raw(name)[1]).name)
         except (KeyError, ValueError, ModelError):
             return ""
+
+
+def listed_readers(names: Collection[str]) -> str:
+    """The operations that read a value, the first of many."""
+    return f"{', '.join(list(names)[:_LISTED])}{', …' if len(names) > _LISTED else ''}"

@@ -57,7 +57,8 @@ def routing_error(
         ours, dumped: the indices in order, [T, E] or [T, k].
     """
     rows = len(dumped)
-    ordered = dumped.reshape(rows, -1).astype(np.int64)
+    # What is not finite is no place.
+    ordered = np.where(np.isfinite(dumped), dumped, -1).reshape(rows, -1).astype(np.int64)
     values = values.reshape(rows, -1)
     right = np.asarray(ours).reshape(rows, -1).astype(np.int64)
     count = min(used or right.shape[1], right.shape[1])
@@ -84,3 +85,19 @@ def routing_error(
     if reason or not ties:
         return errors, reason
     return errors, f"{len(ties)} near ties fell the other way (margin {max(ties):.1g})"
+
+
+def other_order(used: int, ours: NDArray[Any], dumped: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A right choice in the order in which its readers may have had it, if they had another one than the recorded: that of ours, or,
+    where the recorded order is that, the reverse. Arguments as in `routing_error`; shaped like `dumped`.
+    """
+    rows = len(dumped)
+    ordered, right = dumped.reshape(rows, -1), np.asarray(ours).reshape(rows, -1)
+    count = min(used or right.shape[1], right.shape[1])
+    other = ordered.copy()
+    for row in range(rows):
+        if np.array_equal(ordered[row, :count], right[row, :count]):
+            other[row, :count] = ordered[row, :count][::-1]
+        elif set(ordered[row, :count].tolist()) == set(right[row, :count].tolist()):
+            other[row, :count] = right[row, :count]
+    return other.reshape(dumped.shape)

@@ -82,7 +82,8 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     ratio = energy / SKETCH_SIZE / np.where(l2 > 0, l2, 1.0) ** 2
     low, high = _SKETCH_RANGE
     # With fewer elements than projections the signs repeat themselves and the ratio scatters more.
-    judged = (l2 > 0) & (rows.sizes >= SKETCH_SIZE)
+    # Sums of values near the largest float32 are beyond it.
+    judged = (l2 > 0) & (rows.sizes >= SKETCH_SIZE) & np.isfinite(energy)
     yield "the sketch belongs to another row than stats.l2", judged & ((ratio < low) | (ratio > high))
     checked = np.flatnonzero(whole & ~np.isnan(energy))
     if not len(checked):

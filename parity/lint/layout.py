@@ -97,12 +97,14 @@ def shape(subject: Subject) -> Iterator[Hit]:
 
 
 def _streams(subject: Subject, name: str) -> bool:
-    """Whether a value consists of several streams side by side: joined, or made by an AltUp projection."""
+    """Whether a value consists of several streams side by side: joined, made by an AltUp projection, or hyper-connected."""
     if parse(name).kind != "l_out":
         return False
     origin = subject.computation(name)
-    side_by_side = subject.model is not None and "altup_proj.weight" in subject.model.model.tensors
-    return side_by_side or (origin is not None and origin.op == "CONCAT")
+    while origin is not None and origin.op == "CPY" and origin.reads:
+        origin = subject.computation(origin.reads[0])
+    side_by_side = subject.model is not None and subject.model.several_streams
+    return side_by_side or (origin is not None and origin.op in ("CONCAT", "DSV4_HC_POST"))
 
 
 def _later_start(shape: tuple[int, ...], wanted: list[int], rows: Rows) -> bool:

@@ -45,6 +45,12 @@ class ModelFacts(Struct, frozen=True, dict=True):
         return self.model.contents.attention_window
 
     @property
+    def several_streams(self) -> bool:
+        """Whether layers pass on several hidden states of a token, by an AltUp projection or hyper-connections."""
+        count = self.model.metadata.get(f"{self.hp.architecture}.hyper_connection.count", 1)
+        return "altup_proj.weight" in self.model.tensors or (isinstance(count, int) and count > 1)
+
+    @property
     def layers(self) -> int:
         """How many layers it has."""
         return self.hp.n_layers

@@ -1,6 +1,7 @@
 """Values that no transformer computes: garbage, patterns, other types' bits."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from .rule import Hit, Subject, by_point, kind, leading, of_ids, positions_of
 _HUGE = 1e10
 # The values of a right row span some orders of magnitude; garbage from foreign memory spans dozens.
 _SPREAD = 1e10
+# The lowest numbers of float32 and bfloat16, which engines write for −∞: hidden scores, suppressed logits.
+_LOWEST = np.array([0xFF7FFFFF, 0xFF7F0000], np.uint32).view(np.float32)
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # Residual stream, projections and logits are sums of many products: an exact zero among them is next to impossible.
 # (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
@@ -44,7 +47,7 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
         # What must not be chosen is −∞; a point of which nothing is known may be a mask, or made of one.
         unknown = origin is None and parse(name).known is None
-        if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside))):
+        if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside, counted))):
             nonfinite &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
         wrong_rows = (nonfinite.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
@@ -60,18 +63,25 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
             yield Hit(name, int(rows.token_idx[first]), evidence)
 
 
-def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_]) -> bool:
-    """Whether every row ends in −∞ and has no other non-finite value: scores to which a mask was added."""
+def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_], counted: NDArray[np.float64]) -> bool:
+    """Whether no value is non-finite but −∞, and every row ends in it, or each row has as many fewer as the one before: scores to
+    which a mask was added, over a cache or over the pass.
+    """
     hidden = np.isneginf(rows.values) & inside
     ends = np.maximum.accumulate(hidden, axis=1) & inside
-    return bool((hidden == ends).all() and (np.isfinite(rows.values) | hidden | ~inside).all() and hidden.any())
+    if not hidden.any() or not (np.isfinite(rows.values) | hidden | ~inside).all():
+        return False
+    in_order = counted[np.argsort(rows.token_idx)]
+    fewer = np.diff(in_order)
+    causal = len(fewer) > 0 and fewer[0] < 0 and ((fewer == fewer[0]) | (in_order[1:] == 0)).all() and in_order[-1] == 0
+    return bool((hidden == ends).all() or causal)
 
 
 def impossible_size(subject: Subject) -> Iterator[Hit]:
-    """1e18 next to 0.0 next to 3.04: memory that contains something else."""
+    """1e18 next to 0.0 next to 3.04: memory that contains something else. The lowest number of a type hides scores and logits."""
     for name, rows in subject.points.items():
-        stated = [np.abs(rows.stats[stat]) for stat in ("max", "min") if stat in rows.stats]
-        size = np.abs(rows.values)
+        stated = [np.abs(_shown(rows.stats[stat])) for stat in ("max", "min") if stat in rows.stats]
+        size = np.abs(_shown(rows.values))
         if all(sizes.max(initial=0.0) <= _HUGE for sizes in (size, *stated)):  # which also means that none is NaN
             continue
         largest = np.where(np.isfinite(size), size, 0.0).max(axis=1, initial=0.0).astype(np.float64)
@@ -88,6 +98,13 @@ def impossible_size(subject: Subject) -> Iterator[Hit]:
         shown = ", ".join(f"{x:.3g}" for x in _telling_values(row)) or f"{largest[first]:.3g}"
         evidence = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}"
         yield Hit(name, int(rows.token_idx[first]), evidence, None if scattered else WARNING)
+
+
+def _shown(values: NDArray[Any]) -> NDArray[Any]:
+    """The values with 0 for those that stand for −∞."""
+    with np.errstate(over="ignore"):
+        hidden = np.isin(values.astype(np.float32), _LOWEST)
+    return np.where(hidden, values.dtype.type(0), values) if hidden.any() else values
 
 
 def _telling_values(row: NDArray[np.float32]) -> list[float]:

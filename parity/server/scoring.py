@@ -14,7 +14,7 @@ from reference.client import Reference
 from ..run.request import Prompt
 from ..score.measures import Listed
 from ..score.text import Chunk
-from .ask import PlacedPrediction, ServerReply, ask_server
+from .ask import PlacedPrediction, Progress, ServerReply, ask_server
 from .base import NOTHING, Row
 from .diagnosis import diagnose
 from .dialects import Dialect, dialect_of
@@ -61,8 +61,11 @@ class ServerPredictions:
     other tokens alone than within the whole text, these are asked about.
     """
 
-    def __init__(self, wanted: ServerRequest, model: Path, reference: Reference, vocabulary: int) -> None:
+    def __init__(
+        self, wanted: ServerRequest, model: Path, reference: Reference, vocabulary: int, progress: Progress | None = None
+    ) -> None:
         self._wanted = wanted
+        self._progress = progress
         self._model = model
         self._reference = reference
         self._vocabulary = Vocabulary(reference.pieces(model, range(vocabulary)))
@@ -182,6 +185,7 @@ class ServerPredictions:
             self._vocabulary,
             lambda text: self._reference.tokenize(self._model, text).ids,
             0,
+            self._progress,
             first=first,
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
-from checkpoints.formats.arrays import safetensors
+from checkpoints.formats.arrays import safetensors, unpacked_size
 from checkpoints.reading.parallel import LINE
 from checkpoints.regular import require_regular
 
@@ -26,7 +26,8 @@ def load(path: Path) -> dict[str, Floats]:
         if path.suffix == ".safetensors":
             weights = dict(safetensors(path, integers=True))
         elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            unpacked_size(path)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaves a damaged file open
                 weights = {name: archive[name] for name in archive.files}
         else:
             weights = dict(_jsonl(path))

@@ -20,6 +20,7 @@ _FEWEST = 4  # values without which nothing can be distinguished
 _OTHERS = 64  # leading values by which another tensor is recognised
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of damaged values, which are different: that is the answer
 def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
     """Determine what each tensor that a foreign engine dumped is.
 

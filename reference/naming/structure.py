@@ -54,10 +54,9 @@ class Structure:
         self.inputs = {layer: entering for layer in numbers if (entering := self._entering(layer)) is not None}
         self.layers = self._spread(numbers[-1] if numbers else -1)
         self.outputs = {number: self.inputs[after] for number, after in pairwise(numbers) if after in self.inputs}
-        if repeated:  # something may come between two times, which elsewhere is the end of a layer
-            self.outputs |= {
-                number: i for i, number in enumerate(self.layers) if number is not None and nodes[i].name == f"l_out-{number}"
-            }
+        # What the next layer reads first may be made of earlier values (a mixture of all), or come between two times of a layer.
+        named = {number: i for i, number in enumerate(self.layers) if number is not None and nodes[i].name == f"l_out-{number}"}
+        self.outputs |= {number: i for number, i in named.items() if repeated or self.outputs.get(number, i) < i}
         if numbers and (last := self._leaving(numbers[-1])) is not None:
             self.outputs[numbers[-1]] = last
 

@@ -1,0 +1,131 @@
+"""Faults of any operation that is ggml's own, whatever the architecture: another function of one value, one of two operands left out."""
+
+import re
+from collections.abc import Callable
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from checkpoints.points import parse
+
+from .. import ops
+from ..backend import Array
+from ..ggml_ops.activations import UNARY_KINDS
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import Fault, Parameters, Steps, Values, kind_of
+from .edits import ggml, integer, left_out, with_values
+
+_FUNCTIONS = {
+    "nothing": None,
+    "sigmoid": 7,
+    "SiLU": 10,
+    "tanh": 4,
+    "ReLU": 6,
+    "GELU (tanh)": 8,
+    "exp": 13,
+    "softplus": 15,
+}  # ggml_unary_op
+_OF_ONE = ("UNARY", "SQR")
+_OF_TWO = ("MUL", "SUB", "ADD")
+# Sums and products that other entries know by what they are: residuals, branches, experts.
+_KNOWN = ("embd", "ffn_inp", "l_out", "ffn_moe_weighted", "ffn_moe_out", "ffn_out")
+_NONE = "an operation"  # stands for those of a model that is not known
+_FAR = 4  # steps without weights that are followed back to what an operation's operand was made with
+_LAYER = re.compile(r"^blk\.\d+\.")
+
+
+def _origin(name: str, right: Steps, far: int = _FAR) -> str:
+    """The weights of the step that makes a value or, without any, of the first steps before it that have some.
+
+    The names of steps count those without a name of their own in each layer: the same operation has another name in another layer.
+    """
+    step = right.get(name)
+    if step is None:
+        return name
+    weights = [_LAYER.sub("", weight) for weight in step.weights if isinstance(weight, str)]
+    if weights:
+        return weights[0].removesuffix(".weight")
+    return _origin(step.names[0], right, far - 1) if far and step.names else parse(name).kind
+
+
+def _of_one(step: Step, right: Steps) -> str:
+    """The operation on one value, by its functions and what that value was made with; "" if it is none."""
+    if not ggml(step, *_OF_ONE) or step.inner:
+        return ""
+    what = UNARY_KINDS[integer(step, 0)].lower() if ggml(step, "UNARY") else "square"
+    before = right.get(step.names[0])
+    return f"{what}({(before and _of_one(before, right)) or _origin(step.names[0], right)})"
+
+
+def _of_two(step: Step, right: Steps) -> str:
+    """The sum or product of two values, by what both were made with; "" if it is none."""
+    plain = len(step.reads) == 2 and not step.weights and all(isinstance(read, str) for read in step.reads)
+    if not plain or not (step.op is ops.add or ggml(step, *_OF_TWO)) or step.inner or kind_of(step) in _KNOWN:
+        return ""
+    if step.op is ops.add and any(parse(name).layer != parse(step.makes).layer for name in step.names):
+        return ""  # a residual
+    sign = " · " if ggml(step, "MUL") else " − " if ggml(step, "SUB") else " + "
+    origins = [_origin(name, right) for name in step.names]
+    return "" if any(origin.startswith("state.") for origin in origins) else sign.join(origins)
+
+
+def _each(named: Callable[[Step, Steps], str]) -> Callable[[Steps], Values]:
+    """The operations that a model has, each once; a stand-in if it has none."""
+    return lambda right: (
+        tuple(name for name in dict.fromkeys(named(step, right) for step in right.values()) if name) or (_NONE,)
+    )
+
+
+def _other_function(step: Step, right: Steps, parameters: Parameters) -> Step:
+    number = _FUNCTIONS[parameters["function"]]
+    if _of_one(step, right) != parameters["operation"]:
+        return step
+    if number is None:
+        return left_out(step)
+    if not ggml(step, "UNARY"):
+        raise NotApplicable(f"{step.makes} is no other function")
+    return with_values(step, {0: number})
+
+
+class _Handed(Struct, frozen=True):
+    """One of two operands, which must be as large as the other."""
+
+    place: int
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        """[T, n], [T, m] -> [T, n] or [T, m]."""
+        kept, other = (x, y) if self.place == 0 else (y, x)
+        if kept.size < other.size:
+            raise NotApplicable("the operand is smaller than the result")
+        return kept.copy()
+
+
+def _one_operand(step: Step, right: Steps, parameters: Parameters) -> Step:
+    if _of_two(step, right) != parameters["operation"]:
+        return step
+    return replace(step, op=_Handed(("second", "first").index(parameters["operand"])), params={})
+
+
+FAULTS = (
+    Fault(
+        name="function-of-other",
+        kinds=_OF_ONE,
+        change=_other_function,
+        what="{operation} is computed with {function} for its outer function",
+        symptom="wrong from the first layer on that has this operation",
+        fix="compare the operation with llama.cpp's graph: `parity model` lists it",
+        seen="sigmoid for SiLU in gated norms; a convolution without SiLU; ReLU that is not squared; gates without their sigmoid",
+        parameters={"function": tuple(_FUNCTIONS), "operation": _each(_of_one)},
+    ),
+    Fault(
+        name="operand-left-out",
+        kinds=(*_OF_TWO, "SUM"),
+        change=_one_operand,
+        what="{operation} is computed without its {operand} operand",
+        symptom="wrong from the first layer on that has this operation",
+        fix="compare the operation with llama.cpp's graph: `parity model` lists it",
+        seen="gates, bonuses and mixes that only one generation of a family has",
+        parameters={"operand": ("second", "first"), "operation": _each(_of_two)},
+    ),
+)

@@ -1,0 +1,60 @@
+"""What to suspect where an engine gives other values for the same positions computed in other portions."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.answers.diff import Verdict
+from checkpoints.points import parse
+
+from ..run.command import PORTIONS, SEQUENCES, STATE
+
+CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
+OTHERS, SAVED = "sequences", "state"
+_BY_KIND = {
+    **dict.fromkeys(("q_rope", "k_rope"), POSITIONS),
+    **dict.fromkeys(("k_read", "v_read"), CACHE),
+    "kq_soft_max": MASK,
+    **dict.fromkeys(("kq", "kqv_out"), CACHE),
+}
+_WORDS = {
+    CACHE: "keys or values of earlier passes are not those that were computed: rows written to or read from other places",
+    POSITIONS: "Q or K are rotated by another position: the count of earlier tokens is not added, or added twice",
+    MASK: "scores are right and weights are not: the mask takes positions of this pass for positions in the sequence",
+    OTHERS: "a prompt gives other values in a batch: padding or other sequences' rows are seen, or positions are counted across sequences",
+    SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
+    BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
+}
+_BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
+_ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
+_ALL_POINTS = "--points all tells which of them"
+MORE_POINTS = "dumps of q_rope, k_rope, kq_soft_max and kqv_out would show which of them"
+
+
+def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_POINTS, way: str = PORTIONS) -> tuple[str, str]:
+    """What to suspect if a comparison of portions fails, and a sentence; empty if it does not.
+
+    Args:
+        starts: the first positions of the portions, int64.
+        advice: what would decide, if the recorded points leave it open.
+        way: how the other side was computed: the placeholder that requests it.
+    """
+    first = verdict.first_divergence
+    if verdict or first is None:
+        return "", ""
+    kinds = [parse(origin.first.checkpoint).kind for origin in verdict.origins] or [parse(first.checkpoint).kind]
+    suspects = [_BY_KIND[kind] for kind in kinds if kind in _BY_KIND]
+    at = f"first at {first.checkpoint}, position {first.token_idx}"
+    if way in _BY_WAY:
+        return _BY_WAY[way], f"{_WORDS[_BY_WAY[way]]} ({at})"
+    if suspects:
+        return suspects[0], f"{_WORDS[suspects[0]]} ({at})"
+    if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
+        return BATCH, f"{_WORDS[BATCH]} ({at})"
+    later = "cache, positions or mask"
+    return later, f"right within the first portion, wrong after it ({at}): {advice}"
+
+
+def first_to_differ(verdict: Verdict) -> str:
+    """The first point, in dataflow order, at which any value differs: the first operation that depends on something irrelevant."""
+    differing = (point for point in verdict.points if point.worst.nmse or point.worst.max_abs)
+    return next((point.checkpoint for point in differing), "")
