@@ -27,7 +27,7 @@ _PHASES = {
     "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
 }  # fmt: skip
 # Quantised rows of a 0.5 B model are 56 pieces, those of the down projection 304.
-_QUANTISED_WARPS = {"QKV_WARPS": 2, "OUT_WARPS": 2, "GATE_WARPS": 2, "DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
+_QUANTISED_WARPS = {"DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second, for float types and for others;
 # near.cuh has that of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.486 ms a step in F16 at 290, 0.490 at 275
@@ -95,7 +95,6 @@ class DecodeStep:
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
         self._ended = xp.zeros(2, dtype=np.uint32)
-        self._logit_words = xp.zeros(hp.n_vocab, dtype=np.uint64)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -168,7 +167,6 @@ class DecodeStep:
             self.tokens,
             self._ended,
             self._ended[1:],
-            self._logit_words,
         )
         words = [
             there.data.ptr,

@@ -3,7 +3,6 @@
 #include "near.cuh"
 #include "norm.cuh"
 #include "rows.cuh"
-#include "tiles.cuh"
 
 // The two rows of pair `p` of a projection into heads: a rotated pair, or two rows beyond the rotary dimensions.
 __device__ __forceinline__ int2 rows_of_pair(int p) {
@@ -14,7 +13,7 @@ __device__ __forceinline__ int2 rows_of_pair(int p) {
 
 template <int GROUPS, int R>
 __device__ __forceinline__ void leave_sums(Shared& s, float (&sum)[R], int unit, int group_lane) {
-    const int lane = threadIdx.x & 31;
+    const int lane = this_thread() & 31;
     static_assert(R <= 2, "one or two rows");
     if constexpr (R == 2) {       // each half of the warp continues with one of the two sums
         const float mine = lane & 16 ? sum[1] : sum[0], other = lane & 16 ? sum[0] : sum[1];
@@ -46,7 +45,7 @@ __device__ __forceinline__ const Matrix& qkv_matrix(const Layer& l, int p, int2&
 // One warp; each lane takes the rows of one pair.
 __device__ __forceinline__ void prefetch_qkv(const Layer& l) {
     #pragma unroll 1
-    for (int p = first_of(PAIRS) + (threadIdx.x & 31); p < last_of(PAIRS); p += 32) {
+    for (int p = first_of(PAIRS) + (this_thread() & 31); p < last_of(PAIRS); p += 32) {
         int2 rows;
         const Matrix& m = qkv_matrix(l, p, rows);
         prefetch_rows(m, rows.x, 1, D);
@@ -55,7 +54,7 @@ __device__ __forceinline__ void prefetch_qkv(const Layer& l) {
     }
 }
 __device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int cols) {
-    if (threadIdx.x % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
+    if (this_thread() % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
 }
 
 // Q, K and V of the normalised input; Q and K rotated; K and V into the cache.
@@ -66,16 +65,14 @@ struct Projection {
 
     // What is the same in every layer: the angles of this block's pairs.
     static __device__ __forceinline__ void prepare(Shared& s, const Model& m, int position) {
-        const int p = first_of(PAIRS) + threadIdx.x, i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
+        const int u = this_thread(), p = first_of(PAIRS) + u, i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
         if (p >= last_of(PAIRS)) return;
-        s.angle[threadIdx.x] = make_float2(0.f, 0.f);
-        if (p < (QW + KW) / 2 && i < ROPE / 2) {
-            const long long at = (long long)position * (ROPE / 2) + i;
-            s.angle[threadIdx.x] = make_float2(__ldg(m.cosine + at), __ldg(m.sine + at));
-        }
+        const bool turned = p < (QW + KW) / 2 && i < ROPE / 2;
+        const long long at = (long long)position * (ROPE / 2) + i;
+        s.angle[u] = turned ? make_float2(__ldg(m.cosine + at), __ldg(m.sine + at)) : make_float2(1.f, 0.f);
     }
     __device__ __forceinline__ void load(const Layer& l) {
-        first = first_of(PAIRS); last = last_of(PAIRS); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        first = first_of(PAIRS); last = last_of(PAIRS); lane = this_thread() % LANES; mine = first + this_thread() / LANES;
         if (mine < last) fetch(l, mine);
     }
     __device__ __forceinline__ void fetch(const Layer& l, int p) {
@@ -86,10 +83,10 @@ struct Projection {
         rows.load(both, two, lane);
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, int position, unsigned step) {
-        float2 bias = make_float2(0.f, 0.f);                   // of the pair whose sums this thread will finish: needed after the products
-        if (first + threadIdx.x < last) {
+        float2 bias = make_float2(0.f, 0.f);                   // of the pair whose sums this thread will finish: it arrives beside the products
+        if (first + this_thread() < last) {
             int2 r;
-            const Matrix& w = qkv_matrix(l, first + threadIdx.x, r);
+            const Matrix& w = qkv_matrix(l, first + this_thread(), r);
             if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
         }
         const float scale = Norm::scale(s, eps);
@@ -106,7 +103,7 @@ struct Projection {
         }
         block_sync();
         static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
-        const int u = threadIdx.x, p = first + u;
+        const int u = this_thread(), p = first + u;
         if (p >= last) return;
         int2 r;
         qkv_matrix(l, p, r);
@@ -144,7 +141,7 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
             all = true;
             #pragma unroll
             for (int i = 0; i < TOGETHER; i++) {
-                const int e = threadIdx.x + (n + i) * THREADS;
+                const int e = this_thread() + (n + i) * THREADS;
                 four[i] = e < FF / 4 ? look_at_four(words + 4 * e) : make_uint4(step, step, step, step);
             }
             #pragma unroll
@@ -153,19 +150,16 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
         } while (!all);
         #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
-            const int e = threadIdx.x + (n + i) * THREADS;
+            const int e = this_thread() + (n + i) * THREADS;
             const float4 v = values_of(four[i]);
-            if (e < FF / 4) {
-                if constexpr (DOWN_TILED) s.halves.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
-                else s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
-            }
+            if (e < FF / 4) s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
         }
     }
     block_sync();
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
-template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE, bool TILED> struct ProjectionBack {
+template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE> struct ProjectionBack {
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
     Rows<COLS, LANES, R, TYPE_MASK, CLOSE> rows;
     int first, last, lane, mine;
@@ -182,14 +176,12 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         rows.load(each, row, lane);
     }
     __device__ __forceinline__ void load(const Matrix& w) {
-        first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES * R;
+        first = first_of(D); last = last_of(D); lane = this_thread() % LANES; mine = first + this_thread() / LANES * R;
         if (mine < last) fetch(w, mine);
     }
     __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed, Word* words, unsigned step) {
-        const int finished = first + threadIdx.x;              // the row whose sum this thread will finish
+        const int finished = first + this_thread();            // the row whose sum this thread will finish
         const float bias = finished < last && w.bias ? __ldg(w.bias + finished) : 0.f;
-        if constexpr (TILED) down_tile(s, first, last);
-        else
         #pragma unroll 1
         for (int r = mine; r < last; r += AT_ONCE) {
             const Matrix* each[R];
@@ -203,9 +195,9 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         if (finished >= last) return;
-        const float y = (TILED ? down_sum(s, threadIdx.x) : sum_of<SHARED_BY>(s, threadIdx.x)) + bias, sum = y + s.rest[threadIdx.x];
+        const float y = sum_of<SHARED_BY>(s, finished - first) + bias, sum = y + s.rest[finished - first];
         tell(words + finished, sum, step);
-        s.rest[threadIdx.x] = sum;
+        s.rest[finished - first] = sum;
         made[finished] = y;
         summed[finished] = sum;
     }
@@ -222,18 +214,17 @@ struct GateUp {
         rows.load(both, two, lane);
     }
     __device__ __forceinline__ void load(const Layer& l) {
-        first = first_of(FF); last = last_of(FF); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        first = first_of(FF); last = last_of(FF); lane = this_thread() % LANES; mine = first + this_thread() / LANES;
         if (mine < last) fetch(l, mine);
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, unsigned step) {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = one_type(GATE_TYPES) || type_of(l.gate) == type_of(l.up);
-        if (threadIdx.x >= THREADS - 32) s.scale = Norm::scale(s, eps);
-        if constexpr (GATE_TILED) gate_up_tiles(s, first, last);
-        else rows.hold(s.x, lane);
+        const float scale = Norm::scale(s, eps);
+        rows.hold(s.x, lane);
         #pragma unroll 1
-        for (int r = GATE_TILED ? last : mine; r < last; r += UNITS) {
+        for (int r = mine; r < last; r += UNITS) {
             float sum[2];
             if constexpr (decltype(rows)::HOLDS) {
                 const int two[2] = {r, r};
@@ -255,10 +246,8 @@ struct GateUp {
             leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
         }
         block_sync();
-        for (int r = first + threadIdx.x; r < last; r += THREADS) {
-            const int at = r - first;
-            float a = s.scale * (GATE_TILED ? gate_up_sum(s, at, false) : sum_of<GATE_WARPS>(s, 2 * at));
-            float b = s.scale * (GATE_TILED ? gate_up_sum(s, at, true) : sum_of<GATE_WARPS>(s, 2 * at + 1));
+        for (int r = first + this_thread(); r < last; r += THREADS) {
+            float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];
             const float y = short_of(a / (1.f + expf(-a)) * b);

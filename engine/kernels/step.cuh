@@ -1,7 +1,6 @@
 // What the phases of a decode step share: the model's structures, a block's shared memory, its share of the rows.
 
 #include "activations.cuh"
-#include "halves.cuh"
 #include "messages.cuh"
 
 #define THREADS 512              // that compute; one more warp prefetches weights
@@ -14,6 +13,19 @@
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
 #endif
+
+// The thread's and the block's number, read anew: what a phase computes from them is not kept in registers through the others. Registers
+// that were spilled for it made a phase wait for memory, 4 % of a step.
+__device__ __forceinline__ unsigned this_thread() {
+    unsigned number = threadIdx.x;
+    asm volatile("" : "+r"(number));
+    return number;
+}
+__device__ __forceinline__ unsigned this_block() {
+    unsigned number = blockIdx.x;
+    asm volatile("" : "+r"(number));
+    return number;
+}
 
 // A barrier of the computing warps only.
 __device__ __forceinline__ void block_sync() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
@@ -36,7 +48,6 @@ struct Model {
     State* state;
     int* tokens;                             // [POSITIONS] chosen token of each position
     unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
-    Word* made;                              // [VOCAB] logits, for those that record them
 };
 
 // The types of each phase's matrices, among TYPES: with one type the first pieces are loaded ahead of the activations.
@@ -58,10 +69,10 @@ struct Model {
 // Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
 // (BENCHMARKS.md), where half or twice of any of these is slower.
 #ifndef QKV_WARPS
-#define QKV_WARPS 4
+#define QKV_WARPS 2
 #endif
 #ifndef OUT_WARPS
-#define OUT_WARPS 4
+#define OUT_WARPS 2
 #endif
 #ifndef GATE_WARPS
 #define GATE_WARPS 2
@@ -90,35 +101,32 @@ enum {
 };
 #define SHARE(COUNT) ((COUNT) / BLOCKS + 1)   // the most of COUNT items that a block gets
 constexpr int most(int a, int b) { return a > b ? a : b; }
-// Whether the tensor cores multiply gate and up, and down: F16 rows in shared memory. Gate and up by tiles of eight rows each, down by one.
-constexpr bool GATE_TILED = STAGED && GATE_TYPES == 1ull << F16 && D % 64 == 0 && SHARE(FF) <= 64;
-constexpr bool DOWN_TILED = STAGED && DOWN_TYPES == 1ull << F16 && FF % 64 == 0 && SHARE(D) <= 8;
-constexpr int GATE_TILES = GATE_TILED ? (SHARE(FF) + 7) / 8 : 1, GATE_SLOTS = D / 64 < WARPS ? D / 64 : WARPS;   // warps that have sums
-constexpr int PARTS = most(most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
-                                most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS)), DOWN_TILED ? 8 * WARPS : 0);
-constexpr int MIXED = most(WARPS * HEAD, GATE_TILED ? GATE_SLOTS * GATE_TILES * 16 - PARTS : 0);
+constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
+                           most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
 
-using Activations = ActivationsOf<most(most(DOWN_TILED ? 32 : FF, D), QW)>;
-using Halves = HalvesOf<most(GATE_TILED ? D : 64, DOWN_TILED ? FF : 64)>;
+constexpr int LOGIT_ROUNDS = SHARE(VOCAB) / LOGITS_ROUND + 1;
+constexpr bool LOGITS_FIT = GATE_BYTES + DOWN_BYTES >= 4 * SHARE(VOCAB);   // where the weights of the last layer were
+
+using Activations = ActivationsOf<most(most(FF, D), QW)>;
 struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     Activations x;
-    Halves halves;
-    float part[PARTS];           // sums of rows by the warps that share them; those of gate and up extend over `mixed`
-    float mixed[MIXED];          // [WARPS][HEAD], with `peak` and `total`: of the warps that share a head
-    float peak[WARPS], total[WARPS], scale;
+    float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
     float rest[SHARE(D)];        // the residual stream of this block's rows
-    float2 angle[SHARE(PAIRS)];  // of the pairs of rows of Q and K
+    float2 angle[SHARE(PAIRS)];  // of this block's pairs of rows of Q and K
+    float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
+    unsigned long long round_made[LOGIT_ROUNDS];   // barriers of the logits, which the recording warp takes as they are made
+    float made[LOGITS_FIT ? 1 : SHARE(VOCAB)];
     Matrix near_gate, near_up, near_down;
     __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
 // This block's share of `count` items, as [first, last).
-__device__ __forceinline__ int first_of(int count) { return (unsigned)count * blockIdx.x / BLOCKS; }
-__device__ __forceinline__ int last_of(int count) { return (unsigned)count * (blockIdx.x + 1) / BLOCKS; }
+__device__ __forceinline__ int first_of(int count) { return (unsigned)count * this_block() / BLOCKS; }
+__device__ __forceinline__ int last_of(int count) { return (unsigned)count * (this_block() + 1) / BLOCKS; }
 
 #ifdef PROFILE                   // clock reads between the phases
 __device__ long long marks[BLOCKS][1024];
