@@ -18,7 +18,7 @@ from ..device import kernel
 from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
-_THREADS = 512 + 32  # as in decode.cu: the threads that compute, and the warp that prefetches weights
+_THREADS = 512 + 64  # as in step.cuh: the threads that compute, and the warps that prefetch weights and record
 _OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.

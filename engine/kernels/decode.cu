@@ -96,7 +96,7 @@ __device__ __forceinline__ void keep_layer(Shared& s, int i, long long word) {
     if (i < LAYERS && this_thread() < sizeof(Layer) / 8) ((long long*)(s.layer + (i & 1)))[this_thread()] = word;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         const Model* model, float eps, float scale, const Point* work, int count, int size, int slice, int bytes, int logits_at,
         double* chunks, unsigned* counters, char* records) {
     extern __shared__ __align__(128) unsigned char memory[];
@@ -121,11 +121,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
     prepare_rounds(s);
     __syncthreads();
     if (this_thread() >= THREADS) {
+        const bool brings = this_thread() < THREADS + 32;
         if (STAGED && this_thread() == THREADS) produce(s, m);
         __syncwarp();
-        tell_settled(m);
-        if (count) make_records(s, m, wanted, seen, step * BLOCKS);
-        if (logits_at >= 0) record_logits(s, wanted);
+        await_block_settled();
+        if (brings) tell_settled(m);
+        if (brings && logits_at >= 0) record_logits(s, wanted);
+        if (!brings && count) make_records(s, m, wanted, seen, step * BLOCKS);
         return;
     }
     keep_layer(s, 0, fetch_layer(m, 0));

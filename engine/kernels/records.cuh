@@ -1,5 +1,5 @@
-// Records of a step, made during the step by the warp that prefetches weights, which is idle once the last layer's have arrived:
-// the logits take long enough for all other points, and for the logits made so far. No phase of the step waits.
+// Records of a step, made by two warps beside those that compute, while these make the logits: one takes all other points, and the one that
+// prefetches weights, which is idle once the last layer's have arrived, the logits made so far. No phase of the step waits.
 
 #include "near.cuh"
 #include "summary.cuh"
@@ -23,9 +23,9 @@ struct Wanted {
 };
 
 // All values but the logits are final: each block says so once, after its last barrier before the logits; nothing waits for it.
-__device__ __forceinline__ void settle() { asm volatile("bar.arrive 2, %0;" :: "n"(THREADS + 32) : "memory"); }
-__device__ __forceinline__ void tell_settled(const Model& m) {   // by the warp beside those that compute
-    asm volatile("bar.sync 2, %0;" :: "n"(THREADS + 32) : "memory");
+__device__ __forceinline__ void settle() { asm volatile("bar.arrive 2, %0;" :: "n"(ALL_THREADS) : "memory"); }
+__device__ __forceinline__ void await_block_settled() { asm volatile("bar.sync 2, %0;" :: "n"(ALL_THREADS) : "memory"); }   // by both warps
+__device__ __forceinline__ void tell_settled(const Model& m) {   // by one of them
     if (threadIdx.x % 32 == 0) { __threadfence(); atomicAdd(m.settled, 1u); }
 }
 __device__ __forceinline__ void await_settled(const Model& m, unsigned until) {

@@ -3,7 +3,8 @@
 #include "activations.cuh"
 #include "messages.cuh"
 
-#define THREADS 512              // that compute; one more warp prefetches weights
+#define THREADS 512              // that compute; two more warps bring weights near and record
+#define ALL_THREADS (THREADS + 64)
 #define WARPS (THREADS / 32)
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
