@@ -9,7 +9,7 @@ import pytest
 from cli import Cli, refused
 
 from checkpoints.errors import InputError
-from parity.run.command import CRASHED, LARGEST_DUMP, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
+from parity.run.command import CRASHED, LARGEST_DUMP, NOT_STARTED, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
 
 MODEL = Path("a model's.gguf")
 LINE = '{"checkpoint":"embd","token_idx":0,"values":[1.0]}'
@@ -161,7 +161,10 @@ def test_a_child_that_holds_stderr_is_not_waited_for(tmp_path: Path) -> None:
         (CRASHED, "os.kill(os.getpid(), 11)"),
         (CRASHED, "raise KeyError('x')"),
         (CRASHED, "sys.exit(1)"),
+        (CRASHED, "print('Segmentation violation', file=sys.stderr); sys.exit(139)"),  # as a shell reports signal 11
         (REFUSED, "sys.exit('this engine has no mamba')"),
+        (NOT_STARTED, "print('env: my-engine: Permission denied', file=sys.stderr); sys.exit(126)"),
+        (NOT_STARTED, "print('sh: my-engine: not found', file=sys.stderr); sys.exit(127)"),
     ],
 )
 def test_a_refusal_is_no_crash(how: str, body: str, tmp_path: Path) -> None:
