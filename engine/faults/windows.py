@@ -131,7 +131,13 @@ def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
     sinks = [weight for weight in step.weights if isinstance(weight, str)]
     if not sinks:
         return step
-    return replace(step, weights=() if parameters["sinks"] == "left out" else (Altered(sinks[0], _zero),))
+    if parameters["sinks"] != "left out":
+        return replace(step, weights=(Altered(sinks[0], _zero),))
+    if "operands" not in step.params:
+        return replace(step, weights=())
+    # Of ggml's own operation the sinks are an operand, which is left out as ggml leaves one out.
+    operands = tuple(None if part is not None and part.index >= len(step.reads) else part for part in step.params["operands"])
+    return replace(step, weights=(), params={**step.params, "operands": operands})
 
 
 def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
