@@ -117,6 +117,16 @@ class Contents(Struct, frozen=True, dict=True):
         kinds = {_FAMILIES.get(tensor.type, "quantised") for tensor in self.tensors if len(tensor.ne) > 1}
         return tuple(sorted(kinds))
 
+    @property
+    def settings(self) -> str:
+        """A hash (16 hex digits) of the metadata of the architecture, such as epsilons and RoPE's base, not of the tokenizer."""
+        own = sorted(key for key in self.metadata if key.startswith(f"{self.architecture}."))
+        digest = hashlib.sha256()
+        for key in own:
+            value = self.metadata[key]
+            digest.update(f"{key}\n{value.type}\n{len(value.raw)}\n".encode() + value.raw)
+        return digest.hexdigest()[:16]
+
     def info(self, file_type: str) -> ModelInfo:
         """The model as a dump's header describes it: `file_type` is the name of `general.file_type`.
 
@@ -131,6 +141,7 @@ class Contents(Struct, frozen=True, dict=True):
             fingerprint=self.fingerprint,
             content=self.content,
             weights=" ".join(self.weight_families),
+            settings=self.settings,
         )
 
     @property
@@ -243,7 +254,8 @@ def _contents_of_file(path: Path) -> Contents:
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != b"GGUF":
-                problem = f"is not a GGUF file: it begins with {magic!r}, not b'GGUF'" if magic else "is empty"
+                shown = f'"{magic.decode()}"' if magic.isascii() and magic.decode().isprintable() else magic.hex(" ")
+                problem = f'is not a GGUF file: it begins with {shown}, not "GGUF"' if magic else "is empty"
                 raise ModelError(f"{path} {problem}.", "Take a model in llama.cpp's format (.gguf).", code="not-gguf")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)

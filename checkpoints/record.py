@@ -28,7 +28,8 @@ class ModelInfo(Struct, frozen=True):
     `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, which reads parts of it, `content` is
     `checkpoints.content.content_hash`, which reads all; `twin` is the fingerprint of its F32 copy where one was computed: an
     engine that was given the copy names the copy. `weights` are the families of the matrices' types ("f32 quantised"), which
-    decide what two sides may differ by: the file type is only what somebody called the mixture.
+    decide what two sides may differ by: the file type is only what somebody called the mixture. `settings` is a hash of the metadata that
+    the computation depends on, which copies of other types share.
     """
 
     name: str = ""
@@ -39,6 +40,7 @@ class ModelInfo(Struct, frozen=True):
     twin: str = ""
     content: str = ""
     weights: str = ""
+    settings: str = ""
 
     def may_be(self, other: "ModelInfo") -> bool:
         """Whether both can be of one file, or of a file and its F32 copy, as far as they say."""

@@ -1,9 +1,11 @@
 """The parent's handle on llama.cpp: it starts the child, sends requests, and turns the child's death into one clear error."""
 
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -92,8 +94,9 @@ class Reference:
                 raise self._died(doing) from None
             finally:
                 self._holder = None
-                if not finished:  # interrupted: its result is no longer needed
+                if not finished:  # interrupted, its result is no longer needed; or it died
                     finish(self._children)
+                    _sweep_cache()
         yield _value(answer)
 
     def _drop_answer(self, child: Child) -> None:
@@ -254,7 +257,8 @@ class Reference:
 
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:
         """Write a model with another file type ("Q4_K_M", "F16", …)."""
-        return cast(Path, self._ask(f"quantizing {model}", "quantize", Path(model), ftype, Path(out), self._threads))
+        with _swept(out):
+            return cast(Path, self._ask(f"quantizing {model}", "quantize", Path(model), ftype, Path(out), self._threads))
 
     def quantised(self, model: Path, ftype: str) -> FilePlan:
         """What a model, which may have holes for weights, would be as another file type: nothing is read of it and nothing written.
@@ -269,7 +273,8 @@ class Reference:
 
         An F32 model is its own twin; with `joined` one in several files is not, since who reads it may not know of the others.
         """
-        return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, joined, self._threads))
+        with _swept(out):
+            return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, joined, self._threads))
 
     def wanted_tensors(self, metadata: Path) -> list[tuple[str, tuple[int, ...]]]:
         """Names and row-major shapes of the tensors that llama.cpp wants for a GGUF's metadata, optional ones too.
@@ -300,6 +305,26 @@ class Reference:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _swept(out: Path | None) -> Iterator[None]:
+    """Remove what a process that was ended in the middle leaves beside `out`, the file that it was to make."""
+    try:
+        yield
+    except BaseException:
+        from checkpoints.whole_file import sweep
+
+        if out is not None:
+            sweep(Path(os.path.realpath(out)))
+        raise
+
+
+def _sweep_cache() -> None:
+    from .twin_cache import sweep_cache
+
+    with suppress(OSError):
+        sweep_cache()
 
 
 def _but_last(items: Iterator[Any]) -> Iterator[Any]:

@@ -64,7 +64,7 @@ def _note_use(twin: Path) -> None:
 
 def empty_cache() -> int:
     """Remove every twin that is not in use, and what interrupted runs left; returns the bytes that were freed."""
-    return sum(remove_unowned(twin.path) for twin in cached()) + _sweep(cache_dir())
+    return sum(remove_unowned(twin.path) for twin in cached()) + sweep_cache()
 
 
 def workspace() -> Path:
@@ -75,13 +75,13 @@ def workspace() -> Path:
     """
     cache_limit()
     folder = require_cache()
-    _sweep(folder)
+    sweep_cache()
     return folder
 
 
-def _sweep(folder: Path) -> int:
-    """Remove temporary files of processes that no longer exist, and the times of use of twins that are gone."""
-    if not folder.is_dir():
+def sweep_cache() -> int:
+    """Remove temporary files of processes that no longer exist, and the times of use of twins that are gone; returns the bytes freed."""
+    if not (folder := cache_dir()).is_dir():
         return 0
     for stamp in (folder / _USES).glob(f"*{_SUFFIX}"):
         if not (folder / stamp.name).exists():

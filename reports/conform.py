@@ -185,9 +185,9 @@ def summary(conformance: Conformance) -> str:
         for name, words in ((REFUSED, "refused"), (NO_REFERENCE, "without a reference"))
         if name in counts
     ]
-    sentence = f"{count(len(conformance.results), 'cell')}: {', '.join(parts)}"
     if conformance.not_run:
-        sentence += f", {len(conformance.not_run)} not run"
+        parts.append(f"{len(conformance.not_run)} not run")
+    sentence = f"{count(len(conformance.results), 'cell')}: {', '.join(parts)}"
     kept = f", {conformance.kept} kept from before" if conformance.kept else ""
     if conformance.unkept:
         kept += f", {conformance.unkept} not kept since a file of the engine changed meanwhile"

@@ -53,6 +53,8 @@ def _answer(consistency: Consistency) -> Text:
         names = ", ".join(check.name for check in failed)
         return Text(f"inconsistent: {names} ({len(failed)} of {count(len(compared), 'check')}){held}", style="bold red")
     far = next((far for check in compared if check.verdict is not None and (far := as_far_as_it_goes(check.verdict))), "")
+    assumed = any(check.verdict is not None and check.verdict.limit_assumed for check in compared)
+    far += " (limit assumed: --compute f32 judges exactly)" if assumed else ""
     return Text(f"consistent{far}: {count(len(compared), 'check')}{held}", style="bold green")
 
 

@@ -30,7 +30,8 @@ def finding(answer: Any, name: str) -> ReportSection:
         InputError: it is not an answer of lint, isolate or explain.
     """
     if isinstance(answer, Mapping):
-        for key, make in (("operations", _isolate), ("findings", _lint), ("causes", _explain)):
+        # An explanation has a list of operations, too.
+        for key, make in (("causes", _explain), ("operations", _isolate), ("findings", _lint)):
             if isinstance(answer.get(key), list) and all(isinstance(item, Mapping) for item in answer[key]):
                 return make(answer, answer[key])
     raise InputError(
@@ -78,7 +79,7 @@ def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) ->
         others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
         rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
     summary = (
-        f"{count(len(causes), 'cause')} found that reproduce these numbers"
+        f"{count(len(causes), 'cause')} found that {'reproduces' if len(causes) == 1 else 'reproduce'} these numbers"
         if causes
         else "no known fault reproduces these numbers"
     )

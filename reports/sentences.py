@@ -212,7 +212,7 @@ def assumed(verdict: Verdict) -> Iterator[tuple[str, str]]:
     precision = verdict.precision
     if precision is not None and precision.in_float32:
         yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
-    elif verdict.limits.assumed and (precision is None or precision.arithmetic != "f32"):
+    elif verdict.limit_assumed:
         yield "limit", verdict.limits.source
 
 
@@ -282,10 +282,11 @@ def rows_seen(points: Sequence[Seen]) -> str:
         number = f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
         sizes = "" if not of else (f" of {of[0]:,}" if len(of) == 1 else f" of {of[0]:,} to {of[-1]:,}")
         besides = "statistics, no sketch" if all(item.statistics for item in others) else "no sketch"
-        sentences.append(f"{number}{sizes} values a row, {besides}")
+        noun = "value" if number == "1" and not of else "values"
+        sentences.append(f"{number}{sizes} {noun} a row, {besides}")
     if logits:
-        of_them = f" of {logits[0].of:,}" if logits[0].of is not None else " values"
-        sentences.append(f"logits {logits[0].values}{of_them}")
+        seen = f"{logits[0].values} of {logits[0].of:,}" if logits[0].of is not None else count(logits[0].values, "value")
+        sentences.append(f"logits {seen}")
     return "; ".join(sentences)
 
 

@@ -18,8 +18,8 @@ _PLACES, _NUMBERS, _LONGEST = ("ours", "ref", "third"), ("first", "second", "thi
 _ROWS = 24  # points that are shown; those where the sides differ come first
 
 
-def lines(three_way: ThreeWay, width: int) -> list[Text]:
-    """The table of points, then the answer, for a terminal of `width` columns."""
+def lines(three_way: ThreeWay, width: int, said: str = "") -> list[Text]:
+    """The table of points, then the answer, or what is `said` in its place, for a terminal of `width` columns."""
     rows = _rows(three_way)
     styles = ["dim", *("red" if row[-1] else "" for row in rows[1:])]
     rest = len(three_way.points) - (len(rows) - 1)
@@ -27,14 +27,15 @@ def lines(three_way: ThreeWay, width: int) -> list[Text]:
     more = [Text(f"… {count(rest, 'further point')}", style="dim")] if rest else []
     recorded = [("recorded", text) for text in _recorded(three_way)]
     notes = labelled([*recorded, *(("note", clean(note)) for note in three_way.notes)], width)
-    return [*table, *more, Text(""), *notes, Text(sentence(three_way), style="bold")]
+    return [*table, *more, Text(""), *notes, Text(said or sentence(three_way), style="bold")]
 
 
-def section(three_way: ThreeWay) -> ReportSection:
-    """The same table as a part of a report."""
+def section(three_way: ThreeWay, said: str = "") -> ReportSection:
+    """The same table as a part of a report; `said` in place of the answer belongs to sides that are incomplete."""
     head, *rows = _rows(three_way)
-    text = "; ".join((sentence(three_way), *_recorded(three_way), *map(clean, three_way.notes)))
-    return ReportSection("Three sides", text, head, tuple(rows), verdict=(sentence(three_way), bool(three_way)))
+    answer = said or sentence(three_way)
+    text = "; ".join((answer, *_recorded(three_way), *map(clean, three_way.notes)))
+    return ReportSection("Three sides", text, head, tuple(rows), verdict=(answer, bool(three_way) and not said))
 
 
 def heads(sides: Sequence[str]) -> list[str]:

@@ -34,9 +34,16 @@ settings.load_profile("any machine")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Twins made by tests lie in a folder of their own: no test reads what another program cached."""
+    """Twins made by tests lie in a folder of their own: no test reads what another program cached.
+
+    Where no bytecode is to be written beside the sources it lies in another folder, or each of the hundreds of programs that tests
+    start would compile what it imports: llama.cpp's process takes twice as long to start then.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARITY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+            patch.delenv("PYTHONDONTWRITEBYTECODE")
+            patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.getbasetemp().parent / "bytecode"))
         yield
 
 

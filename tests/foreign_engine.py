@@ -7,7 +7,8 @@ It knows nothing of parity but the lines that it prints. SEQUENCES are ids with 
 it goes on from FILE if that is there, and leaves its keys and values in it at the end.
 
 FAULT is a mistake that engines make: "rope" rotates the other architecture's pairs; "pad" lets prompts see the padding in front of
-longer ones; "state" forgets to save the values of the last position; "ubatch" counts the positions of each pass from 0.
+longer ones; "leak" gives all prompts the first one's first key and value; "state" forgets to save the values of the last position;
+"ubatch" counts the positions of each pass from 0.
 """
 
 import argparse
@@ -139,6 +140,10 @@ class Engine:
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, columns: np.ndarray, padding: np.ndarray) -> np.ndarray:
         """Each query sees the columns up to its own, but for the padding."""
+        if self.fault == "leak":
+            every = np.arange(len(padding))
+            k, v = k.copy(), v.copy()
+            k[every, padding], v[every, padding] = k[0, padding[0]], v[0, padding[0]]
         groups = self.model.heads // self.model.kv_heads
         k, v = np.repeat(k, groups, axis=2), np.repeat(v, groups, axis=2)
         scores = np.einsum("bthd,bshd->bhts", q, k) / np.float32(np.sqrt(self.model.size))

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 
 from engine import ops
 from engine.backend import Array
-from engine.graph import POSITIONS, History, Step, compute
+from engine.graph import POSITIONS, History, Step, View, compute
 from engine.replay.adjoint import derivatives
 from engine.replay.batched import can_batch
 
@@ -71,3 +72,13 @@ def test_derivatives_are_the_slopes_of_small_steps() -> None:
         slopes[:, element] = (ends[0] - ends[1]) / 2e-5
     assert np.abs(slopes).max() > 0.1
     np.testing.assert_allclose(answer, slopes, rtol=1e-5, atol=1e-6 * np.abs(slopes).max())
+
+
+def test_steps_that_read_parts_of_values_are_refused() -> None:
+    """A gate and its factor that are halves of one product: KeyError, which callers know, and no error of shapes."""
+    weights = _Weights()
+    values = dict(_values(np.random.default_rng(2).standard_normal((_ROWS, _WIDTH)), weights))
+    halves = Step("half", ops.swiglu, (View("sum", (), (), ()), View("sum", (), (), ())), (), {})
+    values["half"] = values["sum"][:, : _WIDTH // 2]
+    with pytest.raises(KeyError, match="half"):
+        derivatives((*_STEPS, halves), "half", np.array([0]), _ROW, values, weights)  # type: ignore[arg-type]

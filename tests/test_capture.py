@@ -162,6 +162,7 @@ for step in range(50):
     assert dump.end is None
 
 
+@pytest.mark.slow
 def test_a_failure_that_was_raised_is_not_told_again_at_exit() -> None:
     """A process that caught the writer's failure ends silently; one that never saw it gets the error at its end."""
     script = """

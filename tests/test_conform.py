@@ -195,7 +195,7 @@ def test_a_batch_without_numbers_and_a_state_that_is_not_used(parity: Cli, tmp_p
     record = '{"checkpoint": "embd", "token_idx": 0, "values": [1.0]}'
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1")
     for body, mode, message in (
-        (f"print('{record}')", "batch", "it has no records of sequence 3"),
+        (f"print('{record}')", "batch", "the dump of the batch has no records of sequence 3"),
         (f"print('{record}')", "state", "left no state"),
         (f"open(sys.argv[2], 'w').close(); print('{record}')", "state", "computed positions below 3 again"),
     ):

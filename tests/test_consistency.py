@@ -1,5 +1,6 @@
 """`parity consistency`: an engine against itself, and what is suspected if it disagrees."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from cli import Cli
 from foreign import numpy_engine
 from msgspec.structs import replace
+from slow import slow_but
 from split_files import split
 
 from checkpoints.answers.consistency import Consistency
@@ -90,7 +92,7 @@ def test_our_engine_agrees_with_itself(like: str, synthetic: Callable[..., Path]
     assert all(check.verdict is not None and check.verdict.compared > 100 for check in answer.checks)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_but(FAULTS, "positions", "cache", "mask"))
 def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Path]) -> None:
     """A fault that only portions show is found, and the answer distinguishes positions, cache, mask and batch size."""
     kinds, op, suspect = FAULTS[fault]
@@ -147,6 +149,38 @@ def test_the_command_and_what_it_refuses(parity: Cli, stories: Path) -> None:
         assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
+@pytest.mark.parametrize(("options", "limit", "said"), [((), 3e-4, True), (("--compute", "f32"), 1e-10, False)])
+def test_what_an_engine_computes_in_is_said_of_both_dumps(
+    parity: Cli, tmp_path: Path, options: tuple[str, ...], limit: float, said: bool
+) -> None:
+    """Decode off by 1e-8 is no float32: --compute f32 finds it, and without it the answer says that its limit is assumed."""
+    for name, factor, step in (("a.jsonl", 1.0, 0), ("b.jsonl", 1.0001, 1)):
+        rows = [(point, at) for point in ("embd", "logits") for at in (0, 1)]
+        lines = [
+            {
+                "checkpoint": point,
+                "token_idx": at,
+                "step": at * step,
+                "values": [1.23456789 * factor, -2.34567891 * factor, 3.45678912 + at],
+            }
+            for point, at in rows
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = parity("consistency", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *options)
+    assert ran.code == (0 if said else 1)
+    assert ("limit assumed" in ran.out) is said
+    assert ran.out.rstrip().endswith(f"limit {limit:.0e}")
+
+
+@pytest.mark.slow
+def test_a_restored_state_lacks_nothing(parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """A right engine is consistent without reserve: it must not compute again what the state holds."""
+    line = numpy_engine(*EVERY_WAY)
+    words = ("consistency", "--tokens", "1,17,40,29", "--model", synthetic(layers=2), "--compute", "f32", "--exec", line)
+    ran = parity(*words)
+    assert ran.out.splitlines()[-1] == "consistent: 6 checks, limit 1e-10"
+
+
 @pytest.mark.slow
 def test_an_engine_that_takes_no_portions_is_not_vouched_for(parity: Cli, synthetic: Callable[..., Path]) -> None:
     """An engine whose dumps show one pass whatever it is told: the answer says so and how passes are recorded."""
@@ -167,6 +201,7 @@ EVERY_WAY = ("--portions={portions}", "--state={state}", "--ubatch={ubatch}")
         ("", set(), "", ""),
         ("ubatch", {"ubatches of 1", "prefill and one step"}, "positions", "blk.0.q_rope"),
         ("pad", {"among other sequences"}, "sequences", "blk.0.kqv_out"),
+        ("leak", {"among other sequences"}, "sequences", "blk.0.kqv_out"),
         ("state", {"a restored state"}, "state", "blk.0.kqv_out"),
     ],
 )

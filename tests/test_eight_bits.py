@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
@@ -13,6 +14,7 @@ from checkpoints.record import Dump
 from engine.faults import CATALOGUE
 from engine.replay.precision import rounded
 from parity.diff.compare import Options, compare
+from parity.diff.eight_bits import share_along
 from reports.sentences import answer
 
 RIGHT = Planted(())
@@ -81,3 +83,14 @@ def test_faults_are_no_8_bit_arithmetic(
     answer = judged(engine, Planted(((name, parameters, layers),)))
     assert not answer
     assert answer.pattern is None or answer.pattern.code != "eight-bits"
+
+
+def test_one_large_position_says_nothing_of_noise() -> None:
+    """Noise of one position lies along its large values by chance: all positions count alike. A factor lies along all of them."""
+    rng = np.random.default_rng(7)
+    values, noise = rng.standard_normal((2, 9, 10))
+    values[2] *= 6
+    noise[2] = 6 * (noise[2] / np.linalg.norm(noise[2]) + 0.8 * values[2] / np.linalg.norm(values[2]))
+    assert share_along(noise, values) < 0.3
+    assert share_along(values * rng.uniform(1e-3, 2e-3, (9, 1)), values) > 0.99
+    assert share_along(np.zeros((9, 10)), values) == 0

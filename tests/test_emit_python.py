@@ -182,3 +182,40 @@ def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> No
     assert list(dump.points) == ["embd", "blk.3.l_out", "blk.3.attn_out", "blk.3.q", "blk.3.ffn_out", "logits"]
     assert {len(rows) for rows in dump.points.values()} == {3}
     assert lint(dump).findings == ()
+
+
+def test_a_norm_of_heads_has_a_row_for_each_position(emitted: ModuleType, tmp_path: Path) -> None:
+    """[B, T, heads, n], as Qwen3's and Gemma 3's q_norm gives it, is a row of heads × n for each position of each sequence."""
+    value = np.arange(2 * 3 * 4 * 8, dtype=np.float32).reshape(2, 3, 4, 8)
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
+        tap("model.layers.3.self_attn.q_norm", value)
+    rows = read(tmp_path / "d.jsonl").points["blk.3.q_norm"]
+    assert (rows.seq.tolist(), rows.token_idx.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
+    assert rows.shapes == ((32,),) * 6
+    assert rows.values[4, :16].tolist() == value[1, 1].ravel()[:16].tolist()
+
+
+@pytest.mark.parametrize(
+    ("norms", "points"),
+    [
+        (("input_layernorm", "post_attention_layernorm"), ["blk.3.attn_norm", "blk.3.ffn_norm"]),
+        (
+            ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            ["blk.3.attn_post_norm", "blk.3.ffn_norm", "blk.3.ffn_post_norm"],
+        ),
+    ],
+)
+def test_a_norm_has_its_name_from_those_beside_it(
+    emitted: ModuleType, tmp_path: Path, norms: tuple[str, ...], points: list[str]
+) -> None:
+    """`post_attention_layernorm` comes before Llama's feed-forward, but after the attention of Gemma 2, 3 and OLMo 2."""
+    hooks: list[Callable[..., None]] = []
+    part = SimpleNamespace(register_forward_hook=hooks.append)
+    model = SimpleNamespace(named_modules=lambda: [(f"model.layers.3.{name}", part) for name in norms])
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
+        tap.hook(model)
+        for number, hook in enumerate(hooks):
+            hook(None, (), np.full((1, 2, 8), number, dtype=np.float32))
+    dump = read(tmp_path / "d.jsonl")
+    assert sorted(dump.points, key=points.index) == points
+    assert [float(dump.points[name].values[0, 0]) for name in points] == list(range(len(points)))

@@ -135,6 +135,8 @@ def tiny(path: Path, key: str, value: object) -> Path:
         ({"general.alignment": uint32_value(3)}, {}, "its alignment is 3, not a power of two"),
         ({"general.alignment": string_value("32")}, {}, "its alignment is '32', not a power of two"),
         ({"general.architecture": string_value("")}, {}, "general.architecture is empty"),
+        ({"general.architecture": string_value("a" * 9000)}, {}, "general.architecture has 9,000 characters"),
+        ({"general.architecture": string_value("other")}, {}, "the metadata have no other."),
         ({"qwen2.context_length": string_value("long")}, {}, "qwen2.context_length is 'long', which is not a whole number"),
         ({}, {1: 0}, "begins at byte 0 of the data, but the tensors before it end at byte"),
         ({}, {2: 1 << 60}, "begins at byte 1,152,921,504,606,846,976 of the data, but the tensors before it end at byte"),
@@ -151,6 +153,16 @@ def test_tables_of_contents_that_no_loader_takes(
     with pytest.raises(ModelError) as raised:
         GgufModel(path)
     assert message in str(raised.value)
+
+
+def test_a_number_of_heads_that_is_missing_is_said(small: Path, tmp_path: Path) -> None:
+    """A key that no loader can do without: it is not there, rather than None."""
+    whole = contents(small)
+    metadata = {key: value for key, value in whole.metadata.items() if not key.endswith("attention.head_count")}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header_bytes(metadata, list(whole.tensors)) + small.read_bytes()[whole.data :])
+    with pytest.raises(ModelError, match=r"the metadata have no qwen2\.attention\.head_count\."):
+        GgufModel(path).hyperparameters  # noqa: B018
 
 
 def test_a_key_that_occurs_twice_is_refused(small: Path, tmp_path: Path) -> None:

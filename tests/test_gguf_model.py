@@ -178,7 +178,7 @@ def test_metadata_that_no_engine_can_use(
 
 HEADS = {
     "empty": (b"", "is empty"),
-    "another format": (b"PK\x03\x04" + bytes(64), "begins with b'PK"),
+    "another format": (b"PK\x03\x04" + bytes(64), "begins with 50 4b 03 04, not "),
     "magic alone": (b"GGUF", "cut short"),
     "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
     "version 99": (b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99"),

@@ -16,6 +16,7 @@ from hf_convert import convert
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
 from parity.emit import source
+from parity.emit.hugging_face_names import names_of
 from parity.run.hugging_face import HuggingFace, Tokenizer
 from parity.run.request import Prompt
 
@@ -246,6 +247,51 @@ def test_a_prompt_is_taken_as_it_is(model: Callable[[str], Path], parity: Cli) -
     assert header is not None
     assert header.prompt == text
     refused(parity(*dump, "--model", model("qwen2"), "--tokens", "1,99999"), "token id 99999 is outside the vocabulary")
+
+
+class Modules:
+    """A model of which only the names of its modules are known."""
+
+    def __init__(self, *paths: str) -> None:
+        self._modules = {path: object() for path in ("", "model.embed_tokens", *paths)}
+
+    def named_modules(self) -> list[tuple[str, object]]:
+        return list(self._modules.items())
+
+    def get_input_embeddings(self) -> object:
+        return self._modules["model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "inside", "points"),
+    [
+        ("layers.1", ("post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm", "mlp.gate_proj"), {
+            "post_attention_layernorm": "attn_post_norm", "pre_mlp_layernorm": "ffn_norm", "pre_mlp_layernorm<": "ffn_inp",
+            "post_mlp_layernorm": "ffn_post_norm", "mlp.gate_proj": "ffn_gate",
+        }),
+        ("layers.1", ("self_attn.o_proj", "self_attn.gate_proj"), {
+            "self_attn.o_proj": "attn_out", "self_attn.o_proj<": "attn_gated", "self_attn.gate_proj": "attn_gate_proj",
+        }),
+        ("layers.1", ("attention_layernorm", "feedforward_layernorm"), {
+            "attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm", "feedforward_layernorm<": "ffn_inp",
+        }),
+        ("layers.1", ("mlp", "mlp.gate", "mlp.experts", "mlp.shared_expert", "mlp.shared_expert_gate"), {
+            "mlp": "ffn_out", "mlp.gate": "ffn_moe_logits", "mlp.experts": "ffn_moe_out", "mlp.shared_expert": "ffn_shexp",
+            "mlp.shared_expert_gate": "ffn_shexp_gate_inp",
+        }),
+        ("layers.1", ("block_sparse_moe", "block_sparse_moe.router.layer"), {
+            "block_sparse_moe": "ffn_moe_out", "block_sparse_moe.router.layer": "ffn_moe_logits",
+        }),
+        ("blocks.1", ("ffn",), {}),
+    ],
+    ids=["four norms", "a gate behind the attention", "norms by purpose", "a shared expert with a gate", "a router's layer", "blocks"],
+)  # fmt: skip
+def test_modules_are_named_by_what_stands_beside_them(layer: str, inside: tuple[str, ...], points: dict[str, str]) -> None:
+    """AFMoE's, Apertus', Qwen2 MoE's, Granite MoE's and DBRX' modules are the points that they are, and each layer's output is one."""
+    place = f"model.{layer}"
+    found = names_of(Modules(place, *(f"{place}.{name}" for name in inside)))
+    expected = {f"{place}.{name}": f"blk.1.{kind}" for name, kind in points.items()}
+    assert found == {"model.embed_tokens": "embd", place: "blk.1.l_out"} | expected
 
 
 def test_tokenizers_are_compared_by_ids_and_pieces() -> None:

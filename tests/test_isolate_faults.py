@@ -113,6 +113,7 @@ def test_swapped_scales_and_mins_are_named_in_q4_k_only(
     named_exactly(foreign, isolation, wrong)
 
 
+@pytest.mark.slow
 def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
     """Different faults in different layers of the stories model are all named; after the first nothing is blamed for it."""
     foreign = Foreign(stories, tmp_path)

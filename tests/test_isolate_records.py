@@ -90,6 +90,19 @@ def test_nan_in_a_record_alone_blames_no_operation(kind: str, experts: Foreign, 
     assert set(others.values()) == {PROVEN}
 
 
+@pytest.mark.parametrize("kind", ["q", "attn_norm", "ffn_moe_up"])
+def test_infinity_in_a_record_alone_blames_no_operation(kind: str, experts: Foreign, reference: Reference) -> None:
+    """The same of an infinity, in a product and in a norm: what it looks like is looked for without a warning."""
+
+    def spoilt(value: np.ndarray) -> np.ndarray:
+        value[1].reshape(-1)[0] = -np.inf
+        return value
+
+    isolation = judged(experts, lambda name: name == f"blk.1.{kind}", spoilt, reference)
+    assert [item.name for item in isolation.wrong] == [f"blk.1.{kind}"]
+    assert "the record is suspect" in isolation.wrong[0].reason
+
+
 def test_experts_that_are_recorded_in_another_order_are_right(experts: Foreign, reference: Reference) -> None:
     """Every reader had the experts in one order, and the record another one: neither the choice nor a reader is blamed."""
     isolation = judged(experts, lambda name: name == "blk.1.ffn_moe_topk", lambda value: value[:, ::-1].copy(), reference)

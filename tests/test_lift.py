@@ -203,6 +203,7 @@ def test_gelu_of_a_table_is_no_divergence(parity: Cli, small_model: Make, name: 
     assert any("from float64" in note for note in answer["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen35", "gemma3"])
 def test_other_portions_come_out_the_same(parity: Cli, small_model: Make, name: str) -> None:
     """States, windows and GELU's table: chunks and single tokens give what one pass gives."""

@@ -1,6 +1,7 @@
 """`parity diff --model`: what F16 and BF16 arithmetic cost is measured on this model and prompt."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from parity.explain.explain import explain
 from parity.explain.known_model import KnownModel
 from parity.explain.on_model import compared_on
 from parity.explain.precision import PrecisionFloor, mismatch
+from parity.explain.spared import spares_elements, spares_records
 from reference.client import Reference
 from reports.sentences import answer, remarks
 
@@ -223,3 +225,33 @@ def test_rows_of_zeros_hide_no_arithmetic() -> None:
     cost = PrecisionFloor("f16", (zeros, np.full(3, np.inf)), (zeros / 2, np.full(3, np.inf)))
     assert cost.cost().tolist() == [2e-6, 0.0]
     assert mismatch([(1e-6, np.inf, np.inf), (2e-6, 2e-6, 1e-6)]) == 0
+
+
+def test_what_is_partly_exact_is_no_rounding(engine: Faulty) -> None:
+    """Every other element of a product is off by as much as F16 costs, and the others are exactly right: no parity."""
+
+    def changed(*given: object, op: Callable[..., np.ndarray], **kwargs: object) -> np.ndarray:
+        value = op(*given, **kwargs).copy()
+        rng = np.random.default_rng(3)
+        value[:, ::2] *= (1 + 3e-4 * rng.standard_normal(value[:, ::2].shape)).astype(np.float32)
+        return value
+
+    steps = [replace(step, op=partial(changed, op=step.op)) if step.makes == "blk.0.q" else step for step in engine.right]
+    right, ours = (engine.dump(Planted(()), PROMPT, points="blk.0.q", steps=given) for given in (engine.right, steps))
+    assert not compared_on(replace(ours, header=None), right, Options(), engine.model).verdict
+
+
+def test_arithmetic_spares_no_records_and_no_elements() -> None:
+    """Exact records or elements among wrong ones are told; rounding that is exact here and there by luck, and zeros, are not."""
+    costs, limits = np.full(8, 1e-7), np.full(8, 1e-10)
+    assert spares_records(np.array([1e-13, *[1e-7] * 7]), costs, limits)
+    assert not spares_records(np.full(8, 1e-8), costs, limits)
+    assert not spares_records(np.full(8, 1e-13), np.full(8, 1e-10), limits)  # it costs nothing to see
+    rng = np.random.default_rng(0)
+    right, noise = rng.standard_normal((2, 5, 16))
+    known = np.ones((5, 16), dtype=bool)
+    assert not spares_elements(3e-4 * noise, right, known)
+    noise[:, 8:] = 0
+    assert spares_elements(3e-4 * noise, right, known)
+    right[:, 8:] = 0  # what is 0 stays 0
+    assert not spares_elements(3e-4 * noise, right, known)

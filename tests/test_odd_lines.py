@@ -69,10 +69,12 @@ def test_a_line_longer_than_any_record_is_named(parity: Cli, changed: Callable[[
     ("before", "after", "message"),
     [
         (b'"format":1', b'"format":1.0', '"format" must be the number 1, not 1.0.'),
-        (b'"format":1', b'"format":"1"', "\"format\" must be the number 1, not '1'."),
+        (b'"format":1', b'"format":"1"', '"format" must be the number 1, not "1".'),
         (b'"format":1', b'"format":-1', '"format" must be the number 1, not -1.'),
         (b'"format":1', b'"format":2', "format 2 is newer than this parity"),
         (b'"shape":[256]', b'"shape":"[' + b"1" * 5000 + b']"', 'line 2: "shape" must be less than 1,099,511,627,776'),
+        (b'"token_idx":0', b'"token_idx":true', 'line 2: "token_idx" must be a whole number, 0 or more, not true.'),
+        (b'"values":[', b'"values":["x",', 'line 2: "x" is not a number.'),
         (b'"token_idx":0', b'"token_idx":9223372036854775808', 'line 2: "token_idx" must be less than 1,099,511,627,776'),
     ],
 )

@@ -355,3 +355,17 @@ def test_a_layer_that_is_computed_in_half_precision_is_wrong(faulty: Faulty, ref
     verdict = compare(faulty.dump(Planted(()), TOKENS, points="all", size=4096, bare=False, steps=steps), ref, F32)
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.1.attn_norm"
+
+
+def test_a_state_is_no_missing_reader(reference: Reference, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """One position of what a recurrence reads was recorded wrong: its state, which is there once a pass, cannot tell; its output does."""
+    model, tokens = small_model("jamba"), (5, 99, 7, 300)
+    reference.dump(DumpJob(model, tmp_path / "ref.jsonl", tokens, points="blk.0.*", slice_size=4096))
+    right = Faulty(model, reference.graph(model)).dump(Planted(()), tokens, points="blk.0.*", size=4096, bare=False)
+    name = "blk.0.ssm_dt.2"
+    values = right.points[name].values.copy()
+    values[1] *= np.float32(1.5)
+    spoilt = summarise(name, values, right.points[name].token_idx, slice_size=4096)
+    verdict = compare(replace(right, points={**right.points, name: spoilt}), read(tmp_path / "ref.jsonl"), F32)
+    assert verdict
+    assert [fault.checkpoint for fault in verdict.record_faults] == [name]

@@ -14,11 +14,13 @@ from pictures import EVIL, diverging, hostile, huge, passing
 
 from checkpoints.answers.diff import Pattern
 from checkpoints.answers.drift import Change, Checked, Drift, Entry, Margin
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.record import Dump
 from reports.charts import decode, encode, figures
 from reports.drift import drift_as_json, lines
+from reports.explanation import as_json as explanation_as_json
 from reports.findings import ReportSection, finding
 from reports.github import annotations, drift_annotations
 from reports.history_html import history_html
@@ -233,6 +235,17 @@ def test_answers_of_other_commands_become_parts() -> None:
     for wrong in ({}, [], {"findings": 3}, {"causes": [1]}):
         with pytest.raises(InputError):
             finding(wrong, "f")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_explanation_is_no_isolation(known: bool) -> None:
+    """What `explain` really answers, which lists operations as well as causes, becomes the part on causes, also where it lists none."""
+    place = DivergentPlace("blk.0.l_out", 0, 1e-5, 1e-10)
+    cause = Cause(Named("rope-pairs", {}, None, "RoPE rotates the wrong pairs"), 1.0, 3, 1e-13, "", "", "")
+    explanation = Explanation(3, 3, place, None, causes=(cause,) if known else ())
+    section = finding(explanation_as_json(explanation), "f")
+    assert section.title == "Which known fault is it?"
+    assert [row[:2] for row in section.rows] == [("rope-pairs", "RoPE rotates the wrong pairs")] * known
 
 
 def test_a_noisy_side_is_right() -> None:

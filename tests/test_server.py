@@ -75,6 +75,7 @@ def test_a_repeat_penalty_is_fitted(kind: str, serve: Start, stories: Path, pari
         ({"frequency_penalty": 0.5}, "penalties", "0.5 for each occurrence"),
         ({"min_p": 0.05}, "truncated-logprobs", "after a min-p of 0.05"),
         ({"top_n_sigma": 1.0}, "truncated-logprobs", "after a top-n-sigma of 1"),
+        ({"typical_p": 0.6}, "truncated-logprobs", "after a typical-p of 0."),
         ({"xtc_probability": 1.0, "xtc_threshold": 0.1}, "truncated-logprobs", "after an XTC threshold of 0."),
     ],
 )

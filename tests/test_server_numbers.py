@@ -5,10 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import Struct
 
-from checkpoints.answers.server import ServerAnswer
+from checkpoints.answers.server import ServerAnswer, ServerCause
 from parity.score.measures import Listed, largest, log_sum
+from parity.server import choices
+from parity.server.ask import PlacedPrediction
 from parity.server.base import kl, listed
+from parity.server.choices import unfaithful
 from parity.server.numbers import tells
 from parity.server.penalties import BANNED, Seen, biases, less, repeated, subtracted, with_bias
 from parity.server.predictions import TokenCandidate
@@ -75,6 +79,7 @@ def _kept_by(sampler: Any, row: np.ndarray) -> list[int]:
         ("a top-n-sigma of 1.5", lambda llama: llama.llama_sampler_init_top_n_sigma(1.5)),
         ("a typical-p of 0.5", lambda llama: llama.llama_sampler_init_typical(0.5, 1)),
         ("an XTC threshold of 0.05", lambda llama: llama.llama_sampler_init_xtc(1.0, 0.05, 1, 7)),
+        ("Mirostat 2 with a tau of 2.5", lambda llama: llama.llama_sampler_init_mirostat_v2(7, 2.5, 0.1)),
     ],
 )
 def test_a_sampler_that_keeps_other_tokens_than_the_likeliest_is_llama_cpps(what: str, sampler: Callable[[Any], Any]) -> None:
@@ -87,6 +92,87 @@ def test_a_sampler_that_keeps_other_tokens_than_the_likeliest_is_llama_cpps(what
     offsets = [log_sum(row) - log_sum(row[tokens]) for row, tokens in zip(rows, kept, strict=True)]
     fit = next(truncation for truncation in truncations(rows, offsets) if truncation.what == what)
     assert [np.flatnonzero(fit.left(row) > -60).tolist() for row in rows] == kept
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.6])
+def test_typical_p_is_told_from_others_by_a_quantised_server_s_numbers(mass: float) -> None:
+    """Numbers that are off by 0.05, as a quantised server's: of all kinds of truncation it leaves the tokens that are listed."""
+    random = np.random.default_rng(int(100 * mass))
+    off = {}
+    rows = [random.normal(0, 2.5, 200).astype(np.float32) for _ in range(20)]
+    noisy = [row + random.normal(0, 0.05, 200).astype(np.float32) for row in rows]
+    kept = [typical(row, mass) for row in noisy]
+    gains = [log_sum(row) - log_sum(row[tokens]) for row, tokens in zip(noisy, kept, strict=True)]
+    for fit in truncations(rows, gains):
+        left = [np.flatnonzero(fit.left(row) > -60) for row in rows]
+        off[fit.what] = sum(not np.array_equal(a, np.flatnonzero(b)) for a, b in zip(left, kept, strict=True))
+    assert min(off, key=lambda what: off[what]).startswith("a typical-p of 0."), off
+
+
+def typical(row: np.ndarray, mass: float) -> np.ndarray:
+    """Typical-p by its definition: tokens by how far their surprise is from the entropy, until they have this probability."""
+    p = np.exp(row.astype(np.float64) - log_sum(row))
+    distance = np.abs(-np.log(p) - float(-(p * np.log(p)).sum()))
+    left, total = np.zeros(len(row), dtype=bool), 0.0
+    for token in sorted(range(len(row)), key=lambda token: distance[token]):
+        left[token] = True
+        total += p[token]
+        if total > mass:
+            return left
+    return left
+
+
+class Chosen(Struct):
+    """Steps of a server of ten tokens: the tokens before, its log-probabilities of tokens 0 to 2, and the one that it chose."""
+
+    steps: tuple[tuple[tuple[int, ...], tuple[float, float, float], int], ...]
+
+    def cause(self) -> ServerCause:
+        """What `choices.cause` says of them; llama.cpp's numbers are off by 0.04, as another arithmetic's."""
+        placed, tokens = [], self.steps[-1][0]
+        for before, logprobs, chosen in self.steps:
+            candidates = tuple(TokenCandidate(f"t{n}", value, n) for n, value in enumerate(logprobs))
+            row = np.full(10, -6.0, dtype=np.float32)
+            row[:3] = np.array(logprobs) + 6 + np.array((0.04, -0.04, 0.02))
+            placed.append((PlacedPrediction(len(before) - 1, candidates, candidates[chosen], chosen=chosen), row))
+        wrong = unfaithful([item for item, _ in placed])
+        return choices.cause(placed, tokens, wrong, Vocabulary([f"t{n}" for n in range(10)]))
+
+
+def test_choices_that_no_penalty_makes_are_not_called_one() -> None:
+    """A better token that was never seen, by 0.05: a sampler, though llama.cpp's own numbers are as far off as that."""
+    steps = (((5, 6), (-0.7, -0.75, -3.0), 1), ((5, 6, 1), (-0.7, -0.75, -3.0), 1))
+    cause = Chosen(steps).cause()
+    assert cause.name == "sampler"
+    assert "no repeat penalty explains that" in cause.sentence
+
+
+def test_one_choice_names_no_repeat_penalty() -> None:
+    """A single wrong choice fits many penalties: what would explain it is said, and not that it is the cause."""
+    cause = Chosen((((0, 6), (-0.7, -0.9, -3.0), 1),)).cause()
+    assert cause.name == "sampler"
+    assert "would explain this one choice" in cause.sentence
+
+
+@pytest.mark.parametrize(("first", "said"), [(5, False), (6, True)])
+def test_dry_is_named_where_it_explains_as_much(first: int, said: bool) -> None:
+    """Two choices that a repeat penalty explains: DRY may be it where each token that was passed over would repeat what followed before."""
+    steps = (((first, 0, 6), (-0.7, -0.9, -3.0), 1), ((first, 0, 6, 1, 6), (-0.7, -3.0, -0.9), 2))
+    cause = Chosen(steps).cause()
+    assert cause.name == "repeat-penalty"
+    assert ("so may DRY" in cause.sentence) is said
+
+
+def test_a_penalty_of_chosen_tokens_alone_is_found() -> None:
+    """llama-cpp-python's server does not count the prompt: a token of the prompt is chosen, and passed over once it was chosen."""
+    steps = (
+        ((5, 0, 6), (-0.7, -0.8, -3.0), 0),
+        ((5, 0, 6, 0), (-0.7, -0.9, -3.0), 1),
+        ((5, 0, 6, 0, 1), (-0.7, -3.0, -0.9), 2),
+    )
+    cause = Chosen(steps).cause()
+    assert cause.name == "repeat-penalty"
+    assert "on the tokens that it chose" in cause.sentence
 
 
 def test_a_penalty_is_llama_cpps() -> None:

@@ -159,6 +159,7 @@ def test_parts_out_of_order(small_model: Make, tmp_path: Path) -> None:
         contents(first)
 
 
+@pytest.mark.slow
 def test_parts_of_another_model(small_model: Make, tmp_path: Path) -> None:
     """A part of a model with other tensors, of a model in more parts, and a file that is no part are each one line."""
     first = in_parts(small_model, tmp_path / "m.gguf")

@@ -110,8 +110,9 @@ def test_positions_that_never_came(parity: Cli, model: Path, engine: Callable[..
     words = ("run", "--model", model, "--tokens", TOKENS, "--exec")
     code, found = parity.json(*words, engine("t < 3"))
     assert (code, found["verdict"], found["uncompared"]["positions"]) == (1, "incomplete", [3])
-    code, found = parity.json(*words, engine('t == 3 or name != "logits"'))
-    assert (code, found["verdict"], found["uncompared"]["positions"]) == (0, "parity", [])
+    for which, more in (('t == 3 or name != "logits"', ()), ("t == 3", ("--positions", "last"))):
+        code, found = parity.json(*words, engine(which), *more)
+        assert (code, found["verdict"], found["uncompared"]["positions"]) == (0, "parity", [])
 
 
 @pytest.mark.slow
@@ -169,6 +170,10 @@ def test_golden_dumps_of_a_part_are_recorded_with_a_note(
     ran = parity(*words, engine('name in ("embd", "blk.0.l_out")'), "-o", tmp_path / "part")
     assert ran.code == 0
     assert "note: 000.jsonl is recorded as far as the engine went (nothing after blk.0.l_out" in ran.err
+    _, checked = parity.json("drift", "check", tmp_path / "part", "--model", model, "--side", "ours")
+    assert any(
+        "000.jsonl was recorded as far as the engine went (nothing after blk.0.l_out" in note for note in checked["notes"]
+    )
     ran = parity(*words, engine("True"), "-o", tmp_path / "whole")
     assert (ran.code, "as far as the engine went" in ran.err) == (0, False)
 
@@ -183,7 +188,9 @@ def test_a_third_side_that_agrees_makes_nothing_complete(tmp_path: Path, capsys:
     three_way = compare_three((left, right, right))
     assert three_way
     assert finish_three(outcome, right, three_way, Format.TEXT) == 1
-    assert "incomplete (nothing after embd): all 12 records that came agree" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "incomplete (nothing after embd): all 12 records that came agree" in printed
+    assert "parity:" not in printed
     assert finish_three(outcome, right, three_way, Format.JSON) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["verdict"], found["uncompared"]["after"]) == ("incomplete", "embd")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from changed_files import File
 from cli import Cli, refused
 
 from checkpoints.jsonl import Writer
@@ -39,7 +40,7 @@ def test_a_folder_is_no_model(parity: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with b'PK"), (b"GGU", "is not a GGUF")]
+    ("content", "message"), [(b"", "is empty"), (b"PK\x03\x04zip", "begins with 50 4b 03 04, not "), (b"GGU", "is not a GGUF")]
 )
 def test_not_a_gguf(parity: Cli, tmp_path: Path, content: bytes, message: str) -> None:
     """A file of another kind is refused with its first bytes."""
@@ -216,6 +217,21 @@ def test_a_dump_is_not_judged_by_another_model(
     """Commands that hold a dump to a model file refuse another model's by name, rather than accuse the dump."""
     ran = parity(*command, stories_run / "ours.jsonl", "--model", synthetic())  # type: ignore[misc]
     refused(ran, "stories-14m Q8_0")
+
+
+def test_a_file_with_other_numbers_is_said_to_be_one(parity: Cli, synthetic: Callable[..., Path]) -> None:
+    """A file of the same name, architecture and layers whose epsilon differs: `isolate` and `diff` say so."""
+    model = synthetic(layers=2)
+    changed = File(model)
+    changed.set("attention.layer_norm_rms_epsilon", 1e-5)
+    changed.write(Path("other.gguf"))
+    dump = ("dump", "ours", "--model", model, "--tokens", "5,6", "--points", "all", "--slice", "4096", "-o", "right.jsonl")
+    assert parity(*dump).code == 0
+    said = "was made with a file whose metadata differ from other.gguf's"
+    assert said in parity.json("isolate", "right.jsonl", "--model", "other.gguf")[1]["facts"]["metadata"]
+    assert said not in parity("isolate", "right.jsonl", "--model", synthetic(layers=2, kind="q8_0"), "--mode", "exact").out
+    _, answer = parity.json("diff", "right.jsonl", "right.jsonl", "--model", "other.gguf")
+    assert any(said in note for note in answer["notes"])
 
 
 def test_a_dump_of_the_twin_is_the_models(parity: Cli) -> None:

@@ -257,5 +257,10 @@ class Verdict(Struct, frozen=True):
     truth: TruthRecord | None = None
     truth_points: tuple[TruthPoint, ...] = ()
 
+    @property
+    def limit_assumed(self) -> bool:
+        """Whether nothing says what a side computes in, and the errors are larger than float32's: a narrower limit might be exceeded."""
+        return self.limits.assumed and (self.precision is None or self.precision.arithmetic != "f32")
+
     def __bool__(self) -> bool:
         return self.verdict == PARITY

@@ -69,8 +69,7 @@ class Drift(Struct, frozen=True):
     @property
     def assumed(self) -> tuple[Verdict, ...]:
         """The agreements that hold only by an assumed limit: nothing says what the engine computes in, and it is not float32's error."""
-        agreeing = (item.verdict for item in self.checked if item.verdict and item.verdict.limits.assumed)
-        return tuple(found for found in agreeing if found.precision is None or found.precision.arithmetic != "f32")
+        return tuple(item.verdict for item in self.checked if item.verdict and item.verdict.limit_assumed)
 
     @property
     def compared(self) -> int:

@@ -3,6 +3,7 @@
 Foreign engines print numbers as words, shapes as text and decimals that were rounded: all that is understood here.
 """
 
+import json
 import re
 from contextlib import suppress
 from math import prod
@@ -29,24 +30,32 @@ _WORDS = {
 }
 
 
+def as_written(value: Any) -> str:
+    """A value as JSON writes it, the first 40 characters: for messages about a line."""
+    return json.dumps(value, ensure_ascii=False)[:40]
+
+
 def integer(value: Any, name: str, limit: int = POSITIONS) -> int:
     """A whole number from 0 to `limit` − 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f'"{name}" must be a whole number, 0 or more, not {value!r:.40}')
+        raise ValueError(f'"{name}" must be a whole number, 0 or more, not {as_written(value)}')
     if value >= limit:
-        raise ValueError(f'"{name}" must be less than {limit:,}, not {value!r:.40}')
+        raise ValueError(f'"{name}" must be less than {limit:,}, not {as_written(value)}')
     return value
 
 
 def number(value: Any) -> float:
     """A number, or one of the words that stand for non-finite ones; null is NaN."""
     if isinstance(value, (bool, list, dict)):
-        raise TypeError(f"{value!r:.40} is not a number")
+        raise TypeError(f"{as_written(value)} is not a number")
     if isinstance(value, str):
         word = value.split("(")[0].lower()
         if word in ("-nan", "nan"):
             return np.nan
-        return _WORDS[value] if value in _WORDS else float(word)
+        try:
+            return _WORDS[value] if value in _WORDS else float(word)
+        except ValueError:
+            raise ValueError(f"{as_written(value)} is not a number") from None
     return np.nan if value is None else float(value)
 
 
@@ -57,7 +66,7 @@ def numbers(values: Any, name: str) -> NDArray[np.float64]:
         TypeError: it is not a list, or an element is not a number; ValueError: an unknown word.
     """
     if not isinstance(values, list):
-        raise TypeError(f"{name} must be a list of numbers, not {values!r:.40}")
+        raise TypeError(f"{name} must be a list of numbers, not {as_written(values)}")
     kinds = {type(value) for value in values}
     if not kinds <= {float, int}:
         known = {word: number(word) for word in {value for value in values if isinstance(value, str)}}
@@ -68,7 +77,7 @@ def numbers(values: Any, name: str) -> NDArray[np.float64]:
 def statistics(content: Any) -> dict[str, Any]:
     """The format's statistics of a record, numbers by name; those of others' own are left out."""
     if not isinstance(content, dict):
-        raise TypeError(f'"stats" must be an object, not {content!r:.40}')
+        raise TypeError(f'"stats" must be an object, not {as_written(content)}')
     numbers(list(content.values()), '"stats"')
     return {name: content[name] for name in STATISTICS if name in content}
 
@@ -106,7 +115,7 @@ def shape(value: Any) -> tuple[int, ...]:
     # Python converts 4300 digits at most; an axis of more than twenty is too large whatever they are.
     sizes = [int(text[:20]) for text in re.findall(r"-?\d+", value)] if isinstance(value, str) else (value or [])
     if not isinstance(sizes, (list, tuple)):
-        raise TypeError(f'"shape" must be a list, not {value!r:.40}')
+        raise TypeError(f'"shape" must be a list, not {as_written(value)}')
     ones = next((i for i, size in enumerate(sizes) if type(size) is not int or size != 1), len(sizes))
     sizes = sizes[min(ones, max(len(sizes) - 1, 0)) :]
     if len(sizes) > DIMENSIONS:
@@ -148,13 +157,13 @@ def header(content: dict[str, Any]) -> Header:
     """The first line. Unknown fields are left out, null ones take their defaults."""
     version = content.get("format", FORMAT)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f'"format" must be the number {FORMAT}, not {version!r:.40}')
+        raise ValueError(f'"format" must be the number {FORMAT}, not {as_written(version)}')
     if version > FORMAT:
-        raise ValueError(f"format {version!r:.40} is newer than this parity, which reads format {FORMAT}")
+        raise ValueError(f"format {as_written(version)} is newer than this parity, which reads format {FORMAT}")
     taken = {name: value for name, value in content.items() if name in Header.__struct_fields__ and value is not None}
     for name, (kind, described) in _KINDS.items():
         if name in taken and not isinstance(taken[name], kind):
-            raise TypeError(f'"{name}" must be {described}, not {taken[name]!r:.40}')
+            raise TypeError(f'"{name}" must be {described}, not {as_written(taken[name])}')
     if "slice" in taken:
         integer(taken["slice"], "slice")
     for name, known in (("mode", words.mode), ("compute", words.compute), ("kv_type", words.kv_type)):
@@ -169,13 +178,13 @@ def header(content: dict[str, Any]) -> Header:
 def _model(content: Any) -> ModelInfo:
     content = {"name": content} if isinstance(content, str) else content
     if not isinstance(content, dict):
-        raise TypeError(f'"model" must be a name or an object, not {content!r:.40}')
+        raise TypeError(f'"model" must be a name or an object, not {as_written(content)}')
     taken = {name: value for name, value in content.items() if name in ModelInfo.__struct_fields__ and value is not None}
     for name, value in taken.items():
         if name == "layers":
             integer(value, name)
         elif not isinstance(value, str):
-            raise TypeError(f'"{name}" of the model must be a text, not {value!r:.40}')
+            raise TypeError(f'"{name}" of the model must be a text, not {as_written(value)}')
     if "file_type" in taken:
         taken["file_type"] = words.file_type(taken["file_type"])
     return ModelInfo(**taken)

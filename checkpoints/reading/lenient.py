@@ -52,6 +52,10 @@ def loads(text: str | bytes) -> Any:
         return json.loads(mended)  # numbers beyond float64, which orjson refuses, are infinite here
     except RecursionError:
         raise ValueError("the line is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("a whole number has more than 4,300 digits") from None
 
 
 def whole(line: bytes) -> bool:

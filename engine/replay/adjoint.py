@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Step, WeightSource, weight_of_step
+from ..graph import History, Step, WeightSource, weight_of_step
 
 _Back = Callable[[Step, Array, Sequence[Array], Sequence[Any], int], Sequence["Array | None"]]
 
@@ -27,7 +27,7 @@ def derivatives(
         values: of the right run, over the rows up to that one at least.
 
     Raises:
-        KeyError: a step is of another operation.
+        KeyError: a step is of another operation, or reads parts of values.
     """
     last = values[point]
     xp = module_of(last)
@@ -37,6 +37,8 @@ def derivatives(
     for step in reversed(steps):
         if step.makes not in by_name:
             continue
+        if not all(isinstance(read, str | History) for read in step.reads):
+            raise KeyError(step.makes)  # halves of a fused product, say
         back, names = by_name[step.makes], step.names
         if back.ndim > 2:
             del by_name[step.makes]  # of scores: [k, heads, S] in every layer

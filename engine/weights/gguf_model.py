@@ -17,6 +17,7 @@ from checkpoints.record import ModelInfo
 from .dequantize import FORMATS, dequantize, dequantize_into
 
 _LEAST_ROPE = 1e-30  # least base or factor: below it, the angles of some hundred million positions are beyond float32
+_LONGEST_NAME = 64  # characters of an architecture: llama.cpp's longest has 16
 # The usual values of llama.h's llama_ftype: importing gguf, which has them all, takes longer than opening a small model.
 # fmt: off
 FILE_TYPES = {
@@ -143,6 +144,8 @@ class GgufModel:
         architecture = get("general.architecture", str)
         if not architecture:
             raise self._wrong("general.architecture is empty")
+        if len(architecture) > _LONGEST_NAME:
+            raise self._wrong(f"general.architecture has {len(architecture):,} characters")
         if not self.tensors:
             raise ModelError(
                 f"{self.path} has a tokenizer but no tensors: it can tokenize, not compute.",
@@ -220,6 +223,8 @@ class GgufModel:
             if len(different) != 1:
                 self._beyond(f"{key} differs from layer to layer")
             value = max(different)
+        if value is None:
+            raise self._wrong(f"the metadata have no {key}")
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._wrong(f"{key} is {value!r:.60}, which is not a whole number")
         return value

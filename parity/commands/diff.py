@@ -93,11 +93,15 @@ def diff(
         if model is None:
             compared = comparison(left, right, options)
         else:
-            from ..diff.tokens import same_model
+            from msgspec.structs import replace
+
+            from ..diff.tokens import other_settings, same_model
             from ..explain.on_model import compared_on
 
             same_model(right, model)
             compared = compared_on(left, right, options, model, arbiter)
+            notes = (*other_settings(right, model), *compared.verdict.notes)
+            compared = replace(compared, verdict=replace(compared.verdict, notes=notes))
     if table is not None:
         from ..diff.table import write_table
 

@@ -34,20 +34,23 @@ def finish_three(outcome: "Outcome", third: "Dump", three_way: "ThreeWay", outpu
     if incomplete:
         answer |= {"verdict": INCOMPLETE, "uncompared": as_dict(outcome.verdict.uncompared)}
     put(outcome.folder / "diff.json", (json.dumps(as_json(three_way) | answer, indent=1) + "\n").encode())
-    code = show_three(three_way, dumps, output_format, extra=answer)
-    whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, [section(three_way)])
+    said = answer_of_two(outcome.verdict) if incomplete else ""
+    code = show_three(three_way, dumps, output_format, extra=answer, said=said)
+    whole = report(outcome.verdict, outcome.ours, outcome.ref, outcome.picture, [section(three_way, said)])
     write_html(whole, outcome.folder / "report.html")
     if output_format is Format.TEXT:
-        if incomplete:
-            print(answer_of_two(outcome.verdict))
         print(folder_line(outcome))
     return DIVERGENCE_CODE if incomplete else code
 
 
 def show_three(
-    three_way: "ThreeWay", dumps: "tuple[Dump, Dump, Dump]", output_format: Format, extra: Mapping[str, Any] | None = None
+    three_way: "ThreeWay",
+    dumps: "tuple[Dump, Dump, Dump]",
+    output_format: Format,
+    extra: Mapping[str, Any] | None = None,
+    said: str = "",
 ) -> int:
-    """Print the answer and return the exit code."""
+    """Print the answer, or what is `said` in its place, and return the exit code."""
     from reports.three_way import as_json, heads, lines
 
     if output_format is Format.JSON:
@@ -62,5 +65,5 @@ def show_three(
     written = "".join(token.text for token in dumps[1].tokens)
     first, second, last = heads(three_way.sides)
     print_header(console, ours, ref, written, {last: third}, (first, second))
-    print_lines(console, lines(three_way, console.width))
+    print_lines(console, lines(three_way, console.width, said))
     return PARITY_CODE if three_way else DIVERGENCE_CODE

@@ -87,7 +87,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
         def dumped(prompt: Prompt) -> Dump:
             out = Path(folder) / "dump.jsonl"
             side.dump(prompt, out)
-            return recorded(side, out, prompt, run.mapping)
+            return _stated(recorded(side, out, prompt, run.mapping), run.compute)
 
         whole = dumped(prompt)
         checks, refused = _in_other_ways(side, dumped, whole, prompt, other_ways(ways, prompt, request.chunk), options)
@@ -118,7 +118,7 @@ def _in_other_ways(
     for name, way, description in ways:
         try:
             dump = dumped(way)
-            verdict = _held_to(side, compare(dump, whole, options))
+            verdict = _after(way.saved, _held_to(side, compare(dump, whole, options)))
         except EngineError:
             raise
         except InputError as error:
@@ -133,6 +133,19 @@ def _in_other_ways(
     if unconfirmed:
         not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {_HOW_TO_STEP}")
     return checks, not_checked
+
+
+def _stated(dump: Dump, compute: str | None) -> Dump:
+    """The dump with what --compute says of its engine: both dumps are of the same one."""
+    if compute is None:
+        return dump
+    return replace(dump, header=replace(dump.header or Header(""), compute=compute))
+
+
+def _after(saved: int, verdict: Verdict) -> Verdict:
+    """The verdict of a run that continued from a state: it computes no position below `saved`, so that none is lacking there."""
+    lacks = verdict.uncompared
+    return replace(verdict, uncompared=replace(lacks, positions=tuple(at for at in lacks.positions if at >= saved)))
 
 
 def _held_to(side: Side, verdict: Verdict) -> Verdict:
@@ -181,7 +194,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     Raises:
         DumpError: a dump cannot be read, or both were computed in the same portions.
     """
-    a, b = load(left, request.run.mapping), load(right, request.run.mapping)
+    a, b = (_stated(load(path, request.run.mapping), request.run.compute) for path in (left, right))
     passes = [_passes(dump) for dump in (a, b)]
     if passes[0] == passes[1]:
         raise DumpError(

@@ -71,7 +71,9 @@ def other_ways(ways: Collection[str], prompt: Prompt, chunk: int) -> Iterator[tu
             if size < count:
                 yield f"ubatches of {size}", replace(prompt, ubatch=size), f"a pass in ubatches of {size}"
     if SEQUENCES in ways:  # a shorter one, the same one, a longer one
-        companions = (ids[: (count + 1) // 2], ids, (*ids, *ids[: (count + 1) // 2]))
+        # Other tokens in the shorter and the longer one: whoever reads a neighbour's keys must not find its own there.
+        half, other = (count + 1) // 2, ids[::-1]
+        companions = (other[:half], ids, (*other, *ids[:half]))
         yield (
             "among other sequences",
             replace(prompt, companions=companions),

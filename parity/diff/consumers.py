@@ -240,7 +240,9 @@ class _Consumers:
         failing, read = False, False
         for child in children:
             other = self._record(child, record)
-            if other is None:
+            if other is None and self._left_by_a_pass(child, record):
+                unclear = True
+            elif other is None:
                 decided = False
             elif self._otherwise[other]:
                 consumed = True  # judged in turn by what is made from it
@@ -263,6 +265,11 @@ class _Consumers:
         if failing:
             return True if read else None
         return decided and (consumed or not (hidden or unclear))
+
+    def _left_by_a_pass(self, name: str, record: int) -> bool:
+        """Whether a point is a state, recorded once in a pass, at its last position, and so not beside a record of that pass."""
+        of_pass = self._measured.step[self._rows[self._place[name]]] == self._measured.step[record]
+        return int(of_pass.sum()) == 1
 
     def _known_whole(self, record: int) -> bool:
         """Whether a record is compared as a whole row."""

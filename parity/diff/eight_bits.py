@@ -19,10 +19,11 @@ from .slices import prepare
 
 Floats = NDArray[np.float64]
 
-# Share of an error's energy that is along the values themselves (another scale, another epsilon) or the same at every position (a
-# constant, a bias). A choice: normal noise in the smallest sample that is judged, three positions of ten values, exceeds the first in 4
-# of 1,000 draws and the second in 2; with seven positions of sixteen values none of 200,000 did.
-_ALONG, _COMMON = 0.25, 0.7
+# Share of an error's energy that is along the values themselves (another scale, another epsilon), on average over the positions, whatever
+# their size, or the same at every position (a constant, a bias). A choice: normal noise in the smallest sample that is judged, three
+# positions of ten values, exceeds the first in 1 of 1,000 draws and the second in 2; with seven positions of sixteen values none of
+# 200,000 did.
+_ALONG, _COMMON = 0.4, 0.7
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
 # The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values a row
 # (benchmarks/right_engines.py), in round numbers. A fault of attention leaves position 0 right: a ratio of a million.
@@ -69,6 +70,13 @@ def is_noise(records: Records, number: int) -> bool:
     energy = float((delta * delta).sum())
     if energy == 0:
         return False
-    along = float((delta * b).sum()) ** 2 / (energy * max(float((b * b).sum()), 1e-300))
     common = len(delta) * float((delta.mean(axis=0) ** 2).sum()) / energy
-    return along <= _ALONG and (common <= _COMMON or len(delta) == 1)
+    return share_along(delta, b) <= _ALONG and (common <= _COMMON or len(delta) == 1)
+
+
+def share_along(delta: Floats, values: Floats) -> float:
+    """The share of the energy of errors [R, k] that is along the values [R, k], on average over the rows that have an error."""
+    energies = (delta * delta).sum(axis=1) * (values * values).sum(axis=1)
+    known = energies > 0
+    shares = (delta * values).sum(axis=1)[known] ** 2 / energies[known]
+    return float(shares.mean()) if len(shares) else 0.0

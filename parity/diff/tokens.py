@@ -90,6 +90,19 @@ def same_model(dump: Dump, path: Path) -> None:
         )
 
 
+def other_settings(dump: Dump, path: Path) -> tuple[str, ...]:
+    """The note that a dump's file states other numbers than the model file, if both are known; raises as `same_model`."""
+    from checkpoints.gguf_file import contents
+
+    known = dump.header.model.settings if dump.header is not None else ""
+    if not known or known == contents(path).settings:
+        return ()
+    return (
+        f"{dump.path} was made with a file whose metadata differ from {path.name}'s (an epsilon, RoPE's base, …): what it is held to is "
+        f"what {path.name} says",
+    )
+
+
 def compare_tokens(ours: Dump, ref: Dump) -> TokenComparison:
     """Compare the token ids, first of the prompt (sequence 0), then those generated (of each sequence)."""
     left = ours.header.tokens if ours.header else ()

@@ -14,8 +14,9 @@ from checkpoints.answers.drift import Checked, Drift, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
 from checkpoints.record import DEFAULT_SLICE, Dump
-from checkpoints.whole_file import put
+from checkpoints.whole_file import Replacement, put, unwritable
 from reference.client import Reference
+from reports import sentences
 from reports.numbers import count
 
 from ..diff.compare import Options, compare
@@ -101,10 +102,10 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
             prompts=(),
         )
         dumps = GoldenDumps(request.side, replace(run, generate=0), reference)
-        put(golden.folder / ".gitattributes", b"*.jsonl -diff\nledger.jsonl merge=union\n")
+        attributes = _attributes(golden.folder)
         written: list[GoldenPrompt] = []
         lacking: dict[str, Uncompared] = {}
-        with tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
+        with attributes, tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
             for number, text in enumerate(texts):
                 prompt = resolve_prompt(reference, run.model, text)
                 if run.generate and request.side != EXEC:
@@ -113,6 +114,7 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
                 dumps.write(prompt, Path(scratch) / kept.file)
                 if never_compared := dumps.lacking(prompt, Path(scratch) / kept.file):
                     lacking[kept.file] = never_compared
+                    kept = replace(kept, lacking=sentences.uncompared(never_compared))
                 written.append(kept)
                 if progress is not None:
                     progress("golden", number + 1, len(texts))
@@ -122,6 +124,21 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
     golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
     golden.save()
     return Recorded(golden, lacking)
+
+
+def _attributes(folder: Path) -> Replacement:
+    """What git is to know of golden dumps. It is begun before anything is computed: a folder that refuses it is said then.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    path = folder / ".gitattributes"
+    try:
+        attributes = Replacement(path)
+        attributes.temporary.write_bytes(b"*.jsonl -diff\nledger.jsonl merge=union\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return attributes
 
 
 def check(request: Checking, progress: Progress | None = None) -> Drift:
@@ -194,7 +211,7 @@ def _answer(
         changes=moved,
         findings=tuple(ledger.findings(points)),
         updated=updated,
-        notes=tuple(_notes(skipped, book, unrecorded)),
+        notes=tuple(_notes(skipped, book, unrecorded, golden)),
     )
     if request.keep_ledger and not updated:
         commit, dirty = ledger.commit()
@@ -204,11 +221,14 @@ def _answer(
     return answer
 
 
-def _notes(skipped: int, book: Path, unrecorded: Sequence[str]) -> Iterator[str]:
+def _notes(skipped: int, book: Path, unrecorded: Sequence[str], golden: Golden) -> Iterator[str]:
     if skipped:
         yield ledger.skipped_note(skipped, book)
     if unrecorded:
         yield f"not compared, since the golden dumps lack them: {listed_points(unrecorded)}"
+    for prompt in golden.prompts:
+        if prompt.lacking:
+            yield f"{prompt.file} was recorded as far as the engine went ({prompt.lacking}): the rest is not checked"
 
 
 def listed_points(names: Sequence[str]) -> str:

@@ -28,7 +28,10 @@ EMBEDDED = "embedded"
 
 
 class GoldenPrompt(Struct, frozen=True):
-    """One prompt, its token ids and those that were generated after it; `file` is its dump's name."""
+    """One prompt, its token ids and those that were generated after it; `file` is its dump's name.
+
+    `lacking` says what an engine that stopped early did not print of what it was asked for; empty if nothing.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -36,6 +39,7 @@ class GoldenPrompt(Struct, frozen=True):
     generated: tuple[int, ...]
     generated_pieces: tuple[str, ...]
     file: str
+    lacking: str = ""
 
     @property
     def prompt(self) -> Prompt:

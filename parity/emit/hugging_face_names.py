@@ -11,6 +11,8 @@ PERMUTED = frozenset(
         "mixtral",
         "granite",
         "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
         "smollm3",
         "arcee",
         "minicpm",
@@ -26,6 +28,9 @@ ATTENTIONS = (".self_attn", ".attn", ".self_attention", ".attention")
 # Module names inside a layer and what their outputs are; `<` names what goes into the module.
 _PLAIN = {
     "input_layernorm": "attn_norm",
+    "attention_layernorm": "attn_norm",  # Apertus names norms by what they are for
+    "feedforward_layernorm": "ffn_norm",
+    "feedforward_layernorm<": "ffn_inp",
     "self_attn.q_proj": "q",
     "self_attn.k_proj": "k",
     "self_attn.v_proj": "v",
@@ -44,13 +49,20 @@ _PLAIN = {
     "": "l_out",
 }
 # What routes tokens to experts; where it is, the feed-forward's output is the experts'.
-_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate")
+_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer")
+_SHARED = ("shared_experts", "shared_expert")
 # A norm after the attention and another after the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
 _SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attention_layernorm<"} | {
     "post_attention_layernorm": "attn_post_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "pre_feedforward_layernorm<": "ffn_inp",
     "post_feedforward_layernorm": "ffn_post_norm",
+}
+# AFMoE names the same four norms otherwise.
+_DUAL = {name: kind for name, kind in _SANDWICH.items() if not name.startswith(("pre_", "post_feedforward"))} | {
+    "pre_mlp_layernorm": "ffn_norm",
+    "pre_mlp_layernorm<": "ffn_inp",
+    "post_mlp_layernorm": "ffn_post_norm",
 }
 # OLMo 2 and EXAONE 4 have norms after both halves only: what goes into the first one is the attention's output.
 _BEHIND = {name: kind for name, kind in _PLAIN.items() if name.rstrip("<") != "post_attention_layernorm"} | {
@@ -132,7 +144,9 @@ def names_of(model: Any) -> "dict[str, str]":
     """Module path -> point for every module of the model whose value is known; a path that ends in "<" is a module's input."""
     modules = dict(model.named_modules())
     paths = list(modules)
-    layers = [name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h")]
+    layers = [
+        name for name in paths if name.rsplit(".", 1)[-1].isdigit() and name.rsplit(".", 2)[-2] in ("layers", "h", "blocks")
+    ]
     embedding = next(path for path, module in modules.items() if module is model.get_input_embeddings())
     points = {embedding: "embd"}
     for layer in layers:
@@ -141,17 +155,10 @@ def names_of(model: Any) -> "dict[str, str]":
         for name, kind in _table(inside).items():
             if name.rstrip("<") in inside:
                 points[f"{layer}.{name}" if name else layer] = f"blk.{number}.{kind}"
-        for router in _ROUTERS:
-            if router in inside:
-                experts = router.split(".")[0]
-                # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
-                biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
-                points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
-                if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
-                    points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
-                    points[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
-                else:
-                    points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
+        if "self_attn.gate_proj" in inside:  # AFMoE: what the projection reads was multiplied by a gate
+            points[f"{layer}.self_attn.gate_proj"] = f"blk.{number}.attn_gate_proj"
+            points[f"{layer}.self_attn.o_proj<"] = f"blk.{number}.attn_gated"
+        points |= _routed(layer, number, inside, modules)
         if "self_attn.qkv_proj" in inside:
             points[f"{layer}.self_attn.qkv_proj"] = f"blk.{number}.qkv"
     for path in paths:
@@ -162,6 +169,26 @@ def names_of(model: Any) -> "dict[str, str]":
             points[path] = _OUTSIDE[leaf]
         elif leaf == "drop" and f"{path.removesuffix(leaf)}wpe" in modules:  # positions were added before the first layer
             points[path] = points.pop(embedding)
+    return points
+
+
+def _routed(layer: str, number: str, inside: "set[str]", modules: "dict[str, Any]") -> "dict[str, str]":
+    """The points of a layer's router and experts, which take the place of the feed-forward's."""
+    points = {}
+    for router in _ROUTERS:
+        if router in inside:
+            experts = router.split(".")[0]
+            # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
+            biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
+            points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
+            shared = next((name for name in _SHARED if f"{experts}.{name}" in inside), None)
+            if shared is None:
+                points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
+                continue
+            points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"  # the sum of both is the feed-forward's output
+            points[f"{layer}.{experts}.{shared}"] = f"blk.{number}.ffn_shexp"
+            if f"{experts}.{shared}_gate" in inside:
+                points[f"{layer}.{experts}.{shared}_gate"] = f"blk.{number}.ffn_shexp_gate_inp"
     return points
 
 
@@ -177,6 +204,8 @@ def _table(inside: "set[str]") -> "dict[str, str]":
         return _FALCON
     if "pre_feedforward_layernorm" in inside:
         return _SANDWICH
+    if "pre_mlp_layernorm" in inside:
+        return _DUAL
     if "post_self_attn_layernorm" in inside:
         return _AFTER
     if "post_feedforward_layernorm" in inside and "input_layernorm" not in inside:

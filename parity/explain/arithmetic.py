@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
-from checkpoints.record import Dump
+from checkpoints.record import Dump, Rows
 from engine.replay.precision import rounded
 from reports.sentences import ARITHMETIC
 
@@ -18,8 +18,9 @@ from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
 from .case import Case
 from .known_model import KnownModel
-from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
+from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, of_ids
 from .records import Expected, Floats
+from .spared import spares_elements, spares_records
 from .systematic import SECONDS, systematic
 
 
@@ -38,12 +39,16 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return as_float32 if before else comparison(ours, ref, replace(options, truth=None))
     if _entry(known.case, first.checkpoint) is None:
         return as_float32
+    pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
+    if (beside := _beside(known.case, pair)) is not None:
+        entry, errors, recorded = beside
+        if spares_elements(errors, entry.taken(known.case.replay.on_host[pair.point], known.case.positions), recorded):
+            return as_float32
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
     plausible = [
         lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, first.checkpoint)) is not None
     ]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
-    pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
     elsewhere = any(lower.alike < REPRODUCED for lower in plausible)
     followed = _followed(known.case, pair, seconds) if elsewhere else ""
     fitting = {
@@ -133,9 +138,8 @@ def _beside(case: Case, pair: Pair) -> tuple[Expected, Floats, NDArray[np.bool_]
     entry = _entry(case, pair.point)
     if entry is None or pair.ours.indices is not None or pair.ref.indices is not None:
         return None
-    places = zip(entry.pair.ours.seq.tolist(), entry.pair.ours.token_idx.tolist(), strict=True)
-    rows = {place: number for number, place in enumerate(places)}
-    numbers = [rows.get(place, -1) for place in zip(pair.ref.seq.tolist(), pair.ref.token_idx.tolist(), strict=True)]
+    rows = {place: number for number, place in enumerate(_places(entry.pair.ours))}
+    numbers = [rows.get(place, -1) for place in _places(pair.ref)]
     index = np.array(numbers, dtype=np.int64)
     recorded = np.flatnonzero(index >= 0)
     width = min(pair.ours.values.shape[1], entry.values.shape[1])
@@ -200,8 +204,9 @@ def _computed_before(compared: Comparison, first: str) -> str:
 
 
 def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
-    """Whether all records of a point that this arithmetic must have moved are as right as in float32."""
+    """Whether all records of a point that this arithmetic must have moved are as right as in float32, or some records of any points."""
     records = exact.records
+    every: list[tuple[Floats, Floats, Floats]] = []
     for entry, products in zip(case.entries, cost.products, strict=True):
         if entry.point not in records.names:
             continue
@@ -212,7 +217,17 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
             continue  # rows of zeros, masks
         if typical > float(limits.max()) and float(errors.mean()) < LOWER * typical:
             return True
-    return False
+        if not of_ids(entry):
+            places = {place: number for number, place in enumerate(_places(entry.pair.ours))}
+            numbers = [places.get(place, -1) for place in _places(records.pairs[records.names.index(entry.point)].ref)]
+            costs = np.where(np.array(numbers) >= 0, products[numbers], 0.0)
+            every.append((errors, np.nan_to_num(costs, posinf=0.0), limits))
+    return bool(every) and spares_records(*(np.concatenate(column) for column in zip(*every, strict=True)))
+
+
+def _places(rows: Rows) -> list[tuple[int, int]]:
+    """The sequence and position of each record."""
+    return list(zip(rows.seq.tolist(), rows.token_idx.tolist(), strict=True))
 
 
 def _above(compared: Comparison, name: str) -> set[str]:

@@ -14,6 +14,7 @@ from engine.replay.replay import Replay
 
 from ..diff.limits import EXACT_FLOOR
 from .records import Expected, Floats, Ints
+from .spared import VISIBLE, spares_records
 
 KINDS = tuple(ROUNDINGS)
 # How far a right engine's error may lie from the one that our own rounding makes, which is applied in other places of the
@@ -26,9 +27,6 @@ UPPER, LOWER = 30.0, 1 / 300.0
 APART = 20.0
 TOGETHER = 6.0  # the mean of all points' ratios: above the largest of single ones, 3.8
 SINGLE = 100.0  # a single record against what its own activations cost when rounded
-# Of the records that rounding must have changed by at least this many times their limit, this share may be (nearly) exactly right:
-# a single value can be right by luck, a whole position or point cannot.
-VISIBLE, SPARED = 30.0, 0.01
 # Arithmetics that fit worse than the best by less than this (a factor of e in NMSE) cannot be distinguished from it: F16 and TF32 both keep
 # eleven bits and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
 # apart (`parity.explain.precision.mismatch`, three lifted and three random models, seven arithmetics).
@@ -160,8 +158,7 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
     if any(_concentrated(entry) for entry in entries) or (first is not None and _parallel(first)):
         return None
-    visible = products > VISIBLE * limit
-    if not visible.any() or (visible & (base <= limit)).sum() > SPARED * visible.sum():
+    if not (products > VISIBLE * limit).any() or spares_records(base, products, limit):
         return None
     for entry, (multiplied, stored) in zip(entries, costs, strict=True):
         noise, mean = float(entry.limit.max()), float(entry.base.mean())

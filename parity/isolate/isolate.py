@@ -24,7 +24,7 @@ from reference.client import Reference
 from reference.jobs import NATIVE, DumpJob
 
 from ..diff.limits import limits
-from ..diff.tokens import same_model, too_few_tokens
+from ..diff.tokens import other_settings, same_model, too_few_tokens
 from ..models.embedded import path as default_model
 from ..run.graphs import not_as_the_file_says
 from ..run.request import Prompt
@@ -312,7 +312,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
             "attention": bench.attention.sentence(),
-            "metadata": otherwise,
+            "metadata": "; ".join(part for part in (*other_settings(values.dump, request.model), otherwise) if part),
         },
     )
 

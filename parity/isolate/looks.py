@@ -32,6 +32,8 @@ def look_of(
 
     `siblings` are other weights of the same layer, one of which may have been taken instead.
     """
+    if not np.isfinite(dumped).all():
+        return "it is NaN or infinite where its inputs give numbers" if np.isfinite(x).all() else ""
     if "native" in step.params:
         return _product(step, x, dumped, weights, nmse, limit, siblings)
     if step.op is ops.rms_norm and x.size == dumped.size:
@@ -57,6 +59,8 @@ def other_epsilon(
 
     Solves 1 / sqrt(mean(x²) + ε) for ε, row by row.
     """
+    if not np.isfinite(dumped).all():
+        return None
     weight = weights.get(str(step.weights[0]))
     x, dumped = x.reshape(-1, weight.size), dumped.reshape(-1, weight.size)  # each head by itself
     wide = x.astype(np.float64)

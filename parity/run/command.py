@@ -30,6 +30,7 @@ DEFAULT_TIMEOUT = 3600.0  # seconds: a CPU engine may take minutes for a long pr
 _TAIL = 1 << 16  # bytes of stderr that are kept: its last lines say what went wrong
 LARGEST_DUMP = 16 << 30  # bytes; a whole dump of 24 layers × 500 positions × 4,096 values in text is under 1 GB
 _WATCH = 0.05  # seconds between two checks of the clock and of the dump
+_SHOWN = 200  # characters of a program's path
 _GRACE = 1.0  # seconds that reading the rest of stderr's pipe may take once the engine has ended
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _NOT_EXECUTABLE, _NOT_THERE = 126, 127  # exit codes of env and of shells (POSIX) for a program that cannot be run, or found
@@ -115,7 +116,7 @@ class Command(Struct, frozen=True):
         path = (os.environ | environment | dict(self.variables)).get("PATH")
         if shutil.which(program[0], path=path) is None:
             raise EngineError(
-                f"cannot run {shlex.quote(program[0])}: it is not there, or not executable.",
+                f"cannot run {shlex.quote(program[0])[:_SHOWN]}: it is not there, or not executable.",
                 f"Check {self.option}.",
                 how=NOT_STARTED,
             )
@@ -238,7 +239,8 @@ class Command(Struct, frozen=True):
                     )
 
     def _no_file(self, out: Path, mode: int) -> EngineError:
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
         return EngineError(f"{self.name} turned {out} into {kind}.", "It must write a regular file to {out}.")
 
     def failed(self, status: int, stderr: str) -> EngineError:
@@ -252,7 +254,7 @@ class Command(Struct, frozen=True):
                 how=NOT_STARTED,
             )
         killed = -status if status < 0 else status - 128 if status in _ENDED_BY_SIGNAL else 0
-        how = f"was killed by signal {killed}" if killed else f"failed with exit code {status}"
+        how = f"was killed by {_signal(killed)}" if killed else f"failed with exit code {status}"
         crashed = bool(killed) or not lines or any(word in stderr for word in _UNHANDLED)
         return EngineError(
             f"{self.name} {how}: {last_line.rstrip('.')}.",
@@ -267,6 +269,14 @@ class Command(Struct, frozen=True):
             raise EngineError(f"{self.name} exited with code 0 but did not write {out}.", "It must write to {out}.") from None
         if not stat.S_ISREG(status.st_mode):
             raise self._no_file(out, status.st_mode)
+
+
+def _signal(number: int) -> str:
+    """A signal by its name, or, where it has none (those for real-time use), by its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     Raises:
         InputError: it is not such a list; the message names the option.
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
     if not all(map(_NUMBER.fullmatch, parts)):
         raise InputError(f"{name} must be whole numbers separated by commas, not {text!r:.80}.", f"Write e.g. {name} 1,2,3.")
     return tuple(map(int, parts))

@@ -63,7 +63,7 @@ def _sequence(dump: Dump, number: int, ids: tuple[int, ...]) -> Dump:
             points[name] = replace(own, seq=np.zeros_like(own.seq))
     if not points:
         raise EngineError(
-            f"it has no records of sequence {number}.",
+            f"the dump of the batch has no records of sequence {number}.",
             'The prompts of a batch are numbered from 0: {"seq": 1, …} in each line.',
         )
     header = None if dump.header is None else replace(dump.header, tokens=ids, pieces=())

@@ -88,7 +88,8 @@ class OpenAI(Struct):
             return legacy(logprobs, where)
         raise ServerError(
             f"{where} gives no log-probabilities.",
-            "Start it so that it does (llama-cpp-python: --logits_all true), or check --server-api.",
+            "Start it so that it does (llama-cpp-python: --logits_all true), or check --server-api; transformers serve has none, --with hf "
+            "runs its model.",
         )
 
 

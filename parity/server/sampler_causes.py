@@ -39,7 +39,7 @@ def temperature(case: ServerCase) -> ServerCause | None:
 
 
 def truncation(case: ServerCase) -> ServerCause | None:
-    """Probabilities of which only some were kept and made to sum to 1: top-k, top-p, min-p, typical-p, top-n-sigma or XTC."""
+    """Probabilities of which only some were kept and made to sum to 1: top-k, top-p, min-p, typical-p, top-n-sigma, XTC or Mirostat."""
     offsets, cut = [], []
     for placed, row in case.sample:
         server = case.listed(placed, row)
@@ -52,12 +52,15 @@ def truncation(case: ServerCase) -> ServerCause | None:
     fits = []
     for truncated in truncations(cut, offsets):
         explained = [case.of(placed, truncated.left(row)) for placed, row in case.sample]
-        sentence = (
-            f"the sampler: the log-probabilities are those after {truncated.what}, "
-            "which leaves out tokens and makes the rest sum to 1"
-        )
-        fits.append((sentence, explained))
-    sentence, explained = min(fits, key=lambda fit: float(np.median(fit[1])))
+        wrong = sum(value > case.limit for value in explained)
+        fits.append((wrong, float(np.mean(explained)), truncated.what, explained))
+    wrong, _, what, explained = min(fits)
+    # Rounding moves the edge at single positions: a kind that explains all but one more may be the right one.
+    others = sorted(fit for fit in fits if fit[2] != what and fit[0] <= wrong + 1 and fit[0] <= len(explained) / 10)
+    kinds = " or ".join([what, *(fit[2] for fit in others)])
+    sentence = (
+        f"the sampler: the log-probabilities are those after {kinds}, which leaves out tokens and makes the rest sum to 1"
+    )
     return judged(case, "truncated-logprobs", sentence, "Request those before the sampler.", explained, case.sample)
 
 

@@ -150,7 +150,7 @@ def _cause(case: ServerCase, beside: _Beside, unfaithful: Sequence[tuple[int, st
     reply = case.reply
     cause = cause_of(case) if wrong or reply.around or reply.tokenizer else None
     if cause is None and unfaithful:
-        return choices.cause([item for item in beside.greedy if len(item[1])], reply.tokens, unfaithful)
+        return choices.cause([item for item in beside.greedy if len(item[1])], reply.tokens, unfaithful, case.vocabulary)
     return cause
 
 

@@ -14,8 +14,10 @@ _MOST = 1000  # tokens that a sampler keeps
 _TOP_P = np.concatenate([np.arange(0.05, 0.995, 0.01), [0.995, 0.999]])
 _MIN_P = np.concatenate([[0.001, 0.002, 0.005], np.arange(0.01, 0.91, 0.01)])
 _SIGMAS = np.arange(0.1, 5.01, 0.05)
-_TYPICAL = np.concatenate([np.arange(0.05, 0.995, 0.05), [0.99]])
+_TYPICAL = np.concatenate([np.arange(0.05, 0.995, 0.01), [0.99]])
 _XTC = np.arange(0.02, 0.5, 0.01)
+_TAU = np.arange(0.25, 8.01, 0.05)  # bits
+_SAME = 1e-12  # log-probability: values of a sampler that are off by the same
 _NEVER = 80.0  # a logit that far below the largest has no probability in float32
 
 Floats = NDArray[np.float64]
@@ -42,21 +44,32 @@ def truncations(rows: Sequence[Row], offsets: Sequence[float]) -> Iterator[Trunc
     count = int(np.abs(by_count - above[:, None]).mean(axis=0).argmin()) + 1
     yield Truncated(f"a top-k of {count}", lambda row: _cut(row, count))
     by_mass = np.array([[each[_within(p, mass) - 1] for mass in _TOP_P] for p, each in zip(likeliest, sums, strict=True)])
-    mass = float(_TOP_P[np.abs(by_mass - above[:, None]).mean(axis=0).argmin()])
+    mass = _fitting(_TOP_P, np.abs(by_mass - above[:, None]).mean(axis=0))
     yield Truncated(f"a top-p of {mass:.3g}", lambda row: _cut(row, _within(_likeliest(row), mass)))
     by_share = np.array([[each[_over(p, share) - 1] for share in _MIN_P] for p, each in zip(likeliest, sums, strict=True)])
-    share = float(_MIN_P[np.abs(by_share - above[:, None]).mean(axis=0).argmin()])
+    share = _fitting(_MIN_P, np.abs(by_share - above[:, None]).mean(axis=0))
     yield Truncated(f"a min-p of {share:.3g}", lambda row: _cut(row, _over(_likeliest(row), share)))
     kinds: tuple[tuple[str, Floats, Callable[[Row, float], Bools]], ...] = (
         ("a top-n-sigma", _SIGMAS, _near_largest),
-        ("a typical-p", _TYPICAL, _typical),
         ("an XTC threshold", _XTC, _without_top),
+        ("Mirostat 2 with a tau", _TAU, _unsurprising),
     )
     for name, values, kept in kinds:
         off = [np.abs(np.array([_gain(row, kept(row, value)) for row in rows]) - above).mean() for value in values.tolist()]
-        yield Truncated(
-            f"{name} of {values[np.argmin(off)]:.3g}", partial(_masked, kept=kept, value=float(values[np.argmin(off)]))
-        )
+        yield _best(name, values, np.array(off), kept)
+    by_typical = np.array([_typical_gains(row, _TYPICAL) for row in rows])
+    yield _best("a typical-p", _TYPICAL, np.abs(by_typical - above[:, None]).mean(axis=0), _typical)
+
+
+def _fitting(values: Floats, off: Floats) -> float:
+    """The value that is off by the least; of several that leave the same tokens the middle one."""
+    least = np.flatnonzero(off <= off.min() + _SAME)
+    return float(values[least[len(least) // 2]])
+
+
+def _best(name: str, values: Floats, off: Floats, kept: Callable[[Row, float], Bools]) -> Truncated:
+    value = _fitting(values, off)
+    return Truncated(f"{name} of {value:.3g}", partial(_masked, kept=kept, value=value))
 
 
 def _masked(row: Row, kept: Callable[[Row, float], Bools], value: float) -> Row:
@@ -76,12 +89,30 @@ def _near_largest(row: Row, sigmas: float) -> Bools:
 
 def _typical(row: Row, mass: float) -> Bools:
     """`llama_sampler_typical`: the tokens whose surprise is nearest to the entropy, until they have this probability together."""
+    order, sums = _by_surprise(row)
+    kept = np.zeros(len(row), dtype=np.bool_)
+    kept[order[: int(np.searchsorted(sums, mass, side="right")) + 1]] = True
+    return kept
+
+
+def _typical_gains(row: Row, masses: Floats) -> Floats:
+    """`_gain` of `_typical` at each mass, from one sorting."""
+    _, sums = _by_surprise(row)
+    return np.asarray(-np.log(sums[np.minimum(np.searchsorted(sums, masses, side="right"), len(sums) - 1)]))
+
+
+def _by_surprise(row: Row) -> tuple[NDArray[np.int64], Floats]:
+    """The tokens in the order in which their surprise is near to the entropy, and the sums of their probabilities."""
     surprise = log_sum(row) - row.astype(np.float64)
     p = np.exp(-surprise)
     order = np.argsort(np.abs(surprise - float(p @ surprise)), kind="stable")
-    kept = np.zeros(len(row), dtype=np.bool_)
-    kept[order[: int(np.searchsorted(np.cumsum(p[order]), mass, side="right")) + 1]] = True
-    return kept
+    return order, np.cumsum(p[order])
+
+
+def _unsurprising(row: Row, tau: float) -> Bools:
+    """`llama_sampler_mirostat_v2` at its first token: those of at most 2 tau bits of surprise, and the likeliest."""
+    bits = (log_sum(row) - row.astype(np.float64)) / np.log(2)
+    return np.asarray((bits <= 2 * tau) | (row == row.max()))
 
 
 def _without_top(row: Row, threshold: float) -> Bools:

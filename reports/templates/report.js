@@ -75,7 +75,7 @@
       ],
     });
     show("map", plot, "Errors of all records, points by positions");
-    show("legend", Plot.legend({ color: { ...colour, ticks: 5 }, width: Math.min(320, total) }), "Colours: error divided by its limit");
+    show("legend", Plot.legend({ color: { ...colour, ticks: 5 }, width: Math.min(320, total), marginLeft: 20, marginRight: 20 }), "Colours: error divided by its limit");
     const svg = plot.tagName === "svg" ? plot : plot.querySelector("svg");
     map = { svg, x: plot.scale("x").apply, y: plot.scale("y").apply };
     if (mark) box("first-divergence", mark, "var(--mark)").setAttribute("data-place", `${grid.points[mark[0]]}@${grid.positions[mark[1]]}`);
