@@ -79,7 +79,7 @@ def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) ->
         others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
         rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
     summary = (
-        f"{count(len(causes), 'cause')} found that reproduce these numbers"
+        f"{count(len(causes), 'cause')} found that {'reproduces' if len(causes) == 1 else 'reproduce'} these numbers"
         if causes
         else "no known fault reproduces these numbers"
     )

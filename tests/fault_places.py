@@ -85,6 +85,8 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "decay-form": ("mamba", {}, BOTH),
     "skip-missing": ("mamba", {}, BOTH),
     "convolution-bias-missing": ("mamba", {}, BOTH),
+    "convolution-activated": ("lfm2", {}, BOTH),
+    "head-norm-not-in-decode": ("qwen3", {}, BOTH),
     "norm-of-other": ("gemma3", {"norm": ("ffn_post_norm", "ffn_norm")}, BOTH),
     "experts-weights-on-other-side": ("llama4", {}, (None, (3,))),
     "rope-added": ("gpt2", {}, BOTH),
@@ -103,7 +105,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # other metadata than the recipe's: name here -> (recipe, metadata)
     "gemma2-small-caps": ("gemma2", {"attn_logit_softcapping": 3.0}),  # so small that scores of random weights reach it
 }
-GENERATED = {"state-not-carried"}  # seen in decode steps only
+GENERATED = {"state-not-carried", "head-norm-not-in-decode"}  # seen in decode steps only
 
 # Faults of encoder–decoders, in t5: fault -> what it spoils (the encoder, the decoder, what is handed over), parameters.
 HALVES: dict[str, tuple[str, dict[str, Any]]] = {

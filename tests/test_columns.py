@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from cli import Cli
 from msgspec.structs import replace
 
 from checkpoints.columns import ColumnsWriter, beside
-from checkpoints.errors import DumpError
+from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
 from checkpoints.record import Dump, Header, Rows
@@ -110,6 +111,32 @@ def test_an_unfinished_dump_that_is_kept_has_its_arrays(both_ways: tuple[Path, P
     dump = load(tmp_path / "cut.jsonl")
     assert same(dump.points["embd"], rows)
     assert dump.end is None
+
+
+def test_a_full_disk_leaves_neither_file(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where the disk refuses the arrays when the dump is closed, nothing is left of either file, and the error says so."""
+    folder, rows = tmp_path / "full", load(both_ways[1]).points["logits"]
+    folder.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        writer = ColumnsWriter(folder / "ours.jsonl", Header(source="engine"))
+        writer.rows(replace(rows, values=np.zeros((len(rows), 2000), np.float32), counts=np.full(len(rows), 2000)))
+        with pytest.raises(InputError, match="cannot write"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_no_record_is_counted_and_unknown_statistics_are_left_out(both_ways: tuple[Path, Path]) -> None:
+    """As in a dump of lines: a line of somebody's log is skipped and counted, an empty one is nothing, a statistic of theirs is ignored."""
+    text = both_ways[1].read_text(encoding="utf-8")
+    both_ways[1].write_text(text.replace('"l2"', '"energy"', 1) + "loading took 3 s\n\n", encoding="utf-8")
+    dump = load(both_ways[1])
+    assert dump.skipped == 1
+    assert [name for name, rows in dump.points.items() if "l2" not in rows.stats] == [next(iter(dump.points))]
+    assert all("energy" not in rows.stats for rows in dump.points.values())
 
 
 def _other_identity(dump: Path) -> None:
@@ -221,12 +248,13 @@ def test_a_step_larger_than_the_values_makes_nothing_agree(both_ways: tuple[Path
         {"token_idx": np.full(5, 1 << 62)},
         {"seq": np.full(5, 1 << 40)},
         {"step": np.full(5, 1 << 50)},
+        {"decode": np.full(5, 2)},
         {"shapes": ((2,) * 17,) * 5},
         {"shapes": ((8,),) * 5},
         {"indices": np.full((5, 16), 3)},
         {"indices": np.tile(np.arange(16) + (1 << 50), (5, 1))},
     ],
-    ids=["position", "sequence", "pass", "axes", "fewer elements than values", "an element twice", "index"],
+    ids=["position", "sequence", "pass", "phase", "axes", "fewer elements than values", "an element twice", "index"],
 )
 def test_arrays_have_the_bounds_of_lines(both_ways: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     """A position, sequence, pass, shape or index that no line may have is refused in arrays, too."""

@@ -9,7 +9,7 @@ import pytest
 from cli import Cli, refused
 
 from checkpoints.errors import InputError
-from parity.run.command import CRASHED, LARGEST_DUMP, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
+from parity.run.command import CRASHED, LARGEST_DUMP, NOT_STARTED, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
 
 MODEL = Path("a model's.gguf")
 LINE = '{"checkpoint":"embd","token_idx":0,"values":[1.0]}'
@@ -161,12 +161,23 @@ def test_a_child_that_holds_stderr_is_not_waited_for(tmp_path: Path) -> None:
         (CRASHED, "os.kill(os.getpid(), 11)"),
         (CRASHED, "raise KeyError('x')"),
         (CRASHED, "sys.exit(1)"),
+        (CRASHED, "print('Segmentation violation', file=sys.stderr); sys.exit(139)"),  # as a shell reports signal 11
+        (CRASHED, "print('thread main panicked at src/main.rs:7', file=sys.stderr); sys.exit(101)"),
         (REFUSED, "sys.exit('this engine has no mamba')"),
+        (NOT_STARTED, "print('env: my-engine: Permission denied', file=sys.stderr); sys.exit(126)"),
+        (NOT_STARTED, "print('sh: my-engine: not found', file=sys.stderr); sys.exit(127)"),
     ],
 )
 def test_a_refusal_is_no_crash(how: str, body: str, tmp_path: Path) -> None:
     """A signal, a traceback or a silent failure is a crash; an exit code with a sentence is a refusal."""
     assert failure(engine(tmp_path, body), tmp_path / "o").how == how
+
+
+def test_more_ids_than_a_command_line_holds_are_said(tmp_path: Path) -> None:
+    """The system takes no argument of 240 kB: the prompt is too long, and the option is not wrong."""
+    command = Command(f"{engine(tmp_path, 'pass')} {{tokens}}")
+    with pytest.raises(EngineError, match="take a shorter prompt"):
+        command.run(model=tmp_path / "m", tokens=[12345] * 40_000, out=tmp_path / "o")
 
 
 def test_what_an_earlier_run_left_is_not_taken(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.dataflow import Computation, Dataflow
 from parity.diff.dataflow import Flow
@@ -58,6 +58,23 @@ def test_experts_may_be_listed_in_any_order(reference: Reference, small_model: C
     assert [cause.named.fault for cause in explanation.causes] == ([fault] if fault else [])
     assert explanation.remaining is None
     assert any("not listed in the order of their scores" in note for note in explanation.notes)
+
+
+@pytest.mark.slow
+def test_rows_of_another_length_are_left_out(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """A recorder that took all heads and positions of q_norm for one row is no reason to call the norm wrong: RoPE is named."""
+    path = small_model("qwen3")
+    engine = Faulty(path, reference.graph(path))
+    planted = Planted((("rope-pairs", {}, None),))
+    wanted = "embd,blk.*.q_norm,blk.*.k_norm,blk.*.attn_out,blk.*.l_out,logits"
+    dump = engine.dump(planted, tokens_of(path, 7, seed=4), points=wanted, bare=False)
+    points = dict(dump.points)
+    for name in [name for name in points if name.endswith(("q_norm", "k_norm"))]:
+        first = points[name].take([0])
+        points[name] = replace(first, shapes=tuple((7, *shape) for shape in first.shapes), sketch=None, stats={})
+    explanation = explain(replace(dump, points=points), path, PATIENT)
+    assert [cause.named.fault for cause in explanation.causes] == ["rope-pairs"]
+    assert any("another length than the model's: blk.0.q_norm" in note for note in explanation.notes)
 
 
 def test_rows_of_a_computed_value_are_no_table() -> None:

@@ -176,3 +176,18 @@ def test_norms_of_heads_have_whatever_name_a_model_gives_them() -> None:
     fitted = next(fit for fit in FITTED if fit.fault.name == "head-norm-epsilon")
     for variants in (*(CATALOGUE[name].variants({step.makes: step}) for name in names), fitted.variants({step.makes: step})):
         assert [variant["at"] for variant in variants].count(("Kcur_norm",)) == 1
+
+
+def test_sinks_of_ggmls_own_soft_max(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """hy_v4's sparse attention is ggml's own soft max, of which the sinks are an operand: without them, and with sinks of zero, its
+    weights are others.
+    """
+    path = small_model("hy_v4", layers=1)
+    engine = open_plain(GgufModel(path), "numpy", recorded=partial(reference.graph, path))
+    right = Replay(engine.steps, range(5, 9), range(4), [0] * 4, engine.weights, engine.backend)
+    sums = []
+    for parameters in CATALOGUE["sinks-missing"].variants(Planting(list(engine.steps)).right):
+        steps = Planting(list(engine.steps)).of(CATALOGUE["sinks-missing"], None, parameters)
+        right.run(steps, lambda name, value: sums.append(float(value.sum())) if name == "blk.0.kq_soft_max" else None)
+    assert sums[0] == pytest.approx(4 * 4)  # four positions, four heads, and no weight left for a sink
+    assert sums[1] < sums[0]

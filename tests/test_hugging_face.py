@@ -275,12 +275,19 @@ class Modules:
         ("layers.1", ("attention_layernorm", "feedforward_layernorm"), {
             "attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm", "feedforward_layernorm<": "ffn_inp",
         }),
+        ("layers.1", ("mlp", "mlp.gate", "mlp.experts", "mlp.shared_expert", "mlp.shared_expert_gate"), {
+            "mlp": "ffn_out", "mlp.gate": "ffn_moe_logits", "mlp.experts": "ffn_moe_out", "mlp.shared_expert": "ffn_shexp",
+            "mlp.shared_expert_gate": "ffn_shexp_gate_inp",
+        }),
+        ("layers.1", ("block_sparse_moe", "block_sparse_moe.router.layer"), {
+            "block_sparse_moe": "ffn_moe_out", "block_sparse_moe.router.layer": "ffn_moe_logits",
+        }),
         ("blocks.1", ("ffn",), {}),
     ],
-    ids=["four norms", "a gate behind the attention", "norms by purpose", "blocks"],
+    ids=["four norms", "a gate behind the attention", "norms by purpose", "a shared expert with a gate", "a router's layer", "blocks"],
 )  # fmt: skip
 def test_modules_are_named_by_what_stands_beside_them(layer: str, inside: tuple[str, ...], points: dict[str, str]) -> None:
-    """AFMoE's, Apertus' and DBRX' modules are the points that they are, and each layer's output is one."""
+    """AFMoE's, Apertus', Qwen2 MoE's, Granite MoE's and DBRX' modules are the points that they are, and each layer's output is one."""
     place = f"model.{layer}"
     found = names_of(Modules(place, *(f"{place}.{name}" for name in inside)))
     expected = {f"{place}.{name}": f"blk.1.{kind}" for name, kind in points.items()}

@@ -163,6 +163,18 @@ def test_dry_is_named_where_it_explains_as_much(first: int, said: bool) -> None:
     assert ("so may DRY" in cause.sentence) is said
 
 
+def test_a_penalty_of_chosen_tokens_alone_is_found() -> None:
+    """llama-cpp-python's server does not count the prompt: a token of the prompt is chosen, and passed over once it was chosen."""
+    steps = (
+        ((5, 0, 6), (-0.7, -0.8, -3.0), 0),
+        ((5, 0, 6, 0), (-0.7, -0.9, -3.0), 1),
+        ((5, 0, 6, 0, 1), (-0.7, -3.0, -0.9), 2),
+    )
+    cause = Chosen(steps).cause()
+    assert cause.name == "repeat-penalty"
+    assert "on the tokens that it chose" in cause.sentence
+
+
 def test_a_penalty_is_llama_cpps() -> None:
     """Positive logits of seen tokens are divided, negative ones multiplied, others left (llama_sampler_penalties)."""
     row = np.array([2.0, -2.0, 1.0], dtype=np.float32)

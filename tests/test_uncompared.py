@@ -110,8 +110,9 @@ def test_positions_that_never_came(parity: Cli, model: Path, engine: Callable[..
     words = ("run", "--model", model, "--tokens", TOKENS, "--exec")
     code, found = parity.json(*words, engine("t < 3"))
     assert (code, found["verdict"], found["uncompared"]["positions"]) == (1, "incomplete", [3])
-    code, found = parity.json(*words, engine('t == 3 or name != "logits"'))
-    assert (code, found["verdict"], found["uncompared"]["positions"]) == (0, "parity", [])
+    for which, more in (('t == 3 or name != "logits"', ()), ("t == 3", ("--positions", "last"))):
+        code, found = parity.json(*words, engine(which), *more)
+        assert (code, found["verdict"], found["uncompared"]["positions"]) == (0, "parity", [])
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from inspect import signature
 from itertools import product
 from typing import Any
 
@@ -17,6 +16,8 @@ from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read
 from ..inapplicable import NotApplicable
 from ..lift.inputs import buckets
 from ..lift.node import GgmlOperation
+from .arguments import alike, takes
+from .index import StepsByName
 
 COPY = "~"  # ends the names of steps that compute a layer a second time
 SEEN = "seen:"  # starts the name of what a dump shows for a point, where that is not what the engine computed
@@ -91,7 +92,7 @@ class Planting:
     @cached_property
     def right(self) -> Steps:
         """The steps by name."""
-        return {step.makes: step for step in self.steps}
+        return StepsByName({step.makes: step for step in self.steps})
 
     @cached_property
     def order(self) -> Mapping[str, int]:
@@ -126,7 +127,7 @@ class Planting:
             changed = fault.change(step, self.right, parameters)
             if changed != step:
                 edits_of[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
-                if not _alike(changed, step):
+                if not alike(changed, step):
                     self._check(edits_of[number], number, edits_of)
         return dict(sorted(edits_of.items()))
 
@@ -137,7 +138,7 @@ class Planting:
         """
         new_names = {step.makes for place, steps in planted.items() if place < number and len(steps) > 1 for step in steps}
         for step in changed:
-            if not _takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
+            if not takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
                 given = name in _GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
@@ -163,9 +164,12 @@ class Planting:
         if fault.shows is not None:
             return self.begin(fault, None, parameters)
         try:
-            return next(iter(self.edits(fault, None, parameters)), len(self.steps))
+            for number in sorted(self._numbers(fault, None, parameters)):
+                if fault.change(self.steps[number], self.right, parameters) != self.steps[number]:
+                    return number
         except NotApplicable:
-            return len(self.steps)
+            pass  # it applies nowhere
+        return len(self.steps)
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault; see `plant`."""
@@ -219,28 +223,6 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
         )
         for step in steps
     ]
-
-
-def _alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
-    """Whether a changed step differs in values only: it takes the same arguments, from the same places."""
-    return (
-        isinstance(changed, Step)
-        and changed.op is step.op
-        and changed.reads == step.reads
-        and len(changed.weights) == len(step.weights)
-        and changed.params.keys() == step.params.keys()
-        and changed.makes == step.makes
-    )
-
-
-@lru_cache(maxsize=1 << 12)
-def _takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
-    """Whether an operation accepts so many positional arguments and these keywords."""
-    try:
-        signature(op).bind(*[None] * count, **dict.fromkeys(names))
-    except TypeError:
-        return False
-    return True
 
 
 def unchanged(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -12,6 +12,7 @@ from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
 from .edits import Then, WithInput, ggml, integer, left_out, require
+from .index import of_operation
 
 _QUERIES, _KEYS, _GATE, _BETA = 0, 1, 3, 4  # GGML_OP_GATED_DELTA_NET's operands
 _SIGMOID = 7  # GGML_UNARY_OP_SIGMOID
@@ -49,7 +50,7 @@ def _query_scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 def _no_norm(step: Step, right: Steps, parameters: Parameters) -> Step:
     """No L2 norm, which ggml's graph writes as RMS_NORM and SCALE by 1/√d, or as L2_NORM: its steps pass on what they read."""
-    rules = [other for other in right.values() if ggml(other, *_RULE)]
+    rules = of_operation(right, *_RULE)
     places = {"queries": (_QUERIES,), "keys": (_KEYS,), "queries and keys": (_QUERIES, _KEYS)}[parameters["of"]]
     for rule in rules:
         for place in places:
@@ -81,7 +82,7 @@ class _OtherOrder(Struct, frozen=True):
 
 
 def _other_repetition(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    rules = [other for other in right.values() if ggml(other, *_RULE)]
+    rules = of_operation(right, *_RULE)
     read = {name_of(read_of(rule, place)) for rule in rules for place in (_QUERIES, _KEYS)}
     if step.makes not in read:
         return step

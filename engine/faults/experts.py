@@ -13,6 +13,7 @@ from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
 from .edits import Then, ggml, maker, only, require
+from .index import of_operation
 
 _WEIGHTS = ("ffn_moe_weights",)
 
@@ -123,7 +124,7 @@ def _other_side(step: Step, right: Steps, parameters: Parameters) -> Step:
     if weighted is None or not ggml(weighted, "MUL") or len(weighted.reads) < 2:
         raise NotApplicable(f"{step.makes}: no step weights experts")
     weights = name_of(weighted.reads[1])
-    before = any(ggml(other, "MUL_MAT_ID") and weighted.makes in other.names for other in right.values())
+    before = any(weighted.makes in other.names for other in of_operation(right, "MUL_MAT_ID"))
     both = parameters["weights"] == "both"
     if kind == "ffn_moe_weighted":
         return step if both else only(step, read_of(step, 0))
@@ -218,11 +219,11 @@ FAULTS = (
     replace(
         _new(
             "experts-weights-on-other-side", (*_INTO, "ffn_moe_down", "ffn_moe_weighted"), _other_side,
-            "the experts' weights multiply {weights}", _RIGHT_LOGITS,
+            "the experts' weights are applied on {weights}", _RIGHT_LOGITS,
             "Llama 4 weights what an expert reads, all others what it makes", "apply_router_weight_on_input ignored, or honoured twice",
         ),
         parameters={"weights": ("the other side of the experts", "both")},
-        says={"both": "what the experts read and what they make"},
+        says={"both": "both sides of the experts"},
     ),
     _new(
         "shared-expert-missing", ("ffn_out", "ffn_moe_out_merged"), _no_shared,

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Altered, Step, WeightSource, name_of, read_as
+from ..graph import PASSES, Altered, Step, WeightSource, name_of, read_as
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets, weight_of
 from .edits import only
@@ -21,6 +22,22 @@ _CENTRED = ("attn_norm", "ffn_norm", "output_norm")
 
 def _missing(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(step, read_of(step, 0))
+
+
+class _FirstPassOnly(Struct, frozen=True):
+    """A norm that passes after the first leave out. The numbers of the passes are its second input."""
+
+    op: Callable[..., Array]
+
+    def __call__(self, x: Array, passes: Array, *weights: Array, **params: Any) -> Array:
+        """[T, n], [T] -> [T, n]."""
+        return module_of(x).where((passes > 0)[:, None], x, self.op(x, *weights, **params))
+
+
+def _not_in_decode(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.op is not ops.rms_norm or len(step.reads) != 1:
+        raise NotApplicable(f"{step.makes} is not a plain norm")
+    return replace(step, op=_FirstPassOnly(step.op), reads=(*step.reads, PASSES))
 
 
 def _whole(x: Array, weight: Array, *, eps: float, heads: int) -> Array:
@@ -164,6 +181,11 @@ FAULTS = (
         "head-norm-missing", _HEADS, _missing,
         "queries or keys are not normalised, in {at}", "position 0 is right, all later ones are wrong",
         "normalise each head before RoPE: attn_q_norm, attn_k_norm", "Qwen2 code that loads Qwen3, Gemma 2 code that loads Gemma 3",
+    ),
+    _new(
+        "head-norm-not-in-decode", _HEADS, _not_in_decode,
+        "queries or keys are not normalised in the passes after the first, in {at}", "prefill right, decode wrong",
+        "normalise each head before RoPE in decode as well", "a decode path of its own that was written for Qwen2",
     ),
     _new(
         "head-norm-whole-width", _HEADS, _whole_width,

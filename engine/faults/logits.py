@@ -9,6 +9,8 @@ from ..graph import PASSES, Step
 from .base import Fault, Parameters, Steps
 from .weights import altered
 
+_LOGARITHMS, _CENTRED = "log-probabilities", "logits without their mean"
+
 
 def _rows(weight: Array, order: str) -> Array:
     if order == "reversed":
@@ -49,15 +51,17 @@ def _softcap(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=_capped, params={"cap": parameters["cap"]})
 
 
-def _probabilities(x: Array, weight: Array, bias: Array | None = None, *, log: bool) -> Array:
+def _as_shown(x: Array, weight: Array, bias: Array | None = None, *, shown: str) -> Array:
     logits = ops.linear(x, weight, bias)
+    if shown == _CENTRED:
+        return logits - logits.mean(axis=1, keepdims=True, dtype=np.float64).astype(logits.dtype)
     shifted = logits - logits.max(axis=1, keepdims=True)
     total = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
-    return shifted - np.log(total).astype(np.float32) if log else np.exp(shifted) / total.astype(np.float32)
+    return shifted - np.log(total).astype(np.float32) if shown == _LOGARITHMS else np.exp(shifted) / total.astype(np.float32)
 
 
-def _soft_max(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_probabilities, params={"log": parameters["shown"] == "log-probabilities"})
+def _normalised(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return replace(step, op=_as_shown, params={"shown": parameters["shown"]})
 
 
 def _scaled(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -116,12 +120,12 @@ FAULTS = (
     Fault(
         name="logits-normalised",
         kinds=("logits",),
-        change=_soft_max,
+        change=_normalised,
         what="the logits are {shown}",
         symptom="logits of the wrong size; their order is right",
-        fix="record the output matrix's product, before the softmax",
-        seen="samplers that work in place",
-        parameters={"shown": ("log-probabilities", "probabilities")},
+        fix="record the output matrix's product, before the softmax, from the matrix of the file",
+        seen="samplers that work in place; output matrices that a loader centres",
+        parameters={"shown": (_LOGARITHMS, "probabilities", _CENTRED)},
         once=True,
     ),
     Fault(

@@ -28,6 +28,15 @@ def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(require(step, "SSM_CONV"), op=WithInput(step.op, -1, moved))
 
 
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def _activated(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(require(step, "SSM_CONV"), op=Then(step.op, _silu))
+
+
 def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     require(step, "UNARY")
     if integer(step, 0) != _SOFTPLUS:
@@ -125,6 +134,15 @@ FAULTS = (
         fix="the last tap belongs to the position itself",
         seen="kernels stored in reverse order; a state that is one position late",
         parameters={"by": (1, -1, 0)},
+    ),
+    Fault(
+        name="convolution-activated",
+        kinds=("SSM_CONV",),
+        change=_activated,
+        what="SiLU is applied to the convolution's result, which this model does not do, or does after the bias",
+        symptom="wrong from position 0 on",
+        fix="no activation after LFM2's short convolution; Mamba's comes after the bias",
+        seen="convolution kernels of Mamba with the activation in them, used for other models",
     ),
     Fault(
         name="time-step-softplus-missing",

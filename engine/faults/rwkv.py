@@ -11,6 +11,7 @@ from ..graph import PASSES, Altered, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of
 from .edits import WithInput, ggml, left_out, maker, require
+from .index import of_operation
 
 _RULE = ("RWKV_WKV7",)
 _DECAY, _REMOVED, _PUT_BACK = 1, 4, 5  # operands of the recurrence: w, a = −κ, b = κ · rate
@@ -63,7 +64,7 @@ def _removal(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 def _no_norm(step: Step, right: Steps, _parameters: Parameters) -> Step:
     """The removed key without its norm to length 1."""
-    rules = [other for other in right.values() if ggml(other, *_RULE)]
+    rules = of_operation(right, *_RULE)
     keys = {name_of(read_of(maker(rule, right, _REMOVED), 0)) for rule in rules}
     return left_out(require(step, "L2_NORM")) if step.makes in keys else step
 

@@ -131,7 +131,13 @@ def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
     sinks = [weight for weight in step.weights if isinstance(weight, str)]
     if not sinks:
         return step
-    return replace(step, weights=() if parameters["sinks"] == "left out" else (Altered(sinks[0], _zero),))
+    if parameters["sinks"] != "left out":
+        return replace(step, weights=(Altered(sinks[0], _zero),))
+    if "operands" not in step.params:
+        return replace(step, weights=())
+    # Of ggml's own operation the sinks are an operand, which is left out as ggml leaves one out.
+    operands = tuple(None if part is not None and part.index >= len(step.reads) else part for part in step.params["operands"])
+    return replace(step, weights=(), params={**step.params, "operands": operands})
 
 
 def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -217,7 +223,7 @@ FAULTS = (
         name="window-added",
         kinds=_SOFT,
         change=_added,
-        what="attention sees the last {size} positions where this model sees all earlier ones",
+        what="attention has a window of {size}, where this model sees all earlier positions",
         symptom="right while the text is shorter than the window, then wrong",
         fix="no window without <architecture>.attention.sliding_window, and none in layers that have none",
         seen="Mistral code for models without a window; one window for all layers of Gemma 2 and 3",

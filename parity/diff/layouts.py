@@ -119,7 +119,7 @@ def other_length(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None)
     No operation of the model makes rows of that length, so that even rows that are not seen to agree are such a record.
     """
     our_length, ref_length = length(ours), length(ref)
-    if our_length is None or ref_length is None or our_length == ref_length:
+    if not our_length or not ref_length or our_length == ref_length:  # damaged rows may have none
         return None
     sentence = f"rows of {our_length:,} elements where llama.cpp has {ref_length:,}"
     for order, what in _parts(our_length, ref_length, head_size):

@@ -34,6 +34,10 @@ class Observer:
         self.rotated: dict[str, Any] = {}
         # If the embedding is multiplied before the first layer reads it, the module's output is not ggml's `embd`.
         self.scaled = type(model.get_input_embeddings()).__name__ != "Embedding"
+        # Where the model itself multiplies it, ggml's `embd` is the product (Granite, AFMoE).
+        self.multiplier = float(getattr(config, "embedding_multiplier", None) or 1)
+        if getattr(config, "mup_enabled", False):
+            self.multiplier = float(config.hidden_size) ** 0.5
         gelu = "gelu" in str(next((getattr(config, name) for name in GATED if hasattr(config, name)), ""))
         self.renamed = {"ffn_swiglu": "ffn_geglu"} if gelu else {}
 
@@ -132,6 +136,8 @@ class Observer:
         layer, _, kind = point.rpartition(".")
         if kind == "embd" and self.scaled:
             point = "inp_scaled"
+        elif kind == "embd" and self.multiplier != 1:
+            value = value * self.multiplier
         elif kind == "qkv":
             q, k, v = self._split(value)
             self._heads(f"{layer}.q", q)

@@ -11,6 +11,8 @@ PERMUTED = frozenset(
         "mixtral",
         "granite",
         "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
         "smollm3",
         "arcee",
         "minicpm",
@@ -47,7 +49,8 @@ _PLAIN = {
     "": "l_out",
 }
 # What routes tokens to experts; where it is, the feed-forward's output is the experts'.
-_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate")
+_ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer")
+_SHARED = ("shared_experts", "shared_expert")
 # A norm after the attention and another after the feed-forward, before each is added (Gemma 2 and 3, GLM-4, OLMo 2).
 _SANDWICH = {name: kind for name, kind in _PLAIN.items() if name != "post_attention_layernorm<"} | {
     "post_attention_layernorm": "attn_post_norm",
@@ -178,11 +181,14 @@ def _routed(layer: str, number: str, inside: "set[str]", modules: "dict[str, Any
             # gpt-oss's router has a bias, and llama.cpp calls the sum so: it chooses before the soft max.
             biased = getattr(modules[f"{layer}.{router}"], "bias", None) is not None
             points[f"{layer}.{router}"] = f"blk.{number}.{'ffn_moe_probs' if biased else 'ffn_moe_logits'}"
-            if f"{experts}.shared_experts" in inside:  # the sum of both is the feed-forward's output
-                points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"
-                points[f"{layer}.{experts}.shared_experts"] = f"blk.{number}.ffn_shexp"
-            else:
+            shared = next((name for name in _SHARED if f"{experts}.{name}" in inside), None)
+            if shared is None:
                 points[f"{layer}.{experts}"] = f"blk.{number}.ffn_moe_out"
+                continue
+            points[f"{layer}.{experts}.experts"] = f"blk.{number}.ffn_moe_out"  # the sum of both is the feed-forward's output
+            points[f"{layer}.{experts}.{shared}"] = f"blk.{number}.ffn_shexp"
+            if f"{experts}.{shared}_gate" in inside:
+                points[f"{layer}.{experts}.{shared}_gate"] = f"blk.{number}.ffn_shexp_gate_inp"
     return points
 
 

@@ -51,6 +51,7 @@ class OneMore:
         self.screening = screening
         self._right = {step.makes: step for step in screening.right}
         self._cached: dict[tuple[str, ...], list[SearchState]] = {}
+        self._stages: dict[tuple[str, ...], list[list[Candidate]]] = {}
 
     def _further(self, state: SearchState, single: bool) -> list[SearchState]:
         """States that get beyond the state's first place by one more fault, the best first.
@@ -76,7 +77,9 @@ class OneMore:
         """States that get further by one fault in all layers, from the candidates of one stage; cached."""
         name = (*key(state.faults), f"stage {number}")
         if name not in self._cached:
-            candidates = list(stages(self.screening, state, None))[number]
+            if key(state.faults) not in self._stages:
+                self._stages[key(state.faults)] = list(stages(self.screening, state, None))
+            candidates = self._stages[key(state.faults)][number]
             results = screened(self.screening, state, None, candidates)
             self._cached[name] = list(self._beyond(state, results))
         return self._cached[name]

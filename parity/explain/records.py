@@ -165,11 +165,13 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
     Raises:
         DumpError: there are none, or records of one key contradict each other.
     """
-    known = {
-        name: dump.points[name] for name in replay.values if name in dump.points
-    }  # the order of computation, not the dump's
+    known = {name: dump.points[name] for name in replay.values if name in dump.points}  # in the order of computation
     foreign = [name for name in dump.points if name not in known]
-    notes = [f"ignored, because our engine has no such point: {', '.join(foreign[:4])}{', …' if len(foreign) > 4 else ''}"]
+    notes = [f"ignored, because our engine has no such point: {_listed(foreign)}"] if foreign else []
+    longer = [name for name, rows in known.items() if _of_another_length(rows, replay)]
+    if len(longer) < len(known):  # a record, not an operation: diff says what such rows hold
+        known = {name: rows for name, rows in known.items() if name not in longer}
+        notes += [f"left out, because their rows have another length than the model's: {_listed(longer)}"] if longer else []
     if not known:
         raise DumpError(
             f"{dump.path} has no point that our engine has.",
@@ -178,7 +180,20 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
         )
     right = Dump("our engine", header, right_rows(replay, positions, known))
     pairs = align(replace(dump, points=known), right).pairs
-    return [_expected(pair, positions) for pair in pairs], tuple(notes if foreign else ())
+    return [_expected(pair, positions) for pair in pairs], tuple(notes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+
+
+def _of_another_length(rows: Rows, replay: Replay) -> bool:
+    """Whether all of a point's rows say that they have another number of elements than the model's; logits may be padded."""
+    kind = parse(rows.point).known
+    if rows.point == LOGITS or of_scores(rows.point) or (kind is not None and "t+1" in kind.row):
+        return False
+    size = int(np.size(replay.on_host[rows.point])) // replay.rows
+    return bool(((rows.sizes >= 0) & (rows.sizes != size)).all())
 
 
 def columns(entries: Sequence[Expected]) -> tuple[Ints, Ints, Ints]:

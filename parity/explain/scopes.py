@@ -27,15 +27,18 @@ def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator
         later = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in later)
         agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
-        late = [
-            agreed is not None and state.planting.first_change(candidate.fault, candidate.parameters) > state.order[agreed]
-            for candidate in left
-        ]
+        late = [agreed is not None and _acts_after(state, candidate, state.order[agreed]) for candidate in left]
         capture = [shown and candidate.fault.shows is not None for candidate in left]
         yield [candidate for candidate, now in zip(left, late, strict=True) if now]
         yield [candidate for candidate, before, now in zip(left, late, capture, strict=True) if now and not before]
         left = [candidate for candidate, *before in zip(left, late, capture, strict=True) if not any(before)]
     yield left
+
+
+def _acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
+    """Whether a candidate in all layers changes no step up to that number."""
+    begin = state.planting.begin(candidate.fault, None, candidate.parameters)
+    return begin > number or state.planting.first_change(candidate.fault, candidate.parameters) > number
 
 
 def rescoped(screening: Screening, state: SearchState, explaining: SearchState) -> Iterator[SearchState]:

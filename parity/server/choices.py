@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.server import ServerCause
@@ -47,8 +48,13 @@ def cause(
         f"first {chosen!r} instead of {better!r} at position {position}"
     )
     steps = [_Step.of(item, row, tokens[: item.position + 1], vocabulary) for item, row in placed]
-    fits = [float(penalty) for penalty in _PENALTIES if all(step.explained_by(float(penalty)) for step in steps)]
-    span = "" if not fits else f"{fits[0]:.2f}" if len(fits) == 1 else f"{fits[0]:.2f} to {fits[-1]:.2f}"
+    fits, span = _fitting(steps), ""
+    if fits:
+        span = _span(fits)
+    else:  # llama-cpp-python's server penalises only what it chose itself
+        prompt = placed[0][0].position + 1
+        fits = _fitting([replace(step, before=step.before[prompt:]) for step in steps])
+        span = f"{_span(fits)} on the tokens that it chose" if fits else ""
     if fits and len(wrong) > 1:
         places = {place for place, _, _ in wrong}
         dry = all(step.repeats for step, (item, _) in zip(steps, placed, strict=True) if item.position in places)
@@ -59,13 +65,24 @@ def cause(
             "Turn it off: --server-json '{\"repeat_penalty\": 1}'.",
             tried=len(placed),
         )
-    why = f"a repeat penalty of {span} would explain this one choice" if fits else "no repeat penalty explains that"
-    return ServerCause(
-        "sampler",
-        f"{first}; {why}: it samples, or changes its numbers before it chooses, although temperature 0 was requested",
-        "Check whether the server sets a temperature, a seed, a penalty (DRY, too), a bias or typical-p itself.",
-        tried=len(placed),
-    )
+    if fits:
+        sentence = f"{first}, although temperature 0 was requested; a repeat penalty of {span} would explain this one choice, as others may"
+    else:
+        sentence = (
+            f"{first}; no repeat penalty explains that: it samples, or changes its numbers before it chooses, although temperature 0 "
+            "was requested"
+        )
+    advice = "Check whether the server sets a temperature, a seed, a penalty (DRY, too), a bias or typical-p itself."
+    return ServerCause("sampler", sentence, advice, tried=len(placed))
+
+
+def _fitting(steps: Sequence["_Step"]) -> list[float]:
+    """The repeat penalties that explain every choice."""
+    return [float(penalty) for penalty in _PENALTIES if all(step.explained_by(float(penalty)) for step in steps)]
+
+
+def _span(fits: Sequence[float]) -> str:
+    return f"{fits[0]:.2f}" if len(fits) == 1 else f"{fits[0]:.2f} to {fits[-1]:.2f}"
 
 
 class _Step(Struct, frozen=True):

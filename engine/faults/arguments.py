@@ -1,0 +1,30 @@
+"""Whether a changed step fits the place of the right one: it takes the same arguments, or those that it is given."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+
+from ..graph import Step
+
+
+def alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
+    """Whether a changed step differs in values only: it takes the same arguments, from the same places."""
+    return (
+        isinstance(changed, Step)
+        and changed.op is step.op
+        and changed.reads == step.reads
+        and len(changed.weights) == len(step.weights)
+        and changed.params.keys() == step.params.keys()
+        and changed.makes == step.makes
+    )
+
+
+@lru_cache(maxsize=1 << 12)
+def takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
+    """Whether an operation accepts so many positional arguments and these keywords."""
+    try:
+        signature(op).bind(*[None] * count, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
