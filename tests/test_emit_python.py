@@ -21,6 +21,12 @@ from parity.emit import source
 from parity.lint.lint import lint
 
 
+@pytest.mark.parametrize(("size", "places"), [(1, 1024), (256 << 10, 1024), (1_000_000, 256), (2 << 20, 128), (1 << 30, 8)])
+def test_a_graph_s_ring_holds_a_busy_host_s_pause(emitted: ModuleType, size: int, places: int) -> None:
+    """Replays of a decode step's default points, 1 MB, find 256 places: a thread may lose its core for 100 ms; others 8 to 1,024."""
+    assert emitted.places_of(size) == places
+
+
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     path = tmp_path_factory.mktemp("emit") / "parity_dump.py"
@@ -187,3 +193,29 @@ def test_a_norm_of_heads_has_a_row_for_each_position(emitted: ModuleType, tmp_pa
     assert (rows.seq.tolist(), rows.token_idx.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
     assert rows.shapes == ((32,),) * 6
     assert rows.values[4, :16].tolist() == value[1, 1].ravel()[:16].tolist()
+
+
+@pytest.mark.parametrize(
+    ("norms", "points"),
+    [
+        (("input_layernorm", "post_attention_layernorm"), ["blk.3.attn_norm", "blk.3.ffn_norm"]),
+        (
+            ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            ["blk.3.attn_post_norm", "blk.3.ffn_norm", "blk.3.ffn_post_norm"],
+        ),
+    ],
+)
+def test_a_norm_has_its_name_from_those_beside_it(
+    emitted: ModuleType, tmp_path: Path, norms: tuple[str, ...], points: list[str]
+) -> None:
+    """`post_attention_layernorm` comes before Llama's feed-forward, but after the attention of Gemma 2, 3 and OLMo 2."""
+    hooks: list[Callable[..., None]] = []
+    part = SimpleNamespace(register_forward_hook=hooks.append)
+    model = SimpleNamespace(named_modules=lambda: [(f"model.layers.3.{name}", part) for name in norms])
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
+        tap.hook(model)
+        for number, hook in enumerate(hooks):
+            hook(None, (), np.full((1, 2, 8), number, dtype=np.float32))
+    dump = read(tmp_path / "d.jsonl")
+    assert sorted(dump.points, key=points.index) == points
+    assert [float(dump.points[name].values[0, 0]) for name in points] == list(range(len(points)))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.lines import checkpoint_lines, end_line, header_line, token_line
-from checkpoints.points import parse, resolve
+from checkpoints.points import in_layer, parse, resolve
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
 
@@ -87,6 +87,27 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+_WITH_POST_NORMS = {
+    "post_attention_layernorm": "attn_post_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "ffn_post_norm",
+}
+
+
+def _point_of(module: str, modules: "Mapping[str, Any]", layers: "int | None") -> "str | None":
+    """The point that a module of a PyTorch model makes, by its Hugging Face name; None if that is not known.
+
+    In layers that normalise what a branch adds (Gemma 2, OLMo 2) `post_attention_layernorm` is that norm, elsewhere the one before the
+    feed-forward.
+    """
+    layer, _, last = module.rpartition(".")
+    number = parse(resolve(layer, layers)).layer
+    if number is not None and last in _WITH_POST_NORMS and f"{layer}.post_feedforward_layernorm" in modules:
+        return in_layer(number, _WITH_POST_NORMS[last])
+    point = resolve(module, layers)
+    return point if parse(point).known is not None else None
 
 
 class Recorder:
@@ -262,9 +283,10 @@ class Recorder:
         """
         handles = []
         hooked: dict[str, str] = {}  # module -> point
-        for name, part in module.named_modules():
-            point = names.get(name) if names is not None else resolve(name, self.layers)
-            if point is None or (names is None and parse(point).known is None):
+        parts = dict(module.named_modules())
+        for name, part in parts.items():
+            point = names.get(name) if names is not None else _point_of(name, parts, self.layers)
+            if point is None:
                 continue
             if names is None and any(point == other and name.startswith(f"{outer}.") for outer, other in hooked.items()):
                 continue
