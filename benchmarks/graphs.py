@@ -1,6 +1,6 @@
 """What checkpoints inside a captured CUDA graph cost: the default points of a decode step, every replay recorded.
 
-    python benchmarks/graphs.py [--passes 10000] [--python-passes 1000]
+    python benchmarks/graphs.py [--passes 10000] [--python-passes 1000] [--shape "0.5 B"]
 
 The engines are those of the tests, tests/graph_engine.cu (compiled with nvcc) and tests/graph_engine.py under torch.cuda.graph; with
 and without checkpoints in turns, five times. Every row says the median and the worst ratio of the five, and beside them the worst
@@ -29,7 +29,8 @@ def main() -> None:
     """Measure both engines and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--passes", type=int, default=10_000)
-    parser.add_argument("--python-passes", type=int, default=1_000)
+    parser.add_argument("--python-passes", type=int, default=1_000, help="0: only C")
+    parser.add_argument("--shape", choices=SHAPES, help="only this one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -53,13 +54,16 @@ def main() -> None:
         )
         engine = str(folder / "engine")
         for name, shape in SHAPES.items():
+            if options.shape not in (None, name):
+                continue
             row(f"C, parity_dump.h, {name}", folder, options.passes, lambda mode, n, s=shape: [engine, "c.jsonl", mode, n, *s])
-            row(
-                f"PyTorch, parity_dump.py, {name}",
-                folder,
-                options.python_passes,
-                lambda mode, n, s=shape: [*script, mode, n, *s, "p"],
-            )
+            if options.python_passes:
+                row(
+                    f"PyTorch, parity_dump.py, {name}",
+                    folder,
+                    options.python_passes,
+                    lambda mode, n, s=shape: [*script, mode, n, *s, "p"],
+                )
 
 
 def row(name: str, folder: Path, passes: int, command: Callable[[str, str], list[str]]) -> None:

@@ -44,7 +44,9 @@ def sentence(moved: Moved) -> str:
     pair = f"{clean(moved.other)} and {clean(moved.base)}"
     lacking = f"; {count(len(moved.missing), 'point')} only in {clean(moved.base)}" if moved.missing else ""
     if moved.worst is None:
-        alike = "; both were compiled for the same instructions, as the same library is" if moved.same_instructions else ""
+        alike = (
+            "; both were compiled for the same instructions: they may be the same library" if moved.same_instructions else ""
+        )
         return f"references: {pair} are identical in {moved.compared:,} records{lacking}{alike}"
     first = f", first at {clean(moved.first.kind)}" if moved.first is not None else ""
     floor = "" if moved.rounding else "; more than rounding explains: a different formula, which excuses nothing in your engine"

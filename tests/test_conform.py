@@ -341,3 +341,11 @@ def test_a_result_is_read_back() -> None:
     """A result read back from disk equals the stored one."""
     result = CellResult(cells("llama")[0], "divergence", checkpoint="blk.0.q", token_idx=3, cause="x", nmse=1e-3)
     assert CellResult.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+
+
+def test_the_widest_profile_has_every_architecture() -> None:
+    """No recipe is left out of `--profile all`, whichever family's file it stands in."""
+    from engine.synth.recipes import names
+    from parity.conform.matrix import PROFILES
+
+    assert sorted(PROFILES["all"].architectures) == names()

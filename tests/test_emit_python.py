@@ -21,6 +21,12 @@ from parity.emit import source
 from parity.lint.lint import lint
 
 
+@pytest.mark.parametrize(("size", "places"), [(1, 1024), (256 << 10, 1024), (1_000_000, 256), (2 << 20, 128), (1 << 30, 8)])
+def test_a_graph_s_ring_holds_a_busy_host_s_pause(emitted: ModuleType, size: int, places: int) -> None:
+    """Replays of a decode step's default points, 1 MB, find 256 places: a thread may lose its core for 100 ms; others 8 to 1,024."""
+    assert emitted.places_of(size) == places
+
+
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     path = tmp_path_factory.mktemp("emit") / "parity_dump.py"

@@ -200,11 +200,20 @@ def test_a_record_of_a_later_layer_blames_no_operation(faulty: Faulty, right: Du
     assert verdict.operation == "blk.3.q shows blk.4.q, which is computed later: its own value was not seen"
 
 
-def test_an_embedding_of_a_lower_type_is_not_called_another_row(right: Dump) -> None:
-    """Values rounded to BF16 are named so, and neither the table nor the row is called wrong."""
+def test_an_embedding_of_a_lower_type_is_not_called_another_row(faulty: Faulty, right: Dump) -> None:
+    """A table that was rounded to BF16 is named so, not a wrong table or row; a dump that was rounded blames nothing."""
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **p: _nearest_bf16(op(*x, **p))) if step.makes == "embd" else step
+        for step in faulty.right
+    ]
+    points = "embd,blk.0.attn_norm,blk.0.l_out,logits"
+    stored = faulty.dump(Planted(()), TOKENS, points=points, size=4096, bare=False, steps=steps)
+    verdict = compare(stored, right, F32)
+    assert (verdict.pattern and verdict.pattern.code, verdict.operation) == ("rounded", "")
     rounded = shown(right, _nearest_bf16, "embd", *{parse(name).kind for name in right.points})
     verdict = compare(rounded, right, F32)
-    assert (verdict.pattern and verdict.pattern.code, verdict.operation) == ("rounded", "")
+    assert verdict
+    assert {fault.kind for fault in verdict.record_faults} == {"type"}
 
 
 def _nearest_bf16(x: Values) -> Values:

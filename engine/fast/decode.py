@@ -18,7 +18,7 @@ from ..device import kernel
 from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
-_THREADS = 512 + 32  # as in decode.cu: the threads that compute, and the warp that prefetches weights
+_THREADS = 512 + 64  # as in step.cuh: the threads that compute, and the warps that prefetch weights and record
 _OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.
@@ -27,12 +27,12 @@ _PHASES = {
     "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
 }  # fmt: skip
 # Quantised rows of a 0.5 B model are 56 pieces, those of the down projection 304.
-_QUANTISED_WARPS = {"QKV_WARPS": 2, "OUT_WARPS": 2, "GATE_WARPS": 2, "DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
+_QUANTISED_WARPS = {"DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
-# Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second, for float types and for others;
-# near.cuh has that of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.486 ms a step in F16 at 290, 0.490 at 275
-# and 0.496 at 310, but 0.521 in Q8_0 at 310 and 0.528 at 290; an H200 (4.9 TB/s) takes 0.423 in F16 at 260, 0.433 at 280, 0.455 at 300.
-_SLOWER_MEMORY, _SLOWER_PACE, _SLOWER_PACE_QUANTISED = 4e12, 290, 310
+# Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of faster ones.
+# Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.465 ms a step in F16 at 260, 0.466 at 275, 0.470 at 245 and 0.476 at 290;
+# an H200 (4.9 TB/s) takes 0.411 at 225 and 235, 0.412 at 210 and 0.418 at 260.
+_SLOWER_MEMORY, _SLOWER_PACE = 4e12, 270
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
 _CHUNKS = (128, 256, 512, 1024)
@@ -95,7 +95,6 @@ class DecodeStep:
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
         self._ended = xp.zeros(2, dtype=np.uint32)
-        self._logit_words = xp.zeros(hp.n_vocab, dtype=np.uint64)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -119,7 +118,7 @@ class DecodeStep:
         }  # fmt: skip
         numbers |= self._staging()
         if self._memory_bandwidth() < _SLOWER_MEMORY:
-            numbers["PACE"] = _SLOWER_PACE if self.weights.types & _FLOATS else _SLOWER_PACE_QUANTISED
+            numbers["PACE"] = _SLOWER_PACE
         if not self.weights.types & _FLOATS:
             numbers |= _QUANTISED_WARPS
         masks = {"TYPES": self.weights.types, "LOGIT_TYPES": 1 << self.weights.output.kind}
@@ -168,7 +167,6 @@ class DecodeStep:
             self.tokens,
             self._ended,
             self._ended[1:],
-            self._logit_words,
         )
         words = [
             there.data.ptr,

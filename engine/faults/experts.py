@@ -219,11 +219,11 @@ FAULTS = (
     replace(
         _new(
             "experts-weights-on-other-side", (*_INTO, "ffn_moe_down", "ffn_moe_weighted"), _other_side,
-            "the experts' weights multiply {weights}", _RIGHT_LOGITS,
+            "the experts' weights are applied on {weights}", _RIGHT_LOGITS,
             "Llama 4 weights what an expert reads, all others what it makes", "apply_router_weight_on_input ignored, or honoured twice",
         ),
         parameters={"weights": ("the other side of the experts", "both")},
-        says={"both": "what the experts read and what they make"},
+        says={"both": "both sides of the experts"},
     ),
     _new(
         "shared-expert-missing", ("ffn_out", "ffn_moe_out_merged"), _no_shared,

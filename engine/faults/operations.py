@@ -112,11 +112,12 @@ FAULTS = (
         name="function-of-other",
         kinds=_OF_ONE,
         change=_other_function,
-        what="{operation} is computed with {function} for its outer function",
+        what="the outer function of {operation} is {function}",
         symptom="wrong from the first layer on that has this operation",
         fix="compare the operation with llama.cpp's graph: `parity model` lists it",
         seen="sigmoid for SiLU in gated norms; a convolution without SiLU; ReLU that is not squared; gates without their sigmoid",
         parameters={"function": tuple(_FUNCTIONS), "operation": _each(_of_one)},
+        says={"nothing": "left out"},
     ),
     Fault(
         name="operand-left-out",

@@ -15,7 +15,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     static_assert(HEAD % 2 == 0, "elements two by two");
     constexpr int EACH = (HEAD + 63) / 64, HELD = SPLIT_ROWS / WARPS;   // positions of a warp whose K and V are fetched at once
     const int from = seen * split / splits, to = seen * (split + 1) / splits, count = to - from, now = seen - 1 - from;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int warp = this_thread() >> 5, lane = this_thread() & 31;
     const float *keys = l.k_cache + (long long)from * KW + head / GROUP * HEAD, *values = l.v_cache + (keys - l.k_cache);
     const float2 none = make_float2(0.f, 0.f);
     float2 k[HELD][EACH], v[HELD][EACH], heard[3 * EACH];
@@ -100,12 +100,12 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     #pragma unroll
     for (int w = 0; w < WARPS; w++) {
         const float its_share = __shfl_sync(~0u, share, w);
-        if (threadIdx.x < HEAD) sum = fmaf(its_share, s.mixed[w][threadIdx.x], sum);
+        if (this_thread() < HEAD) sum = fmaf(its_share, s.mixed[w][this_thread()], sum);
     }
-    if (threadIdx.x < HEAD) tell(l.words + MIXED_WORDS + slot * HEAD + threadIdx.x, sum, step);
+    if (this_thread() < HEAD) tell(l.words + MIXED_WORDS + slot * HEAD + this_thread(), sum, step);
     total = share * s.total[lane % WARPS];
     for (int far = WARPS / 2; far; far >>= 1) total += __shfl_xor_sync(~0u, total, far);
-    if (threadIdx.x == THREADS - 1) {
+    if (this_thread() == THREADS - 1) {
         tell(l.words + SUMS_WORDS + slot * 2, top, step);
         tell(l.words + SUMS_WORDS + slot * 2 + 1, total, step);
     }
@@ -116,7 +116,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
 __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
     constexpr int TOGETHER = SPLITS < 3 ? SPLITS : 3;
     #pragma unroll 1
-    for (int e = 2 * threadIdx.x; e < QW; e += 2 * THREADS) {
+    for (int e = 2 * this_thread(); e < QW; e += 2 * THREADS) {
         const int head = e / HEAD;
         float peak = -INFINITY, total = 0.f;
         float2 value = make_float2(0.f, 0.f);

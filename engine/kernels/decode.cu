@@ -11,10 +11,10 @@
 #include "projections.cuh"
 #include "records.cuh"
 
-// Logits of this block's rows and the largest of them; if they are recorded, words of them too.
-__device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
+// Logits of this block's rows and the largest of them; if they are recorded, the warp that does it gets them by way of shared memory.
+__device__ void logits(Shared& s, const Model& m, float scale, bool recorded) {
     constexpr int R = LOGITS_ROUND / WARPS;
-    const int first = first_of(VOCAB), last = last_of(VOCAB), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int first = first_of(VOCAB), last = last_of(VOCAB), warp = this_thread() >> 5, lane = this_thread() & 31;
     float best = -INFINITY;
     int best_at = 0x7fffffff;
     static_assert(R == 4, "rows at once");
@@ -35,14 +35,15 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
             float y = sum[i] * scale + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
             if (lane == 0) {
                 m.logits[rows[i]] = y;
-                if (recorded) tell(m.made + rows[i], y, step);
+                if (recorded) near_logits(s)[rows[i] - first] = y;
             }
             if (y > best || (y == best && rows[i] < best_at)) { best = y; best_at = rows[i]; }
         }
+        if (recorded && lane == 0) leave(s.round_made + (r - first) / LOGITS_ROUND);
     }
     if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
     block_sync();
-    if (threadIdx.x == 0) {
+    if (this_thread() == 0) {
         for (int w = 1; w < WARPS; w++) {
             int at = __float_as_int(s.part[WARPS + w]);
             if (s.part[w] > best || (s.part[w] == best && at < best_at)) { best = s.part[w]; best_at = at; }
@@ -54,17 +55,17 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
 // The last block to finish takes the largest logit of all (of equal ones the smallest id) and advances the state.
 __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
     block_sync();
-    if (threadIdx.x == 0) {
+    if (this_thread() == 0) {
         __threadfence();
         s.part[0] = __int_as_float(atomicAdd(m.arrived, 1u) + 1u == until);
         __threadfence();
     }
     block_sync();
     if (!__float_as_int(s.part[0])) return;
-    if (threadIdx.x < 32) {
+    if (this_thread() < 32) {
         float best = -INFINITY;
         int at = 0x7fffffff;
-        for (int b = threadIdx.x; b < BLOCKS; b += 32) {
+        for (int b = this_thread(); b < BLOCKS; b += 32) {
             float2 other = __ldcg(m.best + b);
             int id = __float_as_int(other.y);
             if (other.x > best || (other.x == best && id < at)) { best = other.x; at = id; }
@@ -74,7 +75,7 @@ __device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
             int id = __shfl_xor_sync(~0u, at, step);
             if (other > best || (other == best && id < at)) { best = other; at = id; }
         }
-        if (threadIdx.x == 0) {
+        if (this_thread() == 0) {
             if (at < 0 || at >= VOCAB) at = 0;               // every logit NaN
             m.tokens[now.position + 1] = at;
             *m.state = State{at, now.position + 1, now.position + 1, now.step + 1};
@@ -89,13 +90,13 @@ __device__ __forceinline__ void prefetch_words(const Layer& l) {
 
 // A layer's pointers, in two steps: requested, and, once they have arrived, stored in shared memory.
 __device__ __forceinline__ long long fetch_layer(const Model& m, int i) {
-    return i < LAYERS && threadIdx.x < sizeof(Layer) / 8 ? __ldg((const long long*)(m.layers + i) + threadIdx.x) : 0;
+    return i < LAYERS && this_thread() < sizeof(Layer) / 8 ? __ldg((const long long*)(m.layers + i) + this_thread()) : 0;
 }
 __device__ __forceinline__ void keep_layer(Shared& s, int i, long long word) {
-    if (i < LAYERS && threadIdx.x < sizeof(Layer) / 8) ((long long*)(s.layer + (i & 1)))[threadIdx.x] = word;
+    if (i < LAYERS && this_thread() < sizeof(Layer) / 8) ((long long*)(s.layer + (i & 1)))[this_thread()] = word;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         const Model* model, float eps, float scale, const Point* work, int count, int size, int slice, int bytes, int logits_at,
         double* chunks, unsigned* counters, char* records) {
     extern __shared__ __align__(128) unsigned char memory[];
@@ -107,9 +108,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
     const Wanted wanted = {work, count, size, slice, bytes, logits_at, chunks, counters, records};
     [[maybe_unused]] int mark = 0;
 
-    if (threadIdx.x == 0) s.lines_taken = 0;
+    if (this_thread() == 0) s.lines_taken = 0;
     if (STAGED) {
-        if (threadIdx.x == 0) {
+        if (this_thread() == 0) {
             for (int i = 0; i < 2; i++) {
                 asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.full[i])));
                 asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(near_address(&s.used[i])));
@@ -117,34 +118,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         }
     }
+    prepare_rounds(s);
     __syncthreads();
-    if (threadIdx.x >= THREADS) {
-        if (STAGED && threadIdx.x == THREADS) produce(s, m);
+    if (this_thread() >= THREADS) {
+        const bool brings = this_thread() < THREADS + 32;
+        if (STAGED && this_thread() == THREADS) produce(s, m);
         __syncwarp();
-        tell_settled(m);
-        if (count) make_records(s, m, wanted, seen, step * BLOCKS);
-        if (logits_at >= 0) record_logits(m, wanted, step);
+        await_block_settled();
+        if (brings) tell_settled(m);
+        if (brings && logits_at >= 0) record_logits(s, wanted);
+        if (!brings && count) make_records(s, m, wanted, seen, step * BLOCKS);
         return;
     }
     keep_layer(s, 0, fetch_layer(m, 0));
-    for (int i = threadIdx.x; i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
+    Projection::prepare(s, m, now.position);
+    for (int i = this_thread(); i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
         __stcg(m.embd + i, element(m.embedding, now.token, D, i));
+    const int mine = first_of(D) + this_thread();
+    if (mine < last_of(D)) s.rest[this_thread()] = element(m.embedding, now.token, D, mine);
     block_sync();
     Projection qkv;
-    qkv.load(m, s.layer[0], now.position);
+    qkv.load(s.layer[0]);
     Norm norm;
     norm.load(s.layer[0].attn_norm);
-    if (threadIdx.x == 0) prefetch_mine(s.layer[0].o, D, QW);
+    if (this_thread() == 0) prefetch_mine(s.layer[0].o, D, QW);
     MARK
     for (int i = 0; i < LAYERS; i++) {
         const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
-        const float* x = i ? next.l_out : m.embd;              // `next` still is the layer before
-        norm.run(s, i ? nullptr : x, next.words + OUT_WORDS, step);
+        norm.run(s, i ? nullptr : m.embd, next.words + OUT_WORDS, step);   // `next` still is the layer before
         MARK
         qkv.run(s, l, eps, now.position, step);
         norm.keep(s, eps, l.attn_norm_out);
         MARK
-        if (threadIdx.x == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
+        if (this_thread() == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
         #pragma unroll 1
         for (int u = blockIdx.x; u < HEADS * splits; u += BLOCKS) {
             if (u != blockIdx.x) block_sync();                 // the sums of the last one have been read
@@ -152,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         }
         MARK
         ProjectionBack<QW, OUT_WARPS, OUT_ROWS, OUT_TYPES, false> out;
-        out.load(l.o, x);
+        out.load(l.o);
         const long long word = fetch_layer(m, i + 1);
         merge(s, l, splits, step);
         keep_layer(s, i + 1, word);                            // read behind the next barriers of the block
@@ -162,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         GateUp gate_up;
         gate_up.load(l);
         norm.load(l.ffn_norm);
-        if (threadIdx.x == 32 && !STAGED) prefetch_mine(l.down, D, FF);
+        if (this_thread() == 32 && !STAGED) prefetch_mine(l.down, D, FF);
         __nanosleep(FIRST_PAUSE);
         norm.run(s, nullptr, l.words + INP_WORDS, step);
         if (STAGED) await(&s.full[0], i & 1);
@@ -171,26 +177,26 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         norm.keep(s, eps, l.ffn_norm_out);
         MARK
         ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED> down;
-        down.load(l.down, l.ffn_inp);
+        down.load(l.down);
         if (i + 1 < LAYERS) {
-            if (STAGED && threadIdx.x == 32) leave(&s.used[0]);
-            if (threadIdx.x / 32 == 2) prefetch_qkv(next);
-            if (threadIdx.x == 96) prefetch_mine(next.o, D, QW);
-            if (threadIdx.x == 128) prefetch_words(next);
-        } else if (threadIdx.x == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
+            if (STAGED && this_thread() == 32) leave(&s.used[0]);
+            if (this_thread() / 32 == 2) prefetch_qkv(next);
+            if (this_thread() == 96) prefetch_mine(next.o, D, QW);
+            if (this_thread() == 128) prefetch_words(next);
+        } else if (this_thread() == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
         take(s, (const unsigned*)(l.words + SWIGLU_WORDS), step);
         if (STAGED) await(&s.full[1], i & 1);
         MARK
         down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
-        if (STAGED && i + 1 < LAYERS && threadIdx.x == 32) leave(&s.used[1]);
+        if (STAGED && i + 1 < LAYERS && this_thread() == 32) leave(&s.used[1]);
         norm.load(i + 1 < LAYERS ? next.attn_norm : m.norm);
-        if (i + 1 < LAYERS) qkv.load(m, next, now.position);
+        if (i + 1 < LAYERS) qkv.load(next);
         MARK
     }
     norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
     norm.keep(s, eps, m.output_norm);
     settle();
-    logits(s, m, Norm::scale(s, eps), logits_at >= 0, step);
+    logits(s, m, Norm::scale(s, eps), logits_at >= 0);
     MARK
     choose(s, m, step * BLOCKS, now);
     if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // with fewer lines, the other warps do them all

@@ -12,7 +12,7 @@ struct Norm {
     __device__ __forceinline__ void load(const float* weights) {
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int e = threadIdx.x + i * THREADS;
+            const int e = this_thread() + i * THREADS;
             weight[i] = e < D ? __ldg(weights + e) : 0.f;
         }
     }
@@ -22,22 +22,22 @@ struct Norm {
         double squares = 0;
         if (values)
             #pragma unroll
-            for (int i = 0; i < EACH; i++) v[i] = threadIdx.x + i * THREADS < D ? __ldcg(values + threadIdx.x + i * THREADS) : 0.f;
-        else hear([&](int i) { return threadIdx.x + i * THREADS < D ? words + threadIdx.x + i * THREADS : nullptr; }, step, v);
+            for (int i = 0; i < EACH; i++) v[i] = this_thread() + i * THREADS < D ? __ldcg(values + this_thread() + i * THREADS) : 0.f;
+        else hear([&](int i) { return this_thread() + i * THREADS < D ? words + this_thread() + i * THREADS : nullptr; }, step, v);
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int e = threadIdx.x + i * THREADS;
+            const int e = this_thread() + i * THREADS;
             x[i] = v[i] * weight[i];
             if (e < D) s.x.put<1, true>(e, {x[i]});   // D is a multiple of 32
             squares += (double)v[i] * v[i];
         }
         for (int far = 16; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
-        if ((threadIdx.x & 31) == 0) s.norm[threadIdx.x >> 5] = squares;
+        if ((this_thread() & 31) == 0) s.norm[this_thread() >> 5] = squares;
         block_sync();
     }
     // By whole warps.
     static __device__ __forceinline__ float scale(const Shared& s, float eps) {
-        double squares = s.norm[threadIdx.x & (WARPS - 1)];
+        double squares = s.norm[this_thread() & (WARPS - 1)];
         for (int far = WARPS / 2; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
         return rsqrtf((float)(squares * (1. / D)) + eps);
     }
@@ -46,6 +46,6 @@ struct Norm {
         if (blockIdx.x) return;
         const float scale = Norm::scale(s, eps);
         #pragma unroll
-        for (int i = 0; i < EACH; i++) if (threadIdx.x + i * THREADS < D) out[threadIdx.x + i * THREADS] = x[i] * scale;
+        for (int i = 0; i < EACH; i++) if (this_thread() + i * THREADS < D) out[this_thread() + i * THREADS] = x[i] * scale;
     }
 };

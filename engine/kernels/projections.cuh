@@ -13,7 +13,7 @@ __device__ __forceinline__ int2 rows_of_pair(int p) {
 
 template <int GROUPS, int R>
 __device__ __forceinline__ void leave_sums(Shared& s, float (&sum)[R], int unit, int group_lane) {
-    const int lane = threadIdx.x & 31;
+    const int lane = this_thread() & 31;
     static_assert(R <= 2, "one or two rows");
     if constexpr (R == 2) {       // each half of the warp continues with one of the two sums
         const float mine = lane & 16 ? sum[1] : sum[0], other = lane & 16 ? sum[0] : sum[1];
@@ -45,15 +45,16 @@ __device__ __forceinline__ const Matrix& qkv_matrix(const Layer& l, int p, int2&
 // One warp; each lane takes the rows of one pair.
 __device__ __forceinline__ void prefetch_qkv(const Layer& l) {
     #pragma unroll 1
-    for (int p = first_of(PAIRS) + (threadIdx.x & 31); p < last_of(PAIRS); p += 32) {
+    for (int p = first_of(PAIRS) + (this_thread() & 31); p < last_of(PAIRS); p += 32) {
         int2 rows;
         const Matrix& m = qkv_matrix(l, p, rows);
         prefetch_rows(m, rows.x, 1, D);
         prefetch_rows(m, rows.y, 1, D);
+        if (m.bias) { prefetch(m.bias, 4 * rows.x, 4); prefetch(m.bias, 4 * rows.y, 4); }
     }
 }
 __device__ __forceinline__ void prefetch_mine(const Matrix& m, int rows, int cols) {
-    if (threadIdx.x % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
+    if (this_thread() % 32 == 0) prefetch_rows(m, first_of(rows), last_of(rows) - first_of(rows), cols);
 }
 
 // Q, K and V of the normalised input; Q and K rotated; K and V into the cache.
@@ -61,23 +62,18 @@ struct Projection {
     static const int LANES = QKV_WARPS * 32, UNITS = THREADS / LANES;
     Rows<D, LANES, 2, QKV_TYPES> rows;
     int first, last, lane, mine;
-    float2 bias, angle;          // of the pair whose sums this thread will finish
 
-    __device__ __forceinline__ void load(const Model& m, const Layer& l, int position) {
-        first = first_of(PAIRS); last = last_of(PAIRS); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+    // What is the same in every layer: the angles of this block's pairs.
+    static __device__ __forceinline__ void prepare(Shared& s, const Model& m, int position) {
+        const int u = this_thread(), p = first_of(PAIRS) + u, i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
+        if (p >= last_of(PAIRS)) return;
+        const bool turned = p < (QW + KW) / 2 && i < ROPE / 2;
+        const long long at = (long long)position * (ROPE / 2) + i;
+        s.angle[u] = turned ? make_float2(__ldg(m.cosine + at), __ldg(m.sine + at)) : make_float2(1.f, 0.f);
+    }
+    __device__ __forceinline__ void load(const Layer& l) {
+        first = first_of(PAIRS); last = last_of(PAIRS); lane = this_thread() % LANES; mine = first + this_thread() / LANES;
         if (mine < last) fetch(l, mine);
-        const int p = first + threadIdx.x;
-        bias = angle = make_float2(0.f, 0.f);
-        if (p < last) {
-            int2 r;
-            const Matrix& w = qkv_matrix(l, p, r);
-            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
-            const int i = (p < QW / 2 ? p : p - QW / 2) % (HEAD / 2);
-            if (p < (QW + KW) / 2 && i < ROPE / 2) {
-                const long long at = (long long)position * (ROPE / 2) + i;
-                angle = make_float2(__ldg(m.cosine + at), __ldg(m.sine + at));
-            }
-        }
     }
     __device__ __forceinline__ void fetch(const Layer& l, int p) {
         int2 r;
@@ -87,6 +83,12 @@ struct Projection {
         rows.load(both, two, lane);
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, int position, unsigned step) {
+        float2 bias = make_float2(0.f, 0.f);                   // of the pair whose sums this thread will finish: it arrives beside the products
+        if (first + this_thread() < last) {
+            int2 r;
+            const Matrix& w = qkv_matrix(l, first + this_thread(), r);
+            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
+        }
         const float scale = Norm::scale(s, eps);
         #pragma unroll 1
         for (int p = mine; p < last; p += UNITS) {
@@ -101,7 +103,7 @@ struct Projection {
         }
         block_sync();
         static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
-        const int u = threadIdx.x, p = first + u;
+        const int u = this_thread(), p = first + u;
         if (p >= last) return;
         int2 r;
         qkv_matrix(l, p, r);
@@ -114,6 +116,7 @@ struct Projection {
             v[r.x] = a; v[r.y] = b;
             return;
         }
+        const float2 angle = s.angle[u];
         const bool query = p < QW / 2, turned = (query ? p : p - QW / 2) % (HEAD / 2) < ROPE / 2;
         float* before = query ? l.q_out : l.k_out;
         float* after = query ? l.q_rope : l.k_cache + (long long)position * KW;
@@ -138,7 +141,7 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
             all = true;
             #pragma unroll
             for (int i = 0; i < TOGETHER; i++) {
-                const int e = threadIdx.x + (n + i) * THREADS;
+                const int e = this_thread() + (n + i) * THREADS;
                 four[i] = e < FF / 4 ? look_at_four(words + 4 * e) : make_uint4(step, step, step, step);
             }
             #pragma unroll
@@ -147,7 +150,7 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
         } while (!all);
         #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
-            const int e = threadIdx.x + (n + i) * THREADS;
+            const int e = this_thread() + (n + i) * THREADS;
             const float4 v = values_of(four[i]);
             if (e < FF / 4) s.x.put<4, FF % 128 == 0>(4 * e, {v.x, v.y, v.z, v.w});
         }
@@ -160,7 +163,6 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
     Rows<COLS, LANES, R, TYPE_MASK, CLOSE> rows;
     int first, last, lane, mine;
-    float bias, rest;            // of the row whose sum this thread will finish
 
     // R neighbouring rows; if there are fewer, the last one repeated.
     __device__ __forceinline__ void find(const Matrix& w, int r, const Matrix* (&each)[R], int (&row)[R]) const {
@@ -173,15 +175,13 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         find(w, r, each, row);
         rows.load(each, row, lane);
     }
-    // The residual stream of these rows was made by this very thread.
-    __device__ __forceinline__ void load(const Matrix& w, const float* residual) {
-        first = first_of(D); last = last_of(D); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES * R;
+    __device__ __forceinline__ void load(const Matrix& w) {
+        first = first_of(D); last = last_of(D); lane = this_thread() % LANES; mine = first + this_thread() / LANES * R;
         if (mine < last) fetch(w, mine);
-        const int r = first + threadIdx.x;
-        bias = r < last && w.bias ? __ldg(w.bias + r) : 0.f;
-        rest = r < last ? __ldcg(residual + r) : 0.f;
     }
     __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed, Word* words, unsigned step) {
+        const int finished = first + this_thread();            // the row whose sum this thread will finish
+        const float bias = finished < last && w.bias ? __ldg(w.bias + finished) : 0.f;
         #pragma unroll 1
         for (int r = mine; r < last; r += AT_ONCE) {
             const Matrix* each[R];
@@ -194,12 +194,12 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         }
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
-        const int r = first + threadIdx.x;
-        if (r >= last) return;
-        const float y = sum_of<SHARED_BY>(s, threadIdx.x) + bias;
-        tell(words + r, y + rest, step);
-        made[r] = y;
-        summed[r] = y + rest;
+        if (finished >= last) return;
+        const float y = sum_of<SHARED_BY>(s, finished - first) + bias, sum = y + s.rest[finished - first];
+        tell(words + finished, sum, step);
+        s.rest[finished - first] = sum;
+        made[finished] = y;
+        summed[finished] = sum;
     }
 };
 
@@ -214,7 +214,7 @@ struct GateUp {
         rows.load(both, two, lane);
     }
     __device__ __forceinline__ void load(const Layer& l) {
-        first = first_of(FF); last = last_of(FF); lane = threadIdx.x % LANES; mine = first + threadIdx.x / LANES;
+        first = first_of(FF); last = last_of(FF); lane = this_thread() % LANES; mine = first + this_thread() / LANES;
         if (mine < last) fetch(l, mine);
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, unsigned step) {
@@ -246,7 +246,7 @@ struct GateUp {
             leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
         }
         block_sync();
-        for (int r = first + threadIdx.x; r < last; r += THREADS) {
+        for (int r = first + this_thread(); r < last; r += THREADS) {
             float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];

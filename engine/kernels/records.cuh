@@ -1,7 +1,7 @@
-// Records of a step, made during the step by the warp that prefetches weights, which is idle once the last layer's have arrived:
-// the logits take long enough for all other points, and for the logits made so far. No phase of the step waits.
+// Records of a step, made by two warps beside those that compute, while these make the logits: one takes all other points, and the one that
+// prefetches weights, which is idle once the last layer's have arrived, the logits made so far. No phase of the step waits.
 
-#include "step.cuh"
+#include "near.cuh"
 #include "summary.cuh"
 
 // A chunk of a point. PLAIN [width], CAUSAL [heads, stride], CACHED [seen, width], LAST: row `seen - 1` of a cache.
@@ -23,9 +23,9 @@ struct Wanted {
 };
 
 // All values but the logits are final: each block says so once, after its last barrier before the logits; nothing waits for it.
-__device__ __forceinline__ void settle() { asm volatile("bar.arrive 2, %0;" :: "n"(THREADS + 32) : "memory"); }
-__device__ __forceinline__ void tell_settled(const Model& m) {   // by the warp beside those that compute
-    asm volatile("bar.sync 2, %0;" :: "n"(THREADS + 32) : "memory");
+__device__ __forceinline__ void settle() { asm volatile("bar.arrive 2, %0;" :: "n"(ALL_THREADS) : "memory"); }
+__device__ __forceinline__ void await_block_settled() { asm volatile("bar.sync 2, %0;" :: "n"(ALL_THREADS) : "memory"); }   // by both warps
+__device__ __forceinline__ void tell_settled(const Model& m) {   // by one of them
     if (threadIdx.x % 32 == 0) { __threadfence(); atomicAdd(m.settled, 1u); }
 }
 __device__ __forceinline__ void await_settled(const Model& m, unsigned until) {
@@ -115,38 +115,30 @@ __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wante
     }
 }
 
-// This block's logits, taken as words while its other warps make them: the block's part of the sums, and the elements in the slice.
-// (With numbers of rounds and a fence behind each, in place of words, a step took longer.)
-__device__ __noinline__ void record_logits(const Model& m, const Wanted& wanted, unsigned step) {
+// This block's logits, in shared memory: behind the last layer, its weights are no longer needed there.
+__device__ __forceinline__ float* near_logits(Shared& s) { return LOGITS_FIT ? (float*)s.weights : s.made; }
+// A round's barrier waits for as many warps as have rows in it.
+__device__ __forceinline__ void prepare_rounds(Shared& s) {
+    const int round = threadIdx.x, left = last_of(VOCAB) - first_of(VOCAB) - round * LOGITS_ROUND, rows = LOGITS_ROUND / WARPS;
+    if (round >= LOGIT_ROUNDS || left <= 0) return;
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(near_address(s.round_made + round)), "r"(min(WARPS, (left + rows - 1) / rows)));
+}
+// They are taken while the other warps make them: the block's part of the sums, and the elements in the slice.
+__device__ __noinline__ void record_logits(Shared& s, const Wanted& wanted) {
     const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
     constexpr int EACH = LOGITS_ROUND / 32;
     float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;
     Gathered gathered;
-    Word words[EACH];
-    const auto request = [&](int start) {
-        #pragma unroll
-        for (int i = 0; i < EACH; i++) words[i] = start + 32 * i + lane < last ? look(m.made + start + 32 * i + lane) : (Word)step << 32;
-    };
-    request(first);
     #pragma unroll 1
     for (int start = first; start < last; start += LOGITS_ROUND) {
-        float raws[EACH];
-        while (true) {
-            bool all = true;
-            #pragma unroll
-            for (int i = 0; i < EACH; i++) { all &= told(words[i], step); raws[i] = value_of(words[i]); }
-            if (all) break;
-            __nanosleep(PAUSE);
-            request(start);
-        }
-        if constexpr (!FLOATS) request(start + LOGITS_ROUND);  // on their way while these are summed up
+        await(s.round_made + (start - first) / LOGITS_ROUND, 0);
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int e = start + 32 * i + lane;
-            if (e < last && e < wanted.slice) values[e] = raws[i];
-            gathered.take(raws[i], e, last);
+            const float raw = e < last ? near_logits(s)[e - first] : 0.f;
+            if (e < last && e < wanted.slice) values[e] = raw;
+            gathered.take(raw, e, last);
         }
-        if constexpr (FLOATS) request(start + LOGITS_ROUND);   // ahead it costs 4 µs: logits are made slower than they are summed up
     }
     gathered.put((double*)record_of(wanted.records, wanted.bytes, wanted.logits + 1) + blockIdx.x * PART);
 }

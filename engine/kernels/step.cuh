@@ -3,7 +3,8 @@
 #include "activations.cuh"
 #include "messages.cuh"
 
-#define THREADS 512              // that compute; one more warp prefetches weights
+#define THREADS 512              // that compute; two more warps bring weights near and record
+#define ALL_THREADS (THREADS + 64)
 #define WARPS (THREADS / 32)
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
@@ -13,6 +14,19 @@
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
 #endif
+
+// The thread's and the block's number, read anew: what a phase computes from them is not kept in registers through the others. Registers
+// that were spilled for it made a phase wait for memory, 4 % of a step.
+__device__ __forceinline__ unsigned this_thread() {
+    unsigned number = threadIdx.x;
+    asm volatile("" : "+r"(number));
+    return number;
+}
+__device__ __forceinline__ unsigned this_block() {
+    unsigned number = blockIdx.x;
+    asm volatile("" : "+r"(number));
+    return number;
+}
 
 // A barrier of the computing warps only.
 __device__ __forceinline__ void block_sync() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
@@ -35,7 +49,6 @@ struct Model {
     State* state;
     int* tokens;                             // [POSITIONS] chosen token of each position
     unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
-    Word* made;                              // [VOCAB] logits, for those that record them
 };
 
 // The types of each phase's matrices, among TYPES: with one type the first pieces are loaded ahead of the activations.
@@ -57,10 +70,10 @@ struct Model {
 // Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
 // (BENCHMARKS.md), where half or twice of any of these is slower.
 #ifndef QKV_WARPS
-#define QKV_WARPS 4
+#define QKV_WARPS 2
 #endif
 #ifndef OUT_WARPS
-#define OUT_WARPS 4
+#define OUT_WARPS 2
 #endif
 #ifndef GATE_WARPS
 #define GATE_WARPS 2
@@ -92,22 +105,29 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
                            most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
 
+constexpr int LOGIT_ROUNDS = SHARE(VOCAB) / LOGITS_ROUND + 1;
+constexpr bool LOGITS_FIT = GATE_BYTES + DOWN_BYTES >= 4 * SHARE(VOCAB);   // where the weights of the last layer were
+
 using Activations = ActivationsOf<most(most(FF, D), QW)>;
 struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     Activations x;
     float part[PARTS];           // sums of rows by the warps that share them
     double norm[WARPS];
+    float rest[SHARE(D)];        // the residual stream of this block's rows
+    float2 angle[SHARE(PAIRS)];  // of this block's pairs of rows of Q and K
     float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
+    unsigned long long round_made[LOGIT_ROUNDS];   // barriers of the logits, which the recording warp takes as they are made
+    float made[LOGITS_FIT ? 1 : SHARE(VOCAB)];
     Matrix near_gate, near_up, near_down;
     __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
 
 // This block's share of `count` items, as [first, last).
-__device__ __forceinline__ int first_of(int count) { return (unsigned)count * blockIdx.x / BLOCKS; }
-__device__ __forceinline__ int last_of(int count) { return (unsigned)count * (blockIdx.x + 1) / BLOCKS; }
+__device__ __forceinline__ int first_of(int count) { return (unsigned)count * this_block() / BLOCKS; }
+__device__ __forceinline__ int last_of(int count) { return (unsigned)count * (this_block() + 1) / BLOCKS; }
 
 #ifdef PROFILE                   // clock reads between the phases
 __device__ long long marks[BLOCKS][1024];

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from checkpoints.answers.conform import Cell
 from checkpoints.errors import InputError
-from engine.synth.recipes import dense, encoders, experts, names, recurrent
+from engine.synth.recipes import dense, encoders, experts, names, recurrent, sparse
 
 from ..run import command
 from ..run.request import Prompt
@@ -53,9 +53,12 @@ PROFILES = {
     "llama": Profile(("llama",), ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"), tuple(PROMPTS)),
     "quants": Profile(("llama",), tuple(TYPES)),
     "dense": Profile(_DENSE, ("F32", "F16", "Q8_0", "Q4_K")),
-    "moe": Profile(_family(experts.RECIPES), ("F32", "F16", "Q8_0", "Q4_K")),
+    "moe": Profile(_family(experts.RECIPES, sparse.RECIPES), ("F32", "F16", "Q8_0", "Q4_K")),
     "recurrent": Profile(_family(recurrent.RECIPES), ("F32", "F16", "Q8_0")),
-    "all": Profile((*_DENSE, *_family(experts.RECIPES, recurrent.RECIPES, encoders.RECIPES)), ("F32", "F16", "Q8_0", "Q4_K")),
+    "all": Profile(
+        (*_DENSE, *_family(experts.RECIPES, sparse.RECIPES, recurrent.RECIPES, encoders.RECIPES)),
+        ("F32", "F16", "Q8_0", "Q4_K"),
+    ),
 }
 
 

@@ -48,6 +48,14 @@ _BUSY, _IDLE = 0.002, 0.005  # seconds between two looks at the counts
 _KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the recorder is gone
 
 
+def places_of(size: int, most: int = _RING) -> int:
+    """How many replays of `size` bytes a ring of `most` bytes has room for: a power of two, 8 to 1,024."""
+    places = 1024
+    while places > 8 and places * size > most:
+        places //= 2
+    return places
+
+
 class _Graph:
     """What one capture made: its slots, and the ring that its replays take turns in."""
 
@@ -82,9 +90,7 @@ class _Graph:
         """A new one, for which the ring is made to fit: a power of two of places, of which none is in use yet."""
         self.slots.append(Slot(point, row, place, self.size))
         self.size += -(-row.size // 16) * 16
-        self.places = 1024
-        while self.places > 8 and self.places * self.size > self._most:
-            self.places //= 2
+        self.places = places_of(self.size, self._most)
         if self._capacity < self.places * self.size:
             # A ring that was too small, half of this one, stays: to free memory is to wait for the device.
             self._capacity = max(1 << 20, 2 * self._capacity, self.places * self.size)

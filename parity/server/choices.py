@@ -65,13 +65,15 @@ def cause(
             "Turn it off: --server-json '{\"repeat_penalty\": 1}'.",
             tried=len(placed),
         )
-    why = f"a repeat penalty of {span} would explain this one choice" if fits else "no repeat penalty explains that"
-    return ServerCause(
-        "sampler",
-        f"{first}; {why}: it samples, or changes its numbers before it chooses, although temperature 0 was requested",
-        "Check whether the server sets a temperature, a seed, a penalty (DRY, too), a bias or typical-p itself.",
-        tried=len(placed),
-    )
+    if fits:
+        sentence = f"{first}, although temperature 0 was requested; a repeat penalty of {span} would explain this one choice, as others may"
+    else:
+        sentence = (
+            f"{first}; no repeat penalty explains that: it samples, or changes its numbers before it chooses, although temperature 0 "
+            "was requested"
+        )
+    advice = "Check whether the server sets a temperature, a seed, a penalty (DRY, too), a bias or typical-p itself."
+    return ServerCause("sampler", sentence, advice, tried=len(placed))
 
 
 def _fitting(steps: Sequence["_Step"]) -> list[float]:
