@@ -13,6 +13,7 @@ from parity.diff.dataflow import Flow
 from parity.diff.operations import suspects
 from parity.explain.case import ExplainOptions
 from parity.explain.explain import explain
+from parity.explain.leads import _steps
 from reference.client import Reference
 
 
@@ -75,6 +76,14 @@ def test_rows_of_another_length_are_left_out(reference: Reference, small_model: 
     explanation = explain(replace(dump, points=points), path, PATIENT)
     assert [cause.named.fault for cause in explanation.causes] == ["rope-pairs"]
     assert any("another length than the model's: blk.0.q_norm" in note for note in explanation.notes)
+
+
+def test_ids_of_experts_are_no_lower_type() -> None:
+    """Small whole numbers are exact in bfloat16; that says nothing of the engine's activations."""
+    assert list(_steps(np.arange(16, dtype=np.float64))) == []
+    assert list(_steps(np.arange(16, dtype=np.float64) / 8)) == [
+        "every value is a bfloat16: the engine keeps activations in BF16"
+    ]
 
 
 def test_rows_of_a_computed_value_are_no_table() -> None:
