@@ -58,6 +58,8 @@ def test_placeholders_are_filled_once_and_need_no_quotes(tmp_path: Path) -> None
         ("python -c 'import engine' {tokens}", "python"),
         ("python {model}.py", "python"),
         ("uv run --with numpy python engine.py {out}", "engine.py"),
+        ("python -m package.engine --start run.sh {out}", "package.engine"),
+        ("python -c 'import engine' settings.py {out}", "python"),
         ("taskset -c 0 node serve.mjs", "serve.mjs"),
         ("cd build; ulimit -v 1000; ./engine {tokens} | sort", "engine"),
         ("export A=1 && python engine.py", "engine.py"),

@@ -26,12 +26,12 @@ def program_name(words: Sequence[str]) -> str:
     interpreter = _INTERPRETER.fullmatch(program) is not None
     if not interpreter and not _LAUNCHER.fullmatch(program):
         return program
-    if (script := next((word for word in words[1:] if _SCRIPT.fullmatch(word)), None)) is not None:
-        return Path(script).name
-    for i, word in enumerate(words[1:-1] if interpreter else (), 1):
-        if word == "-m":
-            return words[i + 1]
-        if word == "-c":
+    for i, word in enumerate(words[1:], 1):
+        if _SCRIPT.fullmatch(word):
+            return Path(word).name
+        if interpreter and word == "-m" and i + 1 < len(words):
+            return words[i + 1]  # what follows are the module's own words, which may name a script, too
+        if interpreter and word == "-c":
             break
     return program
 
