@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from pictures import diverging, hostile, huge, passing
-from slow import slow_but
 
 from checkpoints.answers.drift import Entry
 from reports.history_html import history_html
@@ -17,9 +16,12 @@ from reports.report import Report
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install parity[test]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with its driver here: apt-get install chromium chromium-driver"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="no Chromium with its driver here: apt-get install chromium chromium-driver"
+    ),
+]
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage"
@@ -90,8 +92,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     [
         ("passing", "light"),
         ("diverging", "dark"),
-        *(pytest.param(name, "light", marks=pytest.mark.slow) for name in ("diverging", "hostile", "huge", "history")),
-        pytest.param("passing", "dark", marks=pytest.mark.slow),
+        *((name, "light") for name in ("diverging", "hostile", "huge", "history")),
+        ("passing", "dark"),
     ],
 )
 def test_it_opens_quietly(name: str, scheme: str, page: Page) -> None:
@@ -121,7 +123,7 @@ def serious(page: Page) -> list[str]:
     return [f"{item['id']}: {item['nodes'][0]['html']}" for item in violations if item["impact"] in ("serious", "critical")]
 
 
-@pytest.mark.parametrize("name", slow_but(["diverging", "hostile", "huge"], "diverging"))
+@pytest.mark.parametrize("name", ["diverging", "hostile", "huge"])
 def test_the_first_divergence_is_marked(name: str, page: Page) -> None:
     """The mark stands on the first divergence's cell: its place says so, and pointing at its middle tells of that record."""
     page.open(name)

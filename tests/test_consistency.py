@@ -103,6 +103,7 @@ def test_what_fails_says_what_is_suspect(fault: str, synthetic: Callable[..., Pa
     assert steps["another last token"].suspect == ""
 
 
+@pytest.mark.slow
 def test_a_missing_mask_is_seen_by_an_exchanged_token(synthetic: Callable[..., Path]) -> None:
     """Without a causal mask another last token changes earlier positions."""
     answer = checked(engine_with(synthetic(layers=3), ("kq_soft_max",), unmasked))

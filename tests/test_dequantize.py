@@ -6,7 +6,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from slow import slow_but
 
 from checkpoints.errors import ModelError
 from engine.weights.dequantize import FORMATS, dequantize
@@ -69,7 +68,8 @@ def test_random_blocks_equal_libggml(kind: int) -> None:
     np.testing.assert_array_equal(ours.view(np.uint32), by_libggml(blocks, kind, ours.size).view(np.uint32))
 
 
-@pytest.mark.parametrize("kind", slow_but(["Q8_0", "Q4_K_M", "Q5_0", "IQ4_XS"], "Q8_0"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "Q5_0", "IQ4_XS"])
 def test_tensors_of_a_real_file_equal_gguf_py(quantized: Callable[[str], Path], kind: str) -> None:
     """Every tensor of a file that llama.cpp quantised is gguf-py's dequantisation of it, to the bit, shape included."""
     path = quantized(kind)

@@ -173,6 +173,7 @@ def test_a_layer_recorded_in_f16_is_no_fault(engine: Faulty, layer: int) -> None
     assert any(note.startswith(f"captured in a lower type: blk.{layer}.attn_norm") for note in explanation.notes)
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_layer_recorded_in_f16_is_placed_at_its_operation(engine: Faulty) -> None:
     """The recorder's rounding of the operations before it is not held against them."""
     wrong = [

@@ -97,7 +97,8 @@ def kinds(verdict: Verdict) -> set[str]:
     return {origin.first.checkpoint.split(".")[-1] for origin in verdict.origins}
 
 
-@pytest.mark.parametrize("fault", slow_but(EXPECTED, "no-qkv-bias"))
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", list(EXPECTED))
 def test_all_points_name_the_operation(lab: Lab, fault: str) -> None:
     """With every point recorded, the origins are the faulty operations of layer 0 and nothing else."""
     steps = plant(lab.engine(kind_of(fault)).steps, CATALOGUE[fault])

@@ -148,6 +148,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     refused(parity("run", *ONCE, "--hunt"), "--hunt", "--exec")
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_every_printed_point_is_compared(c_engine: Path, parity: Cli) -> None:
     """`run --exec` records what the engine printed, not the default points only; --points narrows it to what is asked for."""

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from cli import Cli, refused
 from msgspec.structs import replace
-from slow import slow_but
 
 from checkpoints.errors import ModelError
 from checkpoints.graph import MovingParam, RecordedGraph, Size
@@ -71,12 +70,14 @@ def test_every_point_agrees(parity: Cli, small_model: Make, name: str) -> None:
     assert answer["compared"] > 300
 
 
-@pytest.mark.parametrize("count", slow_but([1, 33], 33))
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 33])
 def test_windows_are_crossed(parity: Cli, small_model: Make, count: int) -> None:
     """A prompt longer than the window of attention, and one of a single token; steps after both."""
     assert verdict(parity, small_model("gpt-oss"), "--tokens", ids(count), "--generate", "3")["verdict"] == "parity"
 
 
+@pytest.mark.slow
 def test_streams_of_one_token(parity: Cli, small_model: Make) -> None:
     """A prompt of one token has several streams, which are no embedding, as one of more tokens has: both sides give them one name."""
     model = small_model("qwen4exp", layers=2)

@@ -120,6 +120,7 @@ def test_repetition_has_stated_bounds(ids: list[int], repetition: tuple[int, int
     assert cycle(ids) == repetition
 
 
+@pytest.mark.slow
 def test_warnings_leave_a_dump_usable(right: Dump) -> None:
     """NaN and idle layers may be the engine's own: a comparison is the judge, and lint says so."""
     for name in ("non-finite", "idle-layer", "cut-short", "repetition"):

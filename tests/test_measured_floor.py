@@ -134,7 +134,8 @@ def test_a_fault_of_the_size_of_bf16_is_not_acquitted(engine: Faulty, right: Dum
     assert not compared_on(ours, right, Options(), engine.model).verdict
 
 
-@pytest.mark.parametrize("kind", slow_but(["ffn_out", "v", "attn_out"], "ffn_out"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ffn_out", "v", "attn_out"])
 def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, right: Dump, kind: str) -> None:
     """A product a thousandth too large costs what F16 does, but its errors follow that factor and are not scattered: no parity."""
 
@@ -165,6 +166,7 @@ def test_explain_takes_no_factor_for_f16(engine: Faulty) -> None:
     assert explain(_dump(engine, sums, ""), engine.model, PATIENT).precision_only in ("f16", "tf32")
 
 
+@pytest.mark.slow
 def test_sums_in_f16_follow_no_number(engine: Faulty, right: Dump) -> None:
     """A right engine with sums in F16, whose errors are not those of our own rounding, keeps its parity."""
     ours = _dump(engine, [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right], "")

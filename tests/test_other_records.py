@@ -130,12 +130,13 @@ def test_one_map_line_settles_all_layers_and_one_layer_only_its_own(right: Dump,
     assert settled.record_faults == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "blamed"),
     [
         ("rope-pairs", ("q_rope",)),
-        pytest.param("gqa-modulo", ("kqv_out", "kq"), marks=pytest.mark.slow),
-        pytest.param("norm-skipped", ("ffn_norm",), marks=pytest.mark.slow),
+        ("gqa-modulo", ("kqv_out", "kq")),
+        ("norm-skipped", ("ffn_norm",)),
     ],
 )
 def test_a_mistake_of_the_capture_does_not_hide_the_operation(
@@ -200,6 +201,7 @@ def test_a_record_of_a_later_layer_blames_no_operation(faulty: Faulty, right: Du
     assert verdict.operation == "blk.3.q shows blk.4.q, which is computed later: its own value was not seen"
 
 
+@pytest.mark.slow
 def test_an_embedding_of_a_lower_type_is_not_called_another_row(faulty: Faulty, right: Dump) -> None:
     """A table that was rounded to BF16 is named so, not a wrong table or row; a dump that was rounded blames nothing."""
     steps = [

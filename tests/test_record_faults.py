@@ -326,6 +326,7 @@ def half(rows: Rows) -> Rows:
     return replace(rows, values=rows.values.astype(np.float16).astype(np.float32), stats={}, sketch=None)
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_kept_in_half_precision_is_recorded_so(
     reference: Reference, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_server_is_no_base_file(parity: Cli, fixed: str, words: tuple[object, 
     assert (code, answer["top_k"], answer["perplexity"]["bounded"] > 0) == (0, None, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [FEW], indirect=True)
 def test_requests_within_a_chunk_are_counted_on_a_terminal(
     parity: Cli, fixed: str, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ def test_a_reference_that_is_off_is_named_as_well(faulty: Faulty, ref: Dump) -> 
     assert not compared.operation
 
 
+@pytest.mark.slow
 def test_off_and_all(faulty: Faulty, ref: Dump) -> None:
     """`off` asks nothing, not even where the sides differ; `all` asks everywhere where they agree; `auto` does not."""
     right = faulty.dump(Planted(()), TOKENS, bare=False)
@@ -100,6 +101,7 @@ def test_every_report_shows_all_three(faulty: Faulty, ref: Dump) -> None:
     assert [point["checkpoint"] for point in answer["truth_points"]][-1] == "blk.10.l_out"
 
 
+@pytest.mark.slow
 def test_run_takes_the_option(parity: Cli) -> None:
     """`run --arbiter all` says how far both sides are from float64; without it nothing is said where they agree."""
     asked = parity("run", "--prompt", "Once", "--arbiter", "all")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from cli import Cli, refused
 from msgspec.structs import replace
-from slow import slow_but
 
 from checkpoints.cache import cache_dir, cache_limit
 from checkpoints.content import content_hash
@@ -111,7 +110,8 @@ def cut(data: bytearray) -> None:
     del data[-70_000:]
 
 
-@pytest.mark.parametrize("damage", slow_but([flipped, zeroed, cut], flipped))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flipped, zeroed, cut])
 def test_a_damaged_twin_is_made_again_with_a_line(
     model: Path, damage: Callable[[bytearray], None], capfd: pytest.CaptureFixture[str]
 ) -> None:

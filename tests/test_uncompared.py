@@ -105,6 +105,7 @@ def test_an_engine_that_stops_halfway_is_incomplete(parity: Cli, model: Path, en
     assert "incomplete (nothing after blk.0.l_out): all " in " ".join(ran.out.split())
 
 
+@pytest.mark.slow
 def test_positions_that_never_came(parity: Cli, model: Path, engine: Callable[..., str]) -> None:
     """An engine that drops the prompt's last token is incomplete; one that prints logits for the last position only is not."""
     words = ("run", "--model", model, "--tokens", TOKENS, "--exec")
