@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from engine.faults import CATALOGUE
+from parity.explain.case import Case
 from parity.explain.explain import explain
 from reference.client import Reference
 
@@ -38,6 +39,17 @@ def test_states_are_left_out_and_named(faulty: Callable[[str], Faulty]) -> None:
     assert explanation
     [note] = [note for note in explanation.notes if note.startswith("left out")]
     assert "blk.0.cache_s" in note
+
+
+@pytest.mark.slow
+def test_a_right_engine_whose_decay_begins_anew_in_each_pass(faulty: Callable[[str], Faulty]) -> None:
+    """Lightning attention's parts depend on where a pass begins, their sum does not: over several passes only the sum is compared."""
+    engine = faulty("minimax-01")
+    dump = engine.dump(Planted(()), tokens_of(engine.model, 7, seed=3), points="*", generated=2)
+    explanation = explain(dump, engine.model, PATIENT)
+    assert explanation
+    assert any("they depend on where a pass begins" in note for note in explanation.notes)
+    assert "blk.0.qkv" in {entry.point for entry in Case(dump, engine.model, PATIENT).entries}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from .budget import Budget
 from .captured import as_captured
 from .expert_order import by_score
 from .noise import allowed
+from .of_pass import without_values_of_passes
 from .records import Expected, Ints, expected
 from .screening import Screening
 from .ties import resolved
@@ -123,7 +124,7 @@ class Case:
         self._arbiter_option = options.arbiter
         self.entries, noise = allowed(self.entries, self.replay, self.positions, self.arbiter, options.arbiter)
         self.noise = noise
-        self.notes = (*self.dump.notes, *left_out, *notes, *self._reordered, *resolved(self))
+        self.notes = (*self.dump.notes, *left_out, *notes, *self._adapted, *resolved(self))
         self.entries, captured = as_captured(self.entries, self.transformer.steps)
         self.notes = (*self.notes, *captured)
 
@@ -132,11 +133,13 @@ class Case:
         self.positions: Ints = np.arange(len(self.tokens), dtype=np.int64) + first
         self.passes = _passes(self.dump, self.positions, prompt)
         self.replay = self.make(self.transformer.steps, len(self.tokens))
-        self.dump, self._reordered = by_score(self.dump, self.replay, self.positions)
+        self.dump, of_passes = without_values_of_passes(self.dump, self.transformer.steps, self.passes)
+        self.dump, reordered = by_score(self.dump, self.replay, self.positions)
+        self._adapted = (*of_passes, *reordered)  # what was changed to compare the records with the replay
 
     def _from_zero(self, first: int, prompt: int) -> tuple[str, ...]:
         """Count the dump's positions from 0 if the model then gives more of its records, and say so: some engines number lines from 1."""
-        numbered, entries = (self.dump, self.positions, self.passes, self.replay, self._reordered), self.entries
+        numbered, entries = (self.dump, self.positions, self.passes, self.replay, self._adapted), self.entries
         self.dump = replace(shifted(self.dump, -first), notes=self.dump.notes)
         self._count_from(0, prompt)
         self.entries, _ = expected(self.dump, self.replay, self.positions, self.header())
@@ -146,7 +149,7 @@ class Case:
             return (
                 f"positions: the dump's are moved by {-first:+d}, where {records} are the model's (it begins at position {first})",
             )
-        (self.dump, self.positions, self.passes, self.replay, self._reordered), self.entries = numbered, entries
+        (self.dump, self.positions, self.passes, self.replay, self._adapted), self.entries = numbered, entries
         return ()
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
