@@ -5,6 +5,7 @@ import pytest
 from dumps import dump, random
 from msgspec.structs import replace
 
+from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.record import Dump, Token
 from parity.lint.lint import lint
 
@@ -76,3 +77,14 @@ def test_the_lowest_number_hides_a_logit(number: float, named: bool) -> None:
     logits[:, 4:40] = number
     found = rules(dump({"logits": logits}, slice_size=16))
     assert ("impossible-size" in found, "statistics" in found) == (named, False)
+
+
+@pytest.mark.parametrize(("later", "named"), [((3, 2, 1, 0), False), ((2, 1, 0, 0), True), ((1, 0, 0, 0), True)])
+def test_a_mask_over_a_pass_hides_all_later_positions(later: tuple[int, ...], named: bool) -> None:
+    """Two heads' scores of four positions with −∞ for each later one; another number of −∞ is an overflow, as at the first position."""
+    scores = np.random.default_rng(0).standard_normal((4, 2, 4)).astype(np.float32)
+    for row, number in zip(scores, later, strict=True):
+        row[:, 4 - number :] = -np.inf
+    source = dump({"blk.0.scores": scores.reshape(4, 8)}, slice_size=None)
+    found = lint(source, dataflow=Dataflow({"blk.0.scores": Computation("ADD")})).findings
+    assert ("non-finite" in {finding.rule for finding in found}) is named

@@ -64,16 +64,19 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
 
 
 def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_], counted: NDArray[np.float64]) -> bool:
-    """Whether no value is non-finite but −∞, and every row ends in it, or each row has as many fewer as the one before: scores to
-    which a mask was added, over a cache or over the pass.
+    """Whether no value is non-finite but −∞, and every row ends in it, or has it for each later position of the pass: scores to which a
+    mask was added, over a cache or over the pass.
     """
     hidden = np.isneginf(rows.values) & inside
     ends = np.maximum.accumulate(hidden, axis=1) & inside
     if not hidden.any() or not (np.isfinite(rows.values) | hidden | ~inside).all():
         return False
-    in_order = counted[np.argsort(rows.token_idx)]
-    fewer = np.diff(in_order)
-    causal = len(fewer) > 0 and fewer[0] < 0 and ((fewer == fewer[0]) | (in_order[1:] == 0)).all() and in_order[-1] == 0
+    order = np.argsort(rows.token_idx)
+    in_order, size = counted[order], int(rows.sizes[order[0]])
+    later = np.maximum(
+        np.count_nonzero(in_order) - np.arange(len(in_order)), 0
+    )  # positions of the pass that each one must not see
+    causal = 0 < later[0] < len(in_order) and (in_order * (later[0] + 1) == size * later).all()
     return bool((hidden == ends).all() or causal)
 
 
