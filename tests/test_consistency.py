@@ -166,9 +166,11 @@ def test_what_an_engine_computes_in_is_said_of_both_dumps(
             }
             for point, at in rows
         ]
-        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        header = [{"type": "header", "format": 1, "source": "somebody's"}] * step
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in (*header, *lines)))
     ran = parity("consistency", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *options)
     assert ran.code == (0 if said else 1)
+    assert ran.out.startswith("engine  somebody's\n")
     assert ("limit assumed" in ran.out) is said
     assert ran.out.rstrip().endswith(f"limit {limit:.0e}")
 

@@ -195,6 +195,49 @@ def test_a_norm_of_heads_has_a_row_for_each_position(emitted: ModuleType, tmp_pa
     assert rows.values[4, :16].tolist() == value[1, 1].ravel()[:16].tolist()
 
 
+class OnDevice(np.ndarray):  # type: ignore[type-arg]
+    """An array with what the recorder asks PyTorch's of."""
+
+    def contiguous(self) -> "OnDevice":
+        return self
+
+    def data_ptr(self) -> int:
+        return self.ctypes.data
+
+
+@pytest.mark.parametrize(
+    ("point", "shape", "positions"),
+    [
+        ("blk.3.l_out", (3, 8), [7, 8, 9]),
+        ("blk.3.l_out", (1, 3, 8), [7, 8, 9]),
+        ("blk.3.q_norm", (1, 1, 4, 8), [7]),
+        ("blk.3.q_norm", (1, 3, 4, 8), [7, 8, 9]),
+        ("blk.3.kq", (4, 3, 8), [7, 8, 9]),
+        ("blk.3.kq", (1, 4, 3, 8), [7, 8, 9]),
+    ],
+)
+def test_a_replay_has_a_position_for_each_row(
+    emitted: ModuleType, point: str, shape: tuple[int, ...], positions: list[int]
+) -> None:
+    """In a captured graph, too, a norm of heads has rows of positions, not of heads; scores have theirs behind the heads."""
+    value, first = (array.view(OnDevice) for array in (np.zeros(shape, np.float32), np.array([7])))
+    brought = np.frombuffer(value.tobytes() + first.tobytes(), np.uint8)
+    slot = emitted.Slot(point, emitted.DeviceRow(value), None, 0)
+    place = emitted.Slot("", emitted.DeviceRow(first), None, value.nbytes)
+    assert emitted.Replayed(slot, place, brought).rows()[1] == positions
+
+
+def test_rows_and_positions_are_as_many(emitted: ModuleType, tmp_path: Path) -> None:
+    """Positions of which there are fewer or more than rows are refused, rather than taken for the first rows'; no rows are no error."""
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
+        for positions in ([0, 1], [0, 1, 2, 3]):
+            with pytest.raises(ValueError, match=f"{len(positions)} positions for 3 rows"):
+                tap("blk.3.q", np.zeros((1, 3, 8), np.float32), positions)
+        tap("blk.3.q", np.zeros((1, 0, 8), np.float32))
+        tap("blk.3.q", np.ones((1, 3, 8), np.float32), [5, 6, 7])
+    assert read(tmp_path / "d.jsonl").points["blk.3.q"].token_idx.tolist() == [5, 6, 7]
+
+
 @pytest.mark.parametrize(
     ("norms", "points"),
     [

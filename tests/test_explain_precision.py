@@ -191,3 +191,19 @@ def test_an_engine_that_computes_in_f16_is_no_recorder(engine: Faulty) -> None:
     dump = unstated(engine.dump(RIGHT, PROMPT, points="*", steps=rounded(engine.right, "f16", storage=True)))
     explanation = explain(dump, engine.model, STEPS)
     assert not any(note.startswith("captured") for note in explanation.notes)
+
+
+@pytest.mark.parametrize("kind", ["k_rope", "v"])
+@pytest.mark.usefixtures("computed")
+def test_what_a_cache_keeps_in_f16_is_the_engines(engine: Faulty, kind: str) -> None:
+    """The cache's rows are rounded as well, but they are copies: the products that read them are not right."""
+    name = f"blk.1.{kind}"
+    half = [
+        replace(step, op=Then(step.op, lambda x: x.astype(np.float16).astype(np.float32))) if step.makes == name else step
+        for step in engine.right
+    ]
+    dump = unstated(engine.dump(RIGHT, PROMPT, points="*", steps=half))
+    explanation = explain(dump, engine.model, ExplainOptions(budget=1))
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == name
+    assert not any(note.startswith("captured") for note in explanation.notes)

@@ -179,6 +179,22 @@ def test_golden_dumps_of_a_part_are_recorded_with_a_note(
     assert (ran.code, "as far as the engine went" in ran.err) == (0, False)
 
 
+@pytest.mark.slow
+def test_an_engine_that_was_mended_since_is_no_drift(
+    parity: Cli, model: Path, engine: Callable[..., str], tmp_path: Path
+) -> None:
+    """Golden dumps of an engine that stopped after two positions: going on is no drift, stopping earlier is."""
+    (tmp_path / "prompts.txt").write_text("abcd\n")
+    words = ("--model", model, "--exec")
+    line = engine("t < 2")
+    assert parity("drift", "record", *words, line, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "part").code == 0
+    check = ("drift", "check", tmp_path / "part", "--no-ledger", *words)
+    assert parity.json(*check, line)[0] == 0
+    code, checked = parity.json(*check, engine("True"))
+    assert (code, checked["verdict"], "the rest is not checked" in str(checked["notes"])) == (0, "parity", True)
+    assert parity.json(*check, engine("t < 1"))[0] == 1
+
+
 def test_a_third_side_that_agrees_makes_nothing_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a third side, too, an engine that stops halfway is incomplete: exit 1, in text and in JSON."""
     arrays = random()

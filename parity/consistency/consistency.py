@@ -205,7 +205,7 @@ def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consisten
     verdict = compare(a, b, comparison_options(request.run))
     finer = max(passes, key=len)
     suspect, reason = suspected(verdict, starts_of(finer), MORE_POINTS)
-    source = (a.header or b.header or Header("")).source
+    source = next((dump.header.source for dump in (a, b) if dump.header is not None and dump.header.source), "")
     check = Check(
         "two dumps",
         f"{left.name} ({portions_text(passes[0])}) against {right.name} ({portions_text(passes[1])})",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -167,7 +168,10 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
         for prompt, checked in zip(golden.prompts, dumps, strict=True):
             golden_dump = read(golden.path(prompt))
             unrecorded |= dict.fromkeys(name for name in checked.points if name not in golden_dump.points)
-            verdicts.append(compare(_recorded_points(checked, golden_dump), golden_dump, options))
+            recorded = _recorded_points(checked, golden_dump)
+            if prompt.lacking:
+                recorded = _recorded_positions(recorded, golden_dump)
+            verdicts.append(compare(recorded, golden_dump, options))
         updated: tuple[tuple[int, str], ...] = ()
         if request.update:
             updated = _update(golden, source, verdicts, paths, dumps)
@@ -178,6 +182,13 @@ def _recorded_points(checked: Dump, golden_dump: Dump) -> Dump:
     """A dump without points that its golden dump lacks: an engine may print more. All of it if they have no point in common."""
     points = {name: rows for name, rows in checked.points.items() if name in golden_dump.points}
     return replace(checked, points=points) if points else checked
+
+
+def _recorded_positions(checked: Dump, golden_dump: Dump) -> Dump:
+    """A dump without positions that its golden dump lacks, whose engine stopped there: it may have been mended since."""
+    recorded = {name: golden_dump.points[name].token_idx for name in checked.points if name in golden_dump.points}
+    points = {name: checked.points[name].take(np.isin(checked.points[name].token_idx, at)) for name, at in recorded.items()}
+    return replace(checked, points=points) if any(map(len, points.values())) else checked
 
 
 def _book(request: Checking, golden: Golden) -> Path:

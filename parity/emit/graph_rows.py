@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
+
 
 class DeviceRow:
     """A device array as the graph copies it: its address, and how the host reads its bytes."""
@@ -56,9 +58,16 @@ class Replayed:
         """The value, and its positions: as they are, or one after the other from the only one that there is."""
         value = self.slot.row.read(self.slot.of(self._rows)).astype(np.float32)
         positions = self.place.row.read(self.place.of(self._rows)).ravel()
-        rows = 1 if value.ndim < 2 else value.shape[-2]
+        rows = _rows_in(self.slot.point, value.shape)
         at = positions if positions.size == rows else positions[0] + np.arange(rows)
         return value, [int(position) for position in at]
+
+
+def _rows_in(point: str, shape: "tuple[int, ...]") -> int:
+    """How many positions a value has: [n], [T, n], [B, T, n], [B, T, heads, n]; scores and weights are [H, T, S] or [B, H, T, S]."""
+    known = parse(point).known
+    heads_first = known is not None and known.row == ("H", "t+1")
+    return 1 if len(shape) < 2 else shape[-2] if heads_first or len(shape) == 2 else shape[1]
 
 
 def in_memory(size: int) -> "NDArray[np.uint8]":

@@ -213,7 +213,8 @@ class Recorder:
             for seq, rows in enumerate(array if array.ndim == 4 else array[None]):
                 self._record(point, rows, rows.shape[1], seq, positions)
         elif array.ndim in (3, 4):  # a norm of heads makes [B, T, heads, n]
-            for seq, rows in enumerate(array.reshape(*array.shape[:2], -1)):
+            width = int(np.prod(array.shape[2:]))  # not -1: there may be no rows
+            for seq, rows in enumerate(array.reshape(*array.shape[:2], width)):
                 self._record(point, rows, len(rows), seq, positions)
         else:
             self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
@@ -226,6 +227,8 @@ class Recorder:
     def _record(self, point: str, array: NDArray[np.float32], rows: int, seq: int, positions: "Sequence[int] | None") -> None:
         start = self._next.get((point, seq), 0)
         at = np.arange(start, start + rows) if positions is None else np.asarray(positions, dtype=np.int64)
+        if len(at) != rows:
+            raise ValueError(f"{point}: {len(at)} positions for {rows} rows")
         step = self._passes.get((point, seq), 0)
         kept = [i for i, position in enumerate(at.tolist()) if self._positions is None or position in self._positions]
         if kept:

@@ -1,24 +1,28 @@
 """Records that are the right values, rounded to a lower type by whoever recorded them: what the engine goes on with was not rounded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from msgspec.structs import replace
 
+from engine import ops
+from engine.faults.edits import ggml, integer
 from engine.graph import Step
 
 from ..diff.rounding import rounded_to
 from .records import Expected
 
 _LISTED = 4  # points that a note names
+_COPIES = ("CONT", "CPY", "DUP", "GET_ROWS", "SET_ROWS", "CONCAT", "REPEAT", "PAD", "ROLL")
+_RELU = 6  # enum ggml_unary_op
 
 
 def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[list[Expected], tuple[str, ...]]:
     """The records with limits that such rounding stays within, and a note on it.
 
-    A point counts if its values are the right ones rounded, and something recorded that is made from it agrees, or is the right value
-    rounded, too: an engine that computes in that type has errors in everything after it. The last recorded point has nothing after it. What
-    is made from a point that counts was recorded by the same recorder.
+    A point counts if its values are the right ones rounded, and what is recorded next of what is computed from it agrees, or is the right
+    value rounded, too: an engine that computes in that type has errors there. Copies of rounded values are rounded whoever did it. The
+    last recorded point has nothing after it. What is made from a point that counts was recorded by the same recorder.
     """
     kinds = {
         entry.point: kind for entry in entries if _differs(entry) and (kind := rounded_to(entry.pair.ours, entry.pair.ref))
@@ -28,7 +32,7 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     agreeing = {entry.point for entry in entries if not _differs(entry)}
     recorded = frozenset(entry.point for entry in entries)
     after = {name: _made_from(name, steps) & recorded for name in kinds}
-    captured = {name for name, made in after.items() if not made or made & {*agreeing, *kinds}}
+    captured = {name for name in kinds if not after[name] or _computed_next(name, steps, recorded) & {*agreeing, *kinds}}
     captured |= {name for name in kinds for before in captured if name in after[before]}
     if not captured:
         return list(entries), ()
@@ -56,3 +60,21 @@ def _made_from(name: str, steps: Sequence[Step]) -> frozenset[str]:
         if not reached.isdisjoint(step.names):
             reached.add(step.makes)
     return frozenset(reached - {name})
+
+
+def _computed_next(name: str, steps: Sequence[Step], recorded: Collection[str]) -> set[str]:
+    """The recorded values that are computed from one, or from copies of it, with no other recorded value between."""
+    reached, following = {name}, set()
+    for step in steps:
+        if not reached.isdisjoint(step.names):
+            if step.makes in recorded and not _keeps_numbers(step):
+                following.add(step.makes)
+            else:
+                reached.add(step.makes)
+    return following
+
+
+def _keeps_numbers(step: Step) -> bool:
+    """Whether each number of a result is one of the operand's, or 0: rounded numbers then stay rounded."""
+    relu = ggml(step, "UNARY") and integer(step, 0) == _RELU
+    return step.op is ops.cached or (not step.weights and (relu or ggml(step, *_COPIES)))

@@ -17,7 +17,7 @@ from .vocabulary import Vocabulary
 
 _TIE = 1e-3  # log-probability: of two candidates that are closer, either may be chosen
 # How far two right engines' log-probabilities differ with quantised weights (0.05 on random Q8_0 models): of tokens that the server
-# does not list, llama.cpp's numbers are known only.
+# does not list, only llama.cpp's numbers are known.
 _ROUNDING = 0.1
 _OF_OFFSET = 0.02  # what such a difference, in the logits' common offset, does to a token under a penalty of 1.3
 _PENALTIES = np.arange(1.02, 2.01, 0.02)
