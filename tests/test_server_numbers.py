@@ -1,6 +1,7 @@
 """What a server's numbers say: KL divergence of the candidates that it lists, truncations, penalties and biases."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from parity.server.choices import unfaithful
 from parity.server.numbers import tells
 from parity.server.penalties import BANNED, Seen, biases, less, repeated, subtracted, with_bias
 from parity.server.predictions import TokenCandidate
+from parity.server.sampler_causes import truncation
 from parity.server.truncation import truncations
 from parity.server.vocabulary import Vocabulary
 from reports.server import sentence
@@ -44,6 +46,14 @@ def test_what_sums_to_more_than_1_is_never_right() -> None:
     assert kl(row, listed([TokenCandidate(f"t{n}", float(log[n])) for n in range(3)], vocabulary, row)) == pytest.approx(
         0, abs=1e-9
     )
+
+
+def test_numbers_that_are_none_are_no_truncation() -> None:
+    """A model that computes NaN in llama.cpp, too, is no traceback."""
+    row = np.array([1.0, np.nan, 3.0, 0.5], dtype=np.float32)
+    server = Listed(np.array([2, 0]), np.array([-0.1, -2.0]))
+    case: Any = SimpleNamespace(sample=[(None, row)], listed=lambda *_: server, of=lambda *_: 1.0, limit=0.1)
+    assert truncation(case) is None
 
 
 @pytest.mark.parametrize(("what", "kept"), [("a top-k of 7", 7), ("a top-p of 0.9", None), ("a min-p of 0.1", None)])

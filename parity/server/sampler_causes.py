@@ -40,6 +40,8 @@ def temperature(case: ServerCase) -> ServerCause | None:
 
 def truncation(case: ServerCase) -> ServerCause | None:
     """Probabilities of which only some were kept and made to sum to 1: top-k, top-p, min-p, typical-p, top-n-sigma, XTC or Mirostat."""
+    if any(np.isnan(row).any() for _, row in case.sample):
+        return None  # llama.cpp's own numbers are none
     offsets, cut = [], []
     for placed, row in case.sample:
         server = case.listed(placed, row)
