@@ -207,3 +207,25 @@ def test_what_a_cache_keeps_in_f16_is_the_engines(engine: Faulty, kind: str) -> 
     assert explanation.first is not None
     assert explanation.first.checkpoint == name
     assert not any(note.startswith("captured") for note in explanation.notes)
+
+
+@pytest.mark.usefixtures("computed")
+def test_of_a_single_position_the_sum_over_keys_is_a_copy(engine: Faulty) -> None:
+    """The first position's only weight is 1, so that rounded values V make rounded sums whoever rounded them."""
+    half = [
+        replace(step, op=Then(step.op, lambda x: x.astype(np.float16).astype(np.float32))) if step.makes == "blk.1.v" else step
+        for step in engine.right
+    ]
+    dump = unstated(engine.dump(RIGHT, PROMPT[:1], points="*", steps=half))
+    explanation = explain(dump, engine.model, ExplainOptions(budget=1))
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.1.v"
+
+
+def test_rounded_logits_alone_do_not_show_whose_rounding_it_is(engine: Faulty) -> None:
+    """Nothing is computed from logits: the note says that, and not that the recorder did it."""
+    right = engine.dump(RIGHT, PROMPT, points="*")
+    logits = right.points["logits"]
+    half = replace(logits, values=logits.values.astype(np.float16).astype(np.float32))
+    explanation = explain(replace(right, points={**right.points, "logits": half}), engine.model)
+    assert any(note.endswith("says whose rounding it is") for note in explanation.notes)

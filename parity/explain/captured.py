@@ -21,8 +21,9 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     """The records with limits that such rounding stays within, and a note on it.
 
     A point counts if its values are the right ones rounded, and what is recorded next of what is computed from it agrees, or is the right
-    value rounded, too: an engine that computes in that type has errors there. Copies of rounded values are rounded whoever did it. The
-    last recorded point has nothing after it. What is made from a point that counts was recorded by the same recorder.
+    value rounded, too: an engine that computes in that type has errors there. Copies of rounded values are rounded whoever did it, and so
+    are sums over a single key. The last recorded point has nothing after it: the note says so. What is made from a point that counts was
+    recorded by the same recorder.
     """
     kinds = {
         entry.point: kind for entry in entries if _differs(entry) and (kind := rounded_to(entry.pair.ours, entry.pair.ref))
@@ -32,16 +33,21 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     agreeing = {entry.point for entry in entries if not _differs(entry)}
     recorded = frozenset(entry.point for entry in entries)
     after = {name: _made_from(name, steps) & recorded for name in kinds}
-    captured = {name for name in kinds if not after[name] or _computed_next(name, steps, recorded) & {*agreeing, *kinds}}
+    single = all(int(entry.rows.max(initial=0)) == 0 for entry in entries)
+    shown = {name for name in kinds if _computed_next(name, steps, recorded, single) & {*agreeing, *kinds}}
+    captured = shown | {name for name in kinds if not after[name]}
     captured |= {name for name in kinds for before in captured if name in after[before]}
     if not captured:
         return list(entries), ()
     listed = [name for name in kinds if name in captured]
     types = " or ".join(dict.fromkeys(kinds[name] for name in listed))
-    note = (
-        f"captured in a lower type: {', '.join(listed[:_LISTED])}{', …' if len(listed) > _LISTED else ''} hold the right values rounded to"
-        f" {types}: the recorder's rounding, not the engine's"
+    names = f"{', '.join(listed[:_LISTED])}{', …' if len(listed) > _LISTED else ''}"
+    whose = (
+        "the recorder's rounding, not the engine's"
+        if shown
+        else "no record of what is computed from them says whose rounding it is"
     )
+    note = f"captured in a lower type: {names} hold the right values rounded to {types}: {whose}"
     return [_within(entry) if entry.point in captured else entry for entry in entries], (note,)
 
 
@@ -62,12 +68,15 @@ def _made_from(name: str, steps: Sequence[Step]) -> frozenset[str]:
     return frozenset(reached - {name})
 
 
-def _computed_next(name: str, steps: Sequence[Step], recorded: Collection[str]) -> set[str]:
-    """The recorded values that are computed from one, or from copies of it, with no other recorded value between."""
+def _computed_next(name: str, steps: Sequence[Step], recorded: Collection[str], single: bool) -> set[str]:
+    """The recorded values that are computed from one, or from copies of it, with no other recorded value between.
+
+    `single`: only the first position is recorded, where attention has one key, whose weight is 1: what it sums is a copy.
+    """
     reached, following = {name}, set()
     for step in steps:
         if not reached.isdisjoint(step.names):
-            if step.makes in recorded and not _keeps_numbers(step):
+            if step.makes in recorded and not _keeps_numbers(step) and not (single and step.op is ops.weighted_values):
                 following.add(step.makes)
             else:
                 reached.add(step.makes)
