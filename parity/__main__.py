@@ -104,7 +104,8 @@ def run(arguments: list[str]) -> int:
             raise
         if isinstance(error, OSError):
             return _system(arguments, error)
-        message = f"internal error, please report it: {type(error).__name__}: {error}"
+        shown = error.__cause__ if isinstance(error.__cause__, EOFError) else error
+        message = f"internal error, please report it: {type(shown).__name__}: {shown}"
         return _fail(arguments, INTERNAL, "internal", message, "PARITY_TRACEBACK=1 shows where.")
     if code == INTERRUPTED:  # typer's own handling of Ctrl-C
         return _interrupted()
@@ -113,8 +114,10 @@ def run(arguments: list[str]) -> int:
 
 def _usage(arguments: list[str], error: Exception) -> int | None:
     """The exit code of typer's own errors, None for others: they are its copies of click's classes, which it does not export."""
-    if type(error).__name__ == "Abort":
-        return _interrupted()
+    if (
+        type(error).__name__ == "Abort"
+    ):  # typer's answer to an EOFError, too, such as that of a module whose bytecode is cut short
+        return None if isinstance(error.__cause__, EOFError) else _interrupted()
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return 2

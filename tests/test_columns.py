@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,11 @@ def test_an_unfinished_dump_that_is_kept_has_its_arrays(both_ways: tuple[Path, P
     assert dump.end is None
 
 
-def test_a_full_disk_leaves_neither_file(both_ways: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_neither_file(both_ways: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the disk refuses the arrays when the dump is closed, nothing is left of either file, and the error says so."""
     folder, rows = tmp_path / "full", load(both_ways[1]).points["logits"]
     folder.mkdir()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # CPython would leave it cut short
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints.reading.reader import read
+from parity.__main__ import run
+from parity.doctor import health
 
 
 def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
@@ -102,3 +104,14 @@ def _workers_of(pid: int) -> list[int]:
     """The children of a process in which llama.cpp runs."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children if b"reference.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_the_end_of_a_file_is_no_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytecode that is cut short was exit code 130 without a word: typer takes every EOFError for the end of what is typed."""
+
+    def damaged(**_: object) -> None:
+        raise EOFError("marshal data too short")
+
+    monkeypatch.setattr(health, "check", damaged)
+    assert run(["doctor"]) == 3
+    assert "internal error, please report it: EOFError: marshal data too short" in capsys.readouterr().err

@@ -86,7 +86,8 @@ def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProce
         [sys.executable, "-P", "-m", "parity", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        # CPython leaves bytecode cut short where a file may not grow: later programs would fail on it.
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
         check=False,
     )
