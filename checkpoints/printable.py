@@ -1,5 +1,8 @@
 """Text from outside (files, models, engines, arguments), made safe to print: one function for every printer."""
 
+from collections.abc import Collection
+from itertools import islice
+
 LONGEST = 300  # characters of one name or value: more is not useful to anybody
 
 
@@ -17,3 +20,8 @@ def no_command(line: str) -> str:
     """A printed line that GitHub's runner does not take for one of its commands: "::name::" at the start, or "##[name]" anywhere."""
     line = line.replace("##[", "##(")
     return f"\\{line}" if line.lstrip().startswith("::") else line
+
+
+def first_names(names: Collection[str], most: int = 4) -> str:
+    """The first of some names, and "…" if there are more: "a, b, c, d, …"."""
+    return ", ".join([*islice(names, most), *["…"] * (len(names) > most)])

@@ -84,7 +84,7 @@ def as_json(hunt: Hunt) -> dict[str, Any]:
     return verdict_as_json(hunt.verdict) | {
         "runs": [
             {
-                "asked": step.points,
+                "requested": step.points,
                 "recorded": list(step.recorded),
                 "verdict": step.verdict.verdict,
                 "first_divergence": step.verdict.first_divergence.checkpoint if step.verdict.first_divergence else None,

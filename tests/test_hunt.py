@@ -69,7 +69,7 @@ def test_from_garbage_to_the_cause(c_engine: Path, parity: Cli) -> None:
     line = f"{c_engine} {{model}} {{tokens}} {{out}} late {{points}}"
     code, answer = parity.json("run", *ONCE, "--exec", line, "--hunt", "--out", "h")
     assert (code, answer["verdict"]) == (1, "divergence")
-    assert [(run["asked"], run["first_divergence"], run["last_agreement"]) for run in answer["runs"]] == [
+    assert [(run["requested"], run["first_divergence"], run["last_agreement"]) for run in answer["runs"]] == [
         ("default", "blk.10.l_out", "blk.5.l_out"),
         (answer["runs"][0]["next"], "blk.7.q_rope", "blk.7.q"),
     ]

@@ -127,6 +127,8 @@ def unpacked_size(file: Path) -> int:
                     "Save the arrays again.",
                     code="array",
                 )
+    except FileNotFoundError as error:
+        raise DumpError(f"there is no file {file}.", "Check the path.", code="no-file") from error
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
     return size

@@ -8,6 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from checkpoints.errors import ModelError
 from checkpoints.points import in_layer, parse
 
 from .. import ops
@@ -103,6 +104,11 @@ class DecodeStep:
         size = xp.zeros(1, dtype=np.int32)
         kernel("decode", "shared_bytes", defines)((1,), (1,), (size,))
         self._shared = int(size[0])  # bytes of the structure, the staged weights included
+        if self._shared > self._device["sharedMemPerBlockOptin"]:
+            raise ModelError(
+                f"the fast mode needs {self._shared:,} bytes of shared memory for this model, and a block of this device has"
+                f" {self._device['sharedMemPerBlockOptin']:,}.", "Take --mode exact.", code="fast-mode",
+            )  # fmt: skip
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared
         self._wanted: dict[tuple[frozenset[str], int], _Wanted] = {}

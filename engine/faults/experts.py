@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
+from ..ggml_ops.activations import sigmoid
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
@@ -37,11 +38,6 @@ def _unscaled(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(require(step, "SCALE"), read_of(step, 0))
 
 
-def _sigmoid(scores: Array) -> Array:
-    with np.errstate(over="ignore"):
-        return np.float32(1) / (np.float32(1) + np.exp(-scores))
-
-
 def _soft_max(scores: Array) -> Array:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
@@ -52,7 +48,7 @@ def _soft_max_of_rows(weights: Array) -> Array:
 
 
 def _gating(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    op = _sigmoid if ggml(require(step, "SOFT_MAX", "UNARY"), "SOFT_MAX") else _soft_max
+    op = sigmoid if ggml(require(step, "SOFT_MAX", "UNARY"), "SOFT_MAX") else _soft_max
     return replace(step, op=op, params={})
 
 

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
+from ..ggml_ops.activations import sigmoid
 from ..ggml_ops.error_function import erf
 from ..graph import Step
 from .base import Fault, Parameters, Steps, sibling
@@ -22,18 +23,13 @@ def _gelu_tanh(x: Array) -> Array:
     return (0.5 * wide * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
-def _sigmoid(x: Array) -> Array:
-    with np.errstate(over="ignore"):
-        return np.float32(1) / (np.float32(1) + np.exp(-x))
-
-
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "GELU (tanh)": _gelu_tanh,
     "GELU (exact)": _gelu_exact,
-    "GELU (quick)": lambda x: x * _sigmoid(np.float32(1.702) * x),
+    "GELU (quick)": lambda x: x * sigmoid(np.float32(1.702) * x),
     "ReLU": lambda x: np.maximum(x, np.float32(0)),
     "squared ReLU": lambda x: np.maximum(x, np.float32(0)) ** 2,
-    "sigmoid": _sigmoid,
+    "sigmoid": sigmoid,
     "tanh": np.tanh,
     "nothing": lambda x: x,
 }
@@ -53,11 +49,11 @@ def _on_up(gate: Array, up: Array) -> Array:
 
 def _on_product(gate: Array, up: Array) -> Array:
     product = gate * up
-    return product * _sigmoid(product)
+    return product * sigmoid(product)
 
 
 def _gate_only(gate: Array, _up: Array) -> Array:
-    return gate * _sigmoid(gate)
+    return gate * sigmoid(gate)
 
 
 def _up_only(_gate: Array, up: Array) -> Array:
@@ -65,11 +61,11 @@ def _up_only(_gate: Array, up: Array) -> Array:
 
 
 def _up_activated(_gate: Array, up: Array) -> Array:
-    return up * _sigmoid(up)
+    return up * sigmoid(up)
 
 
 def _summed(gate: Array, up: Array) -> Array:
-    return gate * _sigmoid(gate) + up
+    return gate * sigmoid(gate) + up
 
 
 _OPERANDS = {"up": _on_up, "the product": _on_product}

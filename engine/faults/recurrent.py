@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
+from ..ggml_ops.activations import silu, softplus
 from ..graph import Altered, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
@@ -15,7 +16,7 @@ from .edits import Then, WithInput, ggml, integer, left_out, maker, only, requir
 _CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
 _SCAN_C = 4  # of the values that a scan reads, A aside, which is a weight
 _SCAN_DT = 2  # GGML_OP_SSM_SCAN's operand
-_SOFTPLUS, _LINEAR = 15, 20.0  # enum ggml_unary_op; above this softplus(x) is x
+_SOFTPLUS = 15  # enum ggml_unary_op
 
 
 def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -28,13 +29,8 @@ def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(require(step, "SSM_CONV"), op=WithInput(step.op, -1, moved))
 
 
-def _silu(x: Array) -> Array:
-    with np.errstate(over="ignore"):
-        return x / (1 + np.exp(-x))
-
-
 def _activated(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(require(step, "SSM_CONV"), op=Then(step.op, _silu))
+    return replace(require(step, "SSM_CONV"), op=Then(step.op, silu))
 
 
 def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -44,16 +40,11 @@ def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return left_out(step)
 
 
-def _softplus(x: Array) -> Array:
-    """log(1 + exp(x)), and x where that is the same in float32."""
-    return np.where(x > _LINEAR, x, np.log1p(np.exp(np.minimum(x, x.dtype.type(_LINEAR)))))
-
-
 def _softplus_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     """Mamba's scan applies softplus itself; elsewhere it is a step of its own."""
     if ggml(step, "SSM_SCAN"):
-        return replace(step, op=WithInput(step.op, step.params["operands"][_SCAN_DT].index, _softplus))
-    return replace(step, op=Then(step.op, _softplus)) if ggml(step, "UNARY") and integer(step, 0) == _SOFTPLUS else step
+        return replace(step, op=WithInput(step.op, step.params["operands"][_SCAN_DT].index, softplus))
+    return replace(step, op=Then(step.op, softplus)) if ggml(step, "UNARY") and integer(step, 0) == _SOFTPLUS else step
 
 
 def _no_decay(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits, RecordFault, Verdict
 from checkpoints.answers.picture import Picture
+from checkpoints.printable import first_names
 from checkpoints.record import Dump, Header, Rows
 
 from .against_limits import Held, hold
@@ -229,9 +230,7 @@ def _notes(ours: Dump, ref: Dump, pairs: tuple[Pair, ...], measures: Measures) -
         )
     other = [pair.point for pair in pairs if _lengths(pair)]
     if other:
-        notes.append(
-            f"the rows differ in length at {', '.join(other[:3])}{', …' if len(other) > 3 else ''}: leading values are compared"
-        )
+        notes.append(f"the rows differ in length at {first_names(other, 3)}: leading values are compared")
     return notes
 
 

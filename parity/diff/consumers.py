@@ -20,7 +20,7 @@ from .measure import Measured
 from .moments import Others, reading
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
 from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
-from .record_faults import in_order, listed
+from .record_faults import in_order, record_fault
 from .records import Judged
 from .rounded_records import RoundedRecords
 from .same_vector import alike
@@ -346,21 +346,5 @@ class _Consumers:
         return agreeing
 
     def _fault(self, name: str, wrong: Ints, read: Reading | None) -> RecordFault:
-        agreeing = self._agreeing(name)
-        children, agree = listed(agreeing[:3]), "agrees" if len(agreeing) == 1 else "agree"
-        what = read.sentence if read is not None else "another layout, moment or point than its name says"
-        nan = not np.isfinite(self._measured.measures.nmse[wrong]).all()
-        if nan:
-            pair = self._measured.pairs[self._place[name]]
-            numbers = "NaN" if np.isnan(pair.ours.values[self._measured.row[wrong]]).any() else "infinity"
-            what = f"{numbers} that no later operation used: memory captured before it was written, or after it was reused"
-            what += "" if numbers == "NaN" else ", or an overflow of the capture's own type"
-        return RecordFault(
-            checkpoint=name,
-            layer=parse(name).layer,
-            kind="nonfinite" if nan else (read.kind if read is not None else "unknown"),
-            positions=tuple(sorted(set(self._measured.token_idx[wrong].tolist()))),
-            records=len(wrong),
-            sentence=f"{what}; {children}, computed from it, {agree}" if agreeing else what,
-            map=read.mapping if read is not None else "",
-        )
+        nonfinite = not np.isfinite(self._measured.measures.nmse[wrong]).all()
+        return record_fault(self._wrong_records(name)[0], read, self._agreeing(name), nonfinite=nonfinite)

@@ -3,17 +3,47 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.answers.diff import RecordFault
 from checkpoints.points import parse
+from checkpoints.record import Rows
 
 from .dataflow import Flow, ordered
+from .readings import Reading
 
 
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)
+
+
+def record_fault(wrong: Rows, read: Reading | None, agreeing: Sequence[str], *, nonfinite: bool) -> RecordFault:
+    """The fault of a point's wrong records.
+
+    Args:
+        wrong: those records, ours.
+        read: what they show, if that is known.
+        agreeing: the nearest points made from it that agree.
+        nonfinite: whether they have NaN or infinity where the reference has not.
+    """
+    what = read.sentence if read is not None else "another layout, moment or point than its name says"
+    if nonfinite:
+        nan = np.isnan(wrong.values).any()
+        what = f"{'NaN' if nan else 'infinity'} that no later operation used: memory captured before it was written, or after it was reused"
+        what += "" if nan else ", or an overflow of the capture's own type"
+    if agreeing:
+        what += f"; {listed(agreeing[:3])}, computed from it, {'agrees' if len(agreeing) == 1 else 'agree'}"
+    return RecordFault(
+        checkpoint=wrong.point,
+        layer=parse(wrong.point).layer,
+        kind="nonfinite" if nonfinite else (read.kind if read is not None else "unknown"),
+        positions=tuple(sorted(set(wrong.token_idx.tolist()))),
+        records=len(wrong),
+        sentence=what,
+        map=read.mapping if read is not None else "",
+    )
 
 
 def in_order(faults: Sequence[RecordFault], compared: Sequence[str], model: Flow) -> tuple[RecordFault, ...]:

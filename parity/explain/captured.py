@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from msgspec.structs import replace
 
+from checkpoints.printable import first_names
 from engine import ops
 from engine.faults.edits import ggml, integer
 from engine.graph import Step
@@ -12,7 +13,6 @@ from engine.graph import Step
 from ..diff.rounding import rounded_to
 from .records import Expected
 
-_LISTED = 4  # points that a note names
 _COPIES = ("CONT", "CPY", "DUP", "GET_ROWS", "SET_ROWS", "CONCAT", "REPEAT", "PAD", "ROLL")
 _RELU = 6  # enum ggml_unary_op
 
@@ -41,13 +41,12 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
         return list(entries), ()
     listed = [name for name in kinds if name in captured]
     types = " or ".join(dict.fromkeys(kinds[name] for name in listed))
-    names = f"{', '.join(listed[:_LISTED])}{', …' if len(listed) > _LISTED else ''}"
     whose = (
         "the recorder's rounding, not the engine's"
         if shown
         else "no record of what is computed from them says whose rounding it is"
     )
-    note = f"captured in a lower type: {names} hold the right values rounded to {types}: {whose}"
+    note = f"captured in a lower type: {first_names(listed)} hold the right values rounded to {types}: {whose}"
     return [_within(entry) if entry.point in captured else entry for entry in entries], (note,)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import DumpError, ModelError
 from checkpoints.formats import shifted
 from checkpoints.points import of_scores
+from checkpoints.printable import first_names
 from checkpoints.record import Dump, Header
 from engine.backend import Array
 from engine.graph import Step, sees_later
@@ -263,8 +264,7 @@ def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> tuple[Dump, tuple[s
             f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"
         )
     left_out = [name for name in dump.points if name in once]
-    named = f"{', '.join(left_out[:4])}{', …' if len(left_out) > 4 else ''}"
-    note = f"left out, because explain compares rows of positions, of one pass: {named} (parity diff compares them)"
+    note = f"left out, because explain compares rows of positions, of one pass: {first_names(left_out)} (parity diff compares them)"
     kept = {name: rows for name, rows in dump.points.items() if name not in once}
     return replace(dump, points=kept), (note,) if left_out else ()
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from checkpoints.printable import first_names
 from checkpoints.record import Dump
 from engine import ops
 from engine.faults.edits import ggml
@@ -24,18 +25,17 @@ def without_values_of_passes(dump: Dump, steps: Sequence[Step], passes: Sequence
     kept = {name: rows for name, rows in dump.points.items() if name not in depending}
     if not left_out or not kept:
         return dump, ()
-    named = f"{', '.join(left_out[:4])}{', …' if len(left_out) > 4 else ''}"
     return replace(dump, points=kept), (
-        f"left out, because they depend on where a pass begins: {named} (parity diff compares them)",
+        f"left out, because they depend on where a pass begins: {first_names(left_out)} (parity diff compares them)",
     )
 
 
 def _depending(steps: Sequence[Step]) -> frozenset[str]:
     """What is made from a decay. The part of earlier passes and that of the own pass depend on it, their sum does not."""
-    found: set[str] = set()
+    depending: set[str] = set()
     for step in steps:
-        parts = sum(name in found for name in step.names)
+        parts = sum(name in depending for name in step.names)
         whole = parts > 1 and (step.op is ops.add or ggml(step, "ADD"))
         if step.op is inputs.decay or (parts and not whole):
-            found.add(step.makes)
-    return frozenset(found)
+            depending.add(step.makes)
+    return frozenset(depending)

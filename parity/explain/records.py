@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
 from checkpoints.points import LOGITS, of_scores, parse
+from checkpoints.printable import first_names
 from checkpoints.record import Dump, Header, Rows
 from checkpoints.summary import summarise
 from engine.replay.replay import Replay
@@ -167,11 +168,11 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
     """
     known = {name: dump.points[name] for name in replay.values if name in dump.points}  # in the order of computation
     foreign = [name for name in dump.points if name not in known]
-    notes = [f"ignored, because our engine has no such point: {_listed(foreign)}"] if foreign else []
+    notes = [f"ignored, because our engine has no such point: {first_names(foreign)}"] if foreign else []
     longer = [name for name, rows in known.items() if _of_another_length(rows, replay)]
     if len(longer) < len(known):  # a record, not an operation: diff says what such rows hold
         known = {name: rows for name, rows in known.items() if name not in longer}
-        notes += [f"left out, because their rows have another length than the model's: {_listed(longer)}"] if longer else []
+        notes += [f"left out, because their rows have another length than the model's: {first_names(longer)}"] if longer else []
     if not known:
         raise DumpError(
             f"{dump.path} has no point that our engine has.",
@@ -181,10 +182,6 @@ def expected(dump: Dump, replay: Replay, positions: Ints, header: Header) -> tup
     right = Dump("our engine", header, right_rows(replay, positions, known))
     pairs = align(replace(dump, points=known), right).pairs
     return [_expected(pair, positions) for pair in pairs], tuple(notes)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
 
 
 def _of_another_length(rows: Rows, replay: Replay) -> bool:

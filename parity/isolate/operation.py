@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.errors import ModelError
 from checkpoints.points import parse
+from checkpoints.printable import first_names
 from engine.graph import Step
 
 from .judging import NOT_FINITE, Judging, Record
@@ -146,4 +147,4 @@ class Isolator(Judging, dict=True):
 
 def listed_readers(names: Collection[str]) -> str:
     """The operations that read a value, the first of many."""
-    return f"{', '.join(list(names)[:_LISTED])}{', …' if len(names) > _LISTED else ''}"
+    return first_names(names, _LISTED)

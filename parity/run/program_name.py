@@ -19,21 +19,29 @@ _ENDS = frozenset(("&&", ";", "||"))
 def program_name(words: Sequence[str]) -> str:
     """The last part of the path of what a command line runs. `words` are the command's words, at least one.
 
-    `env NAME=value CMD` and `cd FOLDER && CMD` run CMD. `python -m MODULE` runs MODULE, `uv run python engine.py` runs engine.py.
+    `env NAME=value CMD`, `cd FOLDER && CMD` and `timeout 60 ./CMD` run CMD. `python -m MODULE` runs MODULE, `uv run python engine.py`
+    runs engine.py.
     """
     words = _engine(words)
     program = Path(words[0]).name
-    interpreter = _INTERPRETER.fullmatch(program) is not None
-    if not interpreter and not _LAUNCHER.fullmatch(program):
+    if _LAUNCHER.fullmatch(program):
+        started = next((i for i, word in enumerate(words) if i and _is_program(word)), None)
+        return program if started is None else program_name(words[started:])
+    if not _INTERPRETER.fullmatch(program):
         return program
     for i, word in enumerate(words[1:], 1):
         if _SCRIPT.fullmatch(word):
             return Path(word).name
-        if interpreter and word == "-m" and i + 1 < len(words):
+        if word == "-m" and i + 1 < len(words):
             return words[i + 1]  # what follows are the module's own words, which may name a script, too
-        if interpreter and word == "-c":
+        if word == "-c":
             break
     return program
+
+
+def _is_program(word: str) -> bool:
+    """Whether a launcher's word can be what it starts: a script, an interpreter, or a path."""
+    return bool(_SCRIPT.fullmatch(word) or _INTERPRETER.fullmatch(Path(word).name) or re.fullmatch(r"[^-{][^={]*/[^={]+", word))
 
 
 def _engine(words: Sequence[str]) -> Sequence[str]:
@@ -44,8 +52,17 @@ def _engine(words: Sequence[str]) -> Sequence[str]:
             if end == len(words) - 1:
                 break
             words = words[end + 1 :]
-        elif Path(words[0]).name == "env" or _ASSIGNMENT.fullmatch(words[0]):
+        elif Path(words[0]).name == "env":
+            words = _after_options(words[1:]) or words[:1]
+        elif words[0] in _ENDS or _ASSIGNMENT.fullmatch(words[0]):
             words = words[1:]
         else:
             break
+    return words
+
+
+def _after_options(words: Sequence[str]) -> Sequence[str]:
+    """The words behind env's own options, some of which have a word of their own."""
+    while words and words[0].startswith("-"):
+        words = words[2 if words[0] in ("-u", "--unset", "-C", "--chdir") else 1 :]
     return words

@@ -83,8 +83,8 @@ def _gain(row: Row, kept: Bools) -> float:
 
 
 def _near_largest(row: Row, sigmas: float) -> Bools:
-    """`llama_sampler_top_n_sigma`: the logits less than so many standard deviations below the largest."""
-    return np.asarray(row >= row.max() - sigmas * row.std(dtype=np.float64))
+    """`llama_sampler_top_n_sigma`: the logits less than so many standard deviations below the largest; −∞ counts in neither."""
+    return np.asarray(row >= row.max() - sigmas * row[np.isfinite(row)].std(dtype=np.float64))
 
 
 def _typical(row: Row, mass: float) -> Bools:
@@ -105,7 +105,7 @@ def _by_surprise(row: Row) -> tuple[NDArray[np.int64], Floats]:
     """The tokens in the order in which their surprise is near to the entropy, and the sums of their probabilities."""
     surprise = log_sum(row) - row.astype(np.float64)
     p = np.exp(-surprise)
-    order = np.argsort(np.abs(surprise - float(p @ surprise)), kind="stable")
+    order = np.argsort(np.abs(surprise - float(p[p > 0] @ surprise[p > 0])), kind="stable")
     return order, np.cumsum(p[order])
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
 from checkpoints.errors import ModelError
+from checkpoints.printable import first_names
 from engine.backend import Backend, choose
 from engine.weights.dequantize import FORMATS, dequantize
 from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
@@ -42,7 +43,7 @@ def check_weights(
 
         checks.append(_tensor(model, info, side, by_libggml, portion, advanced))
     nonfinite = [check.name for check in checks if check.nonfinite]
-    damaged = f"the file itself contains NaN or infinities: {', '.join(nonfinite[:4])}{', …' if len(nonfinite) > 4 else ''}"
+    damaged = f"the file itself contains NaN or infinities: {first_names(nonfinite)}"
     notes = (f"ours on {side.device}", *((damaged,) if nonfinite else ()))
     return WeightsCheck(f"{model.hyperparameters.name or path.stem} ({path})", "", tuple(checks), total, notes)
 
