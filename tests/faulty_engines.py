@@ -133,8 +133,8 @@ _PERMUTED = Case("rows of Q and K permuted", permuted_heads, ("qk-permuted", "ro
 _GATE_UP = Case(
     "ffn_gate and ffn_up exchanged", exchanged("ffn_gate.weight", "ffn_up.weight"), ("gate-up-swapped", "gate-up-split")
 )
-_MORE = Case("one expert more", further("expert_used_count", 1), ("experts-one-more",))
-_FEWER = Case("one expert fewer", further("expert_used_count", -1), ("experts-one-fewer",))
+_MORE = Case("one expert more", further("expert_used_count", 1), ("experts-too-many",))
+_FEWER = Case("one expert fewer", further("expert_used_count", -1), ("experts-too-few",))
 _PLUS = Case("attn_norm + 1", each("attn_norm.weight", by=plus_one), ("norm-one-plus-weight",))
 _HEAD_NORMS = Case(
     "attn_q_norm and attn_k_norm + 1",

@@ -192,3 +192,9 @@ def test_special_tokens_of_other_types_are_none(name: str, content: dict[str, An
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / name).write_text(json.dumps(content))
     assert Folder(tmp_path).special("bos") == {7}
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy", "safetensors"])
+def test_arrays_that_are_not_there_are_said_to_be_missing(parity: Cli, tmp_path: Path, ending: str) -> None:
+    """What is missing cannot be saved again."""
+    refused(parity("weights", "--theirs", tmp_path / f"none.{ending}"), "there is no file", f"none.{ending}")

@@ -1,4 +1,4 @@
-"""Faults of how many experts are used: one more than the model's own number."""
+"""Faults of how many experts are used: more than the model's own number."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,7 @@ from .base import COPY, Fault, Parameters, Steps, layer_of, read_of, sibling
 from .edits import ggml, integer, maker, number, require
 
 _SOFT_MAX, _SUM = "soft max", "sum"
+OTHER_COUNTS = (1, 2, 4)  # by how many experts an engine may be off: one by a loop, others by another model of the family
 
 
 class _Weighting(Struct, frozen=True):
@@ -47,32 +48,40 @@ def _weighting(step: Step, right: Steps, raw: str) -> _Weighting:
     return weighting
 
 
-def _mixed(down: Array, next_down: Array, raw: Array, next_raw: Array, *, used: int, weighting: _Weighting) -> Array:
-    """The weighted sum with one expert more: results [T, used · D] and raw weights [T, used] of ranks 1 to n, and of ranks 2 to n + 1."""
+def _mixed(down: Array, next_down: Array, raw: Array, next_raw: Array, *, used: int, more: int, weighting: _Weighting) -> Array:
+    """The weighted sum with further experts: results [T, used · D] and raw weights [T, used] of ranks 1 to n, and as many later ones."""
     xp, rows = module_of(down), down.shape[0]
-    weights = xp.concatenate([raw.reshape(rows, used), next_raw.reshape(rows, used)[:, -1:]], axis=1)
+    weights = xp.concatenate([raw.reshape(rows, used), next_raw.reshape(rows, used)[:, -more:]], axis=1)
     if weighting.norm == _SOFT_MAX:
         weights = xp.exp(weights - weights.max(axis=1, keepdims=True))
     if weighting.norm:
         least = weights.dtype.type(weighting.least if weighting.norm == _SUM else 0.0)
         weights = weights / xp.maximum(weights.sum(axis=1, keepdims=True), least)
-    experts = xp.concatenate([down.reshape(rows, used, -1), next_down.reshape(rows, used, -1)[:, -1:]], axis=1)
+    experts = xp.concatenate([down.reshape(rows, used, -1), next_down.reshape(rows, used, -1)[:, -more:]], axis=1)
     summed: Array = (experts * (weights * weights.dtype.type(weighting.scale))[:, :, None]).sum(axis=1)
     return summed
 
 
-def _one_more(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
+def _more(step: Step, right: Steps, parameters: Parameters) -> Sequence[Step]:
+    more: int = parameters["count"]
     chosen, weighted = sibling(step, right, "ffn_moe_topk"), require(sibling(step, right, "ffn_moe_weighted"), "MUL")
     ranks, raw = read_of(chosen, 0), sibling(step, right, "ffn_moe_weights").makes
     if step.op is not ops.add or chosen.op is not ops.part or not isinstance(ranks, View) or not ranks.shape[-1].constant:
         raise NotApplicable(f"{step.makes} sums no chosen experts")
     used, all_ranks = ranks.shape[-1].fixed, ranks.whole[-1].fixed
-    if used >= all_ranks or not ggml(maker(chosen, right), "ARGSORT") or integer(maker(chosen, right), 0) != 1:
-        raise NotApplicable(f"{step.makes}: there is no further expert")
+    if (
+        more > used
+        or used + more > all_ranks
+        or not ggml(maker(chosen, right), "ARGSORT")
+        or integer(maker(chosen, right), 0) != 1
+    ):
+        raise NotApplicable(f"{step.makes}: there are not {more} further experts")
     weighting, down = _weighting(weighted, right, raw), name_of(read_of(weighted, 0))
     copied = {chosen.makes}
     copies = [
-        replace(chosen, makes=chosen.makes + COPY, reads=(replace(ranks, offset=ranks.offset._replace(fixed=1)),), inner=True)
+        replace(
+            chosen, makes=chosen.makes + COPY, reads=(replace(ranks, offset=ranks.offset._replace(fixed=more)),), inner=True
+        )
     ]
     for name, other in right.items():
         if name.startswith(f"blk.{layer_of(step)}.") and not copied.isdisjoint(other.names) and name != weighted.makes:
@@ -84,17 +93,18 @@ def _one_more(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Ste
     if not {raw, down} <= copied:
         raise NotApplicable(f"{step.makes}: the experts' results are not computed from the chosen ids")
     reads = (down, down + COPY, raw, raw + COPY)
-    return [*copies, replace(step, op=_mixed, reads=reads, params={"used": used, "weighting": weighting})]
+    return [*copies, replace(step, op=_mixed, reads=reads, params={"used": used, "more": more, "weighting": weighting})]
 
 
 FAULTS = (
     Fault(
-        name="experts-one-more",
+        name="experts-too-many",
         kinds=("ffn_moe_out",),
-        change=_one_more,
-        what="one expert more is used than this model asks for",
+        change=_more,
+        what="more experts are used than this model asks for, by {count}",
         symptom="the router's scores are right, the experts' combined result is not",
         fix="use as many experts as <architecture>.expert_used_count says",
         seen="a loop that runs once too often; another size of the same family",
+        parameters={"count": OTHER_COUNTS},
     ),
 )

@@ -14,6 +14,7 @@ from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
 from .edits import Then, ggml, maker, only, require
+from .expert_counts import OTHER_COUNTS
 from .index import of_operation
 
 _WEIGHTS = ("ffn_moe_weights",)
@@ -62,25 +63,26 @@ def _unbiased(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 class _WithoutLast(Struct, frozen=True):
-    """Weights without the last one: it becomes 0, or −∞ where a soft max follows."""
+    """Weights without the last ones: they become 0, or −∞ where a soft max follows."""
 
     nothing: float
+    count: int
 
     def __call__(self, weights: Array) -> Array:
         rows = weights.reshape(weights.shape[0], -1).copy()
-        if rows.shape[1] < 2:
-            raise NotApplicable("only one expert is chosen")
-        rows[:, -1] = self.nothing
+        if rows.shape[1] <= self.count:
+            raise NotApplicable(f"no more than {self.count} experts are chosen")
+        rows[:, -self.count :] = self.nothing
         return rows.reshape(weights.shape)
 
 
-def _one_fewer(step: Step, right: Steps, _parameters: Parameters) -> Step:
+def _fewer(step: Step, right: Steps, parameters: Parameters) -> Step:
     chosen = require(step, "GET_ROWS")
     prefix = step.makes.rpartition(".")[0]
     soft = any(
         ggml(other, "SOFT_MAX") and step.makes in other.names for name, other in right.items() if name.startswith(prefix)
     )
-    return replace(chosen, op=Then(chosen.op, _WithoutLast(-np.inf if soft else 0.0)))
+    return replace(chosen, op=Then(chosen.op, _WithoutLast(-np.inf if soft else 0.0, parameters["count"])))
 
 
 def _reversed(weights: Array) -> Array:
@@ -202,10 +204,13 @@ FAULTS = (
         "experts are chosen without the bias exp_probs_b", "other experts are chosen at some positions",
         "choose by probability + exp_probs_b", "Mixtral code that loads DeepSeek-V3",
     ),
-    _new(
-        "experts-one-fewer", _WEIGHTS, _one_fewer,
-        "the last of the chosen experts is left out", _RIGHT_LOGITS,
-        "use as many experts as <architecture>.expert_used_count says", "a loop that ends one iteration too early",
+    replace(
+        _new(
+            "experts-too-few", _WEIGHTS, _fewer,
+            "fewer experts are used than this model asks for, by {count}: the last ones are left out", _RIGHT_LOGITS,
+            "use as many experts as <architecture>.expert_used_count says", "a loop that ends one iteration too early",
+        ),
+        parameters={"count": OTHER_COUNTS},
     ),
     _new(
         "experts-weights-exchanged", _WEIGHTS, _on_weights(_reversed),
