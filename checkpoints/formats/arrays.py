@@ -128,7 +128,7 @@ def unpacked_size(file: Path) -> int:
                     code="array",
                 )
     except FileNotFoundError as error:
-        raise DumpError(f"there is no file {file}.", "Check the path.", code="no-file") from error
+        raise DumpError(f"cannot read {file}: {error.strerror}.", "Check the path.", code="no-file") from error
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DumpError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Save it again.", code="array") from error
     return size
