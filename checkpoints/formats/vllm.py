@@ -13,6 +13,7 @@ from ..errors import DumpError
 from ..mapped import mapped
 from ..mapping import Mapping
 from ..points import in_vocabulary
+from ..printable import first_names
 from ..record import Dump, Header, Rows
 from .arrays import check_size, rows_of, safetensors
 
@@ -53,6 +54,6 @@ def read(path: Path, mapping: Mapping) -> Dump:
     if not points:
         raise DumpError(f"{path} holds no state of any token.", "Let vLLM write the request again.", code="no-records")
     unnamed = [name for name in points if not in_vocabulary(name)]
-    note = f"vLLM does not say which layers {', '.join(unnamed[:4])}{', …' * (len(unnamed) > 4)} are: name them with --map (layer id j is"
+    note = f"vLLM does not say which layers {first_names(unnamed)} are: name them with --map (layer id j is"
     notes = (f"{note} the output of layer j - 1, 0 the embedding)",) if unnamed else ()
     return Dump(str(path), Header("vllm", tokens=tuple(ids.tolist())) if len(ids) else None, points, notes=notes)
