@@ -8,7 +8,6 @@ import pytest
 from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
-from slow import slow_but
 
 from checkpoints.answers.explain import DivergentPlace, Explanation, TruthAt
 from checkpoints.record import Dump
@@ -71,7 +70,8 @@ def test_a_base_that_is_almost_right_is_fitted_for_queries_alone(llama: Faulty) 
     assert cause.named.parameters["base"] == pytest.approx(1.001e6, rel=1e-4)
 
 
-@pytest.mark.parametrize("stated", slow_but([True, False], False))
+@pytest.mark.slow
+@pytest.mark.parametrize("stated", [True, False])
 @pytest.mark.parametrize(
     ("name", "parameters", "sentence"),
     [
@@ -83,7 +83,7 @@ def test_a_base_that_is_almost_right_is_fitted_for_queries_alone(llama: Faulty) 
             "the nearest that others have is 1e-05",
         ),
         ("multiplier", {"by": 0.999, "part": "the result", "at": ("attn_out",)}, "0.999 times"),
-        pytest.param("multiplier", {"by": 0.999, "part": "the result", "at": ("v",)}, "0.999 times", marks=pytest.mark.slow),
+        ("multiplier", {"by": 0.999, "part": "the result", "at": ("v",)}, "0.999 times"),
     ],
 )
 def test_a_number_that_is_a_little_wrong_is_fitted_and_no_lower_arithmetic(
@@ -236,6 +236,7 @@ def test_one_cache_for_both_is_named(engine: Faulty, read: tuple[str, str]) -> N
     assert (names(explanation), explanation.remaining) == (["cache-of-other"], None)
 
 
+@pytest.mark.slow
 def test_queries_that_are_rotated_too_far_are_named(engine: Faulty) -> None:
     """An offset of the queries' positions is a number of its own: not "rotates backwards", which takes 96 % of the error away."""
     explanation = explain(faulty(engine, "rope-position", position=5.0, at=("q_rope",)), engine.model, _PATIENT)

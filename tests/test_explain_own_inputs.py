@@ -35,6 +35,7 @@ def test_a_recorder_that_rounds_blames_no_operation(engine: Faulty) -> None:
     assert contradicted(Case(replace(dump, points=half), engine.model, PATIENT), nothing) is nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [True, False])
 def test_an_operation_that_contradicts_its_own_inputs_is_wrong(engine: Faulty, wrong: bool) -> None:
     """Of two engines without the table, one sums 1.0007 times too much: its own operands tell; of the right one nothing is said."""

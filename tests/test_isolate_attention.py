@@ -29,7 +29,6 @@ KINDS = (
 )  # fmt: skip
 # Grouped heads; windows; sinks; soft caps; MLA with absorbed and with plain heads; a norm after RoPE.
 RECIPES = ("qwen3", "gemma3", "gpt-oss", "gemma2", "deepseek2", "minicpm3", "llama4")
-_QUICK = {"qwen3"}
 
 RIGHT = Planted(())
 
@@ -82,7 +81,8 @@ def mixes(isolation: Isolation) -> set[str]:
     return {operation.status for operation in isolation.operations if operation.operation == "kqv_out"}
 
 
-@pytest.mark.parametrize("recipe", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_attention_is_judged_from_queries_keys_and_values(
     recipe: str, faulty: Callable[[str], Faulty], reference: Reference, tmp_path: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_rows_of_zeros_hide_no_arithmetic() -> None:
     assert mismatch([(1e-6, np.inf, np.inf), (2e-6, 2e-6, 1e-6)]) == 0
 
 
+@pytest.mark.slow
 def test_what_is_partly_exact_is_no_rounding(engine: Faulty) -> None:
     """Every other element of a product is off by as much as F16 costs, and the others are exactly right: no parity."""
 

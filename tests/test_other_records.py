@@ -194,6 +194,7 @@ def test_a_value_that_stands_under_another_name_was_computed_right(faulty: Fault
     assert "it is blk.3.ffn_out" in verdict.pattern.sentence
 
 
+@pytest.mark.slow
 def test_a_record_of_a_later_layer_blames_no_operation(faulty: Faulty, right: Dump) -> None:
     """A query that was captured a layer late in a wrong engine: its own value was not seen, so the product is not called wrong."""
     rope = faulty.dump(Planted((("rope-pairs", {}, (3,)),)), TOKENS, points="all", size=4096, bare=False)

@@ -52,7 +52,8 @@ def test_explain_says_which_token_is_another_one(c_engine: Path, parity: Cli, sy
     assert "token 3 is 259 in the dump, 258 in the prompt that was given" in answer["notes"]
 
 
-@pytest.mark.parametrize("fault", ["", pytest.param("rope", marks=pytest.mark.slow)], ids=["right", "wrong"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["", "rope"], ids=["right", "wrong"])
 def test_what_is_computed_from_other_tokens_is_judged_by_itself(
     c_engine: Path, parity: Cli, synthetic: Callable[..., Path], fault: str
 ) -> None:

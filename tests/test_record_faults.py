@@ -345,6 +345,7 @@ def test_a_layer_that_is_kept_in_half_precision_is_recorded_so(
     assert compare(replace(right, points=every), ref, F32)
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_computed_in_half_precision_is_wrong(faulty: Faulty, ref: Dump) -> None:
     """An engine that keeps all values of a layer in F16 and says float32: what follows shows it."""
     steps = [

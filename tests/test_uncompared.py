@@ -162,6 +162,7 @@ def test_an_engine_that_agrees_with_itself_says_how_far(parity: Cli, model: Path
     assert "consistent as far as it goes (nothing after blk.0.l_out): " in " ".join(ran.out.split())
 
 
+@pytest.mark.slow
 def test_golden_dumps_of_a_part_are_recorded_with_a_note(
     parity: Cli, model: Path, engine: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def swap_nibbles(blocks: np.ndarray) -> None:
     blocks[:, 16:] = (blocks[:, 16:] >> 4) | (blocks[:, 16:] << 4)
 
 
+@pytest.mark.slow
 def test_what_was_done_to_a_weight_is_told(quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """Each known mishap, made here by other code, is called by its name from the leading hundred values."""
     model = GgufModel(quantized("Q4_K_M"))

@@ -47,6 +47,7 @@ def test_windows_are_the_whole_model(reference: Reference, small_model: Callable
     both(reference, small_model(name, layers=3), tmp_path)
 
 
+@pytest.mark.slow
 def test_windows_of_quantised_experts(reference: Reference, small_model: Callable[..., Path], tmp_path: Path) -> None:
     """In native mode, by windows of two layers, of which the last has one."""
     both(reference, small_model("qwen3moe", "q8_0", layers=3), tmp_path, NATIVE, 2)
