@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from parity.__main__ import run
+
 IDS = ",".join(str(5 + i % 900) for i in range(400))
-MOMENT = 1.2  # seconds of processor time: after the start, in the middle of the work
-EARLIER = {"weights": 0.7}  # of the embedded model takes little more
+MOMENT = 0.8  # seconds of processor time: after the start, in the middle of the work, of which the shortest takes 2 s
 # The command, and what it may leave: dumps end with their last whole line and say so, finished cells are kept.
 COMMANDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "run": (("run", "--tokens", IDS, "--points", "all", "-o", "run"), {"run/ours.jsonl", "run/ref.jsonl"}),
@@ -20,7 +21,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "convert": (("convert", "lines.jsonl", "-o", "converted.jsonl"), set()),
     "isolate": (("isolate", "--tokens", IDS), set()),
     "explain": (("explain", "lines.jsonl", "--tokens", IDS), set()),
-    "weights": (("weights",), set()),
+    "weights": (("weights", "--model", "wide.gguf"), set()),
     "consistency": (("consistency", "--tokens", IDS), set()),
     "conform": (("conform", "--side", "ours", "--profile", "all", "-o", "cells"), {"cells"}),
     "drift": (("drift", "record", "--prompts", "prompts.txt", "-o", "golden"), set()),
@@ -88,9 +89,14 @@ def files(place: Path) -> set[str]:
 def test_ctrl_c_ends_it_in_one_line(name: str, place: Path) -> None:
     """What was made so far is whole lines, or is gone, temporary files too."""
     words, kept = COMMANDS[name]
+    if "wide.gguf" in words:
+        assert (
+            run(["synth", "--width", "1024", "--ff", "4096", "--layers", "6", "--type", "q8_0", "-o", str(place / "wide.gguf")])
+            == 0
+        )
     before = files(place)
     process = started(place, words)
-    while process.poll() is None and sum(group(process.pid).values()) < EARLIER.get(name, MOMENT):
+    while process.poll() is None and sum(group(process.pid).values()) < MOMENT:
         time.sleep(0.01)
     interrupted(process)
     assert {path for path in files(place) - before if path not in kept and path.split("/")[0] not in kept} == set()
