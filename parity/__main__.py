@@ -157,6 +157,9 @@ def _unread() -> int:
 
 
 def _interrupted() -> int:
+    # An interruption inside of exec(), by which dataclasses make their methods, is remembered by CPython (run_eval_code_obj) although it
+    # was handled: `python -m` would end by SIGINT instead of with this exit code. The next exec() forgets it.
+    exec("")  # noqa: S102 - the empty program
     _say("parity: interrupted")
     return INTERRUPTED
 

@@ -70,9 +70,10 @@ def test_an_engine_ends_with_a_run_that_is_told_to_end(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> None:
-    """Ctrl-C that falls into the imports of a command ends it like any other, without a traceback."""
-    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize("interruption", ["os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')"])
+def test_an_interruption_while_commands_are_imported_is_one(interruption: str, tmp_path: Path) -> None:
+    """Ctrl-C that falls into the imports of a command, also where they run generated code, ends it like any other."""
+    (tmp_path / "typer.py").write_text(f"import os, signal\n{interruption}\n")
     root = Path(__file__).parent.parent
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "parity", "--help"],
