@@ -21,6 +21,7 @@ from .regular import read_text
 
 _LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
 _LONGEST = 200  # characters of a point's name
+_MOST_PARTS = 1000  # dots in a line
 _LAYER = "{i}"
 _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
@@ -73,7 +74,10 @@ def read_mapping(path: Path) -> Mapping:
     import tomllib
 
     try:
-        table = tomllib.loads(read_text(path, _LARGEST))
+        text = read_text(path, _LARGEST)
+        if any(line.count(".") > _MOST_PARTS for line in text.splitlines()):
+            raise RecursionError  # noqa: TRY301  # tomllib takes a minute for a key with 20,000 parts
+        table = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason

@@ -28,6 +28,7 @@ NO_POINTS = (
     '[names]\n"h.{i}" = "embd"',
     '[names]\n"h.{i}.{i}" = "blk.{i}.l_out"',
     f"a = {'[' * 3000}",
+    f"{'a.' * 20000}b = 1",
 )
 ARRAYS = random(POINTS, positions=9)
 
