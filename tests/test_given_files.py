@@ -70,6 +70,10 @@ def _source(facts: dict[str, Any]) -> None:
     facts["source"] = "theirs"
 
 
+def _slice(facts: dict[str, Any]) -> None:
+    facts["slice_size"] = 2**40
+
+
 def _format(facts: dict[str, Any]) -> None:
     facts["format"] = None
 
@@ -78,7 +82,10 @@ def _tokens(facts: dict[str, Any]) -> None:
     facts["prompts"] = [{"text": "a", "tokens": ["x"], "pieces": [], "generated": [], "generated_pieces": [], "file": "0"}]
 
 
-@pytest.mark.parametrize(("damage", "words"), [(_points, "points"), (_tokens, "tokens"), (_source, "source"), (_format, "format")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(_points, "points"), (_tokens, "tokens"), (_source, "source"), (_format, "format"), (_slice, "slice_size")],
+)
 def test_a_golden_folder_with_a_value_of_another_type_is_one_line(
     damage: Callable[[dict[str, Any]], None], words: str, parity: Cli, tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ class Golden(Struct, frozen=True):
     model_name: str
     mode: Annotated[str, Meta(pattern="^(exact|native)$")]
     points: str
-    slice_size: int
+    slice_size: Annotated[int, Meta(ge=1, le=1 << 31)]
     build: dict[str, Any]
     created: str
     prompts: tuple[GoldenPrompt, ...]
