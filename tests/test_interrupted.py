@@ -65,9 +65,10 @@ def test_an_engine_ends_with_a_run_that_is_told_to_end(tmp_path: Path) -> None:
     assert comes_true(lambda: ended(int(pid.read_text())))
 
 
-def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> None:
-    """Ctrl-C that falls into the imports of a command ends it like any other, without a traceback."""
-    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize("interruption", ["os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')"])
+def test_an_interruption_while_commands_are_imported_is_one(interruption: str, tmp_path: Path) -> None:
+    """Ctrl-C that falls into the imports of a command, also where they run generated code, ends it like any other."""
+    (tmp_path / "typer.py").write_text(f"import os, signal\n{interruption}\n")
     root = Path(__file__).parent.parent
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "parity", "--help"],
@@ -78,6 +79,35 @@ def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> N
         check=False,
     )
     assert (ran.returncode, ran.stderr) == (130, "parity: interrupted\n")
+
+
+def test_an_interruption_while_an_extension_module_starts_is_not_lost(tmp_path: Path) -> None:
+    """Cython's modules clear what is raised while they register themselves; the interruption comes when they are imported."""
+    (tmp_path / "interrupting.py").write_text(
+        "import collections.abc, os, signal\n"
+        "register = collections.abc.Sequence.register\n"
+        "def interrupt(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return register(*arguments)\n"
+        "from parity.interruptions import end_as_interrupted\n"
+        "end_as_interrupted()\n"
+        "collections.abc.Sequence.register = interrupt\n"
+        "try:\n"
+        "    import numpy.random\n"
+        "    for _ in range(200):\n"
+        "        __import__('time').sleep(0.05)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, str(tmp_path / "interrupting.py")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr) == ("interrupted\n", "")
 
 
 def test_the_reference_dying_is_an_error_of_ours(tmp_path: Path) -> None:
