@@ -4,17 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import comes_true, ended
 
 from checkpoints.reading.reader import read
 from parity.__main__ import run
 from parity.doctor import health
 
 
-def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
+def stopped(out: Path, how: signal.Signals) -> tuple[int, str]:
     """A long `parity dump ours` that gets a signal while it writes: its exit code and what it said."""
     process = subprocess.Popen(
         [sys.executable, "-m", "parity", "dump", "ours", "--tokens", ",".join(["5"] * 400), "--points", "all", "-o", str(out)],
@@ -23,18 +23,16 @@ def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
         # A shell's background job ignores SIGINT, and so would this child of it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it only sets a signal
     )
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert comes_true(lambda: out.exists() and out.stat().st_size > 100_000)
     process.send_signal(how)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=300)
     return process.returncode, message
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
     """A run that is interrupted exits 130 with one line and no traceback, and what it wrote is whole lines without an end."""
-    assert ended(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")
+    assert stopped(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")
     dump = read(tmp_path / "o.jsonl")
     assert dump.end is None
     assert dump.records > 0
@@ -42,7 +40,7 @@ def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
 
 def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
     """A run that is killed leaves every line it wrote."""
-    assert ended(tmp_path / "o.jsonl", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stopped(tmp_path / "o.jsonl", signal.SIGKILL)[0] == -signal.SIGKILL
     assert read(tmp_path / "o.jsonl").records > 10
 
 
@@ -59,15 +57,12 @@ def test_an_engine_ends_with_a_run_that_is_told_to_end(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.1)
+    pid = tmp_path / "pid"
+    assert comes_true(lambda: pid.exists() and pid.read_text() != "")
     process.terminate()
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=300)
     assert (process.returncode, message) == (130, "parity: interrupted\n")
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert comes_true(lambda: ended(int(pid.read_text())))
 
 
 @pytest.mark.parametrize("interruption", ["os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')"])
@@ -119,11 +114,9 @@ def test_the_reference_dying_is_an_error_of_ours(tmp_path: Path) -> None:
     """When llama.cpp's process dies in the middle, the line says so and names the model."""
     words = ["run", "--tokens", ",".join(["5"] * 400), "--points", "all", "--out", str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, "-m", "parity", *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (workers := _workers_of(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(workers[0], signal.SIGABRT)
-    _, message = process.communicate(timeout=60)
+    assert comes_true(lambda: _workers_of(process.pid) != [])
+    os.kill(_workers_of(process.pid)[0], signal.SIGABRT)
+    _, message = process.communicate(timeout=300)
     assert process.returncode == 2
     assert message.count("\n") == 1
     assert "llama.cpp aborted while" in message
