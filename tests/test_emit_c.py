@@ -44,7 +44,9 @@ int main(int argc, char **argv) {
     parity_checkpoint(d, "embd", 0, x, PARITY_F32, 40);
     x[3] = NAN, x[30] = -INFINITY;
     parity_pass(d, 1, 1);
+    parity_sequence(d, 2);
     parity_checkpoint(d, "embd", 1, x, PARITY_F32, 40);
+    parity_sequence(d, 0);
     for (i = 0; i < 40; i++) half[i] = (uint16_t)(i * 1543);
     parity_checkpoint(d, "blk.5.q", 0, half, PARITY_F16, 40);
     for (i = 0; i < 40; i++) half[i] = (uint16_t)(0x3F00 + i * 13);
@@ -117,6 +119,7 @@ def test_what_the_header_writes_is_what_the_python_writer_writes(compiler: str, 
         assert theirs.sketch == pytest.approx(ours.sketch, rel=1e-6, abs=1e-5)
     assert [dump.points[f"blk.{n}.l_out"].token_idx.tolist() for n in range(4)] == [list(range(50))] * 4
     assert dump.points["embd"].decode.tolist() == [False, True]
+    assert dump.points["embd"].seq.tolist() == [0, 2]
 
 
 @needs_gcc

@@ -4,6 +4,7 @@
  *   parity_header(d, "my engine", "model.gguf", 24, tokens, n_tokens, "f32"); // the arithmetic your kernels compute in
  *   parity_only(d, argv[4]);                                                  // what {points} gives; without it, all
  *   parity_pass(d, step, decode);                                             // before each forward pass, from 0: for `consistency`
+ *   parity_sequence(d, seq);                                                  // where several prompts are computed together, from 0
  *   parity_checkpoint(d, "blk.5.l_out", position, hidden, PARITY_F32, n);     // n values of one position, HOST memory
  *   parity_token(d, position, id, "text");
  *   parity_close(d);
@@ -415,6 +416,15 @@ static inline void parity_pass(parity_dump *d, int step, int decode) {
     parity__unlock(d);
 }
 
+/* Call before the checkpoints of another prompt, where several are computed together: its number, from 0. Checkpoints that are captured
+ * into a CUDA graph are those of prompt 0. */
+static inline void parity_sequence(parity_dump *d, int number) {
+    if (!d) return;
+    parity__lock(d);
+    d->seq = number;
+    parity__unlock(d);
+}
+
 /* MurmurHash3's finaliser: the sketch's signs. */
 static inline uint32_t parity__fmix32(uint32_t h) {
     h ^= h >> 16;
@@ -708,7 +718,7 @@ static inline void parity__make_lines(parity_dump *d, struct parity_replay *repl
         memcpy(&step, rows + slot->place->at + 16, 4);
         if (g->counted) step = g->step + (int32_t)replay->number;
         parity__sum_up(&sums, rows + slot->at, slot->type, slot->n);
-        line = parity__line(d->seq, slot->point, position, step, g->decode, rows + slot->at, slot->type, slot->n, &sums);
+        line = parity__line(0, slot->point, position, step, g->decode, rows + slot->at, slot->type, slot->n, &sums);
         more = line ? strlen(line) : 0;
         text = line ? (char *)realloc(replay->text, length + more + 1) : NULL;
         if (!text) {

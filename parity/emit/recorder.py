@@ -174,8 +174,10 @@ class Recorder:
             )
         )
 
-    def __call__(self, name: str, value: Any, positions: "Sequence[int] | None" = None) -> None:
+    def __call__(self, name: str, value: Any, positions: "Sequence[int] | None" = None, seq: int = 0) -> None:
         """Record a value: [T, n] or [n]; [B, T, n] are B sequences, [B, T, heads, n] as well. Attention scores and weights are [H, T, S].
+
+        `seq` is the number of the (first) sequence, where prompts of unequal length are computed together: a call for each prompt's rows.
 
         Raises:
             TypeError, ValueError: it is not an array, or its number of rows is not that of the positions.
@@ -185,7 +187,9 @@ class Recorder:
         if not self._wants(point):
             return
         if not is_captured(value):
-            self._take(point, to_host(value), positions)
+            self._take(point, to_host(value), positions, seq)
+        elif seq:
+            raise ValueError(f"{point}: a captured graph records sequence 0 only")
         elif positions is not None:
             raise ValueError(f"{point}: a captured graph reads its positions from device memory; see positions_from")
         else:
@@ -202,22 +206,22 @@ class Recorder:
         """Write the values of the last replay of each captured graph; waits for the device."""
         self._graphs.flush()
 
-    def _take(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None" = None) -> None:
+    def _take(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None" = None, first: int = 0) -> None:
         with self._lock:
-            self._split(point, array, positions)
+            self._split(point, array, positions, first)
 
-    def _split(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None") -> None:
-        """Record a value's sequences."""
+    def _split(self, point: str, array: NDArray[np.float32], positions: "Sequence[int] | None", first: int) -> None:
+        """Record a value's sequences, numbered from `first`."""
         known = parse(point).known
         if known is not None and known.row == ("H", "t+1"):
-            for seq, rows in enumerate(array if array.ndim == 4 else array[None]):
+            for seq, rows in enumerate(array if array.ndim == 4 else array[None], first):
                 self._record(point, rows, rows.shape[1], seq, positions)
         elif array.ndim in (3, 4):  # a norm of heads makes [B, T, heads, n]
             width = int(np.prod(array.shape[2:]))  # not -1: there may be no rows
-            for seq, rows in enumerate(array.reshape(*array.shape[:2], width)):
+            for seq, rows in enumerate(array.reshape(*array.shape[:2], width), first):
                 self._record(point, rows, len(rows), seq, positions)
         else:
-            self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), 0, positions)
+            self._record(point, np.atleast_2d(array), 1 if array.ndim < 2 else len(array), first, positions)
 
     def _wants(self, point: str) -> bool:
         if not self._only and not self._globs:
