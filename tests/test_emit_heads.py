@@ -91,6 +91,16 @@ def test_sequences_stay_sequences(tmp_path: Path) -> None:
         assert (rows.seq.tolist(), rows.shapes[0]) == ([0] * T + [1] * T, (HEADS * SIZE,))
 
 
+def test_prompts_of_one_batch_have_lengths_of_their_own(tmp_path: Path) -> None:
+    """Each prompt's rows are told by the other points of the same prompt, not by the prompt before it."""
+    with Recorder(tmp_path / "d.jsonl", compute="f32", layers=4, tokens=range(T)) as tap:
+        for seq, count in enumerate((T, 3)):
+            tap("embd", np.zeros((count, 16), np.float32), seq=seq)
+        for seq, count in enumerate((T, 3)):
+            tap("blk.1.q", RIGHT[:count], seq=seq)
+    assert read(tmp_path / "d.jsonl").points["blk.1.q"].seq.tolist() == [0] * T + [1] * 3
+
+
 HOOKED = f"""
 from types import SimpleNamespace
 import torch

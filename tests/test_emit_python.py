@@ -227,6 +227,17 @@ def test_a_replay_has_a_position_for_each_row(
     assert emitted.Replayed(slot, place, brought).rows()[1] == positions
 
 
+def test_prompts_of_unequal_length_are_told_apart(emitted: ModuleType, tmp_path: Path) -> None:
+    """A batch that is packed, row by row, has its sequences' numbers, and positions number themselves in each."""
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32") as tap:
+        for rows in (2, 1):
+            tap("embd", np.ones((rows, 4)), seq=0)
+            tap("embd", np.ones((rows + 1, 4)), seq=1)
+    rows = read(tmp_path / "d.jsonl").points["embd"]
+    places = sorted(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
+    assert places == [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 1), (1, 4, 1)]
+
+
 def test_rows_and_positions_are_as_many(emitted: ModuleType, tmp_path: Path) -> None:
     """Positions of which there are fewer or more than rows are refused, rather than taken for the first rows'; no rows are no error."""
     with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:

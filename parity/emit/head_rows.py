@@ -61,8 +61,10 @@ class HeadRows:
     def __init__(self, hparams: "Mapping[str, Any] | None", tokens: int) -> None:
         self._sizes = {name: int(value) for name, value in (hparams or {}).items() if name in (*_HEADS.values(), "head_size")}
         self._tokens = tokens
-        self._seen: dict[str, int] = {}
-        self._pass: tuple[str, tuple[int, int]] | None = None  # the last point without heads: its sequences and their rows
+        self._seen: dict[tuple[str, int], int] = {}  # how often a point of a sequence came
+        self._pass: dict[
+            int, tuple[str, tuple[int, int]]
+        ] = {}  # sequence -> its last point without heads: sequences and their rows
         self._widths: dict[tuple[int | None, str], int] = {}
         self._words: dict[tuple[str, int], str] = {}  # what a kind's values were before, by their number of dimensions
 
@@ -78,21 +80,22 @@ class HeadRows:
         }
         self._sizes = {name: value for name, value in stated.items() if isinstance(value, int)} | self._sizes
 
-    def see(self, point: str, shape: "tuple[int, ...]") -> None:
+    def see(self, point: str, shape: "tuple[int, ...]", seq: int = 0) -> None:
         """Note a value that passes, recorded or not: before `arranged`."""
-        self._seen[point] = self._seen.get(point, 0) + 1
+        self._seen[point, seq] = self._seen.get((point, seq), 0) + 1
         known = parse(point).known
         if known is None or known.row not in (("D",), ("F",)) or known.name == OUTPUT_NORM or len(shape) > 3:
             return  # the last norm and the logits may be those of the last position only
         sequences, rows = (1, 1) if len(shape) < 2 else (1, shape[0]) if len(shape) == 2 else shape[:2]
-        self._pass = point, (sequences, rows)
+        self._pass[seq] = point, (sequences, rows)
 
-    def arranged(self, point: str, value: Any, positions: "int | None") -> Any:
+    def arranged(self, point: str, value: Any, positions: "int | None", seq: int = 0) -> Any:
         """The value as [T, n] or [B, T, n], if its point's rows are made of heads; else as it is.
 
         Args:
             value: an array that has `shape`, `reshape` and `swapaxes`.
             positions: how many were given for it.
+            seq: the number of its (first) sequence.
 
         Raises:
             ValueError: nothing says which dimension the heads are, or none has as many rows as there are positions.
@@ -100,7 +103,7 @@ class HeadRows:
         known, shape = parse(point).known, tuple(int(size) for size in value.shape)
         if known is None or not _of_heads(known) or len(shape) not in (2, 3, 4) or 0 in shape:
             return value
-        reading = self._decided(point, known, shape, positions)
+        reading = self._decided(point, known, shape, positions, seq)
         self._widths[parse(point).layer, known.lane or known.name] = reading.width
         self._words[known.name, len(shape)] = reading.words
         if reading.heads is None:
@@ -109,7 +112,7 @@ class HeadRows:
             reading.sequences, reading.rows, reading.width
         )
 
-    def _decided(self, point: str, known: Kind, shape: "tuple[int, ...]", positions: "int | None") -> _Reading:
+    def _decided(self, point: str, known: Kind, shape: "tuple[int, ...]", positions: "int | None", seq: int) -> _Reading:
         left = _readings(shape)
         if positions is not None:
             rows = left[0].rows
@@ -117,9 +120,9 @@ class HeadRows:
             if not left:
                 raise ValueError(f"{point}: {positions} positions for {rows} rows")
         for accepts in (
-            lambda reading: self._is_of_pass(point, reading),
+            lambda reading: self._is_of_pass(point, seq, reading),
             lambda reading: self._has_the_heads(point, known, reading),
-            lambda reading: self._is_the_prompt(point, reading),
+            lambda reading: self._is_the_prompt(point, seq, reading),
             lambda reading: self._words.get((known.name, len(shape)), reading.words) == reading.words,
         ):
             left = [reading for reading in left if accepts(reading)] or left
@@ -133,11 +136,10 @@ class HeadRows:
             f'hparams={{"heads": …, "kv_heads": …, "head_size": …}}, or the value as rows [T, heads × n]'
         )
 
-    def _is_of_pass(self, point: str, reading: _Reading) -> bool:
+    def _is_of_pass(self, point: str, seq: int, reading: _Reading) -> bool:
         """Whether the sequences and rows are those of the last point without heads, if that is of the same pass."""
-        if self._pass is None or self._seen.get(self._pass[0]) != self._seen.get(point, 0):
-            return True
-        return self._pass[1] == (reading.sequences, reading.rows)
+        other, size = self._pass.get(seq, ("", (0, 0)))
+        return self._seen.get((other, seq)) != self._seen.get((point, seq)) or size == (reading.sequences, reading.rows)
 
     def _has_the_heads(self, point: str, known: Kind, reading: _Reading) -> bool:
         """Whether heads and width are those of the model, and of points of the same width before."""
@@ -147,6 +149,7 @@ class HeadRows:
             return False
         return not heads or (reading.heads == heads if reading.heads is not None else reading.width % heads == 0)
 
-    def _is_the_prompt(self, point: str, reading: _Reading) -> bool:
+    def _is_the_prompt(self, point: str, seq: int, reading: _Reading) -> bool:
         """Whether the first value of a point has as many rows as the prompt has tokens, if that is known."""
-        return not self._tokens or self._seen.get(point, 0) > 1 or (reading.sequences, reading.rows) == (1, self._tokens)
+        known = self._tokens and seq == 0 and self._seen.get((point, seq)) == 1
+        return not known or (reading.sequences, reading.rows) == (1, self._tokens)
