@@ -134,7 +134,7 @@ def _named(weight: Any, name: Any) -> Any:
 def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     """The step with another layer's weights; unchanged if that layer has no such step, or its step has other kinds of weights."""
     layer = layer_near(step)
-    if layer is None or not step.weights:
+    if layer is None or not step.weights or to(layer) == layer:
         return step
     names = _names_of(step)
     other_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
