@@ -31,17 +31,34 @@ def renamed(mapping: Mapping, dump: Dump) -> Dump:
     """A dump of slices with our names.
 
     Raises:
-        InputError: an entry would change whole arrays, of which a slice is only a part.
+        InputError: an entry would change whole arrays, of which a slice is only a part; two names have one point.
     """
     if not mapping.entries and not mapping.layer_offset:
         return dump
     points: dict[str, list[Rows]] = {}
+    names: dict[str, list[str]] = {}
     notes: list[str] = []
     for name, rows in dump.points.items():
         ours, entry = mapping.entry(name)
         renamed_rows = rows if entry is None or not entry.changes else _changed(mapping, entry, name, rows, notes)
         points.setdefault(ours, []).append(replace(renamed_rows, point=ours))
+        names.setdefault(ours, []).append(name)
+    for point, parts in points.items():
+        if len(parts) > 1 and _contradict(parts):
+            listed = " and ".join(map(repr, names[point][:2]))
+            raise InputError(
+                f"{mapping.path}: {listed} of {dump.path} are both {point}.", "Give each name a point of its own.", code="map"
+            )
     return replace(dump, points={name: Rows.stack(parts) for name, parts in points.items()}, notes=(*dump.notes, *notes))
+
+
+def _contradict(parts: list[Rows]) -> bool:
+    """Whether records of several names stand at one place of one pass, with other first values."""
+    if not all(rows.values.shape[1] for rows in parts):
+        return False
+    places = np.concatenate([np.stack((rows.seq, rows.token_idx, rows.step), axis=1) for rows in parts])
+    first = np.concatenate([rows.values[:, 0] for rows in parts])
+    return len(np.unique(np.column_stack((places, first)), axis=0)) > len(np.unique(places, axis=0))
 
 
 def _changed(mapping: Mapping, entry: MapEntry, name: str, rows: Rows, notes: list[str]) -> Rows:
@@ -77,7 +94,10 @@ def _pairing(entry: MapEntry, size: int) -> NDArray[np.int64]:
         raise ValueError("rope_pairs needs heads, the number of heads in the row, or head_size")
     head = entry.head_size or size // entry.heads
     if head < 2 or head % 2 or size % head or (entry.heads and size > entry.heads * head):
-        raise ValueError(f"a row of {size} elements cannot be divided into {entry.heads or 'some'} heads of an even size")
+        heads = f"heads of {head} elements" if entry.head_size else f"{entry.heads} heads of an even size"
+        raise ValueError(
+            f"a row of {size} elements cannot be divided into {heads}" + (", which must be even" if head % 2 else "")
+        )
     shape = (size // head, head // 2, 2) if entry.rope_pairs == "norm" else (size // head, 2, head // 2)
     return np.arange(size).reshape(shape).swapaxes(1, 2).reshape(-1)
 

@@ -20,6 +20,9 @@ from .points import parse, resolve
 from .regular import read_text
 
 _LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
+_LONGEST = 200  # characters of a point's name
+_MOST_PARTS = 1000  # dots in a line
+_LAYER = "{i}"
 _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
 
@@ -55,7 +58,7 @@ class Mapping(Struct, frozen=True):
             if match:
                 layer = match.groupdict().get("i")
                 number = "" if layer is None else str(int(layer) + self.layer_offset)
-                return entry.point.replace("{i}", number), entry
+                return entry.point.replace(_LAYER, number), entry
         point = parse(resolve(name))
         if point.layer is not None and self.layer_offset:
             return f"blk.{point.layer + self.layer_offset}.{point.kind}", None
@@ -71,9 +74,13 @@ def read_mapping(path: Path) -> Mapping:
     import tomllib
 
     try:
-        table = tomllib.loads(read_text(path, _LARGEST))
+        text = read_text(path, _LARGEST)
+        if any(line.count(".") > _MOST_PARTS for line in text.splitlines()):
+            raise RecursionError  # noqa: TRY301  # tomllib takes a minute for a key with 20,000 parts
+        table = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error
     unknown = set(table) - {"names", "layer_offset", "position_offset"}
     if unknown:
@@ -100,6 +107,19 @@ def _entry(path: Path, engine_name: str, ours: Any) -> MapEntry:
             'Write "their.name" = "blk.5.l_out".',
             code="map",
         )
+    point = entry["point"]
+    if not point or len(point) > _LONGEST or not point.isprintable():
+        raise InputError(
+            f"{path}: {engine_name[:_LONGEST]!r} has {point[:_LONGEST]!r} as its point, which is no name.",
+            "Points are named as in `parity model`.",
+            code="map",
+        )
+    if (engine_name.count(_LAYER), point.count(_LAYER)) not in ((0, 0), (1, 1)):
+        raise InputError(
+            f"{path}: {engine_name!r} = {point!r}: {_LAYER} stands for the number of the layer, once on each side or on neither.",
+            'Write "h.{i}" = "blk.{i}.l_out".',
+            code="map",
+        )
     pairs, reshape = entry.get("rope_pairs", ""), entry.get("reshape", [])
     transpose, heads, head_size = entry.get("transpose", False), entry.get("heads", 0), entry.get("head_size", 0)
     if (
@@ -114,5 +134,5 @@ def _entry(path: Path, engine_name: str, ours: Any) -> MapEntry:
             "heads and head_size are numbers.",
             code="map",
         )
-    pattern = re.escape(engine_name).replace(re.escape("{i}"), r"(?P<i>\d{1,6})", 1)
+    pattern = re.escape(engine_name).replace(re.escape(_LAYER), r"(?P<i>\d{1,6})")
     return MapEntry(re.compile(pattern), entry["point"], tuple(reshape), transpose, pairs, heads, head_size)

@@ -170,6 +170,11 @@ def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
     return tuple(replace(step, reads=tuple(map(renamed, step.reads))) for step in encoder)
 
 
+def weight_name(weight: Weight) -> str:
+    """The name of a weight as the file has it, whatever is made of it; "" where there is none."""
+    return weight if isinstance(weight, str) else "" if weight is None else weight.weight
+
+
 def name_of(read: Read) -> str:
     """The name of the value that is read."""
     of = read.of if isinstance(read, View) else read

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 from itertools import pairwise
 from typing import TextIO
@@ -17,6 +16,7 @@ from typing import TextIO
 from checkpoints.errors import ParityError
 from checkpoints.printable import printable
 
+from .interruptions import end_as_interrupted
 from .lost_pages import on_lost_pages
 
 INTERRUPTED = 130
@@ -35,17 +35,10 @@ _SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 def main() -> None:
     """Run a command and leave with its exit code."""
     os.environ.setdefault(*_SPIN)
-    _end_as_interrupted()
+    end_as_interrupted()
     _prepare_output()
     kept = on_lost_pages(_lost_pages)  # noqa: F841 - the handler lives as long as it is named
     sys.exit(for_bisect(sys.argv[1:], run(sys.argv[1:])))
-
-
-def _end_as_interrupted() -> None:
-    """Treat a request to end (`timeout`, a cancelled CI job, a closed terminal) like Ctrl-C: engines are stopped, files stay whole."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` ignores SIGHUP, and its children inherit that
-            signal.signal(number, signal.default_int_handler)
 
 
 def _prepare_output() -> None:
@@ -157,6 +150,9 @@ def _unread() -> int:
 
 
 def _interrupted() -> int:
+    # An interruption inside of exec(), by which dataclasses make their methods, is remembered by CPython (run_eval_code_obj) although it
+    # was handled: `python -m` would end by SIGINT instead of with this exit code. The next exec() forgets it.
+    exec("")
     _say("parity: interrupted")
     return INTERRUPTED
 

@@ -48,11 +48,24 @@ def sentence(bisected: Bisected) -> str:
         )
     if not bisected.wrong:
         return f"all {judged} parts are right, given llama.cpp's inputs"
-    layers = tuple(int(part.name.removeprefix("blk.")) for part in bisected.wrong if part.name.startswith("blk."))
-    named = [f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"] if layers else []
-    named += [part.name for part in bisected.wrong if not part.name.startswith("blk.")]
     verb = "are" if len(bisected.wrong) > 1 else "is"
-    return f"{' and '.join(named)} {verb} wrong given llama.cpp's inputs; the other {right} of {judged} parts are right"
+    others = (
+        f"the other {right} of {judged} parts are right"
+        if right > 1
+        else "one other part is right"
+        if right
+        else "no part is right"
+    )
+    return f"{_named([part.name for part in bisected.wrong])} {verb} wrong given llama.cpp's inputs; {others}"
+
+
+def _named(wrong: list[str]) -> str:
+    """Parts in the order of computation: "embd, layers 1–2 and output"."""
+    layers = tuple(int(name.removeprefix("blk.")) for name in wrong if name.startswith("blk."))
+    within = [f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"] if layers else []
+    others = [name for name in wrong if not name.startswith("blk.") and name != "embd"]
+    *first, last = (*(["embd"] if "embd" in wrong else []), *within, *others)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def as_json(bisected: Bisected) -> dict[str, Any]:

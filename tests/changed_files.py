@@ -53,6 +53,10 @@ class File:
         kind = self._metadata[whole].type
         self._metadata[whole] = Value(kind, struct.pack(_FORMATS[kind], number))
 
+    def add(self, key: str, number: int) -> None:
+        """Add a count to the architecture's metadata."""
+        self._metadata[f"{self.architecture}.{key}"] = Value(4, struct.pack(_FORMATS[4], number))
+
     def exchange(self, first: str, second: str) -> None:
         """Exchange two tensors of the same shape."""
         left, other = self.tensors[first], self.tensors[second]

@@ -1,6 +1,7 @@
 """Models and the reference, made once for all tests."""
 
 import os
+import time
 
 # Where the suite runs in several processes each takes one core; must stand before NumPy is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -44,6 +45,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if os.environ.get("PYTHONDONTWRITEBYTECODE"):
             patch.delenv("PYTHONDONTWRITEBYTECODE")
             patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.getbasetemp().parent / "bytecode"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_time() -> Iterator[None]:
+    """The seconds that `parity explain` may search are those of this process: what other programs compute meanwhile ends no search."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parity.explain.budget.perf_counter", time.process_time)
         yield
 
 

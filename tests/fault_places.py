@@ -22,6 +22,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "window-ignored": ("gemma3", {}, BOTH),
     "alibi": ("mpt", {}, BOTH),
     "window-on-other-layers": ("gemma3", {}, BOTH),
+    "window-pattern": ("gemma3", {"pattern": (3, "last")}, ALL),
     "window-kind": ("gemma3", {}, BOTH),
     "softcap-missing": ("gemma2", _LOGITS, ALL),
     "sinks-missing": ("gpt-oss", {}, BOTH),

@@ -24,7 +24,7 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
     """Write the model in `folder` to `out`, float32. `source` are its tensors, where NumPy cannot read their type.
 
     `changes` plant a converter's fault: skip_permute, skip_norm_offset, skip_groups, skip_decay, eps=…, swap=(name, name), turn=name,
-    drop=name.
+    drop=name; metadata={key: value} are further settings.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
@@ -32,6 +32,9 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
     layers = config.get("num_hidden_layers") or config["n_layer"]
     writer = gguf.GGUFWriter(out, arch)
     _metadata(writer, arch, config, layers, changes.get("eps"))
+    for key, value in changes.get("metadata", {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
+        add(f"{arch}.{key}", value)
     names = gguf.get_tensor_name_map(next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), layers)
     files = () if source else sorted(folder.glob("*.safetensors"))
     whole = {name: value for file in files for name, value in load_file(file).items()}

@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processes import comes_true
 
 Start = Callable[..., str]
 
@@ -31,16 +33,16 @@ def started(python: str, folder: Path) -> Iterator[Start]:
     def start(kind: str, model: Path, fault: str = "") -> str:
         key = (kind, str(model), fault)
         if key not in running:
-            port_file = folder / f"{len(running)}-{kind}-{fault}"
-            command = [python, __file__, kind, str(model), str(port_file), fault]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            running[key] = process, 0
-            deadline = time.monotonic() + 60
-            while not (port_file.exists() and port_file.read_text()) or not listens(int(port_file.read_text())):
-                assert process.poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server does not listen"
-                time.sleep(0.1)
-            running[key] = process, int(port_file.read_text())
+            for attempt in range(3):  # between its choice and its use another program may take a port
+                port_file = folder / f"{len(running)}-{attempt}-{kind}-{fault}"
+                command = [python, __file__, kind, str(model), str(port_file), fault]
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                running[key] = process, 0
+                assert comes_true(partial(ended_or_ready, process, port_file), 300), "the server does not listen"
+                if process.poll() is None:
+                    running[key] = process, int(port_file.read_text())
+                    break
+            assert running[key][1], "the server ended"
         return f"http://127.0.0.1:{running[key][1]}"
 
     yield start
@@ -53,6 +55,13 @@ def listens(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
         return True
     return False
+
+
+def ended_or_ready(process: "subprocess.Popen[bytes]", port_file: Path) -> bool:
+    """Whether a server has ended, or has written its port and listens on it."""
+    if process.poll() is not None:
+        return True
+    return port_file.exists() and bool(port := port_file.read_text()) and listens(int(port))
 
 
 def free_port() -> int:

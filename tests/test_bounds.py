@@ -7,6 +7,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,9 +17,9 @@ import pytest
 from cli import Cli, refused
 
 ROOT = Path(__file__).parent.parent
-# The slowest of these, words in every number of 10 MB, takes 10 s of the slowest processor so far. What grows with the square of its size
-# takes minutes.
-SECONDS, MEMORY = 30, 1 << 30
+# The slowest of these, words in every number of 10 MB, takes 10 s of a processor that counts to two million in 0.04 s. What grows with
+# the square of its size takes minutes.
+SECONDS, COUNTING, MEMORY = 30, 0.04, 1 << 30
 SIZE = 9_900_000
 
 
@@ -125,8 +126,17 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
+def seconds() -> int:
+    """`SECONDS`, or more on a slower processor."""
+    began = time.process_time()
+    for _ in range(2_000_000):
+        pass
+    return round(SECONDS * max(1.0, (time.process_time() - began) / COUNTING))
+
+
 def bounded(*words: object) -> tuple[int, str]:
     """Run parity with at most `SECONDS` of computing and `MEMORY` beyond its modules; its exit code and last words."""
+    limit = seconds()
     modules = 1 << 30  # of address space: what NumPy, OpenBLAS and pandas map
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "parity", *map(str, words)],
@@ -134,7 +144,7 @@ def bounded(*words: object) -> tuple[int, str]:
         capture_output=True,
         text=True,
         preexec_fn=lambda: (
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS)),
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit)),
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY + modules, MEMORY + modules)),
         ),
         check=False,

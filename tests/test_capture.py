@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import comes_true
 from sinks import Sink
 
 from checkpoints.errors import InputError
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
+from checkpoints.record import Rows
 from checkpoints.summary import kept_copy, summarise, summarise_pass
 from engine.backend import choose
 from engine.capture.host import HostStage
@@ -107,7 +109,15 @@ def test_a_failing_writer_stops_the_engine() -> None:
 
 def test_a_slow_writer_loses_nothing_and_the_waits_are_counted() -> None:
     """When more copies wait than the writer may hold, the engine waits, says how often, and every record arrives."""
-    sink = Sink(delay=0.0005)
+
+    class Resting(Sink):
+        """A sink that takes nothing until the engine has had to wait."""
+
+        def rows(self, rows: Rows) -> None:
+            assert comes_true(lambda: tap.waits > 0)
+            super().rows(rows)
+
+    sink = Resting()
     with Capture(HostStage(sink, ["embd"], choose("numpy"))) as tap:
         for number in range(400):
             tap.begin(one_pass())
@@ -177,11 +187,13 @@ for step in range(2):
     tap.begin(CapturedPass(numpy.array([step]), step, decode=step > 0))
     tap("embd", numpy.ones((1, 8), dtype=numpy.float32))
 if sys.argv[1] == "heard":
-    time.sleep(1)
-    try:
-        tap.begin(CapturedPass(numpy.array([2]), 2, decode=True))
-    except OSError as error:
-        print(error)
+    for step in range(2, 6000):
+        time.sleep(0.01)
+        try:
+            tap.begin(CapturedPass(numpy.array([step]), step, decode=True))
+        except OSError as error:
+            print(error)
+            break
 """
     ended = {
         kind: subprocess.run([sys.executable, "-c", script, kind], check=True, capture_output=True, text=True)

@@ -145,6 +145,47 @@ def test_a_number_that_config_json_gives_otherwise_is_named(
     assert (code, wrong) == ((1, [setting]) if setting else (0, []))
 
 
+@pytest.mark.parametrize(
+    ("config", "key", "right", "wrong", "setting"),
+    [
+        ({"routed_scaling_factor": 2.5}, "expert_weights_scale", 2.5, 1.0, "scale of expert weights"),
+        ({"route_scale": 2.826}, "expert_weights_scale", 2.826, 2.0, "scale of expert weights"),
+        ({"norm_topk_prob": False}, "expert_weights_norm", False, True, "weights of chosen experts"),
+        ({"route_norm": True}, "expert_weights_norm", True, False, "weights of chosen experts"),
+        ({"scoring_func": "sigmoid"}, "expert_gating_func", 2, 1, "scores of experts"),
+        ({"n_group": 8}, "expert_group_count", 8, 4, "groups of experts"),
+        ({"topk_group": 4}, "expert_group_used_count", 4, 8, "groups of experts a token"),
+        ({"first_k_dense_replace": 1}, "leading_dense_block_count", 1, 0, "first layers without experts"),
+        ({"clip_qkv": 8.0}, "attention.clamp_kqv", 8.0, 6.0, "limit of Q, K and V"),
+        ({"rope_local_base_freq": 1e4}, "rope.freq_base_swa", 1e4, 1e6, "RoPE base of windowed layers"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "attention.sliding_window_pattern",
+            [True, False],
+            [True, True],
+            "window of layer 1",
+        ),
+    ],
+)
+def test_a_setting_of_some_architectures_is_compared(
+    config: dict[str, Any],
+    key: str,
+    right: Any,
+    wrong: Any,
+    setting: str,
+    folder: Callable[..., Path],
+    parity: Cli,
+    tmp_path: Path,
+) -> None:
+    """The choice of experts, limits and windows: what a converter wrote otherwise is named, by whichever name families give it."""
+    source = folder("llama", **config)
+    assert parity("weights", "--model", convert(source, tmp_path / "r.gguf", metadata={key: right}), "--hf", source).code == 0
+    model = convert(source, tmp_path / "w.gguf", metadata={key: wrong})
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    assert code == 1
+    assert [tensor["name"] for tensor in answer["tensors"] if not tensor["status"].startswith("equal")] == [setting]
+
+
 def test_the_tokenizers_files_name_the_end_of_a_text(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
     """An id that only tokenizer_config.json's added tokens, or generation_config.json, have is right as well."""
     source = folder("qwen2", eos_token_id=7)

@@ -187,7 +187,7 @@ def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> No
 def test_a_norm_of_heads_has_a_row_for_each_position(emitted: ModuleType, tmp_path: Path) -> None:
     """[B, T, heads, n], as Qwen3's and Gemma 3's q_norm gives it, is a row of heads × n for each position of each sequence."""
     value = np.arange(2 * 3 * 4 * 8, dtype=np.float32).reshape(2, 3, 4, 8)
-    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24, hparams={"heads": 4}) as tap:
         tap("model.layers.3.self_attn.q_norm", value)
     rows = read(tmp_path / "d.jsonl").points["blk.3.q_norm"]
     assert (rows.seq.tolist(), rows.token_idx.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
@@ -225,6 +225,17 @@ def test_a_replay_has_a_position_for_each_row(
     slot = emitted.Slot(point, emitted.DeviceRow(value), None, 0)
     place = emitted.Slot("", emitted.DeviceRow(first), None, value.nbytes)
     assert emitted.Replayed(slot, place, brought).rows()[1] == positions
+
+
+def test_prompts_of_unequal_length_are_told_apart(emitted: ModuleType, tmp_path: Path) -> None:
+    """A batch that is packed, row by row, has its sequences' numbers, and positions number themselves in each."""
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32") as tap:
+        for rows in (2, 1):
+            tap("embd", np.ones((rows, 4)), seq=0)
+            tap("embd", np.ones((rows + 1, 4)), seq=1)
+    rows = read(tmp_path / "d.jsonl").points["embd"]
+    places = sorted(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True))
+    assert places == [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 1), (1, 4, 1)]
 
 
 def test_rows_and_positions_are_as_many(emitted: ModuleType, tmp_path: Path) -> None:

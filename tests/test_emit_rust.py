@@ -21,8 +21,11 @@ fn main() -> std::io::Result<()> {
     for t in 0..3 {
         let mut row: Vec<f32> = (0..64).map(|i| ((i * i + 13 * t) % 29) as f32 / 7.0 - 1.5).collect();
         if t == 2 { row[5] = f32::NAN; row[40] = f32::NEG_INFINITY; }
+        tap.pass(t as usize, t > 0);
         tap.checkpoint("blk.5.l_out", t as usize, &row)?;
     }
+    tap.sequence(1);
+    tap.checkpoint("logits", 7, &[1.0, 2.0])?;
     tap.finish()
 }
 """
@@ -42,7 +45,10 @@ def test_the_rust_file_writes_what_our_writer_writes(tmp_path: Path) -> None:
     assert dump.notes == ()
     assert dump.header is not None
     assert (dump.header.model.name, dump.header.tokens) == ('m"n', (1, 2, 3))
-    assert (dump.header.compute, dump.header.slice, list(dump.points)) == ("f32", 24, ["blk.5.l_out"])
+    assert (dump.header.compute, dump.header.slice, list(dump.points)) == ("f32", 24, ["blk.5.l_out", "logits"])
+    last = dump.points["logits"]
+    assert (last.seq.tolist(), last.token_idx.tolist(), last.step.tolist()) == ([1], [7], [2])
+    assert dump.points["blk.5.l_out"].decode.tolist() == [False, True, True]
     i, t = np.arange(64)[None, :], np.arange(3)[:, None]
     rows = ((i * i + 13 * t) % 29).astype(np.float32) / np.float32(7) - np.float32(1.5)
     rows[2, 5], rows[2, 40] = np.nan, -np.inf

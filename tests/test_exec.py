@@ -7,6 +7,7 @@ from time import monotonic
 
 import pytest
 from cli import Cli, refused
+from processes import comes_true, working_in
 
 from checkpoints.errors import InputError
 from parity.run.command import CRASHED, LARGEST_DUMP, NOT_STARTED, REFUSED, TIMED_OUT, UNUSABLE, Command, EngineError
@@ -24,7 +25,7 @@ def engine(folder: Path, body: str) -> str:
 
 def ran(line: str, out: Path, **options: object) -> str:
     shell = bool(options.pop("shell", False))
-    timeout = float(str(options.pop("timeout", 20)))
+    timeout = float(str(options.pop("timeout", 300)))
     largest_dump = int(str(options.pop("largest_dump", LARGEST_DUMP)))
     Command(line, shell=shell, timeout=timeout, largest_dump=largest_dump).run(
         model=MODEL, tokens=[1, 2, 3], out=out, **options
@@ -113,11 +114,11 @@ def test_an_empty_command_is_an_error_everywhere(command: tuple[str, ...], optio
 
 def test_an_engine_that_never_ends_is_stopped(tmp_path: Path) -> None:
     """After the time limit the engine and its children are ended, and the error names the option."""
-    started = monotonic()
-    line = engine(tmp_path, "import subprocess; subprocess.run(['sleep', '60'])")
+    line = engine(tmp_path, f"import subprocess; subprocess.run(['sleep', '600'], cwd={str(tmp_path)!r})")
     error = failure(line, tmp_path / "o", timeout=0.4)
-    assert (error.how, monotonic() - started < 10) == (TIMED_OUT, True)
+    assert error.how == TIMED_OUT
     assert "--exec-timeout" in str(error)
+    assert comes_true(lambda: not working_in(tmp_path, but=os.getpid()))
 
 
 @pytest.mark.parametrize(
@@ -125,15 +126,14 @@ def test_an_engine_that_never_ends_is_stopped(tmp_path: Path) -> None:
     [
         ("a pipe", "os.mkfifo(sys.argv[1]); open(sys.argv[1], 'w').write('x')"),
         ("a pipe", "os.mkfifo(sys.argv[1])"),
-        ("a link", "os.symlink('/dev/zero', sys.argv[1]); time.sleep(30)"),
+        ("a link", "os.symlink('/dev/zero', sys.argv[1]); time.sleep(600)"),
         ("a folder", "os.mkdir(sys.argv[1])"),
     ],
 )
 def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path) -> None:
     """An {out} that becomes a pipe, a link or a folder ends the run at once instead of being read for ever."""
-    started = monotonic()
     error = failure(f"{engine(tmp_path, body)} {{out}}", tmp_path / "o")
-    assert (error.how, monotonic() - started < 10) == (UNUSABLE, True)
+    assert error.how == UNUSABLE  # and not TIMED_OUT
     assert what in str(error)
 
 
@@ -157,10 +157,10 @@ def test_a_flood_on_stderr_keeps_its_last_line(tmp_path: Path) -> None:
 def test_a_child_that_holds_stderr_is_not_waited_for(tmp_path: Path) -> None:
     """A background process that keeps the pipe open delays neither a success nor a failure."""
     started = monotonic()
-    spawn = "import subprocess; subprocess.Popen(['sleep', '20'], start_new_session=True)\n"
+    spawn = "import subprocess; subprocess.Popen(['sleep', '120'], start_new_session=True)\n"
     assert ran(engine(tmp_path, f"{spawn}print('{LINE}')"), tmp_path / "o").strip() == LINE
     assert "exit code 3" in str(failure(engine(tmp_path, f"{spawn}sys.exit(3)"), tmp_path / "o"))
-    assert monotonic() - started < 10
+    assert monotonic() - started < 100
 
 
 @pytest.mark.parametrize(

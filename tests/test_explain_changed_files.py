@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty_engines import Case, dump_of, each, exchanged, further, number
+from changed_files import File
+from faulty_engines import Case, Change, dump_of, each, exchanged, further, number
 from msgspec.structs import replace
 from planted import PATIENT, tokens_of
 
+from checkpoints.reading.reader import read
 from parity.explain.explain import explain
 from reference.client import Reference
+from reference.jobs import DumpJob
 
 
 def _by_group(rows: np.ndarray) -> np.ndarray:
@@ -39,6 +42,16 @@ class _Named:
     layers: tuple[int, ...] | None = None
 
 
+def _of_layers(ending: str, first: int, second: int) -> Change:
+    """A tensor exchanged between two layers."""
+    return lambda file: file.exchange(f"blk.{first}.{ending}", f"blk.{second}.{ending}")
+
+
+def _every_third(file: File) -> None:
+    """Every third layer without a window, where it is every sixth."""
+    file.add("attention.sliding_window_pattern", 3)
+
+
 _EPS, _EPS_OF_LAYER_NORM = number("attention.layer_norm_rms_epsilon", 1e-4), number("attention.layer_norm_epsilon", 1e-4)
 _SHOWN = (
     _Named("gemma3", Case("ε 1e-4 for 1e-6, after a table of float16", _EPS, ("norm-epsilon",))),
@@ -57,6 +70,9 @@ _SHOWN = (
     _Named("qwen3", Case("norms of heads exchanged", exchanged("attn_q_norm.weight", "attn_k_norm.weight"), ("norms-exchanged",))),
     _Named("qwen35", Case("twice as many dimensions rotated", number("rope.dimension_count", 16), ("rope-dims",))),
     _Named("qwen2-yarn", Case("YaRN of twice the context", number("rope.scaling.original_context_length", 256), ("yarn",))),
+    _Named("granite", Case("norms of layers 0 and 1 exchanged", _of_layers("ffn_norm.weight", 0, 1), ("layers-swapped",))),
+    _Named("gpt-oss", Case("sinks of layers 1 and 2 exchanged", _of_layers("attn_sinks.weight", 1, 2), ("layers-swapped",))),
+    _Named("gemma3", Case("every third layer without a window", _every_third, ("window-pattern",))),
 )  # fmt: skip
 
 
@@ -70,3 +86,18 @@ def test_a_changed_file_is_named(shown: _Named, small_model: Callable[..., Path]
     assert explanation.remaining is None
     assert [cause.named.fault for cause in explanation.causes] == list(shown.case.names)
     assert explanation.causes[0].named.layers == shown.layers
+
+
+@pytest.mark.slow
+def test_layers_that_agree_have_no_cause(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """Of two layers, three apart, whose norms are exchanged, each is named alone: an offset is said of no layer that agrees."""
+    model = small_model("gemma3", kind="f32")
+    tokens = tokens_of(model, 12, seed=7)
+    file = File(model)
+    _of_layers("ffn_norm.weight", 1, 4)(file)
+    out = tmp_path / "foreign.jsonl"
+    reference.dump(DumpJob(model=file.write(tmp_path / "changed.gguf"), out=out, tokens=tokens, points="all"))
+    explanation = explain(replace(read(out), header=None), model, replace(PATIENT, tokens=tokens))
+    assert explanation.remaining is None
+    causes = [(cause.named.fault, cause.named.parameters["by"], cause.named.layers) for cause in explanation.causes]
+    assert causes == [("layer-offset", 3, (1,)), ("layer-offset", -3, (4,))]

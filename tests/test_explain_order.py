@@ -11,7 +11,6 @@ from planted import PATIENT, Faulty, Planted, tokens_of
 from checkpoints.dataflow import Computation, Dataflow
 from parity.diff.dataflow import Flow
 from parity.diff.operations import suspects
-from parity.explain.case import ExplainOptions
 from parity.explain.explain import explain
 from parity.explain.leads import _steps
 from reference.client import Reference
@@ -32,9 +31,7 @@ def test_a_router_is_judged_before_the_layer_that_it_feeds(reference: Reference,
     ordered = sorted(
         (name for name in dump.points if name.split(".")[-1] in wanted), key=lambda name: wanted.index(name.split(".")[-1])
     )
-    explanation = explain(
-        replace(dump, points={name: dump.points[name] for name in ordered}), path, ExplainOptions(budget=30.0)
-    )
+    explanation = explain(replace(dump, points={name: dump.points[name] for name in ordered}), path, PATIENT)
     assert explanation.first is not None
     assert explanation.first.checkpoint == weights
     assert explanation.law == "the value is what this operation makes of blk.0.ffn_moe_logits instead of blk.0.ffn_moe_probs"
@@ -55,7 +52,7 @@ def test_experts_may_be_listed_in_any_order(reference: Reference, small_model: C
             width = rows.values.shape[1]
             backwards = rows.values[:, ::-1] if width == 2 else rows.values + np.float32(1)  # 16 of 192: another expert's
             points[name] = replace(rows, values=backwards.copy())
-    explanation = explain(replace(dump, points=points), path, ExplainOptions(budget=30.0))
+    explanation = explain(replace(dump, points=points), path, PATIENT)
     assert [cause.named.fault for cause in explanation.causes] == ([fault] if fault else [])
     assert explanation.remaining is None
     assert any("not listed in the order of their scores" in note for note in explanation.notes)

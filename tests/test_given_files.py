@@ -66,16 +66,31 @@ def _points(facts: dict[str, Any]) -> None:
     facts["points"] = 9
 
 
+def _source(facts: dict[str, Any]) -> None:
+    facts["source"] = "theirs"
+
+
+def _slice(facts: dict[str, Any]) -> None:
+    facts["slice_size"] = 2**40
+
+
+def _format(facts: dict[str, Any]) -> None:
+    facts["format"] = None
+
+
 def _tokens(facts: dict[str, Any]) -> None:
     facts["prompts"] = [{"text": "a", "tokens": ["x"], "pieces": [], "generated": [], "generated_pieces": [], "file": "0"}]
 
 
-@pytest.mark.parametrize(("damage", "words"), [(_points, "points"), (_tokens, "tokens")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(_points, "points"), (_tokens, "tokens"), (_source, "source"), (_format, "format"), (_slice, "slice_size")],
+)
 def test_a_golden_folder_with_a_value_of_another_type_is_one_line(
     damage: Callable[[dict[str, Any]], None], words: str, parity: Cli, tmp_path: Path
 ) -> None:
-    """The place in drift.json is named before anything is run."""
-    facts = dict.fromkeys(["source", "model", "fingerprint", "model_name", "mode", "points", "created"], "")
+    """The place in drift.json is named before anything is run; a side or a format that there is not, too."""
+    facts = dict.fromkeys(["model", "fingerprint", "model_name", "points", "created"], "") | {"source": "ref", "mode": "exact"}
     whole: dict[str, Any] = {"format": 1, **facts, "slice_size": 16, "build": {}, "prompts": []}
     damage(whole)
     (tmp_path / "drift.json").write_text(json.dumps(whole))

@@ -14,8 +14,10 @@ import pytest
 from cli import Cli, refused
 from foreign import compile_engine
 
+from checkpoints.answers.bisect import RIGHT, WRONG, Bisected, JudgedPart
 from parity import emit
 from parity.hunt.bisect import write_values
+from reports.bisect import sentence
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 
@@ -260,3 +262,19 @@ def test_the_header_rounds_as_numpy_does(tmp_path: Path, monkeypatch: pytest.Mon
         ran = subprocess.run([tmp_path / "program", tmp_path / "x.jsonl"], check=False, capture_output=True, text=True)
         assert ran.returncode == 1, data[:40]
         assert ran.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        ("embd blk.1 blk.2 output", "embd, layers 1–2 and output are wrong given llama.cpp's inputs; no part is right"),
+        ("embd blk.1 blk.2", "embd and layers 1–2 are wrong given llama.cpp's inputs; one other part is right"),
+        ("blk.2", "layer 2 is wrong given llama.cpp's inputs; the other 3 of 4 parts are right"),
+    ],
+)
+def test_wrong_parts_are_listed_in_the_order_of_computation(wrong: str, answer: str) -> None:
+    """The sentence names the embedding first and what follows the layers last, and is right for one part as for several."""
+    parts = tuple(
+        JudgedPart(name, WRONG if name in wrong.split() else RIGHT, "embd") for name in ("embd", "blk.1", "blk.2", "output")
+    )
+    assert sentence(Bisected(parts, 2, "e", 1.0, "runs")) == answer

@@ -4,17 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import comes_true, ended
 
 from checkpoints.reading.reader import read
 from parity.__main__ import run
 from parity.doctor import health
 
 
-def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
+def stopped(out: Path, how: signal.Signals) -> tuple[int, str]:
     """A long `parity dump ours` that gets a signal while it writes: its exit code and what it said."""
     process = subprocess.Popen(
         [sys.executable, "-m", "parity", "dump", "ours", "--tokens", ",".join(["5"] * 400), "--points", "all", "-o", str(out)],
@@ -23,18 +23,16 @@ def ended(out: Path, how: signal.Signals) -> tuple[int, str]:
         # A shell's background job ignores SIGINT, and so would this child of it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it only sets a signal
     )
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.stat().st_size > 100_000) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert comes_true(lambda: out.exists() and out.stat().st_size > 100_000)
     process.send_signal(how)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=300)
     return process.returncode, message
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
     """A run that is interrupted exits 130 with one line and no traceback, and what it wrote is whole lines without an end."""
-    assert ended(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")
+    assert stopped(tmp_path / "o.jsonl", signal.SIGINT) == (130, "parity: interrupted\n")
     dump = read(tmp_path / "o.jsonl")
     assert dump.end is None
     assert dump.records > 0
@@ -42,7 +40,7 @@ def test_ctrl_c_leaves_a_readable_dump_and_exits_130(tmp_path: Path) -> None:
 
 def test_a_killed_run_leaves_a_readable_dump(tmp_path: Path) -> None:
     """A run that is killed leaves every line it wrote."""
-    assert ended(tmp_path / "o.jsonl", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stopped(tmp_path / "o.jsonl", signal.SIGKILL)[0] == -signal.SIGKILL
     assert read(tmp_path / "o.jsonl").records > 10
 
 
@@ -59,20 +57,18 @@ def test_an_engine_ends_with_a_run_that_is_told_to_end(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.1)
+    pid = tmp_path / "pid"
+    assert comes_true(lambda: pid.exists() and pid.read_text() != "")
     process.terminate()
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=300)
     assert (process.returncode, message) == (130, "parity: interrupted\n")
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert comes_true(lambda: ended(int(pid.read_text())))
 
 
-def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> None:
-    """Ctrl-C that falls into the imports of a command ends it like any other, without a traceback."""
-    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize("interruption", ["os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')"])
+def test_an_interruption_while_commands_are_imported_is_one(interruption: str, tmp_path: Path) -> None:
+    """Ctrl-C that falls into the imports of a command, also where they run generated code, ends it like any other."""
+    (tmp_path / "typer.py").write_text(f"import os, signal\n{interruption}\n")
     root = Path(__file__).parent.parent
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "parity", "--help"],
@@ -85,15 +81,42 @@ def test_an_interruption_while_commands_are_imported_is_one(tmp_path: Path) -> N
     assert (ran.returncode, ran.stderr) == (130, "parity: interrupted\n")
 
 
+def test_an_interruption_while_an_extension_module_starts_is_not_lost(tmp_path: Path) -> None:
+    """Cython's modules clear what is raised while they register themselves; the interruption comes when they are imported."""
+    (tmp_path / "interrupting.py").write_text(
+        "import collections.abc, os, signal\n"
+        "register = collections.abc.Sequence.register\n"
+        "def interrupt(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return register(*arguments)\n"
+        "from parity.interruptions import end_as_interrupted\n"
+        "end_as_interrupted()\n"
+        "collections.abc.Sequence.register = interrupt\n"
+        "try:\n"
+        "    import numpy.random\n"
+        "    for _ in range(200):\n"
+        "        __import__('time').sleep(0.05)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, str(tmp_path / "interrupting.py")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr) == ("interrupted\n", "")
+
+
 def test_the_reference_dying_is_an_error_of_ours(tmp_path: Path) -> None:
     """When llama.cpp's process dies in the middle, the line says so and names the model."""
     words = ["run", "--tokens", ",".join(["5"] * 400), "--points", "all", "--out", str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, "-m", "parity", *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (workers := _workers_of(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(workers[0], signal.SIGABRT)
-    _, message = process.communicate(timeout=60)
+    assert comes_true(lambda: _workers_of(process.pid) != [])
+    os.kill(_workers_of(process.pid)[0], signal.SIGABRT)
+    _, message = process.communicate(timeout=300)
     assert process.returncode == 2
     assert message.count("\n") == 1
     assert "llama.cpp aborted while" in message

@@ -20,6 +20,16 @@ from parity.diff.compare import compare
 
 POINTS = ("embd", "blk.3.q_rope", "blk.3.l_out")
 HEADS = 4
+NO_POINTS = (
+    '[names]\nwte = ""',
+    '[names]\nwte = "em\\nbd"',
+    f'[names]\nwte = "{"x" * 201}"',
+    '[names]\nwte = "blk.{i}.l_out"',
+    '[names]\n"h.{i}" = "embd"',
+    '[names]\n"h.{i}.{i}" = "blk.{i}.l_out"',
+    f"a = {'[' * 3000}",
+    f"{'a.' * 20000}b = 1",
+)
 ARRAYS = random(POINTS, positions=9)
 
 
@@ -51,7 +61,14 @@ def test_a_mapping_file_says_what_names_mean(tmp_path: Path) -> None:
     renamed = load(tmp_path / "theirs.safetensors", read_mapping(names))
     assert set(renamed.points) == set(POINTS)
     assert compare(renamed, dump(ARRAYS)).verdict == "parity"
-    for text in ("[names", "x = 1", 'names = "x"', "[names]\na = 1", '[names]\na = {point = "q", rope_pairs = "x"}'):
+    for text in (
+        *NO_POINTS,
+        "[names",
+        "x = 1",
+        'names = "x"',
+        "[names]\na = 1",
+        '[names]\na = {point = "q", rope_pairs = "x"}',
+    ):
         with pytest.raises(ParityError, match=r"names\.toml"):
             read_mapping(written(names, text))
 
@@ -112,13 +129,24 @@ def test_what_a_slice_cannot_tell_is_said(tmp_path: Path) -> None:
         ('rope_pairs = "norm", heads = 2', "needs head_size"),
         ("transpose = true", "whole rows"),
         ("reshape = [2, 4]", "whole rows"),
-        ('rope_pairs = "neox", head_size = 5', "an even size"),
+        ('rope_pairs = "neox", head_size = 5', "heads of 5 elements, which must be even"),
         ("reshape = [true]", "reshape a list of sizes"),
         ('transpose = "yes"', "transpose true or false"),
         ("heads = true", "heads and head_size are numbers"),
     ):
         with pytest.raises(InputError, match=message):
             mapped(entry)
+
+
+def test_two_names_of_one_point_are_no_wrong_positions(parity: Cli, tmp_path: Path) -> None:
+    """A mapping that gives two names with other values one point is named as the mistake; the same value under two names is none."""
+    written(tmp_path / "m.toml", '[names]\nx = "embd"\n')
+    for value, code in ((1.5, 0), (2.5, 2)):
+        records = [{"checkpoint": name, "token_idx": 0, "values": [v, 1.0]} for name, v in (("x", 1.5), ("embd", value))]
+        written(tmp_path / "ours.jsonl", "\n".join(map(json.dumps, records)))
+        ran = parity("convert", "ours.jsonl", "--map", "m.toml", "-o", "out.jsonl")
+        assert ran.code == code, ran.err
+    assert "'x' and 'embd' of ours.jsonl are both embd" in ran.err
 
 
 def test_unknown_names_are_listed_with_the_nearest(parity: Cli, tmp_path: Path) -> None:

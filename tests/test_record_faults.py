@@ -290,15 +290,9 @@ def test_nan_whose_way_is_not_seen_stays_a_divergence(right: Dump, ref: Dump) ->
     assert verdict.first_divergence.checkpoint == "blk.3.v"
 
 
-def test_infinity_and_nan_that_spreads_are_divergences(right: Dump, ref: Dump) -> None:
-    """Infinity can vanish in what follows; NaN in a product and in all that is made from it is the product's."""
+def test_nan_that_spreads_is_a_divergence(right: Dump, ref: Dump) -> None:
+    """NaN in a product and in all that is made from it is the product's."""
     ours = changed(right, lambda x: x, kinds())
-    rows = ours.points["blk.3.ffn_gate"]
-    values = rows.values.copy()
-    values[3, 0] = -np.inf
-    verdict = compare(replace(ours, points={**ours.points, "blk.3.ffn_gate": replace(rows, values=values)}), ref, F32)
-    assert verdict.first_divergence is not None
-    assert verdict.first_divergence.checkpoint == "blk.3.ffn_gate"
     spread = with_nan(ours, "blk.3.ffn_out", 0)
     for name in list(ours.points)[list(ours.points).index("blk.3.ffn_out") + 1 :]:
         spread = with_nan(spread, name, 0)

@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from processes import comes_true
 
 from checkpoints.errors import InputError, ModelError, ParityError, ReferenceFailed
 from checkpoints.gguf_file import contents, header_bytes
@@ -184,12 +186,13 @@ def test_interrupted(stories: Path, job: DumpJob) -> None:
         handle.versions()
         pid = handle.pid
         before = signal.signal(signal.SIGALRM, interrupt)
+        once_it_writes = threading.Thread(target=lambda: comes_true(job.out.exists) and os.kill(os.getpid(), signal.SIGALRM))
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            once_it_writes.start()
             with pytest.raises(KeyboardInterrupt):
                 handle.dump(replace(job, tokens=(5,) * 500, points="all", mode=NATIVE))
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            once_it_writes.join()
             signal.signal(signal.SIGALRM, before)
         assert handle.pid is None
         assert pid is not None

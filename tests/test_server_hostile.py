@@ -112,7 +112,7 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         self._send(200, json.dumps({"choices": [{"text": " and", "logprobs": logprobs}]}).encode())
 
     def _forever(self, piece: bytes, pause: float) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             self.wfile.write(piece)
             self.wfile.flush()
@@ -154,11 +154,11 @@ def hostile() -> Iterator[str]:
 def test_a_hostile_server_is_one_line(hostile: str, what: str, words: str) -> None:
     """Endless, huge, wrong or cut-off answers end in one bounded line."""
     began = time.monotonic()
-    timeout = {"huge": 20.0, "cut": 5.0}.get(what, 0.5)
+    timeout = 0.5 if what in ("never", "drip", "busy") else 60.0
     with pytest.raises(ServerError, match=words.replace("/x", f"/{what}")) as raised:
         Connection(hostile, timeout=timeout).post(f"/{what}", {})
     one_line(f"parity: {raised.value}")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100
 
 
 def test_a_busy_server_is_asked_again(hostile: str) -> None:
@@ -204,7 +204,7 @@ def test_a_server_that_is_not_there_is_one_line(parity: Cli, monkeypatch: pytest
 def test_tls_that_cannot_be_trusted_is_one_line(hostile: str) -> None:
     """A server without TLS behind https://: one line that says so."""
     with pytest.raises(ServerError, match="TLS"):
-        Connection(hostile.replace("http:", "https:"), timeout=5).post("/x", {})
+        Connection(hostile.replace("http:", "https:"), timeout=60).post("/x", {})
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from checkpoints.points import ENCODER, parse
 
 from .. import ops
-from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as
+from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, Weight, name_of, read_as, weight_name
 from ..inapplicable import NotApplicable
 from ..lift.inputs import buckets
 from ..lift.node import GgmlOperation
@@ -290,13 +290,8 @@ def layer_near(step: Step) -> int | None:
         return layer
     near = [of for name in step.names if (of := _parse(name).layer) is not None]
     return max(
-        near or [int(match[1]) for weight in step.weights if (match := _OF_LAYER.search(_weight_name(weight)))], default=None
+        near or [int(match[1]) for weight in step.weights if (match := _OF_LAYER.search(weight_name(weight)))], default=None
     )
-
-
-def _weight_name(weight: Weight) -> str:
-    """The name of a weight as the file has it, whatever is made of it; "" where there is none."""
-    return weight if isinstance(weight, str) else "" if weight is None else weight.weight
 
 
 def kind_of(step: Step) -> str:

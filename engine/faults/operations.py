@@ -1,4 +1,6 @@
-"""Faults of any operation that is ggml's own, whatever the architecture: another function of one value, one of two operands left out."""
+"""Faults of any operation that is ggml's own, whatever the architecture: another function of one value, one of two operands left out;
+and of any operation that has a point: its result was never written.
+"""
 
 import re
 from collections.abc import Callable
@@ -13,8 +15,8 @@ from ..backend import Array
 from ..ggml_ops.activations import UNARY_KINDS
 from ..graph import Step
 from ..inapplicable import NotApplicable
-from .base import Fault, Parameters, Steps, Values, kind_of
-from .edits import ggml, integer, left_out, with_values
+from .base import AT, Fault, Parameters, Steps, Values, kind_of
+from .edits import Then, ggml, integer, left_out, with_values
 
 _FUNCTIONS = {
     "nothing": None,
@@ -31,6 +33,7 @@ _OF_TWO = ("MUL", "SUB", "ADD")
 # Sums and products that other entries know by what they are: residuals, branches, experts.
 _KNOWN = ("embd", "ffn_inp", "l_out", "ffn_moe_weighted", "ffn_moe_out", "ffn_out")
 _NONE = "an operation"  # stands for those of a model that is not known
+_RESULTS = ("q", "k", "v", "kqv_out", "attn_out", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out", "ffn_moe_out", "ffn_shexp")
 _FAR = 4  # steps without weights that are followed back to what an operation's operand was made with
 _LAYER = re.compile(r"^blk\.\d+\.")
 
@@ -107,7 +110,25 @@ def _one_operand(step: Step, right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=_Handed(("second", "first").index(parameters["operand"])), params={})
 
 
+def _unwritten(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(step, op=Then(step.op, _nothing))
+
+
+def _nothing(value: Array) -> Array:
+    return value * 0
+
+
 FAULTS = (
+    Fault(
+        name="result-unwritten",
+        kinds=_RESULTS,
+        change=_unwritten,
+        what="nothing is written into the buffer of {at}: it is all zeros",
+        symptom="exact zeros, or a block that adds nothing",
+        fix="ask whether the kernel was launched and succeeded, and whether it writes what is read next, before it is read",
+        seen="launches that fail without a word (too many threads, too much memory); a cache that is read before it is written",
+        parameters={AT: tuple((kind,) for kind in _RESULTS)},
+    ),
     Fault(
         name="function-of-other",
         kinds=_OF_ONE,

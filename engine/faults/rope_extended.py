@@ -21,6 +21,27 @@ _SCALE, _MIX, _MAGNITUDE, _FAST, _SLOW = 6, 7, 8, 9, 10
 _SIDE_BY_SIDE, _INTERLEAVED = 8, 40  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE_IMROPE
 
 
+def _rounded_frequencies(
+    x: Array, positions: Array, factors: Array | None = None, *, dims: int, base: float, to: str, **others: Any
+) -> Array:
+    """RoPE whose frequencies, before they are multiplied by the positions, are rounded to another type: as `ops.rope`."""
+    xp = module_of(x)
+    plain = xp.float64(base) ** (-2.0 * xp.arange(dims // 2) / dims)
+    wanted = (plain if factors is None else plain / factors[: dims // 2].astype(xp.float64)).astype(xp.float32)
+    if to == "F16":
+        rounded = wanted.astype(xp.float16).astype(xp.float32)
+    else:
+        bits = wanted.view(xp.uint32)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(xp.uint32).view(xp.float32)
+    return ops.rope(x, positions, (plain / rounded).astype(xp.float32), dims=dims, base=base, **others)
+
+
+def _frequencies(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.rope:
+        raise NotApplicable(f"{step.makes} is not a plain RoPE")
+    return replace(step, op=_rounded_frequencies, params={**step.params, "to": parameters["to"]})
+
+
 def _yarn(step: Step, _right: Steps, parameters: Parameters) -> Step:
     require(step, "ROPE")
     scale, mix, magnitude = number(step, _SCALE), number(step, _MIX), number(step, _MAGNITUDE)
@@ -160,6 +181,16 @@ FAULTS = (
         fix="rope_factors_short if the context is at most the original one, rope_factors_long beyond",
         seen="Phi-3 ports that use the model's context length instead of the run's",
         parameters={AT: both},
+    ),
+    Fault(
+        name="rope-frequencies-rounded",
+        kinds=ROTATED,
+        change=_frequencies,
+        what="RoPE's frequencies are rounded to {to} before they are multiplied by the position, on {at}",
+        symptom="position 0 is right, an error of 1e-7 to 1e-4 grows with the position; at long contexts it is a wrong text",
+        fix="compute frequencies and angles in float32; only cos and sin may be rounded",
+        seen="inv_freq kept as a buffer of the model, which is cast with it: GPT-NeoX, transformers 4.31, sglang-jax",
+        parameters={"to": ("BF16", "F16"), AT: both},
     ),
     Fault(
         name="rope-sections",

@@ -1,8 +1,6 @@
 """Faults of reading weights: layout, order, which tensor, which rows."""
 
-import re
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,15 +10,12 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, RowsOf, Step, WeightPart, WeightSource
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, Values, kind_of, layer_near, parameter_of, sibling, subsets, weight_of
+from .base import AT, Fault, Parameters, Steps, kind_of, parameter_of, sibling, subsets, weight_of
 from .edits import HandsOn
 
 MATRICES = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 EXPERTS = ("ffn_moe_gate_up", "ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
 _QKV = ("q", "k", "v")
-# Operations that read weights of a layer.
-_WITH_WEIGHTS = ("MUL_MAT", "RMS_NORM", "NORM", "SOFT_MAX", "MUL_MAT_ID", "ADD_ID", "ADD", "MUL", "SSM_CONV", "SSM_SCAN")
-_WHOLE_LAYER = (*MATRICES, "attn_norm", "ffn_norm")
 _EACH_MATRIX = (*((kind,) for kind in ("ffn_gate", "q", "k", "v", "attn_out", "ffn_up", "ffn_out", "logits")), MATRICES)
 
 
@@ -124,65 +119,6 @@ def _permute(step: Step, right: Steps, parameters: Parameters) -> Step:
 def _order(step: Step, right: Steps, parameters: Parameters) -> Step:
     other = parameters["read"][_QKV.index(kind_of(step))]
     return replace(step, weights=sibling(step, right, other).weights)
-
-
-def _named(weight: Any, name: Any) -> Any:
-    """A weight, whatever is made of it, read from the tensor of that name."""
-    return name if weight is None or isinstance(weight, str) else replace(weight, weight=_named(weight.weight, name))
-
-
-def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
-    """The step with another layer's weights; unchanged if that layer has no such step, or its step has other kinds of weights."""
-    layer = layer_near(step)
-    if layer is None or not step.weights or to(layer) == layer:
-        return step
-    names = _names_of(step)
-    other_step = right.get(f"blk.{to(layer)}.{kind_of(step)}")
-    if other_step is None and step.inner:  # a step without a name of its own is identified by its weights
-        wanted = [name and name.replace(f"blk.{layer}.", f"blk.{to(layer)}.", 1) for name in names]
-        other_step = next((other for other in right.values() if other.op == step.op and _names_of(other) == wanted), None)
-    # Where layers are computed several times, a weight has another number than its step.
-    if other_step is None or [_in_any_layer(name) for name in names] != [_in_any_layer(name) for name in _names_of(other_step)]:
-        return step
-    return replace(step, weights=tuple(map(_named, step.weights, _names_of(other_step))))
-
-
-def _in_any_layer(name: str | None) -> str | None:
-    return name and re.sub(r"\bblk\.\d+\.", "blk.*.", name)
-
-
-def _names_of(step: Step) -> list[Any]:
-    return [_name_of(weight) for weight in step.weights]
-
-
-def _name_of(weight: Any) -> Any:
-    """The name of a weight in the file, even if the weight is altered."""
-    return weight if weight is None or isinstance(weight, str) else _name_of(weight.weight)
-
-
-def _n_layers(right: Steps) -> int:
-    return next(layer for layer in count() if f"blk.{layer}.l_out" not in right)
-
-
-def _offset(step: Step, right: Steps, parameters: Parameters) -> Step:
-    return _of_layer(step, right, lambda layer: layer + parameters["by"])
-
-
-def _parts_of_layer(right: Steps) -> Values:
-    """Values of `at`: a whole layer, its usual norms, each norm and each matrix that may be off by itself."""
-    norms = {kind_of(step): None for step in right.values() if step.op in (ops.rms_norm, ops.layer_norm)}
-    others = [kind for kind in norms if kind not in ("attn_norm", "ffn_norm", "output_norm")]
-    usual = (("attn_norm",), ("ffn_norm",), ("attn_norm", "ffn_norm"))
-    return (_WITH_WEIGHTS, _WHOLE_LAYER, *usual, *((kind,) for kind in (*others, *MATRICES)))
-
-
-def _swap_layers(step: Step, right: Steps, parameters: Parameters) -> Step:
-    both = (parameters["first"], parameters["first"] + 1)
-    return _of_layer(step, right, lambda layer: sum(both) - layer if layer in both else layer)
-
-
-def _first_of_two(right: Steps) -> Values:
-    return tuple(range(_n_layers(right) - 1))
 
 
 def _embedding_as_output(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -289,31 +225,6 @@ FAULTS = (
                 ("q", "v", "v"),
             )
         },
-    ),
-    Fault(
-        name="layer-offset",
-        kinds=(*_WITH_WEIGHTS, *_WHOLE_LAYER),
-        change=_offset,
-        what="{at}: the weights are taken from the layer at an offset of {by}",
-        symptom="wrong from layer 0 on, of plausible size",
-        fix="layer i reads blk.i.*, from 0",
-        seen="loops from 1",
-        parameters={
-            "by": (1, -1),
-            AT: _parts_of_layer,
-        },
-        says={_WITH_WEIGHTS: "each layer", _WHOLE_LAYER: "each layer"},
-    ),
-    Fault(
-        name="layers-swapped",
-        kinds=_WITH_WEIGHTS,
-        change=_swap_layers,
-        what="layer {first} and the next one are exchanged",
-        symptom="wrong from that layer on, of plausible size",
-        fix="sort tensors by their layer's number, not by name (blk.10 before blk.2)",
-        seen="names sorted as text",
-        parameters={"first": _first_of_two},
-        once=True,
     ),
     Fault(
         name="output-tied",

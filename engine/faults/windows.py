@@ -18,26 +18,27 @@ CAPPED = ("kq_scaled_2", "logits")
 QUERY_SCALES = ("scale", "Qcur")
 
 
-def _has_window(step: Step) -> bool:
+def has_window(step: Step) -> bool:
+    """Whether a step is a soft max whose keys are limited to a window."""
     return step.op is ops.causal_soft_max and step.params.get("window", "causal") not in ("causal", "all")
 
 
 def _off_by_one(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    if not _has_window(step):
+    if not has_window(step):
         return step
     return with_parameters(step, size=step.params["size"] + (1 if parameters["holds"] == "one more" else -1))
 
 
 def _sizes(right: Steps) -> Values:
     """Sizes that a window may be taken for: small ones, which short prompts show, and a power of two times its own."""
-    own = {step.params["size"] for step in right.values() if _has_window(step)}
+    own = {step.params["size"] for step in right.values() if has_window(step)}
     near = {size + by for size in own for by in (-1, 0, 1)}
     others = {*range(1, _SMALL), *(size * 2**power // 4 for size in own for power in range(5))} if own else set()
     return tuple(sorted(size for size in others - near if size > 0)) or (1,)
 
 
 def _of_size(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return with_parameters(step, size=parameters["size"]) if _has_window(step) else step
+    return with_parameters(step, size=parameters["size"]) if has_window(step) else step
 
 
 _USUAL_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -45,7 +46,7 @@ _USUAL_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def _sizes_of_others(right: Steps) -> Values:
     """Sizes of a window where there is none: the model's own in other layers, small ones, which short prompts show, and usual ones."""
-    own = {int(step.params["size"]) for step in right.values() if _has_window(step)}
+    own = {int(step.params["size"]) for step in right.values() if has_window(step)}
     return tuple(sorted({*own, *range(1, _SMALL), *_USUAL_SIZES}))
 
 
@@ -64,7 +65,7 @@ def _alibi(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _ignored(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return with_parameters(step, window="causal", size=0) if _has_window(step) else step
+    return with_parameters(step, window="causal", size=0) if has_window(step) else step
 
 
 def _other_layers(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -78,7 +79,7 @@ def _other_layers(step: Step, right: Steps, _parameters: Parameters) -> Step:
 
 
 def _chunks(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return with_parameters(step, window=parameters["window"]) if _has_window(step) else step
+    return with_parameters(step, window=parameters["window"]) if has_window(step) else step
 
 
 def cap_of(step: Step, right: Steps) -> tuple[Step, float]:

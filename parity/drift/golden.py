@@ -6,9 +6,9 @@ import os
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct, convert
+from msgspec import Meta, Struct, convert
 from msgspec.structs import replace
 
 from checkpoints.errors import InputError, ModelError
@@ -51,13 +51,13 @@ class Golden(Struct, frozen=True):
     """How golden dumps were made: `source` is the side ("ours", "ref" or "exec"), `model` its path seen from the folder."""
 
     folder: Path
-    source: str
+    source: Annotated[str, Meta(pattern="^(ours|ref|exec)$")]
     model: str
     fingerprint: str
     model_name: str
-    mode: str
+    mode: Annotated[str, Meta(pattern="^(exact|native)$")]
     points: str
-    slice_size: int
+    slice_size: Annotated[int, Meta(ge=1, le=1 << 31)]
     build: dict[str, Any]
     created: str
     prompts: tuple[GoldenPrompt, ...]
@@ -136,6 +136,8 @@ def load(folder: Path) -> Golden:
     path = folder / MANIFEST
     try:
         facts = decoded(read_text(path))
+        if not isinstance(facts, dict) or type(facts.get("format")) is not int:
+            raise ValueError("it does not say its format")  # noqa: TRY301  # reported with the other kinds of damage, below
         if facts["format"] != FORMAT:
             raise InputError(f"{path} is of a newer format.", "Update parity.", code="golden")
         golden = convert({**facts, "folder": folder}, Golden, dec_hook=lambda kind, value: kind(value))

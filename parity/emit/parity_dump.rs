@@ -3,12 +3,14 @@
 //!     // the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"), and how many leading values a record carries
 //!     let mut tap = parity_dump::Recorder::create("ours.jsonl", "my-model", &tokens, "f32", 16)?;
 //!     tap.only(&points); // what {points} of `parity run --exec` gives; without it, all
+//!     tap.pass(step, decode); // before each forward pass, from 0: for `parity consistency`
+//!     tap.sequence(number); // where several prompts are computed together: before the checkpoints of each, from 0
 //!     tap.checkpoint("blk.5.l_out", position, &hidden)?; // all values of one position, in host memory
 //!     tap.finish()?;
 use std::fs::File;
 use std::io::{BufWriter, Result, Write};
 
-pub struct Recorder { out: BufWriter<File>, records: u64, slice: usize, only: Option<Vec<String>> }
+pub struct Recorder { out: BufWriter<File>, records: u64, slice: usize, only: Option<Vec<String>>, seq: usize, step: usize, phase: &'static str }
 
 fn number(x: f64) -> String {
     if x.is_nan() { "\"NaN\"".into() } else if x.is_infinite() { format!("\"{}Infinity\"", if x > 0.0 { "" } else { "-" }) } else { format!("{x:e}") }
@@ -23,13 +25,26 @@ impl Recorder {
     pub fn create(path: &str, model: &str, tokens: &[u32], compute: &str, slice: usize) -> Result<Self> {
         let mut out = BufWriter::new(File::create(path)?);
         writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{model:?}}},\"tokens\":{tokens:?},\"compute\":{compute:?},\"slice\":{slice}}}")?;
-        Ok(Self { out, records: 0, slice, only: None })
+        Ok(Self { out, records: 0, slice, only: None, seq: 0, step: 0, phase: "prefill" })
     }
 
     /// Record these points only: names with commas; an empty text stands for all.
     #[allow(dead_code)]
     pub fn only(&mut self, names: &str) {
         self.only = if names.is_empty() { None } else { Some(names.split(',').map(str::to_string).collect()) };
+    }
+
+    /// Call before each forward pass: its number (from 0) and whether it decodes a single token.
+    #[allow(dead_code)]
+    pub fn pass(&mut self, step: usize, decode: bool) {
+        self.step = step;
+        self.phase = if decode { "decode" } else { "prefill" };
+    }
+
+    /// Call before the checkpoints of another prompt, where several are computed together: its number, from 0.
+    #[allow(dead_code)]
+    pub fn sequence(&mut self, number: usize) {
+        self.seq = number;
     }
 
     pub fn checkpoint(&mut self, point: &str, position: usize, row: &[f32]) -> Result<()> {
@@ -47,8 +62,8 @@ impl Recorder {
         let sketch: Vec<f32> = sketch.iter().map(|&s| s as f32).collect();
         self.records += 1;
         writeln!(self.out,
-            "{{\"checkpoint\":\"{point}\",\"token_idx\":{position},\"dtype\":\"f32\",\"shape\":[{}],\"values\":[{}],\"stats\":{{\"n\":{},\"sum\":{},\"l2\":{},\"nonfinite\":{nonfinite}}},\"sketch\":[{}]}}",
-            row.len(), list(&row[..row.len().min(self.slice)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
+            "{{\"checkpoint\":\"{point}\",\"seq\":{},\"token_idx\":{position},\"step\":{},\"phase\":\"{}\",\"dtype\":\"f32\",\"shape\":[{}],\"values\":[{}],\"stats\":{{\"n\":{},\"sum\":{},\"l2\":{},\"nonfinite\":{nonfinite}}},\"sketch\":[{}]}}",
+            self.seq, self.step, self.phase, row.len(), list(&row[..row.len().min(self.slice)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
     }
 
     pub fn finish(mut self) -> Result<()> {

@@ -12,7 +12,7 @@ from .batch import beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
 from .records import Expected
-from .scopes import STAGES, rescoped, stages
+from .scopes import STAGES, rescoped, stages, where_it_holds
 from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
@@ -220,6 +220,7 @@ class OneMore:
         if name not in self._cached:
             further = self._further(state, single)
             partial = further[:BEAM] if further and further[0].first is not None else []
+            further[: len(partial)] = partial = [where_it_holds(self.screening, state, start) for start in partial]
             more = [rescoped_state for start in partial for rescoped_state in rescoped(self.screening, state, start)]
             self._cached[name] = sorted([*further, *more], key=self.rank)
         return self._cached[name]

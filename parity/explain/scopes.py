@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from checkpoints.points import in_layer
+from engine.faults import AT
+from engine.faults.base import layer_near
 
 from .screening import Screening
 from .state import Candidate, Layers, SearchState
@@ -72,6 +74,24 @@ def rescoped(screening: Screening, state: SearchState, explaining: SearchState) 
             shorter = screening.check(state, cut) if cut.layers and cut.layers != layers else None
             if shorter is not None and further(whole, shorter) and further(explaining, shorter):
                 yield shorter
+
+
+def where_it_holds(screening: Screening, state: SearchState, explaining: SearchState) -> SearchState:
+    """The state `explaining`, whose last fault is in all layers, with that fault in those before the one that contradicts it.
+
+    A fault that leaves the very operation wrong that it changes, where all that goes into it agrees, is not in that layer; what comes
+    after may have any cause. The same state where nothing contradicts it so, or fewer layers explain less.
+    """
+    last = explaining.faults[-1]
+    if explaining.first is None or last.layers is not None or last.fault.once or last.fault.shows is not None:
+        return explaining
+    cone = screening.cone(explaining)
+    if not cone.sure or not cone.layers or cone.kinds.isdisjoint(last.parameters.get(AT, last.fault.kinds)):
+        return explaining
+    changed = {layer_near(state.steps[number]) for number in state.planting.edits(last.fault, None, last.parameters)}
+    before = tuple(sorted(layer for layer in changed if layer is not None and layer < cone.layers[0]))
+    cut = screening.check(state, replace(last, layers=before)) if before else None
+    return explaining if cut is None or further(cut, explaining) else cut
 
 
 def _of_one_pattern(screening: Screening, state: SearchState) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ import numpy as np
 from checkpoints.answers.weights import DIFFERENT, TensorCheck
 from engine.weights.gguf_model import GgufModel
 
+from .further_settings import further_settings
 from .packed import Floats
 from .safetensors_folder import Folder
 
@@ -18,16 +19,7 @@ DERIVED_TENSORS = (
     "rope_factors_short.weight",
 )  # by converters, from config.json
 FACTOR_ROUNDING = 1e-5  # converters compute the factors in float32, from powers: a few ulps
-# Setting, its key in a GGUF under the architecture's name, its names in config.json.
-_FURTHER = (
-    ("sliding window", "attention.sliding_window", ("sliding_window",)),
-    ("soft cap of attention", "attn_logit_softcapping", ("attn_logit_softcapping",)),
-    ("soft cap of logits", "final_logit_softcapping", ("final_logit_softcapping",)),
-    ("scale of logits", "logit_scale", ("logit_scale", "logits_scaling")),
-    ("scale of residuals", "residual_scale", ("residual_multiplier",)),
-    ("scale of embeddings", "embedding_scale", ("embedding_multiplier",)),
-    ("scale of attention", "attention.scale", ("attention_multiplier",)),
-)
+_EPSILON = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")  # all that the converter reads
 _NAMES = {"llama3": "none", "linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope", "default": "none"}
 
 
@@ -44,20 +36,23 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     ):
         if in_config is not None and in_gguf is not None and in_gguf != in_config:
             yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {in_config}, the GGUF {in_gguf}")
-    eps = next(
-        (folder.config[name] for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps") if name in folder.config),
-        None,
-    )
-    held = _of(model, "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-    if isinstance(eps, float) and held is not None and not isclose(held, eps, rel_tol=1e-6):
-        yield TensorCheck("ε", "", (), DIFFERENT, reason=f"config.json says {eps:g}, the GGUF {held:.7g}")
+    yield from _epsilon(model, folder)
     rope = _rope(folder)
     base = rope.get("rope_theta", folder.config.get("rope_theta"))
     if isinstance(base, (int, float)) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
         yield TensorCheck("RoPE base", "", (), DIFFERENT, reason=f"config.json says {base:g}, the GGUF {hp.rope_base:g}")
     yield from _scaling(model, folder, rope)
-    yield from _numbers(model, folder, rope)
+    yield from further_settings(model, folder.config, rope)
+    yield from _head_sizes(model, folder, rope)
     yield from special_tokens(model, folder)
+
+
+def _epsilon(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
+    """Check the norms' ε. Where config.json has several, of which its model reads one, the GGUF's may be any of them."""
+    held = _of(model, "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+    given = [value for name in _EPSILON if isinstance(value := folder.config.get(name), float)]
+    if held is not None and given and not any(isclose(held, value, rel_tol=1e-6) for value in given):
+        yield TensorCheck("ε", "", (), DIFFERENT, reason=f"config.json says {given[0]:g}, the GGUF {held:.7g}")
 
 
 def _key_heads(model: GgufModel) -> int | None:
@@ -71,16 +66,9 @@ def _key_heads(model: GgufModel) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _numbers(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:
-    """Check further numbers that both sides give: those that only some architectures have."""
+def _head_sizes(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator[TensorCheck]:
+    """Check the size of heads, and how much of one RoPE rotates."""
     config, hp = folder.config, model.hyperparameters
-    for setting, key, names in _FURTHER:
-        held = _of(model, key)
-        given = next((config[name] for name in names if isinstance(config.get(name), (int, float))), None)
-        if setting == "sliding window" and config.get("use_sliding_window") is False:
-            continue
-        if held is not None and given is not None and not isclose(held, given, rel_tol=1e-6):
-            yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {given:g}, the GGUF {held:g}")
     head = folder.number("head_dim")
     if "kv_lora_rank" in config:  # latent attention has heads of several sizes
         return

@@ -1,0 +1,35 @@
+"""Requests to end, from a terminal (Ctrl-C), `timeout`, a cancelled CI job: raised as KeyboardInterrupt where it is not lost."""
+
+import signal
+from importlib.machinery import ExtensionFileLoader
+from types import FrameType
+
+_LATER = 0.02  # seconds: NumPy's longest extension module takes a few hundredths to initialise
+
+
+def end_as_interrupted() -> None:
+    """Treat a request to end like Ctrl-C: engines are stopped, files stay whole."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # `nohup` ignores SIGHUP, and its children inherit that.
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but later if an extension module is being initialised: Cython's modules clear whatever is raised then."""
+    if hasattr(signal, "setitimer") and _initialises_extension(frame):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, _LATER)
+        return
+    raise KeyboardInterrupt
+
+
+def _initialises_extension(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
