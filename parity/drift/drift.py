@@ -142,6 +142,19 @@ def _attributes(folder: Path) -> Replacement:
     return attributes
 
 
+def _whole(golden: Golden, prompt: GoldenPrompt) -> Dump:
+    """A prompt's golden dump.
+
+    Raises:
+        ParityError: it cannot be read, or is cut short. An engine may have printed no end record, ours and llama.cpp have one.
+    """
+    path = golden.path(prompt)
+    dump = read(path)
+    if dump.torn or (dump.end is None and golden.source != EXEC):
+        raise InputError(f"the golden dump {path} is cut short.", "Restore it, or record again.", code="golden")
+    return dump
+
+
 def check(request: Checking, progress: Progress | None = None) -> Drift:
     """Run or read the other side, compare it, and note the result in the ledger.
 
@@ -153,6 +166,7 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
     ledger.read(_book(request, golden))  # errors in it are reported before anything is computed
     if request.prompts is not None:
         golden.same_prompts(read_prompts(request.prompts))
+    golden_dumps = [_whole(golden, prompt) for prompt in golden.prompts]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-drift-")))
         if request.dumps:
@@ -165,8 +179,7 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
         options = Options(tolerance=request.tolerance, compute=request.compute, strict=True)
         verdicts: list[Verdict] = []
         unrecorded: dict[str, None] = {}
-        for prompt, checked in zip(golden.prompts, dumps, strict=True):
-            golden_dump = read(golden.path(prompt))
+        for prompt, checked, golden_dump in zip(golden.prompts, dumps, golden_dumps, strict=True):
             unrecorded |= dict.fromkeys(name for name in checked.points if name not in golden_dump.points)
             recorded = _recorded_points(checked, golden_dump)
             if prompt.lacking:
