@@ -1,5 +1,6 @@
 """Faults of how many keys attention counts: the first ones only, or keys of zeros after the last one, too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,15 @@ def _sum_of_first(weights: Array, v: Array, *, first: int, **params: Any) -> Arr
 
 
 def _cut_off(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    if step.op is ops.weighted_values:
-        op = _sum_of_first if parameters["counted"] == "by the sum" else None
+    op: Callable[..., Array]
+    if step.op is ops.weighted_values and parameters["counted"] == "by the sum":
+        op = _sum_of_first
+    elif step.op is not ops.weighted_values and parameters["counted"] == "by the soft max":
+        op = _of_first
+        _plain(step)
     else:
-        op = _of_first if parameters["counted"] == "by the soft max" and _plain(step) else None
-    return step if op is None else replace(step, op=op, params={**step.params, "first": parameters["first"]})
+        return step
+    return replace(step, op=op, params={**step.params, "first": parameters["first"]})
 
 
 def _padded(scores: Array, positions: Array, keys: Array, *sinks: Array, multiple: int, scale: float, **params: Any) -> Array:
