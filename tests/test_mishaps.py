@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from changed_files import permuted
 
 from engine.weights.gguf_model import GgufModel
 from parity.weights.foreign_weights import check_foreign
@@ -20,11 +21,6 @@ def status_of(model: Path, name: str, values: np.ndarray, folder: Path) -> str:
     checked = check_foreign(model, folder / "theirs.npz")
     assert bool(checked) == checked.tensors[0].right
     return checked.tensors[0].status
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """As convert_hf_to_gguf.py permutes Q and K of Llama."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
