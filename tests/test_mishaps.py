@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from changed_files import permuted
+from gguf_writing import finish
 
 from engine.weights.gguf_model import GgufModel
 from parity.weights.foreign_weights import check_foreign
@@ -150,10 +151,7 @@ def _model_of(kind: gguf.GGMLQuantizationType, folder: Path) -> tuple[Path, str,
         blocks[:, :2] = np.full(len(blocks), 0.01, np.float16).view(np.uint8).reshape(-1, 2)
     writer.add_tensor(name, blocks.reshape(64, -1), raw_dtype=kind)
     writer.add_tensor("token_embd.weight", np.zeros((8, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path, name, blocks
 
 
