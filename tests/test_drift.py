@@ -76,6 +76,20 @@ def test_a_golden_dump_that_is_cut_short_is_no_drift(cut: str, parity: Cli, tmp_
     refused(ran, "001.jsonl is cut short. Restore it, or record again")
 
 
+def test_nothing_is_written_over_what_a_check_reads(parity: Cli, tmp_path: Path) -> None:
+    """A ledger, a report or a summary is none of the golden files, and no line is appended to a file that is no ledger."""
+    folder = tmp_path / "golden"
+    shutil.copytree(STORED, folder)
+    (tmp_path / "notes.txt").write_text("mine\n")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for option in ("--ledger", "--junit", "--summary"):
+        for name in ("drift.json", "000.jsonl"):
+            refused(parity("drift", "check", folder, option, folder / name), f"{name} is an input of this command")
+    refused(parity("drift", "check", folder, "--ledger", tmp_path / "notes.txt"), "notes.txt is no ledger of checks")
+    refused(parity("drift", "history", folder, "--html", folder / "drift.json"), "drift.json is an input")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_both_sides_pass_and_are_noted(golden: Golden, parity: Cli) -> None:
     """llama.cpp repeats itself to the bit, our engine passes with a margin, and each check is one line of the ledger."""
     code, again = parity.json("drift", "check", golden.folder)

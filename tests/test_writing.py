@@ -214,3 +214,21 @@ def test_a_run_replaces_the_earlier_one_whole(parity: Cli, tmp_path: Path) -> No
     (Path("r") / "mine.txt").write_text("mine")
     assert parity("run", "--tokens", "5,6", "-o", "r").code == 0
     assert sorted(contents_of(Path("r"))) == ["diff.json", "mine.txt", "ours.jsonl", "ref.jsonl", "report.html"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--tokens", "5", "--exec", "false {out}"),
+        ("run", "--tokens", "5", "--exec", "false {out}", "-o", "new/folder"),
+        ("run", "--tokens", "5", "--exec", "false {out} {points}", "--hunt", "-o", "new/folder"),
+        ("run", "--tokens", "5", "--server", "http://127.0.0.1:9", "-o", "new/folder"),
+        ("drift", "record", "--prompts", "prompts.txt", "--exec", "false {out}", "-o", "new/golden"),
+        ("convert", "prompts.txt", "-o", "new/folder/dump.jsonl"),
+    ],
+)
+def test_a_command_that_fails_leaves_no_folder(parity: Cli, words: tuple[str, ...]) -> None:
+    """Folders that a command made for what it then could not write go with it."""
+    Path("prompts.txt").write_text("Once upon a time\n")
+    assert parity(*words).code == 2
+    assert [path.name for path in Path().iterdir()] == ["prompts.txt"]

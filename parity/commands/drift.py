@@ -110,9 +110,12 @@ def check(
     if no_ledger:
         o.refuse_unused(context, "ledger", "is not written with --no-ledger", "Take one of them.")
     from ..drift import drift
+    from ..drift.golden import load
     from .drift_output import show
     from .output import progress_bar
 
+    written = [path for path in (ledger, junit, summary) if path is not None]
+    o.keep_inputs(written, load(folder).inputs(model))
     request = drift.Checking(
         folder=folder,
         model=model,
@@ -154,6 +157,9 @@ def history(
 
       parity drift history runs/conform-engine --since 7d
     """
+    from ..drift.ledger import NAME
     from .drift_output import show_history
 
+    if html is not None:
+        o.keep_inputs([html], [ledger or folder / NAME, *folder.glob("*.json*")])
     raise typer.Exit(show_history(folder, ledger, html, output_format, strict=strict, since=since))
