@@ -36,7 +36,10 @@ class Folder:
         try:
             config = decoded(read_text(path / "config.json"))
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {path / 'config.json'}.", "Take a folder that save_pretrained wrote.") from error
+            reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:100]
+            raise InputError(
+                f"cannot read {path / 'config.json'}: {reason}.", "Take a folder that save_pretrained wrote."
+            ) from error
         if not isinstance(config, dict):
             raise InputError(f"{path / 'config.json'} is no JSON object.", "Take a folder that save_pretrained wrote.")
         if not files:
