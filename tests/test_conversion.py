@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from cli import Cli, refused
+from gguf_writing import finish
 from hf_convert import convert
 from hf_folders import FAMILIES, LAYERS, NORMS, D, F, H, K, V, save, tensors
 
@@ -301,10 +302,7 @@ def _add(path: Path, out: Path, tensors_: dict[str, np.ndarray], **numbers: Any)
         writer.add_tensor(tensor.name, tensor.data)
     for name, values in tensors_.items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return out
 
 
