@@ -91,6 +91,10 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
     def _gone(self) -> None:
         self.close_connection = True
 
+    def _other(self) -> None:
+        self.wfile.write(b"SSH-2.0-OpenSSH_9\r\n")
+        self.close_connection = True
+
     def _unended(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
         self.close_connection = True
@@ -158,6 +162,7 @@ def hostile() -> Iterator[str]:
         ("cut", "broke off: 1 of 100 bytes came"),
         ("gone", "broke off: it closed the connection without an answer"),
         ("unended", "broke off: its answer has no end"),
+        ("other", "broke off: it does not answer with HTTP"),
     ],
 )
 def test_a_hostile_server_is_one_line(hostile: str, what: str, words: str) -> None:

@@ -289,6 +289,8 @@ def _broken(error: BaseException) -> str:
         error = error.args[-1]
     if isinstance(error, http.client.RemoteDisconnected):
         return "it closed the connection without an answer"
+    if isinstance(error, http.client.BadStatusLine):  # also the base of the one above
+        return "it does not answer with HTTP"
     if isinstance(error, IncompleteRead) and error.expected:
         return f"{error.partial:,} of {error.partial + error.expected:,} bytes came"
     if isinstance(error, http.client.IncompleteRead):  # of an answer in chunks, also the base of urllib3's
