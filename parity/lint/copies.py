@@ -1,7 +1,7 @@
 """The same vector where there should be two different ones: kept pointers, stale buffers, layers that do nothing."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -105,18 +105,37 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
                 seen[vector].append(name)
     positions_of_set: dict[tuple[str, ...], list[int]] = defaultdict(list)
     unlike_of: dict[tuple[str, ...], list[str]] = {}  # the same sets recur at many positions
+    origins = _origins(subject)
     for (place, _), names in seen.items():
         if len(names) == 1:
             continue
         unlike = unlike_of.get(tuple(names))
         if unlike is None:
             unlike = [
-                name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)
+                name
+                for name in names
+                if any(origins[name] != origins[other] and not _may_be_alike(subject, name, other) for other in names)
             ]
             unlike_of[tuple(names)] = unlike
         if len(set(unlike)) > 1:
             positions_of_set[tuple(dict.fromkeys(unlike))].append(place[1])
     return positions_of_set
+
+
+def _origins(subject: Subject) -> dict[str, Hashable]:
+    """For each point what it is made from: two points with equal ones have the same leading values, however far apart they are.
+
+    A point whose origin is unknown, or that has a state or other positions in it, is its own.
+    """
+    origins: dict[str, Hashable] = {}
+    number_of: dict[Hashable, int] = {}
+    for name, how in subject.dataflow.computations.items() if subject.dataflow is not None else ():
+        reads = tuple(origins.get(read, read) for read in how.reads)
+        if how.op in _SHIFTS and reads:
+            origins[name] = reads[0]  # the leading values of parts side by side are those of the first part
+        elif how.op not in _MIXING and reads:
+            origins[name] = number_of.setdefault((how.op, how.function, how.weights, reads), len(number_of))
+    return {name: origins.get(name, name) for name in subject.points}
 
 
 def same_vector(subject: Subject) -> Iterator[Hit]:
