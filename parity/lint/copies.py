@@ -30,6 +30,7 @@ _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "
 # Operations whose result depends on the position or on other positions (a shift's only on the position before).
 _MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
+_OF_PARTS = frozenset({"RMS_NORM", "MUL_MAT"})  # of parts that were laid together as rows, each has its own norm and product
 _SATURATED = 1e-7  # under it the other positions' weights add nothing to a float32 sum
 _COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
 
@@ -120,6 +121,13 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
         if len(set(unlike)) > 1:
             positions_of_set[tuple(dict.fromkeys(unlike))].append(place[1])
     return positions_of_set
+
+
+def _of_part(subject: Subject, name: str) -> str:
+    """The value laid together of parts from whose first one this one's leading values are made, part by part; "" if there is none."""
+    while (how := subject.computation(name)) is not None and how.op in _OF_PARTS and len(how.reads) == 1:
+        name = how.reads[0]
+    return name if how is not None and how.op in _SHIFTS else ""
 
 
 def _origins(subject: Subject) -> dict[str, Hashable]:
@@ -270,6 +278,8 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
         shifts[name] = shifted or how.op in _SHIFTS
         if how.op in parts and any(seen[part][0] if part in seen else _without_attention(part) for part in how.reads):
             seen[name] = True, True
+        elif how.op in _OF_PARTS and (first := _of_part(subject, name)) in seen:
+            seen[name] = seen[first]
         elif kind(name) == "kq":  # without rotation, the scores of one token's queries with the same keys are equal
             seen[name] = not above, not above and shifted
         else:
