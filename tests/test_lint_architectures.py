@@ -40,6 +40,18 @@ def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_
         assert [(finding.rule, finding.evidence) for finding in lint(dump, known).findings] == []
 
 
+def test_one_token_repeated_has_one_score_where_nothing_is_rotated(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SmolLM3's layers without RoPE give each of five equal tokens the same weight; among other tokens that is a finding."""
+    out = tmp_path / "ref.jsonl"
+    reference.dump(DumpJob(small_model("smollm3"), out, (50,) * 5, points="all"))
+    same = read(out)
+    assert lint(same).findings == ()
+    others = replace(same, header=replace(same.header, tokens=(50, 51, 52, 53, 54)))
+    assert "attention-rows" in {finding.rule for finding in lint(others).findings}
+
+
 @pytest.mark.slow
 def test_a_mask_of_chosen_keys_is_clean(reference: Reference, small_model: Callable[..., Path], tmp_path: Path) -> None:
     """What an index did not choose is −∞ in the midst of a row that is 0 elsewhere, once the prompt is longer than the choice."""

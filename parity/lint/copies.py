@@ -30,7 +30,7 @@ _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "
 # Operations whose result depends on the position or on other positions (a shift's only on the position before).
 _MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
-_OF_PARTS = frozenset({"RMS_NORM", "MUL_MAT"})  # of parts that were laid together as rows, each has its own norm and product
+_OF_PARTS = frozenset({"RMS_NORM", "MUL"})  # of parts that were laid together as rows, each has its own norm
 _SATURATED = 1e-7  # under it the other positions' weights add nothing to a float32 sum
 _COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
 
