@@ -26,21 +26,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from explain_precision import half_sums, other_order
+from kept_runs import kept_runs
 from msgspec.structs import replace
-from planted import Faulty, Planted, tokens_of
+from planted import Faulty, tokens_of
 
 from checkpoints.answers.isolate import WRONG
 from checkpoints.answers.lint import ERROR
+from checkpoints.columns import open_dump
 from checkpoints.errors import InputError, ParityError
-from checkpoints.graph import RecordedGraph
-from checkpoints.jsonl import write
+from checkpoints.formats import load
 from checkpoints.points import layer_outputs
-from checkpoints.reading.reader import read
 from checkpoints.record import Dump, End, Rows
 from engine import ops
 from engine.graph import Step
@@ -48,13 +49,14 @@ from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
-from parity.explain import case as explain_case
+from parity.explain import budget
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.lint.lint import lint
 from parity.lint.model_facts import ModelFacts
 from parity.models.embedded import path as embedded
+from parity.run.ours import OursJob, dump
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -65,7 +67,7 @@ SLICES = (10, 16, None)
 UNDECIDED = ("eight-bits", "undecided", "precision", "drift")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8
-_BUDGET = 60.0  # seconds that `explain` may search; for a right engine it needs a fraction of one
+_BUDGET = 20.0  # seconds of processor time that `explain` may search; for a right engine it needs a fraction of one
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
@@ -119,7 +121,9 @@ class Written:
             return Dump("ours.jsonl", None, points)
         assert whole.header is not None
         size = whole.header.slice if self.size is None else self.size
-        header = replace(whole.header, source="an engine", compute=compute if self.stated else "", dataflow=None, slice=size)
+        header = replace(
+            whole.header, source="an engine", compute=compute if self.stated else "", dataflow=None, columns=None, slice=size
+        )
         return replace(whole, header=header, points=points, end=End(sum(len(rows) for rows in points.values())))
 
     def _rows(self, rows: Rows) -> Rows:
@@ -137,7 +141,6 @@ class Model:
     faulty: Faulty
     tokens: tuple[int, ...]
     ref: Dump
-    graph: RecordedGraph
 
 
 def model_of(seed: int, folder: Path, reference: Reference) -> Model:
@@ -153,8 +156,8 @@ def model_of(seed: int, folder: Path, reference: Reference) -> Model:
     faulty = Faulty(path, graph)
     tokens = tokens_of(path, draw.randrange(4, 10), seed)
     out = folder / "ref.jsonl"
-    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=None))
-    return Model(f"{name} {kind}", path, faulty, tokens, read(out), graph)
+    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=None, binary=True))
+    return Model(f"{name} {kind}", path, faulty, tokens, load(out))
 
 
 def computed(model: Model, arithmetic: Arithmetic) -> Dump:
@@ -162,18 +165,19 @@ def computed(model: Model, arithmetic: Arithmetic) -> Dump:
     transformer = model.faulty.transformer
     encoder = transformer.encoder
     transformer.encoder = None if encoder is None else arithmetic(encoder)
-    steps = arithmetic(model.faulty.right)
+    transformer.steps = arithmetic(model.faulty.right)
+    out = model.path.with_name("ours.jsonl")
     try:
-        return model.faulty.dump(Planted(()), model.tokens, points="all", size=1 << 20, bare=False, steps=steps)
+        dump(transformer, OursJob(out=out, tokens=model.tokens, points="all", slice_size=1 << 20, binary=True))
     finally:
-        transformer.encoder = encoder
+        transformer.steps, transformer.encoder = model.faulty.right, encoder
+    return load(out)
 
 
-def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool) -> dict[str, str]:
+def judged(model: Model, ours: Dump, way: Written, kind: str, *, explained: bool) -> dict[str, str]:
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
-    explain_case.recorded_graph = lambda _: model.graph  # recorded once a model, not once a command
     compute = kind if way.bare and way.stated else None
-    findings = lint(dump, ModelFacts(model.faulty.transformer.model)).findings
+    findings = lint(ours, ModelFacts(model.faulty.transformer.model)).findings
     errors = [finding.rule for finding in findings if finding.severity == ERROR]
     answers = {
         "lint": f"accused: {errors}"
@@ -183,8 +187,8 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
         else "right"
     }
     for name, answer in (
-        ("diff", lambda: compare(dump, model.ref, Options(compute=compute))),
-        ("diff --model", lambda: compared_on(dump, model.ref, Options(compute=compute), model.path).verdict),
+        ("diff", lambda: compare(ours, model.ref, Options(compute=compute))),
+        ("diff --model", lambda: compared_on(ours, model.ref, Options(compute=compute), model.path).verdict),
     ):
         verdict = answer()
         precision, first = verdict.precision, verdict.first_divergence
@@ -200,10 +204,10 @@ def judged(model: Model, dump: Dump, way: Written, kind: str, *, explained: bool
             answers[name] = "right"
     if not explained:
         return answers
-    answer = explain(dump, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
+    answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
-        answers["explain"] = f"accused: {causes} {answer.first} {answer.law}"
+        answers["explain"] = f"accused: {causes} {answer.first} {answer.law} {answer.looks_like} {answer.placed}"
     else:
         answers["explain"] = "right"
     return answers
@@ -213,8 +217,10 @@ def isolated(model: Model, whole: Dump, stated: str, reference: Reference) -> st
     """What `isolate` says of a right engine that writes every value whole: "right" or "accused: …"; it states its arithmetic or not."""
     assert whole.header is not None
     path = model.path.with_name("whole.jsonl")
-    header = replace(whole.header, source="an engine", compute=stated, dataflow=None)
-    write(replace(whole, header=header), path, header)
+    header = replace(whole.header, source="an engine", compute=stated, dataflow=None, columns=None)
+    with open_dump(path, header, binary=True) as writer:
+        for rows in whole.points.values():
+            writer.rows(rows)
     answer = isolate(IsolateRequest(model.path, dump=path, tokens=model.tokens), reference)
     wrong = [f"{item.name} {item.nmse or 0:.1e} {item.reason}" for item in answer.operations if item.status == WRONG]
     return f"accused: {[*wrong, *answer.findings]}" if wrong or answer.findings else "right"
@@ -232,6 +238,12 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
     except ParityError as error:
         yield from ({"seed": seed, "number": n, "refused": str(error)} for n in range(PER_MODEL))
         return
+    # What is found must not depend on what else the machine does.
+    with kept_runs(model.faulty.transformer), patch.object(budget, "perf_counter", process_time):
+        yield from _engines_of(model, seed, reference, explained=explained)
+
+
+def _engines_of(model: Model, seed: int, reference: Reference, *, explained: bool) -> Iterator[dict[str, Any]]:
     draw, number = random.Random(seed), 0
     layers = model.faulty.transformer.model.info.layers or 1
     for kind, ways in ARITHMETIC.items():
@@ -241,15 +253,22 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
         whole = computed(model, way_of_it)
         for nth in range(EACH):
             way = Written.drawn(draw)
-            began = perf_counter()
-            line = {"seed": seed, "number": number, "model": model.name, "kind": kind, "written": vars(way)}
+            began = process_time()
+            line = {
+                "seed": seed,
+                "number": number,
+                "model": model.name,
+                "kind": kind,
+                "way": ways.index(way_of_it),
+                "written": vars(way),
+            }
             try:
                 line["said"] = judged(model, way.of(whole, layers, kind), way, kind, explained=explained)
                 if nth == 0:
                     line["said"]["isolate"] = isolated(model, whole, kind if way.stated else "", reference)
             except ParityError as error:
                 line["said"] = {"all": f"accused: refused, {error}"}
-            yield line | {"seconds": round(perf_counter() - began, 2)}
+            yield line | {"seconds": round(process_time() - began, 2)}
             number += 1
 
 

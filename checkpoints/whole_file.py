@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -47,9 +48,13 @@ class Replacement:
             return
         if self.path.is_dir():
             raise IsADirectoryError(21, "Is a directory")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._folders = make_folders(self.path.parent)
         sweep(self.path)
-        self.temporary, self._descriptor = create_locked(self.path.parent, f".{_short(self.path.name)}.", ".part")
+        try:
+            self.temporary, self._descriptor = create_locked(self.path.parent, f".{_short(self.path.name)}.", ".part")
+        except OSError:
+            remove_empty(self._folders)
+            raise
         with contextlib.suppress(OSError):
             os.fchmod(self._descriptor, stat.S_IMODE(self.path.stat().st_mode))  # of the file that it replaces
 
@@ -82,12 +87,13 @@ class Replacement:
         return descriptor
 
     def discard(self) -> None:
-        """Remove what was written. A second call, or one after `commit`, does nothing."""
+        """Remove what was written, and folders that were made for it. A second call, or one after `commit`, does nothing."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 self.temporary.unlink()
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+            remove_empty(self._folders)
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +124,28 @@ def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = "Choo
     if " requested and " in reason:  # NumPy's, which does not say why
         reason = "the disk took only part of it"
     return InputError(f"cannot write {os.fspath(path)}: {reason}.", advice, code=OUTPUT)
+
+
+def make_folders(folder: Path) -> tuple[Path, ...]:
+    """Make a folder and those above it; returns those that were not there, the innermost first.
+
+    Raises:
+        OSError: it cannot be made; nothing that was made for it is left.
+    """
+    missing = tuple(above for above in (folder, *folder.parents) if not above.exists())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_empty(missing)
+        raise
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, each before the one that it lies in, those in which something lies excepted."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def is_special(path: Path) -> bool:

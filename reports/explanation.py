@@ -51,7 +51,7 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
             else ""
         )
         searched = f"tried {count(explanation.faults, 'fault')} ({count(explanation.variants, 'variant')}) in {explanation.seconds:.1f} s"
-        searched += "" if explanation.complete or explanation.remaining is not None else ", all that --budget left time for"
+        searched += "" if explanation.complete or explanation.remaining is not None else ", all that the budget left time for"
         yield from (Text(line, style="dim") for line in wrap(searched + nearest, width))
     yield from (Text(line, style="dim") for note in explanation.notes for line in wrap(f"note: {note}", width))
 
@@ -144,7 +144,7 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
         rows.append(
             (
                 "time",
-                "the budget ran out before everything was tried: raise --budget, or record the points below for a quicker search",
+                "the budget ran out before everything was tried: give more with --budget, or record the points below for a quicker search",
             )
         )
     rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in explanation.leads]

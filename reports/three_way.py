@@ -81,7 +81,8 @@ def sentence(three_way: ThreeWay) -> str:
     first, second = (three_way.sides[side] for side in PAIRS[pair])
     value = point.nmse[pair]
     agreement = "exactly" if value == 0 or value is None else f"to {error(value)}"  # tokens have no error
-    return f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
+    alone = f"divergence at {clean(point.checkpoint)}: {first} and {second} agree {agreement}, {three_way.sides[point.alone]} is alone"
+    return alone if value is None else f"{alone}; the two may share a fault (--model M.gguf lets float64 decide)"
 
 
 def _accused(names: Sequence[str], point: ThreeWayPoint) -> str:

@@ -16,6 +16,7 @@ from cli import Cli
 from hypothesis import HealthCheck, settings
 from servers import Start, started
 
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.synth import shape_like, synthesize
 from engine.synth.recipe import Value, shape_of
@@ -24,6 +25,7 @@ from parity.__main__ import run
 from parity.models import embedded as default_model
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
+from reference.jobs import DumpJob
 
 if TYPE_CHECKING:
     from planted import Faulty
@@ -91,6 +93,32 @@ def reference(_own_cache: None) -> Iterator[Reference]:
     """One llama.cpp child process for all tests that don't kill it."""
     with Reference() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def ref(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    """llama.cpp on the tokens of `right`, every point."""
+    from planted import TOKENS
+
+    out = tmp_path_factory.mktemp("ref") / "ref.jsonl"
+    reference.dump(DumpJob(stories, out, TOKENS, points="all"))
+    return read(out)
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> "Faulty":
+    """A small qwen2 with groups of 7 query heads, into which faults are planted."""
+    from explaining import small_engine
+
+    return small_engine(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine in C, compiled: qwen2 and llama, F32 weights only."""
+    from foreign import compile_engine
+
+    return compile_engine(tmp_path_factory.mktemp("engine-in-c"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Bugs of inference engines from public trackers, planted by hand into our engine's steps and not by the catalogue's own functions."""
+"""Bugs of engines, most from public trackers, planted by hand into our engine's steps and not by the catalogue's own functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,7 +147,116 @@ def _altered(change: Callable[[Array], Array]) -> Edit:
     return edit
 
 
+def _slopes(of: Callable[[int], Sequence[float]]) -> Edit:
+    """ALiBi with other slopes, which `of` gives for a number of heads."""
+
+    def soft_max(scores: Array, positions: Array, keys: Array, *, scale: float, **_params: Any) -> Array:
+        slopes = np.asarray(of(len(scores)), dtype=np.float32)[:, None, None]
+        biased = scores * np.float32(scale) - slopes * (positions[:, None] - keys[None, :]).astype(np.float32)
+        return ops.causal_soft_max(biased, positions, keys, scale=1.0)
+
+    return lambda step, _: replace(step, op=soft_max)
+
+
+def _window_one_larger(step: Step, _right: Steps) -> Step:
+    return replace(step, params=step.params | {"size": step.params["size"] + 1}) if step.params.get("size") else step
+
+
+def _weighted_result(step: Step, right: Steps) -> Step:
+    """A product of chosen experts, each times its weight."""
+
+    def product(x: Array, ids: Array, factors: Array, *weights: Array, **params: Any) -> Array:
+        value = step.op(x, ids, *weights, **params)
+        rows = factors.reshape(len(factors), -1)
+        return (value.reshape(*rows.shape, -1) * rows[:, :, None]).reshape(value.shape)
+
+    return replace(step, op=product, reads=(*step.reads, sibling(step, right, "ffn_moe_weights_norm").makes))
+
+
+def _zeros_in_last_block(scores: Array, positions: Array, _keys: Array, *, scale: float, **_params: Any) -> Array:
+    weights = np.zeros_like(scores)
+    for row, position in enumerate(positions):
+        seen = int(position) + 1
+        block = np.zeros((len(scores), -(-seen // 8) * 8), dtype=np.float64)
+        block[:, :seen] = scores[:, row, :seen] * scale
+        exponentials = np.exp(block - block.max(axis=1, keepdims=True))
+        weights[:, row, :seen] = (exponentials / exponentials.sum(axis=1, keepdims=True))[:, :seen]
+    return weights
+
+
+def _first_two_of_each(step: Step, right: Steps) -> Step:
+    """Buffers of ceil(1.25 · 2 · T / 8) tokens for each of eight experts: who comes later gets nothing of that expert."""
+
+    def product(down: Array, weights: Array, ids: Array, **params: Any) -> Array:
+        ids = ids.reshape(len(ids), -1)
+        room = -(-5 * ids.size // (4 * 8))
+        taken = dict.fromkeys(range(8), 0)
+        value = step.op(down, weights, **params)
+        shaped = value.reshape(*ids.shape, -1).copy()
+        for token, chosen in enumerate(ids):
+            for slot, expert in enumerate(chosen):
+                taken[int(expert)] += 1
+                shaped[token, slot] *= taken[int(expert)] <= room
+        return shaped.reshape(value.shape)
+
+    return replace(step, op=product, reads=(*step.reads, sibling(step, right, "ffn_moe_topk").makes))
+
+
+def _half_of_value_heads(values: Array) -> Array:
+    kept = values.copy()
+    kept[..., kept.shape[-2] // 2 :, :] = 0
+    return kept
+
+
+def _normalised_to_one(weights: Array) -> Array:
+    rows = weights.reshape(len(weights), -1)
+    return (rows / (rows.sum(axis=1, keepdims=True) + np.float32(1e-20))).reshape(weights.shape)
+
+
 BUGS = {
+    "slopes from head 0 on": Bug(
+        "paiml/aprender#2143", "mpt", {"kq_soft_max": _slopes(lambda heads: [2.0 ** (-8 * head / heads) for head in range(heads)])},
+        "alibi",
+    ),
+    "slopes of a rank's heads": Bug(
+        "flashinfer-ai/flashinfer#5101", "mpt",
+        {"kq_soft_max": _slopes(lambda heads: 2 * [2.0 ** (-16 * (head + 1) / heads) for head in range(heads // 2)])}, "alibi",
+    ),
+    "zeros in the last block of keys": Bug(
+        "flashinfer-ai/flashinfer#5090", "qwen3", {"kq_soft_max": lambda step, _: replace(step, op=_zeros_in_last_block)},
+        "keys-padded",
+    ),
+    "capacity of experts": Bug(
+        "seen in a hunt", "qwen3moe", {"ffn_moe_weighted": _first_two_of_each}, "experts-capacity"
+    ),
+    "half of the value heads": Bug(
+        "seen in a hunt", "qwen3next", {"GATED_DELTA_NET": _operand(2, _half_of_value_heads)}, "delta-value-heads"
+    ),
+    "weights of experts normalised": Bug(
+        "flashinfer-ai/flashinfer#2889", "qwen2moe", {"ffn_moe_weights": _result(_normalised_to_one)}, "experts-normalised"
+    ),
+    "weights of experts not normalised": Bug(
+        "pytorch/torchtitan#1448", "bailingmoe", {"ffn_moe_weights_norm": _first_alone}, "experts-not-normalised"
+    ),
+    "no scale of the experts' sum": Bug(
+        "vllm-project/vllm#23123", "deepseek2", {"ffn_moe_weights_scaled": _first_alone}, "experts-scale-missing"
+    ),
+    "no residual multiplier": Bug(
+        "OpenNMT/CTranslate2#1882", "granite",
+        {"SCALE": lambda step, _: step if parse(step.makes).layer is None else left_out(step)}, "multiplier",
+    ),
+    "no scale of the embeddings": Bug(
+        "labscommunity/cascadia#61", "gemma2", {"embd": lambda step, _: left_out(step)}, "multiplier"
+    ),
+    "no soft cap of the logits": Bug(
+        "labscommunity/cascadia#61", "gemma2",
+        {"logits": lambda step, _: replace(step, op=lambda x: x.copy(), reads=("mul_mat",), params={})}, "softcap-missing",
+    ),
+    "window of one key more": Bug("ml-explore/mlx-lm#390", "gemma3", {"kq_soft_max": _window_one_larger}, "window-off-by-one"),
+    "weights of experts before their product": Bug(
+        "seen in a hunt", "qwen3moe",
+        {"ffn_moe_gate ffn_moe_up": _weighted_result, "ffn_moe_weighted": _first_alone}, "experts-weights-on-other-side",
+    ),
     "router's weight on the output": Bug(
         "vllm-project/llm-compressor#1907", "llama4", {"ffn_moe_weighted": _first_alone, "ffn_moe_out": _weighted},
         "experts-weights-on-other-side",

@@ -2,13 +2,14 @@
 
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import pytest
-from cli import Cli
+from cli import Cli, refused
 from slow import slow_but
 
 from checkpoints.answers.drift import Entry
@@ -19,8 +20,9 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.drift import ledger
-from parity.drift.drift import Checking, GoldenRecording, check, record
+from parity.drift.checking import Checking, check
 from parity.drift.golden import Golden, load
+from parity.drift.recording import GoldenRecording, record
 from parity.models import embedded as default_model
 from parity.run.ours import OursJob, dump
 from parity.run.request import Request
@@ -62,6 +64,31 @@ def dumps(golden: Golden, engine: Transformer, folder: Path, steps: list[Step] |
 def engine(stories: Path) -> Transformer:
     """Our engine on the stories model."""
     return Transformer(GgufModel(stories), choose("numpy"))
+
+
+@pytest.mark.parametrize("cut", ["in a line", "after a line"])
+def test_a_golden_dump_that_is_cut_short_is_no_drift(cut: str, parity: Cli, tmp_path: Path) -> None:
+    """Half a golden dump says nothing about an engine: one line and exit 2 before anything is run, wherever it was cut."""
+    shutil.copytree(STORED, tmp_path / "cut")
+    dump = tmp_path / "cut" / "001.jsonl"
+    lines = dump.read_bytes().splitlines(keepends=True)
+    dump.write_bytes(b"".join(lines[:-1]) if cut == "after a line" else dump.read_bytes()[: dump.stat().st_size // 2])
+    ran = parity("drift", "check", tmp_path / "cut", "--exec", "false {tokens}")
+    refused(ran, "001.jsonl is cut short. Restore it, or record again")
+
+
+def test_nothing_is_written_over_what_a_check_reads(parity: Cli, tmp_path: Path) -> None:
+    """A ledger, a report or a summary is none of the golden files, and no line is appended to a file that is no ledger."""
+    folder = tmp_path / "golden"
+    shutil.copytree(STORED, folder)
+    (tmp_path / "notes.txt").write_text("mine\n")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for option in ("--ledger", "--junit", "--summary"):
+        for name in ("drift.json", "000.jsonl"):
+            refused(parity("drift", "check", folder, option, folder / name), f"{name} is an input of this command")
+    refused(parity("drift", "check", folder, "--ledger", tmp_path / "notes.txt"), "notes.txt is no ledger of checks")
+    refused(parity("drift", "history", folder, "--html", folder / "drift.json"), "drift.json is an input")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_both_sides_pass_and_are_noted(golden: Golden, parity: Cli) -> None:

@@ -12,6 +12,7 @@ from cli import Cli
 from checkpoints.reading.reader import read
 from checkpoints.summary import summarise
 from parity import emit
+from parity.emit.graphs import places_of
 from parity.lint.lint import lint
 from reference.client import DumpJob, Reference
 
@@ -86,6 +87,31 @@ def engine(stories: Path, reference: Reference, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("engine")
     program = compiled(Path(__file__).with_name("foreign_engine.c"), folder / "engine", "-std=c99", "-O2")
     return Compiled(program, Path(reference.twin(stories)))
+
+
+RING = """
+#include <stdio.h>
+#include <stdlib.h>
+#include "parity_dump.h"
+int main(int argc, char **argv) {
+    while (argc > 2) printf("%u\\n", parity__places(strtoull(argv[argc - 2], NULL, 10), (uint32_t)atoi(argv[argc - 1]))), argc -= 2;
+    return 0;
+}
+"""
+
+
+@needs_gcc
+@pytest.mark.parametrize("compiler", ["gcc", "g++"])
+def test_a_ring_has_the_places_that_the_python_recorder_s_has(compiler: str, tmp_path: Path) -> None:
+    """1,024 replays in 256 MiB, shared by the graphs, but at least eight: replays of any size, at the edges of each power of two too."""
+    (tmp_path / "t.c").write_text(RING)
+    program = compiled(tmp_path / "t.c", tmp_path / "t", "-x", "c++" if compiler == "g++" else "c", compiler=compiler)
+    edges = [(256 << 20) // rings // places + more for rings in (1, 3) for places in (8, 64, 1024) for more in (-1, 0, 1, 16)]
+    cases = [(size, rings) for size in (0, 16, *edges, 1 << 33) for rings in (1, 3)]
+    arguments = [str(number) for case in cases for number in case]
+    printed = subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout.split()
+    assert [int(word) for word in reversed(printed)] == [places_of(size, (256 << 20) // rings) for size, rings in cases]
+    assert {places_of(size) for size, _ in cases} >= {8, 1024}
 
 
 @needs_gcc

@@ -187,7 +187,7 @@ def test_hooks_record_modules_by_name(emitted: ModuleType, tmp_path: Path) -> No
 def test_a_norm_of_heads_has_a_row_for_each_position(emitted: ModuleType, tmp_path: Path) -> None:
     """[B, T, heads, n], as Qwen3's and Gemma 3's q_norm gives it, is a row of heads × n for each position of each sequence."""
     value = np.arange(2 * 3 * 4 * 8, dtype=np.float32).reshape(2, 3, 4, 8)
-    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24) as tap:
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32", layers=24, hparams={"heads": 4}) as tap:
         tap("model.layers.3.self_attn.q_norm", value)
     rows = read(tmp_path / "d.jsonl").points["blk.3.q_norm"]
     assert (rows.seq.tolist(), rows.token_idx.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])

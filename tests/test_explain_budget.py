@@ -1,16 +1,12 @@
 """`parity explain --budget`: how late the answer comes, counted in computed steps, not in seconds."""
 
 import pytest
-from explaining import only, small_engine
+from explaining import only
 from planted import Faulty
 
+from parity.explain import budget as budgets
+from parity.explain.budget import Budget
 from parity.explain.explain import ExplainOptions, explain
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("budget"))
 
 
 @pytest.mark.slow
@@ -34,3 +30,29 @@ def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, comput
     assert (explanation.complete, explanation.variants) == (False, 0)
     assert explanation.first is not None
     assert computed[0] <= len(engine.right), explanation
+
+
+@pytest.mark.parametrize(
+    ("seconds", "passed", "computing", "late"),
+    [
+        (60.0, 59, 59, False),
+        (60.0, 61, 3, True),
+        (None, 61, 59, False),
+        (None, 61, 61, True),
+        (None, 59, 110, False),
+        (None, 301, 20, True),
+    ],
+)
+def test_who_states_no_budget_gives_processor_time(
+    monkeypatch: pytest.MonkeyPatch, seconds: float | None, passed: float, computing: float, late: bool
+) -> None:
+    """A stated budget is time that passes; without one other work on the machine shortens no search of less than five minutes."""
+    now = {"passed": 1000.0, "computing": 10.0}
+    monkeypatch.setattr(budgets, "perf_counter", lambda: now["passed"])
+    monkeypatch.setattr(budgets, "process_time", lambda: now["computing"])
+    whole = Budget(seconds)
+    half = whole.part(0.5)
+    now["passed"] += passed
+    now["computing"] += computing
+    assert whole.late is late
+    assert half.late

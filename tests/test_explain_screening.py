@@ -1,12 +1,12 @@
 """How `parity explain` computes many candidates: together, from what is known already, and each of them once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from explaining import PROMPT, only, small_engine
+from explaining import PROMPT, only
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import Faulty, Planted, tokens_of
@@ -17,21 +17,15 @@ from engine.faults import CATALOGUE, Planting, plant
 from engine.graph import Step
 from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
-from parity.explain.batch import in_two, screened
 from parity.explain.budget import Budget
 from parity.explain.carry import carry
 from parity.explain.explain import Case, ExplainOptions
 from parity.explain.leads import mended_share
 from parity.explain.likely import Likely
 from parity.explain.scopes import stages
-from parity.explain.state import RecordKey
+from parity.explain.state import Layers, RecordKey
+from parity.explain.sweep import Sweep, screened
 from reference.client import Reference
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("screening"))
 
 
 def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> None:
@@ -65,20 +59,41 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
         assert np.abs(alone - shown["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
-def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty) -> None:
-    """Whichever candidates are carried on first, all of them get as far as they do together."""
+class _Chosen(Likely):
+    """Of the candidates every so many are likely; none if that is 0."""
+
+    every = 0
+
+    def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
+        return set(list(values)[:: self.every]) if self.every else set()
+
+    def among_steps(self, changed: Mapping[int, Mapping[str, Array]]) -> set[int]:
+        return set(list(changed)[:: self.every]) if self.every else set()
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty, every: int) -> None:
+    """Whichever candidates are carried on first, and whatever was seen in another layer, all of them get as far as alone in their layer."""
     case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))
     state = screening.start()
-    candidates = [candidate for candidate in screening.candidates(state, (1,)) if candidate.fault.shows is None]
-    places = {id(candidate): place for candidate, (place, _) in screened(screening, state, (1,), candidates)}
-    assert len(places) > 100
-    for choose in (lambda _name, _values, _rows: set[int](), lambda _name, values, _rows: set(list(values)[::3])):
-        likely, rest = in_two(screening, state, (1,), candidates, choose)
-        first = list(likely)
-        last = list(rest)
-        assert len(first) < len(places) // 2
-        assert {id(candidate): place for candidate, (place, _) in (*first, *last)} == places
+    scopes: list[Layers] = [(1,), (2,)]
+    candidates = {
+        scope: [candidate for candidate in screening.candidates(state, scope) if candidate.fault.shows is None]
+        for scope in scopes
+    }
+    places = {
+        id(candidate): place
+        for scope in scopes
+        for candidate, (place, _) in screened(screening, state, scope, candidates[scope])
+    }
+    assert len(places) > 200
+    likely, sweep = _Chosen(screening, state), Sweep(screening, state, scopes)
+    likely.every = every
+    first = [result for results in sweep.screened(candidates, likely).values() for result in results]
+    last = [result for results in sweep.screened(sweep.postponed).values() for result in results]
+    assert len(first) < len(places) // 2
+    assert {id(candidate): place for candidate, (place, _) in (*first, *last)} == places
 
 
 def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engine: Faulty) -> None:

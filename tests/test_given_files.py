@@ -101,7 +101,7 @@ def test_deep_texts_of_every_command_are_one_line(parity: Cli, tmp_path: Path) -
     """config.json, a report's parts, golden dumps and options."""
     (tmp_path / "config.json").write_text(DEEP)
     (tmp_path / "drift.json").write_text(DEEP)
-    refused(parity("weights", "--hf", tmp_path), "config.json")
+    refused(parity("weights", "--hf", tmp_path), "config.json: it is nested too deeply")
     refused(parity("drift", "check", tmp_path), "drift.json")
     Path("a.jsonl").write_text('{"checkpoint": "embd", "token_idx": 0, "values": [1.5, 2]}\n')
     refused(parity("diff", "a.jsonl", "a.jsonl", "--html", "r.html", "--include", tmp_path / "config.json"), "config.json")

@@ -65,6 +65,42 @@ def test_an_engine_ends_with_a_run_that_is_told_to_end(tmp_path: Path) -> None:
     assert comes_true(lambda: ended(int(pid.read_text())))
 
 
+@pytest.mark.slow
+def test_workers_and_their_engines_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """After SIGKILL of `conform --workers 2` nothing waits for work for ever, and no engine writes into the next run's dumps."""
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        "import os, pathlib, time\n"
+        f"file = pathlib.Path({str(tmp_path)!r}) / f'{{os.getpid()}}.pid'\n"
+        "file.with_suffix('.part').write_text(f'{os.getpid()} {os.getppid()}')\n"
+        "file.with_suffix('.part').rename(file)\ntime.sleep(600)\n"
+    )
+    command = f"{sys.executable} {engine} {{model}} {{tokens}} {{out}}"
+    words = (
+        "--architectures",
+        "llama,qwen2",
+        "--types",
+        "F32",
+        "--prompts",
+        "one",
+        "--workers",
+        "2",
+        "-o",
+        str(tmp_path / "run"),
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parity", "conform", "--exec", command, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert comes_true(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    process.kill()
+    process.wait()
+    for file in tmp_path.glob("*.pid"):
+        for pid in map(int, file.read_text().split()):
+            assert comes_true(lambda pid=pid: ended(pid)), f"{pid} of {file.read_text()}"
+
+
 @pytest.mark.parametrize("interruption", ["os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')"])
 def test_an_interruption_while_commands_are_imported_is_one(interruption: str, tmp_path: Path) -> None:
     """Ctrl-C that falls into the imports of a command, also where they run generated code, ends it like any other."""

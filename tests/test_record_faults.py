@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import TOKENS, Faulty, Planted
+from recorded import F32, Change, changed, kinds, only
 
 from checkpoints.answers.diff import OTHERWISE, Verdict
 from checkpoints.mapped import renamed
@@ -16,39 +17,11 @@ from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
-from parity.diff.compare import Options, compare
+from parity.diff.compare import compare
 from reference.client import Reference
 from reference.jobs import DumpJob
-from reports.sentences import answer
 
 HEAD = 32
-F32 = Options(compute="f32")
-Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-
-
-@pytest.fixture(scope="module")
-def ref(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Dump:
-    out = tmp_path_factory.mktemp("ref") / "ref.jsonl"
-    reference.dump(DumpJob(stories, out, TOKENS, points="all"))
-    return read(out)
-
-
-def changed(dump: Dump, change: Change, names: Callable[[str], bool], size: int | None = 16, *, bare: bool = False) -> Dump:
-    """A dump whose rows at these points were recorded in another way; `bare`: leading values and nothing else, at all points."""
-    points = {}
-    for name, rows in dump.points.items():
-        if len(set(rows.shapes)) > 1:  # rows that grow with the position
-            points[name] = rows
-            continue
-        values = change(rows.values) if names(name) else rows.values
-        summary = summarise(name, np.ascontiguousarray(values), rows.token_idx, slice_size=size)
-        points[name] = replace(summary, sketch=None, stats={}, shapes=((),) * len(summary)) if bare else summary
-    return replace(dump, points=points)
-
-
-def kinds(*wanted: str) -> Callable[[str], bool]:
-    """Points of these kinds in every layer."""
-    return lambda name: parse(name).kind in wanted
 
 
 def neighbours(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -125,11 +98,6 @@ def captured(dump: Dump, source: str, *names: str) -> Dump:
             name: replace(dump.points[source], point=name) if name in names else rows for name, rows in dump.points.items()
         },
     )
-
-
-def only(dump: Dump, *names: str) -> Dump:
-    """Some of a dump's points."""
-    return replace(dump, points={name: dump.points[name] for name in names})
 
 
 FEW = ("embd", "blk.5.l_out", "blk.23.l_out", "output_norm", "logits")
@@ -246,80 +214,6 @@ def test_a_scaled_record_beside_a_norm_is_acquitted_by_the_sum(right: Dump, ref:
     assert verdict
     assert [fault.checkpoint for fault in verdict.record_faults] == ["blk.5.l_out"]
     assert not compare(only(ours, "blk.5.l_out", "blk.6.attn_norm"), ref, F32)
-
-
-def with_nan(dump: Dump, name: str, place: int, *, bare: bool = False) -> Dump:
-    """A dump with NaN in one value of one record."""
-    points = {
-        point: replace(rows, sketch=None, stats={}, shapes=((),) * len(rows)) if bare else rows
-        for point, rows in dump.points.items()
-    }
-    values = points[name].values.copy()
-    values[3, place] = np.nan
-    return replace(dump, points={**points, name: replace(points[name], values=values)})
-
-
-@pytest.mark.parametrize("name", ["ffn_out", "l_out", "q", "attn_norm", "ffn_gate"])
-def test_nan_that_nothing_was_computed_with_is_the_records(right: Dump, ref: Dump, name: str) -> None:
-    """NaN in a record, and finite sums, rotations, products and activations made from it, all right: the record holds other memory."""
-    ours = with_nan(changed(right, lambda x: x, kinds()), f"blk.3.{name}", 5)
-    verdict = compare(ours, ref, F32)
-    assert verdict
-    (fault,) = verdict.record_faults
-    assert (fault.checkpoint, fault.kind, fault.positions) == (f"blk.3.{name}", "nonfinite", (3,))
-    assert answer(verdict)
-    assert not compare(ours, ref, replace(F32, strict=True))
-
-
-@pytest.mark.parametrize("name", ["blk.3.kq_soft_max", "blk.3.v", "blk.3.k_rope", "blk.3.q_rope"])
-def test_nan_that_attention_did_not_have_is_the_records(right: Dump, ref: Dump, name: str) -> None:
-    """A cache's rows, scores, weights and their mix at the same position would be NaN, too, and their whole rows are right."""
-    verdict = compare(with_nan(right, name, 0), ref, F32)
-    assert verdict
-    assert [(fault.checkpoint, fault.kind) for fault in verdict.record_faults] == [(name, "nonfinite")]
-
-
-def test_nan_whose_way_is_not_seen_stays_a_divergence(right: Dump, ref: Dump) -> None:
-    """Nothing is made from logits, and of scores whose first values alone were recorded the others may be NaN."""
-    verdict = compare(with_nan(right, "logits", 0), ref, F32)
-    assert verdict.first_divergence is not None
-    assert verdict.first_divergence.checkpoint == "logits"
-    bare = changed(right, lambda x: x, kinds(), 16, bare=True)
-    verdict = compare(with_nan(only(bare, "embd", "blk.3.v", "blk.3.kqv_out", "logits"), "blk.3.v", 0), ref, F32)
-    assert verdict.first_divergence is not None
-    assert verdict.first_divergence.checkpoint == "blk.3.v"
-
-
-def test_infinity_and_nan_that_spreads_are_divergences(right: Dump, ref: Dump) -> None:
-    """Infinity can vanish in what follows; NaN in a product and in all that is made from it is the product's."""
-    ours = changed(right, lambda x: x, kinds())
-    rows = ours.points["blk.3.ffn_gate"]
-    values = rows.values.copy()
-    values[3, 0] = -np.inf
-    verdict = compare(replace(ours, points={**ours.points, "blk.3.ffn_gate": replace(rows, values=values)}), ref, F32)
-    assert verdict.first_divergence is not None
-    assert verdict.first_divergence.checkpoint == "blk.3.ffn_gate"
-    spread = with_nan(ours, "blk.3.ffn_out", 0)
-    for name in list(ours.points)[list(ours.points).index("blk.3.ffn_out") + 1 :]:
-        spread = with_nan(spread, name, 0)
-    verdict = compare(spread, ref, F32)
-    assert verdict.first_divergence is not None
-    assert verdict.first_divergence.checkpoint == "blk.3.ffn_out"
-    assert not verdict.record_faults
-
-
-def test_a_slice_must_show_where_nan_would_be(right: Dump, ref: Dump) -> None:
-    """Four values of a sum say nothing of the fifth element of a summand."""
-    ours = changed(right, lambda x: x, kinds())
-    short = {
-        point: replace(rows, values=rows.values[:, :4], counts=np.minimum(rows.counts, 4), sketch=None, stats={})
-        for point, rows in ours.points.items()
-        if point == "blk.3.l_out"
-    }
-    spoilt = with_nan(ours, "blk.3.ffn_out", 5)
-    assert not compare(replace(spoilt, points={**spoilt.points, **short}), ref, F32)
-    seen = with_nan(ours, "blk.3.ffn_out", 2)
-    assert compare(replace(seen, points={**seen.points, **short}), ref, F32)
 
 
 def half(rows: Rows) -> Rows:

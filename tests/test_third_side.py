@@ -158,6 +158,7 @@ def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> 
     assert voted.first is not None
     assert by_truth.first is not None
     assert (voted.first.alone, voted.first.wrong) == (1, ())
+    assert sentence(voted).endswith("llama.cpp is alone; the two may share a fault (--model M.gguf lets float64 decide)")
     assert (by_truth.first.checkpoint, by_truth.first.wrong) == ("blk.10.l_out", (0, 2))
     assert by_truth.first.truth[1] is not None
     assert by_truth.first.truth[1] < 1e-12

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from changed_files import permuted
 from cli import Cli
 
 from engine.weights.gguf_model import GgufModel
@@ -90,11 +91,6 @@ def test_libggml_reads_what_gguf_quantised() -> None:
     assert dequantised is not None
     np.testing.assert_array_equal(dequantised, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).reshape(-1))
     assert ToFloat()(np.zeros(64, np.uint8), 26, 16) is None
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """As convert_hf_to_gguf.py permutes Q and K of Llama."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def altered(model: GgufModel, name: str, change: Callable[[np.ndarray], None], size: int) -> np.ndarray:

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli import Cli, one_line, refused
+from cli import Cli, limited, one_line, refused
 
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
@@ -18,21 +18,6 @@ from checkpoints.whole_file import Replacement, put
 
 ROOT = Path(__file__).parent.parent
 MODEL_SIZE = 1_000_000  # bytes of a small synthetic model, and more
-
-
-def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProcess[str]:
-    """A parity whose files may not grow beyond `size` bytes, as on a disk that fills up."""
-    import resource
-
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "parity", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        # CPython leaves bytecode cut short where a file may not grow: later programs would fail on it.
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("kind", ["f32", "q4_k_m"])
@@ -214,3 +199,21 @@ def test_a_run_replaces_the_earlier_one_whole(parity: Cli, tmp_path: Path) -> No
     (Path("r") / "mine.txt").write_text("mine")
     assert parity("run", "--tokens", "5,6", "-o", "r").code == 0
     assert sorted(contents_of(Path("r"))) == ["diff.json", "mine.txt", "ours.jsonl", "ref.jsonl", "report.html"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--tokens", "5", "--exec", "false {out}"),
+        ("run", "--tokens", "5", "--exec", "false {out}", "-o", "new/folder"),
+        ("run", "--tokens", "5", "--exec", "false {out} {points}", "--hunt", "-o", "new/folder"),
+        ("run", "--tokens", "5", "--server", "http://127.0.0.1:9", "-o", "new/folder"),
+        ("drift", "record", "--prompts", "prompts.txt", "--exec", "false {out}", "-o", "new/golden"),
+        ("convert", "prompts.txt", "-o", "new/folder/dump.jsonl"),
+    ],
+)
+def test_a_command_that_fails_leaves_no_folder(parity: Cli, words: tuple[str, ...]) -> None:
+    """Folders that a command made for what it then could not write go with it."""
+    Path("prompts.txt").write_text("Once upon a time\n")
+    assert parity(*words).code == 2
+    assert [path.name for path in Path().iterdir()] == ["prompts.txt"]

@@ -125,7 +125,7 @@ class Planting:
                 continue
             step = self.steps[number]
             changed = fault.change(step, self.right, parameters)
-            if changed != step:
+            if changed is not step and changed != step:
                 edits_of[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
                 if not alike(changed, step):
                     self._check(edits_of[number], number, edits_of)

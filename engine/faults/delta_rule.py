@@ -14,7 +14,7 @@ from .base import Fault, Parameters, Steps, read_of
 from .edits import Then, WithInput, ggml, integer, left_out, require
 from .index import of_operation
 
-_QUERIES, _KEYS, _GATE, _BETA = 0, 1, 3, 4  # GGML_OP_GATED_DELTA_NET's operands
+_QUERIES, _KEYS, _VALUES, _GATE, _BETA = range(5)  # GGML_OP_GATED_DELTA_NET's operands
 _SIGMOID = 7  # GGML_UNARY_OP_SIGMOID
 _RULE = ("GATED_DELTA_NET",)
 
@@ -41,6 +41,23 @@ def _before_sigmoid(beta: Array) -> Array:
     """The argument of the sigmoid that β came from."""
     wide = beta.astype("float64")
     return module_of(beta).log(wide / (1 - wide)).astype(beta.dtype)
+
+
+def _some_values(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    kept, of = {"half": 2, "quarter": 4}[parameters["part"]], parameters["heads"]
+
+    def left(values: Array) -> Array:
+        """[..., H, d]"""
+        count = values.shape[-2]
+        if count % kept:
+            raise NotApplicable(f"{step.makes}: {count} value heads are no multiple of {kept}")
+        values = values.copy()
+        for head in range(count):
+            if head >= count // kept if of == "first" else head % kept:
+                values[..., head, :] = 0
+        return values
+
+    return _changed(step, _VALUES, left)
 
 
 def _query_scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -118,6 +135,17 @@ FAULTS = (
         fix="state += k ⊗ β · (v − state · k), β = sigmoid of its projection",
         seen="linear attention without a writing strength",
         parameters={"beta": ("1", "its projection without the sigmoid")},
+    ),
+    Fault(
+        name="delta-value-heads",
+        kinds=_RULE,
+        change=_some_values,
+        what="a {part} of the delta rule's value heads are computed, the {heads}; the others stay 0",
+        symptom="wrong from position 0 on in models with more value than key heads",
+        fix="loop over the value heads; value head h reads the key head that it belongs to",
+        seen="loops over as many heads as there are keys",
+        parameters={"part": ("half", "quarter"), "heads": ("first", "one of each key head")},
+        says={"first": "first ones", "one of each key head": "first of each key head"},
     ),
     Fault(
         name="delta-norm-missing",

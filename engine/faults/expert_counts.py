@@ -1,13 +1,15 @@
-"""Faults of how many experts are used: more than the model's own number."""
+"""Faults of how many experts are used: more than the model's own number, or fewer where one is chosen too often."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Step, View, name_of, read_as
+from ..graph import PASSES, Step, View, name_of, read_as
 from ..inapplicable import NotApplicable
 from .base import COPY, Fault, Parameters, Steps, kind_of, layer_of, read_of, sibling
 from .edits import ggml, integer, maker, number, require
@@ -122,7 +124,54 @@ def _more(step: Step, right: Steps, parameters: Parameters) -> Sequence[Step]:
     return [*copies, replace(step, op=_mixed, reads=reads, params={"used": used, "more": more, "weighting": weighting})]
 
 
+class _WithCapacity(Struct, frozen=True):
+    """A product of the experts' results and weights, 0 for a choice of an expert that has no room: it takes its even share of a pass
+    times `factor`, rounded up, in the order of the tokens or all first choices first.
+    """
+
+    product: Callable[..., Array]
+    experts: int
+    factor: float
+    order: str
+
+    def __call__(self, down: Array, weights: Array, ids: Array, passes: Array, **params: Any) -> Array:
+        """[T, k · D] or [T, k, D], weights and ids of k experts a token."""
+        xp, rows = module_of(down), len(passes)
+        chosen, value = ids.reshape(rows, -1), self.product(down, weights, **params)
+        used = chosen.shape[1]
+        has_room = xp.ones((rows, used), dtype=bool)
+        for one in xp.unique(passes):
+            here = xp.nonzero(passes == one)[0]
+            turns = chosen[here] if self.order == "token by token" else chosen[here].T
+            is_of = turns.reshape(-1, 1) == xp.arange(self.experts)
+            place = (is_of.cumsum(axis=0) * is_of).sum(axis=1).reshape(turns.shape)
+            room = place <= math.ceil(self.factor * used * len(here) / self.experts)
+            has_room[here] = room if self.order == "token by token" else room.T
+        kept: Array = (value.reshape(rows, used, -1) * has_room[:, :, None]).reshape(value.shape)
+        return kept
+
+
+def _limited(step: Step, right: Steps, parameters: Parameters) -> Step:
+    chosen = sibling(step, right, "ffn_moe_topk")
+    ranks = read_of(chosen, 0)
+    if len(require(step, "MUL").reads) != 2 or not isinstance(ranks, View) or not ranks.whole[-1].constant:
+        raise NotApplicable(f"{step.makes}: how many experts there are is not known")
+    op = _WithCapacity(step.op, ranks.whole[-1].fixed, parameters["factor"], parameters["order"])
+    return replace(step, op=op, reads=(*step.reads, chosen.makes, PASSES))
+
+
 FAULTS = (
+    Fault(
+        name="experts-capacity",
+        kinds=("ffn_moe_weighted",),
+        change=_limited,
+        what="an expert takes no more than {factor} times its even share of a pass, {order}; what else chose it is dropped",
+        symptom="the first tokens are right; later ones lose experts that earlier ones chose, the more so in long prompts",
+        fix="no capacity limit in inference (capacity_factor of training): each token gets all of its experts",
+        seen="training code with a capacity factor; buffers of a fixed number of tokens an expert",
+        parameters={"factor": (1.0, 1.25, 1.5, 2.0), "order": ("token by token", "all first choices first")},
+        whole=True,
+    ),
     Fault(
         name="experts-too-many",
         kinds=("ffn_moe_out", "ffn_moe_weights_sum"),

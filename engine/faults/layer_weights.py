@@ -29,6 +29,8 @@ def _of_layer(step: Step, right: Steps, to: Callable[[int], int]) -> Step:
     if layer is None or not step.weights:
         return step
     other_layer = to(layer)
+    if other_layer == layer:
+        return step
     wanted = _names_in(step, other_layer)
     other_step = right.get(f"blk.{other_layer}.{kind_of(step)}")
     if other_step is None and step.inner:  # a step without a name of its own is identified by its weights

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
+from ..ggml_ops.soft_max import alibi_slopes
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, parameter_of, read_of, sibling, subsets, with_parameters
@@ -60,8 +61,28 @@ def _alibi(step: Step, _right: Steps, parameters: Parameters) -> Step:
     own = step.params.get("max_bias", 0.0)
     if step.op is not ops.causal_soft_max or own == 0:
         raise NotApplicable(f"{step.makes} has no linear biases")
-    bias = parameters["bias"]
-    return with_parameters(step, max_bias=0.0 if bias == "left out" else float(bias))
+    how = parameters["bias"]
+    if how == "left out":
+        return with_parameters(step, max_bias=0.0)
+    return replace(step, op=_with_slopes, params={**step.params, "slopes": how})
+
+
+def _slopes(heads: int, max_bias: float, how: str) -> list[float]:
+    """The slopes of an engine that gets them wrong: [H]."""
+    if how == "those of half of the heads, twice":
+        return alibi_slopes(max(1, heads // 2), max_bias) * 2 if heads % 2 == 0 else alibi_slopes(heads, max_bias)
+    first = 0 if how == "one step too steep" else 1
+    return [2.0 ** (-max_bias * (head + first) / heads) for head in range(heads)]
+
+
+def _with_slopes(
+    scores: Array, positions: Array, keys: Array, *sinks: Array, slopes: str, scale: float, max_bias: float, **params: Any
+) -> Array:
+    xp, chosen = module_of(scores), _slopes(scores.shape[0], max_bias, slopes)
+    lowered = xp.asarray(chosen, dtype=scores.dtype)[:, None, None] * abs(positions[:, None] - keys[None, :]).astype(
+        scores.dtype
+    )
+    return ops.causal_soft_max(scores - lowered / scores.dtype.type(scale), positions, keys, *sinks, scale=scale, **params)
 
 
 def _ignored(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -247,8 +268,10 @@ FAULTS = (
         what="attention's linear biases (ALiBi) are {bias}",
         symptom="position 0 is right, later ones are wrong",
         fix="slopes 2^(−max_bias · i / heads) by <architecture>.attention.max_alibi_bias",
-        seen="Llama code that loads MPT, BLOOM or Baichuan 13B",
-        parameters={"bias": ("left out",)},
+        seen="Llama code that loads MPT, BLOOM or Baichuan 13B; slopes for powers of two only (ml-explore/mlx#3071)",
+        parameters={
+            "bias": ("left out", "one step too steep", "one series for all heads", "those of half of the heads, twice")
+        },
     ),
     Fault(
         name="sinks-missing",

@@ -153,7 +153,7 @@ class Replay:
         self._xp = backend.xp
         self.steps = tuple(steps)
         self._right = {step.makes: step for step in steps}
-        self._last_reads: dict[int, dict[str, int]] = {}
+        self._last_reads: dict[int, tuple[dict[str, int], dict[int, list[str]]]] = {}
 
     def _compute(self, step: Step, changed: Values) -> Array:
         inputs = inputs_of(step, lambda name: changed[name] if name in changed else self.values[name], self.weights)
@@ -284,14 +284,21 @@ class Replay:
         if end not in self._last_reads:
             reads = {name: number for number, step in enumerate(self.steps[:end]) for name in (step.makes, *step.names)}
             reads.pop(self.steps[end - 1].makes, None)
-            self._last_reads[end] = reads
-        last = dict(self._last_reads[end])
+            by_number: dict[int, list[str]] = {}
+            for name, number in reads.items():
+                by_number.setdefault(number, []).append(name)
+            self._last_reads[end] = reads, by_number
+        reads, by_number = self._last_reads[end]
+        later: dict[str, int] = {}
         for edit in edits:
             for number, steps in edit.items():
-                last.update({name: number for step in steps for name in step.names if last.get(name, number) < number})
-        result: dict[int, list[str]] = {}
-        for name, number in last.items():
-            result.setdefault(number, []).append(name)
+                later.update(
+                    {name: number for step in steps for name in step.names if later.get(name, reads.get(name, number)) < number}
+                )
+        result = dict(by_number)
+        for name, number in later.items():
+            result[reads[name]] = [other for other in result[reads[name]] if other != name]
+            result[number] = [*result.get(number, ()), name]
         return result
 
     def _with_altered_weights(self, step: Step, right: Step) -> Step | None:

@@ -21,9 +21,15 @@ def explain(
     ] = None,
     max_faults: Annotated[int, typer.Option("--max-faults", min=1, max=8, help="Largest number of faults to combine.")] = 4,
     budget: Annotated[
-        float,
-        typer.Option("--budget", min=0.1, help="Seconds after which the search stops and reports what it has found."),
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--budget",
+            min=0.1,
+            help="Seconds that pass until the search stops and reports what it has found. Default: 60 s of its own processor time, and "
+            "at most 5 minutes where other work shares the machine.",
+            show_default=False,
+        ),
+    ] = None,
     catalogue: Annotated[bool, typer.Option("--list", help="Print the catalogue of known faults.")] = False,
     output_format: o.FormatOption = o.Format.TEXT,
 ) -> None:
@@ -53,7 +59,7 @@ def explain(
     from ..explain.explain import ExplainOptions
     from ..explain.input import check_reference, explain_dump, prompt_ids
 
-    if not isfinite(budget):
+    if budget is not None and not isfinite(budget):
         raise InputError(f"--budget must be a finite number of seconds, not {budget}.", "Write e.g. --budget 60.", code="usage")
 
     model, mapping = given.pop("model"), given.pop("mapping")

@@ -3,8 +3,7 @@
 The record then shows another layout, another moment or another point than its name says.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -16,6 +15,7 @@ from checkpoints.record import Dump, Rows
 
 from .against_limits import Held
 from .dataflow import Flow
+from .lost_numbers import LostNumbers
 from .measure import Measured
 from .moments import Others, reading
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
@@ -23,8 +23,9 @@ from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
 from .record_faults import in_order, record_fault
 from .records import Judged
 from .rounded_records import RoundedRecords
+from .routing import chosen_by, ids
 from .same_vector import alike
-from .wrong_values import energies, new_nonfinite, removed_by_a_norm
+from .wrong_values import energies, removed_by_a_norm
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -65,7 +66,10 @@ class _Consumers:
         self._at: dict[str, dict[tuple[int, int], int]] = {}
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
         self._energy = energies(measured)
-        self._hidden: set[str] = set()  # points whose error a norm after them removes
+        self._hidden: set[str] = (
+            set()
+        )  # points whose error what agrees after them need not show: a norm removes it, a choice is the same
+        self._numbers = LostNumbers(model, measured)
         self._readings: dict[str, Reading | None] = {}
         self._rounded = RoundedRecords(model, self._wrong_records)
         self._others = Others(ref.points)
@@ -103,7 +107,7 @@ class _Consumers:
             wrong = self._wrong(name)
             if name in shown or not len(wrong):
                 continue
-            if not (np.isfinite(self._measured.measures.nmse[wrong]) | self._nonfinite(name, wrong).any(axis=1)).all():
+            if not (np.isfinite(self._measured.measures.nmse[wrong]) | self._numbers.lost(name, wrong).any(axis=1)).all():
                 continue  # nothing is known of NaN that was not recorded
             decided = self._decisions(name, wrong)
             alike = {reading for kind, reading in known if kind == parse(name).kind}
@@ -155,23 +159,6 @@ class _Consumers:
         """Whether nothing that a point is made from is wrong."""
         parents = [self._wrong(other) for other in self._model.parents[name]]
         return all(self._otherwise[rows].all() for rows in parents)
-
-    def _nonfinite(self, name: str, wrong: Ints) -> Bools:
-        return new_nonfinite(self._measured.pairs[self._place[name]], self._measured.row[wrong])
-
-    def _shows_nonfinite(self, name: str, child: str, record: int, other: int) -> bool:
-        """Whether NaN, or infinity, at the element of a record's first one would show in the recorded values of a consumer."""
-        if self._known_whole(other):
-            return True
-        parent, consumer = (self._measured.pairs[self._place[point]] for point in (name, child))
-        above, below = int(self._measured.row[record]), int(self._measured.row[other])
-        if any(pair.ours.indices is not None or pair.ref.indices is not None for pair in (parent, consumer)):
-            return False
-        n, of = (pair.ref.stats.get("n") for pair in (parent, consumer))
-        alike = n is not None and of is not None and n[above] == of[below]
-        place = int(self._nonfinite(name, np.array([record]))[0].argmax())
-        # The first element is made from the first one, however a narrow row is spread over a wide one.
-        return place == 0 or bool(alike and place < min(consumer.ours.counts[below], consumer.ref.counts[below]))
 
     def _reading(self, name: str, wrong: Ints) -> Reading | None:
         if name not in self._readings:
@@ -249,11 +236,12 @@ class _Consumers:
             elif self._held.failed[other]:
                 failing = True
             elif not np.isfinite(self._measured.measures.nmse[record]):  # what is made from NaN would be NaN, too
-                carries = self._carries(name, record, whole=self._known_whole(other))
-                if self._shows_nonfinite(name, child, record, other) and self._model.reaches(name, child, carries):
+                lost = self._numbers.would_be_lost(name, child, record, other, whole=self._known_whole(other))
+                if lost or self._would_choose_others(name, child, record, other):
                     consumed = True
                 else:
                     unclear = True  # another reader that had a finite value shows that there was one
+                    self._hidden.add(name)
             elif self._hidden_by_a_norm(name, child, record):
                 hidden = True  # it says nothing, but a residual sum beside it does
                 self._hidden.add(name)
@@ -262,6 +250,8 @@ class _Consumers:
                 read = read or (self._reads_rows(name, child) and not self._model.hidden(name, child))
             else:
                 decided = False
+                if self._chooses(name, child):
+                    self._hidden.add(name)  # scores of what was not chosen may be any below the chosen ones
         if failing:
             return True if read else None
         return decided and (consumed or not (hidden or unclear))
@@ -275,11 +265,6 @@ class _Consumers:
         """Whether a record is compared as a whole row."""
         measures = self._measured.measures
         return not (np.isnan(measures.nmse_row[record]) or measures.bound[record])
-
-    def _carries(self, name: str, record: int, *, whole: bool) -> Callable[[str], bool]:
-        """Which operations leave no finite value of what a record has that is not finite."""
-        nan = np.isnan(self._measured.pairs[self._place[name]].ours.values[self._measured.row[record]]).any()
-        return partial(self._model.carries_nan if nan else self._model.carries_infinity, somewhere=whole)
 
     def _reads_rows(self, name: str, child: str) -> bool:
         """Whether a consumer reads whole rows: through a norm or a product with weights."""
@@ -299,8 +284,8 @@ class _Consumers:
         if not left * _BELOW <= error:
             return False
         operations = self._model.operations(self._model.path(name, child))
-        if self._chooses(name, child):
-            return False  # many other scores choose the same experts
+        if self._chooses(name, child):  # many other scores choose the same experts
+            return self._would_choose_others(name, child, record, other)
         if operations <= ELEMENTWISE and not left * self._energy[other] * _BELOW <= error * self._energy[record]:
             return False
         if self._known_whole(other) or self._model.mixes(name, child):
@@ -316,6 +301,14 @@ class _Consumers:
             for further in self._model.children[child]
             if MIXING & self._model.operations(self._model.path(child, further))
         )
+
+    def _would_choose_others(self, name: str, child: str, record: int, other: int) -> bool:
+        """Whether experts are chosen by a record's values themselves, and by these others would have been chosen."""
+        scores, chosen = (self._measured.pairs[self._place[point]].ours for point in (name, child))
+        above, below = int(self._measured.row[record]), int(self._measured.row[other])
+        if not self._model.operations(self._model.path(name, child)) <= CHOICES | {"VIEW"} or not scores.full()[above]:
+            return False
+        return not chosen_by(scores.values[above, : scores.counts[above]], ids(chosen, below))
 
     def _hidden_by_a_norm(self, name: str, child: str, record: int) -> bool:
         operations = self._model.operations(self._model.path(name, child))

@@ -18,17 +18,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-# `Flow.carries_nan`: arithmetic in which NaN gives NaN (IEEE 754), element by element or over the row that a norm divides by.
-_CARRY_NAN = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
-# Where the whole row of the result is known: each element is made from all of a row, or copied. A soft max makes a row of NaN from NaN,
-# bounds make NaN or a bound of it, and both something from an infinity; the rows of a cache that a position reads include its own.
-_CARRY_SOMEWHERE = frozenset({"MUL_MAT", "MUL_MAT_ID", "SUM_ROWS", "CONT", "CPY", "DUP", CACHE})
-# `Flow.carries_infinity`: what is not finite stays so; a norm divides it by itself.
-_CARRY_INFINITY = frozenset({"ADD", "SUB", "MUL", "SCALE", "ROPE", "RMS_NORM", "NORM", "L2_NORM"})
-_FUNCTIONS_OF_NAN = frozenset(
-    {"SILU", "SIGMOID", "TANH", "GELU", "GELU_ERF", "GELU_QUICK", "SWIGLU", "GEGLU", "GEGLU_ERF", "GEGLU_QUICK"}
-)
-
 
 class Upstream(Struct, frozen=True):
     """For each record, [R]: the worst NMSE of everything that it depends on, and whether any of that failed."""
@@ -164,29 +153,6 @@ class Flow(Struct, frozen=True, dict=True):
                     reached.add(other)
                     waiting.append(other)
         return below in reached
-
-    def carries_nan(self, name: str, *, somewhere: bool = False) -> bool:
-        """Whether a node's operation turns NaN in the leading values of an operand into NaN in its own leading values.
-
-        Functions that compare (ReLU, bounds) and operations that take or move parts of rows do not count; attention and caches only if
-        NaN `somewhere` in the whole row of the same position suffices.
-        """
-        how = self.whole.computations[name]
-        if somewhere and (how.op in _CARRY_SOMEWHERE or how.op in ("SOFT_MAX", "CLAMP")):
-            return True
-        if how.op == "MUL_MAT":
-            return bool(how.weights)
-        return how.op in _CARRY_NAN or how.function in _FUNCTIONS_OF_NAN
-
-    def carries_infinity(self, name: str, *, somewhere: bool = False) -> bool:
-        """Whether a node's operation leaves an infinity in an operand's leading values not finite: sums, norms, rotations, products.
-
-        `somewhere` as in `carries_nan`.
-        """
-        how = self.whole.computations[name]
-        if somewhere and how.op in _CARRY_SOMEWHERE:
-            return True
-        return how.op in _CARRY_INFINITY or (how.op == "MUL_MAT" and (bool(how.weights) or len(how.reads) == 1))
 
     def mixes(self, above: str, below: str) -> bool:
         """Whether a product with weights lies on a path between two points: each element of the lower is then made from whole rows."""

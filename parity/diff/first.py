@@ -59,7 +59,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     elif name in records.undecided:
         operation = (
             f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another layout, "
-            "moment or name, or later operations hide the error (a norm, a softmax dominated by one key)"
+            "moment or name, or later operations hide the error (a norm, a softmax dominated by one key, experts that were not chosen)"
         )
     elif (
         settled

@@ -40,15 +40,24 @@ def as_sets(measured: Measured) -> Measured:
         if not is_routing(pair):
             continue
         rows = np.flatnonzero(measured.point == number)
-        errors = [_apart(_ids(pair.ours, r), _ids(pair.ref, r)) for r in measured.row[rows].tolist()]
+        errors = [_apart(ids(pair.ours, r), ids(pair.ref, r)) for r in measured.row[rows].tolist()]
         for column in columns.values():
             column[rows] = errors
     return replace(measured, measures=replace(measured.measures, **columns))
 
 
-def _ids(rows: Rows, r: int) -> frozenset[int]:
+def ids(rows: Rows, r: int) -> frozenset[int]:
+    """The experts of record `r` of a point of ids."""
     values = rows.values[r, : int(rows.counts[r])]
     return frozenset(int(value) for value in values[np.isfinite(values)])
+
+
+def chosen_by(scores: NDArray[np.float32], chosen: frozenset[int]) -> bool:
+    """Whether these experts may have been chosen by scores [experts]: none of the others has a higher one. NaN may stand anywhere."""
+    if not chosen or max(chosen) >= len(scores):
+        return True
+    inside = np.isin(np.arange(len(scores)), sorted(chosen))
+    return not (scores[~inside, None] > scores[inside]).any()
 
 
 def _apart(ours: frozenset[int], ref: frozenset[int]) -> float:
@@ -77,7 +86,7 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
         for record in np.flatnonzero(measured.point == number).tolist():
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
-            our_ids, ref_ids = _ids(pair.ours, r), _ids(pair.ref, r)
+            our_ids, ref_ids = ids(pair.ours, r), ids(pair.ref, r)
             # A limit that was measured where choices flip, too, lets other ids pass: what they compute is no more comparable for that.
             if our_ids != ref_ids and not left_open[record]:
                 limit = _limit_of_scores(measured, held, scores, seq, position)
@@ -234,7 +243,7 @@ def _chosen(model: Flow, name: str, seq: int, position: int, ref: Mapping[str, R
             continue
         at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
         if len(at) and rows.full()[at[0]]:
-            return _ids(rows, int(at[0]))
+            return ids(rows, int(at[0]))
     return None
 
 

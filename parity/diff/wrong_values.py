@@ -1,4 +1,4 @@
-"""What a wrong record's values say by themselves: which became NaN or infinite, what a norm after them removes, how large the row is."""
+"""What a wrong record's values say by themselves: what a norm after them removes, how large the row is."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,6 @@ Floats = NDArray[np.float64]
 # after it still shows it. The share is a choice: a scaled row leaves only rounding, while a fit of two numbers to noise in ten values
 # leaves four fifths of it.
 _LEFT = 0.25
-
-
-def new_nonfinite(pair: Pair, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The values of these rows of ours that are NaN or infinite though the reference's are not: bool [len(rows), N]."""
-    ours, ref = (side.take(rows) for side in (pair.ours, pair.ref))
-    width = min(ours.values.shape[1], ref.values.shape[1])
-    inside = np.arange(width) < np.minimum(ours.counts, ref.counts)[:, None]
-    return np.asarray(~np.isfinite(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
 
 
 def removed_by_a_norm(pair: Pair, row: int, seen: float) -> bool:

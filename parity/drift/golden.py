@@ -82,7 +82,7 @@ class Golden(Struct, frozen=True):
         Raises:
             InputError: the file is missing, or is another model, whose differences would not be drift.
         """
-        path = given or (default_model.path() if self.model == EMBEDDED else self.folder / self.model)
+        path = self.inputs(given)[-1]
         try:
             model = contents(path)
             changed = model.fingerprint != self.fingerprint or (self.content and model.content != self.content)
@@ -100,6 +100,11 @@ class Golden(Struct, frozen=True):
                 code="model-changed",
             )
         return path
+
+    def inputs(self, given: Path | None) -> tuple[Path, ...]:
+        """The files that a check reads: drift.json, the dumps, and the model (the given one, else the recorded one)."""
+        model = given or (default_model.path() if self.model == EMBEDDED else self.folder / self.model)
+        return self.folder / MANIFEST, *map(self.path, self.prompts), model
 
     def same_prompts(self, texts: tuple[str, ...]) -> None:
         """Raise InputError if these are not the recorded prompts, in any order."""

@@ -22,6 +22,7 @@ from reports.numbers import count
 
 NAME = "ledger.jsonl"
 SCHEMA = 1
+_BEGIN = b'{"schema":'  # of every line, a torn one too
 
 # An error that became this many times larger within its limit is a finding (the ticket's own number: a right engine's
 # errors move by less, since one machine repeats them to the bit).
@@ -88,7 +89,7 @@ def read(path: Path) -> tuple[list[Entry], int]:
     """All entries, and how many lines could not be read (torn, or of a newer schema).
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or is another one: a check would append a line to it.
     """
     try:
         require_regular(path, advice=_ADVICE)
@@ -104,9 +105,12 @@ def read(path: Path) -> tuple[list[Entry], int]:
         try:
             entries.append(_entry(reader.read(type=dict, skip_empty=True)))
         except EOFError:
-            return entries, skipped
+            break
         except (ValueError, TypeError, KeyError, AttributeError):  # jsonlines' errors of a line are ValueErrors
             skipped += 1
+    if skipped and not entries and not any(line.startswith(_BEGIN) for line in lines):
+        raise InputError(f"{path} is no ledger of checks: none of its lines is an entry.", _ADVICE, code="ledger")
+    return entries, skipped
 
 
 def skipped_note(skipped: int, path: Path) -> str:

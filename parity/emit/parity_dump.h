@@ -84,12 +84,21 @@ typedef pthread_cond_t parity__condition;
 typedef pthread_t parity__thread;
 #endif
 
+#ifndef PARITY_RING
+#define PARITY_RING (256u << 20) /* bytes of device memory, at most, that a graph's replays take turns in, unless eight of them need more */
+#endif
+
+/* How many replays of `size` bytes take turns in each of `rings` rings: a power of two, 8 to 1,024. Replays must not wait where a thread of
+ * ours loses its core for a while (tens of milliseconds on a busy host), so there are many; fewer where there are several graphs. */
+static inline uint32_t parity__places(size_t size, uint32_t rings) {
+    uint32_t places = 1024;
+    while (places > 8 && places * size > PARITY_RING / rings) places /= 2;
+    return places;
+}
+
 #ifdef PARITY_CUDA
 #ifndef PARITY_WAITING
 #define PARITY_WAITING (1u << 30) /* bytes of captured values that may wait to be written; then replays wait for the writers */
-#endif
-#ifndef PARITY_RING
-#define PARITY_RING (256u << 20) /* bytes of device memory, at most, that a graph's replays take turns in, unless eight of them need more */
 #endif
 #ifndef PARITY_WRITERS
 #define PARITY_WRITERS 8 /* threads that turn captured rows into lines in parallel; the lines are written in the order of the replays */
@@ -1259,18 +1268,17 @@ static inline cudaError_t parity__allocate_ring(struct parity_ring *ring, size_t
     return status;
 }
 
-/* Fit the ring to the size of a replay: a power of two of places, of which none is in use before the capture ends. Replays must not wait
- * where a thread of ours loses its core for a while (tens of milliseconds on a busy host), so there are many; fewer where there are
- * several graphs, or where the device has no room. */
+/* Fit the ring to the size of a replay: as many places as there may be, or fewer where the device has no room; none of them is in use
+ * before the capture ends. */
 static inline cudaError_t parity__fit_ring(parity_dump *d, struct parity_graph *g) {
     struct parity_ring *ring = &g->ring;
     struct parity_control control;
     const struct parity_graph *other;
     cudaError_t status = cudaSuccess;
-    uint32_t places = 1024, rings = 1;
+    uint32_t places, rings = 1;
     size_t size;
     for (other = d->graphs; other; other = other->next) rings += other != g && other->ring.memory;
-    while (places > 8 && places * g->size > PARITY_RING / rings) places /= 2;
+    places = parity__places(g->size, rings);
     if (ring->size < places * g->size) {
         if (ring->memory) {
             ring->outgrown[ring->n_outgrown][0] = ring->memory;

@@ -17,6 +17,7 @@ from checkpoints.summary import summarise
 
 from .cuda_driver import is_captured
 from .graphs import Graphs
+from .head_rows import HeadRows
 
 
 def to_host(value: Any) -> NDArray[np.float32]:
@@ -158,6 +159,7 @@ class Recorder:
         self._injected: dict[str, int] = {}
         self._lock = threading.RLock()
         self._place: Any = None
+        self._head_rows = HeadRows(hparams, len(tokens))
         self._graphs = Graphs(self._take)
         self._file = open(path, "wb")  # noqa: SIM115, PTH123  # closed by close
         self._write(
@@ -175,24 +177,35 @@ class Recorder:
         )
 
     def __call__(self, name: str, value: Any, positions: "Sequence[int] | None" = None, seq: int = 0) -> None:
-        """Record a value: [T, n] or [n]; [B, T, n] are B sequences, [B, T, heads, n] as well. Attention scores and weights are [H, T, S].
+        """Record a value: [T, n] or [n]; [B, T, n] are B sequences. Attention scores and weights are [H, T, S] or [B, H, T, S].
+
+        Queries, keys, values and norms of them may have their heads as a dimension of their own, before or behind the positions: which
+        it is follows from `hparams` ("heads", "kv_heads", "head_size"), from other points of the pass, or from the tokens.
 
         `seq` is the number of the (first) sequence, where prompts of unequal length are computed together: a call for each prompt's rows.
 
         Raises:
-            TypeError, ValueError: it is not an array, or its number of rows is not that of the positions.
+            TypeError, ValueError: it is not an array, its number of rows is not that of the positions, or nothing says which of its
+                dimensions is which.
             RuntimeError: its stream is being captured into a graph, but the checkpoint cannot be.
         """
         point = resolve(name, self.layers)
+        with self._lock:
+            self._head_rows.see(point, tuple(getattr(value, "shape", ())), seq)
         if not self._wants(point):
             return
         if not is_captured(value):
-            self._take(point, to_host(value), positions, seq)
+            with self._lock:
+                array = self._head_rows.arranged(point, to_host(value), None if positions is None else len(positions), seq)
+                self._split(point, array, positions, seq)
         elif seq:
             raise ValueError(f"{point}: a captured graph records sequence 0 only")
         elif positions is not None:
             raise ValueError(f"{point}: a captured graph reads its positions from device memory; see positions_from")
         else:
+            rows = int(np.prod(tuple(getattr(self._place, "shape", ()))))
+            with self._lock:
+                value = self._head_rows.arranged(point, value, rows if rows > 1 else None)
             self._graphs.add(point, value, self._place)
 
     def positions_from(self, array: Any) -> None:
@@ -216,7 +229,7 @@ class Recorder:
         if known is not None and known.row == ("H", "t+1"):
             for seq, rows in enumerate(array if array.ndim == 4 else array[None], first):
                 self._record(point, rows, rows.shape[1], seq, positions)
-        elif array.ndim in (3, 4):  # a norm of heads makes [B, T, heads, n]
+        elif array.ndim in (3, 4):  # of a point that is not known, a row may have two dimensions
             width = int(np.prod(array.shape[2:]))  # not -1: there may be no rows
             for seq, rows in enumerate(array.reshape(*array.shape[:2], width), first):
                 self._record(point, rows, len(rows), seq, positions)
@@ -288,6 +301,7 @@ class Recorder:
 
         Returns the handles: `handle.remove()` removes a hook.
         """
+        self._head_rows.of_model(getattr(module, "config", None))
         handles = []
         hooked: dict[str, str] = {}  # module -> point
         parts = dict(module.named_modules())

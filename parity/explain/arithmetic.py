@@ -19,6 +19,7 @@ from ..diff.operations import MIXING
 from ..diff.routing import in_order_of_experts
 from .case import Case
 from .known_model import KnownModel
+from .mixed import in_words, rounded_here
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
 from .records import Expected, Floats
 from .spared import spares_elements, spares_records
@@ -36,8 +37,10 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if exact.verdict or first is None or first.checkpoint not in exact.records.names:
         return as_float32
     before = _computed_before(exact, first.checkpoint)
-    if known.case is None:  # as though the model were not known
-        return as_float32 if before else comparison(ours, ref, replace(options, truth=None))
+    if known.case is None and not before:  # as though the model were not known
+        return comparison(ours, ref, replace(options, truth=None))
+    if known.case is None:
+        return _in_part(as_float32, known.decoder)
     if _entry(known.case, first.checkpoint) is None:
         return as_float32
     pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
@@ -61,8 +64,23 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     ranked = best({kind: far[kind] for kind, lower in fitting.items() if lower.compared.verdict} or far)
     if ranked:
         return _with(fitting[ranked[0]].compared, ranked[0], first.checkpoint, ranked[1:])
-    doubtful = [lower.kind for lower in plausible if lower.kind not in fitting]
-    return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or "")) if doubtful else as_float32
+    if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
+        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
+    return _in_part(as_float32, known.case) if before else as_float32
+
+
+def _in_part(as_float32: Comparison, case: Case | None) -> Comparison:
+    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic."""
+    first, records = as_float32.verdict.first_divergence, as_float32.records
+    if case is None or first is None or (entry := _entry(case, first.checkpoint)) is None:
+        return as_float32
+    number = records.names.index(first.checkpoint)
+    beside = _beside(case, records.pairs[number])
+    kinds = () if beside is None else rounded_here(case, entry, *beside[1:], set(records.names[:number]))
+    if not kinds:
+        return as_float32
+    pattern = Pattern("undecided", f"{first.checkpoint} is the right one {in_words(kinds)}")
+    return replace(as_float32, verdict=replace(as_float32.verdict, pattern=pattern, operation=""))
 
 
 class _Plausible(Struct, frozen=True):

@@ -1,40 +1,31 @@
 """Screens many candidates together: what they share is computed for all of them at once, in later layers too."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from checkpoints.points import EMBD
+from checkpoints.points import EMBD, in_layer
 from engine.backend import Array, module_of
-from engine.graph import POSITIONS
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Edits
 
 from ..diff.truth import NO_COARSE_ROUNDING
-from .carry import carry, distinct, steps_between
+from .carry import steps_between
 from .first_place import AtFirstPlace
-from .records import Floats
 from .screening import Screening
-from .state import Candidate, Layers, RecordKey, Screened, SearchState
+from .state import Candidate, Layers, SearchState
 
-# (layer, versions of its output's first rows by number, rows) -> the numbers of the likely ones
-Choose = Callable[[str, Mapping[int, Array], int], set[int]]
 _SOON = 2  # rows of the first recorded point: the first shows what acts on each row, the second what attention does
 _ROWS = 1024  # rows at once: a bound of the memory
 # Products over a few rows round differently than over all, and a fault may amplify that: an engine without residuals differed by 1.5
 # times the limit. Candidates that get this far are checked on all rows, by the limit itself.
-_SLACK = 10.0
-_COMPARED = 64  # versions compared with the dump at once: a bound on the memory, for logits
+SLACK = 10.0
 _FEW = 2  # with this few candidates the first rows of every point are not looked at: that costs as much as checking one of them
 _TOGETHER = 128  # candidates at once: enough to share Python's overhead, few enough to look at the clock in between
 
 
 class BatchScreening(AtFirstPlace):
-    """Screens candidates at a state's first place, in one layer, several or all.
-
-    Few positions come first: a row that is right in the dump contradicts most candidates before the first wrong row has to
-    be computed, and that one contradicts all but a few before the row after it. Causality makes that enough.
+    """Computes candidates up to a state's first place, in one layer, several or all, or up to the output of the one layer.
 
     Raises:
         ValueError: the state has no place that differs.
@@ -42,71 +33,41 @@ class BatchScreening(AtFirstPlace):
 
     def __init__(self, screening: Screening, state: SearchState, layers: Layers) -> None:
         super().__init__(screening, state, layers)
-        self._after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
-        # Computing candidate by candidate ends with the layer, if its output can be carried on from there.
-        self._name = f"blk.{layers[0]}.l_out" if layers and self._after else self._point
-        self._end = state.order[self._name] + 1
+        after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
+        #: The layer whose output is computed, if it can be carried on from there; None: the first place's value itself is.
+        self.carried_from = layers[0] if layers and after else None
+        self.name = self._point if self.carried_from is None else in_layer(self.carried_from, "l_out")
+        self._end = state.order[self.name] + 1
         self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
-        self._candidates: Sequence[Candidate] = ()
-        self._edits_of: dict[int, Edits] = {}
-        self._stages: list[int] = []
-        self._unlikely: list[tuple[int, dict[int, Array]]] = []
 
-    def screened(self, candidates: Sequence[Candidate], likely: Choose | None = None) -> Iterator[tuple[Candidate, Screened]]:
-        """The candidates that change something at the first place, and how far they get (see `Screening.screen`).
+    def edits(self, candidates: Sequence[Candidate]) -> dict[int, Edits]:
+        """The changes of each candidate, by its number, that the first recorded point does not contradict at once."""
+        return self._edits(candidates, self._not_soon_wrong(candidates), self._end)
 
-        With `likely` only those that it selects, before they are carried there; `postponed` then gives the others.
+    def outputs(
+        self, candidates: Sequence[Candidate], edits: dict[int, Edits], waiting: Sequence[int], rows: int
+    ) -> tuple[dict[int, Array], set[int]]:
+        """The first rows of value `name`, by candidate that changes it; and the candidates that do not apply, or that an earlier point
+        contradicts.
         """
-        self._candidates = candidates
-        self._edits_of = self._edits(candidates, self._not_soon_wrong(candidates), self._end)
-        few = (1, 2, self._first.row + 1, self._first.row + 2)
-        self._stages = sorted({self._screening.enough(rows) for rows in few})
-        yield from self._go_on(list(self._edits_of), 0, {}, likely if self._after else None)
+        return self._values(candidates, edits, waiting, rows, self.name, self._before)
 
-    def postponed(self) -> Iterator[tuple[Candidate, Screened]]:
-        """The candidates that were not likely, and how far they get."""
-        while self._unlikely:
-            stage, value_of = self._unlikely.pop(0)
-            results: dict[int, Screened] = {}
-            passed = self._judged(value_of, self._stages[stage], results)
-            yield from self._go_on(sorted(passed), stage + 1, results, None)
+    def own_steps(self, edits: Mapping[int, Edits], rows: int) -> Iterator[tuple[str, dict[int, Array | None]]]:
+        """The first rows of each step that some candidates change: its name, and its value by candidate, None where it is the right one.
 
-    def _go_on(
-        self, waiting: Sequence[int], stage: int, results: dict[int, Screened], likely: Choose | None
-    ) -> Iterator[tuple[Candidate, Screened]]:
-        """Screen the candidates that wait for this stage and the later ones."""
-        candidates, edits = self._candidates, self._edits_of
-        for number_of_stage, rows in list(enumerate(self._stages))[stage:]:
-            value_of, ended = self._values(candidates, edits, waiting, rows, self._name, self._before)
-            if number_of_stage == 0:
-                cut = not self._screening.budget.complete
-                self._screening.tried.count(
-                    [candidates[edit] for edit in edits if not cut or edit in value_of or edit in ended]
-                )
-            for number in ended:
-                results.pop(number, None)
-            # Before the first wrong row, a candidate that shows nothing is right.
-            passed = set(waiting) - value_of.keys() - ended if rows <= self._first.row else set()
-            if likely is not None and rows <= self._first.row + 1:
-                causal = {number: value for number, value in value_of.items() if value.shape[-2] == rows}
-                unlikely = causal.keys() - likely(self._name, causal, rows)
-                self._unlikely.append((number_of_stage, {number: value_of.pop(number) for number in sorted(unlikely)}))
-            passed |= self._judged(value_of, rows, results)
-            waiting = [number for number in waiting if number in passed]
-        for number in sorted(results):
-            yield candidates[number], results[number]
-
-    def _judged(self, value_of: dict[int, Array], rows: int, results: dict[int, Screened]) -> set[int]:
-        """The candidates that are right in the first rows; `results` is filled with how far each gets."""
-        passed: set[int] = set()
-        for number, errors in self._errors(value_of, rows):
-            wrong = errors > _SLACK * self._entry.limit
-            if not wrong.any():
-                passed.add(number)
-            if rows > self._first.row:
-                place = RecordKey(self._first.point, int(self._entry.rows[wrong].min())) if wrong.any() else None
-                results[number] = place, float(errors[self._entry.rows == self._first.row].max())
-        return passed
+        Each is computed as if the candidate changed this step alone.
+        """
+        by_step: dict[int, list[int]] = {}
+        for number, edit in edits.items():
+            for at in edit:
+                by_step.setdefault(at, []).append(number)
+        replay, stop = self._screening.replay(self._state, rows), self._screening.budget.over
+        for at, numbers in by_step.items():
+            if stop():
+                return
+            name = self._state.steps[at].makes
+            run = replay.run_batch([{at: edits[number][at]} for number in numbers], at + 1, frozenset(), self._agrees, stop)
+            yield name, {number: (values or {}).get(name) for number, values in zip(numbers, run, strict=True)}
 
     def _not_soon_wrong(self, candidates: Sequence[Candidate]) -> Sequence[int]:
         """The candidates that the first recorded point after the embedding does not contradict in its first rows.
@@ -192,69 +153,14 @@ class BatchScreening(AtFirstPlace):
         entry = self._screening.entries[self._screening.number[name]]
         errors = entry.nmse_of(self._screening.backend.to_host(values), self._screening.positions[: values.shape[-2]])
         rounding = NO_COARSE_ROUNDING if name in self._screening.coarse else 0.0
-        return list(~np.any(errors > np.maximum(_SLACK * entry.limit, rounding), axis=1))
-
-    def _errors(self, values: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
-        """NMSE at the first place's point, by candidate: [records]."""
-        for used in {rows, self._screening.rows}:
-            some = {number: value for number, value in values.items() if value.shape[-2] == used}
-            if some:
-                yield from self._errors_of(some, used)
-
-    def _errors_of(self, values_of: dict[int, Array], rows: int) -> Iterator[tuple[int, Floats]]:
-        versions = distinct(values_of)
-        values: Iterator[Array] = iter([value for value, _ in versions])
-        if self._after:
-            replay = self._screening.replay(self._state, rows)
-            stop = self._screening.budget.over
-            values = carry(self._after, self._name, list(values), replay.values[POSITIONS], replay.weights, stop)
-        for begin in range(0, len(versions), _COMPARED):
-            portion = versions[begin : begin + _COMPARED]
-            carried = list(islice(values, len(portion)))
-            if len(carried) < len(portion):
-                return  # the time is up
-            stack = module_of(carried[0]).stack(carried)
-            errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
-            for (_, numbers), error in zip(portion, errors, strict=True):
-                yield from ((number, error) for number in numbers)
+        return list(~np.any(errors > np.maximum(SLACK * entry.limit, rounding), axis=1))
 
     def _causal(self, value: Array) -> bool:
         """Whether rows of a layer's output act on later rows only; NaN does not, since 0 · NaN is NaN under a mask, too."""
-        return not self._after or bool(module_of(value).isfinite(value).all())
+        return self.carried_from is None or bool(module_of(value).isfinite(value).all())
 
 
-def screened(
-    screening: Screening, state: SearchState, layers: Layers, candidates: Sequence[Candidate]
-) -> Iterator[tuple[Candidate, Screened]]:
-    """The candidates of a scope that change something at the state's first place, and how far they get."""
-    for part in in_two(screening, state, layers, candidates, None):
-        yield from part
-
-
-def in_two(
-    screening: Screening, state: SearchState, layers: Layers, candidates: Sequence[Candidate], likely: Choose | None
-) -> tuple[Iterator[tuple[Candidate, Screened]], Iterator[tuple[Candidate, Screened]]]:
-    """`screened` in two parts: the likely candidates, and the postponed ones, which can be read after the likely ones."""
-    if state.first is None:
-        return iter(()), iter(())
-    batch = BatchScreening(screening, state, layers)
-    plain = [_plain(screening, state, candidate) for candidate in candidates]
-
-    def first() -> Iterator[tuple[Candidate, Screened]]:
-        yield from batch.screened(
-            [candidate for candidate, together in zip(candidates, plain, strict=True) if together], likely
-        )
-        for candidate in (screened for screened, together in zip(candidates, plain, strict=True) if not together):
-            if screening.budget.over():
-                return
-            result = screening.screen(state, candidate)
-            if result is not None:
-                yield candidate, result
-
-    return first(), batch.postponed()
-
-
-def _plain(screening: Screening, state: SearchState, candidate: Candidate) -> bool:
+def computed_together(screening: Screening, state: SearchState, candidate: Candidate) -> bool:
     """Whether a candidate can be computed together with others: no fault of the capture takes part."""
     first = state.first
     return (
@@ -274,9 +180,9 @@ def beyond(screening: Screening, state: SearchState, candidates: Sequence[Candid
     if first is None:
         return
     layers = candidates[0].layers if candidates else None
-    plain = [candidate for candidate in candidates if _plain(screening, state, candidate)]
+    plain = [candidate for candidate in candidates if computed_together(screening, state, candidate)]
     kept = BatchScreening(screening, state, layers).agreeing(plain) if len(plain) > _FEW else plain
-    likely = [candidate for candidate in candidates if not _plain(screening, state, candidate) or candidate in kept]
+    likely = [candidate for candidate in candidates if not computed_together(screening, state, candidate) or candidate in kept]
     rest = [candidate for candidate in candidates if candidate not in likely]
     for some in (likely, rest):
         whole = False

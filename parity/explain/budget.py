@@ -1,25 +1,42 @@
 """How long `parity explain` may search."""
 
-from time import perf_counter
+from time import perf_counter, process_time
+
+_SECONDS = 60.0  # of processor time, where nobody said how long he waits
+_PATIENCE = (
+    5.0  # an answer without a stated budget takes at most so many times as long, however little of the processor it is given
+)
 
 
 class Budget:
-    """A deadline, checked between any two replays and within replays of many candidates at once."""
+    """A deadline, checked between any two replays and within replays of many candidates at once.
 
-    def __init__(self, seconds: float) -> None:
-        self._until = perf_counter() + seconds
+    `seconds` are those that pass. None: a minute of this process's own processor time, so that a cause that an idle machine finds is
+    found on a busy one, too, and at most five minutes that pass.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._shared = seconds is None
+        self._wall, self._processor = perf_counter(), process_time()
+        self._seconds = _SECONDS if seconds is None else seconds
         self.complete = True
 
     def part(self, share: float) -> "Budget":
         """A separate budget with this share of the time that is left."""
-        return Budget(share * max(0.0, self._until - perf_counter()))
+        part = Budget(share * max(0.0, self._seconds - self._spent()))
+        part._shared = self._shared
+        return part
 
     @property
     def late(self) -> bool:
         """Whether the time is up."""
-        return perf_counter() >= self._until
+        return self._spent() >= self._seconds
 
     def over(self) -> bool:
         """`late`, asked before something that is left untried if it is: `complete` is then False."""
         self.complete = self.complete and not self.late
         return not self.complete
+
+    def _spent(self) -> float:
+        passed = perf_counter() - self._wall
+        return max(min(passed, process_time() - self._processor), passed / _PATIENCE) if self._shared else passed

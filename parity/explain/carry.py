@@ -1,14 +1,15 @@
 """Carries many versions of a layer's output on to a later point together."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
-from checkpoints.points import parse
+from checkpoints.points import in_layer, parse
 from engine.backend import Array, module_of
 from engine.graph import POSITIONS, Step, WeightSource
 from engine.replay.batched import can_batch, compute_batch
-from engine.replay.replay import Stop
+from engine.replay.replay import Replay, Stop
 
 from .state import SearchState
 
@@ -32,6 +33,26 @@ def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
     for number, output in outputs.items():
         members.setdefault(output.tobytes(), (output, []))[1].append(number)
     return list(members.values())
+
+
+def carry_together(
+    state: SearchState, outputs: Mapping[int, Sequence[Array]], point: str, replay: Replay, stop: Stop
+) -> Iterator[Array]:
+    """Versions of several layers' outputs, by layer, each [R, D], at a point after all of them, in the order of the layers.
+
+    Each is carried to the next of these layers' outputs, and from there on with that one's versions.
+    """
+    values: list[Array] = []
+    layers = sorted(outputs)
+    for layer, following in zip_longest(layers, layers[1:]):
+        values = [*values, *outputs[layer]]
+        steps = steps_between(state, layer, point if following is None else in_layer(following, "l_out"))
+        here = in_layer(layer, "l_out")
+        carried = list(carry(steps, here, values, replay.values[POSITIONS], replay.weights, stop))
+        if len(carried) < len(values):
+            return  # the time is up
+        values = carried
+    yield from values
 
 
 def carry(

@@ -41,14 +41,14 @@ from .ties import resolved
 class ExplainOptions(Struct, frozen=True):
     """How to search.
 
-    `tokens` are those of the dump, if its header does not list them; `budget` is in seconds. `arbiter`: whether the same steps
-    in float64 set the limits of records that exceed the table's: never ("off"), where that can decide ("auto"), or wherever something
-    differs ("all").
+    `tokens` are those of the dump, if its header does not list them; `budget` is in seconds, None: as `Budget` says. `arbiter`: whether
+    the same steps in float64 set the limits of records that exceed the table's: never ("off"), where that can decide ("auto"), or
+    wherever something differs ("all").
     """
 
     tokens: tuple[int, ...] | None = None
     max_faults: int = 4
-    budget: float = 60.0
+    budget: float | None = None
     backend: str = "auto"
     compute: str | None = None
     arbiter: str = AUTO

@@ -16,6 +16,7 @@ from checkpoints.points import parse
 from engine.backend import Array, module_of
 from engine.graph import POSITIONS, WeightSource, sees_later
 from engine.replay.adjoint import derivatives
+from engine.replay.replay import Replay
 
 from .carry import carry, steps_between
 from .records import Floats
@@ -47,6 +48,7 @@ class Likely:
         self._last = entry.point if known.kind == "l_out" else f"blk.{screening.n_layers - 1}.l_out"
         self._after = [] if known.kind == "l_out" else steps_between(state, screening.n_layers - 1, entry.point)
         here = entry.rows == self._row
+        self._before = np.unique(entry.rows[entry.rows < self._row])  # rows of which nothing was recorded may be wrong, too
         present = entry.present[here][0]
         index = np.arange(len(present)) if entry.index is None else entry.index[here][0]
         self._index = index[present]
@@ -61,17 +63,36 @@ class Likely:
         )
         self._derivatives = self._answers() if self.able else {}
 
+    def among_steps(self, changed: Mapping[int, Mapping[str, Array]]) -> set[int]:
+        """The numbers of the likely candidates, given the first row of each step that each one changes; the place's row must be the first.
+
+        What several steps change adds up.
+        """
+        replay = self._screening.replay(self._state, 1)
+        numbers: set[int] = set()
+        effects: dict[int, Floats] = {}
+        with np.errstate(all="ignore"):  # faults may overflow
+            for number, values in changed.items():
+                if values.keys() <= self._derivatives.keys():
+                    changes = [(values[name][0] - replay.values[name][0]) @ self._derivatives[name].T for name in values]
+                    effects.update({number: self._screening.backend.to_host(sum(changes[1:], changes[0]))} if changes else {})
+                else:
+                    numbers.add(number)
+        if effects:
+            cosines = _cosines(np.stack(list(effects.values())).astype(np.float64), self._change(replay)[self._chosen])
+            numbers |= {number for number, cosine in zip(effects, cosines, strict=True) if not cosine < _ALIKE}
+        return numbers
+
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
         """The numbers of the likely candidates, given each one's first rows [rows, D] of a layer's output."""
         replay = self._screening.replay(self._state, rows)
         right = replay.values[name]
         with np.errstate(all="ignore"):  # faults may overflow
-            numbers = [number for number, value in values.items() if self._right_before(value, right)]
+            numbers = [number for number, value in values.items() if self.right_before(name, value)]
             if rows <= self._row or not numbers:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
-            was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
-            wanted = self._wanted - was
+            wanted = self._change(replay)
             if name in self._derivatives:
                 effects = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
                 wanted = wanted[self._chosen]
@@ -79,7 +100,7 @@ class Likely:
                 changed = self._logits_of(
                     replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights
                 )
-                effects = self._screening.backend.to_host(changed)[:, self._index] - was
+                effects = self._screening.backend.to_host(changed)[:, self._index] - (self._wanted - wanted)
             cosines = _cosines(effects, wanted)
         least = _DERIVED if name in self._derivatives else _ALIKE
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < least}
@@ -94,11 +115,17 @@ class Likely:
         with np.errstate(all="ignore"):
             return derivatives(steps, self._point, self._index[self._chosen], self._row, replay.values, replay.weights)
 
-    def _right_before(self, value: Array, right: Array) -> bool:
-        """Whether a candidate leaves the rows before the first wrong one unchanged."""
-        before = right[: self._row]
-        changed = value[: self._row] - before
-        return bool((changed * changed).sum() <= _SAME * (before * before).sum())
+    def _change(self, replay: Replay) -> Floats:
+        """The error of the recorded elements of the place: [k]."""
+        was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
+        return np.asarray(self._wanted - was)
+
+    def right_before(self, name: str, value: Array) -> bool:
+        """Whether a version of a layer's output leaves the recorded rows before the first wrong one unchanged."""
+        before = self._before[self._before < len(value)]
+        right = self._screening.replay(self._state, len(value)).values[name][before]
+        changed = value[before] - right
+        return bool((changed * changed).sum() <= _SAME * (right * right).sum())
 
     def _logits_of(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
         """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""
@@ -111,4 +138,7 @@ class Likely:
 def _cosines(changes: Floats, wanted: Floats) -> Floats:
     """The cosine of each of some changes [M, k] to the wanted one [k]."""
     sizes = np.linalg.norm(changes, axis=1) * np.linalg.norm(wanted)
-    return np.asarray((changes @ wanted) / sizes)
+    with np.errstate(
+        invalid="ignore", divide="ignore", over="ignore"
+    ):  # faults may overflow, or change nothing of what was recorded
+        return np.asarray((changes @ wanted) / sizes)

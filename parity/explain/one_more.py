@@ -1,20 +1,21 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
 
 from engine.faults import FITTED_PARTS
 
-from .batch import beyond, in_two, screened
+from .batch import beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
 from .records import Expected
 from .scopes import STAGES, rescoped, stages, where_it_holds
 from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
+from .sweep import Sweep, screened
 
 BEAM = 4  # partial explanations that are followed
 # Groups of faults that rebuild a matrix, which costs more than its product with one row.
@@ -90,32 +91,39 @@ class OneMore:
         Similar faults in the layer in which something is found are found, too.
         """
         layers = self.screening.suspects(state)
+        sweep = Sweep(self.screening, state, [(layer,) for layer in layers])
+        waiting: dict[Layers, list[list[Candidate]]] = {(layer,): self._by_cost(state, layer) for layer in layers}
         likely = Likely(self.screening, state) if len(layers) > 1 else None
-        choose = likely.among if likely is not None and likely.able else None
-        postponed: dict[int, list[Iterator[tuple[Candidate, Screened]]]] = {layer: [] for layer in layers}
-
-        def of(layer: int, candidates: Sequence[Candidate]) -> list[SearchState]:
-            now, later = in_two(self.screening, state, (layer,), candidates, choose)
-            postponed[layer].append(later)
-            return list(self._beyond(state, now))
-
-        waiting = {layer: self._by_cost(state, layer) for layer in layers}
+        choose = likely if likely is not None and likely.able else None
         better: list[SearchState] = []
-        explaining: int | None = None
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
-            for layer, lists in waiting.items():
-                if explaining in (None, layer) and turn < len(lists) and not self.screening.budget.over():
-                    better += of(layer, lists[turn])
-                    explaining = layer if better else None
-        for layer in layers if explaining is None else [explaining]:
-            for later in postponed[layer]:
-                better += self._beyond(state, later)
-            if better or self.screening.budget.over():
+            of_turn = {scope: lists[turn] for scope, lists in waiting.items() if turn < len(lists)}
+            found, scope = self._in_first_layer(state, sweep.screened(of_turn, choose))
+            better += found
+            if found:
+                waiting = {scope: waiting[scope]}
+            if self.screening.budget.over():
                 break
+        if not all_explained(better) and choose is not None:
+            found, _ = self._in_first_layer(state, sweep.screened({scope: sweep.postponed[scope] for scope in waiting}))
+            better += found
         return better + self._in_all_layers(state, better)
 
+    def _in_first_layer(
+        self, state: SearchState, results: Mapping[Layers, Sequence[tuple[Candidate, Screened]]]
+    ) -> tuple[list[SearchState], Layers]:
+        """The states in the first layer that explains everything or, if none does, in the first that gets further; and that layer."""
+        found_in: dict[Layers, list[SearchState]] = {}
+        for scope, of_scope in results.items():
+            found = list(self._beyond(state, of_scope))
+            if all_explained(found):
+                return found, scope
+            if found:
+                found_in[scope] = found
+        return next(((found, scope) for scope, found in found_in.items()), ([], None))
+
     def _by_cost(self, state: SearchState, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights, and
+        """The candidates in a layer by cost: faults of the capture, formulas, those that rebuild weights, those that need every row, and
         those of a fault with many variants.
         """
         *shown, others = stages(self.screening, state, (layer,))
@@ -123,8 +131,8 @@ class OneMore:
 
         def cost(candidate: Candidate) -> int:
             if candidate.fault.group in _WEIGHTS:
-                return 2 if variants[candidate.fault.name] < _MANY else 3
-            return int(candidate.fault.whole)
+                return 1 if variants[candidate.fault.name] < _MANY else 3
+            return 2 if candidate.fault.whole else 0
 
         return [*shown, *([candidate for candidate in others if cost(candidate) == turn] for turn in range(4))]
 
@@ -134,7 +142,7 @@ class OneMore:
         everywhere = [replace(fault, layers=None) for fault in faults if fault.fault.shows is None]
         return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
 
-    def _beyond(self, state: SearchState, results: Iterator[tuple[Candidate, Screened]]) -> Iterator[SearchState]:
+    def _beyond(self, state: SearchState, results: Iterable[tuple[Candidate, Screened]]) -> Iterator[SearchState]:
         """The states of screened candidates that get beyond the state's first place."""
         passed: list[Candidate] = []
         for candidate, (place, error) in results:

@@ -8,9 +8,9 @@ from checkpoints.points import in_layer
 from engine.faults import AT
 from engine.faults.base import layer_near
 
-from .batch import screened
 from .screening import Screening
 from .state import Candidate, Layers, SearchState
+from .sweep import screened
 
 STAGES = 3  # stages of candidates in all layers
 # The steps whose parameters differ between layers of one model: attention with a window or without, each with its own RoPE.

@@ -26,7 +26,7 @@ from ..lint.lint import refuse_unusable
 from ..run.command import Command
 from ..run.request import Progress, Prompt, Request
 from ..run.results import dumps_of
-from ..run.session import OURS_FILE, REF_FILE, comparison_options, following, new_folder, resolve_prompt
+from ..run.session import OURS_FILE, REF_FILE, comparison_options, following, resolve_prompt, run_folder
 from ..run.sides import ExternalEngine, LlamaCpp
 
 VARIABLE = "PARITY_INJECT"
@@ -51,8 +51,7 @@ def bisect(request: Request, progress: Progress | None = None, started: Referenc
             "--bisect works on a prompt only and cannot be combined with --generate.", "Leave one of them out.", code="bisect"
         )
     began = perf_counter()
-    with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
-        folder = new_folder(request)
+    with started or Reference(verbose=request.verbose, threads=request.threads) as reference, run_folder(request) as folder:
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         described = reference.describe(request.model)
         known = [name for name, _ in described.points]

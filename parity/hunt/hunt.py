@@ -29,7 +29,7 @@ from ..run.command import POINTS, Command
 from ..run.completeness import held_to
 from ..run.request import Progress, Prompt, Request
 from ..run.results import dumps_of
-from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, new_folder, resolve_prompt
+from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, following, resolve_prompt, run_folder
 from ..run.sides import ExternalEngine, LlamaCpp
 
 _FOR_TOKENS = 10.0  # seconds to look for a fault of the tokens: few are tried, the rest of a search would be about operations
@@ -65,8 +65,7 @@ def hunt(
     if request.command is None:
         raise InputError("--hunt needs an engine of yours.", "Give its command with --exec.", code="exec")
     began = perf_counter()
-    with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
-        folder = new_folder(request)
+    with started or Reference(verbose=request.verbose, threads=request.threads) as reference, run_folder(request) as folder:
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         rounds: list[Round] = []
         with dumps_of(folder) as dumps:

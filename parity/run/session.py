@@ -1,8 +1,9 @@
 """Both sides of one experiment into one run folder: ours.jsonl, ref.jsonl, diff.json, report.html."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from checkpoints.nearest import unknown_names
 from checkpoints.points import DEFAULT_LAYERS, default_layers, expand, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from checkpoints.whole_file import make_folders, remove_empty
 from reference.client import Reference
 from reference.jobs import DumpResult
 
@@ -47,22 +49,29 @@ class Outcome(Struct, frozen=True):
     seconds: float
 
 
-def new_folder(request: Request) -> Path:
-    """The run's folder, created and writable: `--out`, or runs/<time>-<model>.
+@contextmanager
+def run_folder(request: Request) -> Iterator[Path]:
+    """The run's folder, created and writable: `--out`, or runs/<time>-<model>. A run that fails leaves none that it made and not filled.
 
     Raises:
         InputError: it cannot be created or written to.
     """
     name = re.sub(r"[^\w.-]+", "-", request.model.stem)[:60]
     folder = request.out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+    made: tuple[Path, ...] = ()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made = make_folders(folder)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
+        remove_empty(made)
         raise InputError(f"cannot write to {folder}: {error.strerror}.", "Choose another --out.", code="output") from error
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: tuple[int, ...] | None = None) -> Prompt:
@@ -97,9 +106,8 @@ def run(
     """
     began = perf_counter()
     # The child process starts first: it imports llama.cpp while our side opens the model.
-    with started or Reference(verbose=request.verbose, threads=request.threads) as reference:
+    with started or Reference(verbose=request.verbose, threads=request.threads) as reference, run_folder(request) as folder:
         ours = side_of(OURS if request.command is None else EXEC, request, reference)
-        folder = new_folder(request)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
         ours.check(prompt)
         with dumps_of(folder) as dumps:

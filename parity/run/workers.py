@@ -3,24 +3,31 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
+from threading import Thread, main_thread
+from time import sleep
 
 from checkpoints.errors import InputError
+from checkpoints.room import cores
 
 _MEMORY = 1 << 30  # bytes a worker may take: llama.cpp, NumPy and a tiny model, 0.3 GB measured
 _MOST = 16
+_GRACE = 1.0  # seconds in which a worker's main thread ends its engine
 _PATIENCE = "10s"  # how long to wait for a scheduler to answer, and to come back
 
 
 def fitting() -> int:
     """The number of workers for which this machine has cores and memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = cores()
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    room = pages * os.sysconf("SC_PAGE_SIZE") // _MEMORY if pages else cores
-    return max(1, min(cores, room, _MOST))
+    room = pages * os.sysconf("SC_PAGE_SIZE") // _MEMORY if pages else free
+    return max(1, min(free, room, _MOST))
 
 
 @contextmanager
@@ -34,7 +41,7 @@ def workers_of(count: int, cluster: str = "") -> Iterator[Executor]:
         with _cluster(cluster) as pool:
             yield pool
         return
-    pool = ProcessPoolExecutor(count, mp_context=_Context(), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(count, mp_context=_Context(), initializer=_begin)
     try:
         yield pool
     finally:
@@ -59,10 +66,27 @@ class _Context(SpawnContext):
     Process = _Worker
 
 
-def _ignore_interrupts() -> None:
+def _begin() -> None:
+    """What a worker does first: it ignores Ctrl-C, and ends with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    main = parent_process()
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+        Thread(target=_end_after, args=(main.sentinel,), daemon=True).start()
+
+
+def _end_after(main: int) -> None:
+    """Wait until the main process has ended, then end this one: where it was killed, nobody else does.
+
+    A worker would wait for work for ever, and its engine would write into the dumps of the run that is started next. The signal
+    interrupts the main thread, which ends its engine.
+    """
+    wait([main])
+    signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR1)
+    sleep(_GRACE)
+    os._exit(1)
 
 
 def _silence() -> None:

@@ -21,7 +21,7 @@ from reference.jobs import Tokens
 
 from ..run.request import Prompt, Request
 from ..run.results import dumps_of
-from ..run.session import REF_FILE, dump_reference, new_folder, resolve_prompt
+from ..run.session import REF_FILE, dump_reference, resolve_prompt, run_folder
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import PlacedPrediction, Progress, ServerReply, ask_server
@@ -65,7 +65,7 @@ def compare_server(
         if reference is None:
             reference = stack.enter_context(Reference(verbose=request.verbose, threads=request.threads))
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
-        folder = new_folder(request)
+        folder = stack.enter_context(run_folder(request))
         special = reference.tokenize(request.model, "a")
         vocabulary = Vocabulary(reference.pieces(request.model, range(special.n_vocab)))
         given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids

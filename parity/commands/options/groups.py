@@ -86,7 +86,7 @@ GROUPS = {
 
 
 # The outputs of a command; every other path that it is given is read.
-_OUTPUTS = frozenset({"out", "table", "html", "junit", "save_base"})
+_OUTPUTS = frozenset({"out", "table", "html", "junit", "save_base", "summary", "ledger"})
 
 
 def fills(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

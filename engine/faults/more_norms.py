@@ -1,0 +1,66 @@
+"""Faults of a norm too many: one that is applied twice, and one that the model does not have."""
+
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from .. import ops
+from ..backend import Array
+from ..graph import Step
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, subsets
+from .edits import HandsOn, Then
+from .norms import kinds_with_epsilon
+
+_NORMS = ("attn_norm", "ffn_norm", "output_norm")
+_RESULTS = ("embd", "attn_out", "ffn_out", "q", "k", "v")
+_USUAL = 1e-6  # ε of a model without a norm of its own
+
+
+class _Twice(HandsOn, frozen=True):
+    """A norm of what the same norm makes."""
+
+    def __call__(self, x: Array, *weights: Array, **params: Any) -> Array:
+        """[T, n] -> [T, n]."""
+        return self.op(self.op(x, *weights, **params), *weights, **params)
+
+
+def _twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.op not in (ops.rms_norm, ops.layer_norm):
+        raise NotApplicable(f"{step.makes} is not a norm")
+    return replace(step, op=_Twice(step.op))
+
+
+def _added(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    eps = next(iter(kinds_with_epsilon(right).values()), _USUAL)
+
+    def norm(value: Array) -> Array:
+        scale = 1 / np.sqrt((value * value).mean(axis=-1, keepdims=True, dtype=np.float64) + eps)
+        return value * scale.astype(value.dtype)
+
+    return replace(step, op=Then(step.op, norm))
+
+
+FAULTS = (
+    Fault(
+        name="norm-twice",
+        kinds=_NORMS,
+        change=_twice,
+        what="the norm is applied twice, with its weight each time, in {at}",
+        symptom="values whose large elements are too large, from position 0 on",
+        fix="normalise once: hand on either the hidden state or what the norm makes of it",
+        seen="a hidden state that was normalised already, given to a head or a block for further tokens (MTP)",
+        parameters={AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))},
+    ),
+    Fault(
+        name="norm-added",
+        kinds=_RESULTS,
+        change=_added,
+        what="a norm without a weight that this model does not have is applied to {at}",
+        symptom="values of length √n, from position 0 on",
+        fix="leave the norm out: other models of the family have it",
+        seen="code for models with norms of embeddings, of heads, or after a branch",
+        parameters={AT: tuple((kind,) for kind in _RESULTS)},
+    ),
+)

@@ -1,0 +1,96 @@
+"""Mixed precision: an engine of which one operation is rounded as lower arithmetic rounds it, while those before it are as in float32.
+
+Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backend import Array
+from engine.graph import Step
+from engine.inapplicable import NotApplicable
+from engine.replay.precision import rounded
+from reports.sentences import ARITHMETIC
+
+from .case import Case
+from .precision import KINDS, cosine
+from .records import Expected, Floats
+from .state import SearchState
+
+# Errors are those of a rounding if their mean cosine to it is at least this, and their size the same within this factor. Rounding of 16
+# bits before products, or of 8 bits, was 1.00 in 60 right engines (`precision.is_reproduced`); ten elements of a chance direction reach
+# 0.9 in one row of 10,000, and no rows have one.
+_SAME, _AS_LARGE = 0.9, 1.5
+
+
+def rounded_here(
+    case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
+) -> tuple[str, ...]:
+    """The arithmetics in which a point's own operations make these errors; those that give the same are all there, the nearest first.
+
+    Args:
+        errors: of the dump's records against the right engine, [R, k], in the entry's shape; `known` where they are.
+        recorded: the points that agree before it, at which its own operations begin.
+    """
+    places = _own_steps(case.transformer.steps, entry.point, recorded)
+    right = entry.taken(case.replay.on_host[entry.point], case.positions)
+    near: dict[str, float] = {}
+    for kind in KINDS:
+        for storage in (False, True):
+            values = _rounded_value(case, places, kind, entry.point, storage=storage)
+            if values is None:
+                continue
+            computed = entry.taken(values, case.positions)
+            usable = known & np.isfinite(computed)
+            rounding, found = (np.where(usable, rows, 0.0) for rows in (computed - right, errors))
+            size, own = np.linalg.norm(found), np.linalg.norm(rounding)
+            alike = cosine(found, rounding)
+            if alike >= _SAME and own <= _AS_LARGE * size and size <= _AS_LARGE * own:
+                near[kind] = max(alike, near.get(kind, 0.0))
+    return tuple(sorted(near, key=lambda kind: -near[kind]))
+
+
+def law_of_rounding(case: Case, state: SearchState) -> str:
+    """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not."""
+    if state.first is None or state.faults:
+        return ""
+    entry = case.entries[state.first.point]
+    right = entry.taken(case.replay.on_host[entry.point], case.positions)
+    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
+    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    kinds = rounded_here(case, entry, errors, known, {other.point for other in case.entries[: state.first.point]})
+    return f"every element is the right one {in_words(kinds)}" if kinds else ""
+
+
+def in_words(kinds: Sequence[str]) -> str:
+    """How an operation in one of these arithmetics differs from what lies before it."""
+    named = " or ".join(ARITHMETIC[kind] for kind in kinds)
+    return (
+        f"as {named} arithmetic rounds it, while what it is computed from is in float32: mixed precision, and no other fault here "
+        f"(--compute {kinds[0]} allows for it everywhere)"
+    )
+
+
+def _own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> list[int]:
+    """The numbers of the steps that make a point from the recorded ones before it."""
+    wanted, numbers = {point}, list[int]()
+    for number in range(len(steps) - 1, -1, -1):
+        step = steps[number]
+        if step.makes in wanted:
+            numbers.append(number)
+            wanted.update(name for name in step.names if name not in recorded)
+    return numbers[::-1]
+
+
+def _rounded_value(case: Case, places: Sequence[int], kind: str, point: str, *, storage: bool) -> Array | None:
+    """A point's value with these steps in a lower arithmetic; None where that changes nothing or cannot be computed."""
+    steps = list(case.transformer.steps)
+    for number, step in zip(places, rounded([steps[number] for number in places], kind, storage=storage), strict=True):
+        steps[number] = step
+    try:
+        value = case.replay.run(steps, lambda name, _: name != point, places[0] if places else 0).get(point)
+    except NotApplicable:
+        return None
+    return None if value is None else case.transformer.backend.to_host(value)

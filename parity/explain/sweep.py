@@ -1,0 +1,207 @@
+"""How far candidates get at a state's first place: those in several single layers together, each in its layer alone, or those of one scope.
+
+What a candidate does to the rows before the first wrong one, and whether it can act on that one, is the same in every layer that has the
+same operations: it is seen in the first of these layers, and in the others only those come first that do what the dump shows. In each layer
+candidates are computed up to its output only. Those whose change points the way that the error does (`Likely`) are carried
+to the first place together, whatever their layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from msgspec import Struct
+
+from checkpoints.points import parse
+from engine.backend import Array, module_of
+from engine.lift.node import GgmlOperation
+from engine.replay.replay import Edits
+
+from .batch import SLACK, BatchScreening, computed_together
+from .carry import carry_together, distinct
+from .first_place import AtFirstPlace
+from .likely import Likely
+from .records import Floats
+from .screening import Screening
+from .state import Candidate, Layers, RecordKey, Screened, SearchState
+
+_COMPARED = 64  # versions compared with the dump at once: a bound on the memory, for logits
+_AT_ONCE = 8  # rows up to which a layer is computed at once: so few cost hardly more than one
+Results = dict[Layers, list[tuple[Candidate, Screened]]]
+
+
+class _Scope(Struct):
+    """Candidates of one scope, the changes of each by its number, the numbers of those that nothing contradicts, and how far each gets."""
+
+    batch: BatchScreening
+    candidates: Sequence[Candidate]
+    edits: dict[int, Edits]
+    waiting: list[int]
+    results: dict[int, Screened]
+
+
+class Sweep(AtFirstPlace):
+    """Screens candidates at a state's first place, each in its scope: single layers, or one scope of several layers or all.
+
+    Few positions come first: a row that is right in the dump contradicts most candidates before the first wrong row has to
+    be computed, and that one contradicts all but a few before the row after it. Causality makes that enough.
+
+    Raises:
+        ValueError: the state has no place that differs.
+    """
+
+    def __init__(self, screening: Screening, state: SearchState, scopes: Sequence[Layers]) -> None:
+        super().__init__(screening, state, None)
+        self._batches = {scope: BatchScreening(screening, state, scope) for scope in scopes}
+        single = len(scopes) > 1 and self._first.row < _AT_ONCE
+        few = (*(() if single else (1, 2)), self._first.row + 1, self._first.row + 2)
+        self._stages = sorted({screening.enough(rows) for rows in few})
+        self._kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
+        self._acts: dict[tuple[object, ...], bool] = {}
+        #: The candidates that `likely` did not choose, by scope.
+        self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
+
+    def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None = None) -> Results:
+        """The candidates of each scope that change something at the first place, and how far they get (see `Screening.screen`).
+
+        With `likely` only those that may act as the dump shows, and whose change of their layer's output it selects; the others are
+        `postponed`.
+        """
+        scopes = {layers: self._scope(layers, some) for layers, some in candidates.items()}
+        for rows in self._stages:
+            values: dict[Layers, dict[int, Array]] = {}
+            for layers, scope in scopes.items():
+                if rows == self._stages[0]:
+                    self._begin(layers, scope, likely)
+                values[layers] = self._outputs(layers, scope, rows, likely)
+            for layers, number, errors in self._errors(values, rows):
+                if self._judged(errors, rows, number, scopes[layers].results):
+                    scopes[layers].waiting.append(number)
+        return {layers: [*self._together(scope), *self._alone(candidates[layers])] for layers, scope in scopes.items()}
+
+    def _begin(self, layers: Layers, scope: _Scope, likely: Likely | None) -> None:
+        """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
+        if likely is not None:
+            may_act = [self._acts.get(self._effect(layers, candidate), True) for candidate in scope.candidates]
+            self.postponed[layers] += [candidate for candidate, may in zip(scope.candidates, may_act, strict=True) if not may]
+            scope.candidates = [candidate for candidate, may in zip(scope.candidates, may_act, strict=True) if may]
+        scope.edits = scope.batch.edits(scope.candidates)
+        scope.waiting = list(scope.edits)
+
+    def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
+        """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
+        batch, waiting = scope.batch, scope.waiting
+        if likely is not None and rows == 1:  # each row of a value acts on its own row only where there is but one
+            waiting = self._after_own_steps(layers, scope, likely)
+        values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
+        if rows == self._stages[0]:
+            cut = not self._screening.budget.complete
+            tried = [number for number in scope.edits if not cut or number in values or number in ended]
+            self._screening.tried.count([scope.candidates[number] for number in tried])
+        for number in ended:
+            scope.results.pop(number, None)
+        unchanged = [number for number in waiting if number not in values and number not in ended]
+        scope.waiting = unchanged if rows <= self._first.row else []
+        if likely is not None and rows <= self._first.row + 1:
+            causal = {number: value for number, value in values.items() if value.shape[-2] == rows}
+            chosen = likely.among(batch.name, causal, rows)
+            for number in causal.keys() - chosen:
+                self.postponed[layers].append(scope.candidates[number])
+                del values[number]
+            if rows > self._first.row:
+                for number in waiting:
+                    acts = number in values or (number in causal and likely.right_before(batch.name, causal[number]))
+                    self._acts.setdefault(self._effect(layers, scope.candidates[number]), acts)
+        return values
+
+    def _after_own_steps(self, layers: Layers, scope: _Scope, likely: Likely) -> list[int]:
+        """The candidates that wait, without those whose changed steps alone tell that they change the first row otherwise than the dump."""
+        edits = {number: scope.edits[number] for number in scope.waiting if not scope.candidates[number].fault.whole}
+        changed: dict[int, dict[str, Array]] = {number: {} for number in edits}
+        for name, values in scope.batch.own_steps(edits, 1):
+            for number, value in values.items():
+                if value is not None:
+                    changed[number][name] = value
+        for number in [number for number, values in changed.items() if not values]:
+            self._acts[self._effect(layers, scope.candidates[number])] = False
+        unlikely = changed.keys() - likely.among_steps(changed)
+        self.postponed[layers] += [scope.candidates[number] for number in unlikely if changed[number]]
+        return [number for number in scope.waiting if number not in unlikely]
+
+    def _judged(self, errors: Floats, rows: int, number: int, results: dict[int, Screened]) -> bool:
+        """Whether a candidate is right in the first rows; `results` says how far it gets."""
+        wrong = errors > SLACK * self._entry.limit
+        if rows > self._first.row:
+            place = RecordKey(self._first.point, int(self._entry.rows[wrong].min())) if wrong.any() else None
+            results[number] = place, float(errors[self._entry.rows == self._first.row].max())
+        return not wrong.any()
+
+    def _errors(self, values: Mapping[Layers, dict[int, Array]], rows: int) -> Iterator[tuple[Layers, int, Floats]]:
+        """NMSE at the first place's point, by scope and candidate: [records]."""
+        for used in {rows, self._screening.rows}:
+            versions = {
+                layers: distinct({number: value for number, value in of_scope.items() if value.shape[-2] == used})
+                for layers, of_scope in values.items()
+            }
+            here = [layers for layers in versions if self._batches[layers].carried_from is None]
+            carried = {layer: layers for layers in versions if (layer := self._batches[layers].carried_from) is not None}
+            outputs = {layer: [value for value, _ in versions[layers]] for layer, layers in carried.items()}
+            stop, replay = self._screening.budget.over, self._screening.replay(self._state, used)
+            yield from self._compared(
+                [(layers, numbers) for layers in here for _, numbers in versions[layers]],
+                (value for layers in here for value, _ in versions[layers]),
+                used,
+            )
+            yield from self._compared(
+                [(carried[layer], numbers) for layer in sorted(carried) for _, numbers in versions[carried[layer]]],
+                carry_together(self._state, outputs, self._point, replay, stop),
+                used,
+            )
+
+    def _compared(
+        self, owners: Sequence[tuple[Layers, list[int]]], values: Iterator[Array], rows: int
+    ) -> Iterator[tuple[Layers, int, Floats]]:
+        """NMSE of values at the first place's point, for the candidates that have them; fewer values come where the time is up."""
+        for begin in range(0, len(owners), _COMPARED):
+            some = list(islice(values, _COMPARED))
+            if not some:
+                return
+            stack = module_of(some[0]).stack(some)
+            errors = self._entry.nmse_of(self._screening.backend.to_host(stack), self._screening.positions[:rows])
+            for (layers, numbers), error in zip(owners[begin:], errors, strict=False):
+                yield from ((layers, number, error) for number in numbers)
+
+    def _scope(self, layers: Layers, candidates: Sequence[Candidate]) -> _Scope:
+        some = [each for each in candidates if computed_together(self._screening, self._state, each)]
+        return _Scope(self._batches[layers], some, {}, [], {})
+
+    @staticmethod
+    def _together(scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
+        return ((scope.candidates[number], scope.results[number]) for number in sorted(scope.results))
+
+    def _alone(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+        """The candidates that cannot be computed together with others, and how far they get."""
+        for candidate in candidates:
+            if computed_together(self._screening, self._state, candidate):
+                continue
+            if self._screening.budget.over():
+                return
+            result = self._screening.screen(self._state, candidate)
+            if result is not None:
+                yield candidate, result
+
+    def _effect(self, layers: Layers, candidate: Candidate) -> tuple[object, ...]:
+        """What is alike for a candidate in all layers with the same operations."""
+        return self._kinds.get(layers), candidate.fault.name, repr(candidate.parameters)
+
+
+def _operations(state: SearchState, layers: Layers) -> tuple[object, ...]:
+    """The operations of the first of these layers."""
+    steps = (step for step in state.steps if layers and parse(step.makes).layer == layers[0])
+    return tuple(step.op.name if isinstance(step.op, GgmlOperation) else step.op for step in steps)
+
+
+def screened(
+    screening: Screening, state: SearchState, layers: Layers, candidates: Sequence[Candidate]
+) -> list[tuple[Candidate, Screened]]:
+    """The candidates of one scope that change something at the state's first place, and how far they get."""
+    return [] if state.first is None else Sweep(screening, state, [layers]).screened({layers: candidates})[layers]

@@ -1,0 +1,105 @@
+"""Mixed precision: where one part of an engine is rounded and what lies before it is not, no operation is called wrong."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from planted import Faulty, Planted, tokens_of
+
+from checkpoints.points import parse
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from engine.graph import Step
+from engine.replay.precision import rounded
+from parity.diff.compare import Options
+from parity.diff.first import BLAMED
+from parity.explain.explain import ExplainOptions, explain
+from parity.explain.on_model import compared_on
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+Sides = tuple[Faulty, Dump]
+
+
+@pytest.fixture(scope="module")
+def sides(reference: Reference, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Sides:
+    """A small qwen3's engine and llama.cpp's dump of it, every value of the first two layers."""
+    path, out = small_model("qwen3"), tmp_path_factory.mktemp("ref") / "ref.jsonl"
+    reference.dump(DumpJob(path, out, tokens_of(path, 5, 1), points="blk.{0..1}.*", slice_size=4096))
+    return Faulty(path, reference.graph(path)), read(out)
+
+
+def dump_of(sides: Sides, steps: Sequence[Step]) -> Dump:
+    """The dump of an engine that runs these steps and does not say in which arithmetic."""
+    engine, ref = sides
+    assert ref.header is not None
+    dump = engine.dump(Planted(()), ref.header.tokens, points="blk.{0..1}.*", size=4096, bare=False, steps=steps)
+    assert dump.header is not None
+    return replace(dump, header=replace(dump.header, compute="", source="an engine"))
+
+
+def from_layer_1(steps: Sequence[Step], kind: str) -> list[Step]:
+    """An engine whose first layer is float32, and all others lower."""
+    lower = rounded(steps, kind, storage=False)
+    return [b if (parse(a.makes).layer or 0) >= 1 else a for a, b in zip(steps, lower, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["f16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_layers_in_a_lower_arithmetic_blame_no_operation(sides: Sides, kind: str) -> None:
+    """The second layer rounds before its products, the first one does not: diff and explain say so, and how to allow for it."""
+    engine, ref = sides
+    ours = dump_of(sides, from_layer_1(engine.right, kind))
+    verdict = compared_on(ours, ref, Options(), engine.model).verdict
+    assert verdict.first_divergence is not None
+    assert verdict.pattern is not None
+    assert "mixed precision" in verdict.pattern.sentence
+    assert f"--compute {kind} allows for it" in verdict.pattern.sentence
+    assert BLAMED not in verdict.operation
+    answer = explain(ours, engine.model, ExplainOptions(budget=20))
+    assert "mixed precision" in answer.law
+    assert not answer.causes
+    assert answer.placed is None
+
+
+@pytest.mark.slow
+def test_a_small_fault_is_not_called_mixed_precision(sides: Sides) -> None:
+    """The same layers with a product that is 1.0004 times too large, an error of the same size: the operation is placed."""
+    engine, ref = sides
+
+    def scaled(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
+        return op(*inputs, **params) * np.float32(1.0004)
+
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **p: scaled(*x, op=op, **p)) if step.makes == "blk.1.q" else step
+        for step in from_layer_1(engine.right, "f16")
+    ]
+    ours = dump_of(sides, steps)
+    verdict = compared_on(ours, ref, Options(), engine.model).verdict
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.1.q"
+    assert BLAMED in verdict.operation
+    answer = explain(ours, engine.model, ExplainOptions(budget=20))
+    assert not answer
+    assert "mixed precision" not in answer.law
+
+
+@pytest.mark.slow
+def test_a_decoder_in_a_lower_arithmetic_than_its_encoder(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A T5 whose decoder alone rounds to F16: its first product is not called wrong."""
+    path, out = small_model("t5"), tmp_path / "ref.jsonl"
+    tokens = tokens_of(path, 5, 1)
+    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=4096))
+    engine, ref = Faulty(path, reference.graph(path)), read(out)
+    ours = engine.dump(
+        Planted(()), tokens, points="all", size=4096, bare=False, steps=rounded(engine.right, "f16", storage=False)
+    )
+    assert ours.header is not None
+    ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
+    verdict = compared_on(ours, ref, Options(), path).verdict
+    assert verdict.pattern is not None
+    assert "mixed precision" in verdict.pattern.sentence
+    assert BLAMED not in verdict.operation
