@@ -73,8 +73,8 @@ class _Chosen(Likely):
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
         return set(list(values)[:: self.every]) if self.every else set()
 
-    def among_steps(self, changed: Mapping[int, Mapping[str, Array]]) -> set[int]:
-        return set(list(changed)[:: self.every]) if self.every else set()
+    def likely_effects(self, effects: Mapping[int, NDArray[np.float64]]) -> set[int]:
+        return set(list(effects)[:: self.every]) if self.every else set()
 
 
 @pytest.mark.parametrize("every", [0, 3])
