@@ -6,7 +6,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.points import EMBD, in_layer
-from engine.backend import Array, module_of
+from engine.backend import Array, all_equal, module_of
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.batched import by_rows
@@ -129,6 +129,7 @@ class BatchScreening(AtFirstPlace):
             chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
             # A fault that looks ahead needs all rows in its own layer; after that causality holds.
             used = self._screening.rows if whole else rows
+            right = self._screening.replay(self._state, rows).values
             size = max(1, min(_TOGETHER, _ROWS // used))
             for begin in range(0, len(chosen), size):
                 if self._screening.budget.over():
@@ -141,7 +142,9 @@ class BatchScreening(AtFirstPlace):
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        value_of[number] = values[name][: rows if self._causal(values[name]) else None]
+                        value = values[name][: rows if self._causal(values[name]) else None]
+                        if used == rows or len(value) > rows or not all_equal(value, right[name]):
+                            value_of[number] = value
         return value_of, ended
 
     def _run(
