@@ -14,7 +14,7 @@ from checkpoints.record import Dump
 from engine.faults import CATALOGUE
 from engine.replay.precision import rounded
 from parity.diff.compare import Options, compare
-from parity.diff.eight_bits import share_along
+from parity.diff.eight_bits import one_is_scaled, share_along
 from reports.sentences import answer
 
 RIGHT = Planted(())
@@ -94,3 +94,33 @@ def test_one_large_position_says_nothing_of_noise() -> None:
     assert share_along(noise, values) < 0.3
     assert share_along(values * rng.uniform(1e-3, 2e-3, (9, 1)), values) > 0.99
     assert share_along(np.zeros((9, 10)), values) == 0
+    assert not one_is_scaled(noise, values)
+    assert not one_is_scaled(values * rng.uniform(1e-3, 2e-3, (9, 1)), values)
+
+
+def test_one_position_with_a_wrong_scale_is_no_8_bit_arithmetic(engine: Faulty) -> None:
+    """An 8-bit engine that scales one position of seven wrongly at its first products: a divergence, and no suspicion of arithmetic."""
+    steps = rounded(engine.right, "q8", storage=False)
+
+    def one_scaled(*inputs: Any, op: Callable[..., Any], **params: Any) -> Any:
+        out = op(*inputs, **params).copy()
+        out[3] *= np.float32(1.05)
+        return out
+
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **p: one_scaled(*x, op=op, **p)) if step.makes == "blk.0.q" else step
+        for step in steps
+    ]
+    for size in (16, 1 << 20):
+        answer = judged(engine, points="all", size=size, steps=steps)
+        assert not answer
+        assert answer.pattern is None or answer.pattern.code != "eight-bits"
+
+
+def test_noise_is_no_wrong_scale() -> None:
+    """Of 500 draws of seven positions of normal noise, of ten to a thousand elements, none is called scaled."""
+    rng = np.random.default_rng(1)
+    for count in (10, 16, 1000):
+        for _ in range(500 if count < 100 else 20):
+            values, noise = rng.standard_normal((2, 7, count)) * np.exp(rng.standard_normal(count))
+            assert not one_is_scaled(noise, values)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import PROMPT, only, small_engine
+from explaining import PROMPT, only
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from planted import Faulty, Planted, tokens_of
@@ -26,12 +26,6 @@ from parity.explain.scopes import stages
 from parity.explain.state import Candidate, Layers, RecordKey, Screened
 from parity.explain.sweep import Sweep, screened
 from reference.client import Reference
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("screening"))
 
 
 def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> None:

@@ -95,13 +95,18 @@ _CLAMPED = Fault(
     name="activation-clamped",
     kinds=_ACTIVATIONS,
     change=_clamped,
-    what="{of} is limited to {limit}, which this model does not do",
+    what="{of}{limit}, which this model does not do",
     symptom="right where activations are small, large ones are cut off",
     fix="only gpt-oss and a few others clamp; read the limit from the file",
     seen="gpt-oss' clamped SwiGLU for other models; clamps against overflow in half precision",
     parameters={
         "limit": (),
         "of": ("the activation's argument on both sides", "the activation's argument from above", "the other factor"),
+    },
+    says={
+        "the activation's argument on both sides": "the activation's argument is cut off on both sides, at ±",
+        "the activation's argument from above": "the activation's argument is cut off above ",
+        "the other factor": "the other factor is cut off on both sides, at ±",
     },
     group="fitted",
 )

@@ -70,8 +70,8 @@ def score(
     """Perplexity, KL divergence and same-top rate of an engine, a server, our engine or llama.cpp in native mode over a text.
 
     The base is llama.cpp in exact mode on the same model, --base-model, a --base file, or --golden dumps. The figures are defined as in
-    llama-perplexity --kl-divergence, and take one row of logits at a time. A server lists its most probable tokens only: KL is then a
-    lower bound.
+    llama-perplexity --kl-divergence, and computed from a few rows of logits at a time. A server lists its most probable tokens only: KL is
+    then a lower bound.
 
       parity score --text t.txt -m M.gguf --exec "./e {model} {tokens} {out}"
 

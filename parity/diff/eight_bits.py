@@ -24,6 +24,10 @@ Floats = NDArray[np.float64]
 # positions of ten values, exceeds the first in 1 of 1,000 draws and the second in 2; with seven positions of sixteen values none of
 # 200,000 did.
 _ALONG, _COMMON = 0.4, 0.7
+# A single position is along its values, as by a wrong scale of that position, if noise would be so in one of 10^6 draws of as many
+# elements of equal weight, and if that is this many times as much as at the usual position: truncation is along all of them.
+_CHANCE, _UNUSUAL = 1e-6, 4.0
+_FEWEST = 8.0  # elements of equal weight: of fewer, one decides
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
 # The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values a row
 # (benchmarks/right_engines.py), in round numbers. A fault of attention leaves position 0 right: a ratio of a million.
@@ -71,12 +75,32 @@ def is_noise(records: Records, number: int) -> bool:
     if energy == 0:
         return False
     common = len(delta) * float((delta.mean(axis=0) ** 2).sum()) / energy
+    if one_is_scaled(delta, b):
+        return False
     return share_along(delta, b) <= _ALONG and (common <= _COMMON or len(delta) == 1)
 
 
 def share_along(delta: Floats, values: Floats) -> float:
     """The share of the energy of errors [R, k] that is along the values [R, k], on average over the rows that have an error."""
+    shares = _shares(delta, values)[0]
+    return float(shares.mean()) if len(shares) else 0.0
+
+
+def one_is_scaled(delta: Floats, values: Floats) -> bool:
+    """Whether errors [R, k] of any row are along its values [R, k] as those of no noise and of no usual other row: its scale is wrong."""
+    shares, sizes = _shares(delta, values)
+    if len(shares) < _POSITIONS:
+        return False
+    # Of n normal numbers the share along any direction exceeds s by the chance (1 − s)^((n − 1) / 2), to within a factor of about 1.
+    by_chance = 1 - _CHANCE ** (2 / (np.maximum(sizes, _FEWEST) - 1))
+    return bool(((sizes >= _FEWEST) & (shares > by_chance) & (shares > _UNUSUAL * np.median(shares))).any())
+
+
+def _shares(delta: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """Of each row that has an error: the share of its energy along the values, and as how many elements of equal weight these count."""
     energies = (delta * delta).sum(axis=1) * (values * values).sum(axis=1)
     known = energies > 0
-    shares = (delta * values).sum(axis=1)[known] ** 2 / energies[known]
-    return float(shares.mean()) if len(shares) else 0.0
+    delta, values = delta[known], values[known]
+    shares = (delta * values).sum(axis=1) ** 2 / energies[known]
+    sizes = [(rows * rows).sum(axis=1) ** 2 / (rows**4).sum(axis=1) for rows in (delta, values)]
+    return shares, np.minimum(*sizes)

@@ -20,7 +20,7 @@ _CARRY = frozenset({"ADD", "SUB", "MUL", "SCALE", "SQR", "ROPE", "RMS_NORM", "NO
 _CARRY_NAN = frozenset({"DIV", "SQRT"})
 # Where the whole row of the result is known: each element is made from all of a row, or copied; the rows of a cache that a position
 # reads include its own.
-_CARRY_SOMEWHERE = frozenset({"MUL_MAT", "MUL_MAT_ID", "SUM_ROWS", "CONT", "CPY", "DUP", "CACHE"})
+_CARRY_SOMEWHERE = frozenset({"MUL_MAT", "MUL_MAT_ID", "SUM_ROWS", "CONCAT", "CONT", "CPY", "DUP", "CACHE"})
 # The same for NaN alone: a soft max of NaN is a row of NaN, and bounds give NaN or a bound of it, while both make something of an infinity;
 # a state that forgets by exp(−∞) is finite.
 _CARRY_NAN_SOMEWHERE = frozenset(
