@@ -87,10 +87,11 @@ def _new_folder(wanted: Path) -> Path:
     while True:
         try:
             folder.mkdir()
-            return folder
         except FileExistsError:
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
 
 
 def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: tuple[int, ...] | None = None) -> Prompt:
