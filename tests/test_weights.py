@@ -187,6 +187,17 @@ def test_an_engine_that_holds_all_matrices_transposed_is_not_accused(stories: Pa
     assert any("transposed" in note for note in checked.notes)
 
 
+def test_one_tensor_that_is_not_given_is_one(stories: Path, tmp_path: Path) -> None:
+    """What the engine's file lacks is counted in words that fit one as well as many."""
+    model = GgufModel(stories)
+    values = {name: model.load(name).reshape(-1)[:100] for name in model.tensors}
+    values.pop("output_norm.weight")
+    np.savez(tmp_path / "theirs.npz", **values)
+    assert check_foreign(stories, tmp_path / "theirs.npz").notes == (
+        "not in theirs.npz and not checked: 1 tensor of the model",
+    )
+
+
 def test_not_a_number_in_the_file_is_said(parity: Cli, stories: Path, tmp_path: Path) -> None:
     """Weights that the file itself has as NaN are read right, and the answer names their tensor: no dequantiser made them."""
     model = GgufModel(stories)

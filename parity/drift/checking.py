@@ -257,7 +257,7 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
     """The given dumps in the order of their prompts: by token ids if they list them, else in the given order."""
     if len(dumps) != len(golden.prompts):
         raise InputError(
-            f"{len(dumps)} dumps were given for {len(golden.prompts)} golden prompts.",
+            f"there are {count(len(golden.prompts), 'golden prompt')}, but {count(len(dumps), 'dump')}.",
             "Give one dump for each prompt.",
             code="prompts-changed",
         )
