@@ -59,7 +59,7 @@ def _followed(engine: Faulty, steps: list[Step], tokens: tuple[int, ...]) -> str
         ("blk.0.ffn_norm", slice(7, 8), "element 7 of blk.0.ffn_norm"),
         ("blk.0.ffn_swiglu", slice(0, 71), "elements 0 to 70 of blk.0.ffn_swiglu"),
         ("blk.0.ffn_swiglu", slice(33, None), "the elements after 32 of blk.0.ffn_swiglu"),
-        ("blk.0.ffn_swiglu", slice(32, 64), "quarter 1 of blk.0.ffn_swiglu"),
+        ("blk.0.ffn_swiglu", slice(64, 96), "quarter 2 of blk.0.ffn_swiglu"),
     ],
 )
 def test_errors_that_follow_one_element_are_no_arithmetic(engine: Faulty, name: str, part: slice, what: str) -> None:

@@ -23,8 +23,9 @@ _ALONG, _WEIGHT = 0.9999, 5.0
 # The most that an element may have of what all of them, rounded alike, do to the recorded ones: an activation that is a thousand times
 # larger than the others, as trained models have at their first token, has all of the rounding's error, too.
 _OF_ALL = 0.1
-# As many elements of equal weight a part of a row must have for rounding, which is another one in each, not to move them all alike.
-_MANY = 8.0
+# As many elements of equal weight a part of a row must have at least: rounding moves each of them by another share, and three by the same
+# to one in a hundred, as `_ALONG` asks, in one of 10^4 draws; the smaller ones beside them must follow as well.
+_MANY = 3.0
 
 
 def one_element(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_]) -> str:
