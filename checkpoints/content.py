@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .cache import cache_dir
+from .room import cores
 from .whole_file import lock
 
 _CHUNK = 1 << 20  # bytes of a leaf of the tree: stays in a core's cache between reading and hashing
@@ -76,11 +77,11 @@ def _hash(descriptor: int, size: int) -> str:
         return hashlib.sha256(buffers.chunk[:count]).digest()
 
     root = hashlib.sha256(str(size).encode())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores > 1 and len(offsets) > 1:
+    threads = cores()
+    if threads > 1 and len(offsets) > 1:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(min(cores, 16)) as pool:
+        with ThreadPoolExecutor(min(threads, 16)) as pool:
             for digest in pool.map(leaf, offsets):
                 root.update(digest)
     else:

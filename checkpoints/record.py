@@ -86,6 +86,11 @@ class Token(Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
     seq: int = 0
 
+    @property
+    def first_choice(self) -> int:
+        """The side's own first choice: one that is led along another's tokens lists it in `top`."""
+        return self.top[0][0] if self.top else self.id
+
 
 class End(Struct, frozen=True):
     """The last line of a dump that was written to its end: how many lines of each kind came before it."""

@@ -1,4 +1,4 @@
-"""How much memory and disk there is, asked before something large is begun."""
+"""How many cores, how much memory and disk there are, asked before something large is begun."""
 
 import os
 import shutil
@@ -18,6 +18,11 @@ class FreeMemory(Struct, frozen=True):
 
     free: int
     source: str
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int:

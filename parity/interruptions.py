@@ -1,6 +1,9 @@
 """Requests to end, from a terminal (Ctrl-C), `timeout`, a cancelled CI job: raised as KeyboardInterrupt where it is not lost."""
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
@@ -16,6 +19,27 @@ def end_as_interrupted() -> None:
         # `nohup` ignores SIGHUP, and its children inherit that.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """A block that a request to end does not interrupt: it is raised behind it, when what was begun there is known to who must end it.
+
+    For a few milliseconds only. Other threads than the main one are never interrupted.
+    """
+    came: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in filter(None, (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))):
+            if callable(signal.getsignal(number)):  # who ignores it does so here as well
+                handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:

@@ -19,13 +19,14 @@ from checkpoints.errors import InputError
 from checkpoints.fingerprint import fingerprint
 from checkpoints.gguf_file import Contents
 from checkpoints.record import ATTENTION_WINDOW, DEFAULT_SLICE, Header, ModelInfo, Token
+from checkpoints.room import cores
 from checkpoints.tensors import TensorWriter, beside
 
 from . import twin
 from .dataflow import of_passes
 from .emitter import EmittedPass, Emitter, steps_of
 from .jobs import EXACT, DumpJob, DumpResult
-from .library import Library, default_threads
+from .library import Library
 from .model import Model
 from .naming import Planned
 from .passes import Plans, plans_of
@@ -75,7 +76,7 @@ def header_of(
 ) -> Header:
     """The dump's first line; `window` counts layers that are in memory at a time, `attention_window` positions."""
     build = library.versions() | {
-        "threads": job.threads or default_threads(),
+        "threads": job.threads or cores(),
         "flash_attention": False,
         "window": window or 0,
         "weights": "F32 twin" if job.mode == EXACT else "as in the file",

@@ -18,11 +18,6 @@ _METADATA = re.compile(r"llama_cpp_python-(.+)\.(?:dist|egg)-info")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
 class Library:
     """llama.cpp itself, with its log kept instead of printed; a `verbose_fd` receives it too."""
 

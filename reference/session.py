@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ReferenceFailed
+from checkpoints.room import cores
 
 from .callback import Deliver, Noted, Tap
 from .jobs import Node, Outline
-from .library import default_threads
 from .model import Model
 from .naming import Planned
 
@@ -55,7 +55,7 @@ class Session:
         params.n_ctx, params.n_batch, params.n_ubatch = max(n_ctx, n_batch), n_batch, n_ubatch or n_batch
         params.n_seq_max, params.kv_unified = n_seq, n_seq > 1
         params.embeddings = model.embeds
-        params.n_threads = params.n_threads_batch = threads or default_threads()
+        params.n_threads = params.n_threads_batch = threads or cores()
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED; the default is AUTO, which was ON
         params.type_k = params.type_v = _KV_TYPES[kv_type]
         params.offload_kqv = params.op_offload = False

@@ -13,11 +13,12 @@ from checkpoints.cache import cache_dir
 from checkpoints.content import content_hash, touched
 from checkpoints.errors import InputError, ModelError, ReferenceFailed
 from checkpoints.gguf_file import Contents, contents
+from checkpoints.room import cores
 from checkpoints.whole_file import Replacement, is_special, unwritable
 
 from . import twin_cache
 from .after_quantising import dequantize_rest, is_f32, state_alignment
-from .library import Library, default_threads
+from .library import Library
 
 _F32 = "F32"  # the file type whose weights are F32 without exception
 _ATTEMPTS = 3  # to make a twin that reads back as it was written
@@ -181,7 +182,7 @@ def convert(library: Library, model: Contents, ftype: str, out: Path, *, threads
     params = api.llama_model_quantize_default_params()
     params.ftype = file_type(library, ftype)
     params.allow_requantize = True
-    params.nthread = threads or default_threads()
+    params.nthread = threads or cores()
     library.lines.clear()
     status = api.llama_model_quantize(os.fsencode(model.path), os.fsencode(out), ctypes.byref(params))
     if status == 0:

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from checkpoints.record import Dump, Token
+from checkpoints.record import Dump
 
 from .numbers import token as quoted
 
@@ -29,15 +29,10 @@ def generated(ours: Dump, ref: Dump) -> list[Choice]:
         other = our_tokens.get(ref_token.token_idx)
         if other is None:
             continue
-        a, b = _first(other), _first(ref_token)
+        a, b = other.first_choice, ref_token.first_choice
         margin = ref_token.top[0][1] - ref_token.top[1][1] if len(ref_token.top) > 1 else None
         choices.append(Choice(ref_token.token_idx, _named(a, texts), _named(b, texts), a == b, margin))
     return choices
-
-
-def _first(token: Token) -> int:
-    """A side's own first choice; a side that follows another's tokens lists it in `top`."""
-    return token.top[0][0] if token.top else token.id
 
 
 def _named(number: int, texts: dict[int, str]) -> str:

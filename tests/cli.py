@@ -1,7 +1,13 @@
-"""The command line as a test calls it: in this process, with what it printed and its exit code."""
+"""The command line as a test calls it: in this process, with what it printed and its exit code, or on a disk that fills up."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,3 +60,16 @@ def refused(ran: Ran, *parts: str) -> None:
     """Check for exit code 2, one line on stderr with these parts, and nothing on stdout."""
     assert (ran.code, ran.out) == (2, ""), ran
     one_line(ran.err, *parts)
+
+
+def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProcess[str]:
+    """A parity whose files may not grow beyond `size` bytes, as on a disk that fills up."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "parity", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        # CPython leaves bytecode cut short where a file may not grow: later programs would fail on it.
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        check=False,
+    )

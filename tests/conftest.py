@@ -106,6 +106,22 @@ def ref(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> "Faulty":
+    """A small qwen2 with groups of 7 query heads, into which faults are planted."""
+    from explaining import small_engine
+
+    return small_engine(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine in C, compiled: qwen2 and llama, F32 weights only."""
+    from foreign import compile_engine
+
+    return compile_engine(tmp_path_factory.mktemp("engine-in-c"))
+
+
+@pytest.fixture(scope="session")
 def quantized(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that gives the stories model in another type, made by llama.cpp once."""
     folder = tmp_path_factory.mktemp("quantized")

@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf_writing import finish
 from hf_folders import save
 
 Tensors = dict[str, np.ndarray]
@@ -292,12 +293,7 @@ def write(path: Path, architecture: str, tensors: Tensors, heads: int = HEADS) -
     writer.add_vocab_size(5)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tokenizer_model("none")
-    for name, values in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
     return path
 
 

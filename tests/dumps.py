@@ -12,6 +12,10 @@ from checkpoints.summary import summarise
 Arrays = dict[str, NDArray[np.float32]]
 DEFAULT = ("embd", "blk.0.l_out", "blk.5.l_out", "blk.10.l_out", "blk.23.l_out", "output_norm", "logits")
 WIDTH = 64
+# What the JSON of a comparison promises: docs and other programs rely on these keys.
+VERDICT_KEYS = {"verdict", "compared", "mode", "limit", "worst", "first_divergence", "origins", "last_agreement", "next"}
+VERDICT_KEYS |= {"pattern", "missing"}
+DIFFERENCE_KEYS = {"checkpoint", "layer", "token_idx", "nmse", "max_abs", "limit", "ours", "ref", "fresh"}
 HEADER = Header(
     source="engine",
     model=ModelInfo("tiny", "qwen2", "F32", 24, "f00d"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf_writing import finish
 from safetensors.numpy import load_file
 
 ARCHITECTURES = {
@@ -50,12 +51,7 @@ def convert(folder: Path, out: Path, source: dict[str, np.ndarray] | None = None
     if turn := changes.get("turn"):
         tensors[turn] = tensors[turn].T
     tensors.pop(changes.get("drop", ""), None)
-    for to, value in tensors.items():
-        writer.add_tensor(to, np.ascontiguousarray(value, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
     return out
 
 

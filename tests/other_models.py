@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf_writing import finish
 
 from checkpoints.gguf_file import contents, header_bytes
 
@@ -57,10 +58,7 @@ def write_model(path: Path, arch: str, tokenizer: Path, kv_heads: int = KV) -> P
         scale = 0.02 if name.endswith("bias") else 0.2
         data = rng.standard_normal(shape) * scale + (1 if name.endswith("norm.weight") else 0)
         writer.add_tensor(name, data.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     file = contents(path)
     data = path.read_bytes()[file.data :]
     path.write_bytes(header_bytes(file.metadata | vocabulary, list(file.tensors)) + data)

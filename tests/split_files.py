@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gguf import GGUFReader, GGUFWriter
+from gguf_writing import finish
 
 
 def split(model: Path, out: Path, parts: int = 2) -> Path:
@@ -15,10 +16,7 @@ def split(model: Path, out: Path, parts: int = 2) -> Path:
             writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
     for tensor in whole.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return part(out, 1, parts)
 
 

@@ -11,16 +11,10 @@ from xml.etree import ElementTree as ET
 import pandas as pd
 import pytest
 from cli import Cli, refused
-from foreign import compile_engine, numpy_engine
+from foreign import numpy_engine
 
 SERVER = os.environ.get("PARITY_SERVER_PYTHON", "")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
-
-
-@pytest.fixture(scope="module")
-def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine in C, compiled: qwen2 and llama, F32 weights only."""
-    return compile_engine(tmp_path_factory.mktemp("conform"))
 
 
 @pytest.fixture

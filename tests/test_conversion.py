@@ -8,7 +8,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from cli import Cli
+from cli import Cli, refused
+from gguf_writing import finish
 from hf_convert import convert
 from hf_folders import FAMILIES, LAYERS, NORMS, D, F, H, K, V, save, tensors
 
@@ -258,6 +259,33 @@ def test_a_damaged_folder_is_one_line(damage: str, folder: Callable[..., Path], 
     assert refused.err.count("\n") == 1
 
 
+def test_a_header_says_where_it_is_damaged_and_an_unknown_type_is_no_missing_tensor(
+    folder: Callable[..., Path], parity: Cli, tmp_path: Path
+) -> None:
+    """The tensor whose entry has another form is named, not Python's error; a tensor of a type that is not read is listed with it."""
+    source = folder("llama")
+    model = convert(source, tmp_path / "m.gguf")
+    first = min(source.glob("*.safetensors"))
+    whole = first.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    name = next(name for name in header if name.endswith("norm.weight"))
+    for change, words in (
+        ({"shape": None}, "Expected `array`, got `null` - at `$.shape`"),
+        ({"shape": [-64]}, "Expected `int` >= 0"),
+        ({"data_offsets": [0.5, 256]}, "Expected `int`, got `float`"),
+    ):
+        changed = json.dumps({**header, name: header[name] | change}).encode()
+        first.write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + size :])
+        refused(parity("weights", "--model", model, "--hf", source), f"its header is damaged at {name}: {words}")
+    first.write_bytes(b"\2" + bytes(7) + b"[]")
+    refused(parity("weights", "--model", model, "--hf", source), "Expected `object`, got `array`")
+    changed = json.dumps({**header, name: header[name] | {"dtype": "F99"}}).encode()
+    first.write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + size :])
+    answer = parity.json("weights", "--model", model, "--hf", source)[1]
+    assert f"left out, of a type that is not read: {name} (F99)" in answer["notes"]
+
+
 def _add(path: Path, out: Path, tensors_: dict[str, np.ndarray], **numbers: Any) -> Path:
     """The same file with further tensors and metadata, by gguf-py."""
     reader = gguf.GGUFReader(path)
@@ -274,10 +302,7 @@ def _add(path: Path, out: Path, tensors_: dict[str, np.ndarray], **numbers: Any)
         writer.add_tensor(tensor.name, tensor.data)
     for name, values in tensors_.items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return out
 
 

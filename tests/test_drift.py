@@ -20,8 +20,9 @@ from engine.graph import Step
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.drift import ledger
-from parity.drift.drift import Checking, GoldenRecording, check, record
+from parity.drift.checking import Checking, check
 from parity.drift.golden import Golden, load
+from parity.drift.recording import GoldenRecording, record
 from parity.models import embedded as default_model
 from parity.run.ours import OursJob, dump
 from parity.run.request import Request

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,16 @@ def test_an_earlier_pass_s_points_decide_nothing(tmp_path: Path) -> None:
             tap("blk.1.q", tokens)
             tap("blk.1.l_out", np.zeros((len(tokens), 16), np.float32))
     assert read(tmp_path / "d.jsonl").points["blk.1.q"].token_idx.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_value_without_a_shape_decides_nothing(tmp_path: Path) -> None:
+    """DLPack alone has no shape to be asked before the copy: it is not taken for a single row."""
+    embd = np.zeros((T, 16), np.float32)
+    wrapped = SimpleNamespace(__dlpack__=embd.__dlpack__, __dlpack_device__=embd.__dlpack_device__)
+    with Recorder(tmp_path / "d.jsonl", compute="f32", layers=4, hparams=PARTS) as tap:
+        tap("embd", wrapped)
+        tap("blk.1.q", RIGHT.reshape(1, T, -1))
+    assert read(tmp_path / "d.jsonl").points["blk.1.q"].token_idx.tolist() == list(range(T))
 
 
 def test_sequences_stay_sequences(tmp_path: Path) -> None:

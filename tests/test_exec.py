@@ -1,9 +1,12 @@
 """A foreign engine's command line: how it is filled in and started, and that the engine cannot block, flood or fool a run."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from cli import Cli, refused
@@ -201,3 +204,20 @@ def test_what_an_earlier_run_left_is_not_taken(tmp_path: Path) -> None:
 def test_a_signal_is_named(number: int, said: str, tmp_path: Path) -> None:
     """SIGSEGV says more than 11; some numbers for real-time use have no name."""
     assert said in str(failure(engine(tmp_path, f"os.kill(os.getpid(), {number})"), tmp_path / "o"))
+
+
+def test_an_engine_ends_with_a_request_to_end_that_comes_while_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, or SIGTERM, at the moment when the engine runs and nobody holds it yet leaves no engine behind."""
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ran(engine(tmp_path, "time.sleep(600)"), tmp_path / "o")
+    assert comes_true(lambda: not working_in(tmp_path, but=os.getpid()))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import Cli, refused
-from explaining import PROMPT, RIGHT, STEPS, only, small_engine
+from explaining import PROMPT, RIGHT, STEPS, only
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 from slow import slow_but
@@ -28,12 +28,6 @@ from parity.explain.together import Together
 _PATIENT = ExplainOptions(
     budget=600.0
 )  # seconds of the clock: a search that is to end by itself, also on a machine that is shared
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("explain"))
 
 
 def test_a_right_engine_has_no_fault(engine: Faulty) -> None:

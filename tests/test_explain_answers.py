@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
+from explaining import PROMPT, RIGHT, STEPS, edited, names, unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
@@ -27,12 +27,6 @@ from parity.models import embedded
 from reports.explanation import as_json, lines
 
 _PATIENT = ExplainOptions(budget=300.0)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("answers"))
 
 
 @pytest.fixture(scope="module")

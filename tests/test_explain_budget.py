@@ -1,18 +1,12 @@
 """`parity explain --budget`: how late the answer comes, counted in computed steps, not in seconds."""
 
 import pytest
-from explaining import only, small_engine
+from explaining import only
 from planted import Faulty
 
 from parity.explain import budget as budgets
 from parity.explain.budget import Budget
 from parity.explain.explain import ExplainOptions, explain
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("budget"))
 
 
 @pytest.mark.slow

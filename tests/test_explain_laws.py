@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, STEPS, edited, names, small_engine, unstated
+from explaining import PROMPT, RIGHT, STEPS, edited, names, unstated
 from msgspec.structs import replace
 from planted import Faulty
 
@@ -15,12 +15,6 @@ from parity.diff.compare import compare
 from parity.explain.explain import ExplainOptions, explain
 
 _PATIENT = ExplainOptions(budget=300.0)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("answers"))
 
 
 def _swapped(x: Array) -> Array:

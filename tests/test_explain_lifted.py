@@ -16,8 +16,13 @@ from engine.faults import CATALOGUE, FITTED, plant
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
 from parity.arbiter.arbiter import Arbiter
+from parity.explain.case import Case, ExplainOptions
 from parity.explain.explain import explain
+from parity.explain.precision import _concentrated, fits, floor
+from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -107,6 +112,35 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
     assert kind in {explanation.precision_only, *explanation.precision_alike}
     assert "q8" not in explanation.precision_alike, "BF16 and 8-bit activations can be told apart here"
     assert explanation.causes == ()
+
+
+def _largest_ones(x: Array) -> Array:
+    """Values whose two largest columns of the first ten, of which most of the rounding's error is, are off by a thousandth."""
+    changed = x.copy()
+    changed[:, np.argsort(np.abs(x[:, :10]).max(axis=0))[-2:]] *= x.dtype.type(1.001)
+    return changed
+
+
+def test_uneven_rows_have_uneven_rounding(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """Two elements of SiLU(gate) × up that are far larger than the others have most of F16's rounding error, too; a fault in them alone
+    is none."""
+    model = tmp_path / "m.gguf"
+    make_by_recipe(
+        model, RECIPES["llama-embed"], shape_of(RECIPES["llama-embed"]), {}, kind="f32", seed=5000, tokenizer=stories
+    )
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 5, seed=5000)
+    wrong = [
+        replace(step, op=lambda *inputs, _op=step.op, **params: _largest_ones(_op(*inputs, **params)))
+        if step.makes == "blk.3.ffn_swiglu"
+        else step
+        for step in engine.right
+    ]
+    for steps, explained in ((rounded(engine.right, "f16", storage=False), True), (wrong, False)):
+        dump = engine.dump(Planted(()), tokens, points="blk.*.ffn_swiglu", size=10, bare=False, steps=steps)
+        case = Case(unstated(dump), model, ExplainOptions())
+        measured = floor("f16", case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+        assert any(_concentrated(entry) is not None for entry in case.entries)
+        assert (fits(measured, case.entries) is not None) == explained
 
 
 def _later_ones(x: Array) -> Array:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, STEPS, small_engine, unstated
+from explaining import PROMPT, RIGHT, STEPS, unstated
 from msgspec.structs import replace
 from planted import Faulty, half_sums, tokens_of
 
@@ -24,12 +24,6 @@ from parity.explain.precision import floor
 from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.explanation import lines
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
-    """A small qwen2 with groups of 7 query heads."""
-    return small_engine(tmp_path_factory.mktemp("explain"))
 
 
 def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:

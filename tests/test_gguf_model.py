@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_writing import finish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,10 +40,7 @@ def write(path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda _: None
         writer.add_tensor("blk.0.attn_q.weight", rng.standard_normal((32, 32)).astype(np.float16))
         writer.add_tensor("blk.0.attn_k.weight", rng.standard_normal((16, 32)).astype(np.float16))
         writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

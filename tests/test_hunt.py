@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from cli import Cli, refused
-from foreign import compile_engine
 
 ONCE = ("--prompt", "Once upon a time")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -41,12 +40,6 @@ class Printed:
 with Capture(HostStage(Printed(), wanted, engine.backend, slice_size=int(os.environ.get("SLICE", "64")))) as tap:
     engine.forward([int(t) for t in tokens.split(",")], engine.start(), tap)
 """
-
-
-@pytest.fixture(scope="module")
-def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine in C, compiled."""
-    return compile_engine(tmp_path_factory.mktemp("hunted"))
 
 
 @pytest.fixture

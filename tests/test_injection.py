@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from cli import Cli, refused
-from foreign import compile_engine
 
 from checkpoints.answers.bisect import RIGHT, WRONG, Bisected, JudgedPart
 from parity import emit
@@ -61,12 +60,6 @@ with Recorder(out, compute="f32", model=path, tokens=ids, layers=m.layers, point
     tap("output_norm", x)
     tap("logits", m.product("output", x))
 """
-
-
-@pytest.fixture(scope="module")
-def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine in C, compiled."""
-    return compile_engine(tmp_path_factory.mktemp("injected"))
 
 
 @pytest.fixture

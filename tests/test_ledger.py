@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from checkpoints.answers.drift import Closer, Entry, Margin
-from parity.drift.drift import listed_points
+from parity.drift.checking import listed_points
 from parity.drift.ledger import closer, findings
 from reports.history import closer_sentences
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from changed_files import permuted
+from gguf_writing import finish
 
 from engine.weights.gguf_model import GgufModel
 from parity.weights.foreign_weights import check_foreign
@@ -20,11 +22,6 @@ def status_of(model: Path, name: str, values: np.ndarray, folder: Path) -> str:
     checked = check_foreign(model, folder / "theirs.npz")
     assert bool(checked) == checked.tensors[0].right
     return checked.tensors[0].status
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """As convert_hf_to_gguf.py permutes Q and K of Llama."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -154,10 +151,7 @@ def _model_of(kind: gguf.GGMLQuantizationType, folder: Path) -> tuple[Path, str,
         blocks[:, :2] = np.full(len(blocks), 0.01, np.float16).view(np.uint8).reshape(-1, 2)
     writer.add_tensor(name, blocks.reshape(64, -1), raw_dtype=kind)
     writer.add_tensor("token_embd.weight", np.zeros((8, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path, name, blocks
 
 

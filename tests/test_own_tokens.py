@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 from cli import Cli
-from foreign import compile_engine
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 
 PROMPT = "2047,430,457,258,403"
 DOUBLED, MISSING, OTHER, LONGER = "2047,2047,430,457,258,403", "430,457,258,403", "2047,430,457,259,403", f"{PROMPT},17,99"
-
-
-@pytest.fixture(scope="module")
-def c_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine in C, compiled."""
-    return compile_engine(tmp_path_factory.mktemp("own_tokens"))
 
 
 @pytest.mark.slow

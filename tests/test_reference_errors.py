@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_writing import finish
 from msgspec.structs import replace
 from processes import comes_true
 
@@ -96,10 +97,7 @@ def test_unknown_architecture(reference: Reference, job: DumpJob, tmp_path: Path
     writer = gguf.GGUFWriter(path, "martian")
     writer.add_block_count(1)
     writer.add_tensor("token_embd.weight", np.zeros((32, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert "unknown model architecture: 'martian'" in _refused(reference, replace(job, model=path)).message
 
 

@@ -88,6 +88,17 @@ class _Hostile(http.server.BaseHTTPRequestHandler):
         self._send(200, b"{", Content_Length="100")
         self.close_connection = True
 
+    def _gone(self) -> None:
+        self.close_connection = True
+
+    def _other(self) -> None:
+        self.wfile.write(b"SSH-2.0-OpenSSH_9\r\n")
+        self.close_connection = True
+
+    def _unended(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+        self.close_connection = True
+
     def _later(self) -> None:
         if self.seen["later"] < 3:
             self._send(429, b"", Retry_After="0")
@@ -149,6 +160,9 @@ def hostile() -> Iterator[str]:
         ("drip", "did not answer within 0.5 seconds"),
         ("busy", "503|within"),
         ("cut", "broke off: 1 of 100 bytes came"),
+        ("gone", "broke off: it closed the connection without an answer"),
+        ("unended", "broke off: its answer has no end"),
+        ("other", "broke off: it does not answer with HTTP"),
     ],
 )
 def test_a_hostile_server_is_one_line(hostile: str, what: str, words: str) -> None:

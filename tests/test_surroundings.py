@@ -1,14 +1,12 @@
 """In any surroundings (pipes, full disks, closed streams, terminals without UTF-8) parity gives an answer or one clear line."""
 
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from cli import Cli, one_line, refused
+from cli import Cli, limited, one_line, refused
 from slow import slow_but
 
 from checkpoints.reading.reader import read
@@ -78,19 +76,6 @@ def test_a_terminal_without_a_width_is_served(stories_run: Path, width: str) -> 
     ran = shell('parity diff "$1" "$2"', stories_run / "ours.jsonl", stories_run / "ref.jsonl", COLUMNS=width)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "parity: 35 of 35 records agree" in ran.stdout
-
-
-def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProcess[str]:
-    """A parity whose files may not grow beyond `size` bytes, as on a disk that fills up."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "parity", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        # CPython leaves bytecode cut short where a file may not grow: later programs would fail on it.
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("option", [("--html", "answer.html"), ("--junit", "answer.xml"), ("--table", "answer.csv")])

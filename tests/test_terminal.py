@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from dumps import DEFAULT, HEADER, dump, noisy, random, spoiled
+from dumps import DEFAULT, DIFFERENCE_KEYS, HEADER, VERDICT_KEYS, dump, noisy, random, spoiled
 from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.console import Console
@@ -120,21 +120,9 @@ def test_json_is_the_contract() -> None:
         ours[name][3, 2] = np.nan
     fields = verdict_as_json(compare(dump(ours), dump(ref)))
     again = json.loads(json.dumps(fields, allow_nan=False))
-    assert set(again) >= {
-        "verdict",
-        "compared",
-        "mode",
-        "limit",
-        "worst",
-        "first_divergence",
-        "origins",
-        "last_agreement",
-        "next",
-        "pattern",
-        "missing",
-    }
+    assert set(again) >= VERDICT_KEYS
     first = again["first_divergence"]
-    assert set(first) >= {"checkpoint", "layer", "token_idx", "nmse", "max_abs", "limit", "ours", "ref", "fresh"}
+    assert set(first) >= DIFFERENCE_KEYS
     assert (first["checkpoint"], first["nmse"], first["ours"][2]) == ("blk.5.l_out", "Infinity", "NaN")
     assert set(again["worst"]) == set(first)
     parity = verdict_as_json(compare(dump(ref), dump(ref)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from changed_files import permuted
 from cli import Cli
 
 from engine.weights.gguf_model import GgufModel
@@ -90,11 +91,6 @@ def test_libggml_reads_what_gguf_quantised() -> None:
     assert dequantised is not None
     np.testing.assert_array_equal(dequantised, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).reshape(-1))
     assert ToFloat()(np.zeros(64, np.uint8), 26, 16) is None
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """As convert_hf_to_gguf.py permutes Q and K of Llama."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def altered(model: GgufModel, name: str, change: Callable[[np.ndarray], None], size: int) -> np.ndarray:
@@ -189,6 +185,17 @@ def test_an_engine_that_holds_all_matrices_transposed_is_not_accused(stories: Pa
     checked = check_foreign(stories, tmp_path / "theirs.npz")
     assert checked
     assert any("transposed" in note for note in checked.notes)
+
+
+def test_one_tensor_that_is_not_given_is_one(stories: Path, tmp_path: Path) -> None:
+    """What the engine's file lacks is counted in words that fit one as well as many."""
+    model = GgufModel(stories)
+    values = {name: model.load(name).reshape(-1)[:100] for name in model.tensors}
+    values.pop("output_norm.weight")
+    np.savez(tmp_path / "theirs.npz", **values)
+    assert check_foreign(stories, tmp_path / "theirs.npz").notes == (
+        "not in theirs.npz and not checked: 1 tensor of the model",
+    )
 
 
 def test_not_a_number_in_the_file_is_said(parity: Cli, stories: Path, tmp_path: Path) -> None:

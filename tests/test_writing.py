@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli import Cli, one_line, refused
+from cli import Cli, limited, one_line, refused
 
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
@@ -18,21 +18,6 @@ from checkpoints.whole_file import Replacement, put
 
 ROOT = Path(__file__).parent.parent
 MODEL_SIZE = 1_000_000  # bytes of a small synthetic model, and more
-
-
-def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProcess[str]:
-    """A parity whose files may not grow beyond `size` bytes, as on a disk that fills up."""
-    import resource
-
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "parity", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        # CPython leaves bytecode cut short where a file may not grow: later programs would fail on it.
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("kind", ["f32", "q4_k_m"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from changed_files import File
 from cli import Cli, refused
+from gguf_writing import finish
 
 from checkpoints.jsonl import Writer
 from checkpoints.record import Header, ModelInfo
@@ -69,10 +70,7 @@ def test_a_model_without_tensors(parity: Cli, stories: Path, tmp_path: Path) -> 
     writer = gguf.GGUFWriter(tmp_path / "vocab.gguf", "qwen2")
     for name in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count", "head_count_kv"):
         getattr(writer, f"add_{name}")(2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     refused(parity("run", "--model", "vocab.gguf", "--tokens", "1,2"), "no tensors", "model file with weights")
 
 

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from ..errors import DumpError
 from ..record import Header
+from ..room import cores
 from .batches import Item, LineReader
 from .bulk import BulkParser
 
@@ -91,8 +92,8 @@ class Readers:
         self._path = path
         self._sharing = sharing
         self._size = path.stat().st_size if path.is_file() else 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = (min(cores, _MOST) if cores > 1 else 0) if sharing.processes is None else sharing.processes
+        free = cores()
+        count = (min(free, _MOST) if free > 1 else 0) if sharing.processes is None else sharing.processes
         self._children: list[_Child] = []
         try:
             for _ in range(count if self._size >= sharing.smallest else 0):

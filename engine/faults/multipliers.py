@@ -146,11 +146,12 @@ FAULTS = (
         name="position-rows",
         kinds=("pos_embd",),
         change=_shifted_positions,
-        what="position embeddings are looked up {by} too far",
+        what="position embeddings are looked up {by}",
         symptom="slightly wrong everywhere, from position 0 on",
         fix="row t of position_embd for position t, counted from 0",
         seen="OPT's offset of two carried over to GPT-2",
         parameters={"by": tuple(_ROWS)},
+        says={"one row": "one row too far", "two rows": "two rows too far", "minus one row": "one row too early"},
         once=True,
     ),
     Fault(

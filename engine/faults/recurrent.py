@@ -120,11 +120,12 @@ FAULTS = (
         name="convolution-taps",
         kinds=_CONVOLUTIONS,
         change=_tap,
-        what="the convolution's taps are in the wrong order ({by} places on; 0: back to front)",
+        what="the convolution's taps are {by}",
         symptom="wrong from position 0 on, of plausible size",
         fix="the last tap belongs to the position itself",
         seen="kernels stored in reverse order; a state that is one position late",
         parameters={"by": (1, -1, 0)},
+        says={1: "one place late", -1: "one place early", 0: "back to front"},
     ),
     Fault(
         name="convolution-activated",

@@ -290,11 +290,18 @@ FAULTS = (
         name="rope-dims",
         kinds=ROTATED,
         change=_dims,
-        what="RoPE rotates {of} of the head or of its rotary dimensions",
+        what="RoPE rotates {of}",
         symptom=_NO_WEIGHT_AT_0,
         fix="read <architecture>.rope.dimension_count; without it, the head size",
         seen="GPT-NeoX's partial rotation carried over",
         parameters={"of": (0.5, 0.25, 0.75, _WHOLE, 2.0), **_BOTH},
+        says={
+            0.5: "half of the dimensions that this model rotates",
+            0.25: "a quarter of the dimensions that this model rotates",
+            0.75: "three quarters of the dimensions that this model rotates",
+            _WHOLE: "the whole head, of which this model rotates a part",
+            2.0: "twice as many dimensions as this model does",
+        },
     ),
     Fault(
         name="rope-exponent",
@@ -305,6 +312,7 @@ FAULTS = (
         fix="theta_i = position · base^(−2i / d), d the rotary dimension of one head",
         seen="i / d instead of 2i / d; the model's width instead of the head's",
         parameters={"over": (2, 0.5, "all heads"), **_BOTH},
+        says={"all heads": "the number of heads"},
     ),
     Fault(
         name="rope-factors-ignored",

@@ -1,6 +1,5 @@
 """A GGUF's data section, written tensor by tensor and a few rows at a time: a model of any size in bounded memory."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,8 @@ from typing import IO, Any
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
+
+from checkpoints.room import cores
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 # Values that are made at once: 16 MiB of float32. Quantising them takes 0.02 to 1 s, so a thread is seldom idle.
@@ -43,11 +44,6 @@ def normal(rng: np.random.Generator, dims: tuple[int, ...], scale: float) -> Por
         portion = rng.standard_normal((min(step, rows - first), columns), dtype=np.float32)
         portion *= np.float32(scale)
         yield portion
-
-
-def cores() -> int:
-    """The threads that quantise."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ahead() -> int:

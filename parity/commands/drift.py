@@ -44,7 +44,7 @@ def record(
     """Write a golden dump of every prompt: small enough to commit."""
     from reports.sentences import uncompared
 
-    from ..drift import drift
+    from ..drift import recording
     from ..run.request import Request
     from ..run.sides import EXEC
     from .output import progress_bar, written
@@ -54,9 +54,9 @@ def record(
     if given["command"] is not None or side is not o.SideChoice.OURS:
         o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
     source = side.value if given["command"] is None else EXEC
-    request = drift.GoldenRecording(Request(**given, generate=generate), prompts, out, source)
+    request = recording.GoldenRecording(Request(**given, generate=generate), prompts, out, source)
     with progress_bar(o.Format.TEXT) as progress:
-        recorded = drift.record(request, progress)
+        recorded = recording.record(request, progress)
     for prompt in recorded.golden.prompts:
         written(recorded.golden.path(prompt))
     for file, lacking in recorded.lacking.items():
@@ -109,14 +109,14 @@ def check(
         o.refuse_unused(context, "threads backend workers cluster model", "has no effect on dumps: nothing is computed")
     if no_ledger:
         o.refuse_unused(context, "ledger", "is not written with --no-ledger", "Take one of them.")
-    from ..drift import drift
+    from ..drift import checking
     from ..drift.golden import load
     from .drift_output import show
     from .output import progress_bar
 
     written = [path for path in (ledger, junit, summary) if path is not None]
     o.keep_inputs(written, load(folder).inputs(model))
-    request = drift.Checking(
+    request = checking.Checking(
         folder=folder,
         model=model,
         side=side.value if side else None,
@@ -131,7 +131,7 @@ def check(
         **given,
     )
     with progress_bar(o.Format.TEXT if output_format is o.AnswerFormat.TEXT else o.Format.JSON) as progress:
-        answer = drift.check(request, progress)
+        answer = checking.check(request, progress)
     raise typer.Exit(show(answer, output_format, junit, summary, strict=strict))
 
 

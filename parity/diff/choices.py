@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Choices
 from checkpoints.distinct import distinct
 from checkpoints.points import LOGITS
-from checkpoints.record import Dump, Rows, Token
+from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
 from .align import Pair
@@ -138,12 +138,7 @@ def _from_tokens(records: Records, settled: set[tuple[int, int]], tally: _Tally)
             continue
         settled.add(place)
         margin = token.top[0][1] - token.top[1][1] if len(token.top) > 1 else None
-        tally.add(token.token_idx - 1, _first(other), _first(token), margin)
-
-
-def _first(token: Token) -> int:
-    """The side's own first choice: an engine that is fed another's tokens lists it in `top`."""
-    return token.top[0][0] if token.top else token.id
+        tally.add(token.token_idx - 1, other.first_choice, token.first_choice, margin)
 
 
 def _from_statistics(pair: Pair, settled: set[tuple[int, int]], tally: _Tally) -> None:

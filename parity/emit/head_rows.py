@@ -80,14 +80,17 @@ class HeadRows:
         }
         self._sizes = {name: value for name, value in stated.items() if isinstance(value, int)} | self._sizes
 
-    def see(self, point: str, shape: "tuple[int, ...]", seq: int = 0) -> None:
-        """Note a value that passes, recorded or not: before `arranged`."""
+    def see(self, point: str, shape: "tuple[int, ...] | None", seq: int = 0) -> None:
+        """Note a value that passes, recorded or not, before `arranged`; `shape` is None if it has none to be asked (DLPack alone)."""
         self._seen[point, seq] = self._seen.get((point, seq), 0) + 1
         known = parse(point).known
-        if known is None or known.row not in (("D",), ("F",)) or known.name == OUTPUT_NORM or len(shape) > 3:
+        if known is None or known.row not in (("D",), ("F",)) or known.name == OUTPUT_NORM:
             return  # the last norm and the logits may be those of the last position only
+        if shape is None or len(shape) > 3:
+            self._pass.pop(seq, None)
+            return
         sequences, rows = (1, 1) if len(shape) < 2 else (1, shape[0]) if len(shape) == 2 else shape[:2]
-        self._pass[seq] = point, (sequences, rows)
+        self._pass[seq] = point, (int(sequences), int(rows))
 
     def arranged(self, point: str, value: Any, positions: "int | None", seq: int = 0) -> Any:
         """The value as [T, n] or [B, T, n], if its point's rows are made of heads; else as it is.

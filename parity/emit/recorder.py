@@ -191,7 +191,7 @@ class Recorder:
         """
         point = resolve(name, self.layers)
         with self._lock:
-            self._head_rows.see(point, tuple(getattr(value, "shape", ())), seq)
+            self._head_rows.see(point, getattr(value, "shape", None), seq)
         if not self._wants(point):
             return
         if not is_captured(value):

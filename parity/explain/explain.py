@@ -35,6 +35,7 @@ from .precision import best as best_kinds
 from .records import Expected, right_rows
 from .rows import garbage
 from .scattered import scattered
+from .scopes import as_far_as_shown
 from .search import Search
 from .state import Candidate, RecordKey, SearchState
 
@@ -109,7 +110,7 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
             kinds = likes = ()
         if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
-            best = believed(case.entries, search, start, best)
+            best = as_far_as_shown(search.screening, believed(case.entries, search, start, best))
     answer = _answer(case, search, start, best)
     if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)

@@ -45,12 +45,14 @@ class PrecisionFloor(Struct, frozen=True):
     """The NMSE that one arithmetic costs at every record: with products rounded, and with every activation rounded; [R] a point.
 
     `alike`: the mean cosine of the dump's errors to those of our own rounding, at the first point that differs; 0 if none does.
+    `concentrated`: points whose error is in two of many recorded elements, while our own rounding's is not.
     """
 
     kind: str
     products: tuple[Floats, ...]
     storage: tuple[Floats, ...]
     alike: float = 0.0
+    concentrated: tuple[str, ...] = ()
 
     def cost(self) -> Floats:
         """Mean NMSE of each point with every activation rounded: [P]."""
@@ -108,6 +110,7 @@ def floor(
     `given` are the values in that arithmetic that the steps read and none of them makes.
     """
     costs: list[tuple[Floats, ...]] = []
+    concentrated = {entry.point: two for entry in entries if (two := _concentrated(entry)) is not None}
     first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
     alike = 0.0
     for storage in (False, True):
@@ -118,7 +121,12 @@ def floor(
         costs.append(
             tuple(entry.between(other.on_host[entry.point], right.on_host[entry.point], positions) for entry in entries)
         )
-    return PrecisionFloor(kind, costs[0], costs[1], alike)
+        for entry in entries:
+            if entry.point in concentrated:
+                rows = (entry.taken(values.on_host[entry.point], positions) for values in (other, right))
+                if _in_these_too(entry, concentrated[entry.point], _by_element(entry, *rows)):
+                    del concentrated[entry.point]
+    return PrecisionFloor(kind, costs[0], costs[1], alike, tuple(concentrated))
 
 
 def _alike(entry: Expected, rounded_rows: Floats, right: Floats) -> float:
@@ -156,7 +164,7 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
     first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
-    if any(_concentrated(entry) for entry in entries) or (first is not None and _parallel(first)):
+    if measured.concentrated or (first is not None and _parallel(first)):
         return None
     if not (products > VISIBLE * limit).any() or spares_records(base, products, limit):
         return None
@@ -183,15 +191,30 @@ def _even(points: Sequence[tuple[float, float, float]]) -> bool:
     return not above or (float(np.mean(above)) <= np.log(TOGETHER) and max(above) - min(above) <= np.log(APART))
 
 
-def _concentrated(entry: Expected) -> bool:
-    """Whether all but a tenth of a point's error is in two of many recorded elements: rounding spreads it over all."""
+def _concentrated(entry: Expected) -> Ints | None:
+    """The two of many recorded elements that have all but a tenth of a point's error, if there are such: rounding spreads it over all, but
+    where a row's own values are so uneven.
+    """
     right = entry.pair.ref.values.astype(np.float64)
     if right.shape != entry.values.shape or right.shape[1] < _MANY or of_scores(entry.point):
-        return False
-    delta = np.where(entry.present & np.isfinite(entry.values), entry.values - right, 0.0)
-    columns = np.sort((delta**2 / entry.energy[:, None]).sum(axis=0))[::-1]
+        return None
+    columns = _by_element(entry, entry.values, right)
+    two = np.argsort(columns)[-2:]
     over = bool((entry.base > entry.limit).any())
-    return over and bool(columns[:2].sum() > 0.9 * columns.sum())
+    return two if over and columns[two].sum() > 0.9 * columns.sum() else None
+
+
+def _by_element(entry: Expected, rows: Floats, right: Floats) -> Floats:
+    """The error of a point's rows [R, k] in each recorded element: [k], in proportion to the rows' energy."""
+    errors = np.where(entry.present & np.isfinite(rows), rows - right, 0.0)
+    return np.asarray((errors**2 / entry.energy[:, None]).sum(axis=0))
+
+
+def _in_these_too(entry: Expected, two: Ints, own: Floats) -> bool:
+    """Whether our own rounding's errors, [k], are as uneven as the dump's: two elements and the others off by one factor."""
+    dumped = _by_element(entry, entry.values, entry.pair.ref.values.astype(np.float64))
+    others = dumped.sum() - dumped[two].sum(), own.sum() - own[two].sum()
+    return bool(dumped[two].sum() * others[1] <= APART * own[two].sum() * others[0])
 
 
 def _parallel(entry: Expected) -> bool:

@@ -116,15 +116,19 @@ class Sweep(AtFirstPlace):
     def _after_own_steps(self, layers: Layers, scope: _Scope, likely: Likely) -> list[int]:
         """The candidates that wait, without those whose changed steps alone tell that they change the first row otherwise than the dump."""
         edits = {number: scope.edits[number] for number in scope.waiting if not scope.candidates[number].fault.whole}
-        changed: dict[int, dict[str, Array]] = {number: {} for number in edits}
+        changing, unknown = set[int](), set[int]()
+        effects: dict[int, Floats] = {}  # what several steps change adds up
         for name, values in scope.batch.own_steps(edits, 1):
-            for number, value in values.items():
-                if value is not None:
-                    changed[number][name] = value
-        for number in [number for number, values in changed.items() if not values]:
+            changed = {number: value for number, value in values.items() if value is not None}
+            changing |= changed.keys()
+            of_step = likely.effects(name, changed)
+            unknown |= changed.keys() - of_step.keys()
+            effects.update({number: effects.get(number, 0) + effect for number, effect in of_step.items()})
+        for number in edits.keys() - changing:
             self._acts[self._effect(layers, scope.candidates[number])] = False
-        unlikely = changed.keys() - likely.among_steps(changed)
-        self.postponed[layers] += [scope.candidates[number] for number in unlikely if changed[number]]
+        chosen = unknown | likely.likely_effects(effects)
+        self.postponed[layers] += [scope.candidates[number] for number in sorted(changing - chosen)]
+        unlikely = edits.keys() - chosen
         return [number for number in scope.waiting if number not in unlikely]
 
     def _judged(self, errors: Floats, rows: int, number: int, results: dict[int, Screened]) -> bool:

@@ -22,6 +22,7 @@ from engine.replay.proof import proof_steps
 from engine.transformer import Transformer
 from reference.client import Reference
 from reference.jobs import NATIVE, DumpJob
+from reports.numbers import count
 
 from ..diff.limits import limits
 from ..diff.tokens import other_settings, same_model, too_few_tokens
@@ -326,7 +327,7 @@ def _not_checked(operations: Sequence[Operation], passes: int, kv_type: str, *, 
     """Sentences on what this run does not check."""
     hidden = [operation for operation in operations if operation.status == NOT_OBSERVABLE]
     if hidden:
-        yield f"{len(hidden)} operations that are not observable"
+        yield f"{count(len(hidden), 'operation')} not observable"
     if passes == 1:
         yield "decode steps" + ("" if foreign else " (--generate 4 adds them)")
     yield "the tokenizer (parity tokens)" + (

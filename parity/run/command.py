@@ -21,6 +21,7 @@ from checkpoints.errors import InputError
 from checkpoints.printable import printable
 from checkpoints.whole_file import is_special, unwritable
 
+from ..interruptions import held_back
 from .program_name import program_name
 
 CRASHED, REFUSED, TIMED_OUT, UNUSABLE, NOT_STARTED = "crashed", "refused", "timed out", "unusable", "not started"
@@ -160,17 +161,19 @@ class Command(Struct, frozen=True):
             stdout = None if self.takes(OUT) else out.open("wb")
         except OSError as error:
             raise unwritable(out, error) from error
+        process = None
         try:
-            process = self.start(arguments, environment, subprocess.DEVNULL if stdout is None else stdout)
+            with held_back():
+                process = self.start(arguments, environment, subprocess.DEVNULL if stdout is None else stdout)
+                tail = Tail(process)
+            stopped = self._wait(process, out)
+        except BaseException:
+            if process is not None:
+                end(process)
+            raise
         finally:
             if stdout is not None:
                 stdout.close()
-        tail = Tail(process)
-        try:
-            stopped = self._wait(process, out)
-        except BaseException:
-            end(process)
-            raise
         end(process)  # with the processes that it left behind, or every run would add some
         if stopped is not None:
             raise stopped

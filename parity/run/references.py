@@ -15,6 +15,7 @@ from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header
 from reference.builds import Build
 from reference.client import Reference
+from reports.numbers import count
 
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
@@ -149,7 +150,7 @@ def _judged(
         usual, points=points, source=f"{usual.source}; {TIMES:g} times the difference between the references", assumed=False
     )
     judged = judge(outcome.ours, outcome.ref, replace(comparison_options(request), limits=allowed))
-    notes = (f"limits of {len(raised)} points are {TIMES:g} times the difference between the references there",)
+    notes = (f"the limit of {count(len(raised), 'point')} is {TIMES:g} times the difference between the references there",)
     verdict = replace(judged.verdict, notes=(*notes, *judged.verdict.notes))
     return replace(outcome, verdict=verdict, picture=judged.picture), References(moved, bool(verdict), TIMES)
 

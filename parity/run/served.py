@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 
+from ..interruptions import held_back
 from .command import MODEL, PORT, TIMED_OUT, Command, EngineError, Tail, end
 
 _HOST = "127.0.0.1"
@@ -55,10 +56,11 @@ class ServedModel:
     def _start(self, model: Path) -> None:
         port = _free_port()
         arguments, environment = self._command.filled({MODEL: str(model), PORT: str(port)})
-        self._process = self._command.start(arguments, environment, subprocess.DEVNULL)
-        self._tail = Tail(self._process)
-        self._model, self._url = model, f"http://{_HOST}:{port}"
         try:
+            with held_back():
+                self._process = self._command.start(arguments, environment, subprocess.DEVNULL)
+                self._tail = Tail(self._process)
+            self._model, self._url = model, f"http://{_HOST}:{port}"
             self._wait(port)
         except BaseException:
             self.stop()

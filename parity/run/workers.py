@@ -14,6 +14,7 @@ from threading import Thread, main_thread
 from time import sleep
 
 from checkpoints.errors import InputError
+from checkpoints.room import cores
 
 _MEMORY = 1 << 30  # bytes a worker may take: llama.cpp, NumPy and a tiny model, 0.3 GB measured
 _MOST = 16
@@ -23,10 +24,10 @@ _PATIENCE = "10s"  # how long to wait for a scheduler to answer, and to come bac
 
 def fitting() -> int:
     """The number of workers for which this machine has cores and memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = cores()
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    room = pages * os.sysconf("SC_PAGE_SIZE") // _MEMORY if pages else cores
-    return max(1, min(cores, room, _MOST))
+    room = pages * os.sysconf("SC_PAGE_SIZE") // _MEMORY if pages else free
+    return max(1, min(free, room, _MOST))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """JSON over HTTP from an untrusted server: every answer is bounded in time and size, every failure is one line."""
 
+import http.client
 import itertools
 import json
 import math
@@ -233,10 +234,7 @@ class Connection(Struct):
                 f"{self.name} has no trusted TLS connection: {printable(words, _SHOWN)}.",
                 "SSL_CERT_FILE names a file with its certificate; a server without TLS is http://.",
             )
-        words = printable(str(error), _SHOWN) or type(error).__name__
-        if isinstance(error, ProtocolError) and error.args and isinstance(cut := error.args[-1], IncompleteRead):
-            words = f"{cut.partial:,} of {cut.partial + (cut.expected or 0):,} bytes came"
-        return _Passing(ServerError(f"{self.name} broke off: {words}.", "Check the server's log."), 2)
+        return _Passing(ServerError(f"{self.name} broke off: {_broken(error)}.", "Check the server's log."), 2)
 
     def _refused(self, status: int, data: bytes, path: str) -> ServerError:
         words = _words(data)
@@ -283,6 +281,21 @@ def _retry_after(response: BaseHTTPResponse) -> float | None:
     except (HTTPError, ValueError, OverflowError):  # the header is not a time
         return None
     return seconds if seconds is not None and seconds <= _YEAR else None
+
+
+def _broken(error: BaseException) -> str:
+    """What went wrong with a connection; urllib3 wraps a sentence of its own and the cause in a ProtocolError."""
+    if isinstance(error, ProtocolError) and error.args and isinstance(error.args[-1], BaseException):
+        error = error.args[-1]
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it closed the connection without an answer"
+    if isinstance(error, http.client.BadStatusLine):  # also the base of the one above
+        return "it does not answer with HTTP"
+    if isinstance(error, IncompleteRead) and error.expected:
+        return f"{error.partial:,} of {error.partial + error.expected:,} bytes came"
+    if isinstance(error, http.client.IncompleteRead):  # of an answer in chunks, also the base of urllib3's
+        return "its answer has no end"
+    return printable(str(error), _SHOWN) or type(error).__name__
 
 
 def _words(data: bytes) -> str:

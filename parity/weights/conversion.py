@@ -79,7 +79,9 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     missing = [name for name in sources if name not in model.tensors and not _tied(name, model, sources)]
     checks += [TensorCheck(name, "", (), "missing", reason="the folder has it, the GGUF does not") for name in missing]
     checks += list(settings(model, source))
-    notes = (f"without a place in a {arch} file: {', '.join(stray[:4])}{', …' * (len(stray) > 4)}",) if stray else ()
+    unread = [f"{name} ({kind})" for name, kind in source.unread.items()]
+    left_out = ((f"without a place in a {arch} file", stray), ("left out, of a type that is not read", unread))
+    notes = tuple(f"{why}: {', '.join(names[:4])}{', …' * (len(names) > 4)}" for why, names in left_out if names)
     name = f"{model.hyperparameters.name or path.stem} ({path})"
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
 

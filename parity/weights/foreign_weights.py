@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
 from checkpoints.errors import DumpError
 from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
+from reports.numbers import count
 
 from .dumped_weights import load
 from .mishaps import TRANSPOSED, mishaps
@@ -48,7 +49,7 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
     if stray := [name for name in given if name not in model.tensors]:
         notes.append(f"not in the model: {', '.join(stray[:5])}{' …' if len(stray) > 5 else ''}")
     if missing := len(model.tensors) - len(known):
-        notes.append(f"{missing} tensors of the model are not in {theirs.name}: they were not checked")
+        notes.append(f"not in {theirs.name} and not checked: {count(missing, 'tensor')} of the model")
     size = sum(values.nbytes for values in known.values())
     return WeightsCheck(
         f"{model.hyperparameters.name or path.stem} ({path})", theirs.name, tuple(checks), size, tuple(notes), "2e-6"
@@ -61,7 +62,7 @@ def _tensor(
     kind, total = type_name(info.type), int(np.prod(info.shape))
     values = values[:total]
     if len(values) < min(_FEWEST, total):
-        reason = f"{len(values)} values are too few to decide"
+        reason = f"{count(len(values), 'value')}: too few to decide"
         return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, len(values), (), reason)
     right = first_values(model, info, len(values))
     if same(values, right):

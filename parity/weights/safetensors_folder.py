@@ -1,12 +1,12 @@
 """A Hugging Face model's folder: config.json and the tensors of its safetensors files, a few rows at a time."""
 
-import json
 import re
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct, convert
 
 from checkpoints.errors import InputError
 from checkpoints.given_json import decoded
@@ -19,8 +19,17 @@ _TYPES: dict[str, Any] = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8,
     "F8_E8M0": np.uint8, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
+_BUFFERS = {"BOOL", "I16", "U16", "U32", "U64"}
 _ID = re.compile(r"[0-9]{1,18}")  # int() takes other digits, too, and no text of thousands
 _LARGEST_HEADER = 100_000_000  # bytes: what the format's own reader allows
+
+
+class _Entry(Struct, frozen=True):
+    """What a header says of a tensor: offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Meta(ge=0)], ...]
+    data_offsets: tuple[int, int]
 
 
 class Folder:
@@ -50,8 +59,9 @@ class Folder:
         if not self.config.get("quantization_config"):
             self.config = self.config | _of_modelopt(path)
         stored: dict[str, Stored] = {}
+        self.unread: dict[str, str] = {}  # types by the name of a tensor that has one which is not known here
         for file in files:
-            stored.update(_stored(file))
+            stored.update(_stored(file, self.unread))
         self.tensors = unpacked(stored, self.config)
         self.refusal = refusal(self.config)
 
@@ -96,28 +106,42 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _stored(file: Path) -> dict[str, Stored]:
+def _entry(name: str, described: Any) -> _Entry:
+    try:
+        return convert(described, _Entry)
+    except ValueError as error:
+        raise ValueError(f"its header is damaged at {name}: {error}") from error
+
+
+def _stored(file: Path, unread: dict[str, str]) -> dict[str, Stored]:
+    """The tensors of a file; those of types that no weight has are left out, those of unknown types are noted in `unread`.
+
+    Raises:
+        InputError: the file cannot be read, or its header is damaged.
+    """
     try:
         require_regular(file)
         data = np.memmap(file, dtype=np.uint8, mode="r")
         size = int.from_bytes(data[:8].tobytes(), "little")
         if not 2 <= size <= min(len(data) - 8, _LARGEST_HEADER):
             raise ValueError("the header's length is wrong")  # noqa: TRY301  # reported with the other kinds of damage, below
-        header = json.loads(data[8 : 8 + size].tobytes())
+        header = convert(decoded(data[8 : 8 + size].tobytes().decode()), dict[str, Any])
+        header.pop("__metadata__", None)
         stored = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
+        for name, described in header.items():
+            entry = _entry(name, described)
+            if entry.dtype in _BUFFERS:
                 continue
-            begin, end = entry["data_offsets"]
-            shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
-            if dtype not in _TYPES:
-                continue  # buffers
-            kind = _TYPES[dtype]
-            width = np.dtype(kind).itemsize
-            if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != width * prod(shape):
+            if entry.dtype not in _TYPES:
+                unread[name] = entry.dtype
+                continue
+            kind = _TYPES[entry.dtype]
+            begin, end = entry.data_offsets
+            if not 0 <= begin <= end <= len(data) - 8 - size or end - begin != np.dtype(kind).itemsize * prod(entry.shape):
                 raise ValueError(f"{name} is not where the header says")  # noqa: TRY301
             raw = data[8 + size + begin : 8 + size + end]
-            stored[name] = Stored(raw.view(kind).reshape(shape), dtype)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"cannot read {file}: {' '.join(str(error).split())[:100]}.", "Download it again.") from error
+            stored[name] = Stored(raw.view(kind).reshape(entry.shape), entry.dtype)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:100]
+        raise InputError(f"cannot read {file}: {reason}.", "Download it again.") from error
     return stored

@@ -1,7 +1,7 @@
-"""Golden dumps for CI: record them, check against them, keep a ledger of the margins."""
+"""`parity drift check`: the other side against golden dumps, its differences, and a line in the ledger of margins."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,46 +10,23 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints import formats
-from checkpoints.answers.diff import Uncompared, Verdict
+from checkpoints.answers.diff import Verdict
 from checkpoints.answers.drift import Checked, Drift, Entry, Margin
 from checkpoints.errors import InputError
 from checkpoints.reading.reader import read
-from checkpoints.record import DEFAULT_SLICE, Dump
-from checkpoints.whole_file import Replacement, put, unwritable
+from checkpoints.record import Dump
 from reference.client import Reference
-from reports import sentences
 from reports.numbers import count
 
 from ..diff.compare import Options, compare
 from ..run.command import Command
-from ..run.request import Request
-from ..run.session import resolve_prompt
-from ..run.sides import EXEC, REF
+from ..run.request import Progress, Request
+from ..run.sides import EXEC
 from . import ledger
-from .dumps import GoldenDumps, chosen_by_llama_cpp, dumped_by_workers
-from .golden import Golden, GoldenPrompt, golden_prompt, load, noted, now, read_prompts, rewrite, seen_from
+from .dumps import GoldenDumps, dumped_by_workers
+from .golden import Golden, GoldenPrompt, load, noted, now, read_prompts, rewrite
 
-Progress = Callable[[str, int, int], None]
 _NAMED = 3  # points that a note names
-
-
-class GoldenRecording(Struct, frozen=True):
-    """The request of `parity drift record`: how `side` ("ours", "ref", "exec") runs, on which prompts, and the folder to write.
-
-    `run.generate` is the number of decode steps after each prompt, along llama.cpp's tokens.
-    """
-
-    run: Request
-    prompts: Path
-    out: Path
-    side: str = REF
-
-
-class Recorded(Struct, frozen=True):
-    """Golden dumps, and what of the points and positions that were asked for a foreign engine did not print, by the dump's file."""
-
-    golden: Golden
-    lacking: dict[str, Uncompared] = {}
 
 
 class Checking(Struct, frozen=True):
@@ -74,72 +51,6 @@ class Checking(Struct, frozen=True):
     backend: str = "auto"
     workers: int = 1
     cluster: str = ""
-
-
-def record(request: GoldenRecording, progress: Progress | None = None) -> Recorded:
-    """Write golden dumps of every prompt.
-
-    Raises:
-        ParityError: anything wrong with the request, the model or a side, in one line.
-    """
-    texts = read_prompts(request.prompts)
-    run = request.run
-    with Reference(threads=run.threads) as reference:
-        if request.out.exists() and not request.out.is_dir():
-            raise InputError(f"{request.out} is a file.", "Choose a folder with -o.", code="output")
-        info = reference.describe(run.model).info
-        golden = Golden(
-            folder=request.out,
-            source=request.side,
-            model=seen_from(request.out, run.model),
-            fingerprint=info.fingerprint,
-            content=info.content,
-            model_name=info.name or run.model.stem,
-            mode=run.mode,
-            points=run.points,
-            slice_size=run.slice_size or DEFAULT_SLICE,
-            build={},
-            created=now(),
-            prompts=(),
-        )
-        dumps = GoldenDumps(request.side, replace(run, generate=0), reference)
-        attributes = _attributes(golden.folder)
-        written: list[GoldenPrompt] = []
-        lacking: dict[str, Uncompared] = {}
-        with attributes, tempfile.TemporaryDirectory(prefix="parity-drift-") as scratch:
-            for number, text in enumerate(texts):
-                prompt = resolve_prompt(reference, run.model, text)
-                if run.generate and request.side != EXEC:
-                    prompt = chosen_by_llama_cpp(prompt, run, reference)
-                kept = golden_prompt(prompt, f"{number:03}.jsonl")
-                dumps.write(prompt, Path(scratch) / kept.file)
-                if never_compared := dumps.lacking(prompt, Path(scratch) / kept.file):
-                    lacking[kept.file] = never_compared
-                    kept = replace(kept, lacking=sentences.uncompared(never_compared))
-                written.append(kept)
-                if progress is not None:
-                    progress("golden", number + 1, len(texts))
-            for kept in written:  # only when all are written do they replace an earlier recording
-                put(golden.path(kept), (Path(scratch) / kept.file).read_bytes())
-    header = read(golden.path(written[0])).header
-    golden = replace(golden, prompts=tuple(written), build=dict(header.build) if header else {})
-    golden.save()
-    return Recorded(golden, lacking)
-
-
-def _attributes(folder: Path) -> Replacement:
-    """What git is to know of golden dumps. It is begun before anything is computed: a folder that refuses it is said then.
-
-    Raises:
-        InputError: it cannot be written to.
-    """
-    path = folder / ".gitattributes"
-    try:
-        attributes = Replacement(path)
-        attributes.temporary.write_bytes(b"*.jsonl -diff\nledger.jsonl merge=union\n")
-    except OSError as error:
-        raise unwritable(path, error) from error
-    return attributes
 
 
 def _whole(golden: Golden, prompt: GoldenPrompt) -> Dump:
@@ -346,7 +257,7 @@ def _assigned(golden: Golden, dumps: Sequence[Path]) -> list[Path]:
     """The given dumps in the order of their prompts: by token ids if they list them, else in the given order."""
     if len(dumps) != len(golden.prompts):
         raise InputError(
-            f"{len(dumps)} dumps were given for {len(golden.prompts)} golden prompts.",
+            f"there are {count(len(golden.prompts), 'golden prompt')}, but {count(len(dumps), 'dump')}.",
             "Give one dump for each prompt.",
             code="prompts-changed",
         )
