@@ -115,7 +115,8 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
-    notes = (*case.notes, *(() if answer.causes else case.noise))
+    found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
+    notes = (*case.notes, *(() if found else case.noise))
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:
