@@ -90,7 +90,9 @@ class Sweep(AtFirstPlace):
     def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
         batch, waiting = scope.batch, scope.waiting
-        if likely is not None and rows == 1:  # each row of a value acts on its own row only where there is but one
+        if (
+            likely is not None and self._first.row == 0 and rows == 1
+        ):  # each row of a value acts on its own row only where there is but one
             waiting = self._after_own_steps(layers, scope, likely)
         values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
         if rows == self._stages[0]:
