@@ -9,7 +9,7 @@ import pytest
 from explaining import PROMPT, only
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 from slow import slow_but
 
 from engine.backend import Array
@@ -19,7 +19,7 @@ from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
 from parity.explain.budget import Budget
 from parity.explain.carry import carry
-from parity.explain.explain import Case, ExplainOptions
+from parity.explain.explain import Case, ExplainOptions, explain
 from parity.explain.leads import mended_share
 from parity.explain.likely import Likely
 from parity.explain.scopes import stages
@@ -194,3 +194,13 @@ def test_a_cause_takes_away_half_of_the_error_that_it_explains(engine: Faulty) -
     little, much = (replace(start, nmse=tuple(part * errors for errors in start.nmse), first=None) for part in (0.9, 0.4))
     assert mended_share(entries, start, little) is None
     assert mended_share(entries, start, much) == 1.0
+
+
+def test_a_fault_of_later_positions_in_one_unknown_layer(engine: Faulty) -> None:
+    """What first shows at a position behind the ones that are computed together is named in its layer, too."""
+    tokens = tokens_of(engine.model, 12, seed=4)
+    dump = engine.dump(Planted((("keys-cut-off", {"first": 8, "counted": "by the soft max"}, (2,)),)), tokens)
+    explanation = explain(dump, engine.model, replace(PATIENT, tokens=tokens))
+    assert explanation.first is not None
+    assert explanation.first.token_idx == 8
+    assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("keys-cut-off", (2,))]

@@ -20,7 +20,7 @@ from ..diff.routing import in_order_of_experts
 from .case import Case
 from .known_model import KnownModel
 from .mixed import in_words, rounded_here
-from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch
+from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
 from .spared import spares_elements, spares_records
 from .systematic import SECONDS, systematic
@@ -193,11 +193,11 @@ def _with(compared: Comparison, arithmetic: str, in_float32: str, alike: tuple[s
 
 
 def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
-    """Each point's mean error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
+    """Each point's error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
     records = exact.records
     numbers = {name: number for number, name in enumerate(records.names)}
     return [
-        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), mean_cost(multiplied), mean_cost(stored))
+        typical(records.measures.nmse[records.point == numbers[entry.point]], multiplied, stored)
         for entry, multiplied, stored in zip(case.entries, cost.products, cost.storage, strict=True)
         if entry.point in numbers
     ]

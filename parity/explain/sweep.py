@@ -60,6 +60,16 @@ class Sweep(AtFirstPlace):
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
 
+    def in_turn(
+        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None
+    ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
+        """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory."""
+        if likely is not None:
+            yield from self.screened(candidates, likely).items()
+            return
+        for layers, some in candidates.items():
+            yield layers, self.screened({layers: some})[layers]
+
     def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None = None) -> Results:
         """The candidates of each scope that change something at the first place, and how far they get (see `Screening.screen`).
 
@@ -90,7 +100,9 @@ class Sweep(AtFirstPlace):
     def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
         batch, waiting = scope.batch, scope.waiting
-        if likely is not None and rows == 1:  # each row of a value acts on its own row only where there is but one
+        if (
+            likely is not None and self._first.row == 0 and rows == 1
+        ):  # each row of a value acts on its own row only where there is but one
             waiting = self._after_own_steps(layers, scope, likely)
         values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
         if rows == self._stages[0]:
