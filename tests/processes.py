@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LONG = 60.0  # seconds after which something is taken never to happen; on a busy machine a tenth of a second may take several
+LONG = 300.0  # seconds after which something is taken never to happen: a busy machine may need many for what an idle one does in two
 
 
 def comes_true(happened: Callable[[], bool], within: float = LONG) -> bool:

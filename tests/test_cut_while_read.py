@@ -36,7 +36,7 @@ def cut_within(module: str, place: str, file: Path, *words: object) -> subproces
     """Run parity with a file that is cut to one page when it comes to `place`."""
     script = SCRIPT.format(module=module, place=place)
     arguments = [sys.executable, "-P", "-c", script, str(file), *map(str, words)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_several_threads_that_read_a_lost_page_end_in_one_message(tmp_path: Path
     """The second one waits while the first one writes."""
     file = tmp_path / "file"
     file.write_bytes(bytes(mmap.PAGESIZE))
-    ran = subprocess.run([sys.executable, "-P", "-c", THREADS, file], capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run([sys.executable, "-P", "-c", THREADS, file], capture_output=True, text=True, timeout=300, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, f"{file} was cut short while it was being read.\n", "")
 
 

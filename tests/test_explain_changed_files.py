@@ -72,6 +72,14 @@ _SHOWN = (
     _Named("qwen2-yarn", Case("YaRN of twice the context", number("rope.scaling.original_context_length", 256), ("yarn",))),
     _Named("granite", Case("norms of layers 0 and 1 exchanged", _of_layers("ffn_norm.weight", 0, 1), ("layers-swapped",))),
     _Named("gpt-oss", Case("sinks of layers 1 and 2 exchanged", _of_layers("attn_sinks.weight", 1, 2), ("layers-swapped",))),
+    _Named(
+        "gemma3",
+        Case(
+            "norms before and after attention exchanged",
+            exchanged("attn_norm.weight", "post_attention_norm.weight"),
+            ("norms-exchanged",),
+        ),
+    ),
     _Named("gemma3", Case("every third layer without a window", _every_third, ("window-pattern",))),
 )  # fmt: skip
 
@@ -101,3 +109,53 @@ def test_layers_that_agree_have_no_cause(small_model: Callable[..., Path], refer
     assert explanation.remaining is None
     causes = [(cause.named.fault, cause.named.parameters["by"], cause.named.layers) for cause in explanation.causes]
     assert causes == [("layer-offset", 3, (1,)), ("layer-offset", -3, (4,))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "more"), [("deepseek2", 2), ("mixtral", 1)])
+def test_more_experts_are_named_where_their_weights_were_recorded(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, recipe: str, more: int
+) -> None:
+    """The sum of the weights is one of more experts, too: no operation in front of it is in question."""
+    model, out = small_model(recipe, kind="f32"), tmp_path / "foreign.jsonl"
+    tokens = tokens_of(model, 12, seed=7)
+    file = File(model)
+    further("expert_used_count", more)(file)
+    reference.dump(DumpJob(model=file.write(tmp_path / "changed.gguf"), out=out, tokens=tokens, points="all"))
+    explanation = explain(replace(read(out), header=None), model, replace(PATIENT, tokens=tokens))
+    assert explanation.remaining is None
+    assert [(cause.named.fault, cause.named.parameters) for cause in explanation.causes] == [
+        ("experts-too-many", {"count": more})
+    ]
+
+
+def _next_norm(file: File) -> None:
+    file.tensors["output_norm.weight"][...] = file.tensors["blk.3.ffn_norm.weight"]
+
+
+def _halves_of_fused_queries(file: File) -> None:
+    file.each("attn_qkv.weight", lambda rows: np.concatenate([rows[64:128], rows[:64], rows[128:]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "change", "law"),
+    [
+        (
+            "qwen3",
+            _next_norm,
+            "the value is what this operation makes with blk.3.ffn_norm.weight instead of output_norm.weight",
+        ),
+        ("qwen35", _halves_of_fused_queries, "element i is the right element i + 64 (16 of 256 elements recorded)"),
+    ],
+)
+def test_a_law_says_what_the_records_show(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, recipe: str, change: Change, law: str
+) -> None:
+    """Another norm's weight is named, and sixteen elements from elsewhere are no row that is rolled: two parts may be exchanged."""
+    model, out = small_model(recipe, kind="f32"), tmp_path / "foreign.jsonl"
+    tokens, file = tokens_of(model, 12, seed=7), File(model)
+    change(file)
+    reference.dump(DumpJob(model=file.write(tmp_path / "changed.gguf"), out=out, tokens=tokens, points="all"))
+    explanation = explain(replace(read(out), header=None), model, replace(PATIENT, tokens=tokens))
+    assert explanation.law == law

@@ -23,7 +23,7 @@ from parity.explain.arithmetic import of_unknown_arithmetic
 from parity.explain.explain import explain
 from parity.explain.known_model import KnownModel
 from parity.explain.on_model import compared_on
-from parity.explain.precision import PrecisionFloor, mismatch
+from parity.explain.precision import PrecisionFloor, mismatch, typical
 from parity.explain.spared import spares_elements, spares_records
 from reference.client import Reference
 from reports.sentences import answer, remarks
@@ -258,3 +258,15 @@ def test_arithmetic_spares_no_records_and_no_elements() -> None:
     assert spares_elements(3e-4 * noise, right, known)
     right[:, 8:] = 0  # what is 0 stays 0
     assert not spares_elements(3e-4 * noise, right, known)
+
+
+def test_one_record_in_which_terms_cancel_does_not_decide_a_point_s_size() -> None:
+    """Where an arithmetic costs one of five records a hundred times the others', the records' ratios count, not that record's; where it
+    costs all the same, an error of one record is one.
+    """
+    even, uneven = np.full(5, 1e-7), np.array([1e-7, 1e-7, 1e-7, 1e-7, 1e-5])
+    error, products, storage = typical(np.array([2e-7, 1e-7, 2e-7, 1e-7, 2e-7]), even, uneven)
+    assert 0.2 < error / max(products, storage) < 2
+    error, products, storage = typical(uneven, even, even)
+    assert error / max(products, storage) == pytest.approx(20.8)
+    assert typical(np.zeros(5), np.zeros(5), uneven)[2] == pytest.approx(uneven.mean())

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,9 @@ from checkpoints.reading.reader import read
 from checkpoints.record import Header
 from checkpoints.tensors import TensorWriter
 from checkpoints.whole_file import Replacement, put
+from parity.models import embedded
+from parity.run.request import Request
+from parity.run.session import run_folder
 
 ROOT = Path(__file__).parent.parent
 MODEL_SIZE = 1_000_000  # bytes of a small synthetic model, and more
@@ -217,3 +220,10 @@ def test_a_command_that_fails_leaves_no_folder(parity: Cli, words: tuple[str, ..
     Path("prompts.txt").write_text("Once upon a time\n")
     assert parity(*words).code == 2
     assert [path.name for path in Path().iterdir()] == ["prompts.txt"]
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(parity: Cli) -> None:
+    """Of several runs that are begun at once, as by a script, none replaces another's dumps."""
+    with ExitStack() as stack:
+        folders = [stack.enter_context(run_folder(Request(embedded.path()))) for _ in range(5)]
+    assert len(set(folders)) == 5

@@ -11,7 +11,7 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, Step, View, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import COPY, Fault, Parameters, Steps, layer_of, read_of, sibling
+from .base import COPY, Fault, Parameters, Steps, kind_of, layer_of, read_of, sibling
 from .edits import ggml, integer, maker, number, require
 
 _SOFT_MAX, _SUM = "soft max", "sum"
@@ -64,36 +64,62 @@ def _mixed(down: Array, next_down: Array, raw: Array, next_raw: Array, *, used: 
     return summed
 
 
+def _sum_of_more(raw: Array, next_raw: Array, *, used: int, more: int) -> Array:
+    """The sum of the raw weights [T, used] of ranks 1 to n, and of as many later ones: [T, 1]."""
+    rows = raw.shape[0]
+    summed: Array = raw.reshape(rows, used).sum(axis=1) + next_raw.reshape(rows, used)[:, -more:].sum(axis=1)
+    return summed[:, None]
+
+
+def _counts(chosen: Step, right: Steps, more: int) -> tuple[View, int]:
+    """The ranks that the chosen experts are a part of, and how many are used.
+
+    Raises:
+        NotApplicable: they are chosen by another operation, or there are not so many further ones.
+    """
+    ranks = read_of(chosen, 0)
+    if chosen.op is not ops.part or not isinstance(ranks, View) or not ranks.shape[-1].constant:
+        raise NotApplicable(f"{chosen.makes} is no part of all ranks")
+    used, all_ranks, by = ranks.shape[-1].fixed, ranks.whole[-1].fixed, maker(chosen, right)
+    if more > used or used + more > all_ranks or not ggml(by, "ARGSORT") or integer(by, 0) != 1:
+        raise NotApplicable(f"{chosen.makes}: there are not {more} further experts")
+    return ranks, used
+
+
+def _of_next_ranks(chosen: Step, right: Steps, more: int, until: str, mark: str) -> list[Step]:
+    """The steps from the chosen experts to the value `until`, computed of the next ranks, under names that end in `mark`.
+
+    Raises:
+        NotApplicable: that value is not computed from the chosen ids.
+    """
+    ranks, _ = _counts(chosen, right, more)
+    moved = replace(ranks, offset=ranks.offset._replace(fixed=more))
+    copies, copied = [replace(chosen, makes=chosen.makes + mark, reads=(moved,), inner=True)], {chosen.makes}
+    for name, other in right.items():
+        if name.startswith(f"blk.{layer_of(chosen)}.") and not copied.isdisjoint(other.names):
+            copied.add(name)
+            reads = tuple(read_as(read, name_of(read) + mark) if name_of(read) in copied else read for read in other.reads)
+            copies.append(replace(other, makes=name + mark, reads=reads, inner=True))
+            if name == until:
+                return copies
+    raise NotApplicable(f"{until} is not computed from the chosen ids")
+
+
 def _more(step: Step, right: Steps, parameters: Parameters) -> Sequence[Step]:
     more: int = parameters["count"]
-    chosen, weighted = sibling(step, right, "ffn_moe_topk"), require(sibling(step, right, "ffn_moe_weighted"), "MUL")
-    ranks, raw = read_of(chosen, 0), sibling(step, right, "ffn_moe_weights").makes
-    if step.op is not ops.add or chosen.op is not ops.part or not isinstance(ranks, View) or not ranks.shape[-1].constant:
-        raise NotApplicable(f"{step.makes} sums no chosen experts")
-    used, all_ranks = ranks.shape[-1].fixed, ranks.whole[-1].fixed
+    chosen, raw = sibling(step, right, "ffn_moe_topk"), sibling(step, right, "ffn_moe_weights").makes
+    _, used = _counts(chosen, right, more)
     if (
-        more > used
-        or used + more > all_ranks
-        or not ggml(maker(chosen, right), "ARGSORT")
-        or integer(maker(chosen, right), 0) != 1
-    ):
-        raise NotApplicable(f"{step.makes}: there are not {more} further experts")
+        kind_of(step) == "ffn_moe_weights_sum"
+    ):  # what an engine shows of the weights' sum; the result below has a sum of its own
+        mark = COPY * 2
+        copies = _of_next_ranks(chosen, right, more, raw, mark)
+        return [*copies, replace(step, op=_sum_of_more, reads=(raw, raw + mark), params={"used": used, "more": more})]
+    weighted = require(sibling(step, right, "ffn_moe_weighted"), "MUL")
+    if step.op is not ops.add:
+        raise NotApplicable(f"{step.makes} sums no chosen experts")
     weighting, down = _weighting(weighted, right, raw), name_of(read_of(weighted, 0))
-    copied = {chosen.makes}
-    copies = [
-        replace(
-            chosen, makes=chosen.makes + COPY, reads=(replace(ranks, offset=ranks.offset._replace(fixed=more)),), inner=True
-        )
-    ]
-    for name, other in right.items():
-        if name.startswith(f"blk.{layer_of(step)}.") and not copied.isdisjoint(other.names) and name != weighted.makes:
-            copied.add(name)
-            reads = tuple(read_as(read, name_of(read) + COPY) if name_of(read) in copied else read for read in other.reads)
-            copies.append(replace(other, makes=name + COPY, reads=reads, inner=True))
-            if name == down:
-                break
-    if not {raw, down} <= copied:
-        raise NotApplicable(f"{step.makes}: the experts' results are not computed from the chosen ids")
+    copies = _of_next_ranks(chosen, right, more, down, COPY)
     reads = (down, down + COPY, raw, raw + COPY)
     return [*copies, replace(step, op=_mixed, reads=reads, params={"used": used, "more": more, "weighting": weighting})]
 
@@ -148,7 +174,7 @@ FAULTS = (
     ),
     Fault(
         name="experts-too-many",
-        kinds=("ffn_moe_out",),
+        kinds=("ffn_moe_out", "ffn_moe_weights_sum"),
         change=_more,
         what="more experts are used than this model asks for, by {count}",
         symptom="the router's scores are right, the experts' combined result is not",

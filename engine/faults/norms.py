@@ -237,17 +237,19 @@ _PAIRS = (("attn_norm", "ffn_norm"), ("q_norm", "k_norm"), ("attn_post_norm", "f
 
 
 def _pairs(right: Steps) -> Values:
-    """The pairs of norms that this model has, each with both norms wrong, and with one."""
+    """The pairs of norms that this model has, each with both norms wrong; the usual ones also with one."""
     known = {kind_of(step) for step in right.values()}
-    return tuple(kinds for pair in _PAIRS if known.issuperset(pair) for kinds in subsets(*pair)) or _PAIRS[:1]
+    usual = [kinds for pair in _PAIRS if known.issuperset(pair) for kinds in subsets(*pair)]
+    return (*usual, *(pair for pair in _others_alike(right) if pair == tuple(sorted(pair)) and pair not in usual)) or _PAIRS[:1]
 
 
-def _exchange(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    pair = next(pair for pair in _PAIRS if kind_of(step) in pair)
+def _exchange(step: Step, right: Steps, parameters: Parameters) -> Step:
+    at = parameters[AT]
+    pair = at if len(at) > 1 else next(pair for pair in _PAIRS if kind_of(step) in pair)
     other = sibling(step, right, pair[pair[0] == kind_of(step)])
     if other.op is not step.op or (other.params.get("heads", 1) == 1) != (step.params.get("heads", 1) == 1):
         raise NotApplicable(f"{step.makes} and {other.makes} are norms of other sizes")
-    return replace(step, weights=other.weights)
+    return replace(step, op=_WithOther(step.op), weights=other.weights)
 
 
 def _others_alike(right: Steps) -> Values:

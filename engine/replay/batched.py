@@ -14,6 +14,11 @@ _ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, o
 _ATTENTION = (ops.attention_scores, ops.causal_soft_max, ops.weighted_values)
 
 
+def by_rows(step: Step) -> bool:
+    """Whether each row of a step's value depends on the same row of what it reads alone."""
+    return step.op in _ROW_BY_ROW and can_batch(step) and not any(isinstance(read, History) for read in step.reads)
+
+
 def can_batch(step: Step) -> bool:
     """Whether `compute_batch` can combine versions of this step's inputs."""
     by_head = step.op is ops.causal_soft_max and (step.weights or "max_bias" in step.params)  # sinks, ALiBi

@@ -208,6 +208,7 @@ class Replay:
         watched: frozenset[str],
         judge: Judge,
         stop: Stop = lambda: False,
+        pause: int | None = None,
     ) -> list[Values | None]:
         """Compute many versions of the steps before number `end` together: steps that a version shares with the right run are
         computed for all versions at once.
@@ -216,6 +217,7 @@ class Replay:
             edits: for each version.
             watched: names at which `judge` says which versions go on.
             stop: asked before each computation; once it returns True all versions end.
+            pause: the number of the step before which to end, where what the steps from there to `end` read is wanted.
 
         Returns:
             For each version the values that differ from the right run and are still to be read; None for one that `judge` or
@@ -228,7 +230,7 @@ class Replay:
                 owners.setdefault(number, []).append(version)
         used_up = self._used_up(edits, end)
         with _QUIET():
-            for number in range(min(owners), end):
+            for number in range(min(owners), end if pause is None else pause):
                 if stop():
                     return [None] * len(edits)
                 name = self.steps[number].makes

@@ -3,7 +3,7 @@
 After a flip other experts compute, so that nothing that depends on them can be compared at that position and later ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -86,8 +86,9 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
         for record in np.flatnonzero(measured.point == number).tolist():
             r = int(measured.row[record])
             seq, position = int(measured.seq[record]), int(measured.token_idx[record])
-            if held.failed[record] and not left_open[record]:
-                our_ids, ref_ids = ids(pair.ours, r), ids(pair.ref, r)
+            our_ids, ref_ids = ids(pair.ours, r), ids(pair.ref, r)
+            # A limit that was measured where choices flip, too, lets other ids pass: what they compute is no more comparable for that.
+            if our_ids != ref_ids and not left_open[record]:
                 limit = _limit_of_scores(measured, held, scores, seq, position)
                 margin = _tie(our_ids, ref_ids, seq, position, model, pair.point, ref, limit)
                 if margin is None:
@@ -114,6 +115,12 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     if orders:
         notes.append(f"{orders[0]}{' and others' if len(set(orders)) > 1 else ''}: the same experts in another order")
     return Routed(left_open & held.failed, tuple(notes))
+
+
+def in_order_of_experts(model: Flow, pairs: Sequence[Pair]) -> set[str]:
+    """The points whose values are chosen experts' ids or stand in their order: where a near tie exchanges two of them, so are they."""
+    chosen = [pair.point for pair in pairs if is_routing(pair)]
+    return {name for point in chosen for name in (point, *_in_order_of(model, point, model.descendants(point)))}
 
 
 def _in_order_of(model: Flow, point: str, below: set[str]) -> set[str]:

@@ -16,10 +16,11 @@ from ..diff.align import Pair
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
+from ..diff.routing import in_order_of_experts
 from .case import Case
 from .known_model import KnownModel
 from .mixed import in_words, rounded_here
-from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, of_ids
+from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
 from .spared import spares_elements, spares_records
 from .systematic import SECONDS, systematic
@@ -192,11 +193,11 @@ def _with(compared: Comparison, arithmetic: str, in_float32: str, alike: tuple[s
 
 
 def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[float, float, float]]:
-    """Each point's mean error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
+    """Each point's error, and the cost of the arithmetic there: with products rounded, and with activations rounded."""
     records = exact.records
     numbers = {name: number for number, name in enumerate(records.names)}
     return [
-        (float(records.measures.nmse[records.point == numbers[entry.point]].mean()), mean_cost(multiplied), mean_cost(stored))
+        typical(records.measures.nmse[records.point == numbers[entry.point]], multiplied, stored)
         for entry, multiplied, stored in zip(case.entries, cost.products, cost.storage, strict=True)
         if entry.point in numbers
     ]
@@ -225,8 +226,9 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
     """Whether all records of a point that this arithmetic must have moved are as right as in float32, or some records of any points."""
     records = exact.records
     every: list[tuple[Floats, Floats, Floats]] = []
+    ordered = in_order_of_experts(records.flow, records.pairs)  # two experts in turn cost more than any rounding
     for entry, products in zip(case.entries, cost.products, strict=True):
-        if entry.point not in records.names:
+        if entry.point not in records.names or entry.point in ordered:
             continue
         here = records.point == records.names.index(entry.point)
         errors, limits = records.measures.nmse[here], records.limit[here]
@@ -235,11 +237,10 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
             continue  # rows of zeros, masks
         if typical > float(limits.max()) and float(errors.mean()) < LOWER * typical:
             return True
-        if not of_ids(entry):
-            places = {place: number for number, place in enumerate(_places(entry.pair.ours))}
-            numbers = [places.get(place, -1) for place in _places(records.pairs[records.names.index(entry.point)].ref)]
-            costs = np.where(np.array(numbers) >= 0, products[numbers], 0.0)
-            every.append((errors, np.nan_to_num(costs, posinf=0.0), limits))
+        places = {place: number for number, place in enumerate(_places(entry.pair.ours))}
+        numbers = [places.get(place, -1) for place in _places(records.pairs[records.names.index(entry.point)].ref)]
+        costs = np.where(np.array(numbers) >= 0, products[numbers], 0.0)
+        every.append((errors, np.nan_to_num(costs, posinf=0.0), limits))
     return bool(every) and spares_records(*(np.concatenate(column) for column in zip(*every, strict=True)))
 
 

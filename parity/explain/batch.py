@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from checkpoints.points import EMBD, in_layer
-from engine.backend import Array, module_of
+from engine.backend import Array, all_equal, module_of
+from engine.graph import Step
 from engine.inapplicable import NotApplicable
+from engine.replay.batched import by_rows
 from engine.replay.replay import Edits
 
 from ..diff.truth import NO_COARSE_ROUNDING
@@ -126,24 +129,54 @@ class BatchScreening(AtFirstPlace):
             chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
             # A fault that looks ahead needs all rows in its own layer; after that causality holds.
             used = self._screening.rows if whole else rows
+            right = self._screening.replay(self._state, rows).values
             size = max(1, min(_TOGETHER, _ROWS // used))
             for begin in range(0, len(chosen), size):
                 if self._screening.budget.over():
                     return value_of, ended
                 batch = chosen[begin : begin + size]
-                replay = self._screening.replay(self._state, used)
-                chosen_edits = [edits[number] for number in batch]
-                run = replay.run_batch(
-                    chosen_edits, self._state.order[name] + 1, watched, self._agrees, self._screening.budget.over
-                )
+                run = self._run([edits[number] for number in batch], used, rows, self._state.order[name] + 1, watched)
                 if not self._screening.budget.complete:
                     return value_of, ended
                 for number, values in zip(batch, run, strict=True):
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        value_of[number] = values[name][: rows if self._causal(values[name]) else None]
+                        value = values[name][: rows if self._causal(values[name]) else None]
+                        if used == rows or len(value) > rows or not all_equal(value, right[name]):
+                            value_of[number] = value
         return value_of, ended
+
+    def _run(
+        self, edits: Sequence[Edits], used: int, rows: int, end: int, watched: frozenset[str]
+    ) -> Sequence[Mapping[str, Array] | None]:
+        """`Replay.run_batch` over the rows that the changed steps need; what works row by row after them is computed for the first rows."""
+        stop = self._screening.budget.over
+        replay = self._screening.replay(self._state, used)
+        mixing = max((number for number in range(end) if not by_rows(self._state.steps[number])), default=0)
+        pause = 1 + max(mixing, *(number for edit in edits for number in edit))
+        if used == rows or pause >= end:
+            return replay.run_batch(edits, end, watched, self._agrees, stop)
+        mixed = replay.run_batch(edits, end, watched, self._agrees, stop, pause)
+        result: list[Mapping[str, Array] | None] = list(mixed)
+        handed_on = {
+            version: {
+                self._state.order[name]: (_given(self._state.steps[self._state.order[name]], value[:rows]),)
+                for name, value in values.items()
+            }
+            for version, values in enumerate(mixed)
+            if values
+            and all(name in self._state.order and module_of(value).isfinite(value).all() for name, value in values.items())
+        }
+        for version, values in enumerate(mixed):
+            if values and version not in handed_on:
+                [result[version]] = replay.run_batch([edits[version]], end, watched, self._agrees, stop)
+        if handed_on:
+            short = self._screening.replay(self._state, rows)
+            run = short.run_batch(list(handed_on.values()), end, watched, self._agrees, stop)
+            for version, values in zip(handed_on, run, strict=True):
+                result[version] = values
+        return result
 
     def _agrees(self, name: str, values: Array) -> list[bool]:
         """Whether versions of a point may agree with the dump: [M, R, …] -> M.
@@ -158,6 +191,11 @@ class BatchScreening(AtFirstPlace):
     def _causal(self, value: Array) -> bool:
         """Whether rows of a layer's output act on later rows only; NaN does not, since 0 · NaN is NaN under a mask, too."""
         return self.carried_from is None or bool(module_of(value).isfinite(value).all())
+
+
+def _given(step: Step, value: Array) -> Step:
+    """A step that makes this value."""
+    return replace(step, op=lambda: value, reads=(), weights=(), params={})
 
 
 def computed_together(screening: Screening, state: SearchState, candidate: Candidate) -> bool:

@@ -63,25 +63,26 @@ class Likely:
         )
         self._derivatives = self._answers() if self.able else {}
 
-    def among_steps(self, changed: Mapping[int, Mapping[str, Array]]) -> set[int]:
-        """The numbers of the likely candidates, given the first row of each step that each one changes; the place's row must be the first.
+    def effects(self, name: str, values: Mapping[int, Array]) -> dict[int, Floats]:
+        """What the first row of each version of a value does to the recorded elements of a place in the first row: [k] by number.
 
-        What several steps change adds up.
+        Empty if that is not known.
         """
-        replay = self._screening.replay(self._state, 1)
-        numbers: set[int] = set()
-        effects: dict[int, Floats] = {}
+        if name not in self._derivatives or not values:
+            return {}
         with np.errstate(all="ignore"):  # faults may overflow
-            for number, values in changed.items():
-                if values.keys() <= self._derivatives.keys():
-                    changes = [(values[name][0] - replay.values[name][0]) @ self._derivatives[name].T for name in values]
-                    effects.update({number: self._screening.backend.to_host(sum(changes[1:], changes[0]))} if changes else {})
-                else:
-                    numbers.add(number)
-        if effects:
-            cosines = _cosines(np.stack(list(effects.values())).astype(np.float64), self._change(replay)[self._chosen])
-            numbers |= {number for number, cosine in zip(effects, cosines, strict=True) if not cosine < _ALIKE}
-        return numbers
+            right = self._screening.replay(self._state, 1).values[name]
+            changes = module_of(right).stack([value[0] for value in values.values()]) - right[0]
+            effects = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
+        return dict(zip(values, effects, strict=True))
+
+    def likely_effects(self, effects: Mapping[int, Floats]) -> set[int]:
+        """The numbers of the effects on the recorded elements that may be the error there."""
+        if not effects:
+            return set()
+        wanted = self._change(self._screening.replay(self._state, 1))[self._chosen]
+        cosines = _cosines(np.stack(list(effects.values())), wanted)
+        return {number for number, cosine in zip(effects, cosines, strict=True) if not cosine < _ALIKE}
 
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
         """The numbers of the likely candidates, given each one's first rows [rows, D] of a layer's output."""

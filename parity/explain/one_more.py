@@ -1,7 +1,6 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -12,16 +11,12 @@ from .batch import beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
 from .records import Expected
-from .scopes import STAGES, rescoped, stages, where_it_holds
+from .scopes import STAGES, WEIGHTS, long, rescoped, stages, where_it_holds
 from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
 BEAM = 4  # partial explanations that are followed
-# Groups of faults that rebuild a matrix, which costs more than its product with one row.
-_WEIGHTS = ("weights", "dequantisation")
-# Faults with so many variants in one layer come last there: part-missing alone has 96 of 280, and all others would wait for it.
-_MANY = 32
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
 SAME_NOISE = 1e-12
@@ -88,7 +83,8 @@ class OneMore:
     def _in_single_layers(self, state: SearchState) -> list[SearchState]:
         """States that get further by one fault in one layer; if several layers are in question, likely and cheap candidates come first.
 
-        Similar faults in the layer in which something is found are found, too.
+        Similar faults in the layer in which something is found are found, too, but for those that take long where something else explains
+        everything.
         """
         layers = self.screening.suspects(state)
         sweep = Sweep(self.screening, state, [(layer,) for layer in layers])
@@ -96,25 +92,28 @@ class OneMore:
         likely = Likely(self.screening, state) if len(layers) > 1 else None
         choose = likely if likely is not None and likely.able else None
         better: list[SearchState] = []
-        for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
+        turns = max((len(lists) for lists in waiting.values()), default=0)
+        for turn in range(turns):
+            if turn == turns - 1 and all_explained(better):
+                break  # those with many variants would only be said to give the same numbers
             of_turn = {scope: lists[turn] for scope, lists in waiting.items() if turn < len(lists)}
-            found, scope = self._in_first_layer(state, sweep.screened(of_turn, choose))
+            found, scope = self._in_first_layer(state, sweep.in_turn(of_turn, choose))
             better += found
             if found:
                 waiting = {scope: waiting[scope]}
             if self.screening.budget.over():
                 break
         if not all_explained(better) and choose is not None:
-            found, _ = self._in_first_layer(state, sweep.screened({scope: sweep.postponed[scope] for scope in waiting}))
+            found, _ = self._in_first_layer(state, sweep.in_turn({scope: sweep.postponed[scope] for scope in waiting}, None))
             better += found
         return better + self._in_all_layers(state, better)
 
     def _in_first_layer(
-        self, state: SearchState, results: Mapping[Layers, Sequence[tuple[Candidate, Screened]]]
+        self, state: SearchState, results: Iterable[tuple[Layers, Sequence[tuple[Candidate, Screened]]]]
     ) -> tuple[list[SearchState], Layers]:
         """The states in the first layer that explains everything or, if none does, in the first that gets further; and that layer."""
         found_in: dict[Layers, list[SearchState]] = {}
-        for scope, of_scope in results.items():
+        for scope, of_scope in results:
             found = list(self._beyond(state, of_scope))
             if all_explained(found):
                 return found, scope
@@ -123,16 +122,16 @@ class OneMore:
         return next(((found, scope) for scope, found in found_in.items()), ([], None))
 
     def _by_cost(self, state: SearchState, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer by cost: faults of the capture, formulas, those that rebuild weights, those that need every row, and
+        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights, and
         those of a fault with many variants.
         """
         *shown, others = stages(self.screening, state, (layer,))
-        variants = Counter(candidate.fault.name for candidate in others)
+        many = long(others)
 
         def cost(candidate: Candidate) -> int:
-            if candidate.fault.group in _WEIGHTS:
-                return 1 if variants[candidate.fault.name] < _MANY else 3
-            return 2 if candidate.fault.whole else 0
+            if candidate.fault.group in WEIGHTS:
+                return 3 if candidate.fault.name in many else 2
+            return int(candidate.fault.whole)
 
         return [*shown, *([candidate for candidate in others if cost(candidate) == turn] for turn in range(4))]
 

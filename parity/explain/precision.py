@@ -174,11 +174,21 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
             return None
         if float(multiplied.mean()) > noise and mean < LOWER * float(multiplied.mean()):
             return None
-    points = [
-        (float(entry.base.mean()), float(multiplied.mean()), float(stored.mean()))
-        for entry, (multiplied, stored) in zip(entries, costs, strict=True)
-    ]
+    points = [typical(entry.base, multiplied, stored) for entry, (multiplied, stored) in zip(entries, costs, strict=True)]
     return mismatch(points) if _even(points) else None
+
+
+def typical(errors: Floats, multiplied: Floats, stored: Floats) -> tuple[float, float, float]:
+    """A point's error, and both costs of an arithmetic, of its records, [R] each: their means or, where one record has most of a cost (a
+    scan whose terms cancel there), in which a mean is that record's luck, their geometric means.
+    """
+    if len(errors) == len(multiplied):
+        columns = np.stack([errors, multiplied, stored])
+        uneven = (2 * columns[1:].max(axis=1) > columns[1:].sum(axis=1)).any()
+        if uneven and np.isfinite(columns).all() and (columns > 0).all():
+            error, of_products, of_storage = np.exp(np.log(columns).mean(axis=1)).tolist()
+            return error, of_products, of_storage
+    return float(errors.mean()), mean_cost(multiplied), mean_cost(stored)
 
 
 def _even(points: Sequence[tuple[float, float, float]]) -> bool:

@@ -1,6 +1,7 @@
 """The order in which faults are tried, and in which layers: all, from one on, up to one, every second one, or all with a window alike."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -12,6 +13,9 @@ from .screening import Screening
 from .state import Candidate, Layers, SearchState
 from .sweep import screened
 
+# Groups of faults that rebuild a matrix, which costs more than its product with one row.
+WEIGHTS = ("weights", "dequantisation")
+_MANY = 32  # variants of one fault in a layer: part-missing alone has 96 of 280
 STAGES = 3  # stages of candidates in all layers
 # The steps whose parameters differ between layers of one model: attention with a window or without, each with its own RoPE.
 _OF_PATTERN = ("q_rope", "kq_soft_max")
@@ -20,21 +24,30 @@ _OF_PATTERN = ("q_rope", "kq_soft_max")
 def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator[list[Candidate]]:
     """The candidates in these layers (None: all), those that take the least computing first.
 
-    In all layers, candidates that change nothing before the last point that agrees come first. Then, if a point after the first
-    place agrees, those of the capture: a wrong computation would have made that point wrong, too. The others come last.
+    In all layers, candidates that change nothing before the last point that agrees come first, but for those of `long`. Then, if a point
+    after the first place agrees, those of the capture: a wrong computation would have made that point wrong, too. The others come last.
     """
     left = list(screening.candidates(state, layers))
-    first = state.first
+    first, many = state.first, long(left)
     if first is not None:
         later = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in later)
         agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
-        late = [agreed is not None and _acts_after(state, candidate, state.order[agreed]) for candidate in left]
+        late = [
+            agreed is not None and candidate.fault.name not in many and _acts_after(state, candidate, state.order[agreed])
+            for candidate in left
+        ]
         capture = [shown and candidate.fault.shows is not None for candidate in left]
         yield [candidate for candidate, now in zip(left, late, strict=True) if now]
         yield [candidate for candidate, before, now in zip(left, late, capture, strict=True) if now and not before]
         left = [candidate for candidate, *before in zip(left, late, capture, strict=True) if not any(before)]
     yield left
+
+
+def long(candidates: Sequence[Candidate]) -> frozenset[str]:
+    """The faults that rebuild matrices in so many ways that all others would wait for them."""
+    variants = Counter(candidate.fault.name for candidate in candidates if candidate.fault.group in WEIGHTS)
+    return frozenset(name for name, count in variants.items() if count >= _MANY)
 
 
 def _acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
@@ -92,6 +105,22 @@ def where_it_holds(screening: Screening, state: SearchState, explaining: SearchS
     before = tuple(sorted(layer for layer in changed if layer is not None and layer < cone.layers[0]))
     cut = screening.check(state, replace(last, layers=before)) if before else None
     return explaining if cut is None or further(cut, explaining) else cut
+
+
+def as_far_as_shown(screening: Screening, best: SearchState) -> SearchState:
+    """The best state of a search that leaves something unexplained, with faults in all layers in those before that place alone, if they
+    explain as much: what comes after them may be right in the other layers.
+    """
+    layers = tuple(range(screening.suspects(best)[0])) if best.first is not None and screening.suspects(best) else ()
+    for number, candidate in enumerate(best.faults if layers else ()):
+        if candidate.layers is not None or candidate.fault.once or candidate.fault.shows is not None:
+            continue
+        state: SearchState | None = screening.start()
+        for other in (*best.faults[:number], replace(candidate, layers=layers), *best.faults[number + 1 :]):
+            state = screening.check(state, other) if state is not None else None
+        if state is not None and not further(state, best):
+            best = state
+    return best
 
 
 def _of_one_pattern(screening: Screening, state: SearchState) -> list[tuple[int, ...]]:

@@ -60,6 +60,16 @@ class Sweep(AtFirstPlace):
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
 
+    def in_turn(
+        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None
+    ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
+        """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory."""
+        if likely is not None:
+            yield from self.screened(candidates, likely).items()
+            return
+        for layers, some in candidates.items():
+            yield layers, self.screened({layers: some})[layers]
+
     def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None = None) -> Results:
         """The candidates of each scope that change something at the first place, and how far they get (see `Screening.screen`).
 
@@ -90,7 +100,9 @@ class Sweep(AtFirstPlace):
     def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
         batch, waiting = scope.batch, scope.waiting
-        if likely is not None and rows == 1:  # each row of a value acts on its own row only where there is but one
+        if (
+            likely is not None and self._first.row == 0 and rows == 1
+        ):  # each row of a value acts on its own row only where there is but one
             waiting = self._after_own_steps(layers, scope, likely)
         values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
         if rows == self._stages[0]:
@@ -116,15 +128,19 @@ class Sweep(AtFirstPlace):
     def _after_own_steps(self, layers: Layers, scope: _Scope, likely: Likely) -> list[int]:
         """The candidates that wait, without those whose changed steps alone tell that they change the first row otherwise than the dump."""
         edits = {number: scope.edits[number] for number in scope.waiting if not scope.candidates[number].fault.whole}
-        changed: dict[int, dict[str, Array]] = {number: {} for number in edits}
+        changing, unknown = set[int](), set[int]()
+        effects: dict[int, Floats] = {}  # what several steps change adds up
         for name, values in scope.batch.own_steps(edits, 1):
-            for number, value in values.items():
-                if value is not None:
-                    changed[number][name] = value
-        for number in [number for number, values in changed.items() if not values]:
+            changed = {number: value for number, value in values.items() if value is not None}
+            changing |= changed.keys()
+            of_step = likely.effects(name, changed)
+            unknown |= changed.keys() - of_step.keys()
+            effects.update({number: effects.get(number, 0) + effect for number, effect in of_step.items()})
+        for number in edits.keys() - changing:
             self._acts[self._effect(layers, scope.candidates[number])] = False
-        unlikely = changed.keys() - likely.among_steps(changed)
-        self.postponed[layers] += [scope.candidates[number] for number in unlikely if changed[number]]
+        chosen = unknown | likely.likely_effects(effects)
+        self.postponed[layers] += [scope.candidates[number] for number in sorted(changing - chosen)]
+        unlikely = edits.keys() - chosen
         return [number for number in scope.waiting if number not in unlikely]
 
     def _judged(self, errors: Floats, rows: int, number: int, results: dict[int, Screened]) -> bool:

@@ -132,7 +132,12 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
             if off:
                 sums.setdefault(name, []).append(r)
                 evidence.setdefault(name, f"{off[0]:.4g}")
-            elif seen > 2 and len(whole) and float(np.abs(whole - 1 / seen).max()) < 1e-6 / seen:
+            elif (
+                seen > 2
+                and len(whole)
+                and float(np.abs(whole - 1 / seen).max()) < 1e-6 / seen
+                and int(rows.token_idx[r]) >= subject.uniform_until  # without rotation, keys of one token have one score
+            ):
                 even.setdefault(name, []).append(r)
 
     def not_one(name: str, bad: list[int]) -> str:

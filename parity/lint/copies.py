@@ -1,7 +1,7 @@
 """The same vector where there should be two different ones: kept pointers, stale buffers, layers that do nothing."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +30,7 @@ _BESIDE_ATTENTION = frozenset({"ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "
 # Operations whose result depends on the position or on other positions (a shift's only on the position before).
 _MIXING = frozenset({CACHE, "ROPE", "SSM_CONV", "SSM_SCAN", "GATED_DELTA_NET", "RWKV_WKV6", "RWKV_WKV7", "CPY"})
 _SHIFTS = frozenset({"CONCAT"})
+_OF_PARTS = frozenset({"RMS_NORM", "MUL"})  # of parts that were laid together as rows, each has its own norm
 _SATURATED = 1e-7  # under it the other positions' weights add nothing to a float32 sum
 _COPIES = frozenset({"CONT", "CPY", "CAST", "DUP"})
 
@@ -105,18 +106,44 @@ def _same_sets(subject: Subject) -> dict[tuple[str, ...], list[int]]:
                 seen[vector].append(name)
     positions_of_set: dict[tuple[str, ...], list[int]] = defaultdict(list)
     unlike_of: dict[tuple[str, ...], list[str]] = {}  # the same sets recur at many positions
+    origins = _origins(subject)
     for (place, _), names in seen.items():
         if len(names) == 1:
             continue
         unlike = unlike_of.get(tuple(names))
         if unlike is None:
             unlike = [
-                name for name in names if any(not _may_be_alike(subject, name, other) for other in names if other != name)
+                name
+                for name in names
+                if any(origins[name] != origins[other] and not _may_be_alike(subject, name, other) for other in names)
             ]
             unlike_of[tuple(names)] = unlike
         if len(set(unlike)) > 1:
             positions_of_set[tuple(dict.fromkeys(unlike))].append(place[1])
     return positions_of_set
+
+
+def _of_part(subject: Subject, name: str) -> str:
+    """The value laid together of parts from whose first one this one's leading values are made, part by part; "" if there is none."""
+    while (how := subject.computation(name)) is not None and how.op in _OF_PARTS and len(how.reads) == 1:
+        name = how.reads[0]
+    return name if how is not None and how.op in _SHIFTS else ""
+
+
+def _origins(subject: Subject) -> dict[str, Hashable]:
+    """For each point what it is made from: two points with equal ones have the same leading values, however far apart they are.
+
+    A point whose origin is unknown, or that has a state or other positions in it, is its own.
+    """
+    origins: dict[str, Hashable] = {}
+    number_of: dict[Hashable, int] = {}
+    for name, how in subject.dataflow.computations.items() if subject.dataflow is not None else ():
+        reads = tuple(origins.get(read, read) for read in how.reads)
+        if how.op in _SHIFTS and reads:
+            origins[name] = reads[0]  # the leading values of parts side by side are those of the first part
+        elif how.op not in _MIXING and reads:
+            origins[name] = number_of.setdefault((how.op, how.function, how.weights, reads), len(number_of))
+    return {name: origins.get(name, name) for name in subject.points}
 
 
 def same_vector(subject: Subject) -> Iterator[Hit]:
@@ -251,6 +278,8 @@ def _of_their_token(subject: Subject) -> dict[str, tuple[bool, bool]]:
         shifts[name] = shifted or how.op in _SHIFTS
         if how.op in parts and any(seen[part][0] if part in seen else _without_attention(part) for part in how.reads):
             seen[name] = True, True
+        elif how.op in _OF_PARTS and (first := _of_part(subject, name)) in seen:
+            seen[name] = seen[first]
         elif kind(name) == "kq":  # without rotation, the scores of one token's queries with the same keys are equal
             seen[name] = not above, not above and shifted
         else:

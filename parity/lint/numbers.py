@@ -47,7 +47,12 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
         counted = np.nan_to_num(rows.stats.get("nonfinite", np.zeros(len(rows))))
         # What must not be chosen is −∞; a point of which nothing is known may be a mask, or made of one.
         unknown = origin is None and parse(name).known is None
-        if unknown or (origin is not None and (origin.op == "FILL" or _hides_the_rest(rows, inside, counted))):
+        mask = origin is not None and (
+            origin.op == "FILL"
+            or _hides_the_rest(rows, inside, counted)
+            or (_of_fills(subject, name) and _only_hides(rows, inside))
+        )
+        if unknown or mask:
             nonfinite &= ~np.isneginf(rows.values)
             counted = np.zeros(len(rows))
         wrong_rows = (nonfinite.any(axis=1) | (counted > 0)).nonzero()[0].tolist()
@@ -61,6 +66,18 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
                 + positions_of(rows, wrong_rows)
             )
             yield Hit(name, int(rows.token_idx[first]), evidence)
+
+
+def _of_fills(subject: Subject, name: str) -> bool:
+    """Whether a value is put together from constants, as a mask is that shows what an index chose."""
+    origin = subject.computation(name)
+    reads = () if origin is None else origin.reads
+    return any(made.op == "FILL" for read in reads if (made := subject.computation(read)) is not None)
+
+
+def _only_hides(rows: Rows, inside: NDArray[np.bool_]) -> bool:
+    """Whether every value is 0 or −∞."""
+    return bool(((rows.values == 0) | np.isneginf(rows.values) | ~inside).all())
 
 
 def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_], counted: NDArray[np.float64]) -> bool:

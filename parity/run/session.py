@@ -51,7 +51,9 @@ class Outcome(Struct, frozen=True):
 
 @contextmanager
 def run_folder(request: Request) -> Iterator[Path]:
-    """The run's folder, created and writable: `--out`, or runs/<time>-<model>. A run that fails leaves none that it made and not filled.
+    """The run's folder, created and writable: `--out`, or a new one, runs/<time>-<model>.
+
+    A run that fails leaves none that it made and did not fill.
 
     Raises:
         InputError: it cannot be created or written to.
@@ -60,7 +62,12 @@ def run_folder(request: Request) -> Iterator[Path]:
     folder = request.out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
     made: tuple[Path, ...] = ()
     try:
-        made = make_folders(folder)
+        if request.out is None:
+            made = make_folders(folder.parent)
+            folder = _new_folder(folder)
+            made = (folder, *made)
+        else:
+            made = make_folders(folder)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
@@ -72,6 +79,19 @@ def run_folder(request: Request) -> Iterator[Path]:
     except BaseException:
         remove_empty(made)
         raise
+
+
+def _new_folder(wanted: Path) -> Path:
+    """A folder that is there from now on and was not before: with a number behind its name where another run began in the same second."""
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
 
 
 def resolve_prompt(reference: Reference, model: Path, text: str | None, tokens: tuple[int, ...] | None = None) -> Prompt:
