@@ -184,7 +184,7 @@ def test_the_encoder_of_a_foreign_engine_is_compared(parity: Cli, t5: Path, tmp_
     code, answer = parity.json(
         "run", "--model", t5, "--tokens", ids, "--exec", f"cp {tmp_path}/ours.jsonl {{out}}", "-o", tmp_path / "run"
     )
-    assert (code, answer["verdict"], answer["missing_ref"]["records"]) == (0, "parity", 0)
+    assert (code, answer["verdict"]) == (0, "parity")
     assert load(tmp_path / "run" / "ref.jsonl").points.keys() == load(tmp_path / "ours.jsonl").points.keys()
 
 
