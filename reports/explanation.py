@@ -114,12 +114,13 @@ def _arithmetic(kind: str, explanation: Explanation) -> str:
 
 def _precision(explanation: Explanation, width: int) -> list[Text]:
     first = explanation.first
-    rows = [
-        (
-            "no fault",
-            f"the differences are those of {_arithmetic(explanation.precision_only, explanation)}: a right engine in that arithmetic",
-        )
-    ]
+    named = _arithmetic(explanation.precision_only, explanation)
+    sentence = (
+        f"if it computes in {named}, which is assumed: nothing states it, and a fault with errors as small and as scattered looks alike"
+        if explanation.precision_assumed
+        else f"the differences are those of {named}: a right engine in that arithmetic"
+    )
+    rows = [("no fault", sentence)]
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
     rows.append(("if not", "intended, look for a lower type: TF32 enabled, F16 weights or cache, quantised activations"))
@@ -168,8 +169,8 @@ def _but(explanation: Explanation) -> str:
     if explanation.f32_stated:
         return f", but {_STATED[explanation.f32_stated]}"
     return (
-        ", and a fault of that size cannot be told from them. State your engine's arithmetic: --compute q8 treats them as noise, "
-        "--compute f32 rules them out"
+        f", and a fault of that size cannot be told from them. State your engine's arithmetic: --compute {explanation.looks_like} treats "
+        "them as noise, --compute f32 rules them out"
     )
 
 
@@ -239,6 +240,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
             {"checkpoint": suspect.checkpoint, "agreeing": list(suspect.agreeing)} for suspect in explanation.suspects
         ],
         "precision_only": explanation.precision_only or None,
+        "precision_assumed": explanation.precision_assumed,
         "precision_alike": list(explanation.precision_alike),
         "looks_like": explanation.looks_like or None,
         "f32_stated": explanation.f32_stated or None,

@@ -27,12 +27,13 @@ from reports.explanation import lines
 
 
 def test_an_engine_that_sums_in_f16_is_not_accused(engine: Faulty) -> None:
-    """Arithmetic that our own estimate of F16 does not copy is still distinguished from a fault."""
+    """Arithmetic that our own estimate of F16 does not copy is told from a fault, and the first words say that it is assumed."""
     right: list[Step] = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
     dump = unstated(engine.dump(RIGHT, PROMPT, steps=right))
     explanation = explain(dump, engine.model)
     assert explanation.precision_only in ("f16", "tf32")
     assert explanation.causes == ()
+    assert "which is assumed: nothing states it" in next(lines(explanation, 300)).plain
 
 
 def _followed(engine: Faulty, steps: list[Step], tokens: tuple[int, ...]) -> str:
@@ -50,10 +51,13 @@ def _followed(engine: Faulty, steps: list[Step], tokens: tuple[int, ...]) -> str
         ("blk.0.kqv_out", slice(8, 16), "head 1 of blk.0.kqv_out"),
         ("blk.0.ffn_swiglu", slice(7, 8), "element 7 of blk.0.ffn_swiglu"),
         ("blk.0.ffn_norm", slice(7, 8), "element 7 of blk.0.ffn_norm"),
+        ("blk.0.ffn_swiglu", slice(0, 71), "elements 0 to 70 of blk.0.ffn_swiglu"),
+        ("blk.0.ffn_swiglu", slice(33, None), "the elements after 32 of blk.0.ffn_swiglu"),
+        ("blk.0.ffn_swiglu", slice(64, 96), "quarter 2 of blk.0.ffn_swiglu"),
     ],
 )
 def test_errors_that_follow_one_element_are_no_arithmetic(engine: Faulty, name: str, part: slice, what: str) -> None:
-    """One element or one head 0.3 % too large makes errors of F16's size, along one direction that is known."""
+    """One element, one head or one part of a row 0.3 % too large makes errors of F16's size, along one direction that is known."""
 
     def off(x: Array) -> Array:
         changed = x.copy()

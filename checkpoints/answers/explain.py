@@ -101,6 +101,7 @@ class Explanation(Struct, frozen=True):
         remaining: the first place that the causes do not explain.
         seen: how much of each point's rows the dump shows.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
+        precision_assumed: whether nothing says that the dump was computed in that arithmetic: a fault as small would look alike.
         precision_alike: other arithmetics that fit as well as `precision_only` or `looks_like`, so that they cannot be told apart.
         next: points to record now, as a `--points` value.
         complete: False if the search ran out of time.
@@ -113,6 +114,7 @@ class Explanation(Struct, frozen=True):
     causes: tuple[Cause, ...] = ()
     leads: tuple[Lead, ...] = ()
     precision_only: str = ""
+    precision_assumed: bool = False
     law: str = ""
     placed: PossibleOperations | None = None
     suspects: tuple[SuspectRecord, ...] = ()

@@ -28,6 +28,11 @@ Bools = NDArray[np.bool_]
 # that agree (a gate of one number in F32, scans in F16 and with 8-bit activations; benchmarks/right_engines.py); twice that is allowed.
 _AS_LARGE = 2.0
 
+_CANCELLED = (
+    "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels "
+    "there, or a small fault (--model M.gguf decides)"
+)
+
 # A recurrence or a norm that amplifies rounding does so at one position in this many at most: a choice, since faults are wrong at most
 # positions. A right F32 engine of arwkv7 was 8e-7 off at one of nine, by a norm (benchmarks/right_engines.py).
 FEW_POSITIONS = 4
@@ -55,8 +60,13 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
     code = verdict.pattern.code if verdict.pattern is not None else ""
     if code == "precision" or (code == "drift" and BLAMED in verdict.operation):
         return replace(verdict, operation="")
-    if sentence := _cancelled(records):
-        return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+    origins = records.failed & ~records.upstream.failed
+    points = np.unique(records.point[origins]).tolist()
+    cancelled = {number for number in points if _cancelled(records, origins, number)}
+    if records.names.index(first.checkpoint) in cancelled:
+        beyond = [records.names[number] for number in points if number not in cancelled]
+        further = f"; {beyond[0]} differs by more" if beyond else ""
+        return replace(verdict, pattern=Pattern("undecided", f"{_CANCELLED}{further}"), operation="")
     if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
         return verdict
     sentence = _rounding(records, first.checkpoint) or _flipped(records) or _amplified(records, first.checkpoint)
@@ -92,31 +102,26 @@ def _at_few_positions(records: Records, origins: Bools) -> bool:
     return bool((failing * FEW_POSITIONS <= here).all())
 
 
-def _cancelled(records: Records) -> str:
-    """What is to be said where rows fail because they are small: their errors are those of rows that agree; else empty.
+def _cancelled(records: Records, origins: Bools, number: int) -> bool:
+    """Whether a point's rows fail because they are small: their errors are those of rows that agree.
 
     Terms of a sum that all but cancel leave a small number and the rounding of large ones: a scan of one position, a gate of one number.
     """
-    origins = records.failed & ~records.upstream.failed
-    for number in np.unique(records.point[origins]).tolist():
-        here = np.flatnonzero(records.point == number)
-        failing, passing = here[origins[here]], here[~records.failed[here]]
-        if len(failing) > len(passing) or not (records.measures.nmse[failing] > records.limit[failing]).all():
-            return ""
-        if _not_finite(records, failing).any():
-            return ""
-        share = share_of_few(records.pairs[number].ref)[records.row[failing]]
-        if (records.measures.nmse[failing] * share <= records.limit[failing]).all():
-            continue  # allowed in the point's largest row
-        by_row = records.measures.nmse_row[here] > records.limit[here]  # a whole row tells more than a few of its values
-        recorded, whole = _squared(records, number, here)
-        fails, passes = np.isin(here, failing), np.isin(here, passing)
-        for errors, wrong in ((whole, fails & by_row), (recorded, fails & ~by_row)):
-            if wrong.any() and not errors[wrong].max() <= _AS_LARGE * np.fmax.reduce(errors[passes]):
-                return ""
-    return (
-        "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels "
-        "there, or a small fault (--model M.gguf decides)"
+    here = np.flatnonzero(records.point == number)
+    failing, passing = here[origins[here]], here[~records.failed[here]]
+    if len(failing) > len(passing) or not (records.measures.nmse[failing] > records.limit[failing]).all():
+        return False
+    if _not_finite(records, failing).any():
+        return False
+    share = share_of_few(records.pairs[number].ref)[records.row[failing]]
+    if (records.measures.nmse[failing] * share <= records.limit[failing]).all():
+        return True  # allowed in the point's largest row
+    by_row = records.measures.nmse_row[here] > records.limit[here]  # a whole row tells more than a few of its values
+    recorded, whole = _squared(records, number, here)
+    fails, passes = np.isin(here, failing), np.isin(here, passing)
+    return all(
+        not wrong.any() or errors[wrong].max() <= _AS_LARGE * np.fmax.reduce(errors[passes])
+        for errors, wrong in ((whole, fails & by_row), (recorded, fails & ~by_row))
     )
 
 

@@ -195,6 +195,11 @@ class Case:
         return known.compute.lower() == "f32" and known.mode != "native" and known.kv_type.lower() in ("", "f32")
 
     @property
+    def states_arithmetic(self) -> bool:
+        """Whether the dump or the user says in which arithmetic it was computed."""
+        return bool(self._compute or (self.dump.header is not None and self.dump.header.compute))
+
+    @property
     def stated_by(self) -> str:
         """What says that the dump was computed in float32: "--compute", "header", or nothing, ""."""
         return "" if not self.states_f32 else "--compute" if self._compute else "header"

@@ -30,14 +30,14 @@ from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .mixed import law_of_rounding
 from .own_inputs import contradicted
-from .precision import KINDS, REPRODUCED, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
+from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
 from .rows import garbage
+from .scattered import scattered
 from .scopes import as_far_as_shown
 from .search import Search
 from .state import Candidate, RecordKey, SearchState
-from .systematic import systematic
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
@@ -106,7 +106,7 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
         # A fault that there was no time to try may fit better.
         tried = search.screening.budget.complete
         kinds = likes if likes and tried and is_proof(_floor(case, likes[0])) else ()
-        if kinds and not _scattered(case, kinds[0]):
+        if kinds and not scattered(case, _floor(case, kinds[0])):
             kinds = likes = ()
         if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
@@ -115,7 +115,8 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
-    notes = (*case.notes, *(() if answer.causes else case.noise))
+    found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
+    notes = (*case.notes, *(() if found else case.noise))
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:
@@ -125,6 +126,7 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
         truth=truth,
         notes=notes,
         precision_only=kinds[0] if kinds else "",
+        precision_assumed=bool(kinds) and not case.states_arithmetic,
         precision_alike=kinds[1:] or likes[1:],
         looks_like=likes[0] if likes else "",
         f32_stated=case.stated_by,
@@ -146,23 +148,6 @@ def _looks_like(case: Case, search: Search, start: SearchState, budget: Budget) 
     if not may_be_noise(case.entries) or search.simple(start) or (sentence and not sentence.endswith(WRONG)):
         return ()
     return _precision(case, budget)
-
-
-def _scattered(case: Case, kind: str) -> bool:
-    """Whether the errors of the first place may be rounding: they are our own rounding's in that arithmetic, or follow no one number."""
-    first = next((entry for entry in case.entries if (entry.base > entry.limit).any()), None)
-    if first is None or _floor(case, kind).alike >= REPRODUCED:
-        return True
-    right = first.taken(case.replay.on_host[first.point], case.positions)
-    known = first.present & np.isfinite(first.values) & np.isfinite(right)
-    followed = systematic(case, first, np.where(known, first.values, 0.0) - np.where(known, right, 0.0), known)
-    if followed:
-        case.notes = (
-            *case.notes,
-            f"the errors at {first.point} have the size of lower arithmetic's, but are not scattered: they follow one number as if "
-            f"{followed}",
-        )
-    return followed == ""
 
 
 def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation) -> Explanation:

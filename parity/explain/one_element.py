@@ -1,4 +1,4 @@
-"""Errors of the size of lower arithmetic that follow one element, or one head, of one value: rounding changes all of them.
+"""Errors of the size of lower arithmetic that follow one element, one head or one part of a value: rounding changes all of them.
 
 To first order such an error moves what is recorded along one column of its derivatives. Those of a sequence's first row are exact, as it
 depends on no other.
@@ -23,10 +23,13 @@ _ALONG, _WEIGHT = 0.9999, 5.0
 # The most that an element may have of what all of them, rounded alike, do to the recorded ones: an activation that is a thousand times
 # larger than the others, as trained models have at their first token, has all of the rounding's error, too.
 _OF_ALL = 0.1
+# As many elements of equal weight a part of a row must have at least: rounding moves each of them by another share, and three by the same
+# to one in a hundred, as `_ALONG` asks, in one of 10^4 draws; the smaller ones beside them must follow as well.
+_MANY = 3.0
 
 
 def one_element(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_]) -> str:
-    """Which element or head the errors of a point's first row follow, as words; empty if none, or if that cannot be said.
+    """Which element, head or part the errors of a point's first row follow, as words; empty if none, or if that cannot be said.
 
     Args:
         errors: [R, k], the recorded elements minus the right ones, where they are known: bool [R, k].
@@ -84,10 +87,24 @@ def _directions(
             energy = np.einsum("kn,kn->n", scaled, scaled)
             small = energy < _OF_ALL * energy.sum()
             yield f"element {{}} of {where}", scaled, small & (energy > 0)
+            for (what, parts), (_, sums), (_, squares) in zip(
+                _parts(scaled), _parts(energy[None]), _parts(energy[None] ** 2), strict=True
+            ):
+                yield f"{what} of {where}", parts, np.asarray(sums[0] ** 2 >= _MANY * squares[0]) & (sums[0] > 0)
             for count in heads if kind[:1] in "qkv" else ():
                 if scaled.shape[1] % count == 0:
                     of_heads = scaled.reshape(len(scaled), count, -1).sum(axis=2)
                     yield f"head {{}} of {where}", of_heads, bool(small.all()) & of_heads.any(axis=0)
+
+
+def _parts(scaled: Floats) -> Iterator[tuple[str, Floats]]:
+    """Where parts of a row move what is recorded, [k, parts], from where its elements do, [k, n]: its beginnings, ends and quarters."""
+    count = scaled.shape[1]
+    beginnings = np.cumsum(scaled, axis=1)
+    yield "elements 0 to {}", beginnings[:, : count - 1]
+    yield "the elements after {}", beginnings[:, -1:] - beginnings[:, : count - 1]
+    if count % 4 == 0:
+        yield "quarter {}", scaled.reshape(len(scaled), 4, -1).sum(axis=2)
 
 
 def _heads(steps: Sequence[Step]) -> set[int]:
