@@ -1,6 +1,6 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -97,23 +97,23 @@ class OneMore:
             if turn == turns - 1 and all_explained(better):
                 break  # those with many variants would only be said to give the same numbers
             of_turn = {scope: lists[turn] for scope, lists in waiting.items() if turn < len(lists)}
-            found, scope = self._in_first_layer(state, sweep.screened(of_turn, choose))
+            found, scope = self._in_first_layer(state, sweep.in_turn(of_turn, choose))
             better += found
             if found:
                 waiting = {scope: waiting[scope]}
             if self.screening.budget.over():
                 break
         if not all_explained(better) and choose is not None:
-            found, _ = self._in_first_layer(state, sweep.screened({scope: sweep.postponed[scope] for scope in waiting}))
+            found, _ = self._in_first_layer(state, sweep.in_turn({scope: sweep.postponed[scope] for scope in waiting}, None))
             better += found
         return better + self._in_all_layers(state, better)
 
     def _in_first_layer(
-        self, state: SearchState, results: Mapping[Layers, Sequence[tuple[Candidate, Screened]]]
+        self, state: SearchState, results: Iterable[tuple[Layers, Sequence[tuple[Candidate, Screened]]]]
     ) -> tuple[list[SearchState], Layers]:
         """The states in the first layer that explains everything or, if none does, in the first that gets further; and that layer."""
         found_in: dict[Layers, list[SearchState]] = {}
-        for scope, of_scope in results.items():
+        for scope, of_scope in results:
             found = list(self._beyond(state, of_scope))
             if all_explained(found):
                 return found, scope

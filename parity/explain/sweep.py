@@ -60,6 +60,16 @@ class Sweep(AtFirstPlace):
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
 
+    def in_turn(
+        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None
+    ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
+        """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory."""
+        if likely is not None:
+            yield from self.screened(candidates, likely).items()
+            return
+        for layers, some in candidates.items():
+            yield layers, self.screened({layers: some})[layers]
+
     def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None = None) -> Results:
         """The candidates of each scope that change something at the first place, and how far they get (see `Screening.screen`).
 
