@@ -30,8 +30,9 @@ from reference.jobs import DumpJob
 if TYPE_CHECKING:
     from planted import Faulty
 
-# Examples that take long to make, or to test, are the machine's matter: it may be busy.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Examples that take long to make, or to test, are the machine's matter: it may be busy. They are the same in every run, or the suite
+# would be a matter of chance; `benchmarks/fuzz.py` looks for others.
+settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 
