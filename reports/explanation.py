@@ -109,7 +109,7 @@ def _begins(explanation: Explanation, first: DivergentPlace) -> str:
     return f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}{before}"
 
 
-def _same(named: Named, *, left_over: bool) -> str:
+def _same(named: Named, *, left_over: bool = False) -> str:
     return f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"
 
 
