@@ -204,3 +204,25 @@ def test_a_fault_of_later_positions_in_one_unknown_layer(engine: Faulty) -> None
     assert explanation.first is not None
     assert explanation.first.token_idx == 8
     assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("keys-cut-off", (2,))]
+
+
+@pytest.mark.slow
+def test_layers_that_cannot_be_carried_on_from_are_screened_at_the_logits(
+    reference: Reference, small_model: Callable[..., Path]
+) -> None:
+    """Experts keep a layer's versions from being carried on; where logits alone were recorded this ended in an internal error."""
+    path = small_model("mixtral", layers=3)
+    experts, tokens = Faulty(path, reference.graph(path)), tokens_of(path, 4, seed=3)
+    dump = experts.dump(Planted((("norm-skipped", {"at": ("ffn_norm",)}, (1,)),)), tokens, points="logits")
+    case = Case(dump, experts.model, replace(PATIENT, tokens=tokens))
+    screening = case.screening(case.entries, Budget(60))
+    state = screening.start()
+    scopes: list[Layers] = [(0,), (1,), (2,)]
+    candidates = {
+        scope: [each for each in screening.candidates(state, scope) if each.fault.name in ("norm-skipped", "no-gate")]
+        for scope in scopes
+    }
+    found = Sweep(screening, state, scopes).screened(candidates, Likely(screening, state))
+    right = [each for results in found.values() for each, (place, _) in results if place is None]
+    assert ("norm-skipped", (1,)) in [(each.fault.name, each.layers) for each in right]
+    assert sum(map(len, found.values())) < sum(map(len, candidates.values()))

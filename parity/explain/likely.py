@@ -85,7 +85,7 @@ class Likely:
         return {number for number, cosine in zip(effects, cosines, strict=True) if not cosine < _ALIKE}
 
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
-        """The numbers of the likely candidates, given each one's first rows [rows, D] of a layer's output."""
+        """The numbers of the likely candidates, given each one's first rows [rows, n] of a layer's output, or of the place's own value."""
         replay = self._screening.replay(self._state, rows)
         right = replay.values[name]
         with np.errstate(all="ignore"):  # faults may overflow
@@ -97,6 +97,8 @@ class Likely:
             if name in self._derivatives:
                 effects = self._screening.backend.to_host(changes @ self._derivatives[name].T).astype(np.float64)
                 wanted = wanted[self._chosen]
+            elif name == self._point:  # layers with experts, say, cannot be carried on from: they were computed up to the place
+                effects = self._screening.backend.to_host(changes)[:, self._index].astype(np.float64)
             else:
                 changed = self._logits_of(
                     replay.values[self._last][self._row] + changes, replay.values[POSITIONS], replay.weights
