@@ -149,6 +149,16 @@ def test_two_names_of_one_point_are_no_wrong_positions(parity: Cli, tmp_path: Pa
     assert "'x' and 'embd' of ours.jsonl are both embd" in ran.err
 
 
+def test_a_table_of_many_names_may_stand_in_one_line(tmp_path: Path) -> None:
+    """Dots in strings and comments are no parts of a key: 300 names in a line are read, a key with 2,000 parts is refused."""
+    names = ", ".join(f"\"model.layers.{i}.mlp.down_proj\" = 'blk.{i}.ffn_out'" for i in range(300))
+    path = written(tmp_path / "m.toml", f"# {'.' * 2000}\nnames = {{{names}}}\n")
+    assert read_mapping(path).entry("model.layers.7.mlp.down_proj")[0] == "blk.7.ffn_out"
+    for key in ("a." * 2000 + "b", '"a".' * 2000 + "b"):
+        with pytest.raises(InputError, match="nested too deeply"):
+            read_mapping(written(tmp_path / "m.toml", f"{key} = 'embd'\n"))
+
+
 def test_unknown_names_are_listed_with_the_nearest(parity: Cli, tmp_path: Path) -> None:
     """A foreign name in JSON lines is said in one line by lint and diff, with the points that look like it."""
     assert "blk.5.attn_out" in nearest("layer_5_attn_output")
