@@ -106,7 +106,7 @@ def _child(what: str, *arguments: str, **settings: str) -> dict[str, float]:
 
 
 def _runs(side: str, threads: str) -> None:
-    from parity.drift.drift import Checking, check
+    from parity.drift.checking import Checking, check
     from parity.drift.dumps import GoldenDumps
     from parity.drift.golden import load
     from parity.run.request import Request
@@ -143,7 +143,7 @@ def _runs(side: str, threads: str) -> None:
 
 
 def _floor() -> None:
-    from parity.drift.drift import Checking, check
+    from parity.drift.checking import Checking, check
 
     checked = check(replace(Checking(GOLDEN), side="ours", keep_ledger=False, backend="numpy"))
     worst = max(checked.points, key=lambda point: point.of_limit)

@@ -122,9 +122,15 @@ class TensorReader:
         """The full tensor of a point in one forward pass.
 
         Raises:
-            DumpError: it is not there.
+            DumpError: it is not there, or is of a type that NumPy lacks (BF16).
         """
         if key(point, step) not in self.names:
             raise DumpError(f"{self.path} has no tensor of {point} in step {step}.", "Dump again with --full.")
-        tensor: NDArray[np.float32] = self._file.get_tensor(key(point, step))
+        try:
+            tensor: NDArray[np.float32] = self._file.get_tensor(key(point, step))
+        except TypeError as error:
+            kind = self._file.get_slice(key(point, step)).get_dtype()
+            raise DumpError(
+                f"{self.path}: {point} is of type {kind}, which is not read here.", "Save it as float32."
+            ) from error
         return tensor

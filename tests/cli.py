@@ -73,3 +73,11 @@ def limited(arguments: Sequence[object], size: int) -> subprocess.CompletedProce
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
         check=False,
     )
+
+
+def recorded(parity: Cli, folder: Path, prompts: int) -> tuple[object, ...]:
+    """Record golden dumps of so many prompts; the words that check our engine against them on one thread, without a ledger."""
+    (folder / "prompts.txt").write_text("".join(f"Once upon a time {n}\n" for n in range(prompts)))
+    words = ("--prompts", folder / "prompts.txt", "-o", folder / "golden", "--generate", "0", "--threads", "1")
+    assert parity("drift", "record", *words).code == 0
+    return "drift", "check", folder / "golden", "--side", "ours", "--threads", "1", "--no-ledger"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,3 +104,35 @@ def save(path: Path, content: dict[str, np.ndarray], *, bf16: bool = False) -> N
         body += data
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def make_folder(parent: Path, family: str, **changes: Any) -> Path:
+    """Write a family's folder, config.json and safetensors in two files; `changes` are further settings."""
+    place = parent / family
+    place.mkdir()
+    config: dict[str, Any] = {
+        "model_type": family, "vocab_size": V, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": H,
+        "num_key_value_heads": K, "intermediate_size": F, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    if family == "mixtral":
+        config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "falcon":
+        config = {
+            "model_type": family, "vocab_size": V, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": H,
+            "num_kv_heads": K, "ffn_hidden_size": F, "layer_norm_epsilon": 1e-5,
+        }  # fmt: skip
+    if family == "gpt_neox":
+        del config["rms_norm_eps"], config["num_key_value_heads"]
+        config |= {"layer_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 10000.0}, "use_parallel_residual": True}
+    if family == "gpt2":
+        config = {
+            "model_type": family, "vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": H, "n_inner": F,
+            "layer_norm_epsilon": 1e-5,
+        }  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    content = tensors(family)
+    half = len(content) // 2
+    save(place / "model-00001-of-00002.safetensors", dict(list(content.items())[:half]))
+    save(place / "model-00002-of-00002.safetensors", dict(list(content.items())[half:]))
+    return place

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from cli import Cli
+from cli import Cli, recorded
 from foreign import numpy_engine
 from processes import comes_true
 
@@ -105,23 +105,7 @@ def test_a_scheduler_that_goes_away_is_one_line(cluster: Cluster, tmp_path: Path
 def test_golden_dumps_are_checked_on_the_cluster(cluster: Cluster, parity: Cli, tmp_path: Path) -> None:
     """drift check on a worker of the cluster gives the same answer as in this process."""
     cluster.worker()
-    (tmp_path / "prompts.txt").write_text("".join(f"Once upon a time {n}\n" for n in range(3)))
-    assert (
-        parity(
-            "drift",
-            "record",
-            "--prompts",
-            tmp_path / "prompts.txt",
-            "-o",
-            tmp_path / "golden",
-            "--generate",
-            "0",
-            "--threads",
-            "1",
-        ).code
-        == 0
-    )
-    check = ("drift", "check", tmp_path / "golden", "--side", "ours", "--threads", "1", "--no-ledger")
+    check = recorded(parity, tmp_path, prompts=3)
     alone, there = parity.json(*check), parity.json(*check, "--cluster", cluster.address)
     assert alone == there
     assert there[0] == 0

@@ -101,6 +101,23 @@ def test_a_row_that_cancels_blames_no_operation(size: int, sketch: bool) -> None
     assert worse.pattern.code != "undecided"
 
 
+def test_a_row_that_cancels_blames_nothing_beside_a_fault() -> None:
+    """Wrong logits there and at another position make no fault of the rounding before them, and are named as what differs by more."""
+    right = random(("embd", POINT, LOGITS))
+    right[POINT][SMALL] /= 1000
+    rng = np.random.default_rng(5)
+    ours = {name: x + np.float32(3e-6) * rng.standard_normal(x.shape).astype(np.float32) for name, x in right.items()}
+    ours["embd"] = right["embd"]
+    ours[LOGITS][[0, SMALL]] *= np.float32(1.5)
+    verdict = _verdict(ours, right, 64, sketch=True)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == POINT
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "undecided"
+    assert f"; {LOGITS} differs by more" in verdict.pattern.sentence
+    assert not verdict.operation
+
+
 def test_a_gate_of_one_number_that_cancels_is_held_to_the_largest() -> None:
     """8-bit activations move a gate by as much at all positions: where it is nearly 0 none is blamed, unless it is off by more."""
     right = random(("embd", "blk.0.gate"), positions=7)

@@ -1,6 +1,10 @@
 """What the documentation says is true of the code."""
 
+import ast
+import importlib
+import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,3 +109,22 @@ def test_the_embedded_model_and_its_card_are_there() -> None:
     """What pyproject says ships inside the package is there."""
     assert (ROOT / "parity" / "models" / "stories-14m-q8_0.gguf").stat().st_size > 15e6
     assert (ROOT / "parity" / "models" / "MODEL_CARD.md").exists()
+
+
+def _imported(file: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of what a program imports from this project, inside its functions too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and (ROOT / node.module.split(".")[0]).is_dir():
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_what_benchmarks_import_is_there() -> None:
+    """No test runs the benchmarks, and they import inside functions: each module and name exists."""
+    wanted = {pair for file in (ROOT / "benchmarks").glob("*.py") for pair in _imported(file)}
+    assert len(wanted) > 100
+    lacking = [
+        f"{module}.{name}"
+        for module, name in sorted(wanted)
+        if not hasattr(importlib.import_module(module), name) and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+    assert lacking == []

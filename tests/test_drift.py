@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from cli import Cli, refused
+from cli import Cli, recorded, refused
 from slow import slow_but
 
 from checkpoints.answers.drift import Entry
@@ -174,6 +174,7 @@ def test_each_fault_is_drift(
     assert answer.verdict == "divergence"
 
 
+@pytest.mark.slow
 def test_a_tenth_of_epsilon_is_drift_and_a_fiftieth_grows(
     golden: Golden, engine: Transformer, tmp_path: Path, parity: Cli
 ) -> None:
@@ -329,21 +330,7 @@ def test_the_stored_golden_dumps_hold(parity: Cli) -> None:
 @pytest.mark.slow
 def test_golden_prompts_on_workers(parity: Cli, tmp_path: Path) -> None:
     """Four golden prompts checked by two processes give the answer of one process, and the worst record of each point."""
-    (tmp_path / "prompts.txt").write_text("".join(f"Once upon a time {n}\n" for n in range(4)))
-    words = (
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "-o",
-        tmp_path / "golden",
-        "--generate",
-        "0",
-        "--points",
-        "default",
-        "--threads",
-        "1",
-    )
-    assert parity("drift", "record", *words).code == 0
-    check = ("drift", "check", tmp_path / "golden", "--side", "ours", "--threads", "1", "--no-ledger")
+    check = recorded(parity, tmp_path, prompts=4)
     alone, together = parity.json(*check), parity.json(*check, "--workers", "2")
     assert alone[0] == together[0] == 0
     assert alone[1] == together[1]

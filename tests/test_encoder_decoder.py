@@ -177,6 +177,17 @@ def test_default_points_are_of_both_halves(parity: Cli, t5: Path, tmp_path: Path
     assert [point["checkpoint"] for point in answer["points"]] == [*(f"enc.{name}" for name in halves), *halves, "logits"]
 
 
+def test_the_encoder_of_a_foreign_engine_is_compared(parity: Cli, t5: Path, tmp_path: Path) -> None:
+    """llama.cpp records what an engine printed of either half: a right engine agrees at all of it, and nothing is called missing."""
+    ids = ",".join(map(str, IDS))
+    assert parity("dump", "ours", "--model", t5, "--tokens", ids, "-o", tmp_path / "ours.jsonl").code == 0
+    code, answer = parity.json(
+        "run", "--model", t5, "--tokens", ids, "--exec", f"cp {tmp_path}/ours.jsonl {{out}}", "-o", tmp_path / "run"
+    )
+    assert (code, answer["verdict"]) == (0, "parity")
+    assert load(tmp_path / "run" / "ref.jsonl").points.keys() == load(tmp_path / "ours.jsonl").points.keys()
+
+
 def test_a_description_has_the_dataflow_of_a_dump_and_a_score_is_refused(
     parity: Cli, t5: Path, reference: Reference, tmp_path: Path
 ) -> None:

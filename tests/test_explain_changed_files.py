@@ -127,3 +127,35 @@ def test_more_experts_are_named_where_their_weights_were_recorded(
     assert [(cause.named.fault, cause.named.parameters) for cause in explanation.causes] == [
         ("experts-too-many", {"count": more})
     ]
+
+
+def _next_norm(file: File) -> None:
+    file.tensors["output_norm.weight"][...] = file.tensors["blk.3.ffn_norm.weight"]
+
+
+def _halves_of_fused_queries(file: File) -> None:
+    file.each("attn_qkv.weight", lambda rows: np.concatenate([rows[64:128], rows[:64], rows[128:]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "change", "law"),
+    [
+        (
+            "qwen3",
+            _next_norm,
+            "the value is what this operation makes with blk.3.ffn_norm.weight instead of output_norm.weight",
+        ),
+        ("qwen35", _halves_of_fused_queries, "element i is the right element i + 64 (16 of 256 elements recorded)"),
+    ],
+)
+def test_a_law_says_what_the_records_show(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, recipe: str, change: Change, law: str
+) -> None:
+    """Another norm's weight is named, and sixteen elements from elsewhere are no row that is rolled: two parts may be exchanged."""
+    model, out = small_model(recipe, kind="f32"), tmp_path / "foreign.jsonl"
+    tokens, file = tokens_of(model, 12, seed=7), File(model)
+    change(file)
+    reference.dump(DumpJob(model=file.write(tmp_path / "changed.gguf"), out=out, tokens=tokens, points="all"))
+    explanation = explain(replace(read(out), header=None), model, replace(PATIENT, tokens=tokens))
+    assert explanation.law == law

@@ -21,8 +21,8 @@ def _windowed(right: Steps) -> dict[int, bool]:
 def _patterns(right: Steps) -> Values:
     """(n, place): of every n layers this one is without a window; those that give this model's own layers are left out."""
     own = _windowed(right)
-    every = ((n, place) for n in range(2, _MOST + 1) for place in ("last", "first"))
-    return tuple(of for of in every if any(_wants_window(layer, of) is not has for layer, has in own.items()))
+    every = tuple((n, place) for n in range(2, _MOST + 1) for place in ("last", "first"))
+    return tuple(of for of in every if any(_wants_window(layer, of) is not has for layer, has in own.items())) or every[:1]
 
 
 def _wants_window(layer: int, pattern: tuple[int, str]) -> bool:

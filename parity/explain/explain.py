@@ -110,7 +110,8 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
             kinds = likes = ()
         if not kinds:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
-            best = as_far_as_shown(search.screening, believed(case.entries, search, start, best))
+            best = believed(case.entries, search, start, best)
+            best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
     answer = _answer(case, search, start, best)
     if not kinds and best.first is not None:
         answer = _left_over(case, search, best, answer)

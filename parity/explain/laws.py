@@ -12,6 +12,8 @@ WRONG = "wrong; the others are right"  # the end of a sentence that says which e
 ZERO = "every element is 0"
 _ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
 _SCALES = ": a norm's weight, or scales of channels"
+_BIAS = ": a bias missing, wrong or doubled"
+OF_A_WEIGHT = (_SCALES, _BIAS)  # how laws end that a vector of weights explains
 _OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
 _SIGN = 1e-5  # the most that a factor called -1 may differ from it
 
@@ -122,7 +124,7 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     laws: list[tuple[Floats, str]] = []
     vector = (dumped - right).mean(axis=0)
     if vector.any():
-        laws.append((right + vector, f"{have} the same vector added at every position: a bias missing, wrong or doubled"))
+        laws.append((right + vector, f"{have} the same vector added at every position{_BIAS}"))
     both = dumped * right, right * right
     # Of one element alone a factor is no vector.
     for axis, what in ((0, "its own at every position"), (1, "the position's own")) if some.sum() > 1 else ():

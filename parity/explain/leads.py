@@ -15,7 +15,7 @@ from engine.graph import State as PassState
 from .beside import beside
 from .case import Case
 from .fits import order_of_number
-from .laws import ZERO, law
+from .laws import OF_A_WEIGHT, ZERO, law
 from .one_more import spoils
 from .operands import other_operand
 from .records import Expected, Floats, Ints
@@ -106,7 +106,10 @@ def law_at(case: Case, search: Search, state: SearchState) -> str:
     sentence = "" if compared is None else law(compared)
     if sentence == ZERO and "eps" in step.params:
         sentence += ": a norm of a row with an unrecorded infinity, or a kernel that did not run"
-    return sentence or other_operand(case, state, entry, state.nmse[state.first.point])
+    if sentence and not sentence.endswith(OF_A_WEIGHT):
+        return sentence
+    # Which weight is read instead says more than that a norm's weight or a bias is wrong.
+    return other_operand(case, state, entry, state.nmse[state.first.point]) or sentence
 
 
 def _heads(state: SearchState, point: str) -> int | None:

@@ -29,7 +29,10 @@ def moved(compared: Beside) -> Iterator[str]:
     yield from _heads_moved(compared, whole)
     for by in (sign * step for step in range(1, min(_ROLLS, n - 1) + 1) for sign in (1, -1)):
         if compared.holds(whole[compared.rows][:, (compared.index - by) % n]):
-            yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}: the row is rolled"
+            recorded = len(compared.index)
+            # Of two parts that are exchanged, so few elements look the same.
+            known = ": the row is rolled" if recorded > abs(by) else f" ({recorded} of {n} elements recorded)"
+            yield f"element i is the right element i {'−' if by > 0 else '+'} {abs(by)}{known}"
             return
     size = n // compared.heads if compared.heads else n
     for by in (sign * step for step in range(1, min(_ROLLS, size - 1) + 1) for sign in (1, -1)) if size < n else ():

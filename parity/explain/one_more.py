@@ -16,6 +16,7 @@ from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
+_LONG = 5  # turns of candidates in a layer before those of faults with many variants
 BEAM = 4  # partial explanations that are followed
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
@@ -92,9 +93,8 @@ class OneMore:
         likely = Likely(self.screening, state) if len(layers) > 1 else None
         choose = likely if likely is not None and likely.able else None
         better: list[SearchState] = []
-        turns = max((len(lists) for lists in waiting.values()), default=0)
-        for turn in range(turns):
-            if turn == turns - 1 and all_explained(better):
+        for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
+            if turn >= _LONG and all_explained(better):
                 break  # those with many variants would only be said to give the same numbers
             of_turn = {scope: lists[turn] for scope, lists in waiting.items() if turn < len(lists)}
             found, scope = self._in_first_layer(state, sweep.in_turn(of_turn, choose))
@@ -133,7 +133,9 @@ class OneMore:
                 return 3 if candidate.fault.name in many else 2
             return int(candidate.fault.whole)
 
-        return [*shown, *([candidate for candidate in others if cost(candidate) == turn] for turn in range(4))]
+        each = [[candidate for candidate in others if candidate.fault.name == name] for name in sorted(many)]
+        cheap = ([candidate for candidate in others if cost(candidate) == turn] for turn in range(3))
+        return [*shown, *cheap, *sorted(each, key=len)]
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""

@@ -18,7 +18,7 @@ from checkpoints.answers.picture import Picture
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
 from checkpoints.nearest import unknown_names
-from checkpoints.points import DEFAULT_LAYERS, default_layers, expand, parse
+from checkpoints.points import DEFAULT_LAYERS, ENCODER, default_layers, expand, in_vocabulary, parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from checkpoints.whole_file import make_folders, remove_empty
@@ -208,7 +208,7 @@ def following(request: Request, dump: Dump, prompt: Prompt, known: Sequence[str]
         DumpError: llama.cpp has none of its points.
     """
     # `blk.N.<node>` may be a name of llama.cpp's; it cannot have any other name that is not a point.
-    points = [name for name in dump.points if parse(name).known or parse(name).layer is not None]
+    points = [name for name in dump.points if in_vocabulary(name) or parse(name.removeprefix(ENCODER)).layer is not None]
     points = [name for name in points if not known or name in known]
     if not points:
         raise DumpError(f"{dump.path} has no point that llama.cpp has.", *unknown_names(dump.points), code="points")
