@@ -21,6 +21,7 @@ from .fingerprint import fingerprint
 from .gguf_parts import missing_part, not_first, other_part, part_path
 from .gguf_values import ARRAY, SIZES, STRING, UINT32, Value, string_value, uint32_value
 from .record import ModelInfo
+from .regular import LFS_POINTER
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 _MAX_DIMS = 4  # GGML_MAX_DIMS
@@ -252,7 +253,10 @@ def _contents_of_file(path: Path) -> Contents:
         if path.exists() and not path.is_file():
             raise ModelError(f"{path} is a pipe or a device.", "A model is memory-mapped: name a file.", code="no-file")
         with path.open("rb") as file:
-            magic = file.read(4)
+            start = file.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise ModelError(f"{path} is a Git LFS pointer, not the model.", "Fetch it: git lfs pull.", code="not-gguf")
+            magic = start[:4]
             if magic != b"GGUF":
                 shown = f'"{magic.decode()}"' if magic.isascii() and magic.decode().isprintable() else magic.hex(" ")
                 problem = f'is not a GGUF file: it begins with {shown}, not "GGUF"' if magic else "is empty"

@@ -6,6 +6,7 @@ from pathlib import Path
 from .errors import InputError
 
 STDIN = "-"
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file (docs/spec.md of git-lfs)
 
 
 def require_regular(path: Path, error: type[InputError] = InputError, advice: str = "") -> None:

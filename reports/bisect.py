@@ -55,6 +55,8 @@ def sentence(bisected: Bisected) -> str:
         else "one other part is right"
         if right
         else "no part is right"
+        if judged == len(bisected.parts)
+        else "no other part was judged"
     )
     return f"{_named([part.name for part in bisected.wrong])} {verb} wrong given llama.cpp's inputs; {others}"
 

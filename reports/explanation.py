@@ -64,32 +64,38 @@ def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
     return [*head, *labelled(rest, width, label=10, indent=_LABEL)]
 
 
-def layers_text(layers: tuple[int, ...] | None) -> str:
-    """The layers as text: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23"."""
+def layers_text(layers: tuple[int, ...] | None, *, left_over: bool = False) -> str:
+    """The layers as text: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23".
+
+    `left_over`: whether the causes leave something unexplained; a fault of all layers is then known in those before that alone, and the
+    text is ", at least in layers 0 to 5".
+    """
     if layers is None:
         return ""
+    limited = "at least" if left_over and layers == tuple(range(len(layers))) else "only"
     if len(layers) == 1:
-        return f", only in layer {layers[0]}"
+        return f", {limited} in layer {layers[0]}"
     if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f", only in layers {layers[0]} to {layers[-1]}"
-    return f", only in layers {', '.join(map(str, layers if len(layers) < 4 else layers[:2]))}" + (
+        return f", {limited} in layers {layers[0]} to {layers[-1]}"
+    return f", {limited} in layers {', '.join(map(str, layers if len(layers) < 4 else layers[:2]))}" + (
         f", … {layers[-1]}" if len(layers) > 3 else ""
     )
 
 
 def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> list[Text]:
     named = cause.named
+    left_over = explanation.remaining is not None
     total = f"{cause.records:,} of {count(explanation.differing, 'differing record')}"
     together = "with the causes above, reproduces" if number else "reproduces"
     rows = [
-        ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers)}"),
+        ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"),
         *([("begins", _begins(explanation, explanation.first))] if not number and explanation.first is not None else []),
         ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
         ("looks", cause.symptom),
         ("fix", cause.fix),
         ("seen in", cause.seen),
     ]
-    rows += [("same as", _same(other)) for other in cause.equivalent[:4]]
+    rows += [("same as", _same(other, left_over=left_over)) for other in cause.equivalent[:4]]
     if len(cause.equivalent) > 4:
         rows.append(("same as", f"and {len(cause.equivalent) - 4} more (--format json lists them)"))
     if cause.apart:
@@ -103,8 +109,8 @@ def _begins(explanation: Explanation, first: DivergentPlace) -> str:
     return f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}{before}"
 
 
-def _same(named: Named) -> str:
-    return f"{named.fault}: {named.sentence}{layers_text(named.layers)}"
+def _same(named: Named, *, left_over: bool = False) -> str:
+    return f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"
 
 
 def _arithmetic(kind: str, explanation: Explanation) -> str:

@@ -227,10 +227,10 @@ BUGS = {
         "keys-padded",
     ),
     "capacity of experts": Bug(
-        "seen in a hunt", "qwen3moe", {"ffn_moe_weighted": _first_two_of_each}, "experts-capacity"
+        "no public report", "qwen3moe", {"ffn_moe_weighted": _first_two_of_each}, "experts-capacity"
     ),
     "half of the value heads": Bug(
-        "seen in a hunt", "qwen3next", {"GATED_DELTA_NET": _operand(2, _half_of_value_heads)}, "delta-value-heads"
+        "no public report", "qwen3next", {"GATED_DELTA_NET": _operand(2, _half_of_value_heads)}, "delta-value-heads"
     ),
     "weights of experts normalised": Bug(
         "flashinfer-ai/flashinfer#2889", "qwen2moe", {"ffn_moe_weights": _result(_normalised_to_one)}, "experts-normalised"
@@ -254,7 +254,7 @@ BUGS = {
     ),
     "window of one key more": Bug("ml-explore/mlx-lm#390", "gemma3", {"kq_soft_max": _window_one_larger}, "window-off-by-one"),
     "weights of experts before their product": Bug(
-        "seen in a hunt", "qwen3moe",
+        "no public report", "qwen3moe",
         {"ffn_moe_gate ffn_moe_up": _weighted_result, "ffn_moe_weighted": _first_alone}, "experts-weights-on-other-side",
     ),
     "router's weight on the output": Bug(

@@ -116,7 +116,7 @@ def test_bfloat16_is_read_by_its_bits(folder: Callable[..., Path], parity: Cli, 
     assert parity("weights", "--model", model, "--hf", source).code == 0
 
 
-@pytest.mark.parametrize("damage", ["no-config", "no-tensors", "cut", "header", "offsets", "other-model"])
+@pytest.mark.parametrize("damage", ["no-config", "no-tensors", "cut", "header", "offsets", "pointer", "shard", "other-model"])
 def test_a_damaged_folder_is_one_line(damage: str, folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:
     """A damaged folder is one line that names the damage, exit 2, without a traceback."""
     source = folder("llama")
@@ -133,12 +133,33 @@ def test_a_damaged_folder_is_one_line(damage: str, folder: Callable[..., Path], 
         first.write_bytes(b"\xff" * 100)
     elif damage == "offsets":
         first.write_bytes(first.read_bytes().replace(b'"data_offsets": [0', b'"data_offsets": [9', 1))
+    elif damage == "pointer":
+        first.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    elif damage == "shard":
+        index = {"weight_map": {"a.weight": first.name, "b.weight": second.name}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        second.unlink()
     else:
         save(first, {"something.else": np.ones(3, np.float32)})
         second.unlink()
     refused = parity("weights", "--model", model, "--hf", source)
     assert refused.code == 2, refused.out
+    words = {"pointer": "is a Git LFS pointer", "shard": f"lacks {second.name}, which its index lists"}
+    assert words.get(damage, "parity: ") in refused.err
     assert refused.err.count("\n") == 1
+
+
+def test_the_folder_of_another_model_of_the_same_shape_is_suspected(
+    folder: Callable[..., Path], parity: Cli, tmp_path: Path
+) -> None:
+    """Where nothing is equal the answer says first that the folder may be another model's."""
+    source = folder("llama")
+    model = convert(source, tmp_path / "m.gguf")
+    for number, file in enumerate(sorted(source.glob("*.safetensors"))):
+        half = list(tensors("llama").items())[number::2]
+        save(file, {name: 1.5 - 2 * values for name, values in half})
+    code, answer = parity.json("weights", "--model", model, "--hf", source)
+    assert (code, answer["notes"][0]) == (1, "no tensor is equal: config.json is of a llama, maybe of another model")
 
 
 def test_a_header_says_where_it_is_damaged_and_an_unknown_type_is_no_missing_tensor(

@@ -150,6 +150,14 @@ def test_a_longer_prompt_tells_a_chunk_from_a_shift(engine: Faulty) -> None:
     )
 
 
+def test_equal_patterns_of_windows_are_named(engine: Faulty) -> None:
+    """A parameter of a number and a word is written as its entry says it: it ended in an internal error."""
+    case = Case(only(engine, ("no-gate", {}, None)), engine.model, ExplainOptions())
+    state = case.screening(case.entries, Budget(60)).start()
+    first, other = (Candidate(CATALOGUE["window-pattern"], {"pattern": (every, "first")}) for every in (4, 5))
+    assert "tell window-pattern (5 layers the first) apart" in apart(case, state, first, [other], Budget(60))
+
+
 @pytest.mark.parametrize(
     "names",
     slow_but(

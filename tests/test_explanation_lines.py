@@ -98,6 +98,18 @@ def test_layers_as_text(layers: tuple[int, ...] | None, text: str) -> None:
     assert layers_text(layers) == text
 
 
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [((0,), "at least in layer 0"), ((0, 1, 2), "at least in layers 0 to 2"), ((1, 2), "only in layers 1, 2")],
+)
+def test_a_fault_may_go_on_where_something_is_left_over(layers: tuple[int, ...], text: str) -> None:
+    """Whether later layers have a fault of the first ones cannot be seen behind what no cause explains; without that it can."""
+    cause = Cause(Named("rope-pairs", {}, layers, "the wrong pairs"), 0.5, 10, 1e-12, "looks", "fix", "seen")
+    left = replace(UNEXPLAINED, causes=(cause,))
+    assert f"the wrong pairs, {text}" in printed(left)
+    assert f"the wrong pairs, {text.replace('at least', 'only')}" in printed(replace(left, remaining=None))
+
+
 @pytest.mark.parametrize(("ours", "said"), [(0.99e-11, ""), (1.1e-11, ": yours is wrong")])
 def test_a_hundred_times_as_far_from_float64_is_wrong(ours: float, said: str) -> None:
     """Up to a hundred times the distance of a right float32 engine nothing is concluded from float64."""

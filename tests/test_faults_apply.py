@@ -191,3 +191,24 @@ def test_sinks_of_ggmls_own_soft_max(reference: Reference, small_model: Callable
         right.run(steps, lambda name, value: sums.append(float(value.sum())) if name == "blk.0.kq_soft_max" else None)
     assert sums[0] == pytest.approx(4 * 4)  # four positions, four heads, and no weight left for a sink
     assert sums[1] < sums[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fault", "parameters", "changed"),
+    [
+        ("gpt-oss", "window-pattern", {"pattern": (3, "last")}, ".q_rope .k_rope .kq_soft_max"),
+        ("deepseek2", "keys-cut-off", {"first": 8, "counted": "by the soft max"}, ".kq_soft_max"),
+        ("mpt", "keys-cut-off", {"first": 8, "counted": "by the soft max"}, ".kq_soft_max"),
+    ],
+)
+def test_attention_in_ggmls_own_operations_is_changed_where_it_can_be(
+    reference: Reference, small_model: Callable[..., Path], recipe: str, fault: str, parameters: dict[str, Any], changed: str
+) -> None:
+    """A RoPE of ggml's own, a sum of values that is another operation, or linear biases are no reason that a fault of soft max or window
+    does not apply.
+    """
+    path = small_model(recipe)
+    steps = list(open_plain(GgufModel(path), "numpy", recorded=partial(reference.graph, path)).steps)
+    edits = Planting(steps).edits(CATALOGUE[fault], None, parameters)
+    assert edits
+    assert all(steps[number].makes.endswith(tuple(changed.split())) for number in edits)

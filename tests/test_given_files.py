@@ -212,3 +212,18 @@ def test_special_tokens_of_other_types_are_none(name: str, content: dict[str, An
 def test_an_archive_that_is_not_there_is_said_to_be_missing(parity: Cli, tmp_path: Path) -> None:
     """What is missing cannot be saved again."""
     refused(parity("weights", "--theirs", tmp_path / "none.npz"), "none.npz: No such file or directory. Check the path.")
+
+
+def test_two_outputs_are_two_files(parity: Cli, stories_run: Path, tmp_path: Path) -> None:
+    """One path for two outputs is refused before anything is computed: the second would replace the first."""
+    ours, ref = stories_run / "ours.jsonl", stories_run / "ref.jsonl"
+    for name in ("out.csv", "none/../out.csv"):
+        words = ("diff", ours, ref, "--html", tmp_path / "out.csv", "--table", tmp_path / name)
+        refused(parity(*words), "is given for two outputs")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_model_that_git_lfs_has_not_fetched_is_named(parity: Cli, tmp_path: Path) -> None:
+    """The pointer that stands in place of a large file is no damaged model."""
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    refused(parity("model", tmp_path / "m.gguf"), "is a Git LFS pointer, not the model. Fetch it: git lfs pull.")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cli import Cli, refused
 
-from checkpoints.answers.bisect import RIGHT, WRONG, Bisected, JudgedPart
+from checkpoints.answers.bisect import NOT_JUDGED, RIGHT, WRONG, Bisected, JudgedPart
 from parity import emit
 from parity.hunt.bisect import write_values
 from reports.bisect import sentence
@@ -258,16 +258,18 @@ def test_the_header_rounds_as_numpy_does(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("wrong", "answer"),
+    ("wrong", "not_judged", "answer"),
     [
-        ("embd blk.1 blk.2 output", "embd, layers 1–2 and output are wrong given llama.cpp's inputs; no part is right"),
-        ("embd blk.1 blk.2", "embd and layers 1–2 are wrong given llama.cpp's inputs; one other part is right"),
-        ("blk.2", "layer 2 is wrong given llama.cpp's inputs; the other 3 of 4 parts are right"),
+        ("embd blk.1 blk.2 output", "", "embd, layers 1–2 and output are wrong given llama.cpp's inputs; no part is right"),
+        ("embd blk.1 blk.2", "", "embd and layers 1–2 are wrong given llama.cpp's inputs; one other part is right"),
+        ("embd blk.2", "blk.1 output", "embd and layer 2 are wrong given llama.cpp's inputs; no other part was judged"),
+        ("blk.2", "", "layer 2 is wrong given llama.cpp's inputs; the other 3 of 4 parts are right"),
     ],
 )
-def test_wrong_parts_are_listed_in_the_order_of_computation(wrong: str, answer: str) -> None:
+def test_wrong_parts_are_listed_in_the_order_of_computation(wrong: str, not_judged: str, answer: str) -> None:
     """The sentence names the embedding first and what follows the layers last, and is right for one part as for several."""
     parts = tuple(
-        JudgedPart(name, WRONG if name in wrong.split() else RIGHT, "embd") for name in ("embd", "blk.1", "blk.2", "output")
+        JudgedPart(name, WRONG if name in wrong.split() else NOT_JUDGED if name in not_judged.split() else RIGHT, "embd")
+        for name in ("embd", "blk.1", "blk.2", "output")
     )
     assert sentence(Bisected(parts, 2, "e", 1.0, "runs")) == answer

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from changed_files import permuted
-from cli import Cli
+from cli import Cli, refused
 
 from engine.weights.gguf_model import GgufModel
 from parity.weights import foreign_weights, weights
@@ -210,6 +210,19 @@ def test_not_a_number_in_the_file_is_said(parity: Cli, stories: Path, tmp_path: 
     assert "the file itself contains NaN or infinities: blk.3.ffn_norm.weight" in answer["notes"]
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e400"])
+def test_values_that_json_lacks_are_wrong_values_not_missing_ones(
+    value: str, parity: Cli, stories: Path, tmp_path: Path
+) -> None:
+    """What Python's json writes for NaN and infinity is read, as are numbers that double precision lacks."""
+    (tmp_path / "theirs.jsonl").write_text(f'{{"name": "blk.0.attn_norm.weight", "values": [{value}, 1.0]}}\n')
+    code, answer = parity.json("weights", "--model", stories, "--theirs", tmp_path / "theirs.jsonl")
+    assert (code, [tensor["name"] for tensor in answer["tensors"] if tensor["status"] != "not checked"]) == (
+        1,
+        ["blk.0.attn_norm.weight"],
+    )
+
+
 def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_path: Path) -> None:
     """Missing, damaged, empty and unrelated files exit 2 with one line."""
     (tmp_path / "bad.npz").write_bytes(b"PK not a zip")
@@ -220,4 +233,9 @@ def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_p
     for name in ("bad.npz", "bad.safetensors", "empty.jsonl", "other.npz", "pickled.npz", "no-such.npz"):
         ran = parity("weights", "--model", stories, "--theirs", tmp_path / name)
         assert (ran.code, ran.err.count("\n"), ran.out) == (2, 1, "")
+    (tmp_path / "few.jsonl").write_text('{"name": "blk.0.attn_norm.weight", "values": [1, 2, 3]}')
+    refused(parity("weights", "--model", stories, "--theirs", tmp_path / "few.jsonl"), "fewer than 4 values of each tensor")
+    lines = '{"name": "blk.0.attn_norm.weight", "values": [1, 2]}\n{"name": "blk.0.attn_norm.weight", "values": [1, 3]}\n'
+    (tmp_path / "twice.jsonl").write_text(lines)
+    refused(parity("weights", "--model", stories, "--theirs", tmp_path / "twice.jsonl"), "blk.0.attn_norm.weight twice")
     assert foreign_weights.same(np.array([np.nan], np.float32), np.array([np.nan], np.float32))

@@ -1,6 +1,5 @@
 """Faults of how many keys attention counts: the first ones only, or keys of zeros after the last one, too."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,13 +40,8 @@ def _sum_of_first(weights: Array, v: Array, *, first: int, **params: Any) -> Arr
 
 
 def _cut_off(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    op: Callable[..., Array]
-    if step.op is ops.weighted_values and parameters["counted"] == "by the sum":
-        op = _sum_of_first
-    elif step.op is not ops.weighted_values and parameters["counted"] == "by the soft max":
-        op = _of_first
-        _plain(step)
-    else:
+    op, counted = (_sum_of_first, "by the sum") if step.op is ops.weighted_values else (_of_first, "by the soft max")
+    if step.op not in (ops.weighted_values, ops.causal_soft_max) or parameters["counted"] != counted:
         return step
     return replace(step, op=op, params={**step.params, "first": parameters["first"]})
 

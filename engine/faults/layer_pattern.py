@@ -37,11 +37,7 @@ def _by_pattern(step: Step, right: Steps, parameters: Parameters) -> Step:
         return step
     others = (right.get(f"blk.{other}.{kind_of(step)}") for other, has in windowed.items() if has is wanted)
     like = next((other for other in others if other is not None), None)
-    if (
-        like is None
-        or like.op is not step.op
-        or any(like.params.get(size) != step.params.get(size) for size in ("heads", "dims"))
-    ):
+    if like is None or like.op != step.op or any(like.params.get(size) != step.params.get(size) for size in ("heads", "dims")):
         raise NotApplicable(f"{step.makes}: layers of the other kind have other shapes")
     return replace(step, params=like.params, weights=step.weights if any(step.weights) else like.weights)
 

@@ -137,7 +137,8 @@ def _named_apart(candidate: Candidate, chosen: Candidate) -> str:
     """A fault with its parameters, and with its place only if the chosen one is the same fault elsewhere."""
     given = candidate.parameters.items()
     plain = [str(value) for _, value in given if not isinstance(value, tuple)]
-    places = [" and ".join(value) for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
+    tuples = [value for name, value in given if isinstance(value, tuple) and value != chosen.parameters.get(name)]
+    places = [candidate.fault.says.get(value) or " and ".join(map(str, value)) for value in tuples]
     values = ", ".join([*plain, *(places if candidate.fault is chosen.fault else [])])
     return f"{candidate.fault.name} ({values})" if values else candidate.fault.name
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from checkpoints.answers.weights import DIFFERENT, EQUAL, NOT_CHECKED, FirstDifference, TensorCheck, WeightsCheck
 from checkpoints.errors import InputError
+from checkpoints.printable import first_names, printable
 from engine.weights.gguf_model import GgufModel, TensorInfo
 
 from .conversion_compare import Change, HeldTensor
@@ -81,7 +82,11 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     checks += list(settings(model, source))
     unread = [f"{name} ({kind})" for name, kind in source.unread.items()]
     left_out = ((f"without a place in a {arch} file", stray), ("left out, of a type that is not read", unread))
-    notes = tuple(f"{why}: {', '.join(names[:4])}{', …' * (len(names) > 4)}" for why, names in left_out if names)
+    notes = tuple(f"{why}: {first_names(names)}" for why, names in left_out if names)
+    compared = [check for check in checks if check.type and check.status != NOT_CHECKED]
+    if compared and not any(check.right for check in compared):
+        kind = printable(str(source.config.get("model_type", "model without a name")), 40)
+        notes = (f"no tensor is equal: config.json is of a {kind}, maybe of another model", *notes)
     name = f"{model.hyperparameters.name or path.stem} ({path})"
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
 

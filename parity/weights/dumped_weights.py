@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import DumpError
 from checkpoints.formats.arrays import safetensors, unpacked_size
+from checkpoints.given_json import decoded
 from checkpoints.reading.parallel import LINE
 from checkpoints.regular import require_regular
 
@@ -47,8 +48,7 @@ def load(path: Path) -> dict[str, Floats]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    import orjson
-
+    seen: dict[str, NDArray[Any]] = {}
     with path.open("rb") as file:
         while line := file.readline(LINE):
             if len(line) == LINE:
@@ -57,10 +57,14 @@ def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                     "The leading values of each tensor suffice.",
                     code="theirs",
                 )
-            try:
-                record = orjson.loads(line[max(line.find(b"{"), 0) :])
-            except orjson.JSONDecodeError:
+            try:  # unlike orjson, Python's parser takes NaN, and numbers that are infinite in float64
+                record = decoded(line[max(line.find(b"{"), 0) :].decode())
+            except ValueError:
                 continue
             name = (record.get("checkpoint") or record.get("name")) if isinstance(record, dict) else None
             if isinstance(name, str) and isinstance(record.get("values"), list):
-                yield name, np.array(record["values"], dtype=np.float64)
+                values = np.array(record["values"], dtype=np.float64)
+                if name in seen and not np.array_equal(seen[name], values, equal_nan=True):
+                    raise DumpError(f"{path} has {name} twice, with other values.", "Dump each tensor once.", code="theirs")
+                seen[name] = values
+                yield name, values

@@ -26,7 +26,8 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
     """Determine what each tensor that a foreign engine dumped is.
 
     Raises:
-        DumpError: the file cannot be read, or none of its names is a tensor of the model; ModelError: the model cannot be read.
+        DumpError: the file cannot be read, has too few values, or none of its names is a tensor of the model.
+        ModelError: the model cannot be read.
     """
     model = GgufModel(path)
     heads = model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads
@@ -41,6 +42,12 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
         )
     leading: dict[str, Floats] = {}
     checks = [_tensor(model, model.tensors[name], values, heads, leading) for name, values in known.items()]
+    if all(check.status == NOT_CHECKED for check in checks):
+        raise DumpError(
+            f"{theirs} has fewer than {_FEWEST} values of each tensor, which decide nothing.",
+            "Dump the first hundred values of each.",
+            code="theirs",
+        )
     notes = []
     matrices = [check for check in checks if len(check.shape) == 2]
     if len(matrices) > 1 and all(check.status.startswith(TRANSPOSED) for check in matrices):
@@ -61,7 +68,7 @@ def _tensor(
 ) -> TensorCheck:
     kind, total = type_name(info.type), int(np.prod(info.shape))
     values = values[:total]
-    if len(values) < min(_FEWEST, total):
+    if len(values) < min(_FEWEST, total) and np.isfinite(values).all():
         reason = f"{count(len(values), 'value')}: too few to decide"
         return TensorCheck(info.name, kind, info.shape, NOT_CHECKED, len(values), (), reason)
     right = first_values(model, info, len(values))

@@ -10,7 +10,8 @@ from msgspec import Meta, Struct, convert
 
 from checkpoints.errors import InputError
 from checkpoints.given_json import decoded
-from checkpoints.regular import read_text, require_regular
+from checkpoints.printable import first_names
+from checkpoints.regular import LFS_POINTER, read_text, require_regular
 
 from .folder_quantisation import refusal, unpacked
 from .stored import Stored
@@ -53,6 +54,7 @@ class Folder:
             raise InputError(f"{path / 'config.json'} is no JSON object.", "Take a folder that save_pretrained wrote.")
         if not files:
             raise InputError(f"{path} contains no safetensors file.", "Take a folder that save_pretrained wrote.")
+        self._require_whole(files)
         # Models that also see or hear have the language model's numbers in a separate part.
         inner = config.get("text_config")
         self.config: dict[str, Any] = {**config, **inner} if isinstance(inner, dict) else config
@@ -64,6 +66,14 @@ class Folder:
             stored.update(_stored(file, self.unread))
         self.tensors = unpacked(stored, self.config)
         self.refusal = refusal(self.config)
+
+    def _require_whole(self, files: list[Path]) -> None:
+        """Refuse a folder that lacks a file which its index lists."""
+        listed = _json(self.path / "model.safetensors.index.json").get("weight_map")
+        wanted = {name for name in listed.values() if isinstance(name, str)} if isinstance(listed, dict) else set()
+        lacking = sorted(wanted - {file.name for file in files})
+        if lacking:
+            raise InputError(f"{self.path} lacks {first_names(lacking)}, which its index lists.", "Download the folder again.")
 
     def special(self, short: str) -> frozenset[int]:
         """The ids that config.json, generation_config.json and the tokenizer's files give for its "bos" or "eos" token."""
@@ -122,6 +132,8 @@ def _stored(file: Path, unread: dict[str, str]) -> dict[str, Stored]:
     try:
         require_regular(file)
         data = np.memmap(file, dtype=np.uint8, mode="r")
+        if data[: len(LFS_POINTER)].tobytes() == LFS_POINTER:
+            raise InputError(f"{file} is a Git LFS pointer, not the weights.", "Fetch them: git lfs pull.")
         size = int.from_bytes(data[:8].tobytes(), "little")
         if not 2 <= size <= min(len(data) - 8, _LARGEST_HEADER):
             raise ValueError("the header's length is wrong")  # noqa: TRY301  # reported with the other kinds of damage, below

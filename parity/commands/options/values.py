@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from os.path import abspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.errors import InputError
 from checkpoints.gguf_parts import files_of
+from checkpoints.whole_file import is_special
 
 from ...run.prompt import given_prompt, numbers
 
@@ -18,11 +20,16 @@ Given = dict[str, Any]  # fields of a request by name: `Request(**given)`
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to overwrite an input, or a part of a split model that is one.
+    """Refuse to overwrite an input, a part of a split model that is one, or another output.
 
     Raises:
-        InputError: one of `outputs` is one of `inputs`.
+        InputError: one of `outputs` is one of `inputs`, or stands twice.
     """
+    outputs = list(outputs)
+    files = [Path(abspath(path)) for path in outputs if not is_special(path)]  # noqa: PTH100 - resolve() fails at loops of links
+    if len(set(files)) < len(files):
+        twice = next(path for path in files if files.count(path) > 1)
+        raise InputError(f"{twice} is given for two outputs.", "Give each a file of its own.", code="output")
     read = [file for path in inputs if path.exists() for file in files_of(path)]
     for out in outputs:
         if out.exists() and any(out.samefile(path) for path in read):
