@@ -141,8 +141,8 @@ def test_what_a_slice_cannot_tell_is_said(tmp_path: Path) -> None:
 def test_two_names_of_one_point_are_no_wrong_positions(parity: Cli, tmp_path: Path) -> None:
     """A mapping that gives two names with other values one point is named as the mistake; the same value under two names is none."""
     written(tmp_path / "m.toml", '[names]\nx = "embd"\n')
-    for value, code in ((1.5, 0), (2.5, 2)):
-        records = [{"checkpoint": name, "token_idx": 0, "values": [v, 1.0]} for name, v in (("x", 1.5), ("embd", value))]
+    for first, value, code in (("NaN", "NaN", 0), (1.5, 1.5, 0), (1.5, 2.5, 2)):
+        records = [{"checkpoint": name, "token_idx": 0, "values": [v, 1.0]} for name, v in (("x", first), ("embd", value))]
         written(tmp_path / "ours.jsonl", "\n".join(map(json.dumps, records)))
         ran = parity("convert", "ours.jsonl", "--map", "m.toml", "-o", "out.jsonl")
         assert ran.code == code, ran.err
