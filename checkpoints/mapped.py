@@ -58,6 +58,7 @@ def _contradict(parts: list[Rows]) -> bool:
         return False
     places = np.concatenate([np.stack((rows.seq, rows.token_idx, rows.step), axis=1) for rows in parts])
     first = np.concatenate([rows.values[:, 0] for rows in parts])
+    first = np.where(np.isnan(first), np.inf, first)  # NaN is unequal to itself
     return len(np.unique(np.column_stack((places, first)), axis=0)) > len(np.unique(places, axis=0))
 
 

@@ -21,7 +21,9 @@ from .regular import read_text
 
 _LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
 _LONGEST = 200  # characters of a point's name
-_MOST_PARTS = 1000  # dots in a line
+_MOST_PARTS = 1000  # dots in a line, but for those in strings and comments
+# TOML's comments and strings, closed or not, so that no text is searched twice.
+_TEXTS = re.compile(r'''#[^\n]*|"""(?s:\\?.)*?(?:"""|\Z)|\'{3}(?s:.)*?(?:\'{3}|\Z)|"(?:\\.|[^"\\\n])*"?|\'[^\'\n]*\'?''')
 _LAYER = "{i}"
 _KEYS = {"point", "transpose", "reshape", "rope_pairs", "heads", "head_size"}
 
@@ -75,7 +77,7 @@ def read_mapping(path: Path) -> Mapping:
 
     try:
         text = read_text(path, _LARGEST)
-        if any(line.count(".") > _MOST_PARTS for line in text.splitlines()):
+        if any(line.count(".") > _MOST_PARTS for line in _TEXTS.sub("", text).splitlines()):
             raise RecursionError  # noqa: TRY301  # tomllib takes a minute for a key with 20,000 parts
         table = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:

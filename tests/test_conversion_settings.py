@@ -14,6 +14,9 @@ from gguf_writing import finish
 from hf_convert import convert
 from hf_folders import D, H, make_folder
 
+from checkpoints.answers.weights import DIFFERENT
+from parity.weights.conversion import check_conversion
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
@@ -91,6 +94,17 @@ def test_a_setting_of_some_architectures_is_compared(
     code, answer = parity.json("weights", "--model", model, "--hf", source)
     assert code == 1
     assert [tensor["name"] for tensor in answer["tensors"] if not tensor["status"].startswith("equal")] == [setting]
+
+
+def test_a_number_beyond_every_float_is_not_compared(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Integers beyond every float, infinity and NaN in config.json end no command: the tensors are compared, those settings are not."""
+    source = folder("llama", sliding_window=16)
+    model = convert(source, tmp_path / "m.gguf", metadata={"attention.sliding_window": 16})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for value in (10**400, float("inf"), float("nan")):
+        for name in ("sliding_window", "rope_theta", "partial_rotary_factor"):
+            (source / "config.json").write_text(json.dumps(config | {name: value}), encoding="utf-8")
+            assert [check.name for check in check_conversion(model, source).tensors if check.status == DIFFERENT] == []
 
 
 def test_the_tokenizers_files_name_the_end_of_a_text(folder: Callable[..., Path], parity: Cli, tmp_path: Path) -> None:

@@ -82,10 +82,13 @@ def test_nothing_is_written_over_what_a_check_reads(parity: Cli, tmp_path: Path)
     folder = tmp_path / "golden"
     shutil.copytree(STORED, folder)
     (tmp_path / "notes.txt").write_text("mine\n")
+    (folder / "ledger.jsonl").write_text("")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for option in ("--ledger", "--junit", "--summary"):
         for name in ("drift.json", "000.jsonl"):
             refused(parity("drift", "check", folder, option, folder / name), f"{name} is an input of this command")
+    for option in ("--junit", "--summary"):
+        refused(parity("drift", "check", folder, option, folder / "ledger.jsonl"), "ledger.jsonl is an input of this command")
     refused(parity("drift", "check", folder, "--ledger", tmp_path / "notes.txt"), "notes.txt is no ledger of checks")
     refused(parity("drift", "history", folder, "--html", folder / "drift.json"), "drift.json is an input")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -40,6 +40,16 @@ def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_
         assert [(finding.rule, finding.evidence) for finding in lint(dump, known).findings] == []
 
 
+def test_parts_of_one_product_are_not_alike(reference: Reference, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Two parts of a fused product are views of one value: a record that shows the first as the second is a finding."""
+    out = tmp_path / "ref.jsonl"
+    reference.dump(DumpJob(small_model("phi3"), out, TOKENS, points="all"))
+    right = read(out)
+    gate = replace(right.points["blk.0.ffn_gate"], point="blk.0.ffn_up")
+    kept = replace(right, points={**right.points, "blk.0.ffn_up": gate})
+    assert "same-vector" in {finding.rule for finding in lint(kept).findings}
+
+
 def test_one_token_repeated_has_one_score_where_nothing_is_rotated(
     reference: Reference, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:

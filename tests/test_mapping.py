@@ -141,12 +141,22 @@ def test_what_a_slice_cannot_tell_is_said(tmp_path: Path) -> None:
 def test_two_names_of_one_point_are_no_wrong_positions(parity: Cli, tmp_path: Path) -> None:
     """A mapping that gives two names with other values one point is named as the mistake; the same value under two names is none."""
     written(tmp_path / "m.toml", '[names]\nx = "embd"\n')
-    for value, code in ((1.5, 0), (2.5, 2)):
-        records = [{"checkpoint": name, "token_idx": 0, "values": [v, 1.0]} for name, v in (("x", 1.5), ("embd", value))]
+    for first, value, code in (("NaN", "NaN", 0), (1.5, 1.5, 0), (1.5, 2.5, 2)):
+        records = [{"checkpoint": name, "token_idx": 0, "values": [v, 1.0]} for name, v in (("x", first), ("embd", value))]
         written(tmp_path / "ours.jsonl", "\n".join(map(json.dumps, records)))
         ran = parity("convert", "ours.jsonl", "--map", "m.toml", "-o", "out.jsonl")
         assert ran.code == code, ran.err
     assert "'x' and 'embd' of ours.jsonl are both embd" in ran.err
+
+
+def test_a_table_of_many_names_may_stand_in_one_line(tmp_path: Path) -> None:
+    """Dots in strings and comments are no parts of a key: 300 names in a line are read, a key with 2,000 parts is refused."""
+    names = ", ".join(f"\"model.layers.{i}.mlp.down_proj\" = 'blk.{i}.ffn_out'" for i in range(300))
+    path = written(tmp_path / "m.toml", f"# {'.' * 2000}\nnames = {{{names}}}\n")
+    assert read_mapping(path).entry("model.layers.7.mlp.down_proj")[0] == "blk.7.ffn_out"
+    for key in ("a." * 2000 + "b", '"a".' * 2000 + "b"):
+        with pytest.raises(InputError, match="nested too deeply"):
+            read_mapping(written(tmp_path / "m.toml", f"{key} = 'embd'\n"))
 
 
 def test_unknown_names_are_listed_with_the_nearest(parity: Cli, tmp_path: Path) -> None:

@@ -111,11 +111,13 @@ def check(
         o.refuse_unused(context, "ledger", "is not written with --no-ledger", "Take one of them.")
     from ..drift import checking
     from ..drift.golden import load
+    from ..drift.ledger import NAME
     from .drift_output import show
     from .output import progress_bar
 
-    written = [path for path in (ledger, junit, summary) if path is not None]
-    o.keep_inputs(written, load(folder).inputs(model))
+    inputs = load(folder).inputs(model)
+    o.keep_inputs([] if ledger is None else [ledger], inputs)
+    o.keep_inputs([path for path in (junit, summary) if path is not None], (*inputs, ledger or folder / NAME))
     request = checking.Checking(
         folder=folder,
         model=model,

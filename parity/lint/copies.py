@@ -133,7 +133,7 @@ def _of_part(subject: Subject, name: str) -> str:
 def _origins(subject: Subject) -> dict[str, Hashable]:
     """For each point what it is made from: two points with equal ones have the same leading values, however far apart they are.
 
-    A point whose origin is unknown, or that has a state or other positions in it, is its own.
+    Only the norm of a whole row is followed: which part of a row a view takes, or by which factor a row is scaled, is not known.
     """
     origins: dict[str, Hashable] = {}
     number_of: dict[Hashable, int] = {}
@@ -141,7 +141,7 @@ def _origins(subject: Subject) -> dict[str, Hashable]:
         reads = tuple(origins.get(read, read) for read in how.reads)
         if how.op in _SHIFTS and reads:
             origins[name] = reads[0]  # the leading values of parts side by side are those of the first part
-        elif how.op not in _MIXING and reads:
+        elif how.op == "RMS_NORM" and reads:
             origins[name] = number_of.setdefault((how.op, how.function, how.weights, reads), len(number_of))
     return {name: origins.get(name, name) for name in subject.points}
 

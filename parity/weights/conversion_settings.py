@@ -9,7 +9,7 @@ import numpy as np
 from checkpoints.answers.weights import DIFFERENT, TensorCheck
 from engine.weights.gguf_model import GgufModel
 
-from .further_settings import further_settings
+from .further_settings import further_settings, is_number
 from .packed import Floats
 from .safetensors_folder import Folder
 
@@ -39,7 +39,7 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
     yield from _epsilon(model, folder)
     rope = _rope(folder)
     base = rope.get("rope_theta", folder.config.get("rope_theta"))
-    if isinstance(base, (int, float)) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
+    if is_number(base) and hp.rope_base and not isclose(hp.rope_base, base, rel_tol=1e-6):
         yield TensorCheck("RoPE base", "", (), DIFFERENT, reason=f"config.json says {base:g}, the GGUF {hp.rope_base:g}")
     yield from _scaling(model, folder, rope)
     yield from further_settings(model, folder.config, rope)
@@ -85,7 +85,7 @@ def _head_sizes(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Itera
     rotated = _of(model, "rope.dimension_count")
     if str(rope.get("rope_type", rope.get("type", "default"))) not in _NAMES:
         return
-    if isinstance(share, (int, float)) and rotated is not None and hp.n_heads:
+    if is_number(share) and rotated is not None and hp.n_heads:
         possible = {int(share * hp.head_size), int(share * hp.n_embd) // hp.n_heads}  # as converters round it
         if rotated not in possible:
             reason = f"config.json says {share:g} of {hp.head_size}, the GGUF {rotated:g}"
@@ -133,11 +133,7 @@ def _scaling(model: GgufModel, folder: Folder, rope: dict[str, Any]) -> Iterator
         ),
     ):
         matters = kind in ("linear", "yarn") if "factor" in setting else kind == "yarn"
-        if (
-            matters
-            and isinstance(in_config, (int, float))
-            and (in_gguf is None or not isclose(in_gguf, in_config, rel_tol=1e-6))
-        ):
+        if matters and is_number(in_config) and (in_gguf is None or not isclose(in_gguf, in_config, rel_tol=1e-6)):
             yield TensorCheck(
                 setting,
                 "",

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from math import isclose
-from typing import Any
+from sys import float_info
+from typing import Any, TypeGuard
 
 from checkpoints.answers.weights import DIFFERENT, TensorCheck
 from engine.weights.gguf_model import GgufModel
@@ -95,20 +96,21 @@ def _windowed_base(config: dict[str, Any]) -> float | None:
 
 
 def _first(config: dict[str, Any], names: tuple[str, ...]) -> float | None:
-    return next((config[name] for name in names if _is_number(config.get(name))), None)
+    return next((config[name] for name in names if is_number(config.get(name))), None)
 
 
 def _held(model: GgufModel, key: str) -> float | None:
     value = model.metadata.get(f"{model.hyperparameters.architecture}.{key}")
-    return value if isinstance(value, (int, float)) and _is_number(value) else None
+    return value if is_number(value) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of config.json, or of the metadata, is a finite number; JSON has integers beyond every float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _number(setting: str, given: object, held: float | None) -> Iterator[TensorCheck]:
-    if held is not None and isinstance(given, (int, float)) and not isclose(held, given, rel_tol=_ROUNDING):
+    if held is not None and is_number(given) and not isclose(held, given, rel_tol=_ROUNDING):
         yield _different(setting, f"{given:g}", f"{held:g}")
 
 
