@@ -59,13 +59,17 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
 
 
 def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
-    """Whether a fitted number may be that of the recorded elements alone: what is made of them in the same layer is wrong.
+    """Whether a fitted number, or zeros, may be that of the recorded elements alone: what is made of them in the same layer is wrong.
 
     The one head that was recorded may be zero, or 1.2 times too large, and the others right.
     """
-    if before.first is None or after.first is None or order_of_number(after.faults[-1]) is None:
+    if before.first is None or after.first is None:
         return False
     entries = search.screening.entries
+    first = entries[before.first.point]
+    zeros = not np.where(first.present, first.values, 0.0).any()
+    if not zeros and order_of_number(after.faults[-1]) is None:
+        return False
     layer, other = (parse(entries[state.first.point].point).layer for state in (before, after) if state.first is not None)
     return layer is not None and layer == other and not search.screening.cone(after).sure
 
