@@ -218,6 +218,10 @@ def test_an_engine_ends_with_a_request_to_end_that_comes_while_it_starts(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ran(engine(tmp_path, "time.sleep(600)"), tmp_path / "o")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ran(engine(tmp_path, "time.sleep(600)"), tmp_path / "o")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert comes_true(lambda: not working_in(tmp_path, but=os.getpid()))
