@@ -41,6 +41,7 @@ class BatchScreening(AtFirstPlace):
         self.carried_from = layers[0] if layers and after else None
         self.name = self._point if self.carried_from is None else in_layer(self.carried_from, "l_out")
         self._end = state.order[self.name] + 1
+        self._known = frozenset(name for step in state.steps for name in (step.makes, *step.names))
         self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
 
     def edits(self, candidates: Sequence[Candidate]) -> dict[int, Edits]:
@@ -54,6 +55,16 @@ class BatchScreening(AtFirstPlace):
         contradicts.
         """
         return self._values(candidates, edits, waiting, rows, self.name, self._before)
+
+    def separable(self, edits: Edits) -> bool:
+        """Whether each step that a candidate changes can be computed without the others: none reads a value that is not the model's."""
+        for steps in edits.values():
+            made = set[str]()
+            for step in steps:
+                if any(name not in self._known and name not in made for name in step.names):
+                    return False
+                made.add(step.makes)
+        return True
 
     def own_steps(self, edits: Mapping[int, Edits], rows: int) -> Iterator[tuple[str, dict[int, Array | None]]]:
         """The first rows of each step that some candidates change: its name, and its value by candidate, None where it is the right one.

@@ -90,11 +90,19 @@ def _directions(
             for (what, parts), (_, sums), (_, squares) in zip(
                 _parts(scaled), _parts(energy[None]), _parts(energy[None] ** 2), strict=True
             ):
-                yield f"{what} of {where}", parts, np.asarray(sums[0] ** 2 >= _MANY * squares[0]) & (sums[0] > 0)
+                telling = np.asarray(sums[0] ** 2 >= _MANY * squares[0]) & (sums[0] > 0)
+                yield f"{what} of {where}", parts, telling & ~_as_the_whole(scaled, parts)
             for count in heads if kind[:1] in "qkv" else ():
                 if scaled.shape[1] % count == 0:
                     of_heads = scaled.reshape(len(scaled), count, -1).sum(axis=2)
                     yield f"head {{}} of {where}", of_heads, bool(small.all()) & of_heads.any(axis=0)
+
+
+def _as_the_whole(scaled: Floats, parts: Floats) -> NDArray[np.bool_]:
+    """Which parts move the recorded elements as the whole value does: those that no recorded element tells from it."""
+    whole = scaled.sum(axis=1)
+    energy = np.einsum("kn,kn->n", parts, parts)
+    return np.asarray((whole @ parts) ** 2 > _ALONG * energy * (whole @ whole))
 
 
 def _parts(scaled: Floats) -> Iterator[tuple[str, Floats]]:

@@ -216,8 +216,10 @@ def _concentrated(entry: Expected) -> Ints | None:
 
 def _by_element(entry: Expected, rows: Floats, right: Floats) -> Floats:
     """The error of a point's rows [R, k] in each recorded element: [k], in proportion to the rows' energy."""
-    errors = np.where(entry.present & np.isfinite(rows), rows - right, 0.0)
-    return np.asarray((errors**2 / entry.energy[:, None]).sum(axis=0))
+    known = entry.present & np.isfinite(rows) & np.isfinite(right)
+    with np.errstate(over="ignore", invalid="ignore"):  # of models whose own numbers overflow
+        errors = np.where(known, rows - right, 0.0)
+        return np.asarray((errors**2 / entry.energy[:, None]).sum(axis=0))
 
 
 def _in_these_too(entry: Expected, two: Ints, own: Floats) -> bool:

@@ -128,6 +128,7 @@ class Sweep(AtFirstPlace):
     def _after_own_steps(self, layers: Layers, scope: _Scope, likely: Likely) -> list[int]:
         """The candidates that wait, without those whose changed steps alone tell that they change the first row otherwise than the dump."""
         edits = {number: scope.edits[number] for number in scope.waiting if not scope.candidates[number].fault.whole}
+        edits = {number: edit for number, edit in edits.items() if scope.batch.separable(edit)}
         changing, unknown = set[int](), set[int]()
         effects: dict[int, Floats] = {}  # what several steps change adds up
         for name, values in scope.batch.own_steps(edits, 1):
