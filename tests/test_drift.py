@@ -198,6 +198,7 @@ def test_a_tenth_of_epsilon_is_drift_and_a_fiftieth_grows(
     assert run(1.02e-6, "--strict")[0] == 1
 
 
+@pytest.mark.slow
 def test_what_is_no_drift_is_told_apart(golden: Golden, quantized: Callable[[str], Path], tmp_path: Path, parity: Cli) -> None:
     """Another model file, prompt set or mode exits 2 and is named; with --bisect it exits 125 (tests below), never 1."""
     other = tmp_path / "other.txt"

@@ -177,6 +177,7 @@ def test_default_points_are_of_both_halves(parity: Cli, t5: Path, tmp_path: Path
     assert [point["checkpoint"] for point in answer["points"]] == [*(f"enc.{name}" for name in halves), *halves, "logits"]
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_foreign_engine_is_compared(parity: Cli, t5: Path, tmp_path: Path) -> None:
     """llama.cpp records what an engine printed of either half: a right engine agrees at all of it, and nothing is called missing."""
     ids = ",".join(map(str, IDS))

@@ -196,6 +196,7 @@ def test_a_cause_takes_away_half_of_the_error_that_it_explains(engine: Faulty) -
     assert mended_share(entries, start, much) == 1.0
 
 
+@pytest.mark.slow
 def test_a_fault_of_later_positions_in_one_unknown_layer(engine: Faulty) -> None:
     """What first shows at a position behind the ones that are computed together is named in its layer, too."""
     tokens = tokens_of(engine.model, 12, seed=4)

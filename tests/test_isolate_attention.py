@@ -106,6 +106,7 @@ def test_attention_is_judged_from_queries_keys_and_values(
     )
 
 
+@pytest.mark.slow
 def test_undeclared_8_bit_products_are_no_fault(faulty: Callable[[str], Faulty], reference: Reference, tmp_path: Path) -> None:
     """An engine that rounds activations to 8 bits, and does not say so, or does: nothing is wrong, whole layers included."""
     engine = faulty("qwen3")

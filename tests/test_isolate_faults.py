@@ -280,7 +280,8 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("kind", slow_but(EXPERTS, "ffn_moe_topk"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPERTS)
 def test_faults_of_experts_are_named(kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
     """Choice, normalising, gating, order and activation of experts: each is named in its layer, and what follows from it is right."""
     foreign = Foreign(small_model("mixtral", "q8_0"), tmp_path, reference)

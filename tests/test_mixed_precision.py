@@ -46,7 +46,8 @@ def from_layer_1(steps: Sequence[Step], kind: str) -> list[Step]:
     return [b if (parse(a.makes).layer or 0) >= 1 else a for a, b in zip(steps, lower, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["f16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_layers_in_a_lower_arithmetic_blame_no_operation(sides: Sides, kind: str) -> None:
     """The second layer rounds before its products, the first one does not: diff and explain say so, and how to allow for it."""
     engine, ref = sides

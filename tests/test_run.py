@@ -166,6 +166,7 @@ def test_dump_both_sides_and_diff_them(parity: Cli) -> None:
     assert len(Path("t.csv").read_text().splitlines()) == 31
 
 
+@pytest.mark.slow
 def test_a_foreign_engine_is_run_with_the_twin(parity: Cli, tmp_path: Path) -> None:
     """--exec fills in the F32 twin, the ids and the output; what the command writes is our side."""
     script = tmp_path / "my_engine.py"

@@ -154,6 +154,7 @@ def test_a_foreign_engine_is_scored_and_its_worst_token_explained(parity: Cli, t
     refused(parity(*words, f"{small} {{model}} {{tokens}} {{out}}"), "16 of 2,048 logits", "PARITY_SLICE")
 
 
+@pytest.mark.slow
 def test_what_it_refuses(parity: Cli, text: Path, tmp_path: Path) -> None:
     """Texts that are none, contexts that score nothing or are too long, two bases, and a base of another text."""
     (tmp_path / "empty.txt").write_text(" \n")
