@@ -85,8 +85,8 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
     notes = tuple(f"{why}: {first_names(names)}" for why, names in left_out if names)
     compared = [check for check in checks if check.type and check.status != NOT_CHECKED]
     if compared and not any(check.right for check in compared):
-        kind = printable(str(source.config.get("model_type", "model without a name")), 40)
-        notes = (f"no tensor is equal: config.json is of a {kind}, maybe of another model", *notes)
+        kind = printable(str(source.config.get("model_type", "no model_type")), 40)
+        notes = (f"no tensor is equal: the folder may be another model's (its config.json says {kind})", *notes)
     name = f"{model.hyperparameters.name or path.stem} ({path})"
     return WeightsCheck(name, str(folder), tuple(checks), total, notes, tolerance="what each type rounds")
 
