@@ -25,11 +25,11 @@ def ended(pid: int) -> bool:
 
 def working_in(folder: Path, but: int) -> list[int]:
     """The processes whose working directory this is, but one."""
-    found = []
+    pids = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         try:
             if link.readlink() == folder and int(link.parent.name) != but:
-                found.append(int(link.parent.name))
+                pids.append(int(link.parent.name))
         except OSError:  # it has just ended, or is another user's
             continue
-    return found
+    return pids

@@ -119,9 +119,9 @@ class LostNumbers(Struct, frozen=True):
         if not np.isfinite(values).all():
             return False
         size = float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
-        found = values[places].astype(np.float64)
-        inner = (found < values.max()) & (found > values.min()) & (np.abs(found) > _APART * size)
-        return bool((inner & (np.abs(np.abs(found) - 1) > _APART)).any())
+        right = values[places].astype(np.float64)
+        inner = (right < values.max()) & (right > values.min()) & (np.abs(right) > _APART * size)
+        return bool((inner & (np.abs(np.abs(right) - 1) > _APART)).any())
 
     def _as_wide(self, name: str, child: str, record: int, other: int) -> bool:
         """Whether a record and that of a consumer have as many elements, each made from the one at its own place."""

@@ -27,21 +27,21 @@ class _Reading(NamedTuple):
 def _readings(shape: "tuple[int, ...]") -> "list[_Reading]":
     if len(shape) == 2:
         rows, size = shape
-        found = [_Reading("[T, n]", 1, rows, None, size), _Reading("[heads, n]", 1, 1, rows, rows * size)]
+        readings = [_Reading("[T, n]", 1, rows, None, size), _Reading("[heads, n]", 1, 1, rows, rows * size)]
     elif len(shape) == 3:
         a, b, size = shape
-        found = [
+        readings = [
             _Reading("[B, T, n]", a, b, None, size),
             _Reading("[T, heads, n]", 1, a, b, b * size),
             _Reading("[heads, T, n]", 1, b, a, a * size, heads_first=True),
         ]
     else:
         sequences, a, b, size = shape
-        found = [
+        readings = [
             _Reading("[B, T, heads, n]", sequences, a, b, b * size),
             _Reading("[B, heads, T, n]", sequences, b, a, a * size, heads_first=True),
         ]
-    return found
+    return readings
 
 
 def _of_heads(known: "Kind | None") -> str:
