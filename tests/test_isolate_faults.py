@@ -251,6 +251,18 @@ def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_
     assert [item.reason for item in final.wrong] == ["its output is its input: not normalised"]
 
 
+def test_an_epsilon_of_layer_norms_is_named_with_its_value(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """A LayerNorm with another ε is told as that: its mean and its bias are taken off before ε is solved for."""
+    foreign = Foreign(small_model("starcoder2", layers=2), tmp_path, reference)
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
+    reasons = {item.name: item.reason for item in isolation.wrong}
+    assert reasons == dict.fromkeys(
+        ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), "it is right with an epsilon of 0.001 instead of 1e-05"
+    )
+
+
 def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """A JSONL dump whose records carry every value is judged without a tensors file, with the same result."""
     foreign = Foreign(synthetic(layers=4), tmp_path)

@@ -36,7 +36,7 @@ def look_of(
         return "it is NaN or infinite where its inputs give numbers" if np.isfinite(x).all() else ""
     if "native" in step.params:
         return _product(step, x, dumped, weights, nmse, limit, siblings)
-    if step.op is ops.rms_norm and x.size == dumped.size:
+    if step.op in (ops.rms_norm, ops.layer_norm) and x.size == dumped.size:
         return _norm(step, x, dumped, weights, limit)
     return ""
 
@@ -57,20 +57,23 @@ def other_epsilon(
 ) -> float | None:
     """The epsilon with which a norm gives these rows, to two digits; None if none does.
 
-    Solves 1 / sqrt(mean(x²) + ε) for ε, row by row.
+    Solves 1 / sqrt(mean(x²) + ε) for ε, row by row; of a LayerNorm for the row without its mean, whose bias is taken off first.
     """
     if not np.isfinite(dumped).all():
         return None
-    weight = weights.get(str(step.weights[0]))
+    weight, *bias = (weights.get(str(name)) for name in step.weights if name is not None)
     x, dumped = x.reshape(-1, weight.size), dumped.reshape(-1, weight.size)  # each head by itself
     wide = x.astype(np.float64)
+    if step.op is ops.layer_norm:
+        wide = wide - wide.mean(axis=1, keepdims=True)
     scaled = wide * weight
+    unbiased = dumped.astype(np.float64) - (bias[0] if bias else 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.einsum("ij,ij->i", dumped.astype(np.float64), scaled) / np.einsum("ij,ij->i", scaled, scaled)
+        scale = np.einsum("ij,ij->i", unbiased, scaled) / np.einsum("ij,ij->i", scaled, scaled)
         eps = float(np.median(1 / scale**2 - np.mean(wide**2, axis=1)))
     if not np.isfinite(eps):
         return None
-    again = ops.rms_norm(x, weight, eps=max(eps, 0.0))
+    again = step.op(x, weight, *bias, eps=max(eps, 0.0))
     error = np.sum((again.astype(np.float64) - dumped) ** 2) / max(float(np.sum(dumped.astype(np.float64) ** 2)), 1e-300)
     return float(f"{max(eps, 0.0):.2g}") if error <= limit else None
 

@@ -133,7 +133,7 @@ class JudgedPass:
         if held.rounds and held.errors.max() <= self._limit(step):
             record.unrounded = max(record.unrounded or 0.0, held.unrounded)
         self._note(step, definitions[-1], held)
-        if step.op is ops.rms_norm:
+        if step.op in _NORMS:
             self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
         if self._judging.sample:
             sampled = [sampled_error(definition, held.inputs, held.dumped, self._weights) for definition in definitions]
