@@ -17,7 +17,8 @@ exp, the first position's values at all, a value of the layer before, a bias add
 `acquitted`: the answer is "no fault" though a recorded value differs. `wrong cause`: it names a fault that does not reproduce the engine's
 numbers, in whole rows, at every recorded point (up to the place that the answer leaves unexplained, if it leaves one). `located`: the
 first place is the first recorded point that the edit changes, and the edited operation is among those suspected; `at the operation`: it
-is the only one suspected. `elsewhere`: any other place.
+is the only one suspected. `unseen`: not all of a row was recorded, the first place lies behind the edited operation, and the answer says
+that it is not sure of it. `elsewhere`: any other place.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, 
     if answer.placed is None or answer.first is None:
         return "elsewhere"
     if edit.first not in answer.placed.operations:
-        return "elsewhere"
+        return "elsewhere" if answer.placed.sure else "unseen"
     return "at the operation" if len(answer.placed.operations) == 1 else "located"
 
 
@@ -165,7 +166,7 @@ def cases(models: Models, seeds: range, budget: float, ways: Sequence[str]) -> I
 
 def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     """Outcomes by edit, and the times."""
-    words = ("named", "at the operation", "located", "elsewhere", "not seen", "acquitted", "wrong cause")
+    words = ("named", "at the operation", "located", "unseen", "elsewhere", "not seen", "acquitted", "wrong cause")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for how, points, outcome_name, _ in measured:
         for row in (how, "default points" if points == "default" else "all points", "all"):
