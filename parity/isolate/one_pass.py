@@ -133,7 +133,7 @@ class JudgedPass:
         if held.rounds and held.errors.max() <= self._limit(step):
             record.unrounded = max(record.unrounded or 0.0, held.unrounded)
         self._note(step, definitions[-1], held)
-        if step.op is ops.rms_norm:
+        if step.op in _NORMS:
             self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
         if self._judging.sample:
             sampled = [sampled_error(definition, held.inputs, held.dumped, self._weights) for definition in definitions]
@@ -295,10 +295,19 @@ class JudgedPass:
             record.reason = "; ".join(part for part in (where, look) if part)
 
     def _siblings(self, step: Step) -> list[str]:
-        """Weights of the other products of the same layer."""
-        layer = parse(step.makes).layer
-        near = [other for other in self._program.steps if other is not step and parse(other.makes).layer == layer]
-        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
+        """Weights of other operations of this kind: of the same layer, then of the same place in the nearest layers."""
+        here, product = parse(step.makes), isinstance(next(iter(step.weights), None), Altered)
+        near: list[tuple[int, str]] = []
+        for other in self._program.steps:
+            first, place = next(iter(other.weights), None), parse(other.makes)
+            if other is step or (place.layer != here.layer and (place.kind != here.kind or None in (place.layer, here.layer))):
+                continue
+            away = abs((place.layer or 0) - (here.layer or 0))
+            if product and isinstance(first, Altered):
+                near.append((away, first.weight))
+            elif not product and isinstance(first, str) and other.op is step.op:
+                near.append((away, first))
+        return [name for _, name in sorted(near, key=lambda found: found[0])]
 
     def _limit(self, step: Step) -> float:
         if step.makes in self._judging.stretches:
