@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faulty_engines
 import numpy as np
 import pytest
 from explaining import STEPS, unstated
@@ -223,6 +224,22 @@ def test_a_fault_smaller_than_what_the_table_of_gelu_costs(
     assert bool(explanation) is (eps is None)
     assert [cause.named.fault for cause in explanation.causes] == ([] if eps is None else ["norm-epsilon"])
     assert explanation.remaining is None
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_an_epsilon_that_changes_less_than_other_entries_of_the_table(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path, eps: float
+) -> None:
+    """A llama.cpp whose file has ten times gemma3's ε is named though one row met another entry of the table; a right one is right."""
+    model = small_model("gemma3", kind="f32")
+    tokens = tokens_of(model, 16, seed=9)
+    other = faulty_engines.Case("another ε", faulty_engines.number("attention.layer_norm_rms_epsilon", eps), ("norm-epsilon",))
+    dump = faulty_engines.dump_of(other, model, tokens, reference, tmp_path)
+    answer = explain(dump, model, replace(PATIENT, tokens=tokens))
+    assert [(cause.named.fault, cause.named.parameters["eps"]) for cause in answer.causes] == [("norm-epsilon", eps)] * (
+        eps > 1e-6
+    )
+    assert answer.remaining is None
 
 
 def test_a_last_layer_whose_output_has_another_name(reference: Reference, small_model: Callable[..., Path]) -> None:

@@ -57,6 +57,29 @@ def test_a_layer_without_keys_and_values_reads_another_layers(own: bool, read: b
     assert {finding.rule for finding in lint(lines).findings} == ({"same-vector"} if own else set())
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_value_of_the_token_alone_is_the_same_at_equal_tokens(stale: bool) -> None:
+    """Bare lines of a node that a later layer makes from the embedding: it follows the tokens. A row of another token's is stale."""
+    arrays = random(("embd", "blk.1.l_out", "blk.2.l_out"), positions=6)
+    arrays["embd"][[3, 5]] = arrays["embd"][[0, 1]]
+    arrays["blk.2.embd_skip"] = arrays["embd"] * np.float32(3)
+    if stale:
+        arrays["blk.2.embd_skip"][4] = arrays["blk.2.embd_skip"][3]
+    lines = replace(dump(arrays, header=None), end=None)
+    assert {finding.rule for finding in lint(lines).findings} == ({"stale-position"} if stale else set())
+
+
+def test_a_sketch_of_values_near_the_largest_is_infinite() -> None:
+    """Logits that a model hides are -3.4e38: sums of several are beyond float32, in the sketch as in what it is compared with."""
+    arrays = random(("embd", "blk.0.l_out", "logits"), positions=3)
+    arrays["logits"][0, :40] = np.finfo(np.float32).min
+    whole = replace(dump(arrays, slice_size=None), end=None)
+    sketch = whole.points["logits"].sketch
+    assert sketch is not None
+    assert np.isinf(sketch[0]).any()
+    assert "statistics" not in {finding.rule for finding in lint(whole).findings}
+
+
 @pytest.mark.parametrize(("widths", "suspected"), [((256, 256), False), ((256, 192), True), ((320, 320), True)])
 def test_layers_may_pass_on_several_streams(widths: tuple[int, int], suspected: bool) -> None:
     """Bare lines whose layers' outputs are four times as long as other rows are of a model with four streams; outputs of different lengths,

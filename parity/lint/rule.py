@@ -1,6 +1,6 @@
 """The definition of a rule, and of the subject that it checks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -198,6 +198,11 @@ class Subject(Struct, frozen=True, dict=True):
         elif last - first + 1 != len(header.tokens):
             return known
         return {first + i: token for i, token in enumerate(header.tokens)} | known
+
+    def inputs(self, positions: Sequence[int]) -> Mapping[int, Hashable]:
+        """For each of these positions its token, as an id or as the recorded embedding; empty if some are not known."""
+        known: tuple[Mapping[int, Hashable], ...] = (self.ids, self._embeddings)
+        return next((tokens for tokens in known if tokens.keys() >= set(positions)), {})
 
     def same_input(self, a: int, b: int) -> bool | None:
         """Whether the tokens at two positions are the same; None if neither ids nor embeddings show it."""
