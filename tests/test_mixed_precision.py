@@ -8,11 +8,12 @@ import pytest
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
+from checkpoints.answers.explain import Explanation
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.graph import Step
-from engine.replay.precision import rounded
+from engine.replay.precision import cached, rounded
 from parity.diff.compare import Options
 from parity.diff.first import BLAMED
 from parity.explain.explain import ExplainOptions, explain
@@ -104,3 +105,55 @@ def test_a_decoder_in_a_lower_arithmetic_than_its_encoder(
     assert verdict.pattern is not None
     assert "mixed precision" in verdict.pattern.sentence
     assert BLAMED not in verdict.operation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [False, True])
+def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
+    storage: bool, small_model: Callable[..., Path], reference: Reference
+) -> None:
+    """A T5 whose encoder alone is F16: explain blames nothing in the decoder that reads it, and names a wrong product there."""
+    path = small_model("t5")
+    engine = Faulty(path, reference.graph(path))
+    encoder = engine.transformer.encoder
+    assert encoder is not None
+    engine.transformer.encoder = rounded(encoder, "f16", storage=storage)
+
+    def explained(steps: Sequence[Step]) -> Explanation:
+        ours = engine.dump(Planted(()), tokens_of(path, 7, 1), points="all", size=4096, bare=False, steps=steps)
+        assert ours.header is not None
+        ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
+        return explain(ours, path, ExplainOptions(budget=20))
+
+    answer = explained(engine.right)
+    assert answer
+    assert answer.precision_only == "f16"
+    assert not answer.causes
+    scaled = [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(1.002))
+        if step.makes == "blk.1.attn_out"
+        else step
+        for step in engine.right
+    ]
+    answer = explained(scaled)
+    assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
+
+
+@pytest.mark.slow
+def test_a_cache_of_f16_that_nothing_states(sides: Sides) -> None:
+    """Keys and values rounded by the cache alone, whose rows were not recorded: diff and explain name the cache and blame no operation."""
+    engine, ref = sides
+    ours = dump_of(sides, cached(engine.right, "f16"))
+    assert ours.header is not None
+    points = {name: rows for name, rows in ours.points.items() if parse(name).kind not in ("k_read", "v_read")}
+    ours = replace(ours, header=replace(ours.header, kv_type=""), points=points)
+    verdict = compared_on(ours, ref, Options(), engine.model).verdict
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.kq"
+    assert verdict.pattern is not None
+    assert "the cache keeps keys and values in F16" in verdict.pattern.sentence
+    assert BLAMED not in verdict.operation
+    answer = explain(ours, engine.model, ExplainOptions(budget=20))
+    assert "the cache keeps keys and values in F16" in answer.law
+    assert not answer.causes
+    assert answer.placed is None

@@ -41,17 +41,16 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return comparison(ours, ref, replace(options, truth=None))
     if known.case is None:
         return _in_part(as_float32, known.decoder)
-    if _entry(known.case, first.checkpoint) is None:
+    place = _first_computed(exact, known.case, first.checkpoint)
+    if place is None:
         return as_float32
-    pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
+    pair = exact.records.pairs[exact.records.names.index(place)]
     if (beside := _beside(known.case, pair)) is not None:
         entry, errors, recorded = beside
         if spares_elements(errors, entry.taken(known.case.replay.on_host[pair.point], known.case.positions), recorded):
             return as_float32
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
-    plausible = [
-        lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, first.checkpoint)) is not None
-    ]
+    plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
     elsewhere = any(lower.alike < REPRODUCED for lower in plausible)
     followed = _followed(known.case, pair, seconds) if elsewhere else ""
@@ -134,6 +133,12 @@ def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Ver
         f"another way (--compute {kinds[0]} allows for it; `parity explain` and more points and values tell)"
     )
     return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+
+
+def _first_computed(exact: Comparison, case: Case, first: str) -> str | None:
+    """The first point from `first` on that differs and that our engine has: a product whose bias is added apart is none of its steps."""
+    places = [point.checkpoint for point in exact.verdict.points if point.status != AGREES]
+    return next((place for place in places[places.index(first) :] if _entry(case, place) is not None), None)
 
 
 def _entry(case: Case, point: str) -> Expected | None:

@@ -3,7 +3,8 @@
 Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from engine.backend import Array
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
-from engine.replay.precision import rounded
+from engine.replay.precision import CACHES, cached, rounded
 from reports.sentences import ARITHMETIC
 
 from .case import Case
@@ -37,9 +38,9 @@ def rounded_here(
     places = _own_steps(case.transformer.steps, entry.point, recorded)
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
     near: dict[str, float] = {}
-    for kind in KINDS:
-        for storage in (False, True):
-            values = _rounded_value(case, places, kind, entry.point, storage=storage)
+    for kind in (*KINDS, *CACHES):
+        for lower in _ways(kind):
+            values = _rounded_value(case, places, lower, entry.point)
             if values is None:
                 continue
             computed = entry.taken(values, case.positions)
@@ -66,6 +67,13 @@ def law_of_rounding(case: Case, state: SearchState) -> str:
 
 def in_words(kinds: Sequence[str]) -> str:
     """How an operation in one of these arithmetics differs from what lies before it."""
+    if kinds[0] in CACHES:
+        kept = CACHES[kinds[0]]
+        return (
+            f"where the cache keeps keys and values in {ARITHMETIC[kept]}, and no other fault here: nothing states it "
+            f'("kv_type": "{kept}" in the header does)'
+        )
+    kinds = [kind for kind in kinds if kind not in CACHES]
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
     return (
         f"as {named} arithmetic rounds it, while what it is computed from is in float32: mixed precision, and no other fault here "
@@ -84,10 +92,19 @@ def _own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> 
     return numbers[::-1]
 
 
-def _rounded_value(case: Case, places: Sequence[int], kind: str, point: str, *, storage: bool) -> Array | None:
+def _ways(kind: str) -> list[Callable[[Sequence[Step]], list[Step]]]:
+    """The ways in which right engines use a lower type: for factors of products, for every value, for what the cache keeps."""
+    if kind in CACHES:
+        return [partial(cached, kind=CACHES[kind])]
+    return [partial(rounded, kind=kind, storage=storage) for storage in (False, True)]
+
+
+def _rounded_value(
+    case: Case, places: Sequence[int], lower: Callable[[Sequence[Step]], list[Step]], point: str
+) -> Array | None:
     """A point's value with these steps in a lower arithmetic; None where that changes nothing or cannot be computed."""
     steps = list(case.transformer.steps)
-    for number, step in zip(places, rounded([steps[number] for number in places], kind, storage=storage), strict=True):
+    for number, step in zip(places, lower([steps[number] for number in places]), strict=True):
         steps[number] = step
     try:
         value = case.replay.run(steps, lambda name, _: name != point, places[0] if places else 0).get(point)
