@@ -288,6 +288,30 @@ def test_what_an_operation_read_for_its_weight_is_named(
     assert {item.name: item.reason for item in isolation.wrong} == {name: reason for name, (*_, reason) in faults.items()}
 
 
+def test_rows_of_other_positions_do_not_speak_of_the_weight(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """A product whose later rows are those of two positions before, or rows of nothing: its weight is right for the others."""
+    foreign = Foreign(synthetic(layers=2), tmp_path)
+
+    def ring(value: np.ndarray) -> np.ndarray:
+        return np.concatenate([value[:4], value[2:4]])
+
+    def spoiled(value: np.ndarray) -> np.ndarray:
+        return np.concatenate([value[:4], -2 * value[4:]])
+
+    changes = {"blk.0.ffn_up": ring, "blk.1.ffn_up": spoiled}
+
+    def faulty(step: Step) -> Step:
+        if (change := changes.get(step.makes)) is None:
+            return step
+        return replace(step, op=lambda *inputs, **given: change(step.op(*inputs, **given)))
+
+    isolation = foreign.judged([faulty(step) for step in foreign.right])
+    assert {item.name: item.reason for item in isolation.wrong} == {
+        "blk.0.ffn_up": "2 of 6 positions; position t holds the right value of position t − 2",
+        "blk.1.ffn_up": "2 of 6 positions; its weight is right for the others",
+    }
+
+
 def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[..., Path], tmp_path: Path) -> None:
     """A JSONL dump whose records carry every value is judged without a tensors file, with the same result."""
     foreign = Foreign(synthetic(layers=4), tmp_path)

@@ -58,3 +58,21 @@ class Held(Struct, frozen=True):
             return np.zeros((0, 0)), np.zeros((0, 0))
         off = self.errors > limit
         return self.dumped[off].astype(np.float64), self.ours.reshape(self.dumped.shape)[off].astype(np.float64)
+
+    def of_other_positions(self, limit: float) -> str:
+        """That the wrong rows are the right ones of other positions, and how far away if that is the same for all; "" if they are not."""
+        wrong, _ = self.wrong_rows(limit)
+        if not len(wrong) or len(self.positions) != len(self.dumped):
+            return ""
+        right = self.ours.reshape(self.dumped.shape).astype(np.float64)
+        away = set[int]()
+        for row, position in zip(wrong, self.positions[self.errors > limit].tolist(), strict=True):
+            errors = np.sum((right - row) ** 2, axis=1) / max(float(row @ row), 1e-300)
+            nearest = int(np.argmin(errors))
+            if not errors[nearest] <= limit:
+                return ""
+            away.add(position - int(self.positions[nearest]))
+        if len(away) > 1:
+            return "they hold the right values of other positions"
+        by = away.pop()
+        return f"position t holds the right value of position t {'−' if by > 0 else '+'} {abs(by)}"
