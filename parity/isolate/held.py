@@ -62,14 +62,16 @@ class Held(Struct, frozen=True):
     def of_other_positions(self, limit: float) -> str:
         """That the wrong rows are the right ones of other positions, and how far away if that is the same for all; "" if they are not."""
         wrong, _ = self.wrong_rows(limit)
-        if not len(wrong) or len(self.positions) != len(self.dumped):
+        if not len(wrong) or len(self.positions) != len(self.dumped) or not np.isfinite(wrong).all():
             return ""
         right = self.ours.reshape(self.dumped.shape).astype(np.float64)
         away = set[int]()
         for row, position in zip(wrong, self.positions[self.errors > limit].tolist(), strict=True):
-            errors = np.sum((right - row) ** 2, axis=1) / max(float(row @ row), 1e-300)
+            with np.errstate(all="ignore"):  # a foreign engine's values may be as large as they like
+                errors = np.sum((right - row) ** 2, axis=1)
+                near = errors <= limit * (row @ row)
             nearest = int(np.argmin(errors))
-            if not errors[nearest] <= limit:
+            if not near[nearest]:
                 return ""
             away.add(position - int(self.positions[nearest]))
         if len(away) > 1:

@@ -22,6 +22,7 @@ _NAMED = 4  # outputs that are named
 OF_THE_WEIGHT = "not rounding: rows, layout or format of the weight, or its bias"
 
 
+@np.errstate(all="ignore")  # a foreign engine's values may be infinite, or as large as they like
 def look_of(
     step: Step,
     x: NDArray[np.float32],
@@ -97,6 +98,7 @@ def _error(values: NDArray[np.float32], dumped: NDArray[np.float32]) -> float:
     return float(np.sum((values - wide) ** 2)) / max(float(np.sum(wide**2)), 1e-300)
 
 
+@np.errstate(all="ignore")
 def other_epsilon(
     step: Step, x: NDArray[np.float32], dumped: NDArray[np.float32], weights: WeightSource, limit: float
 ) -> float | None:
