@@ -17,12 +17,13 @@ from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
 from ..diff.routing import in_order_of_experts
+from ..diff.scatter import spares_elements
 from .case import Case
 from .known_model import KnownModel
-from .mixed import in_words, rounded_here
+from .mixed import in_words, noise_here, noise_in_words, rounded_here
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
-from .spared import spares_elements, spares_records
+from .spared import spares_records
 from .systematic import SECONDS, systematic
 
 
@@ -75,10 +76,16 @@ def _in_part(as_float32: Comparison, case: Case | None) -> Comparison:
         return as_float32
     number = records.names.index(first.checkpoint)
     beside = _beside(case, records.pairs[number])
-    kinds = () if beside is None else rounded_here(case, entry, *beside[1:], set(records.names[:number]))
-    if not kinds:
+    if beside is None:
         return as_float32
-    pattern = Pattern("undecided", f"{first.checkpoint} is the right one {in_words(kinds)}")
+    before = set(records.names[:number])
+    if kinds := rounded_here(case, entry, *beside[1:], before):
+        sentence = f"{first.checkpoint} is the right one {in_words(kinds)}"
+    elif kind := noise_here(case, entry, *beside[1:], before):
+        sentence = f"{first.checkpoint}: {noise_in_words(kind)}"
+    else:
+        return as_float32
+    pattern = Pattern("undecided", sentence)
     return replace(as_float32, verdict=replace(as_float32.verdict, pattern=pattern, operation=""))
 
 
