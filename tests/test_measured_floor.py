@@ -170,7 +170,7 @@ def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, right: Dump,
     assert not verdict
     assert verdict.pattern is not None
     assert verdict.pattern.code == "one-number"
-    assert "times 1 +1.0e-03" in verdict.pattern.sentence
+    assert "were multiplied by 1.0010" in verdict.pattern.sentence
 
 
 @pytest.mark.slow

@@ -196,3 +196,41 @@ def _head_scaled(step: Step, by: float) -> Step:
         return out
 
     return replace(step, op=changed)
+
+
+def in_thirds(value: np.ndarray) -> np.ndarray:
+    """Rounded to F16 in other places than ours rounds, as sums in F16 are."""
+    return (value / np.float32(3)).astype(np.float16).astype(np.float32) * np.float32(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "undecided"),
+    [
+        (in_thirds, True),
+        (lambda value: value * np.float32(1.0002), False),
+        (lambda value: in_thirds(value) * np.float32(1.01), False),
+    ],
+)
+def test_attention_whose_inside_was_not_recorded_may_be_in_f16(
+    sides: Sides, change: Callable[[np.ndarray], np.ndarray], undecided: bool
+) -> None:
+    """A flash attention with sums in F16 shows its result alone: no operation is blamed, and nothing is acquitted. A factor is a fault
+    all the same, be it as small as that rounding."""
+    engine, ref = sides
+
+    def flash(step: Step) -> Step:
+        if not step.makes.endswith(".kqv_out"):
+            return step
+        return replace(step, op=lambda *given, **params: change(step.op(*given, **params)))
+
+    ours = dump_of(sides, [flash(step) for step in engine.right])
+    inside = ("k_read", "v_read", "kq", "kq_soft_max", "kqv_out")
+    seen = {name: rows for name, rows in ours.points.items() if parse(name).kind not in inside}
+    verdict = compared_on(replace(ours, points=seen, end=None), ref, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code == "undecided") == undecided
+    if undecided:
+        assert not verdict.operation
+        assert "flash attention" in verdict.pattern.sentence
