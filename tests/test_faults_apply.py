@@ -107,6 +107,18 @@ def test_a_change_of_a_changed_operation_takes_what_that_takes(tmp_path: Path) -
         Planting(shifted).edits(replace(CATALOGUE["no-qkv-bias"], change=_two_weights), (1,), {"at": ("q",)})
 
 
+def test_a_norm_whose_weight_was_taken_away_lends_none(tmp_path: Path) -> None:
+    """Of two faults, the second of which reads the weight of a norm that the first left without one: it says that it does not apply."""
+    engine = small_engine(tmp_path)
+    bare = plant(engine.right, CATALOGUE["norm-weight-missing"], (1,), at=("ffn_norm",))
+    for fault, parameters in (
+        ("norms-exchanged", {"at": ("attn_norm",)}),
+        ("norm-of-other", {"norm": ("attn_norm", "ffn_norm")}),
+    ):
+        with pytest.raises(NotApplicable):
+            plant(bare, CATALOGUE[fault], (1,), **parameters)
+
+
 def _two_weights(step: Step, _right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
     return replace(step, weights=(None, None))
 
