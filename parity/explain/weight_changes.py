@@ -82,13 +82,13 @@ def _reordered(size: int, axis: int, of: str, *, rows: bool) -> Iterator[Changed
 
 
 def _orders(count: int) -> Iterator[list[int]]:
-    """Orders of so many parts; halves are no quarters that are exchanged in pairs."""
+    """Orders of so many parts, but for those of parts twice as large."""
     if count <= _ALL_ORDERS:
         halves = [[2, 3, 0, 1]] if count == 4 else []
         yield from (order for order in map(list, permutations(range(count))) if order != sorted(order) and order not in halves)
         return
     yield from (_swapped(pair, count) for pair in combinations(range(count), 2))
-    yield from ([(number + by) % count for number in range(count)] for by in range(1, count) if 2 * by != count)
+    yield from ([(number + by) % count for number in range(count)] for by in range(1, count, 2))
 
 
 def _swapped(pair: Sequence[int], count: int) -> list[int]:
