@@ -49,7 +49,7 @@ def changes(shape: Sequence[int], kind: int) -> Iterator[Changed]:
         yield from _reordered(shape[last], last, " of each row", rows=False)
         whose = " of its rows" if len(shape) == 2 else " of each expert's rows"
         yield from _reordered(shape[-2], last - 1, whose, rows=True)
-    for by in (sign * count for count in _SHIFTS if count < shape[last] for sign in (1, -1)):
+    for by in (sign * count for count in _SHIFTS if 2 * count < shape[last] for sign in (1, -1)):
         elements = "1 element" if abs(by) == 1 else f"{abs(by)} elements"
         yield Changed(f"read from {elements} too {'early' if by > 0 else 'late'}", _rolled(by), _moved(by))
     yield from _as_other_type(kind)
