@@ -1,9 +1,9 @@
 """Faults that no entry of the catalogue describes, one edited operation each: is one acquitted, or given a wrong cause?
 
-Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…] [--further]`. Every case
-is drawn by its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation, edited in
-one layer, from one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or all, F32
-stated or not.
+Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…] [--further | --rare]`.
+Every case is drawn by its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation,
+edited in one layer, from one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or
+all, F32 stated or not.
 
 An edit (`benchmarks/random_edits.py`) changes the operation's result or one operand:
 scales it (0.5 % to 2 times), shifts it, rolls or permutes it, exchanges two
@@ -11,12 +11,14 @@ elements, negates one, sets one or all after it to zero, or takes another positi
 often it exchanges two heads, gives an expert the weights of another, halves a bias, takes the next layer's weight or scales by 1.002.
 With `--further` it is one of `FURTHER`: elements of two heads exchanged, one position stale, a product summed in F16 in blocks of 32, a
 clamp, absolute values, everything behind an element one place on, a head of zeros, the mean over positions subtracted, powers of 2 for
-exp, the first position's values at all, a value of the layer before, a bias added twice.
+exp, the first position's values at all, a value of the layer before, a bias added twice. With `--rare` it is one of `RARE`
+(`benchmarks/rare_edits.py`): a part of an operand, a weight, a table.
 
 `acquitted`: the answer is "no fault" though a recorded value differs. `wrong cause`: it names a fault that does not reproduce the engine's
 numbers, in whole rows, at every recorded point (up to the place that the answer leaves unexplained, if it leaves one). `located`: the
 first place is the first recorded point that the edit changes, and the edited operation is among those suspected; `at the operation`: it
-is the only one suspected. `elsewhere`: any other place.
+is the only one suspected. `unseen`: not all of a row was recorded, the first place lies behind the edited operation, and the answer says
+that it is not sure of it. `elsewhere`: any other place.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from explain_precision import random_model
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 from random_edits import FAULTS, FURTHER, PARTS, WAYS, Edit, drawn, replay
+from rare_edits import RARE
 
 from checkpoints.answers.explain import Explanation, Named
 from checkpoints.record import Dump
@@ -96,7 +99,7 @@ def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, 
     if answer.placed is None or answer.first is None:
         return "elsewhere"
     if edit.first not in answer.placed.operations:
-        return "elsewhere"
+        return "elsewhere" if answer.placed.sure else "unseen"
     return "at the operation" if len(answer.placed.operations) == 1 else "located"
 
 
@@ -143,12 +146,12 @@ def dump_of(
     return dump
 
 
-def cases(models: Models, seeds: range, budget: float, further: bool) -> Iterator[tuple[str, str, str, float]]:
+def cases(models: Models, seeds: range, budget: float, ways: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
     """Every case's edit, points, outcome and seconds; each is printed when it is done."""
     for seed in seeds:
         draw = random.Random(seed)
         name, faulty, tokens = models.of(seed, draw)
-        edit = drawn(faulty, tokens, draw, further)
+        edit = drawn(faulty, tokens, draw, ways)
         points, size = draw.choice(["default", "*"]), draw.choice(SLICES)
         bare, stated = draw.random() < 0.5, draw.random() < 0.5
         dump = dump_of(faulty, edit.steps, tokens, points, size, bare, stated)
@@ -163,7 +166,7 @@ def cases(models: Models, seeds: range, budget: float, further: bool) -> Iterato
 
 def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     """Outcomes by edit, and the times."""
-    words = ("named", "at the operation", "located", "elsewhere", "not seen", "acquitted", "wrong cause")
+    words = ("named", "at the operation", "located", "unseen", "elsewhere", "not seen", "acquitted", "wrong cause")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for how, points, outcome_name, _ in measured:
         for row in (how, "default points" if points == "default" else "all points", "all"):
@@ -171,7 +174,7 @@ def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     lines = [f"| edit | {' | '.join(words)} |", f"|---|{'---|' * len(words)}"]
     lines += [
         f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |"
-        for row in (*WAYS, *PARTS, *FURTHER, *list(counts))
+        for row in (*WAYS, *PARTS, *FURTHER, *RARE, *list(counts))
         if row in counts
     ]
     times = sorted(spent for *_, spent in measured)
@@ -185,11 +188,13 @@ def main() -> None:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--budget", type=float, default=20.0)
     parser.add_argument("--arch", default=",".join(ARCHITECTURES))
-    parser.add_argument("--further", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--further", dest="ways", action="store_const", const=FURTHER)
+    kinds.add_argument("--rare", dest="ways", action="store_const", const=RARE, default=())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Reference() as reference:
         models = Models(Path(folder), reference, tuple(options.arch.split(",")))
-        measured = list(cases(models, range(options.first, options.first + options.n), options.budget, options.further))
+        measured = list(cases(models, range(options.first, options.first + options.n), options.budget, options.ways or ()))
     print(table(measured))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 from planted import Faulty, half_sums
+from rare_edits import RARE, rare
 
 from checkpoints.points import parse
 from engine import ops
@@ -143,6 +144,8 @@ def _edited(
     step: Step, how: str, draw: random.Random, right: dict[str, Step], shapes: dict[str, tuple[int, ...]]
 ) -> Step | None:
     """The step with this edit; None if its shapes do not allow it."""
+    if how in RARE:
+        return rare(step, how, draw)
     if how in FURTHER:
         return _further_edited(step, how, draw, right)
     if how in PARTS:
@@ -209,6 +212,12 @@ def _part_edited(step: Step, how: str, right: dict[str, Step]) -> Step | None:
     return replace(step, weights=(Altered(first, doubled), *step.weights[1:]))
 
 
+def _plain(step: Step, kind: str, how: str) -> bool:
+    """Whether a usual edit of this step makes what an engine could compute: no row behind a mask, no history, is moved."""
+    inside = kind in _INSIDE and (how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted") or how in _RESULTS)
+    return step.axis == 0 and not inside and not any(isinstance(read, History) for read in step.reads)
+
+
 def replay(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> Replay:
     """These steps run over these tokens in one pass."""
     count, transformer = len(tokens), faulty.transformer
@@ -216,21 +225,17 @@ def replay(faulty: Faulty, steps: Sequence[Step], tokens: tuple[int, ...]) -> Re
         return Replay(steps, tokens, range(count), [0] * count, transformer.weights, transformer.backend)
 
 
-def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random, further: bool = False) -> Edit:
-    """One operation edited in some layers, in a usual or in a further way."""
+def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random, ways: Sequence[str] = ()) -> Edit:
+    """One operation edited in some layers, in one of these ways or, where none are given, in a usual one."""
     right = {step.makes: step for step in faulty.right}
     values = replay(faulty, faulty.right, tokens).values
     shapes = {name: values[name].shape for name in right if values[name].dtype.kind == "f"}
     while True:
+        how = draw.choice(ways or (WAYS if draw.random() < 0.5 else PARTS))
         chosen = draw.choice(faulty.right)
-        ways = FURTHER if further else WAYS if draw.random() < 0.5 else PARTS
-        how, layers = draw.choice(ways), draw.choice(["one", "all", "from"])
+        layers = draw.choice(["one", "all", "from"])
         head, _, kind = chosen.makes.rpartition(".")
-        inside = kind in _INSIDE and (
-            how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted") or how in _RESULTS
-        )
-        history = any(isinstance(read, History) for read in chosen.reads)
-        if chosen.axis != 0 or inside or history or chosen.makes not in shapes or chosen.makes.startswith(SEEN):
+        if chosen.makes not in shapes or chosen.makes.startswith(SEEN) or (how not in RARE and not _plain(chosen, kind, how)):
             continue
         seed = draw.randrange(1 << 30)
         same = [name for name in right if head and name.endswith(f".{kind}")]

@@ -21,6 +21,7 @@ import json
 import os
 import random
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -268,6 +269,10 @@ def _engines_of(model: Model, seed: int, reference: Reference, *, explained: boo
                     line["said"]["isolate"] = isolated(model, whole, kind if way.stated else "", reference)
             except ParityError as error:
                 line["said"] = {"all": f"accused: refused, {error}"}
+            except Exception as error:  # an internal error is a finding, too, and the sweep goes on
+                line["said"] = {
+                    "all": f"accused: {type(error).__name__} {error} at {traceback.extract_tb(error.__traceback__)[-1]}"
+                }
             yield line | {"seconds": round(process_time() - began, 2)}
             number += 1
 

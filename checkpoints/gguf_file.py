@@ -297,8 +297,10 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
         cursor.skip_value(kind)
         metadata[key] = Value(kind, data[start : cursor.at])
     tensors: dict[str, TensorEntry] = {}
-    for _ in range(n_tensors):
+    for number in range(n_tensors):
         name, n_dims = cursor.string(), cursor.number("I")
+        if not name:
+            raise ValueError(f"tensor {number:,} has no name")
         if not 0 < n_dims <= _MAX_DIMS:
             raise ValueError(f"tensor {name!r} has {n_dims} dimensions")
         ne = tuple(cursor.number("Q") for _ in range(n_dims))

@@ -262,7 +262,7 @@ def expand(expression: str) -> list[str]:
     `{a,b}` lists and `{1..5}` ranges expand as in a shell, whether or not such points exist.
 
     Raises:
-        InputError: unbalanced braces, or more than 10,000 names.
+        InputError: unbalanced braces, a range of something else than numbers, or more than 10,000 names.
     """
     parts: list[str] = []
     depth, start = 0, 0
@@ -286,13 +286,16 @@ def _braces(text: str) -> list[str]:
     match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", text)  # as in a shell, `{}` and `{x}` stay as they are
     if not match:
         return [text]
-    if span := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", match[1]):
-        low, high = int(span[1]), int(span[2])
-        if high - low >= _MAX_EXPANSION:
+    options = match[1].split(",")
+    if len(options) == 1:
+        span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+        if not span:
+            raise InputError(f"{match[0]} is no range of numbers.", "Write e.g. {1..5}, or * for all.", code="points")
+        first, last = int(span[1]), int(span[2])
+        if abs(last - first) >= _MAX_EXPANSION:
             raise InputError(f"the range {match[0]} is too long.", "Use *.", code="points")
-        options = [str(number) for number in range(low, high + 1)]
-    else:
-        options = match[1].split(",")
+        down = -1 if last < first else 1
+        options = [str(number) for number in range(first, last + down, down)]
     expanded: list[str] = []
     for option in options:
         expanded += _braces(text[: match.start()] + option + text[match.end() :])

@@ -14,7 +14,7 @@ from checkpoints.record import Dump
 from engine.faults import CATALOGUE
 from engine.replay.precision import rounded
 from parity.diff.compare import Options, compare
-from parity.diff.eight_bits import one_is_scaled, share_along
+from parity.diff.scatter import one_is_scaled, share_along
 from reports.sentences import answer
 
 RIGHT = Planted(())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faulty_engines
 import numpy as np
 import pytest
 from explaining import STEPS, unstated
@@ -114,6 +115,36 @@ def test_right_engines_in_lower_arithmetic_are_not_accused(engine: Faulty, kind:
     assert explanation.causes == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "seed", "count", "kind", "storage"),
+    [
+        (
+            "bailingmoe",
+            60000,
+            8,
+            "bf16",
+            False,
+        ),  # weights of experts that all but tie cost our other way of rounding 40 times as much
+        ("glm-dsa", 60001, 8, "q8", False),  # rows of zeros, which no arithmetic changes
+        ("mellum", 60010, 8, "q8", False),  # two experts that exchange places
+        ("glm-dsa", 60001, 8, "bf16", True),  # an expert that replaces another, and all that follows from it
+    ],
+)
+def test_right_engines_in_lower_arithmetic_are_not_accused_at_any_point(
+    reference: Reference, stories: Path, tmp_path: Path, name: str, seed: int, count: int, kind: str, storage: bool
+) -> None:
+    """With every point recorded no cause is named, and no operation called one of another precision than the rest."""
+    model = tmp_path / "m.gguf"
+    weights = "f16" if name == "glm-dsa" else "f32"
+    make_by_recipe(model, RECIPES[name], shape_of(RECIPES[name]), {}, kind=weights, seed=seed, tokenizer=stories)
+    engine = Faulty(model, reference.graph(model))
+    tokens = tokens_of(model, count, seed=seed)
+    dump = unstated(engine.dump(Planted(()), tokens, points="*", steps=rounded(engine.right, kind, storage=storage)))
+    explanation = explain(dump, model, PATIENT)
+    assert explanation, explanation.law
+    assert kind in {explanation.precision_only, *explanation.precision_alike}
+
+
 def _largest_ones(x: Array) -> Array:
     """Values whose two largest columns of the first ten, of which most of the rounding's error is, are off by a thousandth."""
     changed = x.copy()
@@ -193,6 +224,22 @@ def test_a_fault_smaller_than_what_the_table_of_gelu_costs(
     assert bool(explanation) is (eps is None)
     assert [cause.named.fault for cause in explanation.causes] == ([] if eps is None else ["norm-epsilon"])
     assert explanation.remaining is None
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_an_epsilon_that_changes_less_than_other_entries_of_the_table(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path, eps: float
+) -> None:
+    """A llama.cpp whose file has ten times gemma3's ε is named though one row met another entry of the table; a right one is right."""
+    model = small_model("gemma3", kind="f32")
+    tokens = tokens_of(model, 16, seed=9)
+    other = faulty_engines.Case("another ε", faulty_engines.number("attention.layer_norm_rms_epsilon", eps), ("norm-epsilon",))
+    dump = faulty_engines.dump_of(other, model, tokens, reference, tmp_path)
+    answer = explain(dump, model, replace(PATIENT, tokens=tokens))
+    assert [(cause.named.fault, cause.named.parameters["eps"]) for cause in answer.causes] == [("norm-epsilon", eps)] * (
+        eps > 1e-6
+    )
+    assert answer.remaining is None
 
 
 def test_a_last_layer_whose_output_has_another_name(reference: Reference, small_model: Callable[..., Path]) -> None:

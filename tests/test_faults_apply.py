@@ -123,6 +123,17 @@ def _two_weights(step: Step, _right: Mapping[str, Step], _parameters: Mapping[st
     return replace(step, weights=(None, None))
 
 
+def test_a_norm_that_was_left_out_has_no_weight_to_lend(small_model: Callable[..., Path], reference: Reference) -> None:
+    """Norms of heads left out, then their weights exchanged: the second does not apply, since there is neither norm nor weight."""
+    model = small_model("qwen3", layers=1)
+    engine = Transformer(GgufModel(model), choose("numpy"), recorded=reference.graph(model))
+    right = Replay(engine.steps, range(4), range(4), [0] * 4, engine.weights, engine.backend)
+    both = {"at": ("q_norm", "k_norm")}
+    chosen = ((CATALOGUE["head-norm-missing"], both), (CATALOGUE["norms-exchanged"], both))
+    assert _run(right, list(engine.steps), chosen[:1], None)
+    assert not _run(right, list(engine.steps), chosen, None)
+
+
 @pytest.mark.parametrize("lacking", [SHORT, LONG])
 def test_factors_of_one_length_have_no_others(
     lacking: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path

@@ -163,6 +163,16 @@ def test_a_number_of_heads_that_is_missing_is_said(small: Path, tmp_path: Path) 
         GgufModel(path).hyperparameters  # noqa: B018
 
 
+def test_a_tensor_without_a_name_is_refused(small: Path, tmp_path: Path) -> None:
+    """llama.cpp leaves it out of a copy, and the copy was blamed on the disk: it is said of the file."""
+    whole = contents(small)
+    nameless = [replace(entry, name="") if number == 2 else entry for number, entry in enumerate(whole.tensors)]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header_bytes(whole.metadata, nameless) + small.read_bytes()[whole.data :])
+    with pytest.raises(ModelError, match="tensor 2 has no name"):
+        contents(path)
+
+
 def test_a_key_that_occurs_twice_is_refused(small: Path, tmp_path: Path) -> None:
     """Of two values of one key none is taken, as llama.cpp takes none."""
     whole = contents(small)

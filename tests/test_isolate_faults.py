@@ -14,7 +14,7 @@ from slow import slow_but
 
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
 from engine.faults import CATALOGUE, plant
-from engine.graph import Step
+from engine.graph import Altered, Step
 from engine.opened import open_plain
 from engine.weights.gguf_model import GgufModel
 from parity.isolate.isolate import IsolateRequest, isolate
@@ -249,6 +249,43 @@ def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_
     assert first.reason == "it is right with an epsilon of 0.001 instead of 1e-06"
     final = foreign.judged(plant(foreign.right, CATALOGUE["no-final-norm"]))
     assert [item.reason for item in final.wrong] == ["its output is its input: not normalised"]
+
+
+def test_an_epsilon_of_layer_norms_is_named_with_its_value(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """A LayerNorm with another ε is told as that: its mean and its bias are taken off before ε is solved for."""
+    foreign = Foreign(small_model("starcoder2", layers=2), tmp_path, reference)
+    isolation = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
+    reasons = {item.name: item.reason for item in isolation.wrong}
+    assert reasons == dict.fromkeys(
+        ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), "it is right with an epsilon of 0.001 instead of 1e-05"
+    )
+
+
+def test_what_an_operation_read_for_its_weight_is_named(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """Norms without their weight or bias, or with the weight of another norm or layer; a product with another layer's: six at once."""
+    foreign = Foreign(small_model("starcoder2", layers=3), tmp_path, reference)
+    faults: dict[str, tuple[int, str | Callable[[np.ndarray], np.ndarray], str]] = {
+        "blk.0.attn_norm": (0, lambda weight: weight + np.float32(1), "it is right with 1 + blk.0.attn_norm.weight"),
+        "blk.0.ffn_norm": (1, np.zeros_like, "it is right without blk.0.ffn_norm.bias"),
+        "blk.1.attn_norm": (0, "blk.1.ffn_norm.weight", "it is right with blk.1.ffn_norm.weight"),
+        "blk.1.ffn_norm": (0, np.ones_like, "it is right without blk.1.ffn_norm.weight"),
+        "blk.2.attn_norm": (0, "blk.0.attn_norm.weight", "it is right with blk.0.attn_norm.weight"),
+        "blk.2.v": (0, "blk.0.attn_v.weight", "it is the product with blk.0.attn_v.weight"),
+    }
+
+    def faulty(step: Step) -> Step:
+        if step.makes not in faults:
+            return step
+        weights, (at, other, _) = list(step.weights), faults[step.makes]
+        changed = other if isinstance(other, str) else Altered(str(weights[at]), lambda source, name: other(source.get(name)))
+        return replace(step, weights=(*weights[:at], changed, *weights[at + 1 :]))
+
+    isolation = foreign.judged([faulty(step) for step in foreign.right])
+    assert {item.name: item.reason for item in isolation.wrong} == {name: reason for name, (*_, reason) in faults.items()}
 
 
 def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[..., Path], tmp_path: Path) -> None:

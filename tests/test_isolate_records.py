@@ -59,6 +59,25 @@ def test_a_dump_in_half_precision_is_right_as_far_as_it_shows(experts: Foreign, 
     assert logits.reason.startswith("the right value rounded to F16, as the records of others are")
 
 
+@pytest.mark.slow
+def test_scores_of_one_head_are_whole_rows(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """A right engine's lines of the scores that choose keys, which have no axis of heads: read, and none of its operations blamed."""
+    foreign = Foreign(small_model("deepseek32"), tmp_path, reference)
+    isolation = foreign.judged(foreign.right, full=False)
+    assert isolation
+    assert statuses(isolation, 1)["indexer_score"] == PROVEN
+
+
+@pytest.mark.slow
+def test_layers_that_llama_cpp_cannot_run_alone_are_not_observable(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """llama.cpp ends its process when GLM4-MoE is given a hidden state: no answer on those layers, and no error of the request."""
+    foreign = Foreign(small_model("glm4moe"), tmp_path, reference)
+    isolation = foreign.judged(foreign.right, full=False, points="embd,blk.*.l_out")
+    assert {statuses(isolation, layer)["layer"] for layer in (1, 2)} == {NOT_OBSERVABLE}
+
+
 def test_a_layer_that_is_computed_in_half_precision_is_wrong(experts: Foreign, reference: Reference) -> None:
     """The next layer reads the rounded values themselves: this engine does not compute in float32, and says that it does."""
     steps = [

@@ -28,16 +28,68 @@ _SPARSE = {"deepseek32", "glm-dsa"}
     [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in RECIPES if name not in _SPARSE],
 )
 def test_no_finding(reference: Reference, small_model: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    """All points, two generated tokens where the model generates any, with the model file and without."""
+    """All points, two generated tokens where the model generates any, with the model file and without, and as bare lines."""
     model, out = small_model(name), tmp_path / "ref.jsonl"
     try:
         reference.dump(DumpJob(model, out, TOKENS, points="all", generate=2))
     except InputError as error:
         assert "Leave --generate out" in error.advice  # noqa: PT017 - what else it refuses is a failure
         reference.dump(DumpJob(model, out, TOKENS, points="all"))
-    dump = read(out)
-    for known in (model, None):
-        assert [(finding.rule, finding.evidence) for finding in lint(dump, known).findings] == []
+    whole = read(out)
+    bare = {point: replace(rows, stats={}, sketch=None) for point, rows in whole.points.items()}
+    for written in (whole, replace(whole, header=None, points=bare)):
+        for known in (model, None):
+            assert [(finding.rule, finding.evidence) for finding in lint(written, known).findings] == []
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["no keys of its own", "keys of its own"])
+@pytest.mark.parametrize("read", [True, False], ids=["caches recorded", "attention's result only"])
+def test_a_layer_without_keys_and_values_reads_another_layers(own: bool, read: bool) -> None:
+    """Bare lines of a model whose last layer has no keys and values: what it reads is layer 1's. Where it has its own, that is stale."""
+    kinds = ("q", "k", "v", "kqv_out", "l_out") + ("k_read", "v_read") * read
+    arrays = random(("embd", *(f"blk.{layer}.{kind}" for layer in range(4) for kind in kinds)), positions=5)
+    for kind in ("k_read", "v_read") * read:
+        arrays[f"blk.3.{kind}"] = arrays[f"blk.1.{kind}"]
+    arrays["blk.3.kqv_out"][0] = arrays["blk.1.kqv_out"][0]  # over one position: its value
+    if not own:
+        del arrays["blk.3.k"], arrays["blk.3.v"]
+    lines = replace(dump(arrays, header=None), end=None)
+    assert {finding.rule for finding in lint(lines).findings} == ({"same-vector"} if own else set())
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_value_of_the_token_alone_is_the_same_at_equal_tokens(stale: bool) -> None:
+    """Bare lines of a node that a later layer makes from the embedding: it follows the tokens. A row of another token's is stale."""
+    arrays = random(("embd", "blk.1.l_out", "blk.2.l_out"), positions=6)
+    arrays["embd"][[3, 5]] = arrays["embd"][[0, 1]]
+    arrays["blk.2.embd_skip"] = arrays["embd"] * np.float32(3)
+    if stale:
+        arrays["blk.2.embd_skip"][4] = arrays["blk.2.embd_skip"][3]
+    lines = replace(dump(arrays, header=None), end=None)
+    assert {finding.rule for finding in lint(lines).findings} == ({"stale-position"} if stale else set())
+
+
+def test_a_sketch_of_values_near_the_largest_is_infinite() -> None:
+    """Logits that a model hides are -3.4e38: sums of several are beyond float32, in the sketch as in what it is compared with."""
+    arrays = random(("embd", "blk.0.l_out", "logits"), positions=3)
+    arrays["logits"][0, :40] = np.finfo(np.float32).min
+    whole = replace(dump(arrays, slice_size=None), end=None)
+    sketch = whole.points["logits"].sketch
+    assert sketch is not None
+    assert np.isinf(sketch[0]).any()
+    assert "statistics" not in {finding.rule for finding in lint(whole).findings}
+
+
+@pytest.mark.parametrize(("widths", "suspected"), [((256, 256), False), ((256, 192), True), ((320, 320), True)])
+def test_layers_may_pass_on_several_streams(widths: tuple[int, int], suspected: bool) -> None:
+    """Bare lines whose layers' outputs are four times as long as other rows are of a model with four streams; outputs of different lengths,
+    or as long as all five positions together, are not.
+    """
+    arrays = random(("embd", "blk.0.attn_norm", "blk.1.attn_norm", "output_norm"), positions=5)
+    for layer, width in enumerate(widths):
+        arrays[f"blk.{layer}.l_out"] = np.random.default_rng(layer).standard_normal((5, width), dtype=np.float32)
+    lines = replace(dump(arrays, header=None), end=None)
+    assert {finding.rule for finding in lint(lines).findings} == ({"shape"} if suspected else set())
 
 
 def test_parts_of_one_product_are_not_alike(reference: Reference, small_model: Callable[..., Path], tmp_path: Path) -> None:

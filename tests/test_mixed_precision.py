@@ -8,11 +8,12 @@ import pytest
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
+from checkpoints.answers.explain import Explanation
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.graph import Step
-from engine.replay.precision import rounded
+from engine.replay.precision import cached, rounded
 from parity.diff.compare import Options
 from parity.diff.first import BLAMED
 from parity.explain.explain import ExplainOptions, explain
@@ -104,3 +105,93 @@ def test_a_decoder_in_a_lower_arithmetic_than_its_encoder(
     assert verdict.pattern is not None
     assert "mixed precision" in verdict.pattern.sentence
     assert BLAMED not in verdict.operation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [False, True])
+def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
+    storage: bool, small_model: Callable[..., Path], reference: Reference
+) -> None:
+    """A T5 whose encoder alone is F16: explain blames nothing in the decoder that reads it, and names a wrong product there."""
+    path = small_model("t5")
+    engine = Faulty(path, reference.graph(path))
+    encoder = engine.transformer.encoder
+    assert encoder is not None
+    engine.transformer.encoder = rounded(encoder, "f16", storage=storage)
+
+    def explained(steps: Sequence[Step]) -> Explanation:
+        ours = engine.dump(Planted(()), tokens_of(path, 7, 1), points="all", size=4096, bare=False, steps=steps)
+        assert ours.header is not None
+        ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
+        return explain(ours, path, ExplainOptions(budget=20))
+
+    answer = explained(engine.right)
+    assert answer
+    assert answer.precision_only == "f16"
+    assert not answer.causes
+    scaled = [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(1.002))
+        if step.makes == "blk.1.attn_out"
+        else step
+        for step in engine.right
+    ]
+    answer = explained(scaled)
+    assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
+
+
+@pytest.mark.slow
+def test_a_cache_of_f16_that_nothing_states(sides: Sides) -> None:
+    """Keys and values rounded by the cache alone, whose rows were not recorded: diff and explain name the cache and blame no operation."""
+    engine, ref = sides
+    ours = dump_of(sides, cached(engine.right, "f16"))
+    assert ours.header is not None
+    points = {name: rows for name, rows in ours.points.items() if parse(name).kind not in ("k_read", "v_read")}
+    ours = replace(ours, header=replace(ours.header, kv_type=""), points=points)
+    verdict = compared_on(ours, ref, Options(), engine.model).verdict
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.kq"
+    assert verdict.pattern is not None
+    assert "the cache keeps keys and values in F16" in verdict.pattern.sentence
+    assert BLAMED not in verdict.operation
+    answer = explain(ours, engine.model, ExplainOptions(budget=20))
+    assert "the cache keeps keys and values in F16" in answer.law
+    assert not answer.causes
+    assert answer.placed is None
+
+
+def in_thirds(value: np.ndarray) -> np.ndarray:
+    """Rounded to F16 in other places than ours rounds, as sums in F16 are."""
+    return (value / np.float32(3)).astype(np.float16).astype(np.float32) * np.float32(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "undecided"),
+    [
+        (in_thirds, True),
+        (lambda value: value * np.float32(1.0002), False),
+        (lambda value: in_thirds(value) * np.float32(1.01), False),
+    ],
+)
+def test_attention_whose_inside_was_not_recorded_may_be_in_f16(
+    sides: Sides, change: Callable[[np.ndarray], np.ndarray], undecided: bool
+) -> None:
+    """A flash attention with sums in F16 shows its result alone: no operation is blamed, and nothing is acquitted. A factor is a fault
+    all the same, be it as small as that rounding."""
+    engine, ref = sides
+
+    def flash(step: Step) -> Step:
+        if not step.makes.endswith(".kqv_out"):
+            return step
+        return replace(step, op=lambda *given, **params: change(step.op(*given, **params)))
+
+    ours = dump_of(sides, [flash(step) for step in engine.right])
+    inside = ("k_read", "v_read", "kq", "kq_soft_max", "kqv_out")
+    seen = {name: rows for name, rows in ours.points.items() if parse(name).kind not in inside}
+    verdict = compared_on(replace(ours, points=seen, end=None), ref, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code == "undecided") == undecided
+    if undecided:
+        assert not verdict.operation
+        assert "flash attention" in verdict.pattern.sentence

@@ -100,11 +100,12 @@ def test_branches_that_have_not_met_are_apart(kind: str, other: str, met: bool) 
 
 
 def test_expressions_expand_as_in_a_shell() -> None:
-    """Lists, ranges, nesting and commas; unbalanced braces and explosions are refused."""
+    """Lists, ranges in both directions, nesting and commas; unbalanced braces, ranges of no numbers and explosions are refused."""
     assert expand("blk.{1..3}.{q,k}") == ["blk.1.q", "blk.1.k", "blk.2.q", "blk.2.k", "blk.3.q", "blk.3.k"]
     assert expand("embd, blk.{0,2}.l_out") == ["embd", "blk.0.l_out", "blk.2.l_out"]
     assert expand("a{b,c{1..2}}") == ["ab", "ac1", "ac2"]
-    for wrong in ("a{b", "a}b{", "{1..99999}", "{1..999}{1..999}"):
+    assert expand("blk.{3..1}.q") == ["blk.3.q", "blk.2.q", "blk.1.q"]
+    for wrong in ("a{b", "a}b{", "{1..99999}", "{99999999..1}", "{1..999}{1..999}", "{1..}", "{..3}", "{a..c}", "{-1..2}"):
         with pytest.raises(InputError):
             expand(wrong)
 

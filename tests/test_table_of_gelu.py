@@ -258,6 +258,15 @@ def test_rounding_that_is_amplified_twice_over(error: float, float32: float, noi
     assert bool(compare(*whole, Options(compute="f32", truth=truth))) is right
 
 
+@pytest.mark.parametrize(("float32", "right"), [(6e-8, True), (6e-9, False)])
+def test_rounding_that_float32_shows_and_noise_does_not(float32: float, right: bool) -> None:
+    """An error under 1e-7 is rounding if float32's own distance from the truth is of its size, though noise that was tried reaches less."""
+    ref = random(("embd", "blk.0.l_out"))
+    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + 8e-8**0.5)}
+    whole = dump(ours, slice_size=None), dump(ref, slice_size=None)
+    assert bool(compare(*whole, Options(compute="f32", truth=_Amplifies(ref, float32, 1e-10)))) is right
+
+
 @pytest.mark.parametrize(
     ("op", "right"), [("UNARY:GELU", True), ("UNARY:GELU_QUICK", True), ("UNARY:SILU", False), ("UNARY", False)]
 )

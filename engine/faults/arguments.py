@@ -22,9 +22,14 @@ def alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
 
 @lru_cache(maxsize=1 << 12)
 def takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
-    """Whether an operation accepts so many positional arguments and these keywords."""
+    """Whether an operation accepts so many positional arguments and these keywords.
+
+    One that wraps another shows that one's signature, and may itself ask for more: both are asked.
+    """
+    keywords = dict.fromkeys(names)
     try:
-        signature(op).bind(*[None] * count, **dict.fromkeys(names))
+        signature(op).bind(*[None] * count, **keywords)
+        signature(type(op).__call__).bind(op, *[None] * count, **keywords)
     except TypeError:
         return False
     return True

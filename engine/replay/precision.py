@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Step
+from ..graph import POSITIONS, History, Read, Step, View
 from ..weights.rounding import BF16, F16, Q8_0, round_activations
 
 _ATTENTION = (ops.attention_scores, ops.weighted_values)
@@ -35,6 +35,10 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
     "tf32": tf32,
     "q8": q8,
 }
+
+
+# Of an engine that computes in float32: the types in which its cache may keep keys and values.
+CACHES = {"f16 cache": "f16", "bf16 cache": "bf16"}
 
 
 class _Rounded(Struct, frozen=True):
@@ -71,3 +75,31 @@ def rounded(steps: Sequence[Step], kind: str, *, storage: bool) -> list[Step]:
     The factors of every matrix product are rounded, sums are float32. With `storage` every activation is kept in that type too.
     """
     return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads))) for step in steps]
+
+
+class _Kept(Struct, frozen=True):
+    """An operation some of whose inputs were kept in a lower type."""
+
+    op: Callable[..., Array]
+    kind: str
+    places: tuple[int, ...]
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        rounding = ROUNDINGS[self.kind]
+        return self.op(*(_each(rounding, x) if place in self.places else x for place, x in enumerate(inputs)), **params)
+
+
+def cached(steps: Sequence[Step], kind: str) -> list[Step]:
+    """The steps of a right engine that computes in float32 and whose cache keeps keys and values in f16 or bf16."""
+    return [
+        replace(step, op=_Kept(step.op, kind, places))
+        if (places := tuple(place for place, read in enumerate(step.reads) if reads_cache(read)))
+        else step
+        for step in steps
+    ]
+
+
+def reads_cache(read: Read) -> bool:
+    """Whether a step reads the cache directly, not by way of the points that show it."""
+    of = read.of if isinstance(read, View) else read
+    return isinstance(of, History) and of.of != POSITIONS

@@ -16,9 +16,10 @@ from checkpoints.points import parse
 from .. import ops
 from ..backend import Array
 from ..ggml_ops import OpParams
-from ..graph import POSITIONS, Altered, History, Read, Step, View, name_of
+from ..graph import Altered, Step, name_of
 from ..lift.node import GgmlOperation
 from ..weights.rounding import F16, F32, round_activations
+from .precision import reads_cache
 from .products import blocks_of, mul_mat, mul_mat_id, product
 
 
@@ -96,7 +97,7 @@ def _proof(step: Step, *, native: bool, kind: int) -> Step:
     if isinstance(step.op, GgmlOperation):
         if step.op.name in ("MUL_MAT", "MUL_MAT_ID"):
             step = _wide_product(step, step.op.name, native=native, kind=kind)
-        places = tuple(place for place, read in enumerate(step.reads) if _cached_values(read))
+        places = tuple(place for place, read in enumerate(step.reads) if reads_cache(read))
         if kind != F32 and places:
             return replace(step, op=_FromCache(step.op, places, kind))
     return step
@@ -106,19 +107,13 @@ def _wide_product(step: Step, name: str, *, native: bool, kind: int) -> Step:
     first = step.params["operands"][0].index - len(step.reads)
     if first < 0:
         read = step.reads[first]
-        held = kind if _cached_values(read) or parse(name_of(read)).kind in _SHOWN else F32
+        held = kind if reads_cache(read) or parse(name_of(read)).kind in _SHOWN else F32
         return replace(step, op=_Product(name, native, held))
     weight = step.weights[first]
     if not isinstance(weight, str):
         return replace(step, op=_Product(name, native))
     weights = (*step.weights[:first], Altered(weight, blocks_of), *step.weights[first + 1 :])
     return replace(step, op=_Product(name, native), weights=weights)
-
-
-def _cached_values(read: Read) -> bool:
-    """Whether a step reads the cache directly, not by way of the points that show it."""
-    of = read.of if isinstance(read, View) else read
-    return isinstance(of, History) and of.of != POSITIONS
 
 
 _WIDE: dict[Callable[..., Array], Callable[..., Array]] = {

@@ -219,11 +219,14 @@ def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     # Of the values that are compared, which may be those of one head of many.
     by_noise = BOTH * known_at(measured, may_be_rounding, truth.spread, compared_part)
     limit = np.where(may_be_rounding, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
-    may_be_rounding &= (nmse > limit) & (nmse <= by_noise)
+    may_be_rounding &= nmse > limit
     if not may_be_rounding.any():
         return limit
-    by_float32 = MULTIPLE * known_at(measured, may_be_rounding, truth.own_rounding, compared_part)
-    return np.where(may_be_rounding, np.fmax(limit, np.minimum(np.minimum(by_noise, by_float32), AMPLIFIED / share)), limit)
+    # Float32 itself is as far from the truth where two nearly equal scores follow another such pair: noise rarely hits both.
+    own = known_at(measured, may_be_rounding, truth.own_rounding, compared_part)
+    limit = np.where(may_be_rounding, np.fmax(limit, np.minimum(BOTH * own, NO_ROUNDING / share)), limit)
+    amplified = np.minimum(np.minimum(by_noise, MULTIPLE * own), AMPLIFIED / share)
+    return np.where(may_be_rounding & (nmse <= by_noise), np.fmax(limit, amplified), limit)
 
 
 def _reason(coarse: bool) -> str:

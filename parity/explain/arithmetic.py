@@ -19,7 +19,7 @@ from ..diff.operations import MIXING
 from ..diff.routing import in_order_of_experts
 from .case import Case
 from .known_model import KnownModel
-from .mixed import in_words, rounded_here
+from .mixed import as_large_as_rounding, in_words, rounded_here
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
 from .spared import spares_elements, spares_records
@@ -40,18 +40,17 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if known.case is None and not before:  # as though the model were not known
         return comparison(ours, ref, replace(options, truth=None))
     if known.case is None:
-        return _in_part(as_float32, known.decoder)
-    if _entry(known.case, first.checkpoint) is None:
+        return _in_part(as_float32, known.decoder, seconds)
+    place = _first_computed(exact, known.case, first.checkpoint)
+    if place is None:
         return as_float32
-    pair = exact.records.pairs[exact.records.names.index(first.checkpoint)]
+    pair = exact.records.pairs[exact.records.names.index(place)]
     if (beside := _beside(known.case, pair)) is not None:
         entry, errors, recorded = beside
         if spares_elements(errors, entry.taken(known.case.replay.on_host[pair.point], known.case.positions), recorded):
             return as_float32
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
-    plausible = [
-        lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, first.checkpoint)) is not None
-    ]
+    plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
     elsewhere = any(lower.alike < REPRODUCED for lower in plausible)
     followed = _followed(known.case, pair, seconds) if elsewhere else ""
@@ -66,20 +65,32 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return _with(fitting[ranked[0]].compared, ranked[0], first.checkpoint, ranked[1:])
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
-    return _in_part(as_float32, known.case) if before else as_float32
+    return _in_part(as_float32, known.case, seconds) if before else as_float32
 
 
-def _in_part(as_float32: Comparison, case: Case | None) -> Comparison:
-    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic."""
+def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Comparison:
+    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or if
+    what lies unrecorded before it may be."""
     first, records = as_float32.verdict.first_divergence, as_float32.records
-    if case is None or first is None or (entry := _entry(case, first.checkpoint)) is None:
+    if case is None or first is None or (place := _first_computed(as_float32, case, first.checkpoint)) is None:
         return as_float32
-    number = records.names.index(first.checkpoint)
+    number = records.names.index(place)
     beside = _beside(case, records.pairs[number])
-    kinds = () if beside is None else rounded_here(case, entry, *beside[1:], set(records.names[:number]))
-    if not kinds:
+    if beside is None:
         return as_float32
-    pattern = Pattern("undecided", f"{first.checkpoint} is the right one {in_words(kinds)}")
+    entry, errors, known = beside
+    recorded = set(records.names[:number])
+    if kinds := rounded_here(case, entry, errors, known, recorded):
+        sentence = f"{place} is the right one {in_words(kinds)}"
+    elif (among := as_large_as_rounding(case, entry, errors, known, recorded)) and systematic(case, *beside, seconds) == "":
+        sentence = (
+            f"{place} differs by what F16 costs in the operations that make it and were not recorded ({among}), and what they read agrees "
+            "as in float32: a fault in one of them, or a flash attention that keeps keys, values or sums in F16 (--compute f16 allows for "
+            "it everywhere)"
+        )
+    else:
+        return as_float32
+    pattern = Pattern("undecided", sentence)
     return replace(as_float32, verdict=replace(as_float32.verdict, pattern=pattern, operation=""))
 
 
@@ -134,6 +145,12 @@ def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Ver
         f"another way (--compute {kinds[0]} allows for it; `parity explain` and more points and values tell)"
     )
     return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+
+
+def _first_computed(exact: Comparison, case: Case, first: str) -> str | None:
+    """The first point from `first` on that differs and that our engine has: a product whose bias is added apart is none of its steps."""
+    places = [point.checkpoint for point in exact.verdict.points if point.status != AGREES]
+    return next((place for place in places[places.index(first) :] if _entry(case, place) is not None), None)
 
 
 def _entry(case: Case, point: str) -> Expected | None:

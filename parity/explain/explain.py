@@ -25,12 +25,13 @@ from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .fits import remarks as remarks_on_number
+from .flipped import without_flipped
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .mixed import law_of_rounding
 from .own_inputs import contradicted
-from .precision import KINDS, PrecisionFloor, fits, floor, is_proof, may_be_noise, with_noise
+from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
 from .records import Expected, right_rows
 from .rows import garbage
@@ -146,9 +147,10 @@ def _known(case: Case, search: Search, state: SearchState) -> bool:
 def _looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -> tuple[str, ...]:
     """The arithmetics that explain the differences as noise, the best first, unless a fault, a fitted number or a law fits better."""
     sentence = law_at(case, search, start)
-    if not may_be_noise(case.entries) or search.simple(start) or (sentence and not sentence.endswith(WRONG)):
+    if not may_be_noise(case.entries) or (sentence and not sentence.endswith(WRONG)):
         return ()
-    return _precision(case, budget)
+    kinds = _precision(case, budget)
+    return kinds if kinds and (is_ours(_floor(case, kinds[0]), case.entries) or not search.simple(start)) else ()
 
 
 def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation) -> Explanation:
@@ -238,8 +240,15 @@ def _floor(case: Case, kind: str) -> PrecisionFloor:
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
     """The arithmetics that explain the differences as noise; none if the time is up, since the best of only some may be wrong."""
-    fit = {} if budget.over() else {kind: fits(_floor(case, kind), case.entries) for kind in KINDS}
-    return best_kinds({kind: value for kind, value in fit.items() if value is not None})
+    fit: dict[str, float] = {}
+    for kind in () if budget.over() else KINDS:
+        measured = _floor(case, kind)
+        value = fits(measured, case.entries)
+        if value is None and (entries := without_flipped(case, measured)) is not case.entries:
+            value = fits(measured, entries)
+        if value is not None:
+            fit[kind] = value
+    return best_kinds(fit)
 
 
 def _answer(case: Case, search: Search, start: SearchState, best: SearchState) -> Explanation:

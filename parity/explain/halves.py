@@ -5,12 +5,14 @@ the encoder makes: what a faulty encoder makes once its fault is known, so that 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
+import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from checkpoints.answers.explain import Cause, Explanation
 from checkpoints.points import ENCODER
@@ -25,10 +27,12 @@ from engine.transformer import Transformer
 
 from ..arbiter.arbiter import Arbiter
 from .case import Case, ExplainOptions, Half, generated_of, prompt_of
+from .own_inputs import whole
 from .state import SearchState
 
 _PLAIN_NAME = re.compile(r"(?<![\w.])(?=blk\.|embd\b|output_norm\b)")
 _IN_ENCODER, _IN_DECODER = "in the encoder, ", "in the decoder, "
+_UNJUDGED = ("the decoder was not judged: it reads what the encoder makes",)
 Explained = tuple[Explanation, SearchState]
 
 
@@ -43,13 +47,17 @@ def explained(
     encoder = encoder_case(dump, transformer, options)
     first, best = (None, None) if encoder is None else explain(encoder)
     first = None if first is None else _of_encoder(first)
-    decoder = decoder_case(dump, transformer, options, encoder, best)
+    lower = first is not None and encoder is not None and bool(first.precision_only)
+    own = _own_output(encoder, transformer) if lower and encoder is not None else None
+    decoder = decoder_case(dump, transformer, options, encoder, best, own)
     unexplained = first is not None and first.remaining is not None and not first  # lower arithmetic explains what is left
     if first is not None and (decoder is None or unexplained):
-        unjudged = ("the decoder was not judged: it reads what the encoder makes",) if decoder is not None else ()
-        return replace(first, notes=(*first.notes, *unjudged))
+        return replace(first, notes=(*first.notes, *(_UNJUDGED if decoder is not None else ())))
     assert decoder is not None
     second = _of_decoder(explain(decoder)[0], _last(transformer))
+    if first is not None and lower and own is None and not (second and not second.causes):
+        # What differs in it may be the encoder's arithmetic.
+        return replace(first, notes=(*first.notes, *_UNJUDGED, f"record the whole rows of {_last(transformer)}"))
     if first is None:
         unrecorded = f"the encoder was not recorded: its faults show where the decoder reads it; record {_last(transformer)}"
         return replace(second, notes=(*second.notes, unrecorded))
@@ -71,9 +79,16 @@ def encoder_case(dump: Dump, transformer: Transformer, options: ExplainOptions) 
 
 
 def decoder_case(
-    dump: Dump, transformer: Transformer, options: ExplainOptions, encoder: Case | None = None, best: SearchState | None = None
+    dump: Dump,
+    transformer: Transformer,
+    options: ExplainOptions,
+    encoder: Case | None = None,
+    best: SearchState | None = None,
+    own: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Case | None:
     """The decoder's half of a dump, fed by the right encoder or the one that a state describes; None where it was not recorded.
+
+    `own` is what the dump's own encoder made, where the decoder is to be fed by that.
 
     Raises:
         ParityError: as `Case` does.
@@ -100,10 +115,21 @@ def decoder_case(
         lambda variant: {name: truth.value(plain, variant) for name, plain in names.items()},
         lower,
     )
+    if own is not None:
+        given = {name: transformer.backend.array(value) for name, value in own.items()}
+        half = Half(half.transformer, given, lambda _: own, lambda _kind, _storage: given)
     start = (transformer.decoder_start or 0,)
     header = None if dump.header is None else replace(dump.header, tokens=start, prompt=None)
     part = replace(dump, points=points, header=header)
     return Case(part, half, replace(options, tokens=(*start, *generated_of(dump))))
+
+
+def _own_output(encoder: Case, transformer: Transformer) -> dict[str, NDArray[np.float32]] | None:
+    """What the dump's own encoder hands over, [T, n] by name; None where it was not recorded whole."""
+    entries = {entry.point: entry for entry in encoder.entries}
+    rows = {name: whole(encoder, entries.get(plain)) for name, plain in handed_over(transformer.encoder or ()).items()}
+    known = {name: value for name, value in rows.items() if value is not None}
+    return known if len(known) == len(rows) else None
 
 
 def joined(encoder: Explanation, decoder: Explanation) -> Explanation:

@@ -3,7 +3,8 @@
 Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from engine.backend import Array
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
-from engine.replay.precision import rounded
+from engine.replay.precision import CACHES, cached, rounded
 from reports.sentences import ARITHMETIC
 
 from .case import Case
@@ -23,6 +24,10 @@ from .state import SearchState
 # bits before products, or of 8 bits, was 1.00 in 60 right engines (`precision.is_reproduced`); ten elements of a chance direction reach
 # 0.9 in one row of 10,000, and no rows have one.
 _SAME, _AS_LARGE = 0.9, 1.5
+# The NMSE of right engines that round, or sum, in other places than our rounding does: 0.09 times what rounded products cost to 3.8 times
+# what rounded activations cost (measured, `precision.UPPER`).
+_SMALLEST, _LARGEST = 0.09, 3.8
+_SEVERAL = 3  # operations that are not recorded: a single one shows its own rounding
 
 
 def rounded_here(
@@ -37,9 +42,9 @@ def rounded_here(
     places = _own_steps(case.transformer.steps, entry.point, recorded)
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
     near: dict[str, float] = {}
-    for kind in KINDS:
-        for storage in (False, True):
-            values = _rounded_value(case, places, kind, entry.point, storage=storage)
+    for kind in (*KINDS, *CACHES):
+        for lower in _ways(kind):
+            values = _rounded_value(case, places, lower, entry.point)
             if values is None:
                 continue
             computed = entry.taken(values, case.positions)
@@ -50,6 +55,28 @@ def rounded_here(
             if alike >= _SAME and own <= _AS_LARGE * size and size <= _AS_LARGE * own:
                 near[kind] = max(alike, near.get(kind, 0.0))
     return tuple(sorted(near, key=lambda kind: -near[kind]))
+
+
+def as_large_as_rounding(
+    case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
+) -> str:
+    """The first and the last of several operations that may be in float16 by the size of the errors; "" if they are not of that size.
+
+    Between the points that agree and this one nothing was recorded: a flash attention whose keys, values and sums are float16 leaves
+    other errors than our rounding, of the same size.
+    """
+    places = _own_steps(case.transformer.steps, entry.point, recorded)
+    sizes = []
+    for lower in _ways("f16"):
+        values = _rounded_value(case, places, lower, entry.point)
+        if values is None or len(places) < _SEVERAL:
+            return ""
+        moved = entry.taken(values, case.positions) - entry.taken(case.replay.on_host[entry.point], case.positions)
+        sizes.append(float(np.sum(np.where(known & np.isfinite(moved), moved, 0.0) ** 2)))
+    found = float(np.sum(np.where(known, errors, 0.0) ** 2))
+    if not _SMALLEST * sizes[0] <= found <= _LARGEST * sizes[1]:
+        return ""
+    return " to ".join(case.transformer.steps[number].makes for number in (places[0], places[-1]))
 
 
 def law_of_rounding(case: Case, state: SearchState) -> str:
@@ -66,6 +93,13 @@ def law_of_rounding(case: Case, state: SearchState) -> str:
 
 def in_words(kinds: Sequence[str]) -> str:
     """How an operation in one of these arithmetics differs from what lies before it."""
+    if kinds[0] in CACHES:
+        kept = CACHES[kinds[0]]
+        return (
+            f"where the cache keeps keys and values in {ARITHMETIC[kept]}, and no other fault here: nothing states it "
+            f'("kv_type": "{kept}" in the header does)'
+        )
+    kinds = [kind for kind in kinds if kind not in CACHES]
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
     return (
         f"as {named} arithmetic rounds it, while what it is computed from is in float32: mixed precision, and no other fault here "
@@ -84,10 +118,19 @@ def _own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> 
     return numbers[::-1]
 
 
-def _rounded_value(case: Case, places: Sequence[int], kind: str, point: str, *, storage: bool) -> Array | None:
+def _ways(kind: str) -> list[Callable[[Sequence[Step]], list[Step]]]:
+    """The ways in which right engines use a lower type: for factors of products, for every value, for what the cache keeps."""
+    if kind in CACHES:
+        return [partial(cached, kind=CACHES[kind])]
+    return [partial(rounded, kind=kind, storage=storage) for storage in (False, True)]
+
+
+def _rounded_value(
+    case: Case, places: Sequence[int], lower: Callable[[Sequence[Step]], list[Step]], point: str
+) -> Array | None:
     """A point's value with these steps in a lower arithmetic; None where that changes nothing or cannot be computed."""
     steps = list(case.transformer.steps)
-    for number, step in zip(places, rounded([steps[number] for number in places], kind, storage=storage), strict=True):
+    for number, step in zip(places, lower([steps[number] for number in places]), strict=True):
         steps[number] = step
     try:
         value = case.replay.run(steps, lambda name, _: name != point, places[0] if places else 0).get(point)

@@ -54,7 +54,7 @@ def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) ->
     """What an operation makes of the inputs that a dump holds; None where one of them was not recorded whole and unrounded."""
     if not step.names or any(isinstance(read, History) for read in step.reads):
         return None
-    whole = {name: _whole(case, entries.get(name)) for name in step.names}
+    whole = {name: unrounded(case, entries.get(name)) for name in step.names}
     inputs = {name: value for name, value in whole.items() if value is not None}
     if len(inputs) < len(whole):
         return None
@@ -65,9 +65,14 @@ def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) ->
         return None
 
 
-def _whole(case: Case, entry: Expected | None) -> NDArray[np.float32] | None:
+def unrounded(case: Case, entry: Expected | None) -> NDArray[np.float32] | None:
+    """A point's rows, as `whole` gives them, unless all of them may have been rounded by the recorder."""
+    return None if entry is None or _rounded(entry) else whole(case, entry)
+
+
+def whole(case: Case, entry: Expected | None) -> NDArray[np.float32] | None:
     """A point's rows at all positions, if each was recorded whole, with all digits, and has no element that is not finite."""
-    if entry is None or entry.quantum.any() or entry.index is not None or _rounded(entry):
+    if entry is None or entry.quantum.any() or entry.index is not None:
         return None
     right = case.replay.on_host[entry.point]
     rows = len(case.positions)

@@ -38,6 +38,9 @@ _OWN_DIRECTIONS = 1e-2  # the right rows must have at least this part outside th
 # Mean cosine of the errors at the first point, above which an engine rounds as ours does: 1.00 with blocks of Q8_0, as in
 # llama.cpp. Eight bits cost so much that a fault may hide in it: an engine that rounds in another way is not acquitted.
 REPRODUCED = 0.5
+# Errors that are those of our own rounding: the cosine is 1.00 in right engines that round before products or activations as ours does.
+# Their size is the same, but where what is rounded next to a tie falls to its other side.
+OURS, _AS_LARGE = 0.98, 1.5
 _MANY = 10  # recorded elements of a row that suffice to see that two of them have all of the error
 
 
@@ -175,7 +178,7 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
         if float(multiplied.mean()) > noise and mean < LOWER * float(multiplied.mean()):
             return None
     points = [typical(entry.base, multiplied, stored) for entry, (multiplied, stored) in zip(entries, costs, strict=True)]
-    return mismatch(points) if _even(points) else None
+    return mismatch(points) if _even(points) or (measured.alike >= OURS and _as_ours(points)) else None
 
 
 def typical(errors: Floats, multiplied: Floats, stored: Floats) -> tuple[float, float, float]:
@@ -199,6 +202,27 @@ def _even(points: Sequence[tuple[float, float, float]]) -> bool:
         if error > 0 and multiplied > VISIBLE * EXACT_FLOOR.operations
     ]
     return not above or (float(np.mean(above)) <= np.log(TOGETHER) and max(above) - min(above) <= np.log(APART))
+
+
+def is_ours(measured: PrecisionFloor, entries: Sequence[Expected]) -> bool:
+    """Whether the errors are those of our own rounding, at every point that it changes: no fault leaves the same."""
+    points = [
+        (float(entry.base.mean()), mean_cost(products), mean_cost(storage))
+        for entry, products, storage in zip(entries, measured.products, measured.storage, strict=True)
+        if not of_ids(entry)
+    ]
+    for way in (1, 2):
+        shares = [point[0] / point[way] for point in points if point[way] > VISIBLE * EXACT_FLOOR.operations]
+        if measured.alike >= OURS and shares and max(shares) <= _AS_LARGE and min(shares) >= 1 / _AS_LARGE:
+            return True
+    return False
+
+
+def _as_ours(points: Sequence[tuple[float, float, float]]) -> bool:
+    """Whether the points' errors have, in proportion to the cost of one way of rounding, one size. The larger of both ways' costs, which
+    `_even` takes, may lie far above a right engine's own at a point that hangs on a hair (weights of experts that all but tie).
+    """
+    return any(_even([(point[0], point[way], point[way]) for point in points]) for way in (1, 2))
 
 
 def _concentrated(entry: Expected) -> Ints | None:

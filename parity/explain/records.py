@@ -128,10 +128,14 @@ class Expected(Struct, frozen=True):
         return tensor.reshape(len(positions), -1).astype(np.float64)
 
     def between(self, values: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> Floats:
-        """NMSE of one tensor against another at the recorded elements: [R]; infinite where either is not finite."""
+        """NMSE of one tensor against another at the recorded elements: [R]; infinite where either is not finite, but for infinities that
+        both have (a mask's, say).
+        """
+        rows, others = self.taken(values, positions), self.taken(other, positions)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            delta = np.where(self.present, self.taken(values, positions) - self.taken(other, positions), 0.0)
-            error = np.einsum("ij,ij->i", delta, delta) / self.energy
+            delta = np.where(self.present & (rows != others), rows - others, 0.0)
+            squares = np.einsum("ij,ij->i", delta, delta)
+            error = np.where(squares == 0, 0.0, squares / self.energy)  # of rows of zeros as well
         return np.where(np.isfinite(error), error, np.inf)
 
     def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:

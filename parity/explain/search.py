@@ -42,13 +42,17 @@ class Search:
         self._ends: dict[tuple[str, ...], SearchState] = {}
 
     def simple(self, state: SearchState) -> list[SearchState]:
-        """States of one more fault that explain everything: in all layers or, if only one is in question, in that one."""
+        """States of one more fault that explain everything."""
+        return [further for further in self.of_one_more(state) if further.first is None]
+
+    def of_one_more(self, state: SearchState) -> list[SearchState]:
+        """States of one more fault that get further: in all layers or, if only one is in question, in that one."""
         states = list(self._one_more.once(state, single=False))
         if not all_explained(states) and len(self.screening.suspects(state)) == 1:
             states += self._one_more.once(state, single=True)
         if not all_explained(states):
             states += self._one_more.numbers(state)
-        return [state for state in states if state.first is None]
+        return states
 
     def explain(self, state: SearchState, depth: int) -> SearchState:
         """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.

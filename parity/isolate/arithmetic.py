@@ -3,19 +3,23 @@
 Every engine is judged in float32 first. Lower arithmetic is granted only if products are off everywhere, and only as far as they are off.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.answers.diff import Limits
-from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Operation
+from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
+from engine.replay.precision import CACHES
 from engine.replay.wide import coarse_points
+from reports.sentences import ARITHMETIC
 
 from ..diff.against_limits import TABLE
 from ..diff.limits import limits
 from .bench import IsolationBench
+from .judging import Record
 
 # One operation of a right engine in F16, BF16 or TF32 (products rounded, all values rounded, or sums in F16; 29 models of all types)
 # was at most 4 times as far off as the median product with weights, scores 12 times; twice that, in round numbers.
@@ -26,6 +30,11 @@ _REASON = (
     "its error has the size of F16 or BF16 arithmetic, and too few products were recorded whole to tell (--compute f32 judges exactly, "
     "--compute f16 or bf16 allows for it)"
 )
+_MIXED = "while others are in float32: mixed precision, which nothing states (--compute {} allows for it everywhere)"
+# Factors rounded to eight bits show in most products (`suspicions`); floating point may be that of single ones.
+_KINDS = ("f16", "bf16", "tf32", *CACHES)
+_TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
+_F16 = limits(None, None, compute="f16").operations
 _MOST = limits(None, None, compute="bf16").operations  # of the lowest arithmetic in floating point
 
 
@@ -33,6 +42,7 @@ class Judgement(Struct, frozen=True):
     """Operations judged by a limit.
 
     `source` says where the limit is from; `of_layers` is that of a whole layer beside llama.cpp's.
+    `scaled` are the wrong operations that are the right value times a factor.
     """
 
     bench: IsolationBench
@@ -41,15 +51,23 @@ class Judgement(Struct, frozen=True):
     limit: float
     source: str = ""
     of_layers: float = 0.0
+    scaled: frozenset[str] = frozenset()
 
 
-def in_its_arithmetic(judged_at: Callable[[float], Judgement], allowed: Limits, exact: float, source: str) -> Judgement:
+class Judge(Protocol):
+    """Judges the operations of a dump."""
+
+    def __call__(self, limit: float, lower: Sequence[str] = ()) -> Judgement:
+        """By a limit, NMSE; products may also compute in one of these lower arithmetics."""
+
+
+def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: str) -> Judgement:
     """The operations, judged in float32, or in the lower arithmetic that their products show.
 
     If they do not show any, wrong ones that lower arithmetic may explain are not observable.
 
     Args:
-        judged_at: judges them by a limit. allowed: the limits of the arithmetic that is stated, else of the lowest that is granted.
+        judged_at: judges them. allowed: the limits of the arithmetic that is stated, else of the lowest that is granted.
         exact, source: the limit of one operation in float32, and where it is from.
     """
     most = allowed.operations
@@ -59,6 +77,8 @@ def in_its_arithmetic(judged_at: Callable[[float], Judgement], allowed: Limits, 
     bench = judgement.bench
     shown = exact if most <= exact else shown_limit(judgement.operations, bench.products, bench.rounding, exact, most)
     if shown == exact and (allowed.assumed or most <= exact):
+        if allowed.assumed and (mixed := _mixed(judgement, judged_at, exact)) is not None:
+            return replace(mixed, source=source, of_layers=most)
         of_layers = max(exact, TABLE) if coarse_points(bench.steps) else exact
         return replace(judgement, source=source, of_layers=of_layers)
     if shown is None and allowed.assumed:
@@ -66,7 +86,8 @@ def in_its_arithmetic(judged_at: Callable[[float], Judgement], allowed: Limits, 
         return replace(judgement, operations=operations, limit=most, source=allowed.source, of_layers=most)
     if shown is None or shown == exact:  # an arithmetic that is stated may be that of single operations
         return replace(judged_at(most), source=allowed.source, of_layers=most)
-    return replace(judged_at(shown), source=allowed.source if shown == most else _SOURCE, of_layers=most)
+    judgement = _held_to_rounding(judged_at(shown), judgement, judged_at, exact)
+    return replace(judgement, source=allowed.source if shown == most else _SOURCE, of_layers=most)
 
 
 def shown_limit(
@@ -104,3 +125,68 @@ def _undecided(operations: Sequence[Operation], most: float) -> list[Operation]:
         else operation
         for operation in operations
     ]
+
+
+def _mixed(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement | None:
+    """The judgement of an engine some of whose operations are those of a lower arithmetic; None if no wrong operation is.
+
+    Those are neither wrong, since nothing states another arithmetic, nor proven to be what the mode asks for.
+    """
+    if not any(operation.status == WRONG for operation in judgement.operations):
+        return None
+    again = judged_at(exact, _KINDS)
+    reasons = _in_lower(judgement, again)
+    if not reasons:
+        return None
+    operations = [
+        replace(operation, status=NOT_OBSERVABLE, reason=reasons[operation.name]) if operation.name in reasons else operation
+        for operation in again.operations
+    ]
+    again.bench.attention.settle((), reasons)
+    return replace(again, operations=operations)
+
+
+def _held_to_rounding(judgement: Judgement, in_float32: Judgement, judged_at: Judge, exact: float) -> Judgement:
+    """The judgement of an engine in lower arithmetic; if most of its products are what our own rounding gives, an operation that is its
+    right value times a factor even then is wrong, however small the error is beside rounding's.
+    """
+    again = judged_at(exact, _KINDS)
+    products, records = again.bench.products, again.bench.records
+    off = {operation.name for operation in in_float32.operations if operation.status == WRONG and operation.name in products}
+    if 2 * len(off & _in_lower(in_float32, again).keys()) < len(off):
+        return judgement
+    scaled = {
+        operation.name: operation
+        for operation in again.operations
+        if operation.status == WRONG and (record := records.get(operation.name)) is not None and record.wrong and record.scaled
+    }
+    operations = [scaled.get(operation.name, operation) for operation in judgement.operations]
+    return replace(judgement, operations=operations, scaled=frozenset(scaled))
+
+
+def _in_lower(judgement: Judgement, again: Judgement) -> dict[str, str]:
+    """The wrong operations of a judgement in float32 that are right in a lower arithmetic (`again`), each with what is to be said of it."""
+    wrong = {operation.name for operation in judgement.operations if operation.status == WRONG}
+    records, products = again.bench.records, again.bench.products
+    return {
+        operation.name: reason
+        for operation in again.operations
+        if operation.name in wrong
+        and operation.name in records
+        and (reason := _rounding_of(operation, records[operation.name], operation.name in products))
+    }
+
+
+def _rounding_of(operation: Operation, record: Record, multiplies: bool) -> str:
+    """What is to be said of an operation that is right in a lower arithmetic and wrong in float32; empty if it is not."""
+    if operation.status == PROVEN and record.arithmetics:
+        kind = next(iter(record.arithmetics))
+        if kind in CACHES:
+            kept = CACHES[kind]
+            return f'right where the cache keeps keys and values in {ARITHMETIC[kept]}, which nothing states ("kv_type": "{kept}" does)'
+        return f"right as {ARITHMETIC[kind]} arithmetic rounds it, {_MIXED.format(kind)}"
+    if record.lower and not record.wrong:
+        return f"the right value rounded to {record.lower}, {_MIXED.format(_TYPES[record.lower])}"
+    if multiplies and record.wrong and record.scattered and record.nmse <= _F16:
+        return f"off by noise of the size that sums in F16 make, {_MIXED.format('f16')}"
+    return ""

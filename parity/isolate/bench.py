@@ -12,13 +12,14 @@ from checkpoints.answers.isolate import Operation
 from checkpoints.graph import RecordedGraph
 from engine.graph import ENCODED, Step, alone
 from engine.opened import open_plain
+from engine.replay.precision import CACHES, cached, rounded
 from engine.replay.proof import is_weighed
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
-from .judging import Definition
+from .judging import Definition, Record
 from .operation import Isolator
 from .standards import Standard
 from .values import RecordedValue
@@ -44,6 +45,7 @@ class IsolationBench(Struct):
         limit: float,
         expected: int,
         rows: Sequence[int] = (),
+        lower: Sequence[str] = (),
     ) -> Self:
         """The bench of a model file.
 
@@ -51,6 +53,7 @@ class IsolationBench(Struct):
             graph: records llama.cpp's graph, if the model's steps are lifted from it.
             standard: gives the definitions that operations are judged by.
             expected: the number of positions of the run.
+            lower: arithmetics ("f16") in which products are right as well.
         """
         transformer = open_plain(GgufModel(model), "numpy", resident=False, recorded=graph)
         transformer.expect(expected)
@@ -58,6 +61,10 @@ class IsolationBench(Struct):
         alternatives = standard(several)
         singles = [None] * len(alternatives) if single is None else standard(single)
         definitions = [Definition(steps, alone) for steps, alone in zip(alternatives, singles, strict=True)]
+        definitions += [
+            Definition(_lower(several, kind), None if single is None else _lower(single, kind), arithmetic=kind)
+            for kind in lower
+        ]
         weights = transformer.weights
         encoder = alone(transformer.encoder or ())
         return cls(
@@ -65,7 +72,16 @@ class IsolationBench(Struct):
             Isolator(definitions, weights, limit),
             AttentionChecks.of((*encoder, *several), limit),
             RowChecks(rows, [definition.several for definition in definitions], weights, limit),
-            Isolator([Definition(steps) for steps in standard(encoder)], weights, limit) if encoder else None,
+            Isolator(
+                [
+                    *(Definition(steps) for steps in standard(encoder)),
+                    *(Definition(_lower(encoder, kind), arithmetic=kind) for kind in lower),
+                ],
+                weights,
+                limit,
+            )
+            if encoder
+            else None,
         )
 
     @property
@@ -86,8 +102,12 @@ class IsolationBench(Struct):
     @property
     def rounding(self) -> dict[str, float]:
         """The points that agree only with products whose activations are rounded, where the mode asks for others: what rounding costs."""
-        records = [item for isolator in self.isolators for item in isolator.records.items()]
-        return {name: record.unrounded for name, record in records if record.unrounded is not None}
+        return {name: record.unrounded for name, record in self.records.items() if record.unrounded is not None}
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """What was found about each point of both."""
+        return {name: record for isolator in self.isolators for name, record in isolator.records.items()}
 
     def decoded(self, tokens: NDArray[np.int64], generated: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens at the model's positions for a prompt and what follows it: an encoder–decoder begins with a start token."""
@@ -116,3 +136,8 @@ class IsolationBench(Struct):
         for isolator in self.isolators:
             self.attention.settle(isolator.proven(), isolator.unknown() | isolator.suspects())
         return [operation for isolator in self.isolators for operation in isolator.operations()]
+
+
+def _lower(steps: Sequence[Step], kind: str) -> list[Step]:
+    """The steps of an engine whose products round their factors to a lower type, or whose cache keeps keys and values in it."""
+    return cached(steps, CACHES[kind]) if kind in CACHES else rounded(steps, kind, storage=False)

@@ -24,10 +24,13 @@ def without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray
     return unknown
 
 
-def nearer(errors: NDArray[np.float64], others: NDArray[np.float64], limit: float) -> bool:
-    """Whether a definition with these errors of rows is nearer than an earlier one; of two that are as far off the first is meant."""
+def nearer(errors: NDArray[np.float64], others: NDArray[np.float64], limit: float, *, lower: bool = False) -> bool:
+    """Whether a definition with these errors of rows is nearer than an earlier one; of two that are as far off the first is meant.
+
+    `lower`: it is one of a lower arithmetic, whose rounding may hide a fault of its own size.
+    """
     wrong, before = int((errors > limit).sum()), int((others > limit).sum())
-    return wrong < before or (wrong == before and bool(errors.max() * _NEARER < others.max()))
+    return wrong < before or (wrong == before and bool(errors.max() * (1 if lower else _NEARER) < others.max()))
 
 
 class Held(Struct, frozen=True):
@@ -43,7 +46,15 @@ class Held(Struct, frozen=True):
     unrounded: float = 0.0  # the worst error by the first definition
     unknown: bool = False  # of some rows nothing can be said: an input has NaN there
     lower: str = ""  # the type to which the right value was rounded, if nothing else is wrong
+    arithmetic: str = ""  # that of the definition
 
     def agrees(self, limit: float) -> bool:
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""
         return bool(self.errors.max() <= limit) or bool(self.lower)
+
+    def wrong_rows(self, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The wrong rows of the recorded value, and the right ones: [R, n]; none of scores, which have no rows of one length."""
+        if self.ours.size != self.dumped.size or self.dumped.ndim != 2:
+            return np.zeros((0, 0)), np.zeros((0, 0))
+        off = self.errors > limit
+        return self.dumped[off].astype(np.float64), self.ours.reshape(self.dumped.shape)[off].astype(np.float64)

@@ -259,9 +259,9 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
         cache_type = "" if measured.assumed and not header.kv_type else kv_type
         standard = foreign_standard(native=mode == "native", kv_type=cache_type)
 
-        def judged_at(limit: float) -> Judgement:
+        def judged_at(limit: float, lower: Sequence[str] = ()) -> Judgement:
             expected = len(tokens) + len(generated)
-            bench = IsolationBench.of(request.model, graph, standard, limit, expected, request.rows)
+            bench = IsolationBench.of(request.model, graph, standard, limit, expected, request.rows, lower)
             later = generated if bench.encoder is None else values.generated
             bench.transformer.check([*tokens.tolist(), *later.tolist()], 0)
             if values.unshaped:
@@ -283,7 +283,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             layers = eliminated(operations, layers, suspects)
             build = reference().versions()
         if measured.assumed:
-            judged = as_eight_bits([*operations, *layers])
+            judged = as_eight_bits([*operations, *layers], judgement.scaled)
             operations, layers = judged[: len(operations)], judged[len(operations) :]
         if request.graft:
             grafted = graft(reference(), bench.transformer, values, np.concatenate([tokens, generated]), request.graft, mode)

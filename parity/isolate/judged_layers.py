@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Graft, Operation
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, ReferenceFailed
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, in_layer, parse, resolve
 from checkpoints.summary import summarise
 from engine.engine import Engine
@@ -74,7 +74,7 @@ def judged_layers(
             continue
         try:
             computed = _layer_output(reference, model, layer, state, mode)
-        except InputError as error:  # an architecture whose layers cannot be run alone
+        except (InputError, ReferenceFailed) as error:  # an architecture whose layers cannot be run alone
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
             continue
         verdict = _compared(values, output, computed, layer, limit)

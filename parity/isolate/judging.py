@@ -16,11 +16,15 @@ NOT_FINITE = "its inputs are not finite"
 
 
 class Definition(Struct, frozen=True, dict=True):
-    """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list."""
+    """A model's right steps: of a pass over several tokens, and of a pass over a single token if that is another list.
+
+    `arithmetic` is the lower one in which they multiply ("f16"), "" for that of the mode.
+    """
 
     several: Sequence[Step]
     single: Sequence[Step] | None = None
     passed_over: Collection[str] = ()
+    arithmetic: str = ""
 
     @cached_property
     def programs(self) -> tuple[Program, Program]:
@@ -44,6 +48,10 @@ class Record(Struct):
     wrong: bool = False
     # If only a definition that rounds activations, as the mode does not, makes the recorded value: NMSE of the one that does not.
     unrounded: float | None = None
+    # The lower arithmetics in which its value is nearest; whether wrong rows are noise, or all the right ones times about one factor.
+    arithmetics: dict[str, None] = field(default_factory=dict)
+    scattered: bool = True
+    scaled: bool = True
     lower: str = ""  # the type to which the right value was rounded, where nothing else is wrong with what was recorded
     denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
     read_by: dict[str, None] = field(default_factory=dict)  # operations that read the recorded value, and not the right one

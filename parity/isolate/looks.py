@@ -9,6 +9,7 @@ from engine import ops
 from engine.graph import Altered, Step, WeightSource
 
 _LARGEST = 1 << 24  # most elements of a weight for which other readings are tried: 128 MiB as float64
+_MOST_TRIED = 8 * _LARGEST  # elements of other weights that are tried for one operation
 # The largest share of the error that a look may leave. A choice: the right one leaves only rounding, any other nearly all of it.
 _FAR_NEARER = 1e-3
 # Rounding of activations to 8 bits costs 2e-5 … 3e-4 (NMSE of one product, every 4- to 8-bit type): this is ten times that.
@@ -30,26 +31,52 @@ def look_of(
 ) -> str:
     """What distinguishes a wrong operation from the right one, given its first input [T, n]; empty if nothing is found.
 
-    `siblings` are other weights of the same layer, one of which may have been taken instead.
+    `siblings` are other weights, one of which may have been taken instead, the likeliest first.
     """
     if not np.isfinite(dumped).all():
         return "it is NaN or infinite where its inputs give numbers" if np.isfinite(x).all() else ""
     if "native" in step.params:
         return _product(step, x, dumped, weights, nmse, limit, siblings)
-    if step.op is ops.rms_norm and x.size == dumped.size:
-        return _norm(step, x, dumped, weights, limit)
+    if step.op in (ops.rms_norm, ops.layer_norm) and x.size == dumped.size:
+        return _norm(step, x, dumped, weights, limit, siblings)
     return ""
 
 
-def _norm(step: Step, x: NDArray[np.float32], dumped: NDArray[np.float32], weights: WeightSource, limit: float) -> str:
-    if float(np.sum((x.astype(np.float64).reshape(dumped.shape) - dumped) ** 2)) <= limit * float(
-        np.sum(dumped.astype(np.float64) ** 2)
-    ):
+def _norm(
+    step: Step,
+    x: NDArray[np.float32],
+    dumped: NDArray[np.float32],
+    weights: WeightSource,
+    limit: float,
+    siblings: Sequence[str],
+) -> str:
+    if _error(x.reshape(dumped.shape), dumped) <= limit:
         return "its output is its input: not normalised"
     eps = other_epsilon(step, x, dumped, weights, limit)
-    if eps is None or eps == float(f"{step.params['eps']:.2g}"):
-        return ""
-    return f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
+    if eps is not None and eps != float(f"{step.params['eps']:.2g}"):
+        return f"it is right with an epsilon of {eps:.2g} instead of {step.params['eps']:.2g}"
+    weight, *bias = (weights.get(str(name)) for name in step.weights if name is not None)
+    x, dumped = x.reshape(-1, weight.size), dumped.reshape(-1, weight.size)  # each head by itself
+
+    def is_norm(weight: NDArray[np.float32], bias: Sequence[NDArray[np.float32]]) -> bool:
+        return _error(step.op(x, weight, *bias, eps=step.params["eps"]), dumped) <= limit
+
+    if is_norm(np.ones_like(weight), bias):
+        return f"it is right without {step.weights[0]}"
+    if bias and is_norm(weight, ()):
+        return f"it is right without {step.weights[1]}"
+    if is_norm(weight + np.float32(1), bias):
+        return f"it is right with 1 + {step.weights[0]}"
+    for name in siblings:
+        if (other := weights.get(name)).size == weight.size and is_norm(other, bias):
+            return f"it is right with {name}"
+    return ""
+
+
+def _error(values: NDArray[np.float32], dumped: NDArray[np.float32]) -> float:
+    """NMSE of the recorded values: Σ(values − dumped)² / Σ dumped²."""
+    wide = dumped.astype(np.float64)
+    return float(np.sum((values - wide) ** 2)) / max(float(np.sum(wide**2)), 1e-300)
 
 
 def other_epsilon(
@@ -57,21 +84,23 @@ def other_epsilon(
 ) -> float | None:
     """The epsilon with which a norm gives these rows, to two digits; None if none does.
 
-    Solves 1 / sqrt(mean(x²) + ε) for ε, row by row.
+    Solves 1 / sqrt(mean(x²) + ε) for ε, row by row; of a LayerNorm for the row without its mean, whose bias is taken off first.
     """
     if not np.isfinite(dumped).all():
         return None
-    weight = weights.get(str(step.weights[0]))
+    weight, *bias = (weights.get(str(name)) for name in step.weights if name is not None)
     x, dumped = x.reshape(-1, weight.size), dumped.reshape(-1, weight.size)  # each head by itself
     wide = x.astype(np.float64)
+    if step.op is ops.layer_norm:
+        wide = wide - wide.mean(axis=1, keepdims=True)
     scaled = wide * weight
+    unbiased = dumped.astype(np.float64) - (bias[0] if bias else 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.einsum("ij,ij->i", dumped.astype(np.float64), scaled) / np.einsum("ij,ij->i", scaled, scaled)
+        scale = np.einsum("ij,ij->i", unbiased, scaled) / np.einsum("ij,ij->i", scaled, scaled)
         eps = float(np.median(1 / scale**2 - np.mean(wide**2, axis=1)))
     if not np.isfinite(eps):
         return None
-    again = ops.rms_norm(x, weight, eps=max(eps, 0.0))
-    error = np.sum((again.astype(np.float64) - dumped) ** 2) / max(float(np.sum(dumped.astype(np.float64) ** 2)), 1e-300)
+    error = _error(step.op(x, weight, *bias, eps=max(eps, 0.0)), dumped)
     return float(f"{max(eps, 0.0):.2g}") if error <= limit else None
 
 
@@ -104,8 +133,9 @@ def _product(
             return f"it is the product with {name} read transposed"
         if added is not None and is_product(weight, None):
             return f"it is the product without {added}"
-        for other in siblings:
-            if weights.raw(other)[2] == shape and is_product(weights.get(other), added):
+        alike = [other for other in siblings if weights.raw(other)[2] == shape]
+        for other in alike[: _MOST_TRIED // weight.size]:
+            if is_product(weights.get(other), added):
                 return f"it is the product with {other}"
         if few := _few_outputs(wide @ weight.T.astype(np.float64) + (0.0 if added is None else weights.get(added)), dumped):
             return few

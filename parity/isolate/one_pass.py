@@ -15,6 +15,7 @@ from engine.replay.proof import rounds_activations
 
 from ..diff.record_faults import listed
 from ..diff.rounding import beyond_rounding, type_of
+from ..diff.scatter import is_scaled, is_scatter
 from .elements import least_energy, sampled_error
 from .held import Held, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
@@ -133,7 +134,7 @@ class JudgedPass:
         if held.rounds and held.errors.max() <= self._limit(step):
             record.unrounded = max(record.unrounded or 0.0, held.unrounded)
         self._note(step, definitions[-1], held)
-        if step.op is ops.rms_norm:
+        if step.op in _NORMS:
             self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
         if self._judging.sample:
             sampled = [sampled_error(definition, held.inputs, held.dumped, self._weights) for definition in definitions]
@@ -189,9 +190,11 @@ class JudgedPass:
         first = self._program.producers[step.makes]
         routing = self._program.routing.get(step.makes)
         best: Held | None = None
+        in_type: Held | None = None
         limit, least = self._limit(step), least_energy(first, inputs, positions, self._weights)
+        stored = "" if routing is not None else type_of(dumped)
         tried: list[list[Step]] = []
-        for program in self._programs:
+        for program, definition_of in zip(self._programs, self._judging.definitions, strict=True):
             way = program.way(step.makes)  # definitions may also differ between the recorded values and the step
             if way in tried:
                 continue
@@ -210,18 +213,19 @@ class JudgedPass:
             if unknown.all():
                 raise UnknownInput(NOT_FINITE)
             errors = np.where(unknown, 0.0, errors)
-            if best is None or nearer(errors, best.errors, limit):
+            if best is None or nearer(errors, best.errors, limit, lower=bool(definition_of.arithmetic)):
                 rounds = rounds_activations(definition) and not rounds_activations(first)
                 by_first = float(errors.max()) if best is None else best.unrounded
                 best = Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first, bool(unknown.any()))
+                best = replace(best, arithmetic=definition_of.arithmetic)
             if best.errors.max() <= limit:
-                break
+                return best
+            if in_type is None and stored and ours.size == dumped.size:
+                beyond = beyond_rounding(ours.reshape(dumped.shape), dumped, stored)
+                if np.where(unknown, 0.0, row_errors(step.makes, beyond, dumped, positions, least)).max() <= limit:
+                    in_type = replace(best, ours=ours, errors=errors, lower=stored, arithmetic=definition_of.arithmetic)
         assert best is not None
-        if best.errors.max() > limit and routing is None and best.ours.size == dumped.size and (kind := type_of(dumped)):
-            rounded = beyond_rounding(best.ours.reshape(dumped.shape), dumped, kind)
-            errors = np.where(unknown, 0.0, row_errors(step.makes, rounded, dumped, positions, least))
-            best = replace(best, lower=kind if errors.max() <= limit else "")
-        return best
+        return in_type or best
 
     def _with_others(self, step: Step, others: Mapping[str, RecordedValue], error: float = np.inf) -> Held | None:
         """A step that does not follow from the records of its inputs, compared using other values of those; None if it is wrong even then.
@@ -282,6 +286,12 @@ class JudgedPass:
         if nmse > limit and held.lower:
             record.lower = held.lower
         record.wrong |= nmse > limit and not held.lower
+        if held.arithmetic:
+            record.arithmetics[held.arithmetic] = None
+        if nmse > limit and not held.lower:
+            rows, right = held.wrong_rows(limit)
+            record.scattered &= is_scatter(rows, right)
+            record.scaled &= is_scaled(rows, right)
         if nmse <= record.nmse:
             return
         record.nmse = nmse
@@ -295,10 +305,19 @@ class JudgedPass:
             record.reason = "; ".join(part for part in (where, look) if part)
 
     def _siblings(self, step: Step) -> list[str]:
-        """Weights of the other products of the same layer."""
-        layer = parse(step.makes).layer
-        near = [other for other in self._program.steps if other is not step and parse(other.makes).layer == layer]
-        return [other.weights[0].weight for other in near if other.weights and isinstance(other.weights[0], Altered)]
+        """Weights of other operations of this kind: of the same layer, then of the same place in the nearest layers."""
+        here, product = parse(step.makes), isinstance(next(iter(step.weights), None), Altered)
+        near: list[tuple[int, str]] = []
+        for other in self._program.steps:
+            first, place = next(iter(other.weights), None), parse(other.makes)
+            if other is step or (place.layer != here.layer and (place.kind != here.kind or None in (place.layer, here.layer))):
+                continue
+            away = abs((place.layer or 0) - (here.layer or 0))
+            if product and isinstance(first, Altered):
+                near.append((away, first.weight))
+            elif not product and isinstance(first, str) and other.op is step.op:
+                near.append((away, first))
+        return [name for _, name in sorted(near, key=lambda found: found[0])]
 
     def _limit(self, step: Step) -> float:
         if step.makes in self._judging.stretches:

@@ -1,6 +1,6 @@
 """Signs of another arithmetic than the one that operations were judged in, reported before any of them is blamed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
@@ -16,9 +16,9 @@ _ALIKE = 100.0
 _REASON = "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 allows for it"
 
 
-def as_eight_bits(operations: Sequence[Operation]) -> list[Operation]:
+def as_eight_bits(operations: Sequence[Operation], scaled: Collection[str] = ()) -> list[Operation]:
     """The operations, whole layers among them. None is blamed if all wrong ones are products with weights, off by what 8-bit activations
-    cost, and no product is right to float32's last digits.
+    cost, no product is right to float32's last digits, and none is the right value times a factor (`scaled`).
     """
     wrong = [operation for operation in operations if operation.status == WRONG]
     products = [
@@ -28,8 +28,10 @@ def as_eight_bits(operations: Sequence[Operation]) -> list[Operation]:
     most = limits(None, None, compute="q8").operations
     alike = bool(errors) and min(errors) > EXACT_FLOOR.operations and max(errors) <= min(most, _ALIKE * min(errors))
     others = [operation for operation in wrong if operation not in products]
-    if not alike or any(
-        operation.operation != LAYER or operation.nmse is None or operation.nmse > most for operation in others
+    if (
+        not alike
+        or any(operation.name in scaled for operation in wrong)
+        or any(operation.operation != LAYER or operation.nmse is None or operation.nmse > most for operation in others)
     ):
         return list(operations)
     return [

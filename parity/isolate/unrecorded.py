@@ -69,7 +69,8 @@ def without(definition: Definition, names: Collection[str]) -> Definition:
     def hidden(steps: Sequence[Step]) -> list[Step]:
         return [replace(step, inner=True) if step.makes in names else step for step in steps]
 
-    return Definition(hidden(definition.several), None if definition.single is None else hidden(definition.single), names)
+    single = None if definition.single is None else hidden(definition.single)
+    return replace(definition, several=hidden(definition.several), single=single, passed_over=names)
 
 
 def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -249,8 +249,11 @@ def _from_rows(name: str, rows: Rows, length: int) -> RecordedValue:
         count = rows.shapes[-1][0] if len(rows.shapes[-1]) > 1 else 1
         return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(count, -1), rows.token_idx)
     if of_scores(name):
-        heads, seen = rows.shapes[-1][0], max(length, *(shape[-1] for shape in rows.shapes))
-        data = np.zeros((heads, len(rows), seen), dtype=np.float32)
+        one_head = len(rows.shapes[-1]) == 1  # scores by which sparse attention chooses its keys
+        heads, seen = 1 if one_head else rows.shapes[-1][0], max(length, *(shape[-1] for shape in rows.shapes))
+        # Later positions are masked: those scores are made with the mask in them.
+        masked = -np.inf if one_head else 0.0
+        data = np.full((heads, len(rows), seen), masked, dtype=np.float32)
         for r, shape in enumerate(rows.shapes):
             data[:, r, : shape[-1]] = rows.values[r, : int(rows.counts[r])].reshape(heads, -1)
         return RecordedValue(data, rows.token_idx)

@@ -10,7 +10,7 @@ from checkpoints.dataflow import CACHE
 from checkpoints.points import EMBD, in_layer, of_scores, parse
 from checkpoints.record import Rows
 
-from .rule import Hit, Place, Subject, kind, where
+from .rule import Hit, Place, Subject, kind, leading, where
 
 # Kinds of one layer whose values are the same by definition: keys at position 0 are not rotated, what is read from the
 # cache is what was written, and attention over a single position gives that position's values.
@@ -175,7 +175,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
         by_value: dict[tuple[int, bytes], list[int]] = defaultdict(list)
         for (seq, position, _), data in subject.vectors[name]:
             by_value[seq, data].append(position)
-        free, shifted = known[name] if name in known else (_without_attention(name), False)
+        free, shifted = known[name] if name in known else (_without_attention(name) or _follows_tokens(subject, rows), False)
         stale: set[int] = set()
         for (seq, _), positions in by_value.items():
             ordered = sorted(set(positions))
@@ -195,6 +195,25 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
         if stale:
             total = len(set(rows.token_idx.tolist()))
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")
+
+
+def _follows_tokens(subject: Subject, rows: Rows) -> bool:
+    """Whether, where nothing says how a point is made, its rows are the same at equal tokens, not only neighbouring ones, and nowhere else.
+
+    What a stale buffer holds depends on when it was read, not on the token.
+    """
+    positions = rows.token_idx.tolist()
+    token_at = subject.inputs(positions)
+    if subject.dataflow is not None or not token_at or rows.seq.any() or len(set(positions)) < len(positions):
+        return False
+    values: dict[Hashable, set[bytes]] = defaultdict(set)
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for number, position in enumerate(positions):
+        values[token_at[position]].add(leading(rows, number).tobytes())
+        places[token_at[position]].append(position)
+    apart = any(max(at) - min(at) >= len(at) for at in places.values())
+    different = set[bytes]().union(*values.values())
+    return apart and all(len(of_token) == 1 for of_token in values.values()) and len(different) == len(values)
 
 
 def _of_same_rows(subject: Subject, name: str, seq: int, before: int, after: int) -> bool:

@@ -1,6 +1,6 @@
 """The definition of a rule, and of the subject that it checks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -51,6 +51,10 @@ Place = tuple[int, int, int]  # seq, token_idx, step
 TELLING = 4
 
 
+# What a layer computes that keeps a cache of its own.
+_KEYS_AND_VALUES = ("k", "v", "k_norm", "k_rope")
+
+
 class Subject(Struct, frozen=True, dict=True):
     """A dump as rules see it; `model` is known with `--model`, `given` is the dataflow of another dump of the model."""
 
@@ -86,9 +90,44 @@ class Subject(Struct, frozen=True, dict=True):
     def home(self, name: str) -> int | None:
         """The layer whose keys and values a point is made from: layers may share a cache."""
         layer = parse(name).layer
-        read = None if layer is None else self.computation(in_layer(layer, "v_read"))
-        shared = {parse(other).layer for other in read.reads} if read is not None else set()
+        if layer is None:
+            return None
+        read = self.computation(in_layer(layer, "v_read"))
+        if read is None:
+            return self._shared_caches.get(layer, layer)
+        shared = {parse(other).layer for other in read.reads}
         return shared.pop() if len(shared) == 1 else layer
+
+    @cached_property
+    def _shared_caches(self) -> dict[int, int]:
+        """Where nothing but the records shows it: a layer that has no keys and values of its own -> the earlier one whose it reads.
+
+        A kept pointer shows another layer's vector where this layer has its own.
+        """
+        if self.model is not None and self.model.alike:
+            return {}
+        layers = {layer for name in self.points if (layer := parse(name).layer) is not None}
+        own = sorted(layer for layer in layers if any(in_layer(layer, kind) in self.points for kind in _KEYS_AND_VALUES))
+        shared: dict[int, int] = {}
+        for layer in sorted(layers.difference(own)):
+            earlier = next((other for other in own if other < layer and self._one_cache(other, layer)), None)
+            if earlier is not None:
+                shared[layer] = earlier
+        return shared
+
+    def _one_cache(self, first: int, second: int) -> bool:
+        """Whether two layers read the same from their caches; where neither's is recorded, whether attention over the first position
+        alone, which gives that position's value, does.
+        """
+        pairs = [(in_layer(first, kind), in_layer(second, kind)) for kind in ("k_read", "v_read")]
+        read = [_values_at(self.points[a]) == _values_at(self.points[b]) for a, b in pairs if {a, b} <= self.points.keys()]
+        if read:
+            return all(read)
+        a, b = in_layer(first, "kqv_out"), in_layer(second, "kqv_out")
+        if not {a, b} <= self.points.keys():
+            return False
+        values, others = _values_at(self.points[a]), _values_at(self.points[b])
+        return any(place[1] == 0 and values[place] == others.get(place) for place in values)
 
     @cached_property
     def points(self) -> dict[str, Rows]:
@@ -160,6 +199,11 @@ class Subject(Struct, frozen=True, dict=True):
             return known
         return {first + i: token for i, token in enumerate(header.tokens)} | known
 
+    def inputs(self, positions: Sequence[int]) -> Mapping[int, Hashable]:
+        """For each of these positions its token, as an id or as the recorded embedding; empty if some are not known."""
+        known: tuple[Mapping[int, Hashable], ...] = (self.ids, self._embeddings)
+        return next((tokens for tokens in known if tokens.keys() >= set(positions)), {})
+
     def same_input(self, a: int, b: int) -> bool | None:
         """Whether the tokens at two positions are the same; None if neither ids nor embeddings show it."""
         if a in self.ids and b in self.ids:
@@ -183,6 +227,12 @@ class Subject(Struct, frozen=True, dict=True):
             if not self.same_input(before, after):
                 return after
         return positions[-1] + 1 if positions else 0
+
+
+def _values_at(rows: Rows) -> dict[Place, bytes]:
+    """The values of each record, as bytes."""
+    places = zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)
+    return {place: leading(rows, number).tobytes() for number, place in enumerate(places)}
 
 
 def _hashes(rows: Rows) -> NDArray[np.uint64]:

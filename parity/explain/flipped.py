@@ -1,0 +1,90 @@
+"""Experts that lower arithmetic chooses otherwise: scores nearer to each other than its rounding fall either way, which is no fault.
+
+What such a choice leads to differs by far more than rounding. An engine whose other errors are our own rounding's is not judged by it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from checkpoints.points import parse
+from engine.faults.routing_ties import scores_of
+from engine.replay.precision import rounded
+from engine.replay.replay import Replay
+
+from .case import Case
+from .precision import OURS, TOGETHER, PrecisionFloor
+from .records import Expected, Floats
+
+# The dump's scores and ours are off by one rounding each, in either direction: two of them exchange places if they are this much nearer.
+_REACH = 4.0
+# More of the records than this are not left out: what is left would prove nothing.
+_MOST = 0.5
+
+
+def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
+    """The records, with the mere cost of the arithmetic as the error of those that a choice which it may flip leads to.
+
+    All as they are where the dump's errors are not our own rounding's, or too many would be left out.
+    """
+    if measured.alike < OURS:
+        return case.entries
+    flips = _possible_flips(case, measured.kind)
+    if not flips:
+        return case.entries
+    entries, left_out = list[Expected](), 0
+    for entry, products, storage in zip(case.entries, measured.products, measured.storage, strict=True):
+        cost = np.maximum(products, storage)
+        led = np.zeros(len(entry.rows), dtype=np.bool_)
+        for layer, row, after in flips:
+            later = parse(entry.point).layer
+            led |= (entry.rows == row) if entry.point in after else np.zeros_like(led)
+            if later is None or later > layer:
+                led |= (entry.rows > row) & (entry.point in after)
+        led &= entry.base > TOGETHER * cost
+        left_out += int(led.sum())
+        entries.append(replace(entry, base=np.where(led, cost, entry.base)))
+    return entries if left_out <= _MOST * sum(len(entry.rows) for entry in entries) else case.entries
+
+
+def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str]]]:
+    """Choices whose scores lie within reach of the arithmetic's rounding: layer, row, and what is computed from them."""
+    steps = {step.makes: step for step in case.transformer.steps}
+    choices = {step.makes: chosen for step in case.transformer.steps if (chosen := scores_of(step, steps)) is not None}
+    if not choices:
+        return []
+    others = [
+        case.make(
+            rounded(case.transformer.steps, kind, storage=storage), len(case.positions), None, case.rounded(kind, storage)
+        )
+        for storage in (False, True)
+    ]
+    flips = list[tuple[int, int, frozenset[str]]]()
+    for name, (scores, count) in choices.items():
+        layer = parse(name).layer
+        near = _near(_rows(case.replay, scores), [_rows(other, scores) for other in others], count)
+        after = _after(case, name) if near.any() else frozenset()
+        flips += [(-1 if layer is None else layer, row, after) for row in np.flatnonzero(near).tolist()]
+    return flips
+
+
+def _rows(replay: Replay, name: str) -> Floats:
+    return np.asarray(replay.on_host[name], dtype=np.float64).reshape(replay.rows, -1)
+
+
+def _near(right: Floats, others: Sequence[Floats], count: int) -> NDArray[np.bool_]:
+    """Whether two neighbours among the chosen scores, or the last of them and the next one, may exchange places: [T]."""
+    noise = np.max([np.abs(other - right).max(axis=1) for other in others], axis=0)
+    ranked = -np.sort(-right, axis=1)[:, : count + 1]
+    return np.asarray((ranked[:, :-1] - ranked[:, 1:]).min(axis=1) <= _REACH * noise)
+
+
+def _after(case: Case, name: str) -> frozenset[str]:
+    """The values that are computed from this one."""
+    after = {name}
+    for step in case.transformer.steps:
+        if after.intersection(step.names):
+            after.add(step.makes)
+    return frozenset(after)

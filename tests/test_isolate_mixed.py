@@ -1,0 +1,132 @@
+"""Mixed precision through isolate: operations of a lower arithmetic are neither wrong nor proven, and faults beside them are wrong."""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from planted import Faulty, Planted, half_sums, tokens_of
+
+from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG
+from checkpoints.jsonl import write
+from checkpoints.points import parse
+from engine import ops
+from engine.graph import Step
+from engine.replay.precision import cached, rounded
+from parity.diff.scatter import is_scaled, is_scatter
+from parity.isolate.isolate import IsolateRequest, isolate
+from reference.client import Reference
+
+Judged = tuple[set[str], set[str]]
+_SHOWN = ("k_read", "v_read")  # what the cache gave: most engines cannot record it
+
+
+def judged(
+    engine: Faulty, reference: Reference, path: Path, steps: Sequence[Step], without: Collection[str] = (), kv_type: str = "f32"
+) -> Judged:
+    """What is wrong, and what is not observable, in an engine that does not state its arithmetic and writes every value."""
+    tokens = tokens_of(engine.model, 7, seed=1)
+    dump = engine.dump(Planted(()), tokens, points="all", size=1 << 20, bare=False, steps=steps)
+    assert dump.header is not None
+    header = replace(dump.header, compute="", source="an engine", mode="", kv_type=kv_type)
+    points = {name: rows for name, rows in dump.points.items() if parse(name).kind not in without}
+    write(replace(dump, header=header, points=points), path, header)
+    answer = isolate(IsolateRequest(engine.model, tokens=tokens, dump=path, mode="exact"), reference)
+    wrong = {item.name for item in answer.operations if item.status == WRONG}
+    return wrong | set(answer.findings), {item.name for item in answer.operations if item.status == NOT_OBSERVABLE}
+
+
+def where(test: Callable[[Step], bool], steps: Sequence[Step], lower: Sequence[Step]) -> list[Step]:
+    """The steps, those that a test chooses in a lower arithmetic."""
+    return [b if test(a) else a for a, b in zip(steps, lower, strict=True)]
+
+
+def faulty(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """The steps with a product 1.002 times too large, and with an epsilon of 1e-4 in a norm; each with the point that is wrong."""
+
+    def scaled(step: Step) -> Step:
+        return replace(step, op=lambda *x, **params: step.op(*x, **params) * np.float32(1.002))
+
+    def with_epsilon(step: Step) -> Step:
+        return replace(step, params={**step.params, "eps": 1e-4})
+
+    changes = {"blk.1.attn_out": scaled, "blk.1.attn_norm": with_epsilon}
+    return {name: [change(step) if step.makes == name else step for step in steps] for name, change in changes.items()}
+
+
+@pytest.mark.slow
+def test_operations_of_a_lower_arithmetic_among_those_of_float32(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """F16 logits, BF16 feed-forward, F16 attention, sums in F16 in one layer, an F16 cache: none is wrong, none is called proven; the
+    product and the norm that are wrong beside them are, alone.
+    """
+    path, out = small_model("qwen3", kind="f32"), tmp_path / "ours.jsonl"
+    engine = Faulty(path, reference.graph(path))
+    right = engine.right
+    f16, bf16 = (rounded(right, kind, storage=False) for kind in ("f16", "bf16"))
+    sums = [replace(step, op=half_sums) if step.op is ops.linear else step for step in right]
+    mixtures = {
+        "logits": where(lambda step: step.makes == "logits", right, rounded(right, "f16", storage=True)),
+        "ffn": where(lambda step: "ffn" in parse(step.makes).kind, right, bf16),
+        "attention": where(lambda step: step.op in (ops.attention_scores, ops.weighted_values), right, f16),
+        "sums": where(lambda step: parse(step.makes).layer == 2, right, sums),
+    }
+    for steps in mixtures.values():
+        wrong, open_ = judged(engine, reference, out, steps)
+        assert not wrong
+        assert open_
+    for name, steps in faulty(mixtures["ffn"]).items():
+        assert judged(engine, reference, out, steps)[0] == {name}
+    wrong, open_ = judged(engine, reference, out, cached(right, "f16"), _SHOWN, "")
+    assert not wrong
+    assert "blk.1.kq" in open_
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_a_factor_beneath_the_rounding_of_an_engine_is_wrong(
+    kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """Where our rounding reproduces an engine's products, a product that is 1.002 times too large or an epsilon of 1e-4 is wrong, though
+    its error is smaller than what rounding may cost; with attention in float32 beside it nothing right is wrong.
+    """
+    path, out = small_model("qwen3", kind="f32"), tmp_path / "ours.jsonl"
+    engine = Faulty(path, reference.graph(path))
+    attention = (ops.attention_scores, ops.weighted_values)
+    steps = where(lambda step: step.op not in attention, engine.right, rounded(engine.right, kind, storage=False))
+    assert not judged(engine, reference, out, steps)[0]
+    for name, wrong in faulty(steps).items():
+        assert judged(engine, reference, out, wrong)[0] == {name}
+
+
+@pytest.mark.slow
+def test_an_encoder_that_stores_f16_under_a_decoder_in_float32(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """No operation of either half is wrong, nor are the encoder's rounded attention weights, which do not sum to 1."""
+    path = small_model("t5", kind="f32")
+    engine = Faulty(path, reference.graph(path))
+    encoder = engine.transformer.encoder
+    assert encoder is not None
+    engine.transformer.encoder = rounded(encoder, "f16", storage=True)
+    wrong, open_ = judged(engine, reference, tmp_path / "ours.jsonl", engine.right)
+    assert not wrong
+    assert all(name.startswith("enc.") for name in open_)
+
+
+def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
+    """Rows that are all 0.1 % too large, or by an epsilon, are scaled; noise, factors rounded to F16, and one wrong row in ten are not."""
+    rng = np.random.default_rng(1)
+    for size in (10, 64, 1000):
+        right, noise = rng.standard_normal((2, 8, size))
+        epsilon = rng.uniform(1e-5, 1e-4, (8, 1))
+        assert is_scaled(right * 1.001 + 1e-7 * noise, right)
+        assert is_scaled(right * (1 - epsilon), right)
+        assert not is_scatter(right * 1.001, right)
+        assert not is_scaled(right + 1e-3 * noise, right)
+        assert is_scatter(right + 1e-3 * noise, right)
+        assert not is_scaled(right * (1 + rng.choice([-1, 1], (8, 1)) * epsilon), right)
+        assert not is_scaled(right[:3] * (1 + epsilon[:3]), right[:3])
+    assert not is_scaled(np.zeros((0, 0)), np.zeros((0, 0)))
