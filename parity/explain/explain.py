@@ -29,7 +29,7 @@ from .flipped import without_flipped
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .mixed import law_of_rounding
+from .mixed import law_of_noise, law_of_rounding
 from .own_inputs import contradicted
 from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
@@ -139,14 +139,9 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
     """Whether the error at a state's first place is known without a cause: of its records alone, or of one operation, by a law."""
-    if search.screening.agreeing_after(state) or (not case.states_f32 and _rounded(case, search, state)):
+    if search.screening.agreeing_after(state) or (not case.states_f32 and law_of_rounding(case, state)):
         return True
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
-
-
-def _rounded(case: Case, search: Search, state: SearchState) -> str:
-    """What lower arithmetic says about a state's first place."""
-    return law_of_rounding(case, state, search.screening.replay(state, len(case.positions)).on_host)
 
 
 def _looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -> tuple[str, ...]:
@@ -165,7 +160,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     agreeing = search.screening.agreeing_after(best)
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
-    if not case.states_f32 and (rounding := law_of_rounding(case, best, values)):
+    if not case.states_f32 and (rounding := law_of_rounding(case, best) or law_of_noise(case, best, values)):
         return replace(answer, law=rounding, next="")
     rows = (
         garbage(case.entries, best, values, case.positions, answer.differing)
@@ -216,7 +211,8 @@ def _around(case: Case, search: Search, best: SearchState, max_faults: int, budg
         rest = inner.screening.check(rest, candidate) or rest
     if rest.first is None:
         return best
-    inner_causes = inner.explain(rest, depth - 1)
+    # Several faults before one place are not looked for here: they and one of the capture would be three, and the search takes long.
+    inner_causes = inner.one_by_one(rest, depth - 1)
     if inner_causes.first is not None:
         return best
     search.screening.budget = budget

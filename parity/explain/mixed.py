@@ -64,7 +64,7 @@ def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     far = {
         kind: round(abs(float(np.log((found**2).sum() / own))))
         for kind, found, rounding in _roundings(case, entry, errors, known, recorded)
-        if (own := float((rounding**2).sum())) > 0 and LOWER * own <= (found**2).sum() <= UPPER * own
+        if kind != "q8" and (own := float((rounding**2).sum())) > 0 and LOWER * own <= (found**2).sum() <= UPPER * own
     }
     return min(far, key=lambda kind: far[kind], default="")
 
@@ -107,22 +107,35 @@ def as_large_as_rounding(
     return " to ".join(case.transformer.steps[number].makes for number in (places[0], places[-1]))
 
 
-def law_of_rounding(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
-    """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not.
+def law_of_rounding(case: Case, state: SearchState) -> str:
+    """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not."""
+    if state.first is None or state.faults:
+        return ""
+    kinds = rounded_here(case, *_first_errors(case, state, case.replay.on_host))
+    return f"every element is the right one {in_words(kinds)}" if kinds else ""
+
+
+def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
+    """That the errors which no fault explains may be a lower arithmetic's; "" if they are not of that kind.
 
     `values` are those of the state's steps, on the host.
     """
     if state.first is None:
         return ""
+    kind = noise_here(case, *_first_errors(case, state, values))
+    return noise_in_words(kind) if kind else ""
+
+
+def _first_errors(
+    case: Case, state: SearchState, values: Mapping[str, Array]
+) -> tuple[Expected, Floats, NDArray[np.bool_], set[str]]:
+    """A state's first place, its errors against these values, [R, k], where they are known, and the points that agree before it."""
+    assert state.first is not None
     entry = case.entries[state.first.point]
     right = entry.taken(values[entry.point], case.positions)
     known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
     errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
-    before = {other.point for other in case.entries[: state.first.point]}
-    if not state.faults and (kinds := rounded_here(case, entry, errors, known, before)):
-        return f"every element is the right one {in_words(kinds)}"
-    kind = noise_here(case, entry, errors, known, before)
-    return noise_in_words(kind) if kind else ""
+    return entry, errors, known, {other.point for other in case.entries[: state.first.point]}
 
 
 def in_words(kinds: Sequence[str]) -> str:
