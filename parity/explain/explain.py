@@ -29,7 +29,7 @@ from .flipped import without_flipped
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .mixed import law_of_rounding
+from .mixed import law_of_noise, law_of_rounding
 from .own_inputs import contradicted
 from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
@@ -160,7 +160,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     agreeing = search.screening.agreeing_after(best)
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
-    if not case.states_f32 and (rounding := law_of_rounding(case, best)):
+    if not case.states_f32 and (rounding := law_of_rounding(case, best) or law_of_noise(case, best, values)):
         return replace(answer, law=rounding, next="")
     rows = (
         garbage(case.entries, best, values, case.positions, answer.differing)
