@@ -210,7 +210,8 @@ def _around(case: Case, search: Search, best: SearchState, max_faults: int, budg
         rest = inner.screening.check(rest, candidate) or rest
     if rest.first is None:
         return best
-    inner_causes = inner.explain(rest, depth - 1)
+    # Several faults before one place are not looked for here: they and one of the capture would be three, and the search takes long.
+    inner_causes = inner.one_by_one(rest, depth - 1)
     if inner_causes.first is not None:
         return best
     search.screening.budget = budget
