@@ -4,7 +4,7 @@
 
 `PATH` is a llama-bench built with GGML_CUDA from the source package of the pinned llama-cpp-python. Models are made in DIR
 (3 GB). Every row says the worst of five runs, or of so many as it names; llama-bench's figures are its own means of five; the better of
-its two kinds of attention counts.
+its two kinds of attention counts. What starts anew is the Python that runs this: in an environment without other packages it is faster.
 """
 
 import argparse

@@ -20,12 +20,13 @@ from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
+from parity.diff.scatter import spares_elements
 from parity.explain.arithmetic import of_unknown_arithmetic
 from parity.explain.explain import explain
 from parity.explain.known_model import KnownModel
 from parity.explain.on_model import compared_on
 from parity.explain.precision import PrecisionFloor, mismatch, typical
-from parity.explain.spared import spares_elements, spares_records
+from parity.explain.spared import spares_records
 from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.sentences import answer, remarks
@@ -169,7 +170,7 @@ def test_a_factor_of_the_size_of_f16_is_no_rounding(engine: Faulty, right: Dump,
     assert not verdict
     assert verdict.pattern is not None
     assert verdict.pattern.code == "one-number"
-    assert "times 1 +1.0e-03" in verdict.pattern.sentence
+    assert "were multiplied by 1.0010" in verdict.pattern.sentence
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """Float64 as the third side of a comparison: which side is off, by how much, and what the answers say of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli import Cli
 from msgspec.structs import replace
-from planted import Faulty, Planted
+from planted import Faulty, Planted, tokens_of
 
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from engine.replay.precision import rounded
 from parity.diff.compare import Comparison, Options
 from parity.diff.three_way import compare_three
 from parity.explain.on_model import compared_on, three_on
@@ -165,3 +167,25 @@ def test_of_three_sides_float64_says_who_is_wrong(faulty: Faulty, ref: Dump) -> 
     assert "ours and another are wrong: from the same steps in float64 ours" in sentence(by_truth)
     assert as_json(by_truth)["first_divergence"]["wrong"] == ["ours", "another"]
     assert three_on(three, Options(), faulty.model, "off").first == voted.first
+
+
+@pytest.mark.slow
+def test_a_side_that_may_be_in_lower_arithmetic_is_not_called_wrong(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A right engine in F16 that does not say so, beside two in float32, in a model whose scan amplifies rounding."""
+    model, out = small_model("mamba2"), tmp_path / "ref.jsonl"
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 8, 70014)
+    reference.dump(DumpJob(model, out, tokens, points="all", slice_size=None))
+    half, ours = (
+        engine.dump(Planted(()), tokens, points="*", size=16, bare=False, steps=steps)
+        for steps in (rounded(engine.right, "f16", storage=True), engine.right)
+    )
+    assert half.header is not None
+    unstated = replace(half, header=replace(half.header, compute="", source="half"))
+    three = three_on((unstated, ours, read(out)), Options(), model)
+    assert not three
+    assert {side for point in three.points for side in point.wrong} == set()
+    assert any("half: F16 arithmetic, which it does not state" in note for note in three.notes)
+    stated = replace(half, header=replace(half.header, source="half"))
+    assert {side for point in three_on((stated, ours, read(out)), Options(), model).points for side in point.wrong} == {0}

@@ -68,7 +68,7 @@ def test_a_failure_discards_what_was_not_set_aside_and_comes_out() -> None:
 def test_garbage_collections_pass_over_what_stood_there_before_the_writer() -> None:
     """A collection beside a writer does not look at older objects, for which a device would run dry; after it they do."""
     older: dict[str, list[int]] = {"older": []}
-    assert gc.get_freeze_count() < 1000, "another writer, or the program, has frozen its objects"  # Python 3.12 itself: 375
+    gc.unfreeze()  # another test may have left a writer that was never finished
     first, second = WriterThread(), WriterThread()
     try:
         assert not any(thing is older["older"] for thing in gc.get_objects())

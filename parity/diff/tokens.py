@@ -84,8 +84,8 @@ def same_model(dump: Dump, path: Path) -> None:
         return  # a copy of another type, such as the twin
     if not known.may_be(given):
         raise InputError(
-            f"{dump.path} is of another model than {path}: of {_model(known.name, known.file_type, known.fingerprint)}.",
-            "Give the file that was run with --model.",
+            f"{dump.path} was made from {_model(known.name, known.file_type, known.fingerprint)}, not from {path}.",
+            "Name the file that the engine ran: --model FILE.",
             code="two-models",
         )
 

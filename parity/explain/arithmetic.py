@@ -17,12 +17,13 @@ from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
 from ..diff.routing import in_order_of_experts
+from ..diff.scatter import spares_elements
 from .case import Case
 from .known_model import KnownModel
-from .mixed import in_words, rounded_here
+from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
-from .spared import spares_elements, spares_records
+from .spared import spares_records
 from .systematic import SECONDS, systematic
 
 
@@ -40,7 +41,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if known.case is None and not before:  # as though the model were not known
         return comparison(ours, ref, replace(options, truth=None))
     if known.case is None:
-        return _in_part(as_float32, known.decoder)
+        return _in_part(as_float32, known.decoder, seconds)
     place = _first_computed(exact, known.case, first.checkpoint)
     if place is None:
         return as_float32
@@ -65,20 +66,34 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return _with(fitting[ranked[0]].compared, ranked[0], first.checkpoint, ranked[1:])
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
-    return _in_part(as_float32, known.case) if before else as_float32
+    return _in_part(as_float32, known.case, seconds) if before else as_float32
 
 
-def _in_part(as_float32: Comparison, case: Case | None) -> Comparison:
-    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic."""
+def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Comparison:
+    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or if
+    what lies unrecorded before it may be."""
     first, records = as_float32.verdict.first_divergence, as_float32.records
-    if case is None or first is None or (entry := _entry(case, first.checkpoint)) is None:
+    if case is None or first is None or (place := _first_computed(as_float32, case, first.checkpoint)) is None:
         return as_float32
-    number = records.names.index(first.checkpoint)
+    number = records.names.index(place)
     beside = _beside(case, records.pairs[number])
-    kinds = () if beside is None else rounded_here(case, entry, *beside[1:], set(records.names[:number]))
-    if not kinds:
+    if beside is None:
         return as_float32
-    pattern = Pattern("undecided", f"{first.checkpoint} is the right one {in_words(kinds)}")
+    entry, errors, known = beside
+    recorded = set(records.names[:number])
+    if kinds := rounded_here(case, entry, errors, known, recorded):
+        sentence = f"{place} is the right one {in_words(kinds)}"
+    elif (among := as_large_as_rounding(case, entry, errors, known, recorded)) and systematic(case, *beside, seconds) == "":
+        sentence = (
+            f"{place} differs by what F16 costs in the operations that make it and were not recorded ({among}), and what they read agrees "
+            "as in float32: a fault in one of them, or a flash attention that keeps keys, values or sums in F16 (--compute f16 allows for "
+            "it everywhere)"
+        )
+    elif kind := noise_here(case, entry, errors, known, recorded):
+        sentence = f"{place}: {noise_in_words(kind)}"
+    else:
+        return as_float32
+    pattern = Pattern("undecided", sentence)
     return replace(as_float32, verdict=replace(as_float32.verdict, pattern=pattern, operation=""))
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from checkpoints.record import Dump
+from reports.sentences import ARITHMETIC
 
 from ..diff.align import as_wide
 from ..diff.compare import Comparison, Options, comparison
@@ -61,7 +62,34 @@ def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbi
     if compared:
         return compared
     compared = replace(compared, notes=(*known.ignored, *compared.notes))
-    return compared if arbiter == OFF or known.truth is None else with_truth(compared, dumps, known)
+    if arbiter == OFF or known.truth is None:
+        return compared
+    return _in_its_arithmetic(with_truth(compared, dumps, known), dumps, options, model)
+
+
+def _in_its_arithmetic(three_way: "ThreeWay", dumps: tuple[Dump, Dump, Dump], options: Options, model: Path) -> "ThreeWay":
+    """The answer without blame of a side that does not say its arithmetic, where one that it may have explains its distance."""
+    wrong = {side for point in three_way.points for side in point.wrong}
+    right = [side for side in (1, 2, 0) if side not in wrong]
+    notes, explained = list(three_way.notes), set[int]()
+    for side in sorted(wrong) if right else ():
+        header = dumps[side].header
+        if header is not None and header.compute:
+            continue
+        verdict = compared_on(dumps[side], dumps[right[0]], options, model, third_side=False).verdict
+        if verdict.precision is None or verdict.precision.arithmetic == "f32":
+            continue
+        if verdict or (verdict.pattern is not None and verdict.pattern.code in ("precision", "drift")):
+            explained.add(side)
+            arithmetic = ARITHMETIC[verdict.precision.arithmetic]
+            notes.append(
+                f"{three_way.sides[side]}: {arithmetic} arithmetic, which it does not state, may be its whole distance from float64"
+            )
+    points = tuple(
+        replace(point, wrong=tuple(side for side in point.wrong if side not in explained)) for point in three_way.points
+    )
+    first = next((point for point in points if point.differs), None)
+    return replace(three_way, points=points, first=first, notes=tuple(notes))
 
 
 def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Comparison:

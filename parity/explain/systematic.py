@@ -49,9 +49,9 @@ class _Moved(Struct, frozen=True):
 
 
 def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], seconds: float = SECONDS) -> str | None:
-    """What the errors of a point follow, as words ("blk.*.ffn_out times 1 +1.3e-03", "element 5 of blk.0.v were off"); empty if nothing.
+    """What the errors of a point follow, as words: "blk.*.ffn_out were multiplied by 1.0013", "element 5 of blk.0.v were off".
 
-    None if they follow nothing that was tried before the time was up.
+    Empty if nothing; None if they follow nothing that was tried before the time was up.
 
     Args:
         errors: [R, k], the recorded elements minus the right ones, where they are known: bool [R, k].
@@ -84,8 +84,14 @@ def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
             continue
         along = float((moved * wanted).sum())
         if along**2 / (size * total) > best:
-            best, words = along**2 / (size * total), what.format(along / size * change)
+            moved_by = along / size * change
+            best, words = along**2 / (size * total), what.format(factor=_factor(moved_by), summand=moved_by)
     return words
+
+
+def _factor(change: float) -> str:
+    """1 + the change, to two digits of the change, which is as much as a derivative knows."""
+    return f"{1 + change:.{max(0, 1 - int(np.floor(np.log10(abs(change)))))}f}"
 
 
 def _until(steps: Sequence[Step], point: str) -> list[Step]:
@@ -103,19 +109,19 @@ def _changes(steps: Sequence[Step]) -> Iterator[tuple[str, float, list[Step]]]:
             chosen = {step.makes for step in in_scope if parse(step.makes).kind == kind}
             name = next(iter(chosen)) if len(chosen) == 1 else f"blk.*.{kind}"
             yield (
-                name + " times 1 {:+.1e}",
+                name + " were multiplied by {factor}",
                 _CHANGE,
                 [replace(step, op=_Moved(step.op, False)) if step.makes in chosen else step for step in steps],
             )
             yield (
-                name + " plus {:.1e}",
+                "{summand:.1e} were added to " + name,
                 _CHANGE,
                 [replace(step, op=_Moved(step.op, True)) if step.makes in chosen else step for step in steps],
             )
         for name in dict.fromkeys(name for step in in_scope for name, value in step.params.items() if isinstance(value, float)):
             change = _OF_EPSILON if name.startswith("eps") else _CHANGE
             changed = [_with(step, name, 1 + change) if scope in (None, parse(step.makes).layer) else step for step in steps]
-            yield f"{name} times 1 {{:+.1e}}", change, changed
+            yield f"{name} were multiplied by {{factor}}", change, changed
 
 
 def _with(step: Step, name: str, factor: float) -> Step:
