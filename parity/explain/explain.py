@@ -160,13 +160,12 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     agreeing = search.screening.agreeing_after(best)
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
-    if not case.states_f32 and (rounding := law_of_rounding(case, best) or law_of_noise(case, best, values)):
+    lawless = not sentence or sentence.endswith(WRONG)
+    if not case.states_f32 and (
+        rounding := law_of_rounding(case, best) or (law_of_noise(case, best, values) if lawless else "")
+    ):
         return replace(answer, law=rounding, next="")
-    rows = (
-        garbage(case.entries, best, values, case.positions, answer.differing)
-        if not sentence or sentence.endswith(WRONG)
-        else None
-    )
+    rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
     single = where is not None and where.sure and len(where.operations) == 1
