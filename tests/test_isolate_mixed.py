@@ -14,7 +14,7 @@ from checkpoints.points import parse
 from engine import ops
 from engine.graph import Step
 from engine.replay.precision import cached, rounded
-from parity.diff.scatter import is_scaled, is_scatter
+from parity.diff.scatter import is_everywhere, is_scaled, is_scatter
 from parity.isolate.isolate import IsolateRequest, isolate
 from reference.client import Reference
 
@@ -35,6 +35,20 @@ def judged(
     answer = isolate(IsolateRequest(engine.model, tokens=tokens, dump=path, mode="exact"), reference)
     wrong = {item.name for item in answer.operations if item.status == WRONG}
     return wrong | set(answer.findings), {item.name for item in answer.operations if item.status == NOT_OBSERVABLE}
+
+
+def wrong_column(value: np.ndarray) -> np.ndarray:
+    """One element of every row 1 % too large."""
+    factors = np.ones(value.shape[1], dtype=np.float32)
+    factors[5] = 1.01
+    return value * factors
+
+
+def wrong_row(value: np.ndarray) -> np.ndarray:
+    """The last row off by noise of F16's size."""
+    factors = np.ones(value.shape, dtype=np.float32)
+    factors[-1] += 1e-3 * np.random.default_rng(1).standard_normal(value.shape[1], dtype=np.float32)
+    return value * factors
 
 
 def where(test: Callable[[Step], bool], steps: Sequence[Step], lower: Sequence[Step]) -> list[Step]:
@@ -85,6 +99,24 @@ def test_operations_of_a_lower_arithmetic_among_those_of_float32(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", [wrong_column, wrong_row])
+def test_an_error_in_some_elements_alone_is_no_arithmetic(
+    change: Callable[[np.ndarray], np.ndarray], small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """In an engine in float32 that does not say so, a product with one wrong element a row, or one wrong row, is wrong, though its error is
+    smaller than that of sums in F16.
+    """
+    path = small_model("qwen3", kind="f32")
+    engine = Faulty(path, reference.graph(path))
+    for name in ("blk.1.attn_out", "logits"):
+        steps = [
+            replace(step, op=lambda *x, op=step.op, **params: change(op(*x, **params))) if step.makes == name else step
+            for step in engine.right
+        ]
+        assert judged(engine, reference, tmp_path / "ours.jsonl", steps)[0] == {name}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_a_factor_beneath_the_rounding_of_an_engine_is_wrong(
     kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
@@ -129,4 +161,7 @@ def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
         assert is_scatter(right + 1e-3 * noise, right)
         assert not is_scaled(right * (1 + rng.choice([-1, 1], (8, 1)) * epsilon), right)
         assert not is_scaled(right[:3] * (1 + epsilon[:3]), right[:3])
+        assert is_everywhere(right + 1e-3 * noise, right)
+        assert not is_everywhere(right + 1e-3 * noise * (np.arange(size) < size / 2), right + 1e-7 * noise)
     assert not is_scaled(np.zeros((0, 0)), np.zeros((0, 0)))
+    assert not is_everywhere(np.zeros((0, 0)), np.zeros((0, 0)))

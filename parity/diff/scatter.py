@@ -18,6 +18,9 @@ _FEWEST = 8.0  # elements of equal weight: of fewer, one decides
 # rounded themselves are off by half a step of F16 at most, to either side: as many to one side by chance once in 64 draws of seven.
 _SCALED, _ROUNDED, _MANY = 0.9, 2.0**-11, 7
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
+# An element may be float32's if it is that near, relatively: sums of thousands of terms are off by 1e-6. The step of F16 is 5e-4 to 1e-3,
+# so that one element in twenty of its sums is as near by chance; five times that are no chance.
+_EXACT, _MOST_EXACT = 1e-5, 0.25
 
 
 def is_scatter(ours: Floats, right: Floats) -> bool:
@@ -32,6 +35,13 @@ def is_scatter(ours: Floats, right: Floats) -> bool:
     if one_is_scaled(delta, right):
         return False
     return share_along(delta, right) <= _ALONG and (common <= _COMMON or len(delta) == 1)
+
+
+def is_everywhere(ours: Floats, right: Floats) -> bool:
+    """Whether rows [R, k] are off by more than float32 rounds nearly everywhere, as in another arithmetic, not in some columns or rows."""
+    known = right != 0
+    exact = np.abs(ours - right)[known] <= _EXACT * np.abs(right)[known]
+    return bool(exact.mean() <= _MOST_EXACT) if exact.size else False
 
 
 def is_scaled(ours: Floats, right: Floats) -> bool:

@@ -47,14 +47,23 @@ class Held(Struct, frozen=True):
     unknown: bool = False  # of some rows nothing can be said: an input has NaN there
     lower: str = ""  # the type to which the right value was rounded, if nothing else is wrong
     arithmetic: str = ""  # that of the definition
+    in_mode: NDArray[np.float32] | None = None  # what the nearest definition of the mode's own arithmetic makes
 
     def agrees(self, limit: float) -> bool:
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""
         return bool(self.errors.max() <= limit) or bool(self.lower)
 
+    def beside_mode(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """All rows of the recorded value, and the right ones in the mode's own arithmetic: [T, n]; none of scores."""
+        return self._rows(self.ours if self.in_mode is None else self.in_mode)
+
     def wrong_rows(self, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The wrong rows of the recorded value, and the right ones: [R, n]; none of scores, which have no rows of one length."""
-        if self.ours.size != self.dumped.size or self.dumped.ndim != 2:
-            return np.zeros((0, 0)), np.zeros((0, 0))
+        dumped, right = self._rows(self.ours)
         off = self.errors > limit
-        return self.dumped[off].astype(np.float64), self.ours.reshape(self.dumped.shape)[off].astype(np.float64)
+        return (dumped[off], right[off]) if dumped.size else (dumped, right)
+
+    def _rows(self, right: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if right.size != self.dumped.size or self.dumped.ndim != 2:
+            return np.zeros((0, 0)), np.zeros((0, 0))
+        return self.dumped.astype(np.float64), right.reshape(self.dumped.shape).astype(np.float64)
