@@ -148,6 +148,17 @@ def test_an_encoder_that_stores_f16_under_a_decoder_in_float32(
     assert all(name.startswith("enc.") for name in open_)
 
 
+@pytest.mark.slow
+def test_logits_summed_in_f16_from_few_terms(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """Thousands of logits are sums of 64 terms: their rounding has 64 directions, one of which may be along the logits of one position."""
+    path = small_model("gemma3", kind="f32")
+    engine = Faulty(path, reference.graph(path))
+    sums = [replace(step, op=half_sums) if step.makes == "logits" else step for step in engine.right]
+    wrong, open_ = judged(engine, reference, tmp_path / "ours.jsonl", sums)
+    assert not wrong
+    assert "logits" in open_
+
+
 def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
     """Rows that are all 0.1 % too large, or by an epsilon, are scaled; noise, factors rounded to F16, and one wrong row in ten are not."""
     rng = np.random.default_rng(1)

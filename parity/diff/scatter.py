@@ -11,7 +11,9 @@ Floats = NDArray[np.float64]
 # 200,000 did.
 _ALONG, _COMMON = 0.4, 0.7
 # A single position is along its values, as by a wrong scale of that position, if noise would be so in one of 10^6 draws of as many
-# elements of equal weight, and if that is this many times as much as at the usual position: truncation is along all of them.
+# elements of equal weight, and if that is this many times as much as at the usual position: truncation is along all of them. However many
+# elements there are, the share is held to that of all positions: factors that are rounded move thousands of sums of 64 terms in 64
+# directions, so that a tenth of a right engine's error was along its 2,048 logits (sums in F16, small qwen3).
 _CHANCE, _UNUSUAL = 1e-6, 4.0
 _FEWEST = 8.0  # elements of equal weight: of fewer, one decides
 # The share along the values of rows that are the right ones times a factor: what is left may be the rounding of the row. Factors that were
@@ -68,7 +70,9 @@ def one_is_scaled(delta: Floats, values: Floats) -> bool:
     shares, sizes = _shares(delta, values)
     if len(shares) < _POSITIONS:
         return False
-    return bool(((sizes >= _FEWEST) & (shares > _by_chance(sizes)) & (shares > _UNUSUAL * np.median(shares))).any())
+    return bool(
+        ((sizes >= _FEWEST) & (shares > np.maximum(_by_chance(sizes), _ALONG)) & (shares > _UNUSUAL * np.median(shares))).any()
+    )
 
 
 def _by_chance(sizes: Floats) -> Floats:
