@@ -29,7 +29,7 @@ from parity.models import embedded
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 
-TOKENS, BUDGET = 16, 120.0
+TOKENS = 16
 _ARITHMETIC = ("f32", "f16", "bf16")
 
 
@@ -66,7 +66,7 @@ def outcome(answer: Explanation, case: Case) -> dict[str, Any]:
 def judged(dump: Dump, model: Path, tokens: tuple[int, ...]) -> tuple[Explanation, float]:
     """The answer, and the CPU seconds that it took."""
     began = process_time()
-    answer = explain(dump, model, ExplainOptions(tokens=tokens, budget=BUDGET))
+    answer = explain(dump, model, ExplainOptions(tokens=tokens))
     return answer, round(process_time() - began, 2)
 
 

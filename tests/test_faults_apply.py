@@ -107,6 +107,18 @@ def test_a_change_of_a_changed_operation_takes_what_that_takes(tmp_path: Path) -
         Planting(shifted).edits(replace(CATALOGUE["no-qkv-bias"], change=_two_weights), (1,), {"at": ("q",)})
 
 
+def test_a_norm_whose_weight_was_taken_away_lends_none(tmp_path: Path) -> None:
+    """A fault that reads the weight of a norm that another fault left without one says that it does not apply."""
+    engine = small_engine(tmp_path)
+    bare = [replace(step, weights=()) if step.makes == "blk.1.ffn_norm" else step for step in engine.right]
+    for fault, parameters in (
+        ("norms-exchanged", {"at": ("attn_norm",)}),
+        ("norm-of-other", {"norm": ("attn_norm", "ffn_norm")}),
+    ):
+        with pytest.raises(NotApplicable):
+            plant(bare, CATALOGUE[fault], (1,), **parameters)
+
+
 def _two_weights(step: Step, _right: Mapping[str, Step], _parameters: Mapping[str, Any]) -> Step:
     return replace(step, weights=(None, None))
 

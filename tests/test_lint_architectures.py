@@ -69,6 +69,15 @@ def test_a_value_of_the_token_alone_is_the_same_at_equal_tokens(stale: bool) -> 
     assert {finding.rule for finding in lint(lines).findings} == ({"stale-position"} if stale else set())
 
 
+@pytest.mark.parametrize(("name", "suspected"), [("scale.2", False), ("blk.1.scale", True), ("blk.1.l_out", True)])
+def test_distances_rise_in_even_steps(name: str, suspected: bool) -> None:
+    """Bare lines of a node of no layer, such as a decay by distance, may be even steps; a layer's values are not."""
+    arrays = random(("embd", "blk.0.l_out", "blk.1.l_out"), positions=4)
+    arrays[name] = np.linspace(-2.25, 3.0, 64, dtype=np.float32) * np.arange(1, 5, dtype=np.float32)[:, None]
+    lines = replace(dump(arrays, header=None), end=None)
+    assert ("flat-row" in {finding.rule for finding in lint(lines).findings}) == suspected
+
+
 def test_a_sketch_of_values_near_the_largest_is_infinite() -> None:
     """Logits that a model hides are -3.4e38: sums of several are beyond float32, in the sketch as in what it is compared with."""
     arrays = random(("embd", "blk.0.l_out", "logits"), positions=3)

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from planted import Faulty, Planted, tokens_of
+from planted import Faulty, Planted, half_sums, tokens_of
 
 from checkpoints.answers.explain import Explanation
 from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from engine import ops
 from engine.graph import Step
 from engine.replay.precision import cached, rounded
-from parity.diff.compare import Options
+from parity.diff.compare import Options, compare
 from parity.diff.first import BLAMED
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
@@ -157,6 +158,44 @@ def test_a_cache_of_f16_that_nothing_states(sides: Sides) -> None:
     assert "the cache keeps keys and values in F16" in answer.law
     assert not answer.causes
     assert answer.placed is None
+
+
+@pytest.mark.slow
+def test_sums_in_f16_in_one_layer(sides: Sides) -> None:
+    """One layer sums in F16, unlike ours: noise blames no operation, with the model or without; an epsilon beside it is named."""
+    engine, ref = sides
+    sums = [
+        replace(step, op=half_sums) if step.op is ops.linear and parse(step.makes).layer == 1 else step for step in engine.right
+    ]
+    ours = dump_of(sides, sums)
+    for verdict in (compare(ours, ref), compared_on(ours, ref, Options(), engine.model).verdict):
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.checkpoint == "blk.1.q"
+        assert verdict.pattern is not None
+        assert verdict.pattern.code == "undecided"
+        assert BLAMED not in verdict.operation
+    answer = explain(ours, engine.model, ExplainOptions(budget=20))
+    assert "noise in all elements" in answer.law
+    assert answer.placed is None
+    steps = [replace(step, params={**step.params, "eps": 1e-4}) if step.makes == "blk.1.attn_norm" else step for step in sums]
+    answer = explain(dump_of(sides, steps), engine.model, ExplainOptions(budget=20))
+    assert [cause.named.fault for cause in answer.causes] == ["norm-epsilon"]
+    assert answer.placed is None
+    for size in (1.0004, 1.002):
+        one_head = [_head_scaled(step, size) if step.makes == "blk.1.q" else step for step in engine.right]
+        verdict = compare(dump_of(sides, one_head), ref)
+        assert BLAMED in verdict.operation
+
+
+def _head_scaled(step: Step, by: float) -> Step:
+    """A step whose first 16 elements are too large."""
+
+    def changed(*inputs: np.ndarray, **params: object) -> np.ndarray:
+        out = step.op(*inputs, **params).copy()
+        out[:, :16] *= np.float32(by)
+        return out
+
+    return replace(step, op=changed)
 
 
 def in_thirds(value: np.ndarray) -> np.ndarray:

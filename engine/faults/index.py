@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from checkpoints.points import parse
-
 from ..graph import Step, weight_name
 from ..lift.node import GgmlOperation
 
@@ -26,14 +24,9 @@ class StepsByName(dict[str, Step]):
         return of
 
     @cached_property
-    def numbers_of_weights(self) -> Mapping[int, int]:
-        """The number in the names of the weights that most steps of a layer read, by layer: another one where layers are repeated."""
-        of: dict[int, Counter[int]] = {}
-        for step in self.values():
-            layer = parse(step.makes).layer
-            if layer is not None:
-                of.setdefault(layer, Counter()).update(_numbers(step))
-        return {layer: numbers.most_common(1)[0][0] for layer, numbers in of.items() if numbers}
+    def numbers_of_weights(self) -> dict[int, int]:
+        """The numbers in the names of weights that were asked for, by layer (see `number_of_weights`)."""
+        return {}
 
 
 def of_operation(right: Mapping[str, Step], name: str) -> Sequence[Step]:
@@ -43,9 +36,16 @@ def of_operation(right: Mapping[str, Step], name: str) -> Sequence[Step]:
 
 
 def number_of_weights(right: Mapping[str, Step], layer: int) -> int:
-    """The number in the names of a layer's weights, of which other faults may have changed some; the layer's own if it has none."""
-    index = right if isinstance(right, StepsByName) else StepsByName(right)
-    return index.numbers_of_weights.get(layer, layer)
+    """The number in the names of the weights that most steps of a layer read: another one where layers are repeated.
+
+    Faults may have changed some of these names; it is the layer's own number if none is left.
+    """
+    known = right.numbers_of_weights if isinstance(right, StepsByName) else {}
+    if layer not in known:
+        begin = f"blk.{layer}."
+        numbers = Counter(number for name, step in right.items() if begin in name for number in _numbers(step))
+        known[layer] = numbers.most_common(1)[0][0] if numbers else layer
+    return known[layer]
 
 
 def _numbers(step: Step) -> list[int]:

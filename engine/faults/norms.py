@@ -249,7 +249,7 @@ def _exchange(step: Step, right: Steps, parameters: Parameters) -> Step:
     other = sibling(step, right, pair[pair[0] == kind_of(step)])
     if other.op is not step.op or (other.params.get("heads", 1) == 1) != (step.params.get("heads", 1) == 1):
         raise NotApplicable(f"{step.makes} and {other.makes} are norms of other sizes")
-    return replace(step, op=_WithOther(step.op), weights=other.weights)
+    return _reading_weight_of(other, step)
 
 
 def _others_alike(right: Steps) -> Values:
@@ -283,7 +283,13 @@ def _of_other(step: Step, right: Steps, parameters: Parameters) -> Step:
     kind, other = parameters["norm"]
     if kind_of(step) != kind:
         return step
-    return replace(step, op=_WithOther(step.op), weights=sibling(step, right, other).weights)
+    return _reading_weight_of(sibling(step, right, other), step)
+
+
+def _reading_weight_of(other: Step, step: Step) -> Step:
+    if not other.weights:  # another fault may have taken it away
+        raise NotApplicable(f"{other.makes} has no weight")
+    return replace(step, op=_WithOther(step.op), weights=other.weights)
 
 
 def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:

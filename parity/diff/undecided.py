@@ -14,9 +14,10 @@ from .eight_bits import is_noise
 from .first import BLAMED
 from .limits import EXACT_FLOOR, LARGEST_ROUNDING, limits
 from .noise import BEYOND
-from .operations import recurrent
+from .operations import MIXING, recurrent
 from .records import Records
 from .routing import may_have_flipped
+from .scatter import SIMILAR, spares_elements
 from .slices import prepare
 from .truth import AMPLIFIED, FEW, share_of_few
 
@@ -36,6 +37,8 @@ _CANCELLED = (
 # A recurrence or a norm that amplifies rounding does so at one position in this many at most: a choice, since faults are wrong at most
 # positions. A right F32 engine of arwkv7 was 8e-7 off at one of nine, by a norm (benchmarks/right_engines.py).
 FEW_POSITIONS = 4
+
+_LOWEST = limits(None, None, compute="bf16")
 
 # Patterns of positions, or none: such answers point at operations, which is wrong for rounding.
 _OF_POSITIONS = frozenset(
@@ -69,7 +72,8 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         return replace(verdict, pattern=Pattern("undecided", f"{_CANCELLED}{further}"), operation="")
     if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
         return verdict
-    sentence = _rounding(records, first.checkpoint) or _flipped(records) or _amplified(records, first.checkpoint)
+    name = first.checkpoint
+    sentence = _rounding(records, name) or _flipped(records) or _amplified(records, name) or _product_alone(records, name)
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
 
@@ -174,6 +178,28 @@ def _flipped(records: Records) -> str:
     return (
         f"a fault, or other experts: {choices[0]} chooses by a near tie at position {records.token_idx[origins[0]]}, which lower "
         "arithmetic may decide the other way (record it on both sides, or --model M.gguf)"
+    )
+
+
+def _product_alone(records: Records, name: str) -> str:
+    """What is to be said if a product may be in lower arithmetic where what it is made from is in float32; else empty.
+
+    That is mixed precision, if nothing states the arithmetic: F16 logits, sums in F16. Its errors are noise at every element and position.
+    """
+    number, flow = records.names.index(name), records.flow
+    errors = records.measures.nmse[records.point == number]
+    stretch = flow.between(name)
+    if not records.limits.assumed or records.stated or stretch is None or not MIXING & flow.operations(stretch.nodes):
+        return ""
+    if not EXACT_FLOOR.operations < errors.min() <= errors.max() <= min(SIMILAR * errors.min(), _LOWEST.operations):
+        return ""
+    values = prepare(records.pairs[number])
+    a, b = (side.astype(np.float64) for side in (values.a, values.b))
+    if not is_noise(records, number) or spares_elements(a - b, b, np.ones(a.shape, dtype=np.bool_)):
+        return ""
+    return (
+        "noise at every position, of the size that lower arithmetic makes, while what it is computed from is in float32: mixed precision, "
+        "or a small fault (--model M.gguf decides)"
     )
 
 

@@ -17,12 +17,13 @@ from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
 from ..diff.routing import in_order_of_experts
+from ..diff.scatter import spares_elements
 from .case import Case
 from .known_model import KnownModel
-from .mixed import as_large_as_rounding, in_words, rounded_here
+from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
-from .spared import spares_elements, spares_records
+from .spared import spares_records
 from .systematic import SECONDS, systematic
 
 
@@ -88,6 +89,8 @@ def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Compa
             "as in float32: a fault in one of them, or a flash attention that keeps keys, values or sums in F16 (--compute f16 allows for "
             "it everywhere)"
         )
+    elif kind := noise_here(case, entry, errors, known, recorded):
+        sentence = f"{place}: {noise_in_words(kind)}"
     else:
         return as_float32
     pattern = Pattern("undecided", sentence)

@@ -29,7 +29,7 @@ from .flipped import without_flipped
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .mixed import law_of_rounding
+from .mixed import law_of_noise, law_of_rounding
 from .own_inputs import contradicted
 from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
@@ -160,13 +160,12 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     agreeing = search.screening.agreeing_after(best)
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
-    if not case.states_f32 and (rounding := law_of_rounding(case, best)):
+    lawless = not sentence or sentence.endswith(WRONG)
+    if not case.states_f32 and (
+        rounding := law_of_rounding(case, best) or (law_of_noise(case, best, values) if lawless else "")
+    ):
         return replace(answer, law=rounding, next="")
-    rows = (
-        garbage(case.entries, best, values, case.positions, answer.differing)
-        if not sentence or sentence.endswith(WRONG)
-        else None
-    )
+    rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
     single = where is not None and where.sure and len(where.operations) == 1
@@ -211,7 +210,8 @@ def _around(case: Case, search: Search, best: SearchState, max_faults: int, budg
         rest = inner.screening.check(rest, candidate) or rest
     if rest.first is None:
         return best
-    inner_causes = inner.explain(rest, depth - 1)
+    # Several faults before one place are not looked for here: they and one of the capture would be three, and the search takes long.
+    inner_causes = inner.one_by_one(rest, depth - 1)
     if inner_causes.first is not None:
         return best
     search.screening.budget = budget

@@ -95,19 +95,19 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     if factor is not None and holds(right * factor):
         wrong_sign = abs(factor + 1) < _SIGN
         yield (
-            f"{have} the wrong sign" if wrong_sign else f"{be} {_short(factor, lambda c: holds(right * c))} times the right one"
+            f"{have} the wrong sign" if wrong_sign else f"{be} {short(factor, lambda c: holds(right * c))} times the right one"
         )
         return
     constant = float(np.mean(dumped - right))
     if constant and holds(right + constant):
-        yield f"{be} the right one {_signed(_short(constant, lambda c: holds(right + c)))}"
+        yield f"{be} the right one {_signed(short(constant, lambda c: holds(right + c)))}"
         return
     if compared.bias is None:
         return
     bias = compared.bias[some]
     factor = _factor(dumped - bias, right - bias)
     if factor is not None and holds((right - bias) * factor + bias):
-        yield f"{be} {_short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
+        yield f"{be} {short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
         return
     for times, sentence in ((0.0, "without the bias"), (2.0, "with the bias twice"), (-1.0, "with the bias subtracted")):
         if bias.any() and holds(right + (times - 1) * bias):
@@ -149,7 +149,7 @@ def _factor(dumped: Floats, right: Floats) -> float | None:
     return float((dumped * right).sum()) / energy if energy > 0 else None
 
 
-def _short(value: float, holds: Callable[[float], bool]) -> str:
+def short(value: float, holds: Callable[[float], bool]) -> str:
     """A number in as few digits as suffice."""
     for digits in range(1, 9):
         short = f"{value:.{digits}g}"

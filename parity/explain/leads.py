@@ -14,8 +14,10 @@ from engine.graph import State as PassState
 
 from .beside import beside
 from .case import Case
+from .changed_weight import changed_weight
 from .fits import order_of_number
-from .laws import OF_A_WEIGHT, ZERO, law
+from .laws import OF_A_WEIGHT, WRONG, ZERO, law
+from .moved import OTHER_ORDER
 from .one_more import spoils
 from .operands import other_operand
 from .records import Expected, Floats, Ints
@@ -96,6 +98,13 @@ def mended_share(entries: Sequence[Expected], before: SearchState, after: Search
 
 def law_at(case: Case, search: Search, state: SearchState) -> str:
     """The law that the numbers follow at a state's first place; "" if no law holds for all of them."""
+    name = key(state.faults)
+    if name not in search.laws:
+        search.laws[name] = _law_at(case, search, state)
+    return search.laws[name]
+
+
+def _law_at(case: Case, search: Search, state: SearchState) -> str:
     if state.first is None:
         return ""
     entry = case.entries[state.first.point]
@@ -106,14 +115,16 @@ def law_at(case: Case, search: Search, state: SearchState) -> str:
     name = step.weights[1] if len(step.weights) > 1 else None
     bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
-    compared = beside(entry, state.nmse[state.first.point], values, case.positions, bias, _heads(state, entry.point))
+    errors = state.nmse[state.first.point]
+    compared = beside(entry, errors, values, case.positions, bias, _heads(state, entry.point))
     sentence = "" if compared is None else law(compared)
     if sentence == ZERO and "eps" in step.params:
         sentence += ": a norm of a row with an unrecorded infinity, or a kernel that did not run"
-    if sentence and not sentence.endswith(OF_A_WEIGHT):
+    if sentence and not sentence.endswith((*OF_A_WEIGHT, WRONG)) and not sentence.startswith(OTHER_ORDER):
         return sentence
-    # Which weight is read instead says more than that a norm's weight or a bias is wrong.
-    return other_operand(case, state, entry, state.nmse[state.first.point]) or sentence
+    # What is wrong with a weight, or which is read instead, says more than which elements are wrong.
+    other = "" if sentence.endswith(WRONG) else other_operand(case, state, entry, errors)
+    return other or changed_weight(case, search, state, entry, errors) or sentence
 
 
 def _heads(state: SearchState, point: str) -> int | None:

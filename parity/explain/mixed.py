@@ -3,7 +3,7 @@
 Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,8 +15,9 @@ from engine.inapplicable import NotApplicable
 from engine.replay.precision import CACHES, cached, rounded
 from reports.sentences import ARITHMETIC
 
+from ..diff.scatter import SIMILAR, is_scatter, spares_elements
 from .case import Case
-from .precision import KINDS, cosine
+from .precision import KINDS, LOWER, UPPER, cosine
 from .records import Expected, Floats
 from .state import SearchState
 
@@ -39,9 +40,41 @@ def rounded_here(
         errors: of the dump's records against the right engine, [R, k], in the entry's shape; `known` where they are.
         recorded: the points that agree before it, at which its own operations begin.
     """
+    near: dict[str, float] = {}
+    for kind, found, rounding in _roundings(case, entry, errors, known, recorded):
+        size, own = np.linalg.norm(found), np.linalg.norm(rounding)
+        alike = cosine(found, rounding)
+        if alike >= _SAME and own <= _AS_LARGE * size and size <= _AS_LARGE * own:
+            near[kind] = max(alike, near.get(kind, 0.0))
+    return tuple(sorted(near, key=lambda kind: -near[kind]))
+
+
+def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]) -> str:
+    """The arithmetic that would make errors of about this size in a point's own operations, if they are noise in all elements and rows.
+
+    "" if none does. Arguments as in `rounded_here`; sums in F16 are not those of our own rounding.
+    """
+    right = np.where(known, entry.taken(case.replay.on_host[entry.point], case.positions), 0.0)
+    rows = known.any(axis=1)
+    if not is_scatter(right[rows] + errors[rows], right[rows]) or spares_elements(errors, right, known):
+        return ""
+    off = np.linalg.norm(errors[rows], axis=1) / np.maximum(np.linalg.norm(right[rows], axis=1), np.finfo(np.float64).tiny)
+    if off.max() > np.sqrt(SIMILAR) * off.min():
+        return ""
+    far = {
+        kind: round(abs(float(np.log((found**2).sum() / own))))
+        for kind, found, rounding in _roundings(case, entry, errors, known, recorded)
+        if kind != "q8" and (own := float((rounding**2).sum())) > 0 and LOWER * own <= (found**2).sum() <= UPPER * own
+    }
+    return min(far, key=lambda kind: far[kind], default="")
+
+
+def _roundings(
+    case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
+) -> Iterator[tuple[str, Floats, Floats]]:
+    """Each arithmetic in which a point's own operations may have been computed, the errors where it gives numbers, and its own: [R, k]."""
     places = _own_steps(case.transformer.steps, entry.point, recorded)
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
-    near: dict[str, float] = {}
     for kind in (*KINDS, *CACHES):
         for lower in _ways(kind):
             values = _rounded_value(case, places, lower, entry.point)
@@ -49,12 +82,7 @@ def rounded_here(
                 continue
             computed = entry.taken(values, case.positions)
             usable = known & np.isfinite(computed)
-            rounding, found = (np.where(usable, rows, 0.0) for rows in (computed - right, errors))
-            size, own = np.linalg.norm(found), np.linalg.norm(rounding)
-            alike = cosine(found, rounding)
-            if alike >= _SAME and own <= _AS_LARGE * size and size <= _AS_LARGE * own:
-                near[kind] = max(alike, near.get(kind, 0.0))
-    return tuple(sorted(near, key=lambda kind: -near[kind]))
+            yield kind, np.where(usable, errors, 0.0), np.where(usable, computed - right, 0.0)
 
 
 def as_large_as_rounding(
@@ -83,12 +111,31 @@ def law_of_rounding(case: Case, state: SearchState) -> str:
     """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not."""
     if state.first is None or state.faults:
         return ""
+    kinds = rounded_here(case, *_first_errors(case, state, case.replay.on_host))
+    return f"every element is the right one {in_words(kinds)}" if kinds else ""
+
+
+def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
+    """That the errors which no fault explains may be a lower arithmetic's; "" if they are not of that kind.
+
+    `values` are those of the state's steps, on the host.
+    """
+    if state.first is None:
+        return ""
+    kind = noise_here(case, *_first_errors(case, state, values))
+    return noise_in_words(kind) if kind else ""
+
+
+def _first_errors(
+    case: Case, state: SearchState, values: Mapping[str, Array]
+) -> tuple[Expected, Floats, NDArray[np.bool_], set[str]]:
+    """A state's first place, its errors against these values, [R, k], where they are known, and the points that agree before it."""
+    assert state.first is not None
     entry = case.entries[state.first.point]
-    right = entry.taken(case.replay.on_host[entry.point], case.positions)
+    right = entry.taken(values[entry.point], case.positions)
     known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
     errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
-    kinds = rounded_here(case, entry, errors, known, {other.point for other in case.entries[: state.first.point]})
-    return f"every element is the right one {in_words(kinds)}" if kinds else ""
+    return entry, errors, known, {other.point for other in case.entries[: state.first.point]}
 
 
 def in_words(kinds: Sequence[str]) -> str:
@@ -104,6 +151,15 @@ def in_words(kinds: Sequence[str]) -> str:
     return (
         f"as {named} arithmetic rounds it, while what it is computed from is in float32: mixed precision, and no other fault here "
         f"(--compute {kinds[0]} allows for it everywhere)"
+    )
+
+
+def noise_in_words(kind: str) -> str:
+    """What is to be said of an operation whose errors are noise of the size that an arithmetic, or a cache's type, makes."""
+    kind = CACHES.get(kind, kind)
+    return (
+        f"noise in all elements, of the size that {ARITHMETIC[kind]} arithmetic makes there, while what it is computed from is in float32: "
+        f"sums in lower arithmetic, or a small fault (--compute {kind} allows for it everywhere)"
     )
 
 

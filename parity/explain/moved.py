@@ -7,6 +7,9 @@ import numpy as np
 from .beside import Beside
 from .records import Floats
 
+OTHER_ORDER = (
+    "the right values stand in another order: element"  # the beginning of a sentence that lists which element is which
+)
 LISTED = 6  # elements that a sentence lists
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions
@@ -117,4 +120,4 @@ def _permutation(compared: Beside, whole: Floats) -> Iterator[str]:
                 yield f"the right values stand in another order: {of} {how}"
                 return
     shown = ", ".join(f"{i} is the right element {j}" for i, j in pairs[:LISTED])
-    yield f"the right values stand in another order: element {shown}{', …' if len(pairs) > LISTED else ''}"
+    yield f"{OTHER_ORDER} {shown}{', …' if len(pairs) > LISTED else ''}"

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from ..diff.scatter import spares_elements
 from .case import Case
 from .precision import REPRODUCED, PrecisionFloor
-from .spared import spares_elements
 from .systematic import systematic
 
 

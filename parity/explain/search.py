@@ -34,6 +34,8 @@ class Search:
         self.screening = screening
         self._stop = ends
         self.tried = screening.tried
+        #: The law at the first place of each state that was asked for one, by its faults.
+        self.laws: dict[tuple[str, ...], str] = {}
         self._one_more = OneMore(screening)
         self.rank = self._one_more.rank
         self._states: dict[tuple[str, ...], list[SearchState]] = {}
@@ -57,7 +59,7 @@ class Search:
 
         Faults are tried one by one; where that gets no further, several at once in the best states so far.
         """
-        best = self._one_by_one(state, depth)
+        best = self.one_by_one(state, depth)
         tried: set[tuple[str, ...]] = set()
         while best.first is not None and not self.screening.budget.over():
             ends = sorted((end for name, end in self._ends.items() if name not in tried), key=self.rank)
@@ -68,7 +70,7 @@ class Search:
             best = min(best, self._follow(ends[0], self._several(ends[0], left), left), key=self.rank)
         return best
 
-    def _one_by_one(self, state: SearchState, depth: int) -> SearchState:
+    def one_by_one(self, state: SearchState, depth: int) -> SearchState:
         """The best state that up to `depth` further faults lead to, each of which gets further by itself."""
         if state.first is None or depth == 0:
             return state
@@ -107,7 +109,7 @@ class Search:
             if errors in seen or spoils(self.screening.entries, state, follower):
                 continue
             seen.add(errors)
-            best = min(best, self._one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
+            best = min(best, self.one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
             if best.first is None or len(seen) >= BEAM:
                 break
         return best

@@ -154,7 +154,7 @@ class Together(AtFirstPlace):
         return self._screening.rows if whole else self._screening.enough(self._first.row + 1)
 
     def _replay(self, steps: Sequence[Step], rows: int) -> Replay:
-        return self._screening.make(self._until(steps), rows, None)
+        return self._screening.make(self._until(steps), rows, self._screening.replay(self._state, rows))
 
     def _shown(self, steps: Sequence[Step]) -> str:
         """The name of the value that the dump shows at the first place: another step's if the capture is wrong."""

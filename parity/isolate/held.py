@@ -6,6 +6,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from ..diff.scatter import spares_elements
+
 # Of two definitions by which a value is wrong the later one is meant only if it is so many times nearer.
 _NEARER = 10.0
 
@@ -53,15 +55,37 @@ class Held(Struct, frozen=True):
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""
         return bool(self.errors.max() <= limit) or bool(self.lower)
 
-    def beside_mode(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """All rows of the recorded value, and the right ones in the mode's own arithmetic: [T, n]; none of scores."""
-        return self._rows(self.ours if self.in_mode is None else self.in_mode)
+    def spares_elements(self) -> bool:
+        """Whether a part of the recorded value is exactly that of the mode's own arithmetic: whole rows of it, or some elements of each."""
+        dumped, right = self._rows(self.ours if self.in_mode is None else self.in_mode)
+        known = np.isfinite(dumped) & np.isfinite(right)
+        return spares_elements(np.where(known, dumped, 0.0) - np.where(known, right, 0.0), right, known)
 
     def wrong_rows(self, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The wrong rows of the recorded value, and the right ones: [R, n]; none of scores, which have no rows of one length."""
         dumped, right = self._rows(self.ours)
         off = self.errors > limit
         return (dumped[off], right[off]) if dumped.size else (dumped, right)
+
+    def of_other_positions(self, limit: float) -> str:
+        """That the wrong rows are the right ones of other positions, and how far away if that is the same for all; "" if they are not."""
+        wrong, _ = self.wrong_rows(limit)
+        if not len(wrong) or len(self.positions) != len(self.dumped) or not np.isfinite(wrong).all():
+            return ""
+        right = self.ours.reshape(self.dumped.shape).astype(np.float64)
+        away = set[int]()
+        for row, position in zip(wrong, self.positions[self.errors > limit].tolist(), strict=True):
+            with np.errstate(all="ignore"):  # a foreign engine's values may be as large as they like
+                errors = np.sum((right - row) ** 2, axis=1)
+                near = errors <= limit * (row @ row)
+            nearest = int(np.argmin(errors))
+            if not near[nearest]:
+                return ""
+            away.add(position - int(self.positions[nearest]))
+        if len(away) > 1:
+            return "they hold the right values of other positions"
+        by = away.pop()
+        return f"position t holds the right value of position t {'−' if by > 0 else '+'} {abs(by)}"
 
     def _rows(self, right: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         if right.size != self.dumped.size or self.dumped.ndim != 2:

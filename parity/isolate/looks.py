@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
 from engine import ops
 from engine.graph import Altered, Step, WeightSource
 
@@ -18,8 +19,10 @@ _ROUNDING = 3e-3
 # is spread over all outputs, or in proportion to their own values. The shares are choices.
 _FEW, _MOST = 0.1, 0.9
 _NAMED = 4  # outputs that are named
+OF_THE_WEIGHT = "not rounding: rows, layout or format of the weight, or its bias"
 
 
+@np.errstate(all="ignore")  # a foreign engine's values may be infinite, or as large as they like
 def look_of(
     step: Step,
     x: NDArray[np.float32],
@@ -40,6 +43,22 @@ def look_of(
     if step.op in (ops.rms_norm, ops.layer_norm) and x.size == dumped.size:
         return _norm(step, x, dumped, weights, limit, siblings)
     return ""
+
+
+def siblings(step: Step, steps: Sequence[Step]) -> list[str]:
+    """Weights of other operations of a step's kind: of the same layer, then of the same place in the nearest layers."""
+    here, product = parse(step.makes), isinstance(next(iter(step.weights), None), Altered)
+    near: list[tuple[int, str]] = []
+    for other in steps:
+        first, place = next(iter(other.weights), None), parse(other.makes)
+        if other is step or (place.layer != here.layer and (place.kind != here.kind or None in (place.layer, here.layer))):
+            continue
+        away = abs((place.layer or 0) - (here.layer or 0))
+        if product and isinstance(first, Altered):
+            near.append((away, first.weight))
+        elif not product and isinstance(first, str) and other.op is step.op:
+            near.append((away, first))
+    return [name for _, name in sorted(near, key=lambda found: found[0])]
 
 
 def _norm(
@@ -79,6 +98,7 @@ def _error(values: NDArray[np.float32], dumped: NDArray[np.float32]) -> float:
     return float(np.sum((values - wide) ** 2)) / max(float(np.sum(wide**2)), 1e-300)
 
 
+@np.errstate(all="ignore")
 def other_epsilon(
     step: Step, x: NDArray[np.float32], dumped: NDArray[np.float32], weights: WeightSource, limit: float
 ) -> float | None:
@@ -143,7 +163,7 @@ def _product(
             return "every element is close: rounding of inputs, or a detail of the weight's format, not its layout"
     if nmse <= _ROUNDING:
         return "close as a whole: rounding of inputs, a detail of the weight's format, or few of its rows; not its layout"
-    return "not rounding: rows, layout or format of the weight, or its bias"
+    return OF_THE_WEIGHT
 
 
 def _few_outputs(right: NDArray[np.float64], dumped: NDArray[np.float32]) -> str:

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from checkpoints.errors import ModelError
 from checkpoints.points import parse
 from engine import ops
-from engine.graph import POSITIONS, TOKENS, Altered, Step, compute, viewed
+from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
 from engine.replay.proof import rounds_activations
 
 from ..diff.record_faults import listed
 from ..diff.rounding import beyond_rounding, type_of
-from ..diff.scatter import is_everywhere, is_scaled, is_scatter
+from ..diff.scatter import is_scaled, is_scatter
 from .elements import least_energy, sampled_error
 from .held import Held, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
-from .looks import look_of, other_epsilon
+from .looks import OF_THE_WEIGHT, look_of, other_epsilon, siblings
 from .routing import other_order, routing_error
 from .values import CACHED, RecordedValue, row_errors, rows_at
 
@@ -291,7 +291,7 @@ class JudgedPass:
             record.arithmetics[held.arithmetic] = None
         if nmse > limit and not held.lower:
             rows, right = held.wrong_rows(limit)
-            record.scattered &= is_scatter(rows, right) and is_everywhere(*held.beside_mode())
+            record.scattered &= is_scatter(rows, right) and not held.spares_elements()
             record.scaled &= is_scaled(rows, right)
         if nmse <= record.nmse:
             return
@@ -302,23 +302,11 @@ class JudgedPass:
             wrong = int((errors > limit).sum())
             where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
             first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else dumped
-            look = held.reason or look_of(definition, first, dumped, self._weights, nmse, limit, self._siblings(step))
+            moved = held.of_other_positions(limit) if where else ""
+            others = siblings(step, self._program.steps)
+            look = held.reason or moved or look_of(definition, first, dumped, self._weights, nmse, limit, others)
+            look = "its weight is right for the others" if where and look == OF_THE_WEIGHT else look
             record.reason = "; ".join(part for part in (where, look) if part)
-
-    def _siblings(self, step: Step) -> list[str]:
-        """Weights of other operations of this kind: of the same layer, then of the same place in the nearest layers."""
-        here, product = parse(step.makes), isinstance(next(iter(step.weights), None), Altered)
-        near: list[tuple[int, str]] = []
-        for other in self._program.steps:
-            first, place = next(iter(other.weights), None), parse(other.makes)
-            if other is step or (place.layer != here.layer and (place.kind != here.kind or None in (place.layer, here.layer))):
-                continue
-            away = abs((place.layer or 0) - (here.layer or 0))
-            if product and isinstance(first, Altered):
-                near.append((away, first.weight))
-            elif not product and isinstance(first, str) and other.op is step.op:
-                near.append((away, first))
-        return [name for _, name in sorted(near, key=lambda found: found[0])]
 
     def _limit(self, step: Step) -> float:
         if step.makes in self._judging.stretches:

@@ -209,9 +209,11 @@ def flat_row(subject: Subject) -> Iterator[Hit]:
             continue
         if kind(name) == "kq_soft_max" or "mask" in kind(name) or rows.values.shape[1] < _ENOUGH or rows.dtype.startswith("i"):
             continue
-        origin = subject.computation(name)
+        origin, point = subject.computation(name), parse(name)
+        if origin is None and point.known is None and point.layer is None:
+            continue  # of no layer, as far as is known: distances and what is made of them do rise in even steps
         even = _even_steps(rows)
-        if parse(name).known is None or (origin is not None and origin.op in _PADDED):
+        if point.known is None or (origin is not None and origin.op in _PADDED):
             even &= (rows.values[:, 0] != 0) & ~of_ids(rows)
         if even.any():
             bad = even.nonzero()[0].tolist()
