@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from isolated_engine import TOKENS, Foreign
 from msgspec.structs import replace
-from safetensors.numpy import load_file, save_file
 from slow import slow_but
 
 from checkpoints.answers.isolate import PROVEN, WRONG, Isolation
 from engine.faults import CATALOGUE, plant
-from engine.graph import Altered, Step
-from engine.opened import open_plain
-from engine.weights.gguf_model import GgufModel
+from engine.graph import Step
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 
-TOKENS = (1, 403, 407, 261, 378, 390)  # any ids of the models' vocabularies
 LAYERS = (1, 3)
 # fault: the operations that it spoils
 KINDS = {
@@ -40,35 +37,6 @@ KINDS = {
 PARAMETERS = {"rope-base": {"base": 500000.0}, "norm-epsilon": {"eps": 1e-4}}
 NOT_HERE = {("tiny", "q4k-scale-min"), ("tiny-llama", "q4k-scale-min"), ("tiny-llama", "no-qkv-bias")}  # no such weights
 CASES = [(like, fault) for like in ("tiny", "tiny-llama") for fault in KINDS if (like, fault) not in NOT_HERE]
-
-
-class Foreign:
-    """An engine whose steps can be spoiled, and the judgement of what it dumped."""
-
-    def __init__(self, model: Path, folder: Path, reference: Reference | None = None) -> None:
-        self.model = model
-        recorded = None if reference is None else partial(reference.graph, model)
-        self.engine = open_plain(GgufModel(model), "numpy", recorded=recorded)
-        self.right = self.engine.steps
-        self.out = folder / "foreign.jsonl"
-
-    def judged(self, steps: Sequence[Step], *, full: bool = True, points: str = "all") -> Isolation:
-        self.engine.steps = steps
-        try:
-            dump(self.engine, OursJob(self.out, TOKENS, points=points, full=full, slice_size=16 if full else 1 << 20))
-        finally:
-            self.engine.steps = self.right
-        return isolate(IsolateRequest(self.model, dump=self.out))
-
-    def record(self, points: str) -> None:
-        """A dump of the right engine, whole values beside it."""
-        dump(self.engine, OursJob(self.out, TOKENS, points=points, full=True, slice_size=16))
-
-    def spoil(self, name: str) -> None:
-        """Change one position of a recorded value, and nothing else."""
-        tensors = load_file(self.out.with_suffix(".safetensors"))
-        tensors[f"{name}/0"][2] *= np.float32(1.5)
-        save_file(tensors, self.out.with_suffix(".safetensors"))
 
 
 def expected(foreign: Foreign, fault: str, layers: Sequence[int]) -> set[str]:
@@ -239,77 +207,6 @@ def test_a_right_engine_is_proven_everywhere(stories: Path, tmp_path: Path) -> N
     assert isolation.findings == ()
     assert {item.status for item in isolation.operations} == {PROVEN}
     assert max(item.nmse or 0 for item in isolation.operations) < 1e-12
-
-
-def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_path: Path) -> None:
-    """A norm with another epsilon is told as what it is."""
-    foreign = Foreign(synthetic(layers=4), tmp_path)
-    isolation = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
-    first = next(item for item in isolation.wrong if item.name == "blk.0.attn_norm")
-    assert first.reason == "it is right with an epsilon of 0.001 instead of 1e-06"
-    final = foreign.judged(plant(foreign.right, CATALOGUE["no-final-norm"]))
-    assert [item.reason for item in final.wrong] == ["its output is its input: not normalised"]
-
-
-def test_an_epsilon_of_layer_norms_is_named_with_its_value(
-    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
-) -> None:
-    """A LayerNorm with another ε is told as that: its mean and its bias are taken off before ε is solved for."""
-    foreign = Foreign(small_model("starcoder2", layers=2), tmp_path, reference)
-    isolation = foreign.judged(plant(foreign.right, CATALOGUE["norm-epsilon"], [0], eps=1e-3))
-    reasons = {item.name: item.reason for item in isolation.wrong}
-    assert reasons == dict.fromkeys(
-        ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), "it is right with an epsilon of 0.001 instead of 1e-05"
-    )
-
-
-def test_what_an_operation_read_for_its_weight_is_named(
-    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
-) -> None:
-    """Norms without their weight or bias, or with the weight of another norm or layer; a product with another layer's: six at once."""
-    foreign = Foreign(small_model("starcoder2", layers=3), tmp_path, reference)
-    faults: dict[str, tuple[int, str | Callable[[np.ndarray], np.ndarray], str]] = {
-        "blk.0.attn_norm": (0, lambda weight: weight + np.float32(1), "it is right with 1 + blk.0.attn_norm.weight"),
-        "blk.0.ffn_norm": (1, np.zeros_like, "it is right without blk.0.ffn_norm.bias"),
-        "blk.1.attn_norm": (0, "blk.1.ffn_norm.weight", "it is right with blk.1.ffn_norm.weight"),
-        "blk.1.ffn_norm": (0, np.ones_like, "it is right without blk.1.ffn_norm.weight"),
-        "blk.2.attn_norm": (0, "blk.0.attn_norm.weight", "it is right with blk.0.attn_norm.weight"),
-        "blk.2.v": (0, "blk.0.attn_v.weight", "it is the product with blk.0.attn_v.weight"),
-    }
-
-    def faulty(step: Step) -> Step:
-        if step.makes not in faults:
-            return step
-        weights, (at, other, _) = list(step.weights), faults[step.makes]
-        changed = other if isinstance(other, str) else Altered(str(weights[at]), lambda source, name: other(source.get(name)))
-        return replace(step, weights=(*weights[:at], changed, *weights[at + 1 :]))
-
-    isolation = foreign.judged([faulty(step) for step in foreign.right])
-    assert {item.name: item.reason for item in isolation.wrong} == {name: reason for name, (*_, reason) in faults.items()}
-
-
-def test_rows_of_other_positions_do_not_speak_of_the_weight(synthetic: Callable[..., Path], tmp_path: Path) -> None:
-    """A product whose later rows are those of two positions before, or rows of nothing: its weight is right for the others."""
-    foreign = Foreign(synthetic(layers=2), tmp_path)
-
-    def ring(value: np.ndarray) -> np.ndarray:
-        return np.concatenate([value[:4], value[2:4]])
-
-    def spoiled(value: np.ndarray) -> np.ndarray:
-        return np.concatenate([value[:4], -2 * value[4:]])
-
-    changes = {"blk.0.ffn_up": ring, "blk.1.ffn_up": spoiled}
-
-    def faulty(step: Step) -> Step:
-        if (change := changes.get(step.makes)) is None:
-            return step
-        return replace(step, op=lambda *inputs, **given: change(step.op(*inputs, **given)))
-
-    isolation = foreign.judged([faulty(step) for step in foreign.right])
-    assert {item.name: item.reason for item in isolation.wrong} == {
-        "blk.0.ffn_up": "2 of 6 positions; position t holds the right value of position t − 2",
-        "blk.1.ffn_up": "2 of 6 positions; its weight is right for the others",
-    }
 
 
 def test_records_with_all_their_values_are_whole_tensors(synthetic: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from checkpoints.points import parse
 from engine import ops
 from engine.graph import Step
 from engine.replay.precision import cached, rounded
-from parity.diff.scatter import is_scaled, is_scatter
+from parity.diff.scatter import is_scaled, is_scatter, one_is_scaled
 from parity.isolate.isolate import IsolateRequest, isolate
 from reference.client import Reference
 
@@ -35,6 +35,20 @@ def judged(
     answer = isolate(IsolateRequest(engine.model, tokens=tokens, dump=path, mode="exact"), reference)
     wrong = {item.name for item in answer.operations if item.status == WRONG}
     return wrong | set(answer.findings), {item.name for item in answer.operations if item.status == NOT_OBSERVABLE}
+
+
+def wrong_column(value: np.ndarray) -> np.ndarray:
+    """One element of every row 1 % too large."""
+    factors = np.ones(value.shape[1], dtype=np.float32)
+    factors[5] = 1.01
+    return value * factors
+
+
+def wrong_row(value: np.ndarray) -> np.ndarray:
+    """The last row off by noise of F16's size."""
+    factors = np.ones(value.shape, dtype=np.float32)
+    factors[-1] += 1e-3 * np.random.default_rng(1).standard_normal(value.shape[1], dtype=np.float32)
+    return value * factors
 
 
 def where(test: Callable[[Step], bool], steps: Sequence[Step], lower: Sequence[Step]) -> list[Step]:
@@ -85,6 +99,24 @@ def test_operations_of_a_lower_arithmetic_among_those_of_float32(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", [wrong_column, wrong_row])
+def test_an_error_in_some_elements_alone_is_no_arithmetic(
+    change: Callable[[np.ndarray], np.ndarray], small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """In an engine in float32 that does not say so, a product with one wrong element a row, or one wrong row, is wrong, though its error is
+    smaller than that of sums in F16.
+    """
+    path = small_model("qwen3", kind="f32")
+    engine = Faulty(path, reference.graph(path))
+    for name in ("blk.1.attn_out", "logits"):
+        steps = [
+            replace(step, op=lambda *x, op=step.op, **params: change(op(*x, **params))) if step.makes == name else step
+            for step in engine.right
+        ]
+        assert judged(engine, reference, tmp_path / "ours.jsonl", steps)[0] == {name}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_a_factor_beneath_the_rounding_of_an_engine_is_wrong(
     kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
@@ -116,6 +148,17 @@ def test_an_encoder_that_stores_f16_under_a_decoder_in_float32(
     assert all(name.startswith("enc.") for name in open_)
 
 
+@pytest.mark.slow
+def test_logits_summed_in_f16_from_few_terms(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """Thousands of logits are sums of 64 terms: their rounding has 64 directions, one of which may be along the logits of one position."""
+    path = small_model("gemma3", kind="f32")
+    engine = Faulty(path, reference.graph(path))
+    sums = [replace(step, op=half_sums) if step.makes == "logits" else step for step in engine.right]
+    wrong, open_ = judged(engine, reference, tmp_path / "ours.jsonl", sums)
+    assert not wrong
+    assert "logits" in open_
+
+
 def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
     """Rows that are all 0.1 % too large, or by an epsilon, are scaled; noise, factors rounded to F16, and one wrong row in ten are not."""
     rng = np.random.default_rng(1)
@@ -130,3 +173,12 @@ def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
         assert not is_scaled(right * (1 + rng.choice([-1, 1], (8, 1)) * epsilon), right)
         assert not is_scaled(right[:3] * (1 + epsilon[:3]), right[:3])
     assert not is_scaled(np.zeros((0, 0)), np.zeros((0, 0)))
+
+
+def test_one_wrong_scale_is_seen_in_rows_of_twelve_elements() -> None:
+    """One position that is 1 % too large among positions of noise has a wrong scale; noise alone has none."""
+    values, noise = np.random.default_rng(2).standard_normal((2, 8, 12))
+    values, noise = np.sign(values), 1e-3 * noise
+    assert not one_is_scaled(noise, values)
+    noise[3] = 0.01 * values[3]
+    assert one_is_scaled(noise, values)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from isolated_engine import Foreign
 from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
-from test_isolate_faults import Foreign
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, Isolation
 from parity.diff.rounding import beyond_rounding, type_of

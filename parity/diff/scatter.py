@@ -29,7 +29,7 @@ SIMILAR = 50.0
 _EXACT = 3e-6
 # The share of elements of a usual size (a twentieth of the root mean square and more) that may be. Rounding's errors have one size there:
 # less than one element in 50 is right to that by luck. The share is a choice.
-_USUAL, _PART, _FEWEST = 0.05, 0.25, 16
+_USUAL, _PART, _FEWEST_USUAL = 0.05, 0.25, 16
 
 
 def is_scatter(ours: Floats, right: Floats) -> bool:
@@ -103,4 +103,4 @@ def spares_elements(errors: Floats, right: Floats, known: NDArray[np.bool_]) -> 
     size = np.sqrt((np.where(known, right, 0.0) ** 2).sum(axis=1, keepdims=True) / counts)
     usual = known & (np.abs(right) >= _USUAL * size)
     exact = usual & (np.abs(errors) <= _EXACT * size)
-    return bool(usual.sum() >= _FEWEST and exact.sum() >= _PART * usual.sum())
+    return bool(usual.sum() >= _FEWEST_USUAL and exact.sum() >= _PART * usual.sum())

@@ -6,6 +6,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from ..diff.scatter import spares_elements
+
 # Of two definitions by which a value is wrong the later one is meant only if it is so many times nearer.
 _NEARER = 10.0
 
@@ -47,17 +49,23 @@ class Held(Struct, frozen=True):
     unknown: bool = False  # of some rows nothing can be said: an input has NaN there
     lower: str = ""  # the type to which the right value was rounded, if nothing else is wrong
     arithmetic: str = ""  # that of the definition
+    in_mode: NDArray[np.float32] | None = None  # what the nearest definition of the mode's own arithmetic makes
 
     def agrees(self, limit: float) -> bool:
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""
         return bool(self.errors.max() <= limit) or bool(self.lower)
 
+    def spares_elements(self) -> bool:
+        """Whether a part of the recorded value is exactly that of the mode's own arithmetic: whole rows of it, or some elements of each."""
+        dumped, right = self._rows(self.ours if self.in_mode is None else self.in_mode)
+        known = np.isfinite(dumped) & np.isfinite(right)
+        return spares_elements(np.where(known, dumped, 0.0) - np.where(known, right, 0.0), right, known)
+
     def wrong_rows(self, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The wrong rows of the recorded value, and the right ones: [R, n]; none of scores, which have no rows of one length."""
-        if self.ours.size != self.dumped.size or self.dumped.ndim != 2:
-            return np.zeros((0, 0)), np.zeros((0, 0))
+        dumped, right = self._rows(self.ours)
         off = self.errors > limit
-        return self.dumped[off].astype(np.float64), self.ours.reshape(self.dumped.shape)[off].astype(np.float64)
+        return (dumped[off], right[off]) if dumped.size else (dumped, right)
 
     def of_other_positions(self, limit: float) -> str:
         """That the wrong rows are the right ones of other positions, and how far away if that is the same for all; "" if they are not."""
@@ -78,3 +86,8 @@ class Held(Struct, frozen=True):
             return "they hold the right values of other positions"
         by = away.pop()
         return f"position t holds the right value of position t {'−' if by > 0 else '+'} {abs(by)}"
+
+    def _rows(self, right: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if right.size != self.dumped.size or self.dumped.ndim != 2:
+            return np.zeros((0, 0)), np.zeros((0, 0))
+        return self.dumped.astype(np.float64), right.reshape(self.dumped.shape).astype(np.float64)

@@ -216,8 +216,9 @@ class JudgedPass:
             if best is None or nearer(errors, best.errors, limit, lower=bool(definition_of.arithmetic)):
                 rounds = rounds_activations(definition) and not rounds_activations(first)
                 by_first = float(errors.max()) if best is None else best.unrounded
+                in_mode = best.in_mode if best is not None and definition_of.arithmetic else ours
                 best = Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first, bool(unknown.any()))
-                best = replace(best, arithmetic=definition_of.arithmetic)
+                best = replace(best, arithmetic=definition_of.arithmetic, in_mode=in_mode)
             if best.errors.max() <= limit:
                 return best
             if in_type is None and stored and ours.size == dumped.size:
@@ -290,7 +291,7 @@ class JudgedPass:
             record.arithmetics[held.arithmetic] = None
         if nmse > limit and not held.lower:
             rows, right = held.wrong_rows(limit)
-            record.scattered &= is_scatter(rows, right)
+            record.scattered &= is_scatter(rows, right) and not held.spares_elements()
             record.scaled &= is_scaled(rows, right)
         if nmse <= record.nmse:
             return
