@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_files import File
 from cli import Cli
 from explaining import STEPS, unstated
 from fault_places import HALVES
@@ -212,3 +213,15 @@ def test_an_encoder_alone_is_replayed_over_all_of_its_rows(
     tokens = tokens_of(model, 9, seed=4)
     explanation = explain(engine.dump(Planted(((*fault, layers),)), tokens), model, replace(PATIENT, tokens=tokens))
     assert named(explanation) == [fault[0]]
+
+
+@pytest.mark.slow
+def test_a_table_of_the_encoder_is_no_fault_of_the_decoder(reference: Reference, small_model: Make, tmp_path: Path) -> None:
+    """llama.cpp with another ε in both halves: what its encoder's GELU table rounds is handed over, and no further number is made of it."""
+    model = small_model("t5", kind="f32")
+    changed = File(model)
+    changed.set("attention.layer_norm_rms_epsilon", 1e-5)
+    changed.write(tmp_path / "changed.gguf")
+    reference.dump(DumpJob(tmp_path / "changed.gguf", tmp_path / "ref.jsonl", IDS, points="all"))
+    explanation = explain(read(tmp_path / "ref.jsonl"), model, replace(PATIENT, compute="f32"))
+    assert (set(named(explanation)), explanation.remaining) == ({"norm-epsilon"}, None)

@@ -33,6 +33,7 @@ class Arbiter:
         positions, passes: of each token: its position, and the number of the forward pass that it belongs to.
         given: further values that the steps read and none of them makes, in an arithmetic.
         states: it knows the states that are left behind after the last token, each a single row, and no other points.
+        coarse: those of the given values that ggml computed coarsely (`coarse_points`).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Arbiter:
         given: Callable[[Variant], Mapping[str, NDArray[Any]]] = lambda _: {},
         *,
         states: bool = False,
+        coarse: Collection[str] = (),
     ) -> None:
         self._steps = tuple(steps)
         self._weights = weights
@@ -54,6 +56,7 @@ class Arbiter:
         self._positions = np.asarray(positions, dtype=np.int64)
         self._passes = tuple(passes)
         self._given = given
+        self._coarse_given = frozenset(coarse)
         self._states = states
         self._rows = self._positions[-1:] if states else self._positions  # the position of each row of a value
         self._causal = not sees_later(steps)
@@ -73,7 +76,7 @@ class Arbiter:
     @cached_property
     def coarse(self) -> frozenset[str]:
         """The points that ggml itself computes coarsely (`engine.replay.wide.coarse_points`)."""
-        return coarse_points(self._steps)
+        return coarse_points(self._steps, self._coarse_given)
 
     @classmethod
     def of(cls, engine: Engine, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":

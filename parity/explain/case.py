@@ -58,13 +58,14 @@ class Half(Struct, frozen=True):
     """A model by itself, or one half of an encoder–decoder by the names of one.
 
     `given` are the values that its steps read and none of them makes; `truth` gives those of another variant, `rounded` those
-    of a lower arithmetic, with the activations rounded or the products alone.
+    of a lower arithmetic, with the activations rounded or the products alone. `coarse` are the given values that ggml computes coarsely.
     """
 
     transformer: Transformer
     given: Mapping[str, Array] = field(default_factory=dict)
     truth: Callable[[Variant], Mapping[str, NDArray[Any]]] = lambda _: {}
     rounded: Callable[[str, bool], Mapping[str, Array]] = lambda _kind, _storage: {}
+    coarse: frozenset[str] = frozenset()
 
 
 def open_model(model: Path, options: ExplainOptions) -> Transformer:
@@ -101,6 +102,7 @@ class Case:
         self.transformer = half.transformer
         self.given = half.given
         self._truth = half.truth
+        self._coarse = half.coarse
         self.rounded = half.rounded
         self.dump, left_out = _rows_of_positions(self.dump, self.transformer.steps)
         tokens = _tokens(self.dump, options.tokens)
@@ -222,7 +224,9 @@ class Case:
     def truth_of(self, steps: Sequence[Step]) -> Arbiter:
         """The float64 values of a list of steps over the dump's tokens."""
         weights, backend = self.transformer.weights, self.transformer.backend
-        return Arbiter(steps, weights, backend, self.tokens, self.positions.tolist(), self.passes, self._truth)
+        return Arbiter(
+            steps, weights, backend, self.tokens, self.positions.tolist(), self.passes, self._truth, coarse=self._coarse
+        )
 
     def header(self) -> Header:
         """The header that a dump of our engine would have."""

@@ -114,6 +114,7 @@ def decoder_case(
         {name: values[plain] for name, plain in names.items()},
         lambda variant: {name: truth.value(plain, variant) for name, plain in names.items()},
         lower,
+        frozenset(name for name, plain in names.items() if plain in truth.coarse),
     )
     if own is not None:
         given = {name: transformer.backend.array(value) for name, value in own.items()}
