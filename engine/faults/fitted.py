@@ -172,6 +172,15 @@ def _new(name: str, summary: str, fix: str, where: dict[str, Any], how: str) -> 
     )
 
 
+def number_at(kind: str, shifted: bool, start: float) -> Fitted:
+    """A factor of one kind of step's results, or a summand if `shifted`, fitted from a start: for kinds that no entry lists."""
+    name, summary, fix, how = (
+        ("constant-added", _PLUS, _PLUS_FIX, "plus") if shifted else ("multiplier", _TIMES, _SCALE_FIX, "times")
+    )
+    fault = replace(_new(name, summary, fix, {"part": ("the result",), AT: ((kind,),)}, how), kinds=(kind,))
+    return Fitted(fault=fault, parameter="by", wanted=lambda *_: None, starts=lambda _wanted: (start,), positive=False)
+
+
 def _capped_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale: float, cap: float) -> Array:
     capped = soft_capped(scores * scores.dtype.type(scale), cap=cap)
     return ops.causal_soft_max(capped, positions, key_positions, scale=1.0)

@@ -30,6 +30,7 @@ from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .mixed import law_of_noise, law_of_rounding
+from .one_number import of_one_number
 from .own_inputs import contradicted
 from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
 from .precision import best as best_kinds
@@ -102,6 +103,8 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     best = start
     if start.first is None:
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
+    elif (number := of_one_number(case, search, start, budget)) is not None:
+        best = number
     else:
         likes = () if case.states_f32 else _looks_like(case, search, start, budget)
         # A fault that there was no time to try may fit better.

@@ -114,6 +114,11 @@ class Search:
                 break
         return best
 
+    def of_candidates(self, state: SearchState, further: Sequence[SearchState]) -> SearchState:
+        """The best of these states of one more fault that explain everything; the others are said to give the same numbers."""
+        self._states[key(state.faults)] = sorted(further, key=self.rank)
+        return self._states[key(state.faults)][0]
+
     def alike(self, state: SearchState, number: int) -> list[Candidate]:
         """Other candidates that get as far in place of the state's fault of that number, with errors of the same size."""
         reached = next(

@@ -4,7 +4,7 @@ To first order a small wrong number moves every recorded value along the derivat
 preferred direction: in many values its error along any given one is next to nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ _WEIGHT = 12.0
 SECONDS = (
     30.0  # to try all numbers: some 40 runs up to the point, 9 s for the logits of a model of 24 layers and 50 million weights
 )
-_LAYERS = 2  # layers before the first difference up to which each is tried by itself, as well as all together
+# Layers before the first difference up to which each is tried by itself, as well as all together; where the steps in question are known.
+_LAYERS, _IN_QUESTION = 2, 4
 
 
 class _Moved(Struct, frozen=True):
@@ -48,6 +49,20 @@ class _Moved(Struct, frozen=True):
         return value + change if self.shifted else value * (1 + change)
 
 
+class Followed(Struct, frozen=True):
+    """A number that the errors of a point follow.
+
+    `kind` are the results that it multiplies, or is added to if it is `shifted`; "" for a parameter of the model. `change` is what fits,
+    to first order: the factor less one, or the summand. `along` is the share of the errors' energy that it explains.
+    """
+
+    words: str
+    kind: str
+    shifted: bool
+    change: float
+    along: float
+
+
 def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], seconds: float = SECONDS) -> str | None:
     """What the errors of a point follow, as words: "blk.*.ffn_out were multiplied by 1.0013", "element 5 of blk.0.v were off".
 
@@ -57,22 +72,45 @@ def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
         errors: [R, k], the recorded elements minus the right ones, where they are known: bool [R, k].
         seconds: after which no further number is tried.
     """
+    known = known & entry.present & (entry.energy > 0)[:, None]
+    if not np.where(known, errors, 0.0).any():
+        return ""
+    if alone := one_element(case, entry, errors, known):
+        return alone
+    numbers, complete = followed(case, entry, errors, known, Budget(seconds))
+    best = max(numbers, key=lambda number: number.along, default=None)
+    if best is None:
+        return "" if complete else None
+    return best.words
+
+
+def followed(
+    case: Case,
+    entry: Expected,
+    errors: Floats,
+    known: NDArray[np.bool_],
+    budget: Budget,
+    among: Collection[str] | None = None,
+) -> tuple[list[Followed], bool]:
+    """The numbers that the errors of a point follow, each by itself, and whether all were tried in time; arguments as in `systematic`.
+
+    Args:
+        among: the steps that may be changed; None for all.
+    """
     energy = np.sqrt(entry.energy)[:, None]
     known = known & entry.present & (energy > 0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         wanted = np.where(known, errors / energy, 0.0)
     total = float((wanted * wanted).sum())
     if not (np.isfinite(total) and total > 0):
-        return ""
-    if alone := one_element(case, entry, errors, known):
-        return alone
+        return [], True
     steps = _until(case.transformer.steps, entry.point)
     positions = case.positions
     right = entry.taken(case.replay.on_host[entry.point], positions)
-    best, words, budget = _ALONG, "", Budget(seconds)
-    for what, change, changed in _changes(steps):
+    found: list[Followed] = []
+    for number, changed in _changes(steps, among):
         if budget.over():
-            return words or None
+            return found, False
         try:
             tensor = case.make(changed, len(positions)).on_host[entry.point]
         except (NotApplicable, KeyError):
@@ -83,10 +121,11 @@ def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
         if not (np.isfinite(size) and size > 0) or size**2 / float((moved**4).sum()) < _WEIGHT:
             continue
         along = float((moved * wanted).sum())
-        if along**2 / (size * total) > best:
-            moved_by = along / size * change
-            best, words = along**2 / (size * total), what.format(factor=_factor(moved_by), summand=moved_by)
-    return words
+        if along**2 / (size * total) > _ALONG:
+            moved_by = along / size * number.change
+            words = number.words.format(factor=_factor(moved_by), summand=moved_by)
+            found.append(replace(number, words=words, change=moved_by, along=along**2 / (size * total)))
+    return found, True
 
 
 def _factor(change: float) -> str:
@@ -99,29 +138,27 @@ def _until(steps: Sequence[Step], point: str) -> list[Step]:
     return list(steps[: end + 1])
 
 
-def _changes(steps: Sequence[Step]) -> Iterator[tuple[str, float, list[Step]]]:
+def _changes(steps: Sequence[Step], among: Collection[str] | None) -> Iterator[tuple[Followed, list[Step]]]:
     """Models in which one number is changed, each with its words, which take the change that fits, and by how much it is changed."""
-    layers = sorted({layer for step in steps if (layer := parse(step.makes).layer) is not None})
-    scopes: list[int | None] = [None, *(layers if 1 < len(layers) <= _LAYERS else ())]
+    allowed = [step for step in steps if among is None or step.makes in among]
+    layers = sorted({layer for step in allowed if (layer := parse(step.makes).layer) is not None})
+    scopes: list[int | None] = [None, *(layers if 1 < len(layers) <= (_LAYERS if among is None else _IN_QUESTION) else ())]
     for scope in scopes:
-        in_scope = [step for step in steps if scope is None or parse(step.makes).layer == scope]
+        in_scope = [step for step in allowed if scope is None or parse(step.makes).layer == scope]
         for kind in dict.fromkeys(parse(step.makes).kind for step in in_scope):
             chosen = {step.makes for step in in_scope if parse(step.makes).kind == kind}
             name = next(iter(chosen)) if len(chosen) == 1 else f"blk.*.{kind}"
-            yield (
-                name + " were multiplied by {factor}",
-                _CHANGE,
-                [replace(step, op=_Moved(step.op, False)) if step.makes in chosen else step for step in steps],
-            )
-            yield (
-                "{summand:.1e} were added to " + name,
-                _CHANGE,
-                [replace(step, op=_Moved(step.op, True)) if step.makes in chosen else step for step in steps],
-            )
+            for shifted, words in (
+                (False, name + " were multiplied by {factor}"),
+                (True, "{summand:.1e} were added to " + name),
+            ):
+                changed = [replace(step, op=_Moved(step.op, shifted)) if step.makes in chosen else step for step in steps]
+                yield Followed(words, kind, shifted, _CHANGE, 0.0), changed
         for name in dict.fromkeys(name for step in in_scope for name, value in step.params.items() if isinstance(value, float)):
             change = _OF_EPSILON if name.startswith("eps") else _CHANGE
-            changed = [_with(step, name, 1 + change) if scope in (None, parse(step.makes).layer) else step for step in steps]
-            yield f"{name} were multiplied by {{factor}}", change, changed
+            makes = {step.makes for step in in_scope}
+            changed = [_with(step, name, 1 + change) if step.makes in makes else step for step in steps]
+            yield Followed(f"{name} were multiplied by {{factor}}", "", False, change, 0.0), changed
 
 
 def _with(step: Step, name: str, factor: float) -> Step:

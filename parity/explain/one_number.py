@@ -1,0 +1,57 @@
+"""One wrong number that reproduces every record: the first difference says which (`systematic`), and it is planted before any search.
+
+A search fits numbers at the places that its entries list, one after the other, and may run out of time before it comes to them.
+"""
+
+import numpy as np
+
+from engine.faults.fitted import number_at
+
+from .budget import Budget
+from .case import Case
+from .fits import fitted
+from .search import Search
+from .state import Layers, SearchState
+from .systematic import Followed, followed
+
+_SMALL = 1e-2  # NMSE up to which a number's effect is close enough to its derivative to be recognised by it
+_TRIED = 4  # numbers that are fitted, those that the errors follow best
+_AS_WELL = (
+    1e-3  # of the share of the errors: a parameter of the model that fits as well has an entry of its own, which says more
+)
+_OF_BUDGET = 0.2  # the share of the time for asking what the errors follow
+
+
+def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget) -> SearchState | None:
+    """The state with one number wrong, in all layers or in one, that explains all records; None if no such number is found.
+
+    Where everything that goes into the first place was seen, the search has few entries to try and its laws say more.
+    """
+    if start.first is None or search.screening.cone(start).sure:
+        return None
+    entry = case.entries[start.first.point]
+    if float(np.max(entry.base)) > _SMALL:
+        return None
+    right = entry.taken(case.replay.on_host[entry.point], case.positions)
+    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
+    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    numbers, _ = followed(case, entry, errors, known, budget.part(_OF_BUDGET), search.screening.cone(start).steps)
+    best = max((number.along for number in numbers), default=0.0)
+    if any(not number.kind and number.along >= best - _AS_WELL for number in numbers):
+        return None
+    nearest = sorted((number for number in numbers if number.kind), key=lambda number: -number.along)[:_TRIED]
+    states = [state for number in nearest for state in _fitted(search, start, number) if state.first is None]
+    return search.of_candidates(start, states) if states else None
+
+
+def _fitted(search: Search, start: SearchState, number: Followed) -> list[SearchState]:
+    """The states with this number, in all layers or, where that does not explain everything, in a single one of those in question."""
+    fit = number_at(number.kind, number.shifted, number.change if number.shifted else 1 + number.change)
+    scopes: list[Layers] = [None]
+    layers = search.screening.suspects(start)
+    scopes += [(layer,) for layer in layers if f"blk.{layer}.{number.kind}" in start.planting.right]
+    for scope in scopes:
+        states = fitted(search.screening, start, scope, (fit,))
+        if any(state.first is None for state in states):
+            return states
+    return []
