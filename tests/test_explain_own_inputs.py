@@ -10,8 +10,10 @@ from msgspec.structs import replace
 from planted import PATIENT, Faulty, tokens_of
 
 from checkpoints.answers.explain import Explanation
+from checkpoints.points import LOGITS, OUTPUT_NORM
 from engine.backend import Array
 from engine.faults.edits import Then
+from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
 from parity.explain.case import Case
 from parity.explain.own_inputs import contradicted
@@ -57,3 +59,25 @@ def test_an_operation_that_contradicts_its_own_inputs_is_wrong(engine: Faulty, w
     assert (answer.first.checkpoint, answer.placed.operations) == (PLACE, (PLACE,))
     assert answer.law == "every element is 1.0007 times the right one"
     assert not answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "arithmetic"), [(1.0, True), (1.0007, False)])
+def test_a_product_that_lower_arithmetic_rounds_is_that_arithmetics(engine: Faulty, factor: float, arithmetic: bool) -> None:
+    """The logits of an engine in TF32, which does not say so: its own rounding of the product is no fault, a factor beside it is."""
+
+    def scaled(x: Array) -> Array:
+        return x * np.float32(factor)
+
+    steps = rounded(without_tables(engine.right), "tf32", storage=False)
+    steps = [replace(step, op=Then(step.op, scaled)) if step.makes == LOGITS else step for step in steps]
+    points = f"{OUTPUT_NORM},{LOGITS}"
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 5, seed=3), points=points, size=1 << 20, steps=steps)
+    assert dump.header is not None
+    header = replace(dump.header, compute="")
+    answer = contradicted(
+        Case(replace(dump, header=header), engine.model, PATIENT),
+        Explanation(records=1, differing=0, first=None, last_agreement=None),
+    )
+    assert bool(answer) is arithmetic
+    assert ("tf32" in (answer.precision_only, *answer.precision_alike), answer.precision_assumed) == (arithmetic, arithmetic)

@@ -42,11 +42,16 @@ def rounded_here(
     """
     near: dict[str, float] = {}
     for kind, found, rounding in _roundings(case, entry, errors, known, recorded):
-        size, own = np.linalg.norm(found), np.linalg.norm(rounding)
-        alike = cosine(found, rounding)
-        if alike >= _SAME and own <= _AS_LARGE * size and size <= _AS_LARGE * own:
+        if alike := likeness(found, rounding):
             near[kind] = max(alike, near.get(kind, 0.0))
     return tuple(sorted(near, key=lambda kind: -near[kind]))
+
+
+def likeness(errors: Floats, rounding: Floats) -> float:
+    """The mean cosine of errors [R, k] to those of a rounding, if they are that rounding by direction and size; else 0."""
+    size, own = np.linalg.norm(errors), np.linalg.norm(rounding)
+    alike = cosine(errors, rounding)
+    return alike if alike >= _SAME and own <= _AS_LARGE * size and size <= _AS_LARGE * own else 0.0
 
 
 def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]) -> str:

@@ -8,21 +8,26 @@ from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOpe
 from checkpoints.points import LOGITS
 from engine.graph import History, Step, compute, inputs_of
 from engine.inapplicable import NotApplicable
+from engine.replay.precision import rounded
 from engine.replay.wide import is_looked_up
 
 from ..diff.limits import EXACT_FLOOR
 from .beside import ROOM, beside
 from .case import Case
 from .laws import law
+from .mixed import likeness
+from .precision import KINDS
 from .records import Expected
 
 
 def contradicted(case: Case, answer: Explanation) -> Explanation:
     """The answer that nothing differs, unless a record is not what its operation makes of its own inputs, which were recorded whole.
 
-    Only records over the usual limit are asked. Of an operation that ggml computes from a table another engine's own values differ.
+    Only records over the usual limit are asked. Of an operation that ggml computes from a table another engine's own values differ, and one
+    that is off by our own rounding to a lower arithmetic, where nothing states float32, is that arithmetic's.
     """
     entries = {entry.point: entry for entry in case.entries}
+    lower: tuple[str, ...] = ()
     for step in case.transformer.steps:
         entry = entries.get(step.makes)
         if entry is None or is_looked_up(step) or _rounded(entry):
@@ -36,6 +41,9 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
         errors = usual.nmse(value, case.positions)
         wrong = errors > ROOM * usual.limit
         if wrong.any():
+            if not case.states_f32 and (kinds := _arithmetics(case, step, entry, entries, value)):
+                lower = lower or kinds
+                continue
             compared = beside(usual, errors, {step.makes: value}, case.positions)
             at = int(np.flatnonzero(wrong)[0])
             place = DivergentPlace(step.makes, int(case.positions[entry.rows[at]]), float(errors[at]), float(usual.limit[at]))
@@ -47,7 +55,27 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
                 law="" if compared is None else law(compared),
                 placed=PossibleOperations((step.makes,), step.names, sure=True),
             )
-    return answer
+    if not lower:
+        return answer
+    return replace(answer, precision_only=lower[0], precision_alike=lower[1:], precision_assumed=not case.states_arithmetic)
+
+
+def _arithmetics(
+    case: Case, step: Step, entry: Expected, entries: dict[str, Expected], value: NDArray[np.float32]
+) -> tuple[str, ...]:
+    """The lower arithmetics whose rounding of an operation's factors, or of its result too, makes its errors beside `value`, best first."""
+    right = entry.taken(value, case.positions)
+    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
+    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    near: dict[str, float] = {}
+    for kind in KINDS:
+        for storage in (False, True):
+            computed = _made_of_own_inputs(case, rounded([step], kind, storage=storage)[0], entries)
+            if computed is not None:
+                rounding = np.where(known, entry.taken(computed, case.positions) - right, 0.0)
+                if (alike := likeness(errors, rounding)) > near.get(kind, 0.0):
+                    near[kind] = alike
+    return tuple(sorted(near, key=lambda kind: -near[kind]))
 
 
 def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) -> NDArray[np.float32] | None:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from checkpoints.answers.diff import Limits
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
+from checkpoints.record import Header, ModelInfo
 from engine.replay.precision import CACHES
 from engine.replay.wide import coarse_points
 from reports.sentences import ARITHMETIC
@@ -34,7 +35,7 @@ _MIXED = "while others are in float32: mixed precision, which nothing states (--
 # Factors rounded to eight bits show in most products (`suspicions`); floating point may be that of single ones.
 _KINDS = ("f16", "bf16", "tf32", *CACHES)
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
-_F16 = limits(None, None, compute="f16").operations
+_F16 = limits(None, Header(source="", model=ModelInfo(), compute="f32"), compute="f16").operations
 _MOST = limits(None, None, compute="bf16").operations  # of the lowest arithmetic in floating point
 
 
