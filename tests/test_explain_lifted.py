@@ -1,6 +1,6 @@
 """`parity explain` and the arbiter on models whose steps are read from llama.cpp's graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from engine.replay.wide import without_tables
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.arbiter.arbiter import Arbiter
-from parity.explain.case import Case, ExplainOptions
+from parity.explain.case import Case, ExplainOptions, Half, open_model
 from parity.explain.explain import explain
+from parity.explain.flipped import without_flipped
 from parity.explain.precision import _concentrated, fits, floor
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
@@ -281,3 +282,25 @@ def test_token_faults_where_the_row_is_scaled(reference: Reference, small_model:
     for name in ("bos", "embedding-row"):
         right, wrong = engine.transformer.steps, plant(engine.transformer.steps, CATALOGUE[name])
         assert [step.makes for step, other in zip(wrong, right, strict=True) if step != other] == ["node.embd"]
+
+
+def test_a_fault_behind_recorded_choices_of_experts_is_no_other_choice(
+    reference: Reference, stories: Path, tmp_path: Path
+) -> None:
+    """8 bits may choose other experts at these scores, but the dump's are ours: products of experts that are doubled are not excused."""
+    model = tmp_path / "m.gguf"
+    shape = replace(shape_of(RECIPES["olmoe"]), layers=4)
+    make_by_recipe(model, RECIPES["olmoe"], shape, {}, tokenizer=stories)
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 6, seed=3)
+
+    def fitting(steps: Sequence[Step]) -> float | None:
+        dump = unstated(engine.dump(Planted(()), tokens, points="*", bare=False, steps=rounded(steps, "q8", storage=False)))
+        case = Case(dump, Half(open_model(model, PATIENT)), PATIENT)
+        measured = floor("q8", case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+        return fits(measured, without_flipped(case, measured))
+
+    def doubled(step: Step) -> Step:
+        return replace(step, op=lambda *inputs, **params: 2 * step.op(*inputs, **params))
+
+    assert fitting(engine.right) is not None
+    assert fitting([doubled(step) if step.makes == "blk.3.ffn_moe_down" else step for step in engine.right]) is None

@@ -1,6 +1,7 @@
 """Experts that lower arithmetic chooses otherwise: scores nearer to each other than its rounding fall either way, which is no fault.
 
 What such a choice leads to differs by far more than rounding. An engine whose other errors are our own rounding's is not judged by it.
+Where the dump has the choice itself, it says whether it is another one.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str
     flips = list[tuple[int, int, frozenset[str]]]()
     for name, (scores, count) in choices.items():
         layer = parse(name).layer
-        near = _near(_rows(case.replay, scores), [_rows(other, scores) for other in others], count)
+        near = _near(_rows(case.replay, scores), [_rows(other, scores) for other in others], count) & ~_as_ours(case, name)
         after = _after(case, name) if near.any() else frozenset()
         flips += [(-1 if layer is None else layer, row, after) for row in np.flatnonzero(near).tolist()]
     return flips
@@ -79,6 +80,16 @@ def _near(right: Floats, others: Sequence[Floats], count: int) -> NDArray[np.boo
     noise = np.max([np.abs(other - right).max(axis=1) for other in others], axis=0)
     ranked = -np.sort(-right, axis=1)[:, : count + 1]
     return np.asarray((ranked[:, :-1] - ranked[:, 1:]).min(axis=1) <= _REACH * noise)
+
+
+def _as_ours(case: Case, name: str) -> NDArray[np.bool_]:
+    """Whether the dump has a choice whole, and the same as ours: [T]; False where it was not recorded."""
+    same = np.zeros(len(case.positions), dtype=np.bool_)
+    for entry in case.entries:
+        if entry.point == name and entry.values.shape[1] == _rows(case.replay, name).shape[1]:
+            right = entry.taken(case.replay.on_host[name], case.positions)
+            same[entry.rows] = entry.present.all(axis=1) & (entry.values == right).all(axis=1)
+    return same
 
 
 def _after(case: Case, name: str) -> frozenset[str]:
