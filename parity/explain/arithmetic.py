@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
+from checkpoints.points import ENCODER
 from checkpoints.record import Dump, Rows
 from engine.replay.precision import rounded
 from reports.sentences import ARITHMETIC
@@ -17,7 +18,7 @@ from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
 from ..diff.routing import in_order_of_experts
-from ..diff.scatter import spares_elements
+from ..diff.scatter import is_scatter, spares_elements
 from .case import Case
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
@@ -39,7 +40,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return as_float32
     before = _computed_before(exact, first.checkpoint)
     if known.case is None and not before:  # as though the model were not known
-        return comparison(ours, ref, replace(options, truth=None))
+        assumed = comparison(ours, ref, replace(options, truth=None))
+        return assumed if assumed.verdict.precision is None else _unless_no_rounding(assumed, as_float32, known, seconds)
     if known.case is None:
         return _in_part(as_float32, known.decoder, seconds)
     place = _first_computed(exact, known.case, first.checkpoint)
@@ -67,6 +69,40 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, known.case, seconds) if before else as_float32
+
+
+def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:
+    """The comparison of an encoder–decoder by the table's limits, or as float32 where the errors of the first place are no rounding.
+
+    They are none if they spare elements, follow one number, or are the same at every position or along each position's own values; unless
+    they are those of our own rounding.
+    """
+    first = as_float32.verdict.first_divergence
+    assert first is not None
+    assert assumed.verdict.precision is not None
+    pair = as_float32.records.pairs[as_float32.records.names.index(first.checkpoint)]
+    case = known.encoder if pair.point.startswith(ENCODER) else known.decoder
+    pair = _plain(pair)
+    if case is None or not assumed.verdict or (beside := _beside(case, pair)) is None:
+        return assumed
+    entry, errors, recorded = beside
+    right = np.where(recorded, entry.taken(case.replay.on_host[pair.point], case.positions), 0.0)
+    if spares_elements(errors, right, recorded):
+        return as_float32
+    if max(_alike(case, kind, pair) for kind in KINDS) >= REPRODUCED:
+        return assumed
+    followed = systematic(case, *beside, seconds)
+    rows = recorded.any(axis=1)
+    if not followed and is_scatter(right[rows] + errors[rows], right[rows]):
+        return assumed
+    kinds = [assumed.verdict.precision.arithmetic]
+    return replace(as_float32, verdict=_of_their_size(as_float32.verdict, kinds, followed or ""))
+
+
+def _plain(pair: Pair) -> Pair:
+    """The records of a point of the encoder by the name that it has in the encoder's own case."""
+    ours, ref = (replace(rows, point=rows.point.removeprefix(ENCODER)) for rows in (pair.ours, pair.ref))
+    return replace(pair, point=ref.point, ours=ours, ref=ref)
 
 
 def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Comparison:

@@ -78,6 +78,19 @@ class KnownModel(Struct, frozen=True, dict=True):
             return None
 
     @cached_property
+    def encoder(self) -> "Case | None":
+        """The right encoder beside the reference; None if the model has none, or none was recorded."""
+        if self.transformer is None or self.transformer.encoder is None:
+            return None
+        from .case import ExplainOptions
+        from .halves import encoder_case
+
+        try:
+            return encoder_case(self.ref, self.transformer, ExplainOptions())
+        except ParityError:
+            return None
+
+    @cached_property
     def truth(self) -> "AnyArbiter | None":
         """The steps in float64 over the reference's tokens; None if our engine cannot compute the model."""
         return self.case.arbiter if self.case is not None else _of_encoder_decoder(self.ref, self.transformer)

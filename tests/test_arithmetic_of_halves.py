@@ -1,0 +1,69 @@
+"""An encoder–decoder that does not state its arithmetic: what its own halves' replay shows about the errors of the first place."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from changed_files import File
+from explaining import unstated
+from msgspec.structs import replace
+
+from checkpoints.formats import load
+from checkpoints.record import Dump
+from engine.halves import as_encoder, encoder_alone
+from engine.opened import open_plain
+from engine.replay.precision import rounded
+from engine.weights.gguf_model import GgufModel
+from parity.diff.compare import Options
+from parity.explain.on_model import compared_on
+from parity.run.ours import OursJob
+from parity.run.ours import dump as write_dump
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+IDS = (5, 9, 12, 40, 33, 7, 21)
+EPSILON = "attention.layer_norm_rms_epsilon"
+
+
+@pytest.fixture(scope="module")
+def t5(small_model: Callable[..., Path]) -> Path:
+    return small_model("t5", "f32", layers=2)
+
+
+def played(model: Path, out: Path, reference: Reference) -> Dump:
+    """What llama.cpp dumps of a model at the default points."""
+    reference.dump(DumpJob(model=model, out=out, tokens=IDS))
+    return load(out)
+
+
+@pytest.mark.slow
+def test_a_wrong_epsilon_is_no_rounding(t5: Path, tmp_path: Path, reference: Reference) -> None:
+    """Errors as small as F16's that follow the epsilon of all norms: a divergence in float32, not parity in F16."""
+    file = File(t5)
+    file.set(EPSILON, 10 * file.number(EPSILON))
+    ref = played(t5, tmp_path / "ref.jsonl", reference)
+    ours = replace(played(file.write(tmp_path / "changed.gguf"), tmp_path / "ours.jsonl", reference), header=None)
+    verdict = compared_on(ours, ref, Options(), t5).verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "one-number"
+    assert "eps were multiplied by 10" in verdict.pattern.sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
+@pytest.mark.parametrize("storage", [False, True])
+def test_a_right_engine_in_lower_arithmetic_is_not_accused(
+    t5: Path, tmp_path: Path, reference: Reference, kind: str, storage: bool
+) -> None:
+    """Rounded products, and rounded activations, of both halves: parity in a lower arithmetic."""
+    engine = open_plain(GgufModel(t5), "numpy", recorded=partial(reference.graph, t5))
+    engine.steps = rounded(engine.steps, kind, storage=storage)
+    engine.encoder = as_encoder(rounded(encoder_alone(engine.encoder or ()), kind, storage=storage))
+    out = tmp_path / "ours.jsonl"
+    write_dump(engine, OursJob(out, IDS))
+    verdict = compared_on(unstated(load(out)), played(t5, tmp_path / "ref.jsonl", reference), Options(), t5).verdict
+    assert verdict
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic != "f32"
