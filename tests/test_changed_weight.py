@@ -76,7 +76,8 @@ def _law(model: Path, weight: str, change: Change, folder: Path, recorded: Recor
                 (
                     "ffn_down.weight",
                     _scaled(slice(None), slice(0, 32), 0.0),
-                    "elements 0 to 31 of each of the 16 rows that were recorded are zeros",
+                    "elements 0 to 31 of each of the 16 rows that were recorded are zeros "
+                    "(or those of blk.1.ffn_swiglu as it is read here)",
                 ),
                 ("ffn_down.weight", _rolled(1), "read from 1 element too early"),
                 ("attn_q.weight", _rolled(-8), "read from 8 elements too late"),

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from isolated_engine import Foreign
 from msgspec.structs import replace
 
+from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from engine.faults import CATALOGUE, plant
 from engine.graph import Altered, Step
+from parity.isolate.judged_layers import LAYER, eliminated
 from reference.client import Reference
 
 
@@ -81,3 +84,20 @@ def test_rows_of_other_positions_do_not_speak_of_the_weight(synthetic: Callable[
         "blk.0.ffn_up": "2 of 6 positions; position t holds the right value of position t − 2",
         "blk.1.ffn_up": "2 of 6 positions; its weight is right for the others",
     }
+
+
+@pytest.mark.parametrize(
+    ("recorded", "chooses", "status"), [(True, True, NOT_OBSERVABLE), (False, True, WRONG), (True, False, WRONG)]
+)
+def test_a_layer_whose_rounding_may_choose_other_experts_is_not_wrong(recorded: bool, chooses: bool, status: str) -> None:
+    """Beside llama.cpp's layer: all is proven but the rounding of a router's scores. Another operation unseen, or no choice, blames it."""
+    operations = [
+        Operation("attn_norm", 0, PROVEN, 1e-14),
+        Operation("ffn_moe_logits", 0, NOT_OBSERVABLE, 2e-5, reason="its error has the size of 8-bit arithmetic"),
+    ]
+    if chooses:
+        operations.append(Operation("ffn_moe_topk", 0, PROVEN, 0.0))
+    if not recorded:
+        operations.append(Operation("kq", 0, NOT_OBSERVABLE, reason="no record of kq"))
+    (layer,) = eliminated(operations, [Operation(LAYER, 0, WRONG, 4e-4, reason="llama.cpp's own layer gives another output")])
+    assert layer.status == status

@@ -28,7 +28,12 @@ _SHOWN = 3  # flips that are reported one by one
 
 def is_routing(pair: Pair) -> bool:
     """Whether a point's values are ids of experts."""
-    return pair.ref.dtype.startswith("i") or parse(pair.point).kind.endswith("moe_topk")
+    return pair.ref.dtype.startswith("i") or names_experts(pair.point)
+
+
+def names_experts(point: str) -> bool:
+    """Whether a point is the choice of experts by its name."""
+    return parse(point).kind.endswith("moe_topk")
 
 
 def as_sets(measured: Measured) -> Measured:

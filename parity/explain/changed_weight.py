@@ -14,7 +14,7 @@ from checkpoints.printable import first_names
 from engine import ops
 from engine.backend import Array
 from engine.faults.edits import ggml
-from engine.graph import Altered, RowsOf, Step, WeightSource, compute, inputs_of, viewed, weight_name, weight_of_step
+from engine.graph import Altered, RowsOf, Step, WeightSource, compute, inputs_of, name_of, viewed, weight_name, weight_of_step
 from engine.replay.replay import Replay
 
 from .beside import ROOM, Bools
@@ -211,7 +211,10 @@ def _of_columns(place: _Place) -> Iterator[str]:
         if abs(factor) < _ZERO
         else f"{number} times the right one{'s' if end - first > 1 else ''}"
     )
-    yield f"{elements} of {_rows(np.flatnonzero(wrong).tolist(), len(wrong), len(matrix))} {be} {how}"
+    every = place.holds(right + (float(number) - 1) * (inputs[:, first:end] @ matrix[: len(wrong), first:end].T))
+    rows = _rows(list(range(len(wrong))) if every else np.flatnonzero(wrong).tolist(), len(wrong), len(matrix))
+    # The same elements of every row are those of what they are multiplied with: its values would be wrong alike.
+    yield f"{elements} of {rows} {be} {how}{f' (or those of {name_of(step.reads[0])} as it is read here)' if every else ''}"
 
 
 def _plus(values: Floats, columns: Bools, more: Floats) -> Floats:

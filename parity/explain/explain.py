@@ -25,7 +25,7 @@ from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .fits import remarks as remarks_on_number
-from .flipped import without_flipped
+from .flipped import CHOSEN_OTHERWISE, without_flipped
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
@@ -100,6 +100,7 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     start = search.screening.start()
     kinds: tuple[str, ...] = ()
     likes: tuple[str, ...] = ()
+    is_noise = excused = False
     best = start
     if start.first is None:
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
@@ -108,20 +109,21 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     else:
         likes = () if case.states_f32 else _looks_like(case, search, start, budget)
         # A fault that there was no time to try may fit better.
-        tried = search.screening.budget.complete
-        kinds = likes if likes and tried and is_proof(_floor(case, likes[0])) else ()
-        if kinds and not scattered(case, _floor(case, kinds[0])):
-            kinds = likes = ()
-        if not kinds:
+        if likes and search.screening.budget.complete and is_proof(measured := _floor(case, likes[0])):
+            is_noise = scattered(case, measured)
+            likes = likes if is_noise else ()
+            excused = is_noise and fits(measured, case.entries) is None
+        kinds = likes if is_noise and not excused else ()
+        if not is_noise:
             best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
             best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
     answer = _answer(case, search, start, best)
-    if not kinds and best.first is not None:
+    if not is_noise and best.first is not None:
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
-    notes = (*case.notes, *(() if found else case.noise))
+    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()))
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:

@@ -23,6 +23,11 @@ from .records import Expected, Floats
 _REACH = 4.0
 # More of the records than this are not left out: what is left would prove nothing.
 _MOST = 0.5
+# Said where an arithmetic fits only without them: a large fault may be among them, so that the engine is not called right.
+CHOSEN_OTHERWISE = (
+    "experts: records behind choices that this arithmetic may make otherwise differ by far more than it costs: it chose others there, or a "
+    "fault is among them; `parity isolate`, which judges each operation by its own inputs, tells which"
+)
 
 
 def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:

@@ -19,6 +19,7 @@ from reference.jobs import Node
 
 from ..diff.align import Pair
 from ..diff.measure import measure
+from ..diff.routing import names_experts
 from .unrecorded import attends
 from .values import WholeValues
 
@@ -98,16 +99,32 @@ def _layer_output(reference: Reference, model: Path, layer: int, state: NDArray[
 def eliminated(operations: Sequence[Operation], layers: Sequence[Operation], suspects: Collection[str] = ()) -> list[Operation]:
     """The layers; for a wrong layer whose recorded operations are all right, with what must be wrong then.
 
-    Layers whose output was recorded wrong (`suspects`) say that instead.
+    Layers whose output was recorded wrong (`suspects`) say that instead, and one that may be wrong by nothing but the rounding of its
+    operations is not observable: in lower arithmetic a near tie of experts falls the other way.
     """
     explained = []
     for layer in layers:
         output = "" if layer.layer is None else in_layer(layer.layer, "l_out")
+        if output not in suspects and (rounded := _rounded(operations, layer)):
+            reason = f"its operations are right but for the rounding of {', '.join(rounded)}, which may choose other experts"
+            explained.append(replace(layer, status=NOT_OBSERVABLE, reason=reason))
+            continue
         reason = f"{layer.reason}{_rest(operations, layer)}"
         if output in suspects:
             reason = f"the record of {output} is suspect, not the layer: the next layer agrees with llama.cpp's value, not the recorded one"
         explained.append(replace(layer, reason=reason))
     return explained
+
+
+def _rounded(operations: Sequence[Operation], layer: Operation) -> list[str]:
+    """The operations of a wrong layer of which only the rounding is in question, if the others are proven and one chooses experts."""
+    inside = [operation for operation in operations if operation.layer == layer.layer]
+    rest = [operation for operation in inside if operation.status == NOT_OBSERVABLE]
+    if layer.status != WRONG or any(operation.nmse is None for operation in rest):
+        return []
+    chooses = any(names_experts(operation.name) for operation in inside)
+    right = all(operation.status == PROVEN for operation in inside if operation not in rest)
+    return [operation.operation for operation in rest] if chooses and right else []
 
 
 def _rest(operations: Sequence[Operation], layer: Operation) -> str:
