@@ -1,6 +1,6 @@
 """What a second worker brings to `parity conform`, and what a run costs after a fix:
 
-    python benchmarks/conform.py [--profile dense] [--architectures GLOBS] [--pairs 2] [--fix-only]
+    PYTHONPATH=tests python benchmarks/conform.py [--profile dense] [--architectures GLOBS] [--pairs 2] [--fix-only]
 
 The engine is the one in C of the tests (llama and qwen2, F32 weights): most cells are a model that is made and refused. Runs with one
 worker and with two take turns, each in a new folder, one thread a worker; after those with one worker the engine's file is changed and

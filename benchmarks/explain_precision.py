@@ -1,7 +1,7 @@
 """Precision alone, and faults under it: whom does `parity explain` accuse, and what are its limits' distances.
 
-Run as `python benchmarks/explain_precision.py [right|floors|faulty] [--seeds 100] [--from 0]`. Models of random shape, weights
-and type, random prompts; the search sees seven points of sixteen values.
+Run as `PYTHONPATH=tests python benchmarks/explain_precision.py [right|floors|faulty] [--seeds 100] [--from 0]`.
+Models of random shape, weights and type, random prompts; the search sees seven points of sixteen values.
 
 `right`: engines without a fault in eight arithmetics; prints how many are told "no fault".
 `floors`: how far their errors lie from the floors that `parity.explain.precision` measures: what UPPER, LOWER and SINGLE there

@@ -1,7 +1,7 @@
 """Two and three faults at once: how many `parity explain` names, and whether it names a wrong one or leaves one unlocated.
 
-Run as `python benchmarks/explain_several.py [--count 25] [--numbers 2,3] [--from 0] [--budget 60] [--ranks]`. Combination `i`
-is drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that do
+Run as `PYTHONPATH=tests python benchmarks/explain_several.py [--count 25] [--numbers 2,3] [--from 0] [--budget 60] [--ranks]`.
+Combination `i` is drawn with seed `i` and planted into the stories model, a synthetic llama or a synthetic qwen2, in turn; faults that do
 not apply to the model, and those that leave no trace beside the others, are drawn again. The search sees seven points of
 sixteen values. The budget is in seconds of CPU time, so that other work on the machine does not spend it.
 

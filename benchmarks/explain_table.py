@@ -1,7 +1,7 @@
 """Every entry of the catalogue, planted into models: does `parity explain` name it, and how long does that take?
 
-    python benchmarks/explain_table.py run RESULTS.jsonl --model stories --what values [--variants 4]
-    python benchmarks/explain_table.py show RESULTS.jsonl > docs/explain-table.md
+    PYTHONPATH=tests python benchmarks/explain_table.py run RESULTS.jsonl --model stories --what values [--variants 4]
+    PYTHONPATH=tests python benchmarks/explain_table.py show RESULTS.jsonl > docs/explain-table.md
 
 `run` appends a line a variant and skips those that the file has already, so that it can be stopped and started again. The
 search sees only the dump. `--what`: `values`, the default seven points with sixteen values of 24 tokens, fault in all layers;

@@ -1,6 +1,6 @@
 """Right engines in every arithmetic: does a command accuse one, or call one exact that is not?
 
-    python benchmarks/right_engines.py [-n 1000] [--from 0] [--out FILE.jsonl] [--seconds S]
+    PYTHONPATH=tests python benchmarks/right_engines.py [-n 1000] [--from 0] [--out FILE.jsonl] [--seconds S]
 
 Engines come in tens: a seeded small model (architecture and weight type go through all of them), its reference by llama.cpp, and our
 engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 or all values a row, the default points or all, bare lines
