@@ -1,9 +1,8 @@
 """What `parity explain` costs, in forward passes of the model, over the whole catalogue.
 
 Run as `PYTHONPATH=tests python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0] [--layer 17]`.
-Each entry's
-first variant is planted into our engine, in all layers and in one layer alone, and the search sees the dump alone. A pass is one
-forward pass over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of
+Each entry's first variant is planted into our engine, in all layers and in one layer alone, and the search sees the dump alone. A pass is
+one forward pass over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of
 three.
 Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the multiply-adds of the matrix
 products. `explain_table.py` prints which entries are named.
