@@ -67,6 +67,27 @@ def test_layers_in_a_lower_arithmetic_blame_no_operation(sides: Sides, kind: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_a_large_fault_behind_mixed_precision_is_said(sides: Sides, factor: float) -> None:
+    """Layers in F16 and, behind their first products, a feed-forward 1.3 times too large: the answer says where more than F16 differs."""
+    engine = sides[0]
+
+    def scaled(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
+        return op(*inputs, **params) * np.float32(factor)
+
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **p: scaled(*x, op=op, **p)) if step.makes == "blk.1.ffn_out" else step
+        for step in from_layer_1(engine.right, "f16")
+    ]
+    answer = explain(dump_of(sides, steps), engine.model, ExplainOptions(budget=20))
+    assert "mixed precision" in answer.law
+    beyond = [
+        note for note in answer.notes if note.startswith("blk.1.ffn_out is off by far more than F16 arithmetic costs there")
+    ]
+    assert len(beyond) == (factor > 1)
+
+
+@pytest.mark.slow
 def test_a_small_fault_is_not_called_mixed_precision(sides: Sides) -> None:
     """The same layers with a product that is 1.0004 times too large, an error of the same size: the operation is placed."""
     engine, ref = sides

@@ -29,7 +29,7 @@ from .flipped import CHOSEN_OTHERWISE, without_flipped
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .mixed import law_of_noise, law_of_rounding
+from .mixed import beyond_rounding, law_of_noise, law_of_rounding
 from .one_number import of_one_number
 from .own_inputs import contradicted
 from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
@@ -123,7 +123,8 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
         answer = _left_over(case, search, best, answer)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
-    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()))
+    beyond = "" if answer.causes or is_noise or case.states_f32 else beyond_rounding(case, best, partial(_floor, case))
+    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *filter(None, [beyond]))
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:

@@ -17,7 +17,7 @@ from reports.sentences import ARITHMETIC
 
 from ..diff.scatter import SIMILAR, is_scatter, spares_elements
 from .case import Case
-from .precision import KINDS, LOWER, UPPER, cosine
+from .precision import KINDS, LOWER, SINGLE, UPPER, PrecisionFloor, cosine
 from .records import Expected, Floats
 from .state import SearchState
 
@@ -114,10 +114,30 @@ def as_large_as_rounding(
 
 def law_of_rounding(case: Case, state: SearchState) -> str:
     """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not."""
-    if state.first is None or state.faults:
-        return ""
-    kinds = rounded_here(case, *_first_errors(case, state, case.replay.on_host))
+    kinds = kinds_of_rounding(case, state)
     return f"every element is the right one {in_words(kinds)}" if kinds else ""
+
+
+def kinds_of_rounding(case: Case, state: SearchState) -> tuple[str, ...]:
+    """The arithmetics as which the first place's own operations are rounded, from inputs that agree, the nearest first."""
+    if state.first is None or state.faults:
+        return ()
+    return rounded_here(case, *_first_errors(case, state, case.replay.on_host))
+
+
+def beyond_rounding(case: Case, state: SearchState, floor_of: Callable[[str], PrecisionFloor]) -> str:
+    """The first point that is further off than the arithmetic which rounds the first place costs, as a sentence; "" if there is none."""
+    kind = next((kind for kind in kinds_of_rounding(case, state) if kind not in CACHES), "")
+    if not kind:
+        return ""
+    cost = floor_of(kind)
+    for entry, products, storage in zip(case.entries, cost.products, cost.storage, strict=True):
+        if (entry.base > SINGLE * np.fmax(np.fmax(products, storage), entry.limit)).any():
+            return (
+                f"{entry.point} is off by far more than {ARITHMETIC[kind]} arithmetic costs there: a fault, or experts that it chooses "
+                f"otherwise (--compute {kind} looks for a fault beyond it)"
+            )
+    return ""
 
 
 def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
