@@ -56,8 +56,17 @@ def explained(
     assert decoder is not None
     second = _of_decoder(explain(decoder)[0], _last(transformer))
     if first is not None and lower and own is None and not (second and not second.causes):
-        # What differs in it may be the encoder's arithmetic.
-        return replace(first, notes=(*first.notes, *_UNJUDGED, f"record the whole rows of {_last(transformer)}"))
+        # What differs in it may be the encoder's arithmetic, or a fault: neither is said.
+        arithmetic = f"the encoder's differences are those of {first.precision_only} arithmetic"
+        notes = (*first.notes, arithmetic, *_UNJUDGED, f"record the whole rows of {_last(transformer)}")
+        return replace(
+            first,
+            precision_only="",
+            precision_assumed=False,
+            precision_alike=(),
+            remaining=second.first or second.remaining,
+            notes=notes,
+        )
     if first is None:
         unrecorded = f"the encoder was not recorded: its faults show where the decoder reads it; record {_last(transformer)}"
         return replace(second, notes=(*second.notes, unrecorded))

@@ -5,6 +5,7 @@ A search fits numbers at the places that its entries list, one after the other, 
 
 import numpy as np
 
+from checkpoints.points import parse
 from engine.faults.fitted import number_at
 
 from .budget import Budget
@@ -40,8 +41,18 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
     if any(not number.kind and number.along >= best - _AS_WELL for number in numbers):
         return None
     nearest = sorted((number for number in numbers if number.kind), key=lambda number: -number.along)[:_TRIED]
+    if any(_is_scaled(start, number.kind) for number in nearest if not number.shifted):
+        return None
     states = [state for number in nearest for state in _fitted(search, start, number) if state.first is None]
     return search.of_candidates(start, states) if states else None
+
+
+def _is_scaled(start: SearchState, kind: str) -> bool:
+    """Whether a step that makes or reads a result multiplies it by a scale of its own: that has an entry, which says more."""
+    return any(
+        "scale" in step.params and kind in {parse(name).kind for name in (step.makes, *step.names)}
+        for step in start.planting.right.values()
+    )
 
 
 def _fitted(search: Search, start: SearchState, number: Followed) -> list[SearchState]:
