@@ -1,6 +1,7 @@
 """Mixed precision: where one part of an engine is rounded and what lies before it is not, no operation is called wrong."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,15 @@ def from_layer_1(steps: Sequence[Step], kind: str) -> list[Step]:
     return [b if (parse(a.makes).layer or 0) >= 1 else a for a, b in zip(steps, lower, strict=True)]
 
 
+def times(steps: Sequence[Step], point: str, factor: float) -> list[Step]:
+    """The steps with one result too large or too small."""
+
+    def scaled(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
+        return op(*inputs, **params) * np.float32(factor)
+
+    return [replace(step, op=partial(scaled, op=step.op)) if step.makes == point else step for step in steps]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_layers_in_a_lower_arithmetic_blame_no_operation(sides: Sides, kind: str) -> None:
@@ -71,14 +81,7 @@ def test_layers_in_a_lower_arithmetic_blame_no_operation(sides: Sides, kind: str
 def test_a_large_fault_behind_mixed_precision_is_said(sides: Sides, factor: float) -> None:
     """Layers in F16 and, behind their first products, a feed-forward 1.3 times too large: the answer says where more than F16 differs."""
     engine = sides[0]
-
-    def scaled(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
-        return op(*inputs, **params) * np.float32(factor)
-
-    steps = [
-        replace(step, op=lambda *x, op=step.op, **p: scaled(*x, op=op, **p)) if step.makes == "blk.1.ffn_out" else step
-        for step in from_layer_1(engine.right, "f16")
-    ]
+    steps = times(from_layer_1(engine.right, "f16"), "blk.1.ffn_out", factor)
     answer = explain(dump_of(sides, steps), engine.model, ExplainOptions(budget=20))
     assert "mixed precision" in answer.law
     beyond = [
@@ -91,15 +94,7 @@ def test_a_large_fault_behind_mixed_precision_is_said(sides: Sides, factor: floa
 def test_a_small_fault_is_not_called_mixed_precision(sides: Sides) -> None:
     """The same layers with a product that is 1.0004 times too large, an error of the same size: the operation is placed."""
     engine, ref = sides
-
-    def scaled(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
-        return op(*inputs, **params) * np.float32(1.0004)
-
-    steps = [
-        replace(step, op=lambda *x, op=step.op, **p: scaled(*x, op=op, **p)) if step.makes == "blk.1.q" else step
-        for step in from_layer_1(engine.right, "f16")
-    ]
-    ours = dump_of(sides, steps)
+    ours = dump_of(sides, times(from_layer_1(engine.right, "f16"), "blk.1.q", 1.0004))
     verdict = compared_on(ours, ref, Options(), engine.model).verdict
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.1.q"

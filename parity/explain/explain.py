@@ -98,8 +98,7 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
         case.entries = with_noise(_floor(case, noise), case.entries)
     search = sharper or search_in(case)
     start = search.screening.start()
-    kinds: tuple[str, ...] = ()
-    likes: tuple[str, ...] = ()
+    kinds = likes = tuple[str, ...]()
     is_noise = excused = False
     best = start
     if start.first is None:

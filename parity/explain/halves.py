@@ -57,8 +57,7 @@ def explained(
     second = _of_decoder(explain(decoder)[0], _last(transformer))
     if first is not None and lower and own is None and not (second and not second.causes):
         # What differs in it may be the encoder's arithmetic, or a fault: neither is said.
-        arithmetic = f"the encoder's differences are those of {first.precision_only} arithmetic"
-        notes = (*first.notes, arithmetic, *_UNJUDGED, f"record the whole rows of {_last(transformer)}")
+        notes = (*first.notes, _of_arithmetic(first), *_UNJUDGED, f"record the whole rows of {_last(transformer)}")
         return replace(
             first,
             precision_only="",
@@ -142,6 +141,10 @@ def _own_output(encoder: Case, transformer: Transformer) -> dict[str, NDArray[np
     return known if len(known) == len(rows) else None
 
 
+def _of_arithmetic(encoder: Explanation) -> str:
+    return f"the encoder's differences are those of {encoder.precision_only} arithmetic"
+
+
 def joined(encoder: Explanation, decoder: Explanation) -> Explanation:
     """One answer for both halves; the encoder's has nothing that its causes leave unexplained."""
     whole = encoder if decoder and (encoder.causes or encoder.first is not None) else decoder
@@ -150,7 +153,7 @@ def joined(encoder: Explanation, decoder: Explanation) -> Explanation:
     nearest = [half.nearest for half in (encoder, decoder) if half.nearest is not None]
     notes = (*encoder.notes, *decoder.notes)
     if encoder.precision_only and not decoder:
-        notes = (*notes, f"the encoder's differences are those of {encoder.precision_only} arithmetic")
+        notes = (*notes, _of_arithmetic(encoder))
     if decoder.precision_only and encoder.causes:
         notes = (*notes, f"the decoder's own differences are those of {decoder.precision_only} arithmetic")
     return replace(

@@ -7,9 +7,8 @@ import numpy as np
 from .beside import Beside
 from .records import Floats
 
-OTHER_ORDER = (
-    "the right values stand in another order: element"  # the beginning of a sentence that lists which element is which
-)
+# The beginning of a sentence that lists which element is which.
+OTHER_ORDER = "the right values stand in another order: element"
 LISTED = 6  # elements that a sentence lists
 _ROLLS = 64  # offsets of elements that are tried in either direction
 _SHIFTS = 4  # offsets of positions

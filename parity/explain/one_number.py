@@ -17,9 +17,8 @@ from .systematic import Followed, followed
 
 _SMALL = 1e-2  # NMSE up to which a number's effect is close enough to its derivative to be recognised by it
 _TRIED = 4  # numbers that are fitted, those that the errors follow best
-_AS_WELL = (
-    1e-3  # of the share of the errors: a parameter of the model that fits as well has an entry of its own, which says more
-)
+# A parameter of the model that explains as much of the errors, to this share, has an entry of its own, which says more.
+_AS_WELL = 1e-3
 _OF_BUDGET = 0.2  # the share of the time for asking what the errors follow
 
 

@@ -1,6 +1,7 @@
 """What a wrong operation looks like, in words: which other operation would give its values."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def siblings(step: Step, steps: Sequence[Step]) -> list[str]:
             near.append((away, first.weight))
         elif not product and isinstance(first, str) and other.op is step.op:
             near.append((away, first))
-    return [name for _, name in sorted(near, key=lambda found: found[0])]
+    return [name for _, name in sorted(near, key=lambda pair: pair[0])]
 
 
 def _norm(
@@ -92,7 +93,7 @@ def _norm(
     return ""
 
 
-def _error(values: NDArray[np.float32], dumped: NDArray[np.float32]) -> float:
+def _error(values: NDArray[Any], dumped: NDArray[np.float32]) -> float:
     """NMSE of the recorded values: Σ(values − dumped)² / Σ dumped²."""
     wide = dumped.astype(np.float64)
     return float(np.sum((values - wide) ** 2)) / max(float(np.sum(wide**2)), 1e-300)
@@ -141,11 +142,10 @@ def _product(
     near = max(limit, nmse * _FAR_NEARER)
     bias = step.weights[1] if len(step.weights) > 1 else None
     wide = x.astype(np.float64)
-    energy = max(float(np.sum(dumped.astype(np.float64) ** 2)), 1e-300)
 
     def is_product(weight: NDArray[np.float32], added: str | None) -> bool:
         product = wide @ weight.T.astype(np.float64) + (weights.get(added) if added is not None else 0.0)
-        return bool(np.sum((product - dumped) ** 2) / energy <= near)
+        return _error(product, dumped) <= near
 
     if len(shape) == 2 and shape[0] * shape[1] <= _LARGEST:
         weight, added = weights.get(name), bias if isinstance(bias, str) else None

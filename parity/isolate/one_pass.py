@@ -271,12 +271,7 @@ class JudgedPass:
             raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
         return computed
 
-    def _note(
-        self,
-        step: Step,
-        definition: Step,
-        held: Held,
-    ) -> None:
+    def _note(self, step: Step, definition: Step, held: Held) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._judging.records[step.makes], self._limit(step)
         errors, positions, dumped = held.errors, held.positions, held.dumped
@@ -286,10 +281,10 @@ class JudgedPass:
             self._right[step.makes] = self._in_place(step.makes, held.ours)
         if nmse > limit and held.lower:
             record.lower = held.lower
-        record.wrong |= nmse > limit and not held.lower
         if held.arithmetic:
             record.arithmetics[held.arithmetic] = None
         if nmse > limit and not held.lower:
+            record.wrong = True
             rows, right = held.wrong_rows(limit)
             record.scattered &= is_scatter(rows, right) and not held.spares_elements()
             record.scaled &= is_scaled(rows, right)

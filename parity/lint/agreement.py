@@ -91,9 +91,8 @@ def _sketch(rows: Rows, values: NDArray[np.float64], whole: NDArray[np.bool_]) -
     wrong = np.zeros(len(rows), dtype=np.bool_)
     for count in set(rows.counts[checked].tolist()):
         same = checked[rows.counts[checked] == count]
-        sketches = sketch_of(values[same, :count].astype(np.float32)).astype(
-            np.float32
-        )  # as it is stored: sums may be beyond it
+        sketches = sketch_of(values[same, :count].astype(np.float32))
+        sketches = sketches.astype(np.float32)  # as it is stored: sums may be beyond it
         slack = 0.0 if rows.quantum is None else rows.quantum[same].max(axis=1, initial=0.0) * np.sqrt(count) * 4
         off = np.where(sketches == rows.sketch[same], 0.0, np.abs(sketches - rows.sketch[same]))
         far = off.max(axis=1) > _ROUNDING * np.maximum(l2[same], 1e-30) + slack
