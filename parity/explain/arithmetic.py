@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
 from checkpoints.points import ENCODER
 from checkpoints.record import Dump, Rows
-from engine.replay.precision import rounded
+from engine.replay.precision import is_normed, rounded
 from reports.sentences import ARITHMETIC
 
 from ..diff.align import Pair
@@ -237,8 +237,9 @@ def _alike(case: Case, kind: str, pair: Pair) -> float:
         return nearest
     entry, errors, known = beside
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
-    for storage in (False, True):
-        values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
+    twice = any(step.makes == pair.point and is_normed(step) for step in case.transformer.steps)
+    for storage, normed in ((False, False), (True, False), *(((True, True),) if twice else ())):
+        values = case.make(rounded(case.transformer.steps, kind, storage=storage, normed=normed), len(case.positions))
         computed = entry.taken(values.on_host[pair.point], case.positions)
         usable = known & np.isfinite(computed)
         rounding = np.where(usable, computed, 0.0) - np.where(usable, right, 0.0)
