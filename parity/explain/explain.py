@@ -151,11 +151,11 @@ def _known(case: Case, search: Search, state: SearchState) -> bool:
 
 def _looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -> tuple[str, ...]:
     """The arithmetics that explain the differences as noise, the best first, unless a fault, a fitted number or a law fits better."""
+    kinds = _precision(case, budget) if may_be_noise(case.entries) else ()
+    if not kinds or is_ours(_floor(case, kinds[0]), case.entries):
+        return kinds
     sentence = law_at(case, search, start)
-    if not may_be_noise(case.entries) or (sentence and not sentence.endswith(WRONG)):
-        return ()
-    kinds = _precision(case, budget)
-    return kinds if kinds and (is_ours(_floor(case, kinds[0]), case.entries) or not search.simple(start)) else ()
+    return () if (sentence and not sentence.endswith(WRONG)) or search.simple(start) else kinds
 
 
 def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation) -> Explanation:

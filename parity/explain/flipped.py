@@ -81,10 +81,19 @@ def _rows(replay: Replay, name: str) -> Floats:
 
 
 def _near(right: Floats, others: Sequence[Floats], count: int) -> NDArray[np.bool_]:
-    """Whether two neighbours among the chosen scores, or the last of them and the next one, may exchange places: [T]."""
-    noise = np.max([np.abs(other - right).max(axis=1) for other in others], axis=0)
+    """Whether two neighbours among the chosen scores, or the last of them and the next one, may exchange places: [T].
+
+    Scores of minus infinity are those of experts outside of the chosen groups; rounding may choose other groups.
+    """
+    finite = np.isfinite(right)
+    others = [np.where(finite, other, 0.0) for other in others]
+    regrouped = np.any([~np.isfinite(other).all(axis=1) for other in others], axis=0)
+    within = np.where(finite, right, 0.0)
+    noise = np.max([np.abs(other - within).max(axis=1) for other in others], axis=0)
     ranked = -np.sort(-right, axis=1)[:, : count + 1]
-    return np.asarray((ranked[:, :-1] - ranked[:, 1:]).min(axis=1) <= _REACH * noise)
+    with np.errstate(invalid="ignore"):
+        gaps = np.nan_to_num(ranked[:, :-1] - ranked[:, 1:], nan=np.inf)
+    return np.asarray(regrouped | (gaps.min(axis=1) <= _REACH * noise))
 
 
 def _as_ours(case: Case, name: str) -> NDArray[np.bool_]:
