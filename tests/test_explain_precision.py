@@ -1,5 +1,7 @@
 """`parity explain` tells lower arithmetic from faults."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -247,3 +249,19 @@ def test_scores_of_experts_that_are_left_out_are_compared_as_such() -> None:
     other = right + np.array([0.001, 0, 0, 0])
     other[2] = [0.9, -np.inf, 0.1, 0.5]
     assert may_exchange(right, [other], 2).tolist() == [True, False, True]
+
+
+@pytest.mark.slow
+def test_an_element_that_one_product_reads_wrong_is_said_at_default_points(engine: Faulty) -> None:
+    """One element in a product is 1 % too small, which no entry describes: the errors of the layer's output follow it."""
+
+    def one_smaller(*inputs: Array, op: Callable[..., Array], **params: object) -> Array:
+        x = inputs[0].copy()
+        x[:, 3] *= np.float32(0.99)
+        return op(x, *inputs[1:], **params)
+
+    steps = [replace(step, op=partial(one_smaller, op=step.op)) if step.makes == "blk.0.v" else step for step in engine.right]
+    answer = explain(engine.dump(RIGHT, PROMPT, steps=steps), engine.model, ExplainOptions(budget=8))
+    assert not answer.causes
+    # The first position attends to itself alone, so that only its v depends on that element.
+    assert answer.law.startswith("the errors follow one number, as if element 3 of blk.0.attn_norm")

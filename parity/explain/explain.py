@@ -31,7 +31,7 @@ from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .looks_like import floor_of, looks_like
 from .mixed import beyond_rounding, law_of_noise, law_of_rounding
-from .one_number import of_one_number
+from .one_number import law_of_one_number, of_one_number
 from .own_inputs import contradicted
 from .own_rounding import standing_out
 from .precision import TOGETHER, UPPER, PrecisionFloor, fits, is_proof, with_noise
@@ -79,9 +79,7 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best
     further, state = _explained(rest, options, budget)
-    if further:
-        return answer, best
-    return replace(further, suspects=(*answer.suspects, *further.suspects)), state
+    return (answer, best) if further else (replace(further, suspects=(*answer.suspects, *further.suspects)), state)
 
 
 def _of_all_records(
@@ -129,7 +127,7 @@ def _of_all_records(
     if stated is not None and start.first is not None and not answer.causes:
         excused = chosen_otherwise(case, stated)
     if not is_noise and not excused and best.first is not None:
-        answer = _left_over(case, search, best, answer)
+        answer = _left_over(case, search, best, answer, budget)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
     beyond = (
@@ -158,14 +156,14 @@ def _of_all_records(
 
 
 def _within(
-    case: Case, options: ExplainOptions, budget: Budget, kind: str, sentence: str
+    case: Case, options: ExplainOptions, budget: Budget, kind: str, said: str
 ) -> tuple[Explanation, SearchState] | None:
     """The faults beyond what an arithmetic costs that reproduce everything, where the first place shows that arithmetic; None without."""
     lower = case.with_steps(case.transformer.steps, case.entries)
     answer, state = _of_all_records(lower, replace(options, compute=kind), budget, TOGETHER)
     if not answer.causes or answer.remaining is not None:
         return None
-    return replace(answer, notes=(*answer.notes, f"arithmetic: {sentence}; the cause is looked for beyond that")), state
+    return replace(answer, notes=(*answer.notes, f"arithmetic: {said}; the cause is looked for beyond that")), state
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
@@ -175,7 +173,7 @@ def _known(case: Case, search: Search, state: SearchState) -> bool:
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
-def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation) -> Explanation:
+def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation, budget: Budget) -> Explanation:
     """The answer, with what the numbers say about the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     sentence, where = law_at(case, search, best), placed(case, search, best)
@@ -191,6 +189,8 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
     single = where is not None and where.sure and len(where.operations) == 1
+    if not (sentence or single or budget.late):
+        sentence = law_of_one_number(case, best, values)
     hints = [] if sentence else leads(case.entries, best, search, case.positions, single=single)
     return replace(answer, law=sentence, placed=where, leads=tuple(hints))
 

@@ -128,7 +128,7 @@ def kinds_of_rounding(case: Case, state: SearchState) -> tuple[str, ...]:
     """The arithmetics as which the first place's own operations are rounded, from inputs that agree, the nearest first."""
     if state.first is None or state.faults:
         return ()
-    return rounded_here(case, *_first_errors(case, state, case.replay.on_host))
+    return rounded_here(case, *first_errors(case, state, case.replay.on_host))
 
 
 def _spared_before(case: Case, state: SearchState, kind: str) -> bool:
@@ -169,11 +169,11 @@ def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) ->
     """
     if state.first is None:
         return ""
-    kind = noise_here(case, *_first_errors(case, state, values))
+    kind = noise_here(case, *first_errors(case, state, values))
     return noise_in_words(kind) if kind else ""
 
 
-def _first_errors(
+def first_errors(
     case: Case, state: SearchState, values: Mapping[str, Array]
 ) -> tuple[Expected, Floats, NDArray[np.bool_], set[str]]:
     """A state's first place, its errors against these values, [R, k], where they are known, and the points that agree before it."""
