@@ -127,15 +127,13 @@ class OneMore:
         """
         *shown, others = stages(self.screening, state, (layer,))
         many = long(others)
-
-        def cost(candidate: Candidate) -> int:
-            if candidate.fault.group in WEIGHTS:
-                return 3 if candidate.fault.name in many else 2
-            return int(candidate.fault.whole)
-
-        each = [[candidate for candidate in others if candidate.fault.name == name] for name in sorted(many)]
-        cheap = ([candidate for candidate in others if cost(candidate) == turn] for turn in range(3))
-        return [*shown, *cheap, *sorted(each, key=len)]
+        cheap: list[list[Candidate]] = [[], [], []]
+        each: dict[str, list[Candidate]] = {name: [] for name in sorted(many)}
+        for candidate in others:
+            fault = candidate.fault
+            in_turn = each[fault.name] if fault.name in many else cheap[2 if fault.group in WEIGHTS else int(fault.whole)]
+            in_turn.append(candidate)
+        return [*shown, *cheap, *sorted(each.values(), key=len)]
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""
