@@ -25,7 +25,7 @@ from .records import Judged
 from .rounded_records import RoundedRecords
 from .routing import chosen_by, ids
 from .same_vector import alike
-from .wrong_values import energies, removed_by_a_norm
+from .wrong_values import at_bounds, energies, removed_by_a_norm
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -66,9 +66,8 @@ class _Consumers:
         self._at: dict[str, dict[tuple[int, int], int]] = {}
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
         self._energy = energies(measured)
-        self._hidden: set[str] = (
-            set()
-        )  # points whose error what agrees after them need not show: a norm removes it, a choice is the same
+        # Points whose error what agrees after them need not show: a norm or a bound removes it, a choice is the same.
+        self._hidden: set[str] = set()
         self._numbers = LostNumbers(model, measured)
         self._readings: dict[str, Reading | None] = {}
         self._rounded = RoundedRecords(model, self._wrong_records)
@@ -242,7 +241,7 @@ class _Consumers:
                 else:
                     unclear = True  # another reader that had a finite value shows that there was one
                     self._hidden.add(name)
-            elif self._hidden_by_a_norm(name, child, record):
+            elif self._hides(name, child, record, other):
                 hidden = True  # it says nothing, but a residual sum beside it does
                 self._hidden.add(name)
             elif self._telling(name, child, record, other):
@@ -310,14 +309,15 @@ class _Consumers:
             return False
         return not chosen_by(scores.values[above, : scores.counts[above]], ids(chosen, below))
 
-    def _hidden_by_a_norm(self, name: str, child: str, record: int) -> bool:
-        operations = self._model.operations(self._model.path(name, child))
+    def _hides(self, name: str, child: str, record: int, other: int) -> bool:
+        """Whether an agreeing consumer would agree all the same if the record were what it shows: a norm or a bound removes that."""
+        operations, limit = self._model.operations(self._model.path(name, child)), float(self._held.limit[record])
+        pair, row = self._measured.pairs[self._place[name]], int(self._measured.row[record])
+        if operations <= ELEMENTWISE:
+            return at_bounds(pair, row, limit, self._measured.pairs[self._place[child]], int(self._measured.row[other]))
         if not operations & NORMS or not operations <= ELEMENTWISE | NORMS:
             return False
-        pair, row = self._measured.pairs[self._place[name]], int(self._measured.row[record])
-        return removed_by_a_norm(
-            pair, row, float(self._held.limit[record]) * _BELOW
-        )  # far more than what an agreeing norm may be off
+        return removed_by_a_norm(pair, row, limit, limit * _BELOW)  # far more than what an agreeing norm may be off
 
     def _agrees(self, name: str, like: int) -> bool:
         other = self._record(name, like)
