@@ -121,8 +121,8 @@ class Expected(Struct, frozen=True):
         return result
 
     def taken(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
-        """The recorded elements of another tensor of this point: [R, k]."""
-        return self._slice(tensor, positions, np.ones(len(self.rows), dtype=np.bool_))
+        """The recorded elements of another tensor of this point, of the records in its rows: [R, k]."""
+        return self._slice(tensor, positions, self.rows < len(positions))
 
     def at(self, tensor: NDArray[np.float32], positions: Ints, row: int) -> Floats:
         """The recorded elements of one row of a tensor of the first rows: [k]; absent ones are 0."""
