@@ -137,15 +137,27 @@ class Expected(Struct, frozen=True):
         return tensor.reshape(len(positions), -1).astype(np.float64)
 
     def between(self, values: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> Floats:
-        """NMSE of one tensor against another at the recorded elements: [R]; infinite where either is not finite, but for infinities that
-        both have (a mask's, say).
+        """NMSE of one tensor against another as `base` measures the dump's: [R]; infinite where either is not finite, but for infinities
+        that both have (a mask's, say).
+
+        At the recorded elements; where records hold more than those, of whole rows if that is larger.
         """
         rows, others = self.taken(values, positions), self.taken(other, positions)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             delta = np.where(self.present & (rows != others), rows - others, 0.0)
             squares = np.einsum("ij,ij->i", delta, delta)
             error = np.where(squares == 0, 0.0, squares / self.energy)  # of rows of zeros as well
-        return np.where(np.isfinite(error), error, np.inf)
+        error = np.where(np.isfinite(error), error, np.inf)
+        if self.whole and np.isfinite(error).all():
+            sides = (self._recorded_like(tensor, positions) for tensor in (values, other))
+            error = np.fmax(error, measure([Pair(self.point, *sides)]).nmse)
+        return error
+
+    def _recorded_like(self, tensor: NDArray[np.float32], positions: Ints) -> Rows:
+        """A tensor's records with what the dump's have: the same elements, statistics, and a sketch if those have one."""
+        rows, dumped = _summary(self.point, tensor, positions, {self.point: self.pair.ours}).take(self.rows), self.pair.ours
+        stats = {name: values for name, values in rows.stats.items() if name in dumped.stats}
+        return replace(rows, stats=stats, sketch=None if dumped.sketch is None else rows.sketch)
 
     def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
         """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""
