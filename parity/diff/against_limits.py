@@ -185,7 +185,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> t
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
     if (near & coarse).any():
         tabled = after_known_tables(measured, limit, distance, near & coarse, truth, model)
-        higher = np.where(coarse, no_more_than_inherited(measured, tabled, higher, distance, model), higher)
+        higher = np.where(coarse, no_more_than_inherited(measured, limit, tabled, distance, model), higher)
     higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():
