@@ -303,6 +303,21 @@ def test_what_is_partly_exact_is_no_rounding(engine: Faulty) -> None:
     assert not compared_on(replace(ours, header=None), right, Options(), engine.model).verdict
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.03, 1.3])
+def test_a_type_that_holds_some_weights_exactly_rounds_the_others(factor: float, tmp_path: Path) -> None:
+    """An F16 engine of Q4_0 embeddings, of which half are whole in F16: no fault, and a product that is off beside it is one."""
+    path = tmp_path / "coarse.gguf"
+    synthesize(path, Shape("qwen2", layers=2, width=64, heads=4, kv_heads=2, ff=128, vocab=300), weight_type="q4_0", seed=3)
+    coarse = Faulty(path)
+    fault = next(fit.fault for fit in FITTED if fit.fault.name == "multiplier")
+    steps = plant(coarse.right, fault, (1,), by=factor, part="the result", at=("ffn_out",)) if factor != 1 else coarse.right
+    right = _dump(coarse, coarse.right, "f32")
+    ours = replace(_dump(coarse, rounded(steps, "f16", storage=True), ""), header=None)
+    verdict = compared_on(ours, right, Options(), coarse.model).verdict
+    assert bool(verdict) == (factor == 1)
+    assert factor != 1 or (verdict.precision is not None and verdict.precision.arithmetic in ("f16", "tf32"))
+
+
 def test_arithmetic_spares_no_records_and_no_elements() -> None:
     """Exact records or elements among wrong ones are told; rounding that is exact here and there by luck, and zeros, are not."""
     costs, limits = np.full(8, 1e-7), np.full(8, 1e-10)
