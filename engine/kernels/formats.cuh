@@ -7,16 +7,17 @@
 #include "step.cuh"
 
 // NEAR: the planes lie in shared memory, where a bulk copy has put this block's rows.
+__device__ __forceinline__ unsigned near_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 template <bool NEAR> __device__ __forceinline__ uint4 stream(const uint4* p) {
-    if constexpr (NEAR) return *p;
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    if constexpr (NEAR) asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(near_address(p)));
+    else asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 template <bool NEAR> __device__ __forceinline__ uint2 stream(const uint2* p) {
-    if constexpr (NEAR) return *p;
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    if constexpr (NEAR) asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(near_address(p)));
+    else asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }
 

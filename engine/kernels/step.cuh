@@ -9,7 +9,13 @@
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
+#ifndef LOGITS_AHEAD
 #define LOGITS_AHEAD 128         // rows of the output matrix that a block asks for during the last layer's end
+#endif
+#ifndef OUTPUT_PACE
+#define OUTPUT_PACE 80
+#endif
+#define OUTPUT_AHEAD (VOCAB / BLOCKS < LOGITS_AHEAD ? VOCAB / BLOCKS : LOGITS_AHEAD)
 #define LOGITS_ROUND (4 * WARPS) // rows of it that a block's warps take at a time
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
@@ -66,6 +72,9 @@ struct Model {
 #define DOWN_BYTES 0
 #endif
 #define STAGED (GATE_BYTES > 0)
+#ifndef DIRECT
+#define DIRECT (STAGED && one_type(DOWN_TYPES) && (DOWN_TYPES & FLOAT_TYPES) && SHARE(D) <= 8)
+#endif
 
 // Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
 // (BENCHMARKS.md), where half or twice of any of these is slower.
@@ -88,6 +97,9 @@ struct Model {
 #define DOWN_ROWS 1
 #endif
 
+#ifndef NORM_PER
+#define NORM_PER 2
+#endif
 #ifndef TAKEN
 #define TAKEN 3                  // groups of four activations that a thread requests at once
 #endif
@@ -113,10 +125,15 @@ struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     Activations x;
     float part[PARTS];           // sums of rows by the warps that share them
-    double norm[WARPS];
+    __align__(16) float down_part[DIRECT ? 8 * WARPS : 4];   // of rows of down, which no barrier separates from those before
+    float scale;                 // of the norm whose values are in x
     float rest[SHARE(D)];        // the residual stream of this block's rows
     float2 angle[SHARE(PAIRS)];  // of this block's pairs of rows of Q and K
-    float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
+    union {
+        float mixed[WARPS][HEAD];   // of the warps that share a head
+        double squares[THREADS];    // a norm's, between two barriers at other times
+    };
+    float peak[WARPS], total[WARPS];
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     unsigned long long round_made[LOGIT_ROUNDS];   // barriers of the logits, which the recording warp takes as they are made
