@@ -20,6 +20,7 @@ from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
 _THREADS = 512 + 64  # as in step.cuh: the threads that compute, and the warps that prefetch weights and record
+_SQUARES = 8 * 512  # bytes of a norm's squares, where at other times heads are mixed
 _OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.
@@ -149,7 +150,7 @@ class DecodeStep:
         activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
         floats, others = self.weights.types & _FLOATS, self.weights.types & ~_FLOATS
         rest = (
-            (4 * (9 * activations // 8 + 32) if floats else 0) + (4 * activations if others else 0) + 64 * hp.head_size + _OTHER
+            (4 * (9 * activations // 8 + 32) if floats else 0) + (4 * activations if others else 0) + max(64 * hp.head_size, _SQUARES) + _OTHER
         )
         fits = gate + down + rest <= self._device["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}

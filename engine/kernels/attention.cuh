@@ -112,7 +112,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     }
 }
 
-// The shares of each head combined -> x; block 0 stores them as kqv_out, with each head's peak and 1 / sum. A thread takes two
+// The shares of each head combined -> x; one block stores them as kqv_out, with each head's peak and 1 / sum. A thread takes two
 // neighbouring elements.
 __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
     constexpr int TOGETHER = SPLITS < 3 ? SPLITS : 3;
@@ -150,7 +150,7 @@ __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
         const float share = 1.f / total;
         value.x *= share; value.y *= share;
         s.x.put<2, QW % 64 == 0>(e, {value.x, value.y});
-        if (blockIdx.x == 0) {
+        if (this_block() == KEEPER) {
             *(float2*)(l.kqv_out + e) = value;
             if (e % HEAD == 0) *(float2*)(l.peaks + 2 * head) = make_float2(peak, share);
         }

@@ -8,7 +8,7 @@
 // Given at compile time: LAYERS D HEADS KV_HEADS HEAD FF VOCAB ROPE NEOX POSITIONS (places of the cache) BLOCKS SPLITS.
 
 #include "attention.cuh"
-#include "projections.cuh"
+#include "columns.cuh"
 #include "records.cuh"
 
 // Logits of this block's rows and the largest of them; if they are recorded, the warp that does it gets them by way of shared memory.
@@ -176,20 +176,18 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         gate_up.run(s, l, eps, step);
         norm.keep(s.scale, l.ffn_norm_out);
         MARK
-        using DownRows = ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED>;
-        DownRows down;
-        if constexpr (!DIRECT) down.load(l.down);
+        Down<DOWN_TYPES, DOWN_BY_COLUMNS> down;
+        down.load(l.down);
         if (i + 1 < LAYERS) {
             if (STAGED && this_thread() == 32) leave(&s.used[0]);
             if (this_thread() / 32 == 2) prefetch_qkv(next);
             if (this_thread() == 96) prefetch_mine(next.o, D, QW);
             if (this_thread() == 128) prefetch_words(next);
         } else if (!STAGED && this_thread() == 32) prefetch_rows(m.output, first_of(VOCAB), OUTPUT_AHEAD, D);
-        if constexpr (!DIRECT) take(s, (const unsigned*)(l.words + SWIGLU_WORDS), step);
+        down.take(s, l, step);
         if (STAGED) await(&s.full[1], i & 1);
         MARK
-        if constexpr (DIRECT) Down::run(s, (const unsigned*)(l.words + SWIGLU_WORDS), l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
-        else down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
+        down.run(s, l, step);
         if (STAGED && i + 1 < LAYERS && this_thread() == 32) leave(&s.used[1]);
         norm.load(i + 1 < LAYERS ? next.attn_norm : m.norm);
         if (i + 1 < LAYERS) qkv.load(next);

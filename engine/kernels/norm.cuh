@@ -6,7 +6,7 @@
 // with x start from that; their sums are multiplied by 1 / sqrt(mean(values²) + eps) at the end, so that the products hide the
 // latency of the sum of squares (in float64 as in ggml).
 struct Norm {
-    static constexpr int PER = NORM_PER, EACH = (D / PER + THREADS - 1) / THREADS;   // neighbours that a thread takes at once
+    static constexpr int PER = INTEGERS ? 1 : 2, EACH = (D / PER + THREADS - 1) / THREADS;   // neighbours that a thread takes at once: integers' units are found faster one by one
     float weight[EACH][PER], x[EACH][PER];
 
     __device__ __forceinline__ static int element_of(int i) { return PER * (this_thread() + i * THREADS); }
@@ -24,19 +24,16 @@ struct Norm {
             for (int i = 0; i < EACH; i++)
                 #pragma unroll
                 for (int j = 0; j < PER; j++) x[i][j] = element_of(i) < D ? __ldcg(values + element_of(i) + j) : 0.f;
-        else if constexpr (PER == 2) {
+        else if constexpr (PER == 1) {
+            float heard[EACH];
+            hear([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) x[i][0] = heard[i];
+        } else {
             float2 heard[EACH];
             hear_pairs([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
             #pragma unroll
             for (int i = 0; i < EACH; i++) { x[i][0] = heard[i].x; x[i][1] = heard[i].y; }
-        } else {
-            static_assert(EACH == 1, "prototype");
-            if (element_of(0) < D) {
-                uint4 four = look_at_four((const unsigned*)words + element_of(0));
-                while (!told_four(four, step)) { __nanosleep(PAUSE); four = look_at_four((const unsigned*)words + element_of(0)); }
-                const float4 v = values_of(four);
-                x[0][0] = v.x; x[0][1] = v.y; x[0][2] = v.z; x[0][3] = v.w;
-            } else for (int j = 0; j < PER; j++) x[0][j] = 0.f;
         }
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
@@ -66,7 +63,7 @@ struct Norm {
     }
     // The normalised values, to be recorded: stored by one block, after what the others wait for.
     __device__ __forceinline__ void keep(float scale, float* out) const {
-        if (blockIdx.x) return;
+        if (this_block() != KEEPER) return;
         #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (element_of(i) < D)

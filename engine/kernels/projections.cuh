@@ -91,14 +91,14 @@ struct Projection {
         }
         Norm::find_scale(s, eps);
         #pragma unroll 1
-        for (int p = mine; p < last; p += UNITS) {
+        for (int p = mine; p < last; p += SHARE(PAIRS) > UNITS ? UNITS : PAIRS) {
             int2 r;
             const Matrix& w = qkv_matrix(l, p, r);
             const Matrix* both[2] = {&w, &w};
             const int two[2] = {r.x, r.y};
             float sum[2];
             rows.dot(both, two, lane, s.x, sum);
-            if (p + UNITS < last) fetch(l, p + UNITS);
+            if (SHARE(PAIRS) > UNITS && p + UNITS < last) fetch(l, p + UNITS);
             leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
         }
         block_sync();
@@ -159,6 +159,15 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
     block_sync();
 }
 
+// A row of a projection onto the residual stream is made.
+__device__ __forceinline__ void close_row(Shared& s, int row, float y, float* made, float* summed, Word* words, unsigned step) {
+    const float sum = y + s.rest[row - first_of(D)];
+    tell(words + row, sum, step);
+    s.rest[row - first_of(D)] = sum;
+    made[row] = y;
+    summed[row] = sum;
+}
+
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
 template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE> struct ProjectionBack {
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
@@ -196,83 +205,7 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         if (finished >= last) return;
-        const float y = sum_of<SHARED_BY>(s, finished - first) + bias;
-        float sum = y + s.rest[finished - first];
-        if (NORM_PER == 4) {
-            sum = short_of(sum);
-            tell_short((unsigned*)words + finished, sum, step);
-        } else tell(words + finished, sum, step);
-        s.rest[finished - first] = sum;
-        made[finished] = y;
-        summed[finished] = sum;
-    }
-};
-
-// The down projection of float types, its rows in shared memory: each thread takes the same columns of all of the block's rows, and its
-// activations from the words into registers, so that nothing is shared before the sums.
-struct Down {
-    static const int R = SHARE(D), T = last_type(DOWN_TYPES), E = Format<T, true>::E, PIECES = FF / E;
-
-    static __device__ __forceinline__ void hear_piece(const unsigned* words, unsigned step, FloatPiece<E>& x) {
-        uint4 four[E / 4];
-        bool all;
-        do {
-            all = true;
-            #pragma unroll
-            for (int i = 0; i < E / 4; i++) four[i] = look_at_four(words + 4 * i);
-            #pragma unroll
-            for (int i = 0; i < E / 4; i++) all &= told_four(four[i], step);
-            if (!all) __nanosleep(PAUSE);
-        } while (!all);
-        #pragma unroll
-        for (int i = 0; i < E / 4; i++) x.x[i] = values_of(four[i]);
-    }
-    // Each eighth of a warp ends with one row's sum.
-    static __device__ __forceinline__ float spread(const float (&sum)[8]) {
-        const int lane = this_thread() & 31;
-        float four[4], two[2];
-        #pragma unroll
-        for (int i = 0; i < 4; i++) four[i] = (lane & 16 ? sum[i + 4] : sum[i]) + __shfl_xor_sync(~0u, lane & 16 ? sum[i] : sum[i + 4], 16);
-        #pragma unroll
-        for (int i = 0; i < 2; i++) two[i] = (lane & 8 ? four[i + 2] : four[i]) + __shfl_xor_sync(~0u, lane & 8 ? four[i] : four[i + 2], 8);
-        float one = (lane & 4 ? two[1] : two[0]) + __shfl_xor_sync(~0u, lane & 4 ? two[0] : two[1], 4);
-        one += __shfl_xor_sync(~0u, one, 2);
-        return one + __shfl_xor_sync(~0u, one, 1);
-    }
-    static __device__ __forceinline__ void run(Shared& s, const unsigned* heard, float* made, float* summed, Word* words, unsigned step) {
-        const int first = first_of(D), last = last_of(D);
-        const int finished = first + this_thread();
-        const float bias = finished < last && s.near_down.bias ? __ldg(s.near_down.bias + finished) : 0.f;
-        float sum[8] = {};
-        #pragma unroll 1
-        for (int c = this_thread(); c < PIECES; c += THREADS) {
-            Format<T, true> piece[R];
-            #pragma unroll
-            for (int r = 0; r < R; r++) piece[r].load(s.near_down, min(first + r, last - 1), PIECES, c);
-            FloatPiece<E> x;
-            hear_piece(heard + E * c, step, x);
-            #pragma unroll
-            for (int r = 0; r < R; r++) sum[r] += piece[r].dot(x);
-        }
-        const float one = spread(sum);
-        const int lane = this_thread() & 31;
-        if (lane % 4 == 0) s.down_part[lane / 4 * WARPS + this_thread() / 32] = one;
-        block_sync();
-        if (finished >= last) return;
-        float y = bias;
-        #pragma unroll
-        for (int i = 0; i < WARPS / 4; i++) {
-            const float4 v = *(const float4*)(s.down_part + this_thread() * WARPS + 4 * i);
-            y += (v.x + v.y) + (v.z + v.w);
-        }
-        float total = y + s.rest[finished - first];
-        if (NORM_PER == 4) {
-            total = short_of(total);
-            tell_short((unsigned*)words + finished, total, step);
-        } else tell(words + finished, total, step);
-        s.rest[finished - first] = total;
-        made[finished] = y;
-        summed[finished] = total;
+        close_row(s, finished, sum_of<SHARED_BY>(s, finished - first) + bias, made, summed, words, step);
     }
 };
 
