@@ -229,6 +229,7 @@ def test_layers_that_cannot_be_carried_on_from_are_screened_at_the_logits(
     assert sum(map(len, found.values())) < sum(map(len, candidates.values()))
 
 
+@pytest.mark.slow
 def test_early_rows_are_looked_at_in_one_of_the_layers_that_are_alike(engine: Faulty) -> None:
     """A fault that begins to show at position 8 is named without trying in each layer what another one's first rows contradict."""
     fault = CATALOGUE["keys-cut-off"]
