@@ -34,7 +34,6 @@ from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.precision import floor, ratios
 
-
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
 
