@@ -2,6 +2,7 @@
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
@@ -47,6 +48,25 @@ class Held(Struct, frozen=True):
     failed: Bools
     notes: tuple[str, ...] = ()
     excused: int = 0
+
+    def beside_the_largest(self, share: Floats) -> "Held":
+        """The same where records of few numbers, with a share [R] below 1, are judged in proportion to the largest of their point."""
+        number = int((share < 1).sum())
+        if not number:
+            return self
+        note = (
+            f"noise: records of few numbers, {number} of them, are over the usual limit, but no more off than where these numbers are "
+            "larger, and what is made from them agrees: sums that all but cancel"
+        )
+        limit, of_limit = self.limit / share, self.of_limit * share
+        return replace(
+            self,
+            limit=limit,
+            of_limit=of_limit,
+            failed=self.failed & (of_limit > 1),
+            notes=(*self.notes, note),
+            excused=self.excused + number,
+        )
 
 
 def hold(

@@ -29,7 +29,7 @@ from engine.graph import (
 )
 from engine.replay.replay import Replay
 
-from .beside import ROOM, Bools
+from .beside import LEFT, ROOM, Bools
 from .case import Case
 from .column_range import column_range
 from .laws import short
@@ -85,7 +85,10 @@ class _Place(Struct, frozen=True, dict=True):
             delta = np.where(known, taken[here] - entry.values[here], 0.0)
             delta[np.abs(delta) <= entry.quantum[here]] = 0.0
             errors = np.einsum("ij,ij->i", delta, delta)
-        return bool(known.any() and (errors <= ROOM * (entry.limit * entry.energy)[here]).all())
+            before = float((np.where(known, self.right[here] - entry.values[here], 0.0) ** 2).sum())
+        # What changes nothing that was recorded explains nothing, though it may stay within a raised limit.
+        mended = known.any() and float(errors.sum()) <= LEFT * before
+        return bool(mended and (errors <= ROOM * (entry.limit * entry.energy)[here]).all())
 
     def gives(self, at: int, changed: Changed) -> bool:
         """Whether the operation with this change of a weight gives the recorded rows, but for what comes from outside of the weight."""
