@@ -128,7 +128,7 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if verdict.pattern is not None:
         yield "pattern", clean(verdict.pattern.sentence)
     if verdict.truth is not None and verdict.first_divergence is not None:
-        yield "float64", truth(verdict.truth, by_file=not verdict.ignored)
+        yield "float64", truth(verdict.truth, by_file=not verdict.ignored, blaming=not _may_be_arithmetic(verdict))
     for number, sentence in enumerate(verdict.ignored):
         yield "" if number else "metadata", clean(sentence)
     for origin in verdict.origins[1:4]:
@@ -139,14 +139,26 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
 
 
-def truth(point: TruthPoint, *, by_file: bool = True) -> str:
+def _may_be_arithmetic(verdict: Verdict) -> bool:
+    """Whether lower arithmetic that nothing denies may be all that there is: an answer that blames no operation then."""
+    in_float32 = (
+        verdict.precision is not None and verdict.precision.source == "stated" and verdict.precision.arithmetic == "f32"
+    )
+    undecided = verdict.pattern is not None and verdict.pattern.code in ("eight-bits", "undecided", "precision", "drift")
+    return undecided and not verdict.operation and not in_float32
+
+
+def truth(point: TruthPoint, *, by_file: bool = True, blaming: bool = True) -> str:
     """How far both sides are from the same steps in float64, and which of them is the one that is off.
 
-    The steps are those of llama.cpp's graph; unless they are `by_file`, as the metadata say, a side that is far from them may be right.
+    The steps are those of llama.cpp's graph; unless they are `by_file`, as the metadata say, a side that is far from them may be right,
+    and so may one in a lower arithmetic, which is not `blaming`.
     """
     if point.ref is not None and isinf(point.ref) and point.ours is not None and isfinite(point.ours):
         return f"ours is {error(point.ours)} from the same steps in float64; the reference is not finite"
     sentence = f"ours is {error(point.ours)} from the same steps in float64, the reference {error(point.ref)}"
+    if point.alone == "ours" and not blaming:
+        return f"{sentence}: more than float32's rounding, a lower arithmetic's or a fault's"
     if point.alone == "ours":
         return f"{sentence}: ours {'is wrong' if by_file else 'computes something else'}"
     if point.alone == "reference":

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.graph import RecordedGraph
+from engine.graph import Step, WeightPart
 from engine.synth import Shape, synthesize
 from parity.explain.column_range import column_range
 from parity.explain.explain import explain
@@ -143,3 +144,44 @@ def test_a_range_of_columns_is_none_where_the_error_is_noise() -> None:
     found = column_range(x, rows, 0.5 * x[:, 10:20] @ rows[:, 10:20].T)
     assert found is not None
     assert found[:3] == (10, 20, pytest.approx(1.5))
+
+
+@pytest.mark.slow
+def test_a_change_that_moves_nothing_explains_nothing(tmp_path: Path) -> None:
+    """Logits that are off by little more than their limit: a weight whose unrecorded rows stood in another order would leave them so."""
+    model = tmp_path / "model.gguf"
+    synthesize(model, SHAPE, weight_type="f32", seed=3)
+    faulty, tokens = Faulty(model), tokens_of(model, 12, seed=7)
+    scatter = np.random.default_rng(3).standard_normal((12, SHAPE.vocab))
+
+    def noisy(step: Step) -> Step:
+        def op(*inputs: np.ndarray, **params: object) -> np.ndarray:
+            value = step.op(*inputs, **params)
+            size = np.sqrt(np.mean(value.astype(np.float64) ** 2, axis=1, keepdims=True))
+            return (value + 4.5e-5 * size * scatter).astype(np.float32)
+
+        return replace(step, op=op) if step.makes == "logits" else step
+
+    dump = faulty.dump(Planted(()), tokens, points="*", size=10, steps=[noisy(step) for step in faulty.right])
+    answer = explain(replace(dump, header=None), model, replace(PATIENT, tokens=tokens, budget=1.0))
+    assert answer.first is not None
+    assert "stand in the order" not in answer.law
+
+
+@pytest.mark.slow
+def test_a_part_of_a_weight_is_changed_in_its_own_shape(small_model: Callable[..., Path], reference: Reference) -> None:
+    """An operation that takes a row of a table: what could be wrong with it is tried on the row, not in the shape of the table."""
+    model = small_model("jina-bert-v3", kind="f32")
+    faulty, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 4, seed=7)
+    part = next(step for step in faulty.right if any(isinstance(weight, WeightPart) for weight in step.weights))
+    noise = np.random.default_rng(3).standard_normal((4, 1024))
+
+    def noisy(*inputs: np.ndarray, **params: object) -> np.ndarray:
+        value = part.op(*inputs, **params)
+        return (value * (1 + 2e-4 * noise[:, : value.shape[-1]])).astype(np.float32)
+
+    steps = [replace(step, op=noisy) if step is part else step for step in faulty.right]
+    dump = faulty.dump(Planted(()), tokens, points="*", size=1 << 20, steps=steps)
+    answer = explain(replace(dump, header=None), model, replace(PATIENT, tokens=tokens, budget=1.0))
+    assert answer.first is not None
+    assert answer.first.checkpoint == part.makes

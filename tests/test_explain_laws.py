@@ -12,7 +12,9 @@ from planted import Faulty
 from engine.backend import Array
 from engine.graph import Step
 from parity.diff.compare import compare
+from parity.explain.beside import Beside
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.laws import law
 
 _PATIENT = ExplainOptions(budget=300.0)
 
@@ -62,6 +64,7 @@ def _cut(x: Array) -> Array:
             lambda x: x * np.linspace(1, 1.5, 11, dtype=np.float32)[np.arange(x.shape[1]) % 11],
             "every element is off by a factor of its own at every position (1 to 1.5): a norm's weight, or scales of channels",
         ),
+        pytest.param("blk.2.ffn_up", np.abs, "every element is the right one without its sign", marks=pytest.mark.slow),
         pytest.param(
             "blk.2.attn_out",
             lambda x: np.roll(x, 1, axis=0),
@@ -236,3 +239,39 @@ def test_zeros_of_one_head_prove_no_factor(engine: Faulty) -> None:
     assert explanation.first is not None
     assert explanation.first.checkpoint == "blk.1.q"
     assert explanation.law.startswith("every element is 0")
+
+
+def _ring(x: Array) -> Array:
+    changed = x.copy()
+    changed[5:] = x[:-5]
+    return changed
+
+
+def _plus_the_one_before(x: Array) -> Array:
+    changed = x.copy()
+    changed[1:] += x[:-1]
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_ring, "position t holds the right values of position t − 5: a ring of 5 positions, of which the older ones are read"),
+        (_plus_the_one_before, "each position is the right one plus the position before it"),
+        (lambda x: np.cumsum(x, axis=0), "each position is the sum of the right ones up to it"),
+        (lambda x: np.cumsum(x, axis=0) / np.arange(1, 10)[:, None], "each position is the mean of the right ones up to it"),
+        (np.abs, "every element is the right one without its sign"),
+        (lambda x: np.minimum(x, 0.25), "every element is the right one, but none is above 0.25"),
+        (lambda x: np.clip(x, -1, 1), "every element is the right one, clamped to -1 … 1"),
+        (lambda x: x - x.mean(axis=1, keepdims=True), "every element is the right one minus the mean of its row"),
+        (lambda x: x + np.random.default_rng(2).normal(size=x.shape), ""),
+    ],
+)
+def test_what_became_of_whole_rows_is_said(change: Callable[[Array], Array], said: str) -> None:
+    """Of the first 16 of 40 elements of nine rows; what is noise has no law."""
+    whole = np.random.default_rng(1).normal(size=(9, 40))
+    dumped = change(whole)
+    rows = np.flatnonzero((dumped != whole).any(axis=1))
+    room = np.full(len(rows), 1e-8)
+    compared = Beside(dumped[rows, :16], whole[rows, :16], np.arange(16), room, np.zeros(len(rows)), rows, whole)
+    assert law(compared) == said

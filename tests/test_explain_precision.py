@@ -1,5 +1,7 @@
 """`parity explain` tells lower arithmetic from faults."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.flipped import may_exchange
 from parity.explain.one_element import one_element
 from parity.explain.precision import floor
 from reference.client import Reference
@@ -227,3 +230,38 @@ def test_rounded_logits_alone_do_not_show_whose_rounding_it_is(engine: Faulty) -
     half = replace(logits, values=logits.values.astype(np.float16).astype(np.float32))
     explanation = explain(replace(right, points={**right.points, "logits": half}), engine.model)
     assert any(note.endswith("says whose rounding it is") for note in explanation.notes)
+
+
+@pytest.mark.parametrize("storage", [False, True])
+def test_what_an_arithmetic_costs_is_measured_as_the_dump_is(engine: Faulty, storage: bool) -> None:
+    """Of rows with a sketch of the whole, the cost is that of the whole row, as the error is: not of the few leading values alone."""
+    lower = rounded(engine.right, "bf16", storage=storage)
+    case = Case(unstated(engine.dump(RIGHT, PROMPT, points="*", size=4, steps=lower)), engine.model, ExplainOptions())
+    run = case.make(lower, len(case.positions))
+    for entry in case.entries:
+        costs = entry.between(run.on_host[entry.point], case.replay.on_host[entry.point], case.positions)
+        np.testing.assert_allclose(costs, entry.base, rtol=0.1, atol=1e-10)
+
+
+def test_scores_of_experts_that_are_left_out_are_compared_as_such() -> None:
+    """Minus infinity, the score outside of the chosen groups, says nothing of how near the others are; other groups are another choice."""
+    right = np.array([[0.5, 0.4999, 0.1, -np.inf], [0.9, 0.5, 0.1, -np.inf], [0.9, 0.5, 0.1, -np.inf]])
+    other = right + np.array([0.001, 0, 0, 0])
+    other[2] = [0.9, -np.inf, 0.1, 0.5]
+    assert may_exchange(right, [other], 2).tolist() == [True, False, True]
+
+
+@pytest.mark.slow
+def test_an_element_that_one_product_reads_wrong_is_said_at_default_points(engine: Faulty) -> None:
+    """One element in a product is 1 % too small, which no entry describes: the errors of the layer's output follow it."""
+
+    def one_smaller(*inputs: Array, op: Callable[..., Array], **params: object) -> Array:
+        x = inputs[0].copy()
+        x[:, 3] *= np.float32(0.99)
+        return op(x, *inputs[1:], **params)
+
+    steps = [replace(step, op=partial(one_smaller, op=step.op)) if step.makes == "blk.0.v" else step for step in engine.right]
+    answer = explain(engine.dump(RIGHT, PROMPT, steps=steps), engine.model, ExplainOptions(budget=8))
+    assert not answer.causes
+    # The first position attends to itself alone, so that only its v depends on that element.
+    assert answer.law.startswith("the errors follow one number, as if element 3 of blk.0.attn_norm")

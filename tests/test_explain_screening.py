@@ -227,3 +227,55 @@ def test_layers_that_cannot_be_carried_on_from_are_screened_at_the_logits(
     right = [each for results in found.values() for each, (place, _) in results if place is None]
     assert ("norm-skipped", (1,)) in [(each.fault.name, each.layers) for each in right]
     assert sum(map(len, found.values())) < sum(map(len, candidates.values()))
+
+
+def test_a_fault_outside_the_slice_is_judged_by_the_sketch(engine: Faulty) -> None:
+    """Where the sketch alone differs, a candidate that moves the recorded slice a little makes no record better, and the fault itself does.
+
+    The slice alone was compared then, so that any small change seemed to explain nearly everything.
+    """
+
+    def beyond_the_slice(step: Step) -> Step:
+        def run(*inputs: Array, **parameters: Any) -> Array:
+            values = np.array(step.op(*inputs, **parameters))
+            values[..., 32:64] *= 2
+            return values
+
+        return replace(step, op=run) if step.makes == "blk.0.l_out" else step
+
+    dump = engine.dump(Planted(()), PROMPT, bare=False, steps=[beyond_the_slice(step) for step in engine.right])
+    case = Case(dump, engine.model, ExplainOptions())
+    entry = next(entry for entry in case.entries if entry.point == "blk.0.l_out")
+    right = np.asarray(case.replay.values["blk.0.l_out"])
+    faulty, moved = right.copy(), right.copy()
+    faulty[..., 32:64] *= 2
+    moved[..., :16] *= np.float32(1.001)
+    assert (entry.base > 1e-2).all()
+    assert (entry.nmse(moved, case.positions) > 0.5 * entry.base).all()
+    assert (entry.nmse(faulty, case.positions) <= entry.limit).all()
+
+
+@pytest.mark.slow
+def test_early_rows_are_looked_at_in_one_of_the_layers_that_are_alike(engine: Faulty) -> None:
+    """A fault that begins to show at position 8 is named without trying in each layer what another one's first rows contradict."""
+    fault = CATALOGUE["keys-cut-off"]
+    parameters = fault.variants({step.makes: step for step in engine.right})[0]
+    planted = Planted(((fault.name, parameters, (2,)),))
+    dump = engine.dump(planted, tokens_of(engine.model, 20, seed=1), points="embd,blk.3.l_out,logits")
+    answer = explain(dump, engine.model, PATIENT)
+    assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [(fault.name, (2,))]
+    assert answer.variants < 1500  # 2,028 where each layer begins with the first row
+
+
+def test_what_a_fault_leaves_is_its_own_rounding_only_where_rounding_reaches(engine: Faulty) -> None:
+    """A thousandth of a large error is no rounding, but where a table of float16 amplifies it: float64 is not asked for nothing."""
+    case = Case(only(engine, ("softmax-axis", {"axis": "queries"}, (2,))), engine.model, ExplainOptions())
+    screening = case.screening(case.entries, Budget(60))
+    state = screening.start()
+    assert state.first is not None
+    before = float(state.nmse[state.first.point].max())
+    assert before > 1e-2
+    point = case.entries[state.first.point].point
+    assert (screening.all_but_noise(state, 1e-8), screening.all_but_noise(state, 1e-6)) == (True, False)
+    screening.coarse = frozenset({point})
+    assert screening.all_but_noise(state, 1e-6)

@@ -14,6 +14,7 @@ from checkpoints.points import parse
 from engine import ops
 from engine.graph import Step
 from engine.replay.precision import cached, rounded
+from parity.diff.rounding import is_rounding
 from parity.diff.scatter import is_scaled, is_scatter, one_is_scaled
 from parity.isolate.isolate import IsolateRequest, isolate
 from reference.client import Reference
@@ -178,6 +179,16 @@ def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
         assert not is_scaled(right * (1 + rng.choice([-1, 1], (8, 1)) * epsilon), right)
         assert not is_scaled(right[:3] * (1 + epsilon[:3]), right[:3])
     assert not is_scaled(np.zeros((0, 0)), np.zeros((0, 0)))
+
+
+def test_a_scale_that_a_type_cannot_hold_is_lost_in_rounding() -> None:
+    """ALiBi's distances times 1.00001, as minimax-01 has them, are whole numbers in F16 and BF16; a thousandth is more than rounding."""
+    right = np.arange(-1.0, -8.0, -1.0)[:, None] * 4.0 ** -np.arange(1, 5)
+    assert is_scaled(right, right * np.float32(1.00001))
+    assert is_rounding(right, right * np.float32(1.00001))
+    assert is_rounding(right.astype(np.float32), right * np.float32(1.00001))
+    assert not is_rounding(right * np.float32(1.001), right * np.float32(1.00001))
+    assert not is_rounding(right, right * np.float32(1.005))
 
 
 def test_one_wrong_scale_is_seen_in_rows_of_twelve_elements() -> None:

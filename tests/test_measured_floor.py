@@ -3,17 +3,21 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cli import Cli
+from explaining import unstated
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, half_sums
 from slow import slow_but
 
+from checkpoints.answers.diff import TruthRecord
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine import ops
+from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from engine.faults.fitted import FITTED
 from engine.graph import Step
@@ -29,7 +33,7 @@ from parity.explain.precision import PrecisionFloor, mismatch, typical
 from parity.explain.spared import spares_records
 from reference.client import Reference
 from reference.jobs import DumpJob
-from reports.sentences import answer, remarks
+from reports.sentences import answer, reasons, remarks
 
 PROMPT = (1, 17, 40, 299, 5, 5, 80, 3)
 
@@ -208,6 +212,38 @@ def test_a_search_for_one_number_that_is_out_of_time_acquits_nothing(engine: Fau
     assert verdict.pattern.code == "undecided"
 
 
+@pytest.mark.parametrize(
+    "factor", [1.0, pytest.param(1.05, marks=pytest.mark.slow), pytest.param(40.0, marks=pytest.mark.slow)]
+)
+def test_a_norm_that_rounds_twice_is_right_and_hides_no_fault(tmp_path: Path, factor: float) -> None:
+    """BF16 that rounds a norm's row before its weight as well, unstated, is parity in BF16; not with a factor in that norm beside it."""
+    synthesize(tmp_path / "bf16.gguf", Shape("qwen2", 2, 112, 14, 2, 0, 128, 300), weight_type="bf16", seed=11)
+    engine = Faulty(tmp_path / "bf16.gguf")
+    steps = rounded(engine.right, "bf16", storage=True, normed=True)
+
+    def scaled(*arguments: Any, op: Callable[..., Array], **params: Any) -> Array:
+        return op(*arguments, **params) * np.float32(factor)
+
+    steps = [replace(step, op=partial(scaled, op=step.op)) if step.makes == "blk.0.attn_norm" else step for step in steps]
+    ours = unstated(engine.dump(Planted(()), PROMPT, points="all", steps=steps))
+    verdict = compared_on(ours, engine.dump(Planted(()), PROMPT, points="all"), Options(), engine.model).verdict
+    assert bool(verdict) == (factor == 1.0)
+    assert verdict.precision is not None
+    assert (verdict.precision.arithmetic == "bf16") == (factor == 1.0)
+
+
+def test_no_side_is_called_wrong_where_lower_arithmetic_may_be_all(engine: Faulty, right: Dump) -> None:
+    """An undecided answer says how far float64 is, and not "ours is wrong"; of a side that states float32 it does say that."""
+    ours = _dump(engine, [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right], "")
+    known = KnownModel(right, engine.model)
+    verdict = of_unknown_arithmetic(ours, right, Options(), known, seconds=0).verdict
+    verdict = replace(verdict, truth=TruthRecord("blk.0.l_out", 1e-6, 1e-13, "ours", 0))
+    assert "ours is wrong" not in dict(reasons(verdict))["float64"]
+    assert verdict.precision is not None
+    stated = replace(verdict, precision=replace(verdict.precision, arithmetic="f32", source="stated"))
+    assert "ours is wrong" in dict(reasons(stated))["float64"]
+
+
 @pytest.mark.slow
 def test_products_that_8_bits_hold_exactly_convict_nobody(small_model: Callable[..., Path], reference: Reference) -> None:
     """An embedding in IQ4_NL, which the first products read, is 8-bit numbers already: they are exact in an 8-bit engine, too."""
@@ -265,6 +301,21 @@ def test_what_is_partly_exact_is_no_rounding(engine: Faulty) -> None:
     steps = [replace(step, op=partial(changed, op=step.op)) if step.makes == "blk.0.q" else step for step in engine.right]
     right, ours = (engine.dump(Planted(()), PROMPT, points="blk.0.q", steps=given) for given in (engine.right, steps))
     assert not compared_on(replace(ours, header=None), right, Options(), engine.model).verdict
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.03, 1.3])
+def test_a_type_that_holds_some_weights_exactly_rounds_the_others(factor: float, tmp_path: Path) -> None:
+    """An F16 engine of Q4_0 embeddings, of which half are whole in F16: no fault, and a product that is off beside it is one."""
+    path = tmp_path / "coarse.gguf"
+    synthesize(path, Shape("qwen2", layers=2, width=64, heads=4, kv_heads=2, ff=128, vocab=300), weight_type="q4_0", seed=3)
+    coarse = Faulty(path)
+    fault = next(fit.fault for fit in FITTED if fit.fault.name == "multiplier")
+    steps = plant(coarse.right, fault, (1,), by=factor, part="the result", at=("ffn_out",)) if factor != 1 else coarse.right
+    right = _dump(coarse, coarse.right, "f32")
+    ours = replace(_dump(coarse, rounded(steps, "f16", storage=True), ""), header=None)
+    verdict = compared_on(ours, right, Options(), coarse.model).verdict
+    assert bool(verdict) == (factor == 1)
+    assert factor != 1 or (verdict.precision is not None and verdict.precision.arithmetic in ("f16", "tf32"))
 
 
 def test_arithmetic_spares_no_records_and_no_elements() -> None:

@@ -1,5 +1,8 @@
 """A number that no entry of the catalogue lists, found from what the first difference follows, with hardly any search."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, names, small_engine, unstated
 from msgspec.structs import replace
@@ -7,7 +10,12 @@ from planted import Faulty
 
 from engine.backend import Array
 from engine.faults.edits import Then
+from engine.graph import Step
+from engine.replay.replay import Replay
+from parity.explain.budget import Budget
+from parity.explain.case import Case
 from parity.explain.explain import explain
+from parity.explain.systematic import followed
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +26,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 def _moved(x: Array) -> Array:
     return x + x.dtype.type(0.02)
+
+
+def _larger(x: Array) -> Array:
+    return x * x.dtype.type(1.001)
 
 
 @pytest.mark.usefixtures("computed")
@@ -34,3 +46,24 @@ def test_a_number_of_any_operation_is_a_cause_before_the_search(engine: Faulty, 
     assert explanation.causes[0].named.parameters["by"] == pytest.approx(0.02, rel=1e-3)
     assert explanation.causes[0].named.layers == (None if layer is None else (layer,))
     assert explanation.variants < 200
+
+
+def test_numbers_are_asked_for_at_the_first_wrong_rows_together(engine: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one number that the errors follow is found among some fifty of which few are run over all rows."""
+    wrong = {f"blk.{layer}.ffn_out" for layer in range(4)}
+    steps = [replace(step, op=Then(step.op, _larger)) if step.makes in wrong else step for step in engine.right]
+    case = Case(unstated(engine.dump(RIGHT, PROMPT, points="embd,blk.3.l_out,logits", steps=steps)), engine.model, STEPS)
+    entry = next(entry for entry in case.entries if entry.point == "blk.3.l_out")
+    errors = entry.values - entry.taken(case.replay.on_host[entry.point], case.positions)
+    rows: list[int] = []
+    make = Case.make
+
+    def counted(of: Case, changed: Sequence[Step], count: int, longer: Replay | None = None) -> Replay:
+        rows.append(count)
+        return make(of, changed, count, longer)
+
+    monkeypatch.setattr(Case, "make", counted)
+    found, complete = followed(case, entry, errors, np.isfinite(errors), Budget(60))
+    best = max(found, key=lambda number: number.along)
+    assert (complete, best.kind, best.shifted, best.change) == (True, "ffn_out", False, pytest.approx(1e-3, rel=0.05))
+    assert 1 <= rows.count(len(PROMPT)) <= 10

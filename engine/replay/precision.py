@@ -14,6 +14,7 @@ from ..weights.rounding import BF16, F16, Q8_0, round_activations
 
 _ATTENTION = (ops.attention_scores, ops.weighted_values)
 _PRODUCTS = (ops.linear, *_ATTENTION)
+_NORMS = (ops.rms_norm, ops.layer_norm)
 _GGML_PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")  # products of lifted models that are no operation of `engine.ops`
 
 
@@ -48,6 +49,7 @@ class _Rounded(Struct, frozen=True):
     kind: str
     storage: bool
     reads: int
+    normed: bool = False  # whether a norm rounds its row before the product with the weight, too
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
         rounding = ROUNDINGS[self.kind]
@@ -58,8 +60,13 @@ class _Rounded(Struct, frozen=True):
                 )
             elif self.op not in _ATTENTION:  # weights are quantised already; attention runs in floating point
                 inputs = tuple(_each(rounding, value) if at < self.reads else value for at, value in enumerate(inputs))
-        exact = self.op(*inputs, **params)
+        exact = self._normed(*inputs, **params) if self.normed and self.op in _NORMS else self.op(*inputs, **params)
         return _each(rounding, exact) if self.storage and self.kind != "q8" else exact
+
+    def _normed(self, x: Array, weight: Array, bias: Array | None = None, **params: Any) -> Array:
+        row = self.op(x, module_of(weight).ones_like(weight), **params)
+        scaled = (_each(ROUNDINGS[self.kind], row).reshape(-1, len(weight)) * weight).reshape(row.shape)
+        return scaled if bias is None else scaled + bias
 
 
 def _each(rounding: Callable[[Array], Array], x: Any) -> Any:
@@ -69,12 +76,18 @@ def _each(rounding: Callable[[Array], Array], x: Any) -> Any:
     return rounding(x)
 
 
-def rounded(steps: Sequence[Step], kind: str, *, storage: bool) -> list[Step]:
+def rounded(steps: Sequence[Step], kind: str, *, storage: bool, normed: bool = False) -> list[Step]:
     """The steps of a right engine in f16, bf16 or tf32 arithmetic, or with activations quantised to Q8_0 (q8).
 
-    The factors of every matrix product are rounded, sums are float32. With `storage` every activation is kept in that type too.
+    The factors of every matrix product are rounded, sums are float32. With `storage` every activation is kept in that type too, and with
+    `normed` a norm's row is rounded before the product with its weight, as transformers' LlamaRMSNorm and vLLM's kernel do.
     """
-    return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads))) for step in steps]
+    return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads), normed)) for step in steps]
+
+
+def is_normed(step: Step) -> bool:
+    """Whether a step is a norm with a weight, which may be rounded twice (`rounded`)."""
+    return step.op in _NORMS
 
 
 class _Kept(Struct, frozen=True):

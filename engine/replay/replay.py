@@ -178,6 +178,17 @@ class Replay:
                     break
         return changed
 
+    def changed(self, steps: Sequence[Step]) -> Values:
+        """What these steps in place of a right one change, by name; nothing if the model's shapes do not allow them."""
+        changed: Values = {}
+        try:
+            with _QUIET():
+                for step in steps:
+                    self._changes(step, changed)
+        except NotApplicable:
+            return {}
+        return changed
+
     def _changes(self, step: Step, changed: Values) -> bool:
         """Compute a step if it can differ from the right run, and add its value to `changed` if it does. False ends the run."""
         right = self._right.get(step.makes)

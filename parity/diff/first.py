@@ -19,6 +19,7 @@ from .readings import LAYOUT, Allowed, head_size_of
 from .records import Records
 from .rounding import rounded_to
 from .same_vector import SameVector, same_vector
+from .wrong_values import scaled_part
 
 Ints = NDArray[np.int64]
 BLAMED = "this operation is wrong"  # the end of a sentence that names an operation
@@ -58,8 +59,9 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         operation = _not_seen(name, unseen)
     elif name in records.undecided:
         operation = (
-            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another layout, "
-            "moment or name, or later operations hide the error (a norm, a softmax dominated by one key, experts that were not chosen)"
+            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another "
+            "layout, moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
+            "were not chosen)"
         )
     elif (
         settled
@@ -171,6 +173,8 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             else layout.sentence
         )
         return Pattern("order" if layout.kind == LAYOUT else "other-record", f"{name}: {sentence}")
+    if name in records.undecided and (part := scaled_part(ours, ref, allowed)):
+        return Pattern("other-record", f"{name}: {part}: a fault whose effect a norm removes, or another moment")
     return diagnose(
         Evidence(
             point=name,

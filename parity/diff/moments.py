@@ -176,6 +176,8 @@ def _other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
     if known.sum() < min(len(ours), 3) or (~known).sum() > 1:
         return None
     away = set((shown - ours.token_idx)[known].tolist())
+    if away == {0}:
+        return None  # what differs was not recorded
     last = int(rows.token_idx.max())
     if len(ours) == 1 and (ours.point != LOGITS or shown[0] != last):
         return None

@@ -1,6 +1,7 @@
 """Whether one side's values are the other's, rounded to a lower type: then the type is the difference, not an operation."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,13 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
     if fitting:
         return " or ".join(fitting)
     return "8 bits a block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
+
+
+def is_rounding(values: NDArray[Any], right: NDArray[Any]) -> bool:
+    """Whether values are exactly the right ones, rounded to a lower type, however few bits they have."""
+    a, b = (np.asarray(side, dtype=np.float32) for side in (values, right))
+    with np.errstate(over="ignore"):
+        return any(np.array_equal(a, rounding(b)) for _, rounding in _types())
 
 
 def _too_simple(values: Floats) -> bool:

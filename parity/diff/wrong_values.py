@@ -3,8 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.record import Rows
+
 from .align import Pair
 from .measure import Measured
+from .readings import Allowed, agree, wide
+from .truth import share_of_few
+from .whole_rows import sizes
 
 Floats = NDArray[np.float64]
 
@@ -12,22 +17,91 @@ Floats = NDArray[np.float64]
 # after it still shows it. The share is a choice: a scaled row leaves only rounding, while a fit of two numbers to noise in ten values
 # leaves four fifths of it.
 _LEFT = 0.25
+_NO_FACTOR = 1e-6  # a factor below is none: the rows are zero, or have nothing in common
+_SMALLEST = 8  # elements of the smallest part that a norm is of: a choice; models have heads of 16 and more
 
 
-def removed_by_a_norm(pair: Pair, row: int, seen: float) -> bool:
+def removed_by_a_norm(pair: Pair, row: int, limit: float, seen: float) -> bool:
     """Whether a row is off by a factor and a constant only: a norm after it removes those, so that its agreement says nothing.
 
+    Norms may be of parts of the row, such as heads, each of which has a factor and a constant of its own then.
+
     Args:
+        limit: the NMSE up to which the row would agree.
         seen: an NMSE that an agreeing norm would certainly show.
     """
     count = int(min(pair.ours.counts[row], pair.ref.counts[row]))
     values = pair.ref.values[row, :count].astype(np.float64)
     delta = pair.ours.values[row, :count] - values
-    if not (np.isfinite(delta).all() and delta.any()):
+    if not np.isfinite(delta).all() or float(delta @ delta) <= limit * float(values @ values):
         return True  # the wrong elements were not recorded
-    removed = np.stack([values, np.ones(count)], axis=1)
-    left = delta - removed @ np.linalg.lstsq(removed, delta, rcond=None)[0]
-    return bool(float(left @ left) < min(_LEFT * float(delta @ delta), seen * float(values @ values)))
+    shown = min(_LEFT * float(delta @ delta), seen * float(values @ values))
+    length = sizes(pair.ref)[row]
+    whole = count if np.isnan(length) else int(length)
+    return any(_left(values, delta, size) < shown for size in range(whole, _SMALLEST - 1, -1) if whole % size == 0)
+
+
+def _left(values: Floats, delta: Floats, size: int) -> float:
+    """The energy of what is neither a factor nor a constant of each part of `size` elements, of values and their errors [n]."""
+    starts = np.arange(0, len(values), size)
+    count = np.diff([*starts, len(values)])
+
+    def about_means(a: Floats, b: Floats) -> Floats:
+        return np.asarray(np.add.reduceat(a * b, starts) - np.add.reduceat(a, starts) * np.add.reduceat(b, starts) / count)
+
+    spread, shared = about_means(values, values), about_means(values, delta)
+    factor = np.divide(shared, spread, out=np.zeros(len(starts)), where=spread > 0)
+    return float(np.sum(about_means(delta, delta) - factor * shared))
+
+
+def at_bounds(pair: Pair, row: int, limit: float, made: Pair, made_row: int) -> bool:
+    """Whether what is made from a row element by element lies at a bound wherever the row is wrong: a ReLU or a clamp shows no error there.
+
+    Args:
+        limit: the NMSE up to which the row would agree.
+    """
+    count = int(min(pair.ours.counts[row], pair.ref.counts[row], made.ref.counts[made_row]))
+    if sizes(pair.ref)[row] != sizes(made.ref)[made_row]:
+        return False
+    values, results = (rows.values[at, :count].astype(np.float64) for rows, at in ((pair.ref, row), (made.ref, made_row)))
+    off = np.square(pair.ours.values[row, :count] - values)
+    wrong = results[off > limit * np.mean(np.square(values))]
+    if not len(wrong) or not np.isfinite(results).all():
+        return False
+    bounds = [bound for bound in (results.min(), results.max()) if bound == 0 or np.sum(results == bound) > 1]
+    return bool(np.isin(wrong, bounds).all())
+
+
+def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
+    """What to say of rows whose only difference is a factor of some neighbouring elements, such as a head; else empty."""
+    width = int(min(ours.counts.min(), ref.counts.min()))
+    a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return ""
+    differ = np.flatnonzero(np.square(a - b).sum(axis=0) > allowed.nmse.max() * np.square(b).sum(axis=0))
+    if len(differ) < _SMALLEST:
+        return ""
+    part = slice(int(differ[0]), int(differ[-1]) + 1)
+    energy = np.square(b[:, part]).sum()
+    factor = float((a[:, part] * b[:, part]).sum() / energy) if energy else 0.0
+    if abs(factor) < _NO_FACTOR:
+        return ""
+    scaled = b.copy()
+    scaled[:, part] *= factor
+    if not agree(a, scaled, allowed):
+        return ""
+    if len(differ) == width:
+        return f"it is {factor:.6g} times the reference's"
+    return f"elements {part.start} to {part.stop - 1} are {factor:.6g} times the reference's, and the others equal"
+
+
+def share_of_largest(pair: Pair, wrong: NDArray[np.int64], of_limit: Floats) -> Floats | None:
+    """The energy of a point's wrong rows, [len(wrong)], in proportion to its largest: what is left of sums that all but cancel.
+
+    None where the rows have many numbers, where more than half of all are wrong, or one is more off than the largest may be.
+    """
+    share = share_of_few(pair.ref)[wrong]
+    return share if 2 * len(wrong) <= len(pair.ref) and bool((of_limit * share <= 1).all()) else None
 
 
 def energies(measured: Measured) -> Floats:

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
 from checkpoints.points import ENCODER
 from checkpoints.record import Dump, Rows
-from engine.replay.precision import rounded
+from engine.replay.precision import is_normed, rounded
 from reports.sentences import ARITHMETIC
 
 from ..diff.align import Pair
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
+from ..diff.rounding import rounded_to
 from ..diff.routing import in_order_of_experts
 from ..diff.scatter import is_scatter, spares_elements
 from .case import Case
@@ -50,7 +51,9 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     pair = exact.records.pairs[exact.records.names.index(place)]
     if (beside := _beside(known.case, pair)) is not None:
         entry, errors, recorded = beside
-        if spares_elements(errors, entry.taken(known.case.replay.on_host[pair.point], known.case.positions), recorded):
+        right = entry.taken(known.case.replay.on_host[pair.point], known.case.positions)
+        # Rounding spares what a type holds exactly: many elements of an embedding of few bits, say.
+        if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
             return as_float32
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
     plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
@@ -87,7 +90,7 @@ def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: Know
         return assumed
     entry, errors, recorded = beside
     right = np.where(recorded, entry.taken(case.replay.on_host[pair.point], case.positions), 0.0)
-    if spares_elements(errors, right, recorded):
+    if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
         return as_float32
     if max(_alike(case, kind, pair) for kind in KINDS) >= REPRODUCED:
         return assumed
@@ -234,8 +237,9 @@ def _alike(case: Case, kind: str, pair: Pair) -> float:
         return nearest
     entry, errors, known = beside
     right = entry.taken(case.replay.on_host[pair.point], case.positions)
-    for storage in (False, True):
-        values = case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions))
+    twice = any(step.makes == pair.point and is_normed(step) for step in case.transformer.steps)
+    for storage, normed in ((False, False), (True, False), *(((True, True),) if twice else ())):
+        values = case.make(rounded(case.transformer.steps, kind, storage=storage, normed=normed), len(case.positions))
         computed = entry.taken(values.on_host[pair.point], case.positions)
         usable = known & np.isfinite(computed)
         rounding = np.where(usable, computed, 0.0) - np.where(usable, right, 0.0)

@@ -75,13 +75,12 @@ class BatchScreening(AtFirstPlace):
         for number, edit in edits.items():
             for at in edit:
                 by_step.setdefault(at, []).append(number)
-        replay, stop = self._screening.replay(self._state, rows), self._screening.budget.over
+        replay = self._screening.replay(self._state, rows)
         for at, numbers in by_step.items():
-            if stop():
+            if self._screening.budget.over():
                 return
             name = self._state.steps[at].makes
-            run = replay.run_batch([{at: edits[number][at]} for number in numbers], at + 1, frozenset(), self._agrees, stop)
-            yield name, {number: (values or {}).get(name) for number, values in zip(numbers, run, strict=True)}
+            yield name, {number: replay.changed(edits[number][at]).get(name) for number in numbers}
 
     def _not_soon_wrong(self, candidates: Sequence[Candidate]) -> Sequence[int]:
         """The candidates that the first recorded point after the embedding does not contradict in its first rows.

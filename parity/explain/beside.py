@@ -18,7 +18,7 @@ Bools = NDArray[np.bool_]
 ROOM = 10.0
 # and at most this share of the original error, unless printed digits leave more: noise of a few limits has no law. A choice: the
 # right law leaves only rounding and printed digits. A law of many numbers (one for each element) must leave less.
-_LEFT, LEFT_OF_MANY = 0.1, 1e-2
+LEFT, LEFT_OF_MANY = 0.1, 1e-2
 
 
 class Beside(Struct, frozen=True):
@@ -43,7 +43,7 @@ class Beside(Struct, frozen=True):
     bias: Floats | None = None
     heads: int | None = None
 
-    def holds(self, law: Floats, elements: Bools | None = None, share: float = _LEFT) -> bool:
+    def holds(self, law: Floats, elements: Bools | None = None, share: float = LEFT) -> bool:
         """Whether values [R, k] equal the dump's up to rounding, at these elements, with at most this share of the error left."""
         with np.errstate(invalid="ignore"):
             delta = self.dumped - law if elements is None else (self.dumped - law)[:, elements]
@@ -54,7 +54,7 @@ class Beside(Struct, frozen=True):
         within = (left <= self.printed).all() or float(left.sum()) <= share * float(before.sum())
         return bool((left <= self.room).all() and within)
 
-    def holds_at(self, some: Bools, values: Floats, share: float = _LEFT) -> bool:
+    def holds_at(self, some: Bools, values: Floats, share: float = LEFT) -> bool:
         """Whether values of some elements [R, s] equal the dump's up to rounding, with at most this share of the error left."""
         whole = self.right.copy()
         whole[:, some] = values

@@ -14,10 +14,22 @@ from checkpoints.printable import first_names
 from engine import ops
 from engine.backend import Array
 from engine.faults.edits import ggml
-from engine.graph import Altered, RowsOf, Step, WeightSource, compute, inputs_of, name_of, viewed, weight_name, weight_of_step
+from engine.graph import (
+    Altered,
+    RowsOf,
+    Step,
+    WeightPart,
+    WeightSource,
+    compute,
+    inputs_of,
+    name_of,
+    viewed,
+    weight_name,
+    weight_of_step,
+)
 from engine.replay.replay import Replay
 
-from .beside import ROOM, Bools
+from .beside import LEFT, ROOM, Bools
 from .case import Case
 from .column_range import column_range
 from .laws import short
@@ -73,7 +85,10 @@ class _Place(Struct, frozen=True, dict=True):
             delta = np.where(known, taken[here] - entry.values[here], 0.0)
             delta[np.abs(delta) <= entry.quantum[here]] = 0.0
             errors = np.einsum("ij,ij->i", delta, delta)
-        return bool(known.any() and (errors <= ROOM * (entry.limit * entry.energy)[here]).all())
+            before = float((np.where(known, self.right[here] - entry.values[here], 0.0) ** 2).sum())
+        # What changes nothing that was recorded explains nothing, though it may stay within a raised limit.
+        mended = known.any() and float(errors.sum()) <= LEFT * before
+        return bool(mended and (errors <= ROOM * (entry.limit * entry.energy)[here]).all())
 
     def gives(self, at: int, changed: Changed) -> bool:
         """Whether the operation with this change of a weight gives the recorded rows, but for what comes from outside of the weight."""
@@ -90,9 +105,16 @@ class _Place(Struct, frozen=True, dict=True):
                 return False
         return True
 
+    def shape_of(self, at: int) -> tuple[int, ...]:
+        """The shape of a weight as the operation takes it: a part of a tensor has its own."""
+        weight = self.step.weights[at]
+        if isinstance(weight, WeightPart):
+            return tuple(map(int, weight_of_step(weight, self.whole.weights).shape))
+        return tuple(self.case.transformer.model.tensors[weight_name(weight)].shape)
+
     def rows_of(self, at: int) -> int:
         """How many rows a weight has; for a vector, elements."""
-        shape = self.case.transformer.model.tensors[weight_name(self.step.weights[at])].shape
+        shape = self.shape_of(at)
         return int(shape[max(0, len(shape) - 2)])
 
     @cached_property
@@ -117,6 +139,8 @@ def changed_weight(case: Case, search: Search, state: SearchState, entry: Expect
     rows = rows_enough(case.transformer.steps, int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
     screening = search.screening
     place = _Place(case, entry, wrong, step, screening.replay(state, screening.rows), screening.replay(state, rows))
+    if place.holds(place.right):
+        return ""  # a change that moves no recorded element would hold as well
     for at, weight in enumerate(step.weights):
         name = weight_name(weight)
         if name not in case.transformer.model.tensors or isinstance(weight, RowsOf | Altered):
@@ -130,20 +154,20 @@ def changed_weight(case: Case, search: Search, state: SearchState, entry: Expect
 def _sentences(place: _Place, at: int) -> Iterator[str]:
     """What is wrong with one weight of the operation."""
     name = weight_name(place.step.weights[at])
-    info = place.case.transformer.model.tensors[name]
+    shape = place.shape_of(at)
     if at == 0 and place.step.op is ops.linear:
         yield from _of_columns(place)
-    for tap in taps(info.shape):
+    for tap in taps(shape):
         yield from _scaled(place, at, f"tap {tap} is", np.s_[..., tap])
-    if len(info.shape) == 3 and ggml(place.step, "MUL_MAT_ID"):
-        some = _experts(place, info.shape[0])
+    if len(shape) == 3 and ggml(place.step, "MUL_MAT_ID"):
+        some = _experts(place, shape[0])
         for expert in some:
             yield from _scaled(place, at, f"expert {expert}'s matrix is", np.s_[expert])
-        yield from _given(place, at, in_place_of(info.shape[0], some))
-        if np.prod(info.shape) > _EXPERTS:
+        yield from _given(place, at, in_place_of(shape[0], some))
+        if np.prod(shape) > _EXPERTS:
             return
     kind = place.case.replay.weights.raw(name)[1]
-    yield from _given(place, at, changes(info.shape, kind))
+    yield from _given(place, at, changes(shape, kind))
 
 
 def _given(place: _Place, at: int, some: Iterator[Changed]) -> Iterator[str]:

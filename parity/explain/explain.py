@@ -25,15 +25,16 @@ from .apart import apart
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .fits import remarks as remarks_on_number
-from .flipped import CHOSEN_OTHERWISE, without_flipped
+from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
+from .looks_like import floor_of, looks_like
 from .mixed import beyond_rounding, law_of_noise, law_of_rounding
-from .one_number import of_one_number
+from .one_number import law_of_one_number, of_one_number
 from .own_inputs import contradicted
-from .precision import KINDS, PrecisionFloor, fits, floor, is_ours, is_proof, may_be_noise, with_noise
-from .precision import best as best_kinds
+from .own_rounding import standing_out
+from .precision import TOGETHER, UPPER, PrecisionFloor, fits, is_proof, with_noise
 from .records import Expected, right_rows
 from .rows import garbage
 from .scattered import scattered
@@ -78,15 +79,19 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best
     further, state = _explained(rest, options, budget)
-    if further:
-        return answer, best
-    return replace(further, suspects=(*answer.suspects, *further.suspects)), state
+    return (answer, best) if further else (replace(further, suspects=(*answer.suspects, *further.suspects)), state)
 
 
-def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
-    """The faults that reproduce the numbers of all of a case's records, and the state that they lead to."""
+def _of_all_records(
+    case: Case, options: ExplainOptions, budget: Budget, most: float = UPPER
+) -> tuple[Explanation, SearchState]:
+    """The faults that reproduce the numbers of all of a case's records, and the state that they lead to.
+
+    `most`: times what a stated arithmetic costs a point, up to which a record is noise.
+    """
     noise = "" if options.compute in (None, "f32") else str(options.compute)
     sharper: Search | None = None
+    stated: PrecisionFloor | None = None
 
     def search_in(of_case: Case) -> Search:
         search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _known(of_case, search, state))
@@ -95,7 +100,8 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     if not noise:
         case, sharper = sharpened(case, search_in)
     else:
-        case.entries = with_noise(_floor(case, noise), case.entries)
+        stated = floor_of(case, noise)
+        case.entries = with_noise(stated, case.entries, most)
     search = sharper or search_in(case)
     start = search.screening.start()
     kinds = likes = tuple[str, ...]()
@@ -106,9 +112,9 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
     elif (number := of_one_number(case, search, start, budget)) is not None:
         best = number
     else:
-        likes = () if case.states_f32 else _looks_like(case, search, start, budget)
+        likes = () if case.states_f32 else looks_like(case, search, start, budget)
         # A fault that there was no time to try may fit better.
-        if likes and search.screening.budget.complete and is_proof(measured := _floor(case, likes[0])):
+        if likes and search.screening.budget.complete and is_proof(measured := floor_of(case, likes[0])):
             is_noise = scattered(case, measured)
             likes = likes if is_noise else ()
             excused = is_noise and fits(measured, case.entries) is None
@@ -118,16 +124,22 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
             best = believed(case.entries, search, start, best)
             best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
     answer = _answer(case, search, start, best)
-    if not is_noise and best.first is not None:
-        answer = _left_over(case, search, best, answer)
+    if stated is not None and start.first is not None and not answer.causes:
+        excused = chosen_otherwise(case, stated)
+    if not is_noise and not excused and best.first is not None:
+        answer = _left_over(case, search, best, answer, budget)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
-    beyond = "" if answer.causes or is_noise or case.states_f32 else beyond_rounding(case, best, partial(_floor, case))
-    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *filter(None, [beyond]))
+    beyond = (
+        () if answer.causes or noise or is_noise or case.states_f32 else beyond_rounding(case, best, partial(floor_of, case))
+    )
+    if beyond and (within := _within(case, options, budget, *beyond)) is not None:
+        return within
+    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *beyond[1:])
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:
-        likes = _looks_like(case, search, start, budget)
+        likes = looks_like(case, search, start, budget)
     answer = replace(
         answer,
         truth=truth,
@@ -139,7 +151,19 @@ def _of_all_records(case: Case, options: ExplainOptions, budget: Budget) -> tupl
         f32_stated=case.stated_by,
         next="" if kinds else answer.next,
     )
+    answer = standing_out(case, answer, kinds)
     return contradicted(case, answer) if start.first is None and not noise else answer, best
+
+
+def _within(
+    case: Case, options: ExplainOptions, budget: Budget, kind: str, said: str
+) -> tuple[Explanation, SearchState] | None:
+    """The faults beyond what an arithmetic costs that reproduce everything, where the first place shows that arithmetic; None without."""
+    lower = case.with_steps(case.transformer.steps, case.entries)
+    answer, state = _of_all_records(lower, replace(options, compute=kind), budget, TOGETHER)
+    if not answer.causes or answer.remaining is not None:
+        return None
+    return replace(answer, notes=(*answer.notes, f"arithmetic: {said}; the cause is looked for beyond that")), state
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
@@ -149,16 +173,7 @@ def _known(case: Case, search: Search, state: SearchState) -> bool:
     return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
 
 
-def _looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics that explain the differences as noise, the best first, unless a fault, a fitted number or a law fits better."""
-    sentence = law_at(case, search, start)
-    if not may_be_noise(case.entries) or (sentence and not sentence.endswith(WRONG)):
-        return ()
-    kinds = _precision(case, budget)
-    return kinds if kinds and (is_ours(_floor(case, kinds[0]), case.entries) or not search.simple(start)) else ()
-
-
-def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation) -> Explanation:
+def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation, budget: Budget) -> Explanation:
     """The answer, with what the numbers say about the place that is left: a cause, if they name one by themselves, a law, or leads."""
     values = search.screening.replay(best, len(case.positions)).on_host
     sentence, where = law_at(case, search, best), placed(case, search, best)
@@ -174,6 +189,8 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
     single = where is not None and where.sure and len(where.operations) == 1
+    if not (sentence or single or budget.late):
+        sentence = law_of_one_number(case, best, values)
     hints = [] if sentence else leads(case.entries, best, search, case.positions, single=single)
     return replace(answer, law=sentence, placed=where, leads=tuple(hints))
 
@@ -236,23 +253,6 @@ def _needed(search: Search, best: SearchState) -> SearchState:
         if state is not None and search.rank(state) < search.rank(best):
             best = state
     return best
-
-
-def _floor(case: Case, kind: str) -> PrecisionFloor:
-    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions, case.rounded)
-
-
-def _precision(case: Case, budget: Budget) -> tuple[str, ...]:
-    """The arithmetics that explain the differences as noise; none if the time is up, since the best of only some may be wrong."""
-    fit: dict[str, float] = {}
-    for kind in () if budget.over() else KINDS:
-        measured = _floor(case, kind)
-        value = fits(measured, case.entries)
-        if value is None and (entries := without_flipped(case, measured)) is not case.entries:
-            value = fits(measured, entries)
-        if value is not None:
-            fit[kind] = value
-    return best_kinds(fit)
 
 
 def _answer(case: Case, search: Search, start: SearchState, best: SearchState) -> Explanation:

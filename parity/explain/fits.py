@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
+from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 from engine.backend import Array
 from engine.faults import AT, FITTED, FITTED_PARTS, Fitted
 from engine.inapplicable import NotApplicable
@@ -121,6 +122,8 @@ class Fitting(AtFirstPlace):
         """Whether a layer before those in question has such a step: a fault in all layers would have shown there."""
         layers = self._screening.suspects(self._state)
         right = self._state.planting.right
+        if not layers and parse(self._entry.point).kind in (OUTPUT_NORM, LOGITS):  # every layer is right
+            return any(f"blk.{layer}.{kind}" in right for kind in kinds for layer in range(self._screening.n_layers))
         has_step = [any(f"blk.{layer}.{kind}" in right for kind in kinds) for layer in range(layers[-1] + 1)] if layers else []
         return bool(layers) and layers[0] > 0 and (any(has_step[: layers[0]]) or not any(has_step))
 

@@ -35,31 +35,57 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 
     All as they are where the dump's errors are not our own rounding's, or too many would be left out.
     """
-    if measured.alike < OURS:
+    led = _led(case, measured)
+    costs = [np.maximum(*cost) for cost in zip(measured.products, measured.storage, strict=True)]
+    far = [here & (entry.base > TOGETHER * cost) for entry, here, cost in zip(case.entries, led, costs, strict=True)]
+    if not any(some.any() for some in far) or not _few(case, far):
         return case.entries
-    flips = _possible_flips(case, measured.kind)
-    if not flips:
-        return case.entries
-    entries, left_out = list[Expected](), 0
-    for entry, products, storage in zip(case.entries, measured.products, measured.storage, strict=True):
-        cost = np.maximum(products, storage)
-        led = np.zeros(len(entry.rows), dtype=np.bool_)
+    return [
+        replace(entry, base=np.where(some, cost, entry.base))
+        for entry, some, cost in zip(case.entries, far, costs, strict=True)
+    ]
+
+
+def chosen_otherwise(case: Case, measured: PrecisionFloor) -> bool:
+    """Whether the only records over their limits, which hold a stated arithmetic's noise, lie behind choices that it may flip."""
+    over = [entry.base > entry.limit for entry in case.entries]
+    led = _led(case, measured)
+    return _few(case, over) and not any((some & ~here).any() for some, here in zip(over, led, strict=True))
+
+
+def _few(case: Case, some: Sequence[NDArray[np.bool_]]) -> bool:
+    """Whether so few of the records may be left out."""
+    return sum(int(here.sum()) for here in some) <= _MOST * sum(len(entry.rows) for entry in case.entries)
+
+
+def _led(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
+    """The records of each point that a choice which the arithmetic may flip leads to, [R]; none if the errors are not our rounding's."""
+    flips = _possible_flips(case, measured.kind) if measured.alike >= OURS else []
+    led = []
+    for entry in case.entries:
+        later, here = parse(entry.point).layer, np.zeros(len(entry.rows), dtype=np.bool_)
         for layer, row, after in flips:
-            later = parse(entry.point).layer
-            led |= (entry.rows == row) if entry.point in after else np.zeros_like(led)
-            if later is None or later > layer:
-                led |= (entry.rows > row) & (entry.point in after)
-        led &= entry.base > TOGETHER * cost
-        left_out += int(led.sum())
-        entries.append(replace(entry, base=np.where(led, cost, entry.base)))
-    return entries if left_out <= _MOST * sum(len(entry.rows) for entry in entries) else case.entries
+            if entry.point in after:
+                here |= (entry.rows > row) if later is None or later > layer else np.zeros_like(here)
+                here |= entry.rows == row
+        led.append(here)
+    return led
+
+
+def has_choices(case: Case) -> bool:
+    """Whether the model chooses experts."""
+    return bool(_choices(case))
+
+
+def _choices(case: Case) -> dict[str, tuple[str, int]]:
+    """The scores of each choice of experts, and how many are chosen."""
+    steps = {step.makes: step for step in case.transformer.steps}
+    return {step.makes: chosen for step in case.transformer.steps if (chosen := scores_of(step, steps)) is not None}
 
 
 def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str]]]:
     """Choices whose scores lie within reach of the arithmetic's rounding: layer, row, and what is computed from them."""
-    steps = {step.makes: step for step in case.transformer.steps}
-    choices = {step.makes: chosen for step in case.transformer.steps if (chosen := scores_of(step, steps)) is not None}
-    if not choices:
+    if not (choices := _choices(case)):
         return []
     others = [
         case.make(
@@ -70,7 +96,9 @@ def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str
     flips = list[tuple[int, int, frozenset[str]]]()
     for name, (scores, count) in choices.items():
         layer = parse(name).layer
-        near = _near(_rows(case.replay, scores), [_rows(other, scores) for other in others], count) & ~_as_ours(case, name)
+        near = may_exchange(_rows(case.replay, scores), [_rows(other, scores) for other in others], count) & ~_as_ours(
+            case, name
+        )
         after = _after(case, name) if near.any() else frozenset()
         flips += [(-1 if layer is None else layer, row, after) for row in np.flatnonzero(near).tolist()]
     return flips
@@ -80,11 +108,20 @@ def _rows(replay: Replay, name: str) -> Floats:
     return np.asarray(replay.on_host[name], dtype=np.float64).reshape(replay.rows, -1)
 
 
-def _near(right: Floats, others: Sequence[Floats], count: int) -> NDArray[np.bool_]:
-    """Whether two neighbours among the chosen scores, or the last of them and the next one, may exchange places: [T]."""
-    noise = np.max([np.abs(other - right).max(axis=1) for other in others], axis=0)
+def may_exchange(right: Floats, others: Sequence[Floats], count: int) -> NDArray[np.bool_]:
+    """Whether two neighbours among the chosen scores, or the last of them and the next one, may exchange places: [T].
+
+    Scores of minus infinity are those of experts outside of the chosen groups; rounding may choose other groups.
+    """
+    finite = np.isfinite(right)
+    others = [np.where(finite, other, 0.0) for other in others]
+    regrouped = np.any([~np.isfinite(other).all(axis=1) for other in others], axis=0)
+    within = np.where(finite, right, 0.0)
+    noise = np.max([np.abs(other - within).max(axis=1) for other in others], axis=0)
     ranked = -np.sort(-right, axis=1)[:, : count + 1]
-    return np.asarray((ranked[:, :-1] - ranked[:, 1:]).min(axis=1) <= _REACH * noise)
+    with np.errstate(invalid="ignore"):
+        gaps = np.nan_to_num(ranked[:, :-1] - ranked[:, 1:], nan=np.inf)
+    return np.asarray(regrouped | (gaps.min(axis=1) <= _REACH * noise))
 
 
 def _as_ours(case: Case, name: str) -> NDArray[np.bool_]:

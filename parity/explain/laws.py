@@ -7,6 +7,7 @@ import numpy as np
 from .beside import LEFT_OF_MANY, ROOM, Beside, Bools
 from .moved import LISTED, moved
 from .records import Floats, Ints
+from .row_laws import of_rows
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 ZERO = "every element is 0"
@@ -40,13 +41,13 @@ def law(compared: Beside) -> str:
         relation = next(_by_a_number(compared, some, many), "") or next(_by_a_vector(compared, some, many), "")
         if relation and (where or some.sum() <= LISTED):
             return f"{where or f'elements {_listed(compared.index[some])}'} {relation}; the others are right"
-        elsewhere = "" if some.sum() == 1 else next(moved(compared), "")
+        elsewhere = "" if some.sum() == 1 else next(moved(compared), "") or next(of_rows(compared), "")
         if elsewhere:
             return elsewhere
         if where:
             return f"{where} {'are' if many else 'is'} {WRONG}"
     sentence = next(_by_a_vector(compared, every, many=False), "")
-    return f"every element {sentence}" if sentence else next(moved(compared), "")
+    return f"every element {sentence}" if sentence else next(moved(compared), "") or next(of_rows(compared), "")
 
 
 def _differing(compared: Beside) -> Bools:

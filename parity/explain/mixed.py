@@ -15,10 +15,13 @@ from engine.inapplicable import NotApplicable
 from engine.replay.precision import CACHES, cached, rounded
 from reports.sentences import ARITHMETIC
 
+from ..diff.limits import EXACT_FLOOR
 from ..diff.scatter import SIMILAR, is_scatter, spares_elements
 from .case import Case
-from .precision import KINDS, LOWER, SINGLE, UPPER, PrecisionFloor, cosine
+from .flipped import has_choices
+from .precision import KINDS, LOWER, UPPER, PrecisionFloor, cosine, is_beyond, mean_cost
 from .records import Expected, Floats
+from .spared import VISIBLE
 from .state import SearchState
 
 # Errors are those of a rounding if their mean cosine to it is at least this, and their size the same within this factor. Rounding of 16
@@ -115,29 +118,48 @@ def as_large_as_rounding(
 def law_of_rounding(case: Case, state: SearchState) -> str:
     """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not."""
     kinds = kinds_of_rounding(case, state)
-    return f"every element is the right one {in_words(kinds)}" if kinds else ""
+    if not kinds:
+        return ""
+    mixed = kinds[0] in CACHES or _spared_before(case, state, kinds[0])
+    return f"every element is the right one {in_words(kinds, mixed=mixed)}"
 
 
 def kinds_of_rounding(case: Case, state: SearchState) -> tuple[str, ...]:
     """The arithmetics as which the first place's own operations are rounded, from inputs that agree, the nearest first."""
     if state.first is None or state.faults:
         return ()
-    return rounded_here(case, *_first_errors(case, state, case.replay.on_host))
+    return rounded_here(case, *first_errors(case, state, case.replay.on_host))
 
 
-def beyond_rounding(case: Case, state: SearchState, floor_of: Callable[[str], PrecisionFloor]) -> str:
-    """The first point that is further off than the arithmetic which rounds the first place costs, as a sentence; "" if there is none."""
+def _spared_before(case: Case, state: SearchState, kind: str) -> bool:
+    """Whether a record before the first place is right that this arithmetic's products would have moved: then it is not everywhere."""
+    assert state.first is not None
+    steps, place = case.transformer.steps, case.entries[state.first.point].point
+    end = next(number for number, step in enumerate(steps) if step.makes == place)
+    lower = case.make(rounded(steps[:end], kind, storage=False), len(case.positions), None, case.rounded(kind, False))
+    return any(
+        mean_cost(entry.between(lower.on_host[entry.point], case.replay.on_host[entry.point], case.positions))
+        > VISIBLE * EXACT_FLOOR.operations
+        and bool((entry.base <= EXACT_FLOOR.operations).all())
+        for entry in case.entries[: state.first.point]
+        if entry.point in lower.on_host
+    )
+
+
+def beyond_rounding(case: Case, state: SearchState, floor_of: Callable[[str], PrecisionFloor]) -> tuple[str, str] | tuple[()]:
+    """The arithmetic that rounds the first place, and a sentence on the first point that is further off than that costs; () if none is."""
     kind = next((kind for kind in kinds_of_rounding(case, state) if kind not in CACHES), "")
     if not kind:
-        return ""
+        return ()
     cost = floor_of(kind)
     for entry, products, storage in zip(case.entries, cost.products, cost.storage, strict=True):
-        if (entry.base > SINGLE * np.fmax(np.fmax(products, storage), entry.limit)).any():
+        if is_beyond(entry, products, storage):
             return (
-                f"{entry.point} is off by far more than {ARITHMETIC[kind]} arithmetic costs there: a fault, or experts that it chooses "
-                f"otherwise (--compute {kind} looks for a fault beyond it)"
+                kind,
+                f"{entry.point} is off by more than {ARITHMETIC[kind]} arithmetic costs there: a fault"
+                f"{', or experts that it chooses otherwise' if has_choices(case) else ''} (--compute {kind} looks for a fault beyond it)",
             )
-    return ""
+    return ()
 
 
 def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
@@ -147,11 +169,11 @@ def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) ->
     """
     if state.first is None:
         return ""
-    kind = noise_here(case, *_first_errors(case, state, values))
+    kind = noise_here(case, *first_errors(case, state, values))
     return noise_in_words(kind) if kind else ""
 
 
-def _first_errors(
+def first_errors(
     case: Case, state: SearchState, values: Mapping[str, Array]
 ) -> tuple[Expected, Floats, NDArray[np.bool_], set[str]]:
     """A state's first place, its errors against these values, [R, k], where they are known, and the points that agree before it."""
@@ -163,8 +185,8 @@ def _first_errors(
     return entry, errors, known, {other.point for other in case.entries[: state.first.point]}
 
 
-def in_words(kinds: Sequence[str]) -> str:
-    """How an operation in one of these arithmetics differs from what lies before it."""
+def in_words(kinds: Sequence[str], *, mixed: bool = True) -> str:
+    """How an operation in one of these arithmetics differs from what lies before it, which is in float32 if the engine is `mixed`."""
     if kinds[0] in CACHES:
         kept = CACHES[kinds[0]]
         return (
@@ -173,10 +195,8 @@ def in_words(kinds: Sequence[str]) -> str:
         )
     kinds = [kind for kind in kinds if kind not in CACHES]
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
-    return (
-        f"as {named} arithmetic rounds it, while what it is computed from is in float32: mixed precision, and no other fault here "
-        f"(--compute {kinds[0]} allows for it everywhere)"
-    )
+    before = ", while what it is computed from is in float32: mixed precision" if mixed else ""
+    return f"as {named} arithmetic rounds it{before}, and no other fault here (--compute {kinds[0]} allows for it everywhere)"
 
 
 def noise_in_words(kind: str) -> str:

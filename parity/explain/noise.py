@@ -1,6 +1,6 @@
 """Records at which float32's own rounding is amplified over the table's limit: the arbiter decides, or without it a rule of thumb."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def allowed(
     The reference whose distance from the truth counts is our right engine in float32.
     """
     over = [bool((entry.base > entry.limit).any()) for entry in entries]
-    near = any(bool(((entry.base > entry.limit) & (entry.base <= _beyond(entry, truth))).any()) for entry in entries)
+    near = any(bool(((entry.base > entry.limit) & (entry.base <= no_rounding(entry, truth.coarse))).any()) for entry in entries)
     if not any(over) or (arbiter == AUTO and not near):
         return list(entries), ()
     if arbiter == OFF:
@@ -32,9 +32,9 @@ def allowed(
     return _by_truth(entries, right, positions, truth)
 
 
-def _beyond(entry: Expected, truth: Truth) -> Floats:
-    """NMSE above which a point's records cannot be rounding: [R]."""
-    return (NO_COARSE_ROUNDING if entry.point in truth.coarse else NO_ROUNDING) / share_of_few(entry.pair.ref)
+def no_rounding(entry: Expected, coarse: Collection[str]) -> Floats:
+    """NMSE above which a point's records cannot be rounding: [R]; `coarse` are the points after a table of float16."""
+    return (NO_COARSE_ROUNDING if entry.point in coarse else NO_ROUNDING) / share_of_few(entry.pair.ref)
 
 
 def _shares(entries: Sequence[Expected]) -> Floats:
@@ -94,7 +94,7 @@ def without_own_noise(
     old, new, limit = (np.concatenate(list(part)) for part in (base, nmse, [entry.limit for entry in entries]))
     plain = as_recorded(steps)
     truth = truth_of(plain)
-    beyond = np.concatenate([_beyond(entry, truth) for entry in entries])
+    beyond = np.concatenate([no_rounding(entry, truth.coarse) for entry in entries])
     almost_right = (new > limit) & (new <= beyond) & (new * EXPLAINED <= old)
     if not almost_right.any():
         return nmse

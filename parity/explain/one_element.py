@@ -5,12 +5,14 @@ depends on no other.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
-from engine.graph import TOKENS, Step, sees_later
+from engine import ops
+from engine.graph import TOKENS, Step, sees_later, weight_of_step
 from engine.replay.adjoint import derivatives
 
 from .case import Case
@@ -26,6 +28,7 @@ _OF_ALL = 0.1
 # As many elements of equal weight a part of a row must have at least: rounding moves each of them by another share, and three by the same
 # to one in a hundred, as `_ALONG` asks, in one of 10^4 draws; the smaller ones beside them must follow as well.
 _MANY = 3.0
+_ZERO = 0.02  # a change by minus one, to first order
 
 
 def one_element(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_]) -> str:
@@ -58,12 +61,33 @@ def one_element(case: Case, entry: Expected, errors: Floats, known: NDArray[np.b
         name: on_host(part).astype(np.float64) for name, part in answers.items() if name != entry.point and part.ndim == 2
     }
     rows = {name: on_host(replay.values[name])[0].astype(np.float64) for name in changes}
-    for what, direction, telling in _directions(changes, rows, _heads(steps)):
+    directions = chain(_directions(changes, rows, _heads(steps)), _as_read(case, after_tokens, changes, rows))
+    for what, direction, telling in directions:
         energy = np.einsum("kn,kn->n", direction, direction)
         shares = np.where(telling, (wanted @ direction) ** 2 / (np.where(telling, energy, 1.0) * size), 0.0)
         if shares.max() > _ALONG:
-            return f"{what.format(int(np.argmax(shares)))} were off"
+            at = int(np.argmax(shares))
+            change = float(wanted @ direction[:, at] / energy[at])
+            return f"{what.format(at)} were {'0' if abs(change + 1) < _ZERO else 'off'}"
     return ""
+
+
+def _as_read(
+    case: Case, steps: Sequence[Step], changes: Mapping[str, Floats], rows: Mapping[str, Floats]
+) -> Iterator[tuple[str, Floats, NDArray[np.bool_]]]:
+    """The same of an element that one product alone reads wrong, or a column of its matrix: it moves the whole product."""
+    for step in steps:
+        if step.op is not ops.linear or step.makes not in changes or not isinstance(step.reads[0], str):
+            continue
+        read, weight = step.reads[0], step.weights[0]
+        if read not in rows or not isinstance(weight, str):
+            continue
+        matrix = case.transformer.backend.to_host(weight_of_step(weight, case.replay.weights)).astype(np.float64)
+        scaled = changes[step.makes] @ matrix * rows[read] if rows[read].shape == matrix.shape[1:] else np.zeros((1, 0))
+        energy = np.einsum("kn,kn->n", scaled, scaled)
+        if energy.size:
+            telling = (energy > 0) & (energy < _OF_ALL * energy.sum())
+            yield f"element {{}} of {read}, as {step.makes} reads it,", scaled, telling
 
 
 def _directions(

@@ -16,6 +16,9 @@ from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
+_IN_TURN = (
+    120  # variants of one fault in a layer that come in one turn: offsets of layers have 552 in 24 layers, the next ones first
+)
 _LONG = 5  # turns of candidates in a layer before those of faults with many variants
 BEAM = 4  # partial explanations that are followed
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them
@@ -127,15 +130,15 @@ class OneMore:
         """
         *shown, others = stages(self.screening, state, (layer,))
         many = long(others)
-
-        def cost(candidate: Candidate) -> int:
-            if candidate.fault.group in WEIGHTS:
-                return 3 if candidate.fault.name in many else 2
-            return int(candidate.fault.whole)
-
-        each = [[candidate for candidate in others if candidate.fault.name == name] for name in sorted(many)]
-        cheap = ([candidate for candidate in others if cost(candidate) == turn] for turn in range(3))
-        return [*shown, *cheap, *sorted(each, key=len)]
+        cheap: list[list[Candidate]] = [[], [], []]
+        each: dict[str, list[Candidate]] = {name: [] for name in sorted(many)}
+        for candidate in others:
+            fault = candidate.fault
+            in_turn = each[fault.name] if fault.name in many else cheap[2 if fault.group in WEIGHTS else int(fault.whole)]
+            in_turn.append(candidate)
+        turns = sorted(each.values(), key=len)
+        first, rest = [turn[:_IN_TURN] for turn in turns], [turn[_IN_TURN:] for turn in turns if turn[_IN_TURN:]]
+        return [*shown, *cheap, *first, *rest]
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""

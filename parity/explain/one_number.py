@@ -3,22 +3,27 @@
 A search fits numbers at the places that its entries list, one after the other, and may run out of time before it comes to them.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from checkpoints.points import parse
+from engine.backend import Array
 from engine.faults.fitted import number_at
 
 from .budget import Budget
 from .case import Case
 from .fits import fitted
+from .mixed import first_errors
 from .search import Search
 from .state import Layers, SearchState
-from .systematic import Followed, followed
+from .systematic import Followed, followed, systematic
 
 _SMALL = 1e-2  # NMSE up to which a number's effect is close enough to its derivative to be recognised by it
 _TRIED = 4  # numbers that are fitted, those that the errors follow best
 # A parameter of the model that explains as much of the errors, to this share, has an entry of its own, which says more.
 _AS_WELL = 1e-3
+_SECONDS = 10.0  # for asking it once more where no fault was found
 _OF_BUDGET = 0.2  # the share of the time for asking what the errors follow
 
 
@@ -44,6 +49,15 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
         return None
     states = [state for number in nearest for state in _fitted(search, start, number) if state.first is None]
     return search.of_candidates(start, states) if states else None
+
+
+def law_of_one_number(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
+    """What the errors at the first place follow, where no fault was found; "" if nothing, or if they are too large to say."""
+    if state.first is None or state.faults:
+        return ""
+    entry, errors, known, _ = first_errors(case, state, values)
+    words = "" if float(entry.base.max()) > _SMALL else systematic(case, entry, errors, known, _SECONDS)
+    return f"the errors follow one number, as if {words}" if words else ""
 
 
 def _is_scaled(start: SearchState, kind: str) -> bool:

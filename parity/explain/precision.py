@@ -95,7 +95,8 @@ def may_be_noise(entries: Sequence[Expected]) -> bool:
     if first is None:
         return True
     layer = parse(entries[first].point).layer
-    before = [parse(entry.point).layer for entry in entries[:first]]
+    # As in float32: not where a limit is raised so far that lower arithmetic stays below it (after ggml's table of GELU).
+    before = [parse(entry.point).layer for entry in entries[:first] if (entry.base <= EXACT_FLOOR.operations).all()]
     return not any(known is not None and (layer is None or known < layer) for known in before)
 
 
@@ -168,6 +169,8 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
         return None
     first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
     if measured.concentrated or (first is not None and _parallel(first)):
+        return None
+    if measured.alike >= OURS and any(is_beyond(entry, *cost) for entry, cost in zip(entries, costs, strict=True)):
         return None
     if not (products > VISIBLE * limit).any() or spares_records(base, products, limit):
         return None
@@ -315,9 +318,15 @@ def ratios(measured: PrecisionFloor, entries: Sequence[Expected]) -> list[tuple[
     return of_entry
 
 
-def with_noise(measured: PrecisionFloor, entries: Sequence[Expected]) -> list[Expected]:
-    """The records with limits that this arithmetic does not exceed."""
+def is_beyond(entry: Expected, products: Floats, storage: Floats) -> bool:
+    """Whether a point, or one record of it, is further off than any right engine was that begins with our own rounding."""
+    mean = TOGETHER * max(mean_cost(products), mean_cost(storage), float(entry.limit.max()))
+    far = entry.base > SINGLE * np.fmax(np.fmax(products, storage), entry.limit)
+    return bool(far.any()) or (not of_ids(entry) and typical(entry.base, products, storage)[0] > mean)
+
+
+def with_noise(measured: PrecisionFloor, entries: Sequence[Expected], most: float = UPPER) -> list[Expected]:
+    """The records with limits that this arithmetic does not exceed: `most` times what it costs a point on average."""
     return [
-        replace(entry, limit=np.maximum(entry.limit, UPPER * cost))
-        for entry, cost in zip(entries, measured.cost(), strict=True)
+        replace(entry, limit=np.maximum(entry.limit, most * cost)) for entry, cost in zip(entries, measured.cost(), strict=True)
     ]

@@ -23,6 +23,9 @@ from ..diff.whole_rows import sizes
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# The share of a record's error that may be left where a candidate is taken for better, as of a lead's.
+_BETTER = 0.1
+
 
 class Expected(Struct, frozen=True):
     """The records of one point; R records of k values.
@@ -75,8 +78,14 @@ class Expected(Struct, frozen=True):
         result = np.full((len(tensors), len(self.rows)), np.nan)
         result[:, here] = error
         if self.whole:  # a sketch is only compared where the slice does not contradict it
-            for number in np.flatnonzero((error <= self.limit[here]).all(axis=1)):
-                result[number] = self._measured(tensors[number], positions, here)
+            base, limit = self.base[here], self.limit[here]
+            better = (base > limit) & ((error <= limit) | (error < _BETTER * base))
+            for number, agrees in enumerate(error <= limit if error.size else ()):
+                # A record may differ in its sketch alone: then a slice that hardly moves is no sign of a better one.
+                asked = here.copy()
+                asked[here] = True if agrees.all() else better[number]
+                if asked.any():
+                    result[number, asked] = self._measured(tensors[number], positions, asked)[asked]
         return result
 
     def residual(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
@@ -112,8 +121,8 @@ class Expected(Struct, frozen=True):
         return result
 
     def taken(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
-        """The recorded elements of another tensor of this point: [R, k]."""
-        return self._slice(tensor, positions, np.ones(len(self.rows), dtype=np.bool_))
+        """The recorded elements of another tensor of this point, of the records in its rows: [R, k]."""
+        return self._slice(tensor, positions, self.rows < len(positions))
 
     def at(self, tensor: NDArray[np.float32], positions: Ints, row: int) -> Floats:
         """The recorded elements of one row of a tensor of the first rows: [k]; absent ones are 0."""
@@ -128,15 +137,27 @@ class Expected(Struct, frozen=True):
         return tensor.reshape(len(positions), -1).astype(np.float64)
 
     def between(self, values: NDArray[np.float32], other: NDArray[np.float32], positions: Ints) -> Floats:
-        """NMSE of one tensor against another at the recorded elements: [R]; infinite where either is not finite, but for infinities that
-        both have (a mask's, say).
+        """NMSE of one tensor against another as `base` measures the dump's: [R]; infinite where either is not finite, but for infinities
+        that both have (a mask's, say).
+
+        At the recorded elements; where records hold more than those, of whole rows if that is larger.
         """
         rows, others = self.taken(values, positions), self.taken(other, positions)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             delta = np.where(self.present & (rows != others), rows - others, 0.0)
             squares = np.einsum("ij,ij->i", delta, delta)
             error = np.where(squares == 0, 0.0, squares / self.energy)  # of rows of zeros as well
-        return np.where(np.isfinite(error), error, np.inf)
+        error = np.where(np.isfinite(error), error, np.inf)
+        if self.whole and np.isfinite(error).all():
+            sides = (self._recorded_like(tensor, positions) for tensor in (values, other))
+            error = np.fmax(error, measure([Pair(self.point, *sides)]).nmse)
+        return error
+
+    def _recorded_like(self, tensor: NDArray[np.float32], positions: Ints) -> Rows:
+        """A tensor's records with what the dump's have: the same elements, statistics, and a sketch if those have one."""
+        rows, dumped = _summary(self.point, tensor, positions, {self.point: self.pair.ours}).take(self.rows), self.pair.ours
+        stats = {name: values for name, values in rows.stats.items() if name in dumped.stats}
+        return replace(rows, stats=stats, sketch=None if dumped.sketch is None else rows.sketch)
 
     def _slice(self, tensor: NDArray[np.float32], positions: Ints, here: NDArray[np.bool_]) -> Floats:
         """The recorded elements of a candidate's tensor: float64 [records within its rows, k]."""

@@ -11,12 +11,11 @@ from engine.faults import AT, CATALOGUE, SEEN, Fault, Planting
 from engine.graph import Step, sees_later
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Replay
-from engine.replay.wide import coarse_points
 
-from ..diff.truth import NO_COARSE_ROUNDING, Truth
+from ..diff.truth import Truth
 from .budget import Budget
 from .cone import Cone, cone
-from .noise import EXPLAINED, without_own_noise
+from .noise import EXPLAINED, no_rounding, without_own_noise
 from .record_alone import agreeing_after
 from .records import Expected, Floats, Ints
 from .state import Candidate, Layers, RecordKey, Screened, SearchState, Tried, key, shown_points, unchanged_steps
@@ -61,7 +60,7 @@ class Screening:
         self._cones: dict[tuple[str, ...], Cone] = {}
         self._alone: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._variants: tuple[tuple[str, ...] | None, dict[str, list[dict[str, Any]]]] = None, {}
-        self.coarse = coarse_points(steps)  # points after a table of float16, which amplifies rounding
+        self.coarse = truth_of(steps).coarse  # points after a table of float16, which amplifies rounding
         self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
 
     def start(self) -> SearchState:
@@ -303,10 +302,11 @@ class Screening:
         """Whether the error left at a state's first place is so small that it may be the noise of the changed steps themselves."""
         if state.first is None:
             return False
-        here = self.entries[state.first.point].rows == state.first.row
+        entry = self.entries[state.first.point]
+        here = entry.rows == state.first.row
         before = float(state.nmse[state.first.point][here].max())
         left = float(errors) if isinstance(errors, float) else float(errors[here].max())
-        return left * EXPLAINED <= before and left <= NO_COARSE_ROUNDING
+        return left * EXPLAINED <= before and left <= float(no_rounding(entry, self.coarse)[here].max())
 
     def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
         """A replay of these steps that takes no values from another one."""

@@ -37,6 +37,7 @@ class _Scope(Struct):
     edits: dict[int, Edits]
     waiting: list[int]
     results: dict[int, Screened]
+    begun: bool = False
 
 
 class Sweep(AtFirstPlace):
@@ -56,6 +57,9 @@ class Sweep(AtFirstPlace):
         few = (*(() if single else (1, 2)), self._first.row + 1, self._first.row + 2)
         self._stages = sorted({screening.enough(rows) for rows in few})
         self._kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
+        firsts = {kind: scope for scope, kind in reversed(self._kinds.items())}
+        #: The scopes of which the rows before the first wrong one say nothing new: a scope before has the same operations.
+        self._alike = frozenset(scope for scope, kind in self._kinds.items() if firsts[kind] != scope)
         self._acts: dict[tuple[object, ...], bool] = {}
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
@@ -80,7 +84,9 @@ class Sweep(AtFirstPlace):
         for rows in self._stages:
             values: dict[Layers, dict[int, Array]] = {}
             for layers, scope in scopes.items():
-                if rows == self._stages[0]:
+                if likely is not None and rows <= self._first.row and layers in self._alike:
+                    continue
+                if not scope.begun:
                     self._begin(layers, scope, likely)
                 values[layers] = self._outputs(layers, scope, rows, likely)
             for layers, number, errors in self._errors(values, rows):
@@ -91,11 +97,16 @@ class Sweep(AtFirstPlace):
     def _begin(self, layers: Layers, scope: _Scope, likely: Likely | None) -> None:
         """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
         if likely is not None:
-            may_act = [self._acts.get(self._effect(layers, candidate), True) for candidate in scope.candidates]
-            self.postponed[layers] += [candidate for candidate, may in zip(scope.candidates, may_act, strict=True) if not may]
-            scope.candidates = [candidate for candidate, may in zip(scope.candidates, may_act, strict=True) if may]
+            numbers = self._may_act(layers, scope, range(len(scope.candidates)))
+            scope.candidates = [scope.candidates[number] for number in numbers]
         scope.edits = scope.batch.edits(scope.candidates)
         scope.waiting = list(scope.edits)
+
+    def _may_act(self, layers: Layers, scope: _Scope, numbers: Sequence[int]) -> list[int]:
+        """The candidates of these numbers that may act as the dump shows, as far as other layers tell; the others are postponed."""
+        may = {number: self._acts.get(self._effect(layers, scope.candidates[number]), True) for number in numbers}
+        self.postponed[layers] += [scope.candidates[number] for number, acts in may.items() if not acts]
+        return [number for number, acts in may.items() if acts]
 
     def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
@@ -105,7 +116,8 @@ class Sweep(AtFirstPlace):
         ):  # each row of a value acts on its own row only where there is but one
             waiting = self._after_own_steps(layers, scope, likely)
         values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
-        if rows == self._stages[0]:
+        if not scope.begun:
+            scope.begun = True
             cut = not self._screening.budget.complete
             tried = [number for number in scope.edits if not cut or number in values or number in ended]
             self._screening.tried.count([scope.candidates[number] for number in tried])
@@ -119,6 +131,8 @@ class Sweep(AtFirstPlace):
             for number in causal.keys() - chosen:
                 self.postponed[layers].append(scope.candidates[number])
                 del values[number]
+                if rows <= self._first.row:  # it changes rows in which the dump is right
+                    self._acts.setdefault(self._effect(layers, scope.candidates[number]), False)
             if rows > self._first.row:
                 for number in waiting:
                     acts = number in values or (number in causal and likely.right_before(batch.name, causal[number]))

@@ -19,6 +19,7 @@ from engine.inapplicable import NotApplicable
 
 from .budget import Budget
 from .case import Case
+from .first_rows import may_follow
 from .one_element import one_element
 from .records import Expected, Floats
 
@@ -108,7 +109,9 @@ def followed(
     positions = case.positions
     right = entry.taken(case.replay.on_host[entry.point], positions)
     found: list[Followed] = []
-    for number, changed in _changes(steps, among):
+    changes = list(_changes(steps, among))
+    may = may_follow(case, entry, wanted, known, [changed for _, changed in changes], budget)
+    for number, changed in (change for change, worth in zip(changes, may, strict=True) if worth):
         if budget.over():
             return found, False
         try:

@@ -14,7 +14,7 @@ from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
 from engine.replay.proof import rounds_activations
 
 from ..diff.record_faults import listed
-from ..diff.rounding import beyond_rounding, type_of
+from ..diff.rounding import beyond_rounding, is_rounding, type_of
 from ..diff.scatter import is_scaled, is_scatter
 from .elements import least_energy, sampled_error
 from .held import Held, nearer, without_numbers
@@ -267,9 +267,17 @@ class JudgedPass:
         except (ValueError, IndexError):
             if choice := next((name for name in self._program.needs(step) if name in self._program.routing), ""):
                 raise UnknownInput(f"{choice} was recorded with places that nothing has") from None
+            if choice := self._wrong_choice(step):
+                raise UnknownInput(f"{choice} is wrong, and its inputs have another number of values") from None
             shapes = ", ".join(str(list(given.shape)) for given in inputs)
             raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
         return computed
+
+    def _wrong_choice(self, step: Step) -> str:
+        """The wrong choice in a step's layer: one of fewer or more experts gives what follows other shapes. Empty if there is none."""
+        layer = parse(step.makes).layer
+        choices = [name for name in self._program.routing if parse(name).layer == layer]
+        return next((name for name in choices if self._judging.records[name].wrong), "")
 
     def _note(self, step: Step, definition: Step, held: Held) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
@@ -287,7 +295,8 @@ class JudgedPass:
             record.wrong = True
             rows, right = held.wrong_rows(limit)
             record.scattered &= is_scatter(rows, right) and not held.spares_elements()
-            record.scaled &= is_scaled(rows, right)
+            # A scale of 1.00001 is lost in F16: that is one factor for all values, too.
+            record.scaled &= is_scaled(rows, right) and not is_rounding(rows, right)
         if nmse <= record.nmse:
             return
         record.nmse = nmse

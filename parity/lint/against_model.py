@@ -27,6 +27,9 @@ _SAME_NORM = 1 - 3e-6
 _BEHIND = 0.5
 
 
+_OF_A_NORM = frozenset({"RMS_NORM", "NORM", "MUL", "ADD"})
+
+
 def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if norms > 0 else 0.0
@@ -72,23 +75,40 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
     if model is None or final is None or final.indices is not None or weight is None:
         return
     last = in_layer(model.hp.n_layers - 1, "l_out")
+    if not _norms(subject, last):
+        return
     lasts = dict(_placed(subject.points.get(last)))
     normed = {place: row for (place, row), tells in zip(_placed(final), telling(final).tolist(), strict=True) if tells}
     streams = [name for name in subject.points if name != last and (name == EMBD or parse(name).kind == "l_out")]
-    late = [
-        (name, place[1])
-        for name in streams
-        for place, row in _placed(subject.points[name])
-        if place in normed
-        and _is_normed(row, lasts.get(place), weight, normed[place])
-        and not _is_embedding(subject, model, place[1], row)
-    ]
+    final_of_last = any(place in normed and _is_normed(row, None, weight, normed[place]) for place, row in lasts.items())
+    late: list[tuple[str, int]] = []
+    for name in streams:
+        judged = [(place, row) for place, row in _placed(subject.points[name]) if place in normed]
+        of_the_last = [
+            (place, row)
+            for place, row in judged
+            if _is_normed(row, lasts.get(place), weight, normed[place]) and not _is_embedding(subject, model, place[1], row)
+        ]
+        # A mixture of several layers' outputs, which is normed in some models, is nearly one layer's at single positions.
+        if final_of_last:
+            of_the_last = [(place, row) for place, row in of_the_last if _same_as(row, lasts.get(place))]
+        elif lasts and len(of_the_last) < len(judged):
+            continue
+        late.extend((name, place[1]) for place, _ in of_the_last)
     if late:
         names = list(dict.fromkeys(name for name, _ in late))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         positions = [position for _, position in late]
         evidence = f"captured late: these are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
         yield Hit(names[0], min(positions), evidence)
+
+
+def _norms(subject: Subject, last: str) -> bool:
+    """Whether the final norm is that of this value, as far as is known: some models mix the outputs of several layers before it."""
+    reads: tuple[str, ...] = (OUTPUT_NORM,)
+    while len(reads) == 1 and reads[0] != last and (how := subject.computation(reads[0])) is not None and how.op in _OF_A_NORM:
+        reads = how.reads
+    return len(reads) == 1
 
 
 def _placed(rows: Rows | None) -> Iterator[tuple[tuple[int, int, int], Floats]]:
@@ -107,6 +127,11 @@ def _is_normed(row: Floats, last: Floats | None, weight: Floats, normed: Floats)
     normal = normed[:width].astype(np.float64)
     expected = row[:width].astype(np.float64) * weight[:width]
     return _cosine(expected, normal) > _SAME_NORM and not _is_another(row, last, weight, normal)
+
+
+def _same_as(row: Floats, last: Floats | None) -> bool:
+    """Whether these are the last layer's values, if they were recorded."""
+    return last is None or (len(last) == len(row) and np.allclose(row, last, rtol=1e-6, atol=0))
 
 
 def _is_another(row: Floats, last: Floats | None, weight: Floats, normal: NDArray[np.float64]) -> bool:

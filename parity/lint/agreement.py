@@ -107,8 +107,39 @@ def _has_sinks(subject: Subject, name: str) -> bool:
         return True
     if subject.model is None:
         header = subject.dump.header
-        return bool(header is not None and (header.hparams or {}).get("attention_sinks"))
+        stated = None if header is None else (header.hparams or {}).get("attention_sinks")
+        return bool(_looks_like_sinks(subject.points[name]) if stated is None and origin is None else stated)
     return f"blk.{layer}.attn_sinks.weight" in subject.model.model.tensors
+
+
+def _looks_like_sinks(rows: Rows) -> bool:
+    """Whether every record has a head whose weights sum to less than 1, and none whose sum is more, where nothing says what the model has.
+
+    A softmax that is not divided by its sum exceeds 1, and one that lacks keys has 1 where it sees all that there are.
+    """
+    sums = [each for r in range(len(rows)) if _judged(rows, r) and len(each := _sums(rows, r))]
+    return bool(sums) and all(0 <= each.min() < 1 - _SUM and each.max() <= 1 + _SUM for each in sums)
+
+
+def _judged(rows: Rows, r: int) -> bool:
+    """Whether a record has the weights [heads, positions] from the first on."""
+    shape = rows.shapes[r]
+    scattered = rows.indices is not None and rows.indices[r, 0] >= 0
+    return len(shape) == 2 and min(shape) >= 1 and not scattered
+
+
+def _sums(rows: Rows, r: int) -> NDArray[np.float64]:
+    """The sums of the weights of the heads that are recorded as a whole, and the mean sum of all if a statistic has it."""
+    heads = rows.shapes[r][0]
+    total = rows.stats["sum"][r] if "sum" in rows.stats else np.nan
+    of_whole = _whole_heads(rows, r).sum(axis=1)
+    return np.append(of_whole, total / heads) if np.isfinite(total) else of_whole
+
+
+def _whole_heads(rows: Rows, r: int) -> NDArray[np.float64]:
+    """float64 [heads, positions]: the weights of the heads that are recorded as a whole."""
+    row, seen = rows.values[r, : int(rows.counts[r])].astype(np.float64), rows.shapes[r][1]
+    return row[: len(row) // seen * seen].reshape(-1, seen)
 
 
 def attention_rows(subject: Subject) -> Iterator[Hit]:
@@ -119,18 +150,12 @@ def attention_rows(subject: Subject) -> Iterator[Hit]:
     for name, rows in subject.points.items():
         if kind(name) != "kq_soft_max":
             continue
-        totals = rows.stats.get("sum")
         sinks = _has_sinks(subject, name)
-        for r, shape in enumerate(rows.shapes):
-            scattered = rows.indices is not None and rows.indices[r, 0] >= 0
-            if len(shape) != 2 or min(shape) < 1 or scattered:
+        for r in range(len(rows)):
+            if not _judged(rows, r):
                 continue
-            heads, seen = shape
-            row = rows.values[r, : int(rows.counts[r])].astype(np.float64)
-            whole = row[: len(row) // seen * seen].reshape(-1, seen)
-            total = whole.sum(axis=1)
-            mean = totals[r] / heads if totals is not None and np.isfinite(totals[r]) else 1.0
-            off = [float(x) for x in (*total, mean) if not (abs(x - 1) <= _SUM or (sinks and 0 <= x < 1))]
+            whole, seen = _whole_heads(rows, r), rows.shapes[r][1]
+            off = [float(x) for x in _sums(rows, r) if not (abs(x - 1) <= _SUM or (sinks and 0 <= x < 1))]
             if off:
                 sums.setdefault(name, []).append(r)
                 evidence.setdefault(name, f"{off[0]:.4g}")

@@ -10,7 +10,8 @@ from checkpoints.dataflow import CACHE
 from checkpoints.points import EMBD, in_layer, of_scores, parse
 from checkpoints.record import Rows
 
-from .rule import Hit, Place, Subject, kind, leading, where
+from .inferred import follows_positions, follows_tokens, scales_the_embedding
+from .rule import Hit, Place, Subject, kind, where
 
 # Kinds of one layer whose values are the same by definition: keys at position 0 are not rotated, what is read from the
 # cache is what was written, and attention over a single position gives that position's values.
@@ -143,6 +144,8 @@ def _origins(subject: Subject) -> dict[str, Hashable]:
             origins[name] = reads[0]  # the leading values of parts side by side are those of the first part
         elif how.op == "RMS_NORM" and reads:
             origins[name] = number_of.setdefault((how.op, how.function, how.weights, reads), len(number_of))
+    if subject.dataflow is None:
+        origins = {name: EMBD for name in subject.points if parse(name).known is None and scales_the_embedding(subject, name)}
     return {name: origins.get(name, name) for name in subject.points}
 
 
@@ -170,12 +173,15 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
     alone = subject.window == 1  # a position sees itself only
     for name, rows in subject.points.items():
         point = parse(name)
-        if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None):
+        if point.kind in _NEVER | _CACHED or (point.known is None and point.layer is None) or follows_positions(subject, rows):
             continue
         by_value: dict[tuple[int, bytes], list[int]] = defaultdict(list)
         for (seq, position, _), data in subject.vectors[name]:
             by_value[seq, data].append(position)
-        free, shifted = known[name] if name in known else (_without_attention(name) or _follows_tokens(subject, rows), False)
+        if name in known:
+            free, shifted = known[name]
+        else:
+            free, shifted = _without_attention(name) or follows_tokens(subject, rows), _may_be_shifted(name)
         stale: set[int] = set()
         for (seq, _), positions in by_value.items():
             ordered = sorted(set(positions))
@@ -197,23 +203,10 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")
 
 
-def _follows_tokens(subject: Subject, rows: Rows) -> bool:
-    """Whether, where nothing says how a point is made, its rows are the same at equal tokens, not only neighbouring ones, and nowhere else.
-
-    What a stale buffer holds depends on when it was read, not on the token.
-    """
-    positions = rows.token_idx.tolist()
-    token_at = subject.inputs(positions)
-    if subject.dataflow is not None or not token_at or rows.seq.any() or len(set(positions)) < len(positions):
-        return False
-    values: dict[Hashable, set[bytes]] = defaultdict(set)
-    places: dict[Hashable, list[int]] = defaultdict(list)
-    for number, position in enumerate(positions):
-        values[token_at[position]].add(leading(rows, number).tobytes())
-        places[token_at[position]].append(position)
-    apart = any(max(at) - min(at) >= len(at) for at in places.values())
-    different = set[bytes]().union(*values.values())
-    return apart and all(len(of_token) == 1 for of_token in values.values()) and len(different) == len(values)
+def _may_be_shifted(name: str) -> bool:
+    """Whether a point may show the token before: a node outside the vocabulary in front of the first attention, as of a token shift."""
+    point = parse(name)
+    return point.layer == 0 and point.known is None
 
 
 def _of_same_rows(subject: Subject, name: str, seq: int, before: int, after: int) -> bool:

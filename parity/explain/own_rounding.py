@@ -1,0 +1,81 @@
+"""A fault below the noise of lower arithmetic, in an engine that rounds as ours does: beside our rounded run it stands out.
+
+Such an engine has the very numbers of our run in that arithmetic, but where a value falls to the other side of a tie. The first
+operation that has other ones, and by a law, is wrong, however small its error is beside what the arithmetic costs: another way of
+rounding has no law.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec.structs import replace
+
+from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
+from engine.replay.precision import rounded
+from engine.replay.replay import Replay
+from reports.sentences import ARITHMETIC
+
+from .beside import ROOM, beside
+from .case import Case
+from .laws import WRONG, law
+from .looks_like import floor_of
+from .precision import OURS, PrecisionFloor, mean_cost, of_ids
+from .records import Expected, Floats
+
+# The part of what an arithmetic costs a point up to which our own rounding's numbers are the dump's: right engines' were 0 to 0.01 of it,
+# from values that lie next to a tie.
+_THE_SAME = 0.1
+_ENOUGH = 12  # recorded values: a number fitted to fewer may follow noise
+
+
+def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Explanation:
+    """The answer that arithmetics explain everything, unless an operation's values differ from our own run in the first by a law.
+
+    The answer as it is where there are no `kinds`, or where the engine does not round as ours does.
+    """
+    if not kinds or (cost := floor_of(case, kinds[0])).alike < OURS:
+        return answer
+    kind, recorded = kinds[0], {entry.point for entry in case.entries}
+    for storage in (False, True):
+        lower = rounded(case.transformer.steps, kind, storage=storage)
+        run = case.make(lower, len(case.positions), None, case.rounded(kind, storage))
+        found = _first_other(case, run, cost)
+        if found is None:
+            return answer
+        entry, errors = found
+        sentence = _law_beside(case, run, entry, errors)
+        if sentence:
+            step = next(step for step in case.transformer.steps if step.makes == entry.point)
+            at = int(np.flatnonzero(errors > entry.limit)[0])
+            position = int(case.positions[entry.rows[at]])
+            place = DivergentPlace(entry.point, position, float(errors[at]), float(entry.limit[at]))
+            return replace(
+                answer,
+                first=place,
+                remaining=place,
+                differing=int((errors > entry.limit).sum()),
+                law=f"{sentence}, beside our own run in {ARITHMETIC[kind]} arithmetic, which has all numbers before it",
+                placed=PossibleOperations((entry.point,), step.names, sure=recorded.issuperset(step.names)),
+                precision_only="",
+                precision_alike=(),
+                precision_assumed=False,
+            )
+    return answer
+
+
+def _first_other(case: Case, run: Replay, cost: PrecisionFloor) -> tuple[Expected, Floats] | None:
+    """The first point whose recorded values are not this run's, with what is the same to this arithmetic as its limit, and the errors."""
+    for entry, products, storage in zip(case.entries, cost.products, cost.storage, strict=True):
+        same = np.full(len(entry.rows), max(_THE_SAME * max(mean_cost(products), mean_cost(storage)), float(entry.limit.max())))
+        errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions))
+        if not of_ids(entry) and float(errors.mean()) > same[0]:
+            return replace(entry, limit=same), errors
+    return None
+
+
+def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats) -> str:
+    compared = beside(replace(entry, limit=entry.limit / ROOM), errors, run.on_host, case.positions)
+    if compared is None or compared.dumped.size < _ENOUGH:
+        return ""
+    sentence = law(compared)
+    return "" if sentence.endswith(WRONG) or "not recorded" in sentence else sentence
