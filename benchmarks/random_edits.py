@@ -13,7 +13,7 @@ from rare_edits import RARE, rare
 from checkpoints.points import parse
 from engine import ops
 from engine.backend import Array
-from engine.faults import CATALOGUE, FITTED, SEEN
+from engine.faults import CATALOGUE, FITTED, FITTED_PARTS, SEEN
 from engine.graph import Altered, History, Step, WeightSource
 from engine.inapplicable import NotApplicable
 from engine.lift.node import GgmlOperation
@@ -39,7 +39,7 @@ _RESULTS = (
     "first",
 )
 FURTHER = (*_RESULTS, "summed in F16", "powers of 2", "value of the layer before", "bias twice")
-FAULTS = (*CATALOGUE.values(), *(fit.fault for fit in FITTED))
+FAULTS = (*CATALOGUE.values(), *(fit.fault for fit in (*FITTED, *FITTED_PARTS)))
 _INSIDE = ("kq", "kq_soft_max")  # rows behind a mask: what moves elements of them makes values of later positions
 
 
@@ -245,7 +245,9 @@ def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random, ways: Se
             continue
         steps = [edited.get(step.makes) or step for step in faulty.right]
         try:
-            replay(faulty, steps, tokens)
+            values = replay(faulty, steps, tokens).values
+            for name in names:
+                values[name]  # is computed when it is asked for
         except (NotApplicable, ValueError, IndexError, TypeError):
             continue  # this operation's shapes do not allow the edit
         where = chosen.makes if len(names) == 1 else f"{names[0]} … {names[-1]}"

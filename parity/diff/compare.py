@@ -132,6 +132,8 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
             model = flow(errors.names, whole, layers, unmasked=bool(unmasked))
             held, routing = _held(errors, allowed, model, options, ref, lower=lower)
             verdicts = judged(errors, held, model, ours, ref, shown, verdicts.elsewhere)
+    if verdicts.share is not None:
+        held = held.beside_the_largest(verdicts.share)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
     agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))

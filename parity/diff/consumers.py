@@ -25,7 +25,7 @@ from .records import Judged
 from .rounded_records import RoundedRecords
 from .routing import chosen_by, ids
 from .same_vector import alike
-from .wrong_values import at_bounds, energies, removed_by_a_norm
+from .wrong_values import at_bounds, energies, removed_by_a_norm, share_of_largest
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -65,6 +65,7 @@ class _Consumers:
         )
         self._at: dict[str, dict[tuple[int, int], int]] = {}
         self._otherwise = np.zeros(len(measured.point), dtype=np.bool_)
+        self._share = np.ones(len(self._otherwise))  # `Judged.share`
         self._energy = energies(measured)
         # Points whose error what agrees after them need not show: a norm or a bound removes it, a choice is the same.
         self._hidden: set[str] = set()
@@ -91,11 +92,12 @@ class _Consumers:
             frozenset(undecided),
             frozenset(self._blind),
             self._right_elsewhere,
+            self._share,
         )
 
     def _wrong(self, name: str) -> Ints:
         rows = self._rows[self._place[name]]
-        return rows[self._held.failed[rows]]
+        return np.asarray(rows[self._held.failed[rows] & (self._share[rows] == 1)])
 
     def _judge_once(self, shown: dict[str, Reading | None], undecided: set[str]) -> bool:
         """Judge the points that are not yet acquitted; whether any of them is now."""
@@ -117,7 +119,11 @@ class _Consumers:
                 # Its own values, all of them: what chooses by them need not tell, if something else does.
                 decided = self._decisions(name, wrong, choices=False)
             acquitted = self._acquitted(name, decided, read)
-            if acquitted or (read is not None and (read.proof or read.same in alike or self._rounded.alone(name))):
+            pair, rows = self._measured.pairs[self._place[name]], self._measured.row[wrong]
+            share = share_of_largest(pair, rows, self._held.of_limit[wrong])
+            if acquitted and read is None and share is not None:
+                self._share[wrong] = share
+            elif acquitted or (read is not None and (read.proof or read.same in alike or self._rounded.alone(name))):
                 if not acquitted and read is not None and not read.own:
                     self._blind.add(name)
                 self._otherwise[wrong] = True

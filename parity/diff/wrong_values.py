@@ -8,6 +8,7 @@ from checkpoints.record import Rows
 from .align import Pair
 from .measure import Measured
 from .readings import Allowed, agree, wide
+from .truth import share_of_few
 from .whole_rows import sizes
 
 Floats = NDArray[np.float64]
@@ -92,6 +93,15 @@ def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
     if len(differ) == width:
         return f"it is {factor:.6g} times the reference's"
     return f"elements {part.start} to {part.stop - 1} are {factor:.6g} times the reference's, and the others equal"
+
+
+def share_of_largest(pair: Pair, wrong: NDArray[np.int64], of_limit: Floats) -> Floats | None:
+    """The energy of a point's wrong rows, [len(wrong)], in proportion to its largest: what is left of sums that all but cancel.
+
+    None where the rows have many numbers, where more than half of all are wrong, or one is more off than the largest may be.
+    """
+    share = share_of_few(pair.ref)[wrong]
+    return share if 2 * len(wrong) <= len(pair.ref) and bool((of_limit * share <= 1).all()) else None
 
 
 def energies(measured: Measured) -> Floats:
