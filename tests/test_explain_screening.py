@@ -255,6 +255,7 @@ def test_a_fault_outside_the_slice_is_judged_by_the_sketch(engine: Faulty) -> No
     assert (entry.nmse(faulty, case.positions) <= entry.limit).all()
 
 
+@pytest.mark.slow
 def test_early_rows_are_looked_at_in_one_of_the_layers_that_are_alike(engine: Faulty) -> None:
     """A fault that begins to show at position 8 is named without trying in each layer what another one's first rows contradict."""
     fault = CATALOGUE["keys-cut-off"]
