@@ -65,30 +65,32 @@ class Sink:
 
 
 def main() -> None:
-    """Measure every row and print the table."""
+    """Measure every row and print each as it comes: a run that is cut short keeps what it has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "parity-gpu")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[str, str, str]] = []
+    print(f"{environment()}\n\n| what | measured | to reach |\n|---|---|---|", flush=True)
     for kind in ("f16", "q8_0", "q4_k_m"):
         path = model(options.folder, kind)
         if path is None:
-            rows.append((f"{kind} decode", "no such model here", ""))
+            print_rows([(f"{kind} decode", "no such model here", "")])
             continue
         engine = FastTransformer(GgufModel(path), choose("cupy"), positions=1024)
         theirs = llama(options.llama_bench, path)
-        rows += decode(engine, kind, theirs)
+        print_rows(decode(engine, kind, theirs))
         if kind == "f16":
-            rows += prefill(engine, theirs)
-            rows += slow_writer(engine)
-            rows += load(path, options.llama_bench)
+            print_rows(prefill(engine, theirs))
+            print_rows(slow_writer(engine))
+            print_rows(load(path, options.llama_bench))
         del engine
-    print(environment())
-    print("\n| what | measured | to reach |\n|---|---|---|")
+
+
+def print_rows(rows: Sequence[tuple[str, str, str]]) -> None:
+    """Rows of the table."""
     for row in rows:
-        print(f"| {' | '.join(row)} |")
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def model(folder: Path, kind: str) -> Path | None:
