@@ -28,8 +28,8 @@ _PHASES = {
     "QKV_TYPES": ("attn_q", "attn_k", "attn_v"), "OUT_TYPES": ("attn_output",),
     "GATE_TYPES": ("ffn_gate", "ffn_up"), "DOWN_TYPES": ("ffn_down",),
 }  # fmt: skip
-# Quantised rows of a 0.5 B model are 56 pieces, those of the down projection 304.
-_QUANTISED_WARPS = {"DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
+# For quantised rows: those of a 0.5 B model are 56 pieces, those of the down projection 304 (step.cuh, messages.cuh say what these are).
+_QUANTISED = {"DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of faster ones.
 # Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.426 ms a step in F16 at 225 and 240, 0.434 at 255 and 0.447 at 270;
@@ -127,7 +127,7 @@ class DecodeStep:
         if self._memory_bandwidth() < _SLOWER_MEMORY:
             numbers["PACE"] = _SLOWER_PACE
         if not self.weights.types & _FLOATS:
-            numbers |= _QUANTISED_WARPS
+            numbers |= _QUANTISED
         masks = {"TYPES": self.weights.types, "LOGIT_TYPES": 1 << self.weights.output.kind}
         masks |= {phase: self.weights.types_of(*names) for phase, names in _PHASES.items()}
         return (*(f"{name}={value}" for name, value in numbers.items()), *(f"{name}={mask}ull" for name, mask in masks.items()))

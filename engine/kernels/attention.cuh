@@ -93,7 +93,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     // Each warp combines the results of all warps: lane w has the share of warp w.
     static_assert(HEAD <= THREADS && WARPS == 16, "a thread takes one element, half a warp the warps");
     const long long slot = (long long)head * SPLITS + split;
-    if (warp * 32 >= HEAD && warp != WARPS - 1) return;
+    if (warp * 32 >= HEAD && warp != WARPS - 1) return;        // it has no element, and is not the one that tells peak and sum
     const float its_peak = s.peak[lane % WARPS];
     float top = its_peak, sum = 0.f;
     for (int far = WARPS / 2; far; far >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, far));

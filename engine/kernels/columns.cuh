@@ -1,13 +1,15 @@
 // The down projection, by rows or by columns.
 //
 // By columns a thread takes the same columns of all of its block's rows, and multiplies them by activations that it has heard itself: these reach
-// no shared memory, no barrier stands before the products, and each is read once instead of once a row (5 % of a step). For a float type,
-// weights in shared memory and at most eight rows a block. Attention's output projection is slower so: its weights come from the L2 cache.
+// no shared memory, no barrier stands before the products, and each is read once instead of once a row (0.373 instead of 0.384 ms a step,
+// docs/benchmarks-log.md). For a float type, weights in shared memory and at most COLUMN_ROWS rows a block. Attention's output projection
+// is slower so: its weights come from the L2 cache.
 
 #include "projections.cuh"
 
-// Eight rows' sums over a warp: each four lanes end with one row's, lane / 4.
-__device__ __forceinline__ float row_of_four_lanes(const float (&sum)[8]) {
+// The rows' sums over a warp: each four lanes end with one row's, lane / 4.
+__device__ __forceinline__ float row_of_four_lanes(const float (&sum)[COLUMN_ROWS]) {
+    static_assert(COLUMN_ROWS == 8, "four lanes a row, three halvings");
     const int lane = this_thread() & 31;
     float four[4], two[2];
     #pragma unroll
@@ -19,8 +21,8 @@ __device__ __forceinline__ float row_of_four_lanes(const float (&sum)[8]) {
     return one + __shfl_xor_sync(~0u, one, 1);
 }
 // The sums of all threads' columns -> made and the residual stream; a thread finishes a row.
-__device__ __forceinline__ void close_rows(
-        Shared& s, const float (&sum)[8], const float* biases, float* made, float* summed, Word* words, unsigned step) {
+__device__ __forceinline__ void finish_rows(
+        Shared& s, const float (&sum)[COLUMN_ROWS], const float* biases, float* made, float* summed, Word* words, unsigned step) {
     const int row = first_of(D) + this_thread(), last = last_of(D);
     const float bias = row < last && biases ? __ldg(biases + row) : 0.f;
     const float one = row_of_four_lanes(sum);
@@ -33,7 +35,7 @@ __device__ __forceinline__ void close_rows(
         const float4 v = *(const float4*)(s.column_part + this_thread() * WARPS + 4 * i);
         y += (v.x + v.y) + (v.z + v.w);
     }
-    close_row(s, row, y, made, summed, words, step);
+    finish_row(s, row, y, made, summed, words, step);
 }
 
 // By rows.
@@ -48,8 +50,9 @@ template <unsigned long long TYPE_MASK, bool BY_COLUMNS> struct Down {
 };
 // By columns, from shared memory: a thread has a piece of each row at a time.
 template <unsigned long long TYPE_MASK> struct Down<TYPE_MASK, true> {
-    static const int E = Format<last_type(TYPE_MASK), true>::E, PIECES = FF / E;
     using Piece = Format<last_type(TYPE_MASK), true>;
+    static const int E = Piece::E, PIECES = FF / E;
+    static_assert(FF % E == 0, "whole pieces");
 
     __device__ __forceinline__ void load(const Matrix&) {}
     __device__ __forceinline__ void take(Shared&, const Layer&, unsigned) {}
@@ -69,7 +72,7 @@ template <unsigned long long TYPE_MASK> struct Down<TYPE_MASK, true> {
     }
     __device__ __forceinline__ void run(Shared& s, const Layer& l, unsigned step) {
         const int first = first_of(D), last = last_of(D);
-        float sum[8] = {};
+        float sum[COLUMN_ROWS] = {};
         #pragma unroll 1
         for (int c = this_thread(); first < last && c < PIECES; c += THREADS) {   // blocks without a row have none of its bytes
             Piece piece[SHARE(D)];
@@ -80,6 +83,6 @@ template <unsigned long long TYPE_MASK> struct Down<TYPE_MASK, true> {
             #pragma unroll
             for (int r = 0; r < SHARE(D); r++) sum[r] += piece[r].dot(x);
         }
-        close_rows(s, sum, l.down.bias, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
+        finish_rows(s, sum, l.down.bias, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
     }
 };

@@ -120,9 +120,10 @@ __device__ __noinline__ void produce(Shared& s, const Model& m) {
         s.near_down = near_matrix(down, s.weights + GATE_BYTES, down_first, down_rows, FF, offset);
         producer.bring(&s.full[1], s.weights + GATE_BYTES, one, 1, down_first, down_rows, FF);
     }
-    for (int row = 0; row < OUTPUT_AHEAD; row += 4) {
+    constexpr int ROWS = 4;      // of the output matrix, which is multiplied from the L2 cache: an instruction asks for so many
+    for (int row = 0; row < OUTPUT_AHEAD; row += ROWS) {
         while (clock64() < producer.next) __nanosleep(40);
-        producer.next += 4 * OUTPUT_PACE;
-        prefetch_rows(m.output, first_of(VOCAB) + row, min(4, OUTPUT_AHEAD - row), D);
+        producer.next += ROWS * OUTPUT_PACE;
+        prefetch_rows(m.output, first_of(VOCAB) + row, min(ROWS, OUTPUT_AHEAD - row), D);
     }
 }

@@ -6,7 +6,8 @@
 // with x start from that; their sums are multiplied by 1 / sqrt(mean(values²) + eps) at the end, so that the products hide the
 // latency of the sum of squares (in float64 as in ggml).
 struct Norm {
-    static constexpr int PER = INTEGERS ? 1 : 2, EACH = (D / PER + THREADS - 1) / THREADS;   // neighbours that a thread takes at once: integers' units are found faster one by one
+    // PER neighbours at once, EACH times a thread. The unit of 32 integers is found faster by lanes that have one each (docs/benchmarks-log.md).
+    static constexpr int PER = INTEGERS ? 1 : 2, EACH = (D / PER + THREADS - 1) / THREADS;
     float weight[EACH][PER], x[EACH][PER];
 
     __device__ __forceinline__ static int element_of(int i) { return PER * (this_thread() + i * THREADS); }

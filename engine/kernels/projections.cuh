@@ -90,15 +90,16 @@ struct Projection {
             if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
         }
         Norm::find_scale(s, eps);
+        constexpr bool ONE_ROUND = SHARE(PAIRS) <= UNITS;      // known to the compiler, which then keeps nothing for a next one
         #pragma unroll 1
-        for (int p = mine; p < last; p += SHARE(PAIRS) > UNITS ? UNITS : PAIRS) {
+        for (int p = mine; p < last; p += ONE_ROUND ? PAIRS : UNITS) {
             int2 r;
             const Matrix& w = qkv_matrix(l, p, r);
             const Matrix* both[2] = {&w, &w};
             const int two[2] = {r.x, r.y};
             float sum[2];
             rows.dot(both, two, lane, s.x, sum);
-            if (SHARE(PAIRS) > UNITS && p + UNITS < last) fetch(l, p + UNITS);
+            if (!ONE_ROUND && p + UNITS < last) fetch(l, p + UNITS);
             leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
         }
         block_sync();
@@ -159,8 +160,8 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
     block_sync();
 }
 
-// A row of a projection onto the residual stream is made.
-__device__ __forceinline__ void close_row(Shared& s, int row, float y, float* made, float* summed, Word* words, unsigned step) {
+// A row's product `y` -> made and the residual stream.
+__device__ __forceinline__ void finish_row(Shared& s, int row, float y, float* made, float* summed, Word* words, unsigned step) {
     const float sum = y + s.rest[row - first_of(D)];
     tell(words + row, sum, step);
     s.rest[row - first_of(D)] = sum;
@@ -169,9 +170,9 @@ __device__ __forceinline__ void close_row(Shared& s, int row, float y, float* ma
 }
 
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
-template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE> struct ProjectionBack {
+template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool NEAR> struct ProjectionBack {
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
-    Rows<COLS, LANES, R, TYPE_MASK, CLOSE> rows;
+    Rows<COLS, LANES, R, TYPE_MASK, NEAR> rows;
     int first, last, lane, mine;
 
     // R neighbouring rows; if there are fewer, the last one repeated.
@@ -205,7 +206,7 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         if (finished >= last) return;
-        close_row(s, finished, sum_of<SHARED_BY>(s, finished - first) + bias, made, summed, words, step);
+        finish_row(s, finished, sum_of<SHARED_BY>(s, finished - first) + bias, made, summed, words, step);
     }
 };
 

@@ -9,8 +9,9 @@
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
-#define OUTPUT_AHEAD (VOCAB / BLOCKS < 192 ? VOCAB / BLOCKS : 192)   // rows of the output matrix that a block asks for during the last layer
-#define OUTPUT_PACE 80           // cycles from one of them to the next
+// Rows of the output matrix that a block asks for during the last layer, and cycles from one to the next (docs/benchmarks-log.md).
+#define OUTPUT_AHEAD (VOCAB / BLOCKS < 192 ? VOCAB / BLOCKS : 192)
+#define OUTPUT_PACE 80
 #define LOGITS_ROUND (4 * WARPS) // rows of it that a block's warps take at a time
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
@@ -67,8 +68,9 @@ struct Model {
 #define DOWN_BYTES 0
 #endif
 #define STAGED (GATE_BYTES > 0)
-// Whether the down projection goes by columns (columns.cuh).
-#define DOWN_BY_COLUMNS (STAGED && one_type(DOWN_TYPES) && (DOWN_TYPES & FLOAT_TYPES) && D / BLOCKS < 8)
+// Whether the down projection goes by columns (columns.cuh), and the most rows of a block for which it can.
+#define COLUMN_ROWS 8
+#define DOWN_BY_COLUMNS (STAGED && one_type(DOWN_TYPES) && (DOWN_TYPES & FLOAT_TYPES) && SHARE(D) <= COLUMN_ROWS)
 
 // Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
 // (BENCHMARKS.md), where half or twice of any of these is slower.
@@ -116,7 +118,7 @@ struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     Activations x;
     float part[PARTS];           // sums of rows by the warps that share them
-    __align__(16) float column_part[DOWN_BY_COLUMNS ? 8 * WARPS : 4];   // the same by columns: no barrier separates them from `part`
+    __align__(16) float column_part[DOWN_BY_COLUMNS ? COLUMN_ROWS * WARPS : 4];   // the same by columns: no barrier separates them from `part`
     float scale;                 // of the norm whose values are in x
     float rest[SHARE(D)];        // the residual stream of this block's rows
     float2 angle[SHARE(PAIRS)];  // of this block's pairs of rows of Q and K
