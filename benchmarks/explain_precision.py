@@ -34,8 +34,6 @@ from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.precision import floor, ratios
 
-_BUDGET = 300.0  # seconds of the wall's clock, on a machine that others use as well
-
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
 
@@ -110,7 +108,7 @@ def right_engines(folder: Path, seeds: range) -> None:
     for seed in seeds:
         faulty, tokens = random_model(folder, seed)
         for name, (_, arithmetic) in ARITHMETIC.items():
-            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, ExplainOptions(budget=_BUDGET))
+            answer = explain(dump_of(faulty, arithmetic(faulty.right), tokens), faulty.model, ExplainOptions())
             answers[name]["no fault" if answer else "accused" if answer.causes else "differs, no cause"] += 1
             if not answer:
                 print(f"seed {seed}, {name}: {answer.first}, {[cause.named.fault for cause in answer.causes]}", flush=True)
@@ -167,7 +165,7 @@ def faulty_engines(folder: Path, seeds: range) -> None:
             kind, change = ARITHMETIC[arithmetic]
             dump = dump_of(faulty, change(steps), tokens)
             for compute in (None, kind):
-                answer = explain(dump, faulty.model, ExplainOptions(budget=_BUDGET, compute=compute))
+                answer = explain(dump, faulty.model, ExplainOptions(compute=compute))
                 outcome = judge(answer, name)
                 answers[arithmetic, compute or "unknown"][outcome] += 1
                 if outcome == "wrong":

@@ -59,7 +59,7 @@ def draw(faulty: Faulty, tokens: tuple[int, ...], number: int, rng: random.Rando
         try:
             dump = faulty.dump(Planted(tuple(parts)), tokens)
             without = [faulty.dump(Planted((*parts[:at], *parts[at + 1 :])), tokens) for at in range(number)]
-        except NotApplicable:
+        except (NotApplicable, ValueError):  # ValueError: NumPy's, of shapes that do not go together in this model
             continue
         if not any(same(dump, fewer) for fewer in without):
             return Planted(tuple(parts)), dump

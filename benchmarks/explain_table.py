@@ -25,7 +25,6 @@ from engine.inapplicable import NotApplicable
 from parity.explain.explain import ExplainOptions, explain
 
 TOKENS, GENERATED, LAYER = 24, 16, 17
-BUDGET = 300.0  # wall-clock seconds, on a machine that others use as well: no search here needs a tenth of it on an idle one
 WHAT = {"values": "all layers", "layer": f"layer {LAYER} only", "logits": "ten logits"}
 _HEAD = f"""# Which faults `parity explain` names
 
@@ -74,7 +73,7 @@ def tried(faulty: Faulty, planted: Planted, what: str, forward: float) -> dict[s
     except (NotApplicable, ValueError):  # ValueError: NumPy's, of shapes that do not go together in this model
         return {"outcome": "impossible"}
     began = process_time()
-    answer = explain(seen, faulty.model, ExplainOptions(tokens=tokens, budget=BUDGET))
+    answer = explain(seen, faulty.model, ExplainOptions(tokens=tokens))
     seconds = process_time() - began
     result = {"seconds": round(seconds, 3), "passes": round(seconds / forward, 1)}
     if answer.first is None:

@@ -47,11 +47,12 @@ class KeptRuns:
         """Our engine: a copy, whose steps a command may replace."""
         return copy(self._transformer)
 
-    def rounded(self, steps: Sequence[Step], kind: str, **how: bool) -> list[Step]:
+    def rounded(self, steps: Sequence[Step], kind: str, *, storage: bool, normed: bool = False) -> list[Step]:
         """As `engine.replay.precision.rounded`."""
+        made = precision.rounded(steps, kind, storage=storage, normed=normed)
         if self._key(steps) not in self._own:
-            return precision.rounded(steps, kind, **how)
-        return self._kept(("rounded", kind, *sorted(how.items()), self._key(steps)), precision.rounded(steps, kind, **how))
+            return made
+        return self._kept(("rounded", kind, storage, normed, self._key(steps)), made)
 
     def disturbed(self, steps: Sequence[Step], seed: int) -> list[Step]:
         """As `engine.replay.disturbed.disturbed`."""

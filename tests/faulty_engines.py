@@ -212,7 +212,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("soft max for sigmoid", number("expert_gating_func", 1), ("experts-gating",)),
         Case("attn_k_b one head on", each("attn_k_b.weight", by=next_row), ("latent-absorbed",)),
         Case("attn_v_b read transposed", each("attn_v_b.weight", by=read_transposed), ("latent-absorbed",)),
-        Case("no shared expert", each("ffn_down_shexp.weight", by=zero), ("shared-expert-missing", "result-unwritten")),
+        Case("no shared expert", each("ffn_down_shexp.weight", by=zero), ("shared-expert-missing",)),
     ),
     "phi3": (
         _EPS, _BASE, _TURNED, _MODULO, _PAIRS, _CHUNKS,
@@ -265,7 +265,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _EPS, _BASE, _MORE, _FEWER, _EXPERTS_ON, _HALF_EXPERTS,
         Case("soft max for sigmoid", number("expert_gating_func", 1), ("experts-gating",)),
         Case("no bias for choosing", each("exp_probs_b.bias", by=zero), ("experts-bias-ignored",)),
-        Case("no shared expert", each("ffn_down_shexp.weight", by=zero), ("shared-expert-missing", "result-unwritten")),
+        Case("no shared expert", each("ffn_down_shexp.weight", by=zero), ("shared-expert-missing",)),
         Case("weights of experts doubled", number("expert_weights_scale", 2.0), ("multiplier", "experts-scale-missing", "values-scaled")),
     ),
 }  # fmt: skip

@@ -229,6 +229,33 @@ def test_layers_that_cannot_be_carried_on_from_are_screened_at_the_logits(
     assert sum(map(len, found.values())) < sum(map(len, candidates.values()))
 
 
+def test_a_fault_outside_the_slice_is_judged_by_the_sketch(engine: Faulty) -> None:
+    """Where the sketch alone differs, a candidate that moves the recorded slice a little makes no record better, and the fault itself does.
+
+    The slice alone was compared then, so that any small change seemed to explain nearly everything.
+    """
+
+    def beyond_the_slice(step: Step) -> Step:
+        def run(*inputs: Array, **parameters: Any) -> Array:
+            values = np.array(step.op(*inputs, **parameters))
+            values[..., 32:64] *= 2
+            return values
+
+        return replace(step, op=run) if step.makes == "blk.0.l_out" else step
+
+    dump = engine.dump(Planted(()), PROMPT, bare=False, steps=[beyond_the_slice(step) for step in engine.right])
+    case = Case(dump, engine.model, ExplainOptions())
+    entry = next(entry for entry in case.entries if entry.point == "blk.0.l_out")
+    right = np.asarray(case.replay.values["blk.0.l_out"])
+    faulty, moved = right.copy(), right.copy()
+    faulty[..., 32:64] *= 2
+    moved[..., :16] *= np.float32(1.001)
+    assert (entry.base > 1e-2).all()
+    assert (entry.nmse(moved, case.positions) > 0.5 * entry.base).all()
+    assert (entry.nmse(faulty, case.positions) <= entry.limit).all()
+
+
+@pytest.mark.slow
 def test_early_rows_are_looked_at_in_one_of_the_layers_that_are_alike(engine: Faulty) -> None:
     """A fault that begins to show at position 8 is named without trying in each layer what another one's first rows contradict."""
     fault = CATALOGUE["keys-cut-off"]

@@ -1,13 +1,16 @@
 """Records that alone are wrong, judged by `isolate`: what the engine computed is right, and none of its operations is blamed."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from changed_files import File
 from isolated_engine import Foreign
 from msgspec.structs import replace
+from planted import tokens_of
 from safetensors.numpy import load_file, save_file
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, Isolation
@@ -15,6 +18,7 @@ from parity.diff.rounding import beyond_rounding, type_of
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import other_order
 from reference.client import Reference
+from reference.jobs import DumpJob
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -153,6 +157,26 @@ def test_places_that_nothing_has_are_no_error_of_the_request(experts: Foreign, r
     isolation = judged(experts, lambda name: name == "blk.2.ffn_moe_topk", spoilt, reference)
     assert [item.name for item in isolation.wrong] == ["blk.2.ffn_moe_topk"]
     assert "the record is suspect" in isolation.wrong[0].reason
+
+
+def test_fewer_experts_than_the_model_has_are_a_wrong_choice(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """llama.cpp with one expert for two: the choice is wrong in every layer, and what has other shapes after it is not judged.
+
+    It was an unusable dump before, as of another model.
+    """
+    model, dump = small_model("jamba", "f32"), tmp_path / "one.jsonl"
+    changed = File(model)
+    changed.set("expert_used_count", 1)
+    tokens = tokens_of(model, 6, 1)
+    reference.dump(DumpJob(changed.write(tmp_path / "one.gguf"), dump, tokens, points="all", slice_size=None))
+    lines = dump.read_text().splitlines()
+    header = json.loads(lines[0]) | {"source": "an engine", "model": None, "hparams": None, "dataflow": None}
+    dump.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    isolation = isolate(IsolateRequest(model, dump=dump, tokens=tokens), reference)
+    assert {item.operation for item in isolation.wrong} == {"ffn_moe_topk"}
+    assert all("1 were chosen instead of 2" in item.reason for item in isolation.wrong)
 
 
 def test_types_are_told_from_simple_numbers() -> None:

@@ -230,6 +230,14 @@ def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_p
     (tmp_path / "empty.jsonl").write_text("")
     np.savez(tmp_path / "other.npz", nothing=np.zeros(8))
     np.savez(tmp_path / "pickled.npz", **{"blk.0.ffn_up.weight": np.array([{}], dtype=object)})
+    np.savez(tmp_path / "text.npz", **{"blk.0.ffn_up.weight": np.array(["a", "b"])})
+    np.savez(tmp_path / "complex.npz", **{"blk.0.ffn_up.weight": np.array([1j, 2])})
+    for name, values in {"text": '["a", 1]', "ragged": "[[1, 2], [3]]", "mapping": "[{}]"}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"name": "blk.0.ffn_up.weight", "values": {values}}}\n')
+    for name in ("text.npz", "complex.npz", "text.jsonl", "ragged.jsonl", "mapping.jsonl"):
+        ran = parity("weights", "--model", stories, "--theirs", tmp_path / name)
+        assert (ran.code, ran.err.count("\n"), ran.out) == (2, 1, "")
+        assert "the values of blk.0.ffn_up.weight are not all numbers" in ran.err
     for name in ("bad.npz", "bad.safetensors", "empty.jsonl", "other.npz", "pickled.npz", "no-such.npz"):
         ran = parity("weights", "--model", stories, "--theirs", tmp_path / name)
         assert (ran.code, ran.err.count("\n"), ran.out) == (2, 1, "")

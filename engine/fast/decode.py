@@ -20,6 +20,7 @@ from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
 _THREADS = 512 + 64  # as in step.cuh: the threads that compute, and the warps that prefetch weights and record
+_SQUARES = 8 * 512  # bytes of a norm's squares, where at other times heads are mixed
 _OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.
@@ -31,9 +32,9 @@ _PHASES = {
 _QUANTISED_WARPS = {"DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Cycles between two pieces of weights on a device whose memory gives less than that many bytes a second; near.cuh has that of faster ones.
-# Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.465 ms a step in F16 at 260, 0.466 at 275, 0.470 at 245 and 0.476 at 290;
-# an H200 (4.9 TB/s) takes 0.411 at 225 and 235, 0.412 at 210 and 0.418 at 260.
-_SLOWER_MEMORY, _SLOWER_PACE = 4e12, 270
+# Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.426 ms a step in F16 at 225 and 240, 0.434 at 255 and 0.447 at 270;
+# an H200 (4.9 TB/s) takes 0.369 at 195, 0.370 at 205 and 0.372 at 215.
+_SLOWER_MEMORY, _SLOWER_PACE = 4e12, 225
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
 _CHUNKS = (128, 256, 512, 1024)
@@ -149,7 +150,10 @@ class DecodeStep:
         activations = max(hp.n_ff, hp.n_embd, hp.n_heads * hp.head_size)
         floats, others = self.weights.types & _FLOATS, self.weights.types & ~_FLOATS
         rest = (
-            (4 * (9 * activations // 8 + 32) if floats else 0) + (4 * activations if others else 0) + 64 * hp.head_size + _OTHER
+            (4 * (9 * activations // 8 + 32) if floats else 0)
+            + (4 * activations if others else 0)
+            + max(64 * hp.head_size, _SQUARES)
+            + _OTHER
         )
         fits = gate + down + rest <= self._device["sharedMemPerBlockOptin"]
         return {"GATE_BYTES": gate, "DOWN_BYTES": down} if fits else {"GATE_BYTES": 0, "DOWN_BYTES": 0}

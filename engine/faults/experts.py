@@ -134,22 +134,21 @@ def _other_side(step: Step, right: Steps, parameters: Parameters) -> Step:
 _INTO = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_gate_up")  # products with an expert's input: a factor of it is one of theirs
 
 
-def _reads_shared(step: Step, right: Steps) -> int:
-    """The number of the operand of a sum that is the shared expert's."""
-    for number in range(len(step.reads)):
-        if "shexp" in maker(step, right, number).makes:
-            return number
-    raise NotApplicable(f"{step.makes} adds no shared expert")
+def _reads_shared(step: Step, right: Steps) -> int | None:
+    """The number of the operand that is the shared expert's, or a factor of it; None if there is none."""
+    return next((number for number in range(len(step.reads)) if "shexp" in maker(step, right, number).makes), None)
 
 
 def _no_shared(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    if step.op is not ops.add:
-        raise NotApplicable(f"{step.makes} is not a sum")
-    return only(step, read_of(step, 1 - _reads_shared(step, right)))
+    shared = _reads_shared(step, right) if step.op is ops.add else None
+    return step if shared is None else only(step, read_of(step, 1 - shared))  # the first layers may have no experts
 
 
 def _no_gate(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    return only(require(step, "MUL"), read_of(step, _reads_shared(step, right)))
+    shared = _reads_shared(step, right)
+    if shared is None:
+        raise NotApplicable(f"{step.makes} is no product with the shared expert")
+    return only(require(step, "MUL"), read_of(step, shared))
 
 
 def _swapped(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -93,6 +93,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     // Each warp combines the results of all warps: lane w has the share of warp w.
     static_assert(HEAD <= THREADS && WARPS == 16, "a thread takes one element, half a warp the warps");
     const long long slot = (long long)head * SPLITS + split;
+    if (warp * 32 >= HEAD && warp != WARPS - 1) return;
     const float its_peak = s.peak[lane % WARPS];
     float top = its_peak, sum = 0.f;
     for (int far = WARPS / 2; far; far >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, far));
@@ -111,7 +112,7 @@ __device__ void attend(Shared& s, const Layer& l, int head, int split, int split
     }
 }
 
-// The shares of each head combined -> x; block 0 stores them as kqv_out, with each head's peak and 1 / sum. A thread takes two
+// The shares of each head combined -> x; one block stores them as kqv_out, with each head's peak and 1 / sum. A thread takes two
 // neighbouring elements.
 __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
     constexpr int TOGETHER = SPLITS < 3 ? SPLITS : 3;
@@ -149,7 +150,7 @@ __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
         const float share = 1.f / total;
         value.x *= share; value.y *= share;
         s.x.put<2, QW % 64 == 0>(e, {value.x, value.y});
-        if (blockIdx.x == 0) {
+        if (this_block() == KEEPER) {
             *(float2*)(l.kqv_out + e) = value;
             if (e % HEAD == 0) *(float2*)(l.peaks + 2 * head) = make_float2(peak, share);
         }

@@ -8,7 +8,7 @@
 // Given at compile time: LAYERS D HEADS KV_HEADS HEAD FF VOCAB ROPE NEOX POSITIONS (places of the cache) BLOCKS SPLITS.
 
 #include "attention.cuh"
-#include "projections.cuh"
+#include "columns.cuh"
 #include "records.cuh"
 
 // Logits of this block's rows and the largest of them; if they are recorded, the warp that does it gets them by way of shared memory.
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         norm.run(s, i ? nullptr : m.embd, next.words + OUT_WORDS, step);   // `next` still is the layer before
         MARK
         qkv.run(s, l, eps, now.position, step);
-        norm.keep(s, eps, l.attn_norm_out);
+        norm.keep(s.scale, l.attn_norm_out);
         MARK
         if (this_thread() == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
         #pragma unroll 1
@@ -174,29 +174,30 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         if (STAGED) await(&s.full[0], i & 1);
         MARK
         gate_up.run(s, l, eps, step);
-        norm.keep(s, eps, l.ffn_norm_out);
+        norm.keep(s.scale, l.ffn_norm_out);
         MARK
-        ProjectionBack<FF, DOWN_WARPS, DOWN_ROWS, DOWN_TYPES, STAGED> down;
+        Down<DOWN_TYPES, DOWN_BY_COLUMNS> down;
         down.load(l.down);
         if (i + 1 < LAYERS) {
             if (STAGED && this_thread() == 32) leave(&s.used[0]);
             if (this_thread() / 32 == 2) prefetch_qkv(next);
             if (this_thread() == 96) prefetch_mine(next.o, D, QW);
             if (this_thread() == 128) prefetch_words(next);
-        } else if (this_thread() == 32) prefetch_rows(m.output, first_of(VOCAB), min(LOGITS_AHEAD, last_of(VOCAB) - first_of(VOCAB)), D);
-        take(s, (const unsigned*)(l.words + SWIGLU_WORDS), step);
+        } else if (!STAGED && this_thread() == 32) prefetch_rows(m.output, first_of(VOCAB), OUTPUT_AHEAD, D);
+        down.take(s, l, step);
         if (STAGED) await(&s.full[1], i & 1);
         MARK
-        down.run(s, STAGED ? s.near_down : l.down, l.ffn_out, l.l_out, l.words + OUT_WORDS, step);
+        down.run(s, l, step);
         if (STAGED && i + 1 < LAYERS && this_thread() == 32) leave(&s.used[1]);
         norm.load(i + 1 < LAYERS ? next.attn_norm : m.norm);
         if (i + 1 < LAYERS) qkv.load(next);
         MARK
     }
     norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
-    norm.keep(s, eps, m.output_norm);
+    const float last_scale = Norm::scale(s, eps);
+    norm.keep(last_scale, m.output_norm);
     settle();
-    logits(s, m, Norm::scale(s, eps), logits_at >= 0);
+    logits(s, m, last_scale, logits_at >= 0);
     MARK
     choose(s, m, step * BLOCKS, now);
     if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // with fewer lines, the other warps do them all

@@ -7,16 +7,17 @@
 #include "step.cuh"
 
 // NEAR: the planes lie in shared memory, where a bulk copy has put this block's rows.
-template <bool NEAR> __device__ __forceinline__ uint4 stream(const uint4* p) {
-    if constexpr (NEAR) return *p;
+__device__ __forceinline__ unsigned near_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+template <bool NEAR> __device__ __forceinline__ uint4 stream(const uint4* base, long long at) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    if constexpr (NEAR) asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(near_address(base) + 16 * (unsigned)at));
+    else asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(base + at));
     return v;
 }
-template <bool NEAR> __device__ __forceinline__ uint2 stream(const uint2* p) {
-    if constexpr (NEAR) return *p;
+template <bool NEAR> __device__ __forceinline__ uint2 stream(const uint2* base, long long at) {
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    if constexpr (NEAR) asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(near_address(base) + 8 * (unsigned)at));
+    else asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(base + at));
     return v;
 }
 
@@ -59,7 +60,7 @@ template <int T, bool NEAR = false> struct Format;   // E elements a piece; load
 template <bool NEAR> struct Format<F32, NEAR> {
     static const int E = 4;
     uint4 v;
-    __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low + row * pieces + c); }
+    __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low, row * pieces + c); }
     using Operand = FloatPiece<E>;
     __device__ __forceinline__ float dot(const Operand& a) const {
         return dot4(make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)), a.x[0], 0.f);
@@ -68,7 +69,7 @@ template <bool NEAR> struct Format<F32, NEAR> {
 template <bool NEAR> struct Format<F16, NEAR> {
     static const int E = 8;
     uint4 v;
-    __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low + row * pieces + c); }
+    __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low, row * pieces + c); }
     using Operand = FloatPiece<E>;
     __device__ __forceinline__ float dot(const Operand& a) const {
         float2 p = __half22float2(*(const half2*)&v.x), q = __half22float2(*(const half2*)&v.y);
@@ -79,7 +80,7 @@ template <bool NEAR> struct Format<F16, NEAR> {
 template <bool NEAR> struct Format<BF16, NEAR> {
     static const int E = 8;
     uint4 v;
-    __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low + row * pieces + c); }
+    __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) { v = stream<NEAR>(m.low, row * pieces + c); }
     __device__ static float2 two(unsigned w) { return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xFFFF0000u)); }
     using Operand = FloatPiece<E>;
     __device__ __forceinline__ float dot(const Operand& a) const {
@@ -99,7 +100,7 @@ template <bool NEAR> struct Format<Q8_0, NEAR> : Quantised {
     uint4 v;
     half d;
     __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) {
-        v = stream<NEAR>(m.low + row * pieces + c);
+        v = stream<NEAR>(m.low, row * pieces + c);
         d = get<NEAR>((const half*)m.scales + (row * pieces + c) / 2);
     }
     __device__ __forceinline__ float dot(const IntegerPiece& x) const { return __half2float(d) * x.unit * product(v, x); }
@@ -108,7 +109,7 @@ template <bool NEAR> struct Format<Q4_0, NEAR> : Quantised {
     uint2 v;
     half d;
     __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) {
-        v = stream<NEAR>((const uint2*)m.low + row * pieces + c);
+        v = stream<NEAR>((const uint2*)m.low, row * pieces + c);
         d = get<NEAR>((const half*)m.scales + (row * pieces + c) / 2);
     }
     // A nibble with its highest bit turned, at the top of a byte: 16 (q - 8).
@@ -122,7 +123,7 @@ template <bool NEAR> struct Format<Q5_0, NEAR> : Quantised {
     unsigned h;
     half d;
     __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) {
-        v = stream<NEAR>((const uint2*)m.low + row * pieces + c);
+        v = stream<NEAR>((const uint2*)m.low, row * pieces + c);
         h = get<NEAR>((const unsigned*)m.high + (row * pieces + c) / 2);
         d = get<NEAR>((const half*)m.scales + (row * pieces + c) / 2);
     }
@@ -139,7 +140,7 @@ template <bool NEAR> struct Format<Q4_K, NEAR> : Quantised {
     uchar2 s;
     half2 d;
     __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) {
-        v = stream<NEAR>((const uint2*)m.low + row * pieces + c);
+        v = stream<NEAR>((const uint2*)m.low, row * pieces + c);
         s = get<NEAR>((const uchar2*)m.scales + (row * pieces + c) / 2);
         d = get<NEAR>((const half2*)m.super + (row * pieces + c) / 16);
     }
@@ -154,7 +155,7 @@ template <bool NEAR> struct Format<Q6_K, NEAR> : Quantised {
     signed char s;
     half d;
     __device__ __forceinline__ void load(const Matrix& m, long long row, int pieces, int c) {
-        v = stream<NEAR>((const uint2*)m.low + row * pieces + c);
+        v = stream<NEAR>((const uint2*)m.low, row * pieces + c);
         h = get<NEAR>((const unsigned*)m.high + row * pieces + c);
         s = get<NEAR>((const signed char*)m.scales + row * pieces + c);
         d = get<NEAR>((const half*)m.super + (row * pieces + c) / 16);

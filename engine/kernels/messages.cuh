@@ -8,7 +8,7 @@
 #define PAUSE 50
 #endif
 #ifndef FIRST_PAUSE              // before the first read of the residual stream behind attention: looking too early slows down those
-#define FIRST_PAUSE 600          // blocks that still make it, by 4 % of a step (docs/benchmarks-log.md)
+#define FIRST_PAUSE 400          // blocks that still make it (docs/benchmarks-log.md)
 #endif
 typedef unsigned long long Word;
 

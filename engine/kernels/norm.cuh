@@ -6,46 +6,68 @@
 // with x start from that; their sums are multiplied by 1 / sqrt(mean(values²) + eps) at the end, so that the products hide the
 // latency of the sum of squares (in float64 as in ggml).
 struct Norm {
-    static constexpr int EACH = (D + THREADS - 1) / THREADS;
-    float weight[EACH], x[EACH];
+    static constexpr int PER = INTEGERS ? 1 : 2, EACH = (D / PER + THREADS - 1) / THREADS;   // neighbours that a thread takes at once: integers' units are found faster one by one
+    float weight[EACH][PER], x[EACH][PER];
 
+    __device__ __forceinline__ static int element_of(int i) { return PER * (this_thread() + i * THREADS); }
     __device__ __forceinline__ void load(const float* weights) {
         #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int e = this_thread() + i * THREADS;
-            weight[i] = e < D ? __ldg(weights + e) : 0.f;
-        }
+        for (int i = 0; i < EACH; i++)
+            #pragma unroll
+            for (int j = 0; j < PER; j++) weight[i][j] = element_of(i) < D ? __ldg(weights + element_of(i) + j) : 0.f;
     }
     // The values come as words from the other blocks, or, where they are this block's own, from memory.
     __device__ __forceinline__ void run(Shared& s, const float* values, const Word* words, unsigned step) {
-        float v[EACH];
         double squares = 0;
         if (values)
             #pragma unroll
-            for (int i = 0; i < EACH; i++) v[i] = this_thread() + i * THREADS < D ? __ldcg(values + this_thread() + i * THREADS) : 0.f;
-        else hear([&](int i) { return this_thread() + i * THREADS < D ? words + this_thread() + i * THREADS : nullptr; }, step, v);
+            for (int i = 0; i < EACH; i++)
+                #pragma unroll
+                for (int j = 0; j < PER; j++) x[i][j] = element_of(i) < D ? __ldcg(values + element_of(i) + j) : 0.f;
+        else if constexpr (PER == 1) {
+            float heard[EACH];
+            hear([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) x[i][0] = heard[i];
+        } else {
+            float2 heard[EACH];
+            hear_pairs([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
+            #pragma unroll
+            for (int i = 0; i < EACH; i++) { x[i][0] = heard[i].x; x[i][1] = heard[i].y; }
+        }
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int e = this_thread() + i * THREADS;
-            x[i] = v[i] * weight[i];
-            if (e < D) s.x.put<1, true>(e, {x[i]});   // D is a multiple of 32
-            squares += (double)v[i] * v[i];
+            #pragma unroll
+            for (int j = 0; j < PER; j++) {
+                squares += (double)x[i][j] * x[i][j];
+                x[i][j] *= weight[i][j];
+            }
+            if (element_of(i) < D) s.x.put<PER, D % (32 * PER) == 0>(element_of(i), x[i]);
         }
-        for (int far = 16; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
-        if ((this_thread() & 31) == 0) s.norm[this_thread() >> 5] = squares;
+        s.squares[this_thread()] = squares;
         block_sync();
     }
     // By whole warps.
     static __device__ __forceinline__ float scale(const Shared& s, float eps) {
-        double squares = s.norm[this_thread() & (WARPS - 1)];
-        for (int far = WARPS / 2; far; far >>= 1) squares += __shfl_xor_sync(~0u, squares, far);
-        return rsqrtf((float)(squares * (1. / D)) + eps);
+        double sum = 0;
+        #pragma unroll 4
+        for (int i = 0; i < WARPS; i++) sum += s.squares[(this_thread() & 31) + 32 * i];
+        for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
+        return rsqrtf((float)(sum * (1. / D)) + eps);
+    }
+    // The last warp, which has the fewest rows, finds the scale beside the products of the others.
+    static __device__ __forceinline__ void find_scale(Shared& s, float eps) {
+        if (this_thread() < THREADS - 32) return;
+        const float found = scale(s, eps);
+        if (this_thread() == THREADS - 1) s.scale = found;
     }
     // The normalised values, to be recorded: stored by one block, after what the others wait for.
-    __device__ __forceinline__ void keep(const Shared& s, float eps, float* out) const {
-        if (blockIdx.x) return;
-        const float scale = Norm::scale(s, eps);
+    __device__ __forceinline__ void keep(float scale, float* out) const {
+        if (this_block() != KEEPER) return;
         #pragma unroll
-        for (int i = 0; i < EACH; i++) if (this_thread() + i * THREADS < D) out[this_thread() + i * THREADS] = x[i] * scale;
+        for (int i = 0; i < EACH; i++)
+            if (element_of(i) < D)
+                #pragma unroll
+                for (int j = 0; j < PER; j++) out[element_of(i) + j] = x[i][j] * scale;
     }
 };

@@ -89,16 +89,16 @@ struct Projection {
             const Matrix& w = qkv_matrix(l, first + this_thread(), r);
             if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
         }
-        const float scale = Norm::scale(s, eps);
+        Norm::find_scale(s, eps);
         #pragma unroll 1
-        for (int p = mine; p < last; p += UNITS) {
+        for (int p = mine; p < last; p += SHARE(PAIRS) > UNITS ? UNITS : PAIRS) {
             int2 r;
             const Matrix& w = qkv_matrix(l, p, r);
             const Matrix* both[2] = {&w, &w};
             const int two[2] = {r.x, r.y};
             float sum[2];
             rows.dot(both, two, lane, s.x, sum);
-            if (p + UNITS < last) fetch(l, p + UNITS);
+            if (SHARE(PAIRS) > UNITS && p + UNITS < last) fetch(l, p + UNITS);
             leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
         }
         block_sync();
@@ -107,6 +107,7 @@ struct Projection {
         if (p >= last) return;
         int2 r;
         qkv_matrix(l, p, r);
+        const float scale = s.scale;
         const float a = sum_of<QKV_WARPS>(s, 2 * u) * scale + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) * scale + bias.y;
         if (p >= (QW + KW) / 2) {
             tell(l.words + V_WORDS + r.x, a, step);
@@ -158,6 +159,15 @@ __device__ __forceinline__ void take(Shared& s, const unsigned* words, unsigned 
     block_sync();
 }
 
+// A row of a projection onto the residual stream is made.
+__device__ __forceinline__ void close_row(Shared& s, int row, float y, float* made, float* summed, Word* words, unsigned step) {
+    const float sum = y + s.rest[row - first_of(D)];
+    tell(words + row, sum, step);
+    s.rest[row - first_of(D)] = sum;
+    made[row] = y;
+    summed[row] = sum;
+}
+
 // Rows of a projection onto the residual stream: product -> made, product + residual -> sum.
 template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLOSE> struct ProjectionBack {
     static const int LANES = SHARED_BY * 32, AT_ONCE = R * (THREADS / LANES);
@@ -195,11 +205,7 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool CLO
         block_sync();
         static_assert(SHARE(D) <= THREADS, "a thread finishes one row");
         if (finished >= last) return;
-        const float y = sum_of<SHARED_BY>(s, finished - first) + bias, sum = y + s.rest[finished - first];
-        tell(words + finished, sum, step);
-        s.rest[finished - first] = sum;
-        made[finished] = y;
-        summed[finished] = sum;
+        close_row(s, finished, sum_of<SHARED_BY>(s, finished - first) + bias, made, summed, words, step);
     }
 };
 
@@ -221,7 +227,7 @@ struct GateUp {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = one_type(GATE_TYPES) || type_of(l.gate) == type_of(l.up);
-        const float scale = Norm::scale(s, eps);
+        Norm::find_scale(s, eps);
         rows.hold(s.x, lane);
         #pragma unroll 1
         for (int r = mine; r < last; r += UNITS) {
@@ -246,6 +252,7 @@ struct GateUp {
             leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
         }
         block_sync();
+        const float scale = s.scale;
         for (int r = first + this_thread(); r < last; r += THREADS) {
             float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
             if (l.gate.bias) a += l.gate.bias[r];

@@ -9,7 +9,8 @@
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
-#define LOGITS_AHEAD 128         // rows of the output matrix that a block asks for during the last layer's end
+#define OUTPUT_AHEAD (VOCAB / BLOCKS < 192 ? VOCAB / BLOCKS : 192)   // rows of the output matrix that a block asks for during the last layer
+#define OUTPUT_PACE 80           // cycles from one of them to the next
 #define LOGITS_ROUND (4 * WARPS) // rows of it that a block's warps take at a time
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
@@ -66,6 +67,8 @@ struct Model {
 #define DOWN_BYTES 0
 #endif
 #define STAGED (GATE_BYTES > 0)
+// Whether the down projection goes by columns (columns.cuh).
+#define DOWN_BY_COLUMNS (STAGED && one_type(DOWN_TYPES) && (DOWN_TYPES & FLOAT_TYPES) && D / BLOCKS < 8)
 
 // Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
 // (BENCHMARKS.md), where half or twice of any of these is slower.
@@ -113,10 +116,15 @@ struct Shared {
     Layer layer[2];              // pointers of this layer and the next: read from memory once, ahead of time
     Activations x;
     float part[PARTS];           // sums of rows by the warps that share them
-    double norm[WARPS];
+    __align__(16) float column_part[DOWN_BY_COLUMNS ? 8 * WARPS : 4];   // the same by columns: no barrier separates them from `part`
+    float scale;                 // of the norm whose values are in x
     float rest[SHARE(D)];        // the residual stream of this block's rows
     float2 angle[SHARE(PAIRS)];  // of this block's pairs of rows of Q and K
-    float mixed[WARPS][HEAD], peak[WARPS], total[WARPS];   // of the warps that share a head
+    union {
+        float mixed[WARPS][HEAD];   // of the warps that share a head
+        double squares[THREADS];    // a norm's, between two barriers at other times
+    };
+    float peak[WARPS], total[WARPS];
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     unsigned long long round_made[LOGIT_ROUNDS];   // barriers of the logits, which the recording warp takes as they are made
@@ -124,6 +132,8 @@ struct Shared {
     Matrix near_gate, near_up, near_down;
     __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
+
+#define KEEPER (BLOCKS - 1)      // the block that records what all blocks have: the one least likely to have a head
 
 // This block's share of `count` items, as [first, last).
 __device__ __forceinline__ int first_of(int count) { return (unsigned)count * this_block() / BLOCKS; }

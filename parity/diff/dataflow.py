@@ -222,8 +222,10 @@ def without_mask(points: Mapping[str, Rows]) -> bool | None:
     return None
 
 
-def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools) -> Upstream:
-    """The errors above each record.
+def upstream(
+    model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools, *, nearest: bool = False
+) -> Upstream:
+    """The errors above each record; of the `nearest` points alone that it is made from, if that is asked.
 
     Args:
         model: the compared points; `point` int64 [R] is a record's index into its names, ascending.
@@ -246,7 +248,11 @@ def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats,
             front = _Front.of(at, nmse[rows], failed[rows], len(places))
             # Every position of an encoder, and of its decoder, sees all of the encoder's positions.
             front = front.everywhere() if model.sees_later(name) else front
-            fronts[name] = _join([above, front]) if len(rows) else above
+            if not len(rows):
+                front = above
+            elif not nearest:
+                front = _join([above, front])
+            fronts[name] = front
     return Upstream(worst, spoiled)
 
 

@@ -25,6 +25,9 @@ from .records import Expected, Floats
 # The part of what an arithmetic costs a point up to which our own rounding's numbers are the dump's: right engines' were 0 to 0.01 of it,
 # from values that lie next to a tie.
 _THE_SAME = 0.1
+# The most by which rounding to nearest moves a constant, as a part of it: an engine may keep one (the root of the width by which it
+# scales embeddings, say) in the type in which it computes.
+_OF_A_CONSTANT = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-9}
 _ENOUGH = 12  # recorded values: a number fitted to fewer may follow noise
 
 
@@ -43,7 +46,7 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
         if found is None:
             return answer
         entry, errors = found
-        sentence = _law_beside(case, run, entry, errors)
+        sentence = _law_beside(case, run, entry, errors, _OF_A_CONSTANT.get(kind, 0.0))
         if sentence:
             step = next(step for step in case.transformer.steps if step.makes == entry.point)
             at = int(np.flatnonzero(errors > entry.limit)[0])
@@ -73,9 +76,14 @@ def _first_other(case: Case, run: Replay, cost: PrecisionFloor) -> tuple[Expecte
     return None
 
 
-def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats) -> str:
+def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, of_a_constant: float) -> str:
+    """The law that the wrong records follow; "" without one, or if a constant that is rounded to the type explains them."""
     compared = beside(replace(entry, limit=entry.limit / ROOM), errors, run.on_host, case.positions)
     if compared is None or compared.dumped.size < _ENOUGH:
+        return ""
+    energy = float((compared.right**2).sum())
+    factor = float((compared.dumped * compared.right).sum()) / energy if energy > 0 else 1.0
+    if abs(factor - 1) <= of_a_constant and compared.holds(compared.right * factor):
         return ""
     sentence = law(compared)
     return "" if sentence.endswith(WRONG) or "not recorded" in sentence else sentence

@@ -23,6 +23,9 @@ from ..diff.whole_rows import sizes
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# The share of a record's error that may be left where a candidate is taken for better, as of a lead's.
+_BETTER = 0.1
+
 
 class Expected(Struct, frozen=True):
     """The records of one point; R records of k values.
@@ -75,8 +78,14 @@ class Expected(Struct, frozen=True):
         result = np.full((len(tensors), len(self.rows)), np.nan)
         result[:, here] = error
         if self.whole:  # a sketch is only compared where the slice does not contradict it
-            for number in np.flatnonzero((error <= self.limit[here]).all(axis=1)):
-                result[number] = self._measured(tensors[number], positions, here)
+            base, limit = self.base[here], self.limit[here]
+            better = (base > limit) & ((error <= limit) | (error < _BETTER * base))
+            for number, agrees in enumerate(error <= limit if error.size else ()):
+                # A record may differ in its sketch alone: then a slice that hardly moves is no sign of a better one.
+                asked = here.copy()
+                asked[here] = True if agrees.all() else better[number]
+                if asked.any():
+                    result[number, asked] = self._measured(tensors[number], positions, asked)[asked]
         return result
 
     def residual(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:

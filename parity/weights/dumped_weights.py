@@ -32,7 +32,7 @@ def load(path: Path) -> dict[str, Floats]:
                 weights = {name: archive[name] for name in archive.files}
         else:
             weights = dict(_jsonl(path))
-        flat = {name: np.asarray(values).astype(np.float32).reshape(-1) for name, values in weights.items()}
+        flat = {name: _numbers(path, name, values).astype(np.float32).reshape(-1) for name, values in weights.items()}
     except DumpError:
         raise
     except Exception as error:  # each library has its own errors for a damaged file
@@ -45,6 +45,19 @@ def load(path: Path) -> dict[str, Floats]:
     if not flat:
         raise DumpError(f"{path} holds no tensors.", "Take safetensors, npz, or JSONL with names and values.", code="theirs")
     return flat
+
+
+def _numbers(path: Path, name: str, values: Any) -> NDArray[Any]:
+    """The values of a tensor; those of a list in float64, where "NaN" and "Infinity" may stand as text."""
+    try:
+        numbers = np.array(values, dtype=np.float64) if isinstance(values, list) else np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        numbers = np.array("")
+    if numbers.dtype.kind in "USOcMm":
+        raise DumpError(
+            f"{path}: the values of {name} are not all numbers.", "Dump each tensor as one flat list.", code="theirs"
+        )
+    return numbers
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -63,7 +76,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                 continue
             name = (record.get("checkpoint") or record.get("name")) if isinstance(record, dict) else None
             if isinstance(name, str) and isinstance(record.get("values"), list):
-                values = np.array(record["values"], dtype=np.float64)
+                values = _numbers(path, name, record["values"])
                 if name in seen and not np.array_equal(seen[name], values, equal_nan=True):
                     raise DumpError(f"{path} has {name} twice, with other values.", "Dump each tensor once.", code="theirs")
                 seen[name] = values
