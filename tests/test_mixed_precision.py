@@ -304,7 +304,7 @@ def test_what_other_experts_cost_is_no_noise(small_model: Callable[..., Path], r
     path = small_model("bailingmoe2")
     engine = Faulty(path, reference.graph(path))
     steps = times(times(engine.right, "blk.2.ffn_moe_weights_norm", -1.0), "blk.3.ffn_moe_weights_norm", -1.0)
-    tokens = tokens_of(path, 5, 3000352)
+    tokens = tokens_of(path, 6, 3000352)
     dump = engine.dump(Planted(()), tokens, points="default", size=10, bare=False, steps=steps)
     assert dump.header is not None
     dump = replace(dump, header=replace(dump.header, compute="", source="an engine"))
