@@ -68,7 +68,7 @@ def _lint(answer: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> R
     return ReportSection("Can the dump be trusted?", summary, names, tuple(_texts(item, *names) for item in findings))
 
 
-def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> ReportSection:
+def _explain(answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> ReportSection:
     """Faults that give the same numbers are listed below the one they are equivalent to."""
     rows: list[tuple[str, ...]] = []
     for cause in causes:
@@ -78,14 +78,34 @@ def _explain(_answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) ->
         same = cause.get("equivalent")
         others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
         rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
-    summary = (
-        f"{count(len(causes), 'cause')} found that {'reproduces' if len(causes) == 1 else 'reproduce'} these numbers"
+    return ReportSection(
+        "Which known fault is it?",
+        _explained(answer, len(causes)),
+        ("fault", "what it does", "layers", "explains", "NMSE", "fix"),
+        tuple(rows),
+    )
+
+
+def _explained(answer: Mapping[str, Any], causes: int) -> str:
+    """What an explanation says before its causes; what they leave, and the law of it, belong to the answer as they do."""
+    if answer.get("verdict") == "no fault":
+        kind = _text(answer.get("precision_only"))
+        assumed = ", which nothing states" if answer.get("precision_assumed") is True else ""
+        return f"no fault: what differs is what {kind} rounds{assumed}" if kind else "no fault: nothing differs"
+    said = [
+        f"{count(causes, 'cause')} found that {'reproduces' if causes == 1 else 'reproduce'} these numbers"
         if causes
         else "no known fault reproduces these numbers"
-    )
-    return ReportSection(
-        "Which known fault is it?", summary, ("fault", "what it does", "layers", "explains", "NMSE", "fix"), tuple(rows)
-    )
+    ]
+    place = answer.get("remaining")
+    where = _text(place.get("checkpoint")) if isinstance(place, Mapping) else ""
+    if causes and where:
+        said = [f"{count(causes, 'cause')} found; {where} is not explained"]
+    if law := _text(answer.get("law")):
+        said.append(f"at {where} {law}" if where else law)
+    if looks := _text(answer.get("looks_like")):
+        said.append(f"the numbers look like {looks}")
+    return "; ".join(said)
 
 
 def _share(value: Any) -> str:

@@ -295,3 +295,20 @@ def test_a_large_fault_in_a_lower_arithmetic_is_named(sides: Sides, kind: str) -
     answer = explain(dump_of(sides, steps), engine.model, ExplainOptions(budget=20))
     assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
     assert "mixed precision" not in answer.law
+
+
+@pytest.mark.slow
+def test_what_other_experts_cost_is_no_noise(small_model: Callable[..., Path], reference: Reference) -> None:
+    """Weights of experts with the wrong sign, seen at the layers' outputs: half of a row is wrong, which other experts could cost as well,
+    and no lower arithmetic's noise: the operations are placed."""
+    path = small_model("bailingmoe2")
+    engine = Faulty(path, reference.graph(path))
+    steps = times(times(engine.right, "blk.2.ffn_moe_weights_norm", -1.0), "blk.3.ffn_moe_weights_norm", -1.0)
+    tokens = tokens_of(path, 6, 3000352)
+    dump = engine.dump(Planted(()), tokens, points="default", size=10, bare=False, steps=steps)
+    assert dump.header is not None
+    dump = replace(dump, header=replace(dump.header, compute="", source="an engine"))
+    answer = explain(dump, path, ExplainOptions(budget=2))
+    assert "noise in all elements" not in answer.law
+    assert answer.placed is not None
+    assert "blk.2.ffn_moe_weights_norm" in answer.placed.operations or "blk.3.ffn_moe_weights_norm" in answer.placed.operations

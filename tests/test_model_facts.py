@@ -50,6 +50,12 @@ def test_experts(parity: Cli, small_model: Callable[..., Path]) -> None:
     assert "YaRN from 128 positions" in kinds["0"]["rope"]
 
 
+def test_an_activation_that_is_squared_is_said(parity: Cli, small_model: Callable[..., Path]) -> None:
+    """nemotron: whoever reads RELU writes a ReLU that is not squared."""
+    _, kinds = layers(parity, small_model("nemotron", layers=1))
+    assert kinds["0"]["activation"] == "RELU, squared"
+
+
 @pytest.mark.slow
 def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) -> None:
     """qwen35: convolutions, states and a layer with attention whose RoPE has sections; mamba has no attention at all; longrope."""

@@ -248,6 +248,28 @@ def test_an_explanation_is_no_isolation(known: bool) -> None:
     assert [row[:2] for row in section.rows] == [("rope-pairs", "RoPE rotates the wrong pairs")] * known
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"law": "every element is 1.002 times the right one"},
+            "no known fault reproduces these numbers; at logits every element is",
+        ),
+        ({"looks_like": "f16"}, "the numbers look like f16"),
+        ({"causes": 1}, "1 cause found; logits is not explained"),
+        ({"remaining": None, "precision_only": "f16"}, "no fault: what differs is what f16 rounds"),
+        ({"remaining": None, "first": None}, "no fault: nothing differs"),
+    ],
+)
+def test_the_part_on_causes_says_what_explain_says(changes: dict[str, object], sentence: str) -> None:
+    """A law and what is left stand in the report, and a right engine is not said to have numbers of an unknown fault, as it was."""
+    place = DivergentPlace("logits", 0, 1e-5, 1e-10)
+    cause = Cause(Named("rope-pairs", {}, None, "RoPE rotates the wrong pairs"), 0.5, 3, 1e-13, "", "", "")
+    causes = (cause,) if changes.get("causes") else ()
+    explanation = replace(Explanation(3, 3, place, None, remaining=place), **{**changes, "causes": causes})
+    assert sentence in finding(explanation_as_json(explanation), "f").sentence
+
+
 def test_a_noisy_side_is_right() -> None:
     """The helper that makes right sides makes right sides: else nothing here would prove anything."""
     assert passing().verdict

@@ -15,7 +15,7 @@ from engine.inapplicable import NotApplicable
 from engine.replay.precision import CACHES, cached, rounded
 from reports.sentences import ARITHMETIC
 
-from ..diff.limits import EXACT_FLOOR
+from ..diff.limits import EXACT_FLOOR, limits
 from ..diff.scatter import SIMILAR, is_scatter, spares_elements
 from .case import Case
 from .flipped import has_choices
@@ -31,6 +31,7 @@ _SAME, _AS_LARGE = 0.9, 1.5
 # The NMSE of right engines that round, or sum, in other places than our rounding does: 0.09 times what rounded products cost to 3.8 times
 # what rounded activations cost (measured, `precision.UPPER`).
 _SMALLEST, _LARGEST = 0.09, 3.8
+_LOWEST = limits(None, None, compute="bf16")
 _SEVERAL = 3  # operations that are not recorded: a single one shows its own rounding
 
 
@@ -67,7 +68,8 @@ def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     if not is_scatter(right[rows] + errors[rows], right[rows]) or spares_elements(errors, right, known):
         return ""
     off = np.linalg.norm(errors[rows], axis=1) / np.maximum(np.linalg.norm(right[rows], axis=1), np.finfo(np.float64).tiny)
-    if off.max() > np.sqrt(SIMILAR) * off.min():
+    # Where experts may be chosen otherwise our own rounding "costs" half of a row: that much is no noise.
+    if off.max() > np.sqrt(SIMILAR) * off.min() or off.max() ** 2 > _LOWEST.operations:
         return ""
     far = {
         kind: round(abs(float(np.log((found**2).sum() / own))))

@@ -189,9 +189,12 @@ class _Read:
             halves = "" if len([i for i in tensor.sources if i is not None]) > 1 else ", gate and up in one product"
             more = f" (α {_float(tensor, 2):g}, limit {_float(tensor, 3):g})" if kind == "SWIGLU_OAI" else ""
             names.append(f"{kind}{more} of {tensor.ne[0].fixed}{halves}")
-        plain = [
-            UNARY_KINDS[tensor.params[0]] for tensor in self._of(inside, "UNARY") if tensor.params[0] not in (_TANH, _SIGMOID)
-        ]
+        plain: list[str] = []
+        for i in inside:
+            tensor = self._tensors[i]
+            if tensor.op == "UNARY" and tensor.params[0] not in (_TANH, _SIGMOID):
+                squared = any(self._tensors[j].op == "SQR" for j in self._readers(i))
+                plain.append(UNARY_KINDS[tensor.params[0]] + (", squared" if squared else ""))
         return {"activation": ", ".join(dict.fromkeys([*names, *plain]))} if names or plain else {}
 
     def _experts(self, inside: list[int]) -> Facts:
