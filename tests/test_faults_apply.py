@@ -17,6 +17,7 @@ from checkpoints.long_factors import LONG, SHORT
 from engine import ops
 from engine.backend import choose
 from engine.faults import CATALOGUE, FITTED, Fault, Planting, plant
+from engine.faults.base import layer_near
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.opened import open_plain
@@ -235,3 +236,23 @@ def test_attention_in_ggmls_own_operations_is_changed_where_it_can_be(
     edits = Planting(steps).edits(CATALOGUE[fault], None, parameters)
     assert edits
     assert all(steps[number].makes.endswith(tuple(changed.split())) for number in edits)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fault", "layers", "other"),
+    [("qwen3next", "decay-missing", {0, 1, 2}, 3), ("llama4", "rope-on-values", {0, 1, 2}, 3)],
+)
+def test_a_fault_in_all_layers_is_one_in_those_that_have_its_place(
+    reference: Reference, small_model: Callable[..., Path], recipe: str, fault: str, layers: set[int], other: int
+) -> None:
+    """A recurrence's fault is tried in a model that has attention layers, too, RoPE's where some layers have none; the layer without its
+    place, asked for alone, still says so.
+    """
+    path = small_model(recipe)
+    planting = Planting(open_plain(GgufModel(path), "numpy", recorded=partial(reference.graph, path)).steps)
+    parameters = CATALOGUE[fault].variants(planting.right)[0]
+    edits = planting.edits(CATALOGUE[fault], None, parameters)
+    assert {layer_near(planting.steps[number]) for number in edits} == layers
+    assert planting.first_change(CATALOGUE[fault], parameters) == min(edits)
+    with pytest.raises(NotApplicable):
+        planting.edits(CATALOGUE[fault], (other,), parameters)

@@ -119,10 +119,37 @@ class Planting:
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
     ) -> dict[int, tuple[Step, ...]]:
         """What this fault puts in the place of the steps (of those in front of number `end`) that it changes, in ascending order."""
+        numbers = [number for number in self._numbers(fault, layers, parameters) if end is None or number < end]
+        try:
+            return self._edits_at(numbers, fault, parameters)
+        except NotApplicable:
+            if layers is not None:
+                raise
+            return self._where_it_applies(numbers, fault, parameters)
+
+    def _where_it_applies(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
+        """The edits without those of layers that have no place for the fault, as where attention and recurrent layers alternate.
+
+        Raises:
+            NotApplicable: no layer has one, or a step outside of the layers does not.
+        """
+        by_layer: dict[int | None, list[int]] = {None: []}
+        for number in numbers:
+            by_layer.setdefault(layer_near(self.steps[number]), []).append(number)
+        edits_of = self._edits_at(by_layer.pop(None), fault, parameters)
+        reason: NotApplicable | None = None
+        for of_layer in by_layer.values():
+            try:
+                edits_of |= self._edits_at(of_layer, fault, parameters)
+            except NotApplicable as error:
+                reason = error
+        if not edits_of and reason is not None:
+            raise reason
+        return dict(sorted(edits_of.items()))
+
+    def _edits_at(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
         edits_of: dict[int, tuple[Step, ...]] = {}
-        for number in self._numbers(fault, layers, parameters):
-            if end is not None and number >= end:
-                continue
+        for number in numbers:
             step = self.steps[number]
             changed = fault.change(step, self.right, parameters)
             if changed is not step and changed != step:
@@ -163,12 +190,12 @@ class Planting:
         """`begin` of a fault in all layers, by the steps that it does change: it may be one of layers with a window, or with experts."""
         if fault.shows is not None:
             return self.begin(fault, None, parameters)
-        try:
-            for number in sorted(self._numbers(fault, None, parameters)):
+        for number in sorted(self._numbers(fault, None, parameters)):
+            try:
                 if fault.change(self.steps[number], self.right, parameters) != self.steps[number]:
                     return number
-        except NotApplicable:
-            pass  # it applies nowhere
+            except NotApplicable:
+                pass  # this layer has no place for it
         return len(self.steps)
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
