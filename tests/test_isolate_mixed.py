@@ -198,3 +198,32 @@ def test_one_wrong_scale_is_seen_in_rows_of_twelve_elements() -> None:
     assert not one_is_scaled(noise, values)
     noise[3] = 0.01 * values[3]
     assert one_is_scaled(noise, values)
+
+
+@pytest.mark.slow
+def test_eight_bits_that_nothing_states(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """A right engine that rounds the factors of every product to eight bits, the router's in float32 among them, is blamed for nothing;
+    a router 1.05 times too large in it, and a negated column of a product, are wrong.
+    """
+    path, out = small_model("bailingmoe3", kind="q5_1"), tmp_path / "ours.jsonl"
+    engine = Faulty(path, reference.graph(path))
+    eight_bits = rounded(engine.right, "q8", storage=False)
+    wrong, undecided = judged(engine, reference, out, eight_bits)
+    assert not wrong
+    assert "blk.1.ffn_moe_logits" in undecided
+
+    def negated(value: np.ndarray) -> np.ndarray:
+        return value * np.where(np.arange(value.shape[-1]) == 1, np.float32(-1), np.float32(1))
+
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "blk.1.ffn_moe_logits": lambda value: value * np.float32(1.05),
+        "blk.2.ffn_moe_logits": negated,
+    }
+    for name, change in changes.items():
+        steps = [
+            replace(step, op=lambda *x, op=step.op, change=change, **params: change(op(*x, **params)))
+            if step.makes == name
+            else step
+            for step in eight_bits
+        ]
+        assert name in judged(engine, reference, out, steps)[0]

@@ -16,8 +16,8 @@ from .budget import Budget
 from .case import Case
 from .records import Expected, Floats
 
-# Share of the first rows' errors that lies along a change at least, where 98 % of all rows' errors are to: sixteen random elements reach it
-# once in 700 times.
+# The least share of the first rows' errors that lies along a change; of all rows' errors 98 % has to, later. Sixteen random elements
+# reach it once in 700 times.
 _LEAST = 0.5
 _WRONG = 0.1  # share of the mean record's errors from which on a row counts as wrong: five times what may follow no change
 _MOST_ROWS = 8  # with more rows all of them are little dearer

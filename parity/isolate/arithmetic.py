@@ -32,11 +32,13 @@ _REASON = (
     "--compute f16 or bf16 allows for it)"
 )
 _MIXED = "while others are in float32: mixed precision, which nothing states (--compute {} allows for it everywhere)"
-# Factors rounded to eight bits show in most products (`suspicions`); floating point may be that of single ones.
+# Factors rounded to eight bits show in most products; floating point may be that of single ones.
 _KINDS = ("f16", "bf16", "tf32", *CACHES)
+_EIGHT_BITS = "q8"
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 _F16 = limits(None, Header(source="", model=ModelInfo(), compute="f32"), compute="f16").operations
 _MOST = limits(None, None, compute="bf16").operations  # of the lowest arithmetic in floating point
+_MOST_OF_EIGHT_BITS = limits(None, None, compute=_EIGHT_BITS).operations
 
 
 class Judgement(Struct, frozen=True):
@@ -74,7 +76,7 @@ def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: s
     most = allowed.operations
     if most > _MOST and not allowed.assumed:  # eight bits are stated: which products agree shows nothing
         return replace(judged_at(most), source=allowed.source, of_layers=most)
-    judgement = judged_at(exact)
+    judgement = in_float32 = judged_at(exact)
     bench = judgement.bench
     shown = exact if most <= exact else shown_limit(judgement.operations, bench.products, bench.rounding, exact, most)
     if shown == exact and (allowed.assumed or most <= exact):
@@ -83,12 +85,17 @@ def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: s
         of_layers = max(exact, TABLE) if coarse_points(bench.steps) else exact
         return replace(judgement, source=source, of_layers=of_layers)
     if shown is None and allowed.assumed:
-        operations = _undecided(judgement.operations, most)
-        return replace(judgement, operations=operations, limit=most, source=allowed.source, of_layers=most)
+        undecided = replace(
+            judgement, operations=_undecided(judgement.operations, most), limit=most, source=allowed.source, of_layers=most
+        )
+        if any(operation.status == WRONG and operation.name in bench.products for operation in undecided.operations):
+            undecided = _spared(undecided, _in_lower(in_float32, judged_at(exact, (_EIGHT_BITS,))))
+        return undecided
     if shown is None or shown == exact:  # an arithmetic that is stated may be that of single operations
         return replace(judged_at(most), source=allowed.source, of_layers=most)
-    judgement = _held_to_rounding(judged_at(shown), judgement, judged_at, exact)
-    return replace(judgement, source=allowed.source if shown == most else _SOURCE, of_layers=most)
+    kinds = (*_KINDS, _EIGHT_BITS) if allowed.assumed else _KINDS
+    judgement = replace(judged_at(shown), source=allowed.source if shown == most else _SOURCE, of_layers=most)
+    return _held_to_rounding(judgement, in_float32, judged_at(exact, kinds))
 
 
 def shown_limit(
@@ -147,14 +154,15 @@ def _mixed(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement | 
     return replace(again, operations=operations)
 
 
-def _held_to_rounding(judgement: Judgement, in_float32: Judgement, judged_at: Judge, exact: float) -> Judgement:
-    """The judgement of an engine in lower arithmetic; if most of its products are what our own rounding gives, an operation that is its
-    right value times a factor even then is wrong, however small the error is beside rounding's.
+def _held_to_rounding(judgement: Judgement, in_float32: Judgement, again: Judgement) -> Judgement:
+    """The judgement of an engine in lower arithmetic, if most of its products are what our own rounding gives (`again`): an operation
+    that is its right value times a factor even then is wrong, however small the error is beside rounding's. Where that rounding is to eight
+    bits, whose errors differ more from product to product, what it explains is not wrong.
     """
-    again = judged_at(exact, _KINDS)
     products, records = again.bench.products, again.bench.records
     off = {operation.name for operation in in_float32.operations if operation.status == WRONG and operation.name in products}
-    if 2 * len(off & _in_lower(in_float32, again).keys()) < len(off):
+    reasons = _in_lower(in_float32, again)
+    if 2 * len(off & reasons.keys()) < len(off):
         return judgement
     scaled = {
         operation.name: operation
@@ -162,7 +170,22 @@ def _held_to_rounding(judgement: Judgement, in_float32: Judgement, judged_at: Ju
         if operation.status == WRONG and (record := records.get(operation.name)) is not None and record.wrong and record.scaled
     }
     operations = [scaled.get(operation.name, operation) for operation in judgement.operations]
-    return replace(judgement, operations=operations, scaled=frozenset(scaled))
+    judgement = replace(judgement, operations=operations, scaled=frozenset(scaled))
+    eight_bits = [name for name in off & reasons.keys() if _EIGHT_BITS in records[name].arithmetics]
+    if 2 * len(eight_bits) < len(off):
+        return judgement
+    return replace(_spared(judgement, {name: reasons[name] for name in eight_bits}), of_layers=_MOST_OF_EIGHT_BITS)
+
+
+def _spared(judgement: Judgement, reasons: Mapping[str, str]) -> Judgement:
+    """The judgement without blame for operations that a lower arithmetic explains, each with its reason."""
+    operations = [
+        replace(operation, status=NOT_OBSERVABLE, reason=reasons[operation.name])
+        if operation.status == WRONG and operation.name in reasons
+        else operation
+        for operation in judgement.operations
+    ]
+    return replace(judgement, operations=operations)
 
 
 def _in_lower(judgement: Judgement, again: Judgement) -> dict[str, str]:

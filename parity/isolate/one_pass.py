@@ -21,7 +21,7 @@ from .held import Held, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import OF_THE_WEIGHT, look_of, other_epsilon, siblings
-from .routing import other_order, routing_error
+from .routing import choice_in_layer, other_order, routing_error
 from .values import CACHED, RecordedValue, row_errors, rows_at
 
 # A norm is one scale a row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
@@ -267,17 +267,12 @@ class JudgedPass:
         except (ValueError, IndexError):
             if choice := next((name for name in self._program.needs(step) if name in self._program.routing), ""):
                 raise UnknownInput(f"{choice} was recorded with places that nothing has") from None
-            if choice := self._wrong_choice(step):
+            wrong = {name for name in self._program.routing if self._judging.records[name].wrong}
+            if choice := choice_in_layer(wrong, step):
                 raise UnknownInput(f"{choice} is wrong, and its inputs have another number of values") from None
             shapes = ", ".join(str(list(given.shape)) for given in inputs)
             raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
         return computed
-
-    def _wrong_choice(self, step: Step) -> str:
-        """The wrong choice in a step's layer: one of fewer or more experts gives what follows other shapes. Empty if there is none."""
-        layer = parse(step.makes).layer
-        choices = [name for name in self._program.routing if parse(name).layer == layer]
-        return next((name for name in choices if self._judging.records[name].wrong), "")
 
     def _note(self, step: Step, definition: Step, held: Held) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""

@@ -1,12 +1,13 @@
 """Choices of experts (and of keys, in sparse attention), compared as sets: their order does not matter, and ties may fall either way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
 from engine import ops
 from engine.graph import Step, View, name_of
 
@@ -32,6 +33,12 @@ def routings(steps: Sequence[Step]) -> Mapping[str, Routing]:
         elif step.op is ops.part and name_of(step.reads[0]) in ordering and isinstance(step.reads[0], View):
             by_layer[step.makes] = Routing(ordering[name_of(step.reads[0])], step.reads[0].shape[-1].fixed)
     return by_layer
+
+
+def choice_in_layer(choices: Collection[str], step: Step) -> str:
+    """The first of these choices in a step's layer, "" without one: fewer or more experts give what follows other shapes."""
+    layer = parse(step.makes).layer
+    return next((name for name in sorted(choices) if parse(name).layer == layer), "")
 
 
 def _used(step: Step, steps: Sequence[Step]) -> int:

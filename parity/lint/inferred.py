@@ -11,6 +11,7 @@ from checkpoints.record import Rows
 from .rule import TELLING, Subject, leading
 
 _PASS_ROUNDING = 1e-5  # of a row's largest value: a token's values in two passes, whose sums have another order
+_OF_ATTENTION = frozenset({"kqv_out", "attn_out"})
 _PROGRESSION = 4  # positions, from which on even steps are no coincidence
 _FACTOR_ROUNDING = 1e-6  # of a row's largest value: a row times one number, in float32
 
@@ -18,11 +19,18 @@ _FACTOR_ROUNDING = 1e-6  # of a row's largest value: a row times one number, in 
 def follows_tokens(subject: Subject, rows: Rows) -> bool:
     """Whether, where nothing says how a point is made, its rows are the same at equal tokens, not only neighbouring ones, and nowhere else.
 
-    What a stale buffer holds depends on when it was read, not on the token. From one pass to another, rounding may differ.
+    What a stale buffer holds depends on when it was read, not on the token. From one pass to another, rounding may differ. Never of
+    attention's result: where that follows each position's token alone, attention sees no other.
     """
     positions = rows.token_idx.tolist()
     token_at = subject.inputs(positions)
-    if subject.dataflow is not None or not token_at or rows.seq.any() or len(set(positions)) < len(positions):
+    if (
+        subject.dataflow is not None
+        or parse(rows.point).kind in _OF_ATTENTION
+        or not token_at
+        or rows.seq.any()
+        or len(set(positions)) < len(positions)
+    ):
         return False
     numbers: dict[Hashable, list[int]] = defaultdict(list)
     for number, position in enumerate(positions):
