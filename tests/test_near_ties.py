@@ -6,13 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from changed_files import File
+from explaining import unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.reading.reader import read
 from engine.replay.precision import rounded
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options
 from parity.explain.on_model import compared_on
+from parity.models.embedded import path as embedded
+from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -44,3 +49,30 @@ def test_a_right_engine_is_not_accused(
     assert verdict.first_divergence is None
     assert verdict.precision is not None
     assert verdict.precision.arithmetic == kind
+
+
+@pytest.mark.slow
+def test_an_engine_whose_experts_are_chosen_as_in_float32_spares_nothing(tmp_path: Path, reference: Reference) -> None:
+    """Where our own BF16 run chooses other experts at most positions, what that costs is no rounding that a right engine spared; a
+    product 1.3 times too large in that engine is still a divergence.
+    """
+    path, out, tokens = tmp_path / "model.gguf", tmp_path / "ref.jsonl", (316, 145, 637, 627)
+    chosen = RECIPES["bailingmoe"]
+    make_by_recipe(path, chosen, shape_of(chosen), {}, kind="q6_k", seed=70437, tokenizer=embedded(), running=reference)
+    engine = Faulty(path, reference.graph(path))
+    steps = rounded(engine.right, "bf16", storage=True)
+    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=None))
+    right = read(out)
+    verdict = compared_on(unstated(engine.dump(Planted(()), tokens, points="all", steps=steps)), right, Options(), path).verdict
+    assert verdict
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic == "bf16"
+    faulty = [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(1.3))
+        if step.makes == "blk.1.attn_out"
+        else step
+        for step in steps
+    ]
+    assert not compared_on(
+        unstated(engine.dump(Planted(()), tokens, points="all", steps=faulty)), right, Options(), path
+    ).verdict

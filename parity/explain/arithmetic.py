@@ -21,6 +21,7 @@ from ..diff.rounding import rounded_to
 from ..diff.routing import in_order_of_experts
 from ..diff.scatter import is_scatter, spares_elements
 from .case import Case
+from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
 from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
@@ -285,6 +286,8 @@ def _computed_before(compared: Comparison, first: str) -> str:
 def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
     """Whether all records of a point that this arithmetic must have moved are as right as in float32, or some records of any points."""
     records = exact.records
+    # Rounding flips choices of experts, which costs far more than it does: here and there, or in most rows of what follows.
+    of_rounding = np.min if has_choices(case) else np.median
     every: list[tuple[Floats, Floats, Floats]] = []
     ordered = in_order_of_experts(records.flow, records.pairs)  # two experts in turn cost more than any rounding
     for entry, products in zip(case.entries, cost.products, strict=True):
@@ -292,7 +295,7 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
             continue
         here = records.point == records.names.index(entry.point)
         errors, limits = records.measures.nmse[here], records.limit[here]
-        typical = float(np.median(products))  # rounding flips a choice of experts here and there, which costs far more
+        typical = float(of_rounding(products))
         if not np.isfinite(typical):
             continue  # rows of zeros, masks
         if typical > float(limits.max()) and float(errors.mean()) < LOWER * typical:
