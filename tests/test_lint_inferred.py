@@ -39,6 +39,8 @@ def _attention(share: np.ndarray) -> np.ndarray:
         ("one key of the prompt lacks", True),
         ("not divided", True),
         ("one position", True),
+        ("one factor", True),
+        ("a row of 32 keys read as several", True),
     ],
 )
 def test_weights_below_one_everywhere_may_be_those_of_sinks(name: str, suspected: bool) -> None:
@@ -53,7 +55,12 @@ def test_weights_below_one_everywhere_may_be_those_of_sinks(name: str, suspected
     elif name == "one position":
         share[:] = 1
         share[3] = 0.8
+    elif name == "one factor":
+        share[:] = 0.9
     weights = _attention(share)
+    if name == "a row of 32 keys read as several":
+        weights = _attention(np.ones((8, 8)))
+        weights[1:] = 0
     assert ("attention-rows" in _rules(random(("embd", "blk.0.l_out"), 8) | {"blk.0.kq_soft_max": weights})) == suspected
 
 
@@ -68,7 +75,8 @@ def test_a_node_before_attention_may_show_the_token_before(layer: int, suspected
 
 
 @pytest.mark.parametrize(
-    ("name", "suspected"), [("decay", False), ("steps", False), ("constant", True), ("other values", True)]
+    ("name", "suspected"),
+    [("decay", False), ("steps", False), ("constant", True), ("other values", True), ("small values", True)],
 )
 def test_a_decay_by_place_begins_again_in_each_pass(name: str, suspected: bool) -> None:
     """Two decoded tokens have the first position's row where rows follow the place in the pass, not where values are the tokens'."""
@@ -77,6 +85,8 @@ def test_a_decay_by_place_begins_again_in_each_pass(name: str, suspected: bool) 
     rates = np.linspace(0.1, 0.9, 64)
     made = {"decay": np.exp(-rates * (place + 1)), "steps": rates * (place + 1), "constant": np.tile(rates, (8, 1))}
     arrays["blk.1.q_decay"] = made.get(name, arrays["blk.1.q_decay"][place[:, 0]]).astype(np.float32)
+    if name == "small values":
+        arrays["blk.1.q_decay"] *= np.float32(1e-6)
     assert ("stale-position" in _rules(arrays, prefill=6)) == suspected
 
 

@@ -115,10 +115,13 @@ def _has_sinks(subject: Subject, name: str) -> bool:
 def _looks_like_sinks(rows: Rows) -> bool:
     """Whether every record has a head whose weights sum to less than 1, and none whose sum is more, where nothing says what the model has.
 
-    A softmax that is not divided by its sum exceeds 1, and one that lacks keys has 1 where it sees all that there are.
+    A softmax that is not divided by its sum exceeds 1, and one that lacks keys has 1 where it sees all that there are. A sum of 0 is of no
+    softmax, but of a row that was read past its end.
     """
     sums = [each for r in range(len(rows)) if _judged(rows, r) and len(each := _sums(rows, r))]
-    return bool(sums) and all(0 <= each.min() < 1 - _SUM and each.max() <= 1 + _SUM for each in sums)
+    if not sums or np.ptp(np.concatenate(sums)) <= _SUM:
+        return False  # one factor for all heads and positions is no sink
+    return all(0 < each.min() < 1 - _SUM and each.max() <= 1 + _SUM for each in sums)
 
 
 def _judged(rows: Rows, r: int) -> bool:

@@ -60,9 +60,10 @@ def follows_positions(subject: Subject, rows: Rows) -> bool:
     if len(order) < _PROGRESSION or not np.isfinite(values).all() or (rows.counts[order] != rows.counts[order[0]]).any():
         return False
     values = values[:, : int(rows.counts[order[0]])]
-    for each in (values, np.log(values) if (values > 0).all() else None):
+    largest = float(np.abs(values).max(initial=0.0))
+    for each, size in ((values, largest), (np.log(values) if (values > 0).all() else None, 1.0)):
         steps = None if each is None else np.diff(each, axis=0)
-        if steps is not None and steps.size and (steps != 0).all() and (np.abs(steps - steps[0]) <= _PASS_ROUNDING).all():
+        if steps is not None and steps.size and (steps != 0).all() and (np.abs(steps - steps[0]) <= _PASS_ROUNDING * size).all():
             return True
     return False
 
