@@ -63,7 +63,12 @@ def follows_positions(subject: Subject, rows: Rows) -> bool:
     largest = float(np.abs(values).max(initial=0.0))
     for each, size in ((values, largest), (np.log(values) if (values > 0).all() else None, 1.0)):
         steps = None if each is None else np.diff(each, axis=0)
-        if steps is not None and steps.size and (steps != 0).all() and (np.abs(steps - steps[0]) <= _PASS_ROUNDING * size).all():
+        if (
+            steps is not None
+            and steps.size
+            and (steps != 0).all()
+            and (np.abs(steps - steps[0]) <= _PASS_ROUNDING * size).all()
+        ):
             return True
     return False
 
