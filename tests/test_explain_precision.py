@@ -9,6 +9,7 @@ import pytest
 from explaining import PROMPT, RIGHT, STEPS, unstated
 from msgspec.structs import replace
 from planted import Faulty, half_sums, tokens_of
+from slow import slow_but
 
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Rows
@@ -80,7 +81,7 @@ def test_rounding_follows_no_element(engine: Faulty, seed: int) -> None:
     assert [_followed(engine, steps, tokens) for steps in (*map(list, lower), sums)] == [""] * 7
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", slow_but(["F16", "BF16", "Q8_0", "Q4_0"], "BF16", "Q8_0"))
 def test_llama_cpp_with_native_weights_is_not_accused(reference: Reference, tmp_path: Path, kind: str) -> None:
     """llama.cpp rounds activations to the weights' partner type: a right engine, and no fault of the catalogue."""
     plain, model, out = tmp_path / "f32.gguf", tmp_path / "native.gguf", tmp_path / "native.jsonl"
@@ -186,6 +187,7 @@ def test_a_fault_in_a_layer_recorded_in_f16_is_placed_at_its_operation(engine: F
     assert explanation.first.checkpoint == "blk.2.ffn_out"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("computed")
 def test_an_engine_that_computes_in_f16_is_no_recorder(engine: Faulty) -> None:
     """Its first values are the right ones rounded, too, but the rounding goes into everything that follows."""

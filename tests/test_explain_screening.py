@@ -71,7 +71,7 @@ class _Chosen(Likely):
         return set(list(effects)[:: self.every]) if self.every else set()
 
 
-@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("every", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty, every: int) -> None:
     """Whichever candidates are carried on first, and whatever was seen in another layer, all of them get as far as alone in their layer."""
     case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())

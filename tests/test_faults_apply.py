@@ -240,7 +240,10 @@ def test_attention_in_ggmls_own_operations_is_changed_where_it_can_be(
 
 @pytest.mark.parametrize(
     ("recipe", "fault", "layers", "other"),
-    [("qwen3next", "decay-missing", {0, 1, 2}, 3), ("llama4", "rope-on-values", {0, 1, 2}, 3)],
+    [
+        pytest.param("qwen3next", "decay-missing", {0, 1, 2}, 3, marks=pytest.mark.slow),
+        ("llama4", "rope-on-values", {0, 1, 2}, 3),
+    ],
 )
 def test_a_fault_in_all_layers_is_one_in_those_that_have_its_place(
     reference: Reference, small_model: Callable[..., Path], recipe: str, fault: str, layers: set[int], other: int

@@ -87,6 +87,7 @@ def test_elements_that_change_in_a_record_alone_in_front_of_a_norm_are_the_recor
         assert [fault.checkpoint for fault in verdict.record_faults] == ["blk.1.q"]
 
 
+@pytest.mark.slow
 def test_what_a_relu_sets_to_zero_is_not_acquitted(
     small_model: Callable[..., Path], reference: Reference, tmp_path: Path
 ) -> None:

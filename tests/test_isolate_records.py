@@ -159,6 +159,7 @@ def test_places_that_nothing_has_are_no_error_of_the_request(experts: Foreign, r
     assert "the record is suspect" in isolation.wrong[0].reason
 
 
+@pytest.mark.slow
 def test_fewer_experts_than_the_model_has_are_a_wrong_choice(
     small_model: Callable[..., Path], reference: Reference, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_experts(parity: Cli, small_model: Callable[..., Path]) -> None:
     assert "YaRN from 128 positions" in kinds["0"]["rope"]
 
 
+@pytest.mark.slow
 def test_an_activation_that_is_squared_is_said(parity: Cli, small_model: Callable[..., Path]) -> None:
     """nemotron: whoever reads RELU writes a ReLU that is not squared."""
     _, kinds = layers(parity, small_model("nemotron", layers=1))

@@ -39,9 +39,14 @@ def _limited(compared: Beside) -> Iterator[str]:
 def _of_a_ring(compared: Beside, whole: Floats) -> Iterator[str]:
     """Every wrong position holds what stood so many positions before it."""
     first = int(compared.rows.min())
+    wrong = np.unique(compared.rows)
+    to_the_end = np.array_equal(wrong, np.arange(first, len(whole)))
     for by in range(2, first + 1):
         if compared.holds(whole[compared.rows - by][:, compared.index]):
-            ring = f": a ring of {by} positions, of which the older ones are read" if by == first else ""
+            if len(wrong) == 1:
+                yield f"position {first} holds the right values of position {first - by}"
+                return
+            ring = f": a ring of {by} positions, of which the older ones are read" if by == first and to_the_end else ""
             yield f"position t holds the right values of position t − {by}{ring}"
             return
 
