@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from checkpoints.errors import InputError
 from engine.synth.recipes import names
 from parity.conform.conform import parts_of
 from parity.conform.matrix import PROFILES, PROMPTS, TYPES, cells, modes_of, prompt_of
+from parity.conform.results import load, save
 from parity.conform.table import GrowingTable
 from reports.conform import cause_line
 
@@ -86,3 +88,15 @@ def test_a_result_is_read_back() -> None:
 def test_the_widest_profile_has_every_architecture() -> None:
     """No recipe is left out of `--profile all`, whichever family's file it stands in."""
     assert sorted(PROFILES["all"].architectures) == names()
+
+
+def test_a_pipe_in_place_of_a_kept_result_is_refused(tmp_path: Path) -> None:
+    """Whoever writes to a pipe that nobody reads waits for ever."""
+    result = CellResult(next(iter(cells("llama", types="F32"))), "parity", key="abcdef")
+    save(tmp_path, result)
+    (kept,) = tmp_path.rglob("*.json")
+    kept.unlink()
+    os.mkfifo(kept)
+    assert load(tmp_path, result.cell, result.key) is None
+    with pytest.raises(InputError, match="is a pipe"):
+        save(tmp_path, result)

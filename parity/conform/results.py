@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from checkpoints.answers.conform import Cell, CellResult
 from checkpoints.errors import InputError
 from checkpoints.given_json import decoded
-from checkpoints.regular import read_text
+from checkpoints.regular import read_text, require_regular
 from checkpoints.whole_file import put, unwritable
 
 try:
@@ -38,9 +38,11 @@ def save(folder: Path, result: CellResult) -> None:
     """Store a result.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or no file stands in its place: a pipe would be waited for.
     """
-    put(_path(folder, result.key), json.dumps(result.as_dict()).encode())
+    path = _path(folder, result.key)
+    require_regular(path, advice="Remove it, or choose another --out.")
+    put(path, json.dumps(result.as_dict()).encode())
 
 
 def _path(folder: Path, key: str) -> Path:
