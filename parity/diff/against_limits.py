@@ -15,7 +15,6 @@ from .known_tables import (
     compared_part,
     joined,
     known_at,
-    no_more_than_inherited,
     shares,
 )
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
@@ -204,8 +203,7 @@ def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> t
     keys, above = (measured.point, measured.seq, measured.token_idx), Above.of(model.names, model.parents)
     higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
     if (near & coarse).any():
-        tabled = after_known_tables(measured, limit, distance, near & coarse, truth, model)
-        higher = np.where(coarse, no_more_than_inherited(measured, limit, tabled, distance, model), higher)
+        higher = np.where(coarse, after_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
     higher = _spread(measured, higher, truth)
     passed = near & (nmse <= higher)
     if not passed.any():

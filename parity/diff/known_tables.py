@@ -75,28 +75,6 @@ def beside_tables(measured: Measured, model: Flow) -> tuple[frozenset[str], Bool
     return after_table, np.array(between, dtype=np.bool_)
 
 
-def no_more_than_inherited(measured: Measured, limit: Floats, tabled: Floats, distance: Floats, model: Flow) -> Floats:
-    """Limits [R] after tables, where no table lies between a point and the points before it: no more than their own errors explain.
-
-    Such an operation only passes on what a table did before it: `JUMP` times that, and as many times as the reference's own distance
-    from the truth grows there.
-
-    Args:
-        limit: each record's limit by the table of limits. tabled: as tables of float16 allow it.
-        distance: NMSE of the reference's records from the truth.
-    """
-    if not model.known:
-        return tabled
-    keys, nothing = (measured.point, measured.seq, measured.token_idx), np.zeros(len(tabled), dtype=np.bool_)
-    between = beside_tables(measured, model)[1][measured.point]
-    known = np.where(np.isfinite(distance), distance, upstream(model, *keys, np.nan_to_num(distance), nothing).worst)
-    above = upstream(model, *keys, known, nothing, nearest=True).worst
-    with np.errstate(divide="ignore", invalid="ignore"):
-        grows = np.where(above > 0, np.fmax(known / above, 1.0), np.inf)
-        inherited = JUMP * grows * upstream(model, *keys, measured.measures.nmse, nothing, nearest=True).worst
-    return np.where(between | np.isnan(inherited), tabled, np.fmin(tabled, np.fmax(limit, inherited)))
-
-
 def _mostly_over(measured: Measured, over: Bools, model: Flow) -> Bools:
     """Which records, bool [R], are of a point at which most records are over and do not inherit that.
 

@@ -38,7 +38,6 @@ _EIGHT_BITS = "q8"
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 _F16 = limits(None, Header(source="", model=ModelInfo(), compute="f32"), compute="f16").operations
 _MOST = limits(None, None, compute="bf16").operations  # of the lowest arithmetic in floating point
-_MOST_OF_EIGHT_BITS = limits(None, None, compute=_EIGHT_BITS).operations
 
 
 class Judgement(Struct, frozen=True):
@@ -174,7 +173,7 @@ def _held_to_rounding(judgement: Judgement, in_float32: Judgement, again: Judgem
     eight_bits = [name for name in off & reasons.keys() if _EIGHT_BITS in records[name].arithmetics]
     if 2 * len(eight_bits) < len(off):
         return judgement
-    return replace(_spared(judgement, {name: reasons[name] for name in eight_bits}), of_layers=_MOST_OF_EIGHT_BITS)
+    return _spared(judgement, {name: reasons[name] for name in eight_bits})
 
 
 def _spared(judgement: Judgement, reasons: Mapping[str, str]) -> Judgement:
