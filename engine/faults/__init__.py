@@ -47,8 +47,9 @@ from . import (
     weights,
     windows,
 )  # fmt: skip
-from .base import AT, SEEN, Fault, Planting, Steps, as_recorded, plant
+from .base import AT, SEEN, Fault, Steps
 from .fitted import Fitted
+from .planting import Planting, as_recorded, plant
 
 __all__ = ["AT", "CATALOGUE", "FITTED", "FITTED_PARTS", "SEEN", "Fault", "Fitted", "Planting", "Steps", "as_recorded", "plant"]
 

@@ -9,17 +9,11 @@ from checkpoints.answers.diff import Limits
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 
 from .dataflow import Flow, upstream
-from .known_tables import (
-    after_known_tables,
-    beside_tables,
-    compared_part,
-    joined,
-    known_at,
-    shares,
-)
+from .known_tables import after_known_tables, compared_part, joined, known_at, shares
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .measure import Measured
 from .noise import excused
+from .operations import ELEMENTWISE
 from .truth import (
     AMPLIFIED,
     BOTH,
@@ -143,7 +137,24 @@ def _after_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 
     They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
     """
-    after_table, at = beside_tables(measured, model)
+    makers = model.whole.computations
+    # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
+    tables = set[str]()
+    for name, how in makers.items():  # a point comes after what it reads
+        if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
+            tables.add(name)
+    after_table = model.whole.downstream(lambda name, _: name in tables)
+    stretches = [model.between(name) for name in measured.names]
+    # Elements of such a row that were not recorded may be off, too.
+    part = measured.names_of(np.isnan(measured.measures.nmse_row))
+    at = np.array(
+        [
+            stretch is not None
+            and not (tables.isdisjoint(stretch.nodes) and after_table.isdisjoint(part & set(stretch.inputs)))
+            for stretch in stretches
+        ],
+        dtype=np.bool_,
+    )
     after = np.array([name in after_table for name in measured.names], dtype=np.bool_)
     if not after.any():
         return after[measured.point]

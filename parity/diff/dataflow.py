@@ -222,10 +222,8 @@ def without_mask(points: Mapping[str, Rows]) -> bool | None:
     return None
 
 
-def upstream(
-    model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools, *, nearest: bool = False
-) -> Upstream:
-    """The errors above each record; of the `nearest` points alone that it is made from, if that is asked.
+def upstream(model: Flow, point: Ints, seq: Ints, token_idx: Ints, nmse: Floats, failed: Bools) -> Upstream:
+    """The errors above each record.
 
     Args:
         model: the compared points; `point` int64 [R] is a record's index into its names, ascending.
@@ -248,11 +246,7 @@ def upstream(
             front = _Front.of(at, nmse[rows], failed[rows], len(places))
             # Every position of an encoder, and of its decoder, sees all of the encoder's positions.
             front = front.everywhere() if model.sees_later(name) else front
-            if not len(rows):
-                front = above
-            elif not nearest:
-                front = _join([above, front])
-            fronts[name] = front
+            fronts[name] = _join([above, front]) if len(rows) else above
     return Upstream(worst, spoiled)
 
 

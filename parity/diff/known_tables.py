@@ -12,7 +12,6 @@ from .align import Pair, as_wide
 from .dataflow import Flow, upstream
 from .limits import JUMP
 from .measure import Measured
-from .operations import ELEMENTWISE
 from .truth import Above, Truth, of_few, of_table, raised, share_of_few
 
 Floats = NDArray[np.float64]
@@ -55,24 +54,6 @@ def after_known_tables(measured: Measured, limit: Floats, distance: Floats, near
     # The distance between the two, which may be on opposite sides of the truth.
     between = np.fmax(nmse, np.square(np.sqrt(np.fmax(distance, 0)) + np.sqrt(np.fmax(far, 0))))
     return np.where(exact, np.fmax(higher, between), higher)
-
-
-def beside_tables(measured: Measured, model: Flow) -> tuple[frozenset[str], Bools]:
-    """The points after operations that ggml looks up in a table, and for each compared point, [P], whether one lies between it and the
-    compared points before it."""
-    # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
-    tables = set[str]()
-    for name, how in model.whole.computations.items():  # a point comes after what it reads
-        if how.looked_up(name) or (how.op in ELEMENTWISE and not tables.isdisjoint(how.reads)):
-            tables.add(name)
-    after_table = model.whole.downstream(lambda name, _: name in tables)
-    # Elements of such a row that were not recorded may be off, too.
-    part = measured.names_of(np.isnan(measured.measures.nmse_row))
-    between = [
-        stretch is not None and not (tables.isdisjoint(stretch.nodes) and after_table.isdisjoint(part & set(stretch.inputs)))
-        for stretch in map(model.between, measured.names)
-    ]
-    return after_table, np.array(between, dtype=np.bool_)
 
 
 def _mostly_over(measured: Measured, over: Bools, model: Flow) -> Bools:

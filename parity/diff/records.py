@@ -32,9 +32,8 @@ class Judged(Struct, frozen=True):
     undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
     blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
     elsewhere: Mapping[str, str] = {}  # points whose right values stand under another point's name, and that name
-    share: Floats | None = (
-        None  # the energy of each record in proportion to its point's largest, where it is judged by that one; else 1
-    )
+    # The energy of each record in proportion to its point's largest, where it is judged by that one; else 1.
+    share: Floats | None = None
 
 
 class Records(Struct, frozen=True, dict=True):

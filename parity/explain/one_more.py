@@ -16,9 +16,7 @@ from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
-_IN_TURN = (
-    120  # variants of one fault in a layer that come in one turn: offsets of layers have 552 in 24 layers, the next ones first
-)
+_IN_TURN = 120  # variants of one fault that are tried in one turn: offsets of layers have 552 in 24 layers, the next ones first
 _LONG = 5  # turns of candidates in a layer before those of faults with many variants
 BEAM = 4  # partial explanations that are followed
 _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some ten passes for each of fifty of them

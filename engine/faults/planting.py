@@ -1,0 +1,192 @@
+"""How a fault is planted into a list of steps."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from msgspec.structs import replace
+
+from checkpoints.points import ENCODER
+
+from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, name_of, read_as
+from ..inapplicable import NotApplicable
+from .arguments import alike, takes
+from .base import AT, SEEN, Fault, Parameters, Steps, kinds_of, layer_near
+from .index import StepsByName
+
+_GIVEN = frozenset({TOKENS, POSITIONS, PASSES})
+_ANY = -1  # stands for every layer
+
+
+class Planting:
+    """A list of steps to plant many faults in, indexed once, when the index is first needed.
+
+    `recorded` are the points that a dump has; a fault of the capture changes what is shown for these only (None: for all).
+    """
+
+    def __init__(self, steps: Sequence[Step], recorded: Collection[str] | None = None) -> None:
+        self.steps = tuple(steps)
+        self._recorded = recorded
+        self._begins: dict[tuple[tuple[str, ...], tuple[int, ...] | None], int] = {}
+
+    @cached_property
+    def right(self) -> Steps:
+        """The steps by name."""
+        return StepsByName({step.makes: step for step in self.steps})
+
+    @cached_property
+    def order(self) -> Mapping[str, int]:
+        """The number of each step."""
+        return {step.makes: number for number, step in enumerate(self.steps)}
+
+    @cached_property
+    def _places(self) -> Mapping[tuple[str, int | None], Sequence[int]]:
+        """The numbers of the steps, by kind and layer."""
+        places: dict[tuple[str, int | None], list[int]] = {}
+        for number, step in enumerate(self.steps):
+            layer = layer_near(step)
+            for kind in kinds_of(step):
+                places.setdefault((kind, layer), []).append(number)
+                if layer is not None:
+                    places.setdefault((kind, _ANY), []).append(number)
+        return places
+
+    def has_layers(self, fault: Fault) -> bool:
+        """Whether some layer has a step that the fault changes."""
+        return any((kind, _ANY) in self._places for kind in fault.kinds)
+
+    def edits(
+        self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
+    ) -> dict[int, tuple[Step, ...]]:
+        """What this fault puts in the place of the steps (of those in front of number `end`) that it changes, in ascending order."""
+        numbers = [number for number in self._numbers(fault, layers, parameters) if end is None or number < end]
+        try:
+            return self._edits_at(numbers, fault, parameters)
+        except NotApplicable:
+            if layers is not None:
+                raise
+            return self._where_it_applies(numbers, fault, parameters)
+
+    def _where_it_applies(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
+        """The edits without those of layers that have no place for the fault, as where attention and recurrent layers alternate.
+
+        Raises:
+            NotApplicable: no layer has one, or a step outside of the layers does not.
+        """
+        by_layer: dict[int | None, list[int]] = {None: []}
+        for number in numbers:
+            by_layer.setdefault(layer_near(self.steps[number]), []).append(number)
+        edits_of = self._edits_at(by_layer.pop(None), fault, parameters)
+        reason: NotApplicable | None = None
+        for of_layer in by_layer.values():
+            try:
+                edits_of |= self._edits_at(of_layer, fault, parameters)
+            except NotApplicable as error:
+                reason = error
+        if not edits_of and reason is not None:
+            raise reason
+        return dict(sorted(edits_of.items()))
+
+    def _edits_at(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
+        edits_of: dict[int, tuple[Step, ...]] = {}
+        for number in numbers:
+            step = self.steps[number]
+            changed = fault.change(step, self.right, parameters)
+            if changed is not step and changed != step:
+                edits_of[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
+                if not alike(changed, step):
+                    self._check(edits_of[number], number, edits_of)
+        return dict(sorted(edits_of.items()))
+
+    def _check(self, changed: Sequence[Step], number: int, planted: Mapping[int, Sequence[Step]]) -> None:
+        """Raise NotApplicable if the changed steps cannot be computed at that number, as when two faults change the same step.
+
+        `planted` holds the other changes; values that they add are known to the steps after them.
+        """
+        new_names = {step.makes for place, steps in planted.items() if place < number and len(steps) > 1 for step in steps}
+        for step in changed:
+            if not takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
+                raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
+            for name in step.names:
+                given = name in _GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
+                if name not in new_names and self.order.get(name, -1 if given else number) >= number:
+                    raise NotApplicable(f"{step.makes} would read {name} before it is computed")
+            new_names.add(step.makes)
+
+    def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:
+        wanted = (None, *((_ANY,) if layers is None else layers))
+        for kind in parameters.get(AT, fault.kinds):
+            for layer in wanted:
+                yield from self._places.get((kind, layer), ())
+
+    def begin(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> int:
+        """The number of the first step that this fault may change; the number of steps if there is none."""
+        place = tuple(parameters.get(AT, fault.kinds)), None if layers is None else tuple(layers)
+        if place not in self._begins:
+            self._begins[place] = min(self._numbers(fault, layers, parameters), default=len(self.steps))
+        return self._begins[place]
+
+    def first_change(self, fault: Fault, parameters: Parameters) -> int:
+        """`begin` of a fault in all layers, by the steps that it does change: it may be one of layers with a window, or with experts."""
+        if fault.shows is not None:
+            return self.begin(fault, None, parameters)
+        for number in sorted(self._numbers(fault, None, parameters)):
+            try:
+                if fault.change(self.steps[number], self.right, parameters) != self.steps[number]:
+                    return number
+            except NotApplicable:
+                pass  # this layer has no place for it
+        return len(self.steps)
+
+    def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
+        """The steps with this fault; see `plant`."""
+        new: Mapping[int, Sequence[Step]] = {}
+        shown: list[Step] = []
+        if fault.shows is None:
+            new = self.edits(fault, layers, parameters)
+        else:
+            for name in (self.steps[number].makes for number in self._numbers(fault, layers, parameters)):
+                faulty_value = (
+                    fault.shows(name, self.right, parameters) if self._recorded is None or name in self._recorded else None
+                )
+                shown += [] if faulty_value is None else [faulty_value]
+        if not new and not shown:
+            raise NotApplicable(f"{fault.name} changes none of these steps")
+        result: list[Step] = []
+        start = 0
+        for number, changed in new.items():
+            result += [*self.steps[start:number], *changed]
+            start = number + 1
+        return [*result, *self.steps[start:], *shown]
+
+
+def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = None, **parameters: Any) -> list[Step]:
+    """The steps of an engine that has this fault, in the given layers or in all of them.
+
+    Parameters that are not given take the first value of the fault's own list.
+
+    Raises:
+        NotApplicable: the fault changes none of these steps, or the model does not allow it.
+    """
+    planting = Planting(steps)
+    return planting.of(fault, layers, (fault.variants(planting.right) or [{}])[0] | parameters)
+
+
+def as_recorded(steps: Sequence[Step]) -> list[Step]:
+    """The same steps, renamed so that running them writes the faulty dump: what a dump shows for a point has the point's own name.
+
+    The value that the engine itself computes for such a point, and goes on with, gets a name that ends in "!".
+    """
+    shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
+
+    def name(read: Read) -> Read:
+        return read_as(read, name_of(read) + "!") if name_of(read) in shown else read
+
+    return [
+        replace(
+            step,
+            makes=step.makes.removeprefix(SEEN) if step.makes.startswith(SEEN) else str(name(step.makes)),
+            reads=tuple(name(read) for read in step.reads),
+        )
+        for step in steps
+    ]
