@@ -24,6 +24,7 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 
 IDS = (3, 44, 5, 60, 7, 18, 9, 33, 80, 21)
+pytestmark = pytest.mark.slow
 Change = Callable[[Sequence[Step]], list[Step]]
 
 
@@ -86,8 +87,8 @@ def test_a_right_run_is_parity_and_says_what_native_types_cost(parity: Cli, t5: 
     "change",
     [
         times("enc.blk.1.ffn_out", 1.01),
-        pytest.param(times("enc.blk.1.q", 1.3), marks=pytest.mark.slow),
-        pytest.param(times("enc.blk.1.v", 0.5), marks=pytest.mark.slow),
+        times("enc.blk.1.q", 1.3),
+        times("enc.blk.1.v", 0.5),
     ],
     ids=["1.01", "1.3", "half"],
 )
@@ -96,7 +97,6 @@ def test_a_fault_is_no_cost_of_native_types(t5: Path, native: Dump, ours: Callab
     assert not compared_on(ours(change), native, Options(), t5).verdict
 
 
-@pytest.mark.slow
 def test_a_fault_beyond_the_cost_is_a_divergence_at_its_place(t5: Path, native: Dump, ours: Callable[[Change], Dump]) -> None:
     """Another layer's weights: the answer is a divergence there, not an undecided one."""
     verdict = compared_on(ours(neighbour), native, Options(), t5).verdict
@@ -105,7 +105,6 @@ def test_a_fault_beyond_the_cost_is_a_divergence_at_its_place(t5: Path, native: 
     assert verdict.pattern is None or verdict.pattern.code != "undecided"
 
 
-@pytest.mark.slow
 def test_an_engine_that_rounds_otherwise_is_undecided(t5: Path, native: Dump, ours: Callable[[Change], Dump]) -> None:
     """An engine that keeps its activations in BF16 is as far from the native run as that is from float32: nothing is blamed, and it is no
     parity."""
