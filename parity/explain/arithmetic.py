@@ -55,7 +55,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         right = entry.taken(known.case.replay.on_host[pair.point], known.case.positions)
         # Rounding spares what a type holds exactly: many elements of an embedding of few bits, say.
         if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
-            return as_float32
+            return _in_part(as_float32, known.case, seconds, shown=False)
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
     plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
