@@ -15,7 +15,7 @@ from engine.backend import Array
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.kept import KEPT, kept
-from engine.replay.precision import rounded
+from engine.replay.precision import rounded, stored
 from reports.sentences import ARITHMETIC, kept_in
 
 from ..diff.limits import EXACT_FLOOR, limits
@@ -113,12 +113,7 @@ def _roundings_of_one_kind(
     if len({layer for number in places if (layer := parse(steps[number].makes).layer) is not None}) > 1:
         return iter(())
     of_kind = [[number for number in places if _is_of(steps[number], kinds)] for kinds in _SINGLE]
-    ways = (
-        (kind, some, partial(rounded, kind=kind, storage=True))
-        for some in of_kind
-        if some and len(some) < len(places)
-        for kind in ("f16", "bf16")
-    )
+    ways = ((kind, some, partial(stored, kind=kind)) for some in of_kind if some for kind in ("f16", "bf16"))
     return _made_by(case, entry, errors, known, ways)
 
 
