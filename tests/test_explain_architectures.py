@@ -8,7 +8,9 @@ from fault_places import GENERATED, PLACES, SETTINGS
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
+from checkpoints.points import parse
 from engine.faults import CATALOGUE
+from engine.faults.base import kind_of
 from parity.explain.case import Case
 from parity.explain.explain import explain
 from reference.client import Reference
@@ -50,6 +52,24 @@ def test_a_right_engine_whose_decay_begins_anew_in_each_pass(faulty: Callable[[s
     assert explanation
     assert any("they depend on where a pass begins" in note for note in explanation.notes)
     assert "blk.0.qkv" in {entry.point for entry in Case(dump, engine.model, PATIENT).entries}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [None, (2,)])
+def test_a_norm_behind_a_branch_by_any_name(faulty: Callable[[str], Faulty], layers: tuple[int, ...] | None) -> None:
+    """GLM-4's norms behind its branches have names of their own, `post_attn_norm`: one that an engine leaves out is named all the same."""
+    engine = faulty("glm4")
+    steps = [
+        replace(step, op=lambda x, *_weights, **_params: x.copy())
+        if kind_of(step) == "post_attn_norm" and (layers is None or parse(step.makes).layer in layers)
+        else step
+        for step in engine.right
+    ]
+    tokens = tokens_of(engine.model, 6, seed=5)
+    explanation = explain(engine.dump(Planted(()), tokens, steps=steps), engine.model, replace(PATIENT, tokens=tokens))
+    [cause] = explanation.causes
+    assert (cause.named.fault, cause.named.layers) == ("post-norm-missing", layers)
+    assert explanation.remaining is None
 
 
 @pytest.mark.parametrize(
