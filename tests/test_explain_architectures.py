@@ -72,6 +72,27 @@ def test_a_norm_behind_a_branch_by_any_name(faulty: Callable[[str], Faulty], lay
     assert explanation.remaining is None
 
 
+def test_parts_of_a_product_that_were_recorded_as_they_were_taken(faulty: Callable[[str], Faulty]) -> None:
+    """GLM-4's gate and up are halves of one product: an engine that takes them in the other order, and records them so, has one fault."""
+    engine = faulty("glm4")
+    right = {step.makes: step for step in engine.right}
+    exchanged = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
+    steps = [
+        replace(step, reads=right[step.makes.replace(kind_of(step), exchanged[kind_of(step)])].reads)
+        if kind_of(step) in exchanged
+        else replace(step, reads=step.reads[::-1])
+        if kind_of(step) == "ffn_swiglu"
+        else step
+        for step in engine.right
+    ]
+    tokens = tokens_of(engine.model, 5, seed=5)
+    dump = engine.dump(Planted(()), tokens, points="embd,blk.0.*,logits", steps=steps)
+    [cause] = explain(dump, engine.model, replace(PATIENT, tokens=tokens)).causes
+    assert cause.named.fault == "gate-up-split"
+    assert dict(cause.named.parameters)["split"] == "in the other order"
+    assert not cause.equivalent
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
