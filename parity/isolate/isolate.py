@@ -277,7 +277,14 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             generated = values.generated
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
             layers, suspects = judged_layers(
-                reference(), request.model, values, operations, mode, judgement.of_layers, bench.isolator.suspects()
+                reference(),
+                request.model,
+                values,
+                operations,
+                mode,
+                judgement.of_layers,
+                bench.isolator.suspects(),
+                bench.rounding,
             )
             operations = bench.isolator.unless_of(suspects, operations)
             layers = eliminated(operations, layers, suspects)
