@@ -19,7 +19,8 @@ from engine import ops
 from engine.backend import Array
 from engine.ggml_ops.soft_max import alibi_slopes
 from engine.graph import Altered, Step, WeightSource
-from engine.replay.precision import ROUNDINGS, cached, rounded
+from engine.replay.kept import kept, reads_cache
+from engine.replay.precision import ROUNDINGS, rounded
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 
@@ -193,21 +194,14 @@ def _norm_in_float32(x: Array, weight: Array, *, eps: float, heads: int = 1) -> 
     return (split * weight * scale).reshape(x.shape)
 
 
-def _rope_with(table: Callable[[Array], Array], at_once: bool) -> Callable[..., Array]:
-    """RoPE by a table of cosines and sines that goes through a rounding; `at_once`: of position · base^(−2i/d), not step by step."""
-
-    def op(
-        x: Array, at: Array, factors: Array | None = None, *, heads: int, dims: int, base: float, scale: float, pairs: str
-    ) -> Array:
-        cos, sin = ops.rope_angles(at, dims, base=base, scale=scale, factors=factors)
-        if at_once:
-            inverse = np.float32(base) ** (np.arange(0, dims, 2, dtype=np.float32) * np.float32(-1 / dims))
-            inverse = inverse if factors is None else inverse / factors[: dims // 2]
-            angles = (at[:, None].astype(np.float32) * np.float32(scale)) * inverse[None, :]
-            cos, sin = np.cos(angles), np.sin(angles)
-        return ops.rotate(x, table(cos), table(sin), heads=heads, dims=dims, pairs=pairs)
-
-    return op
+def _rope_at_once(
+    x: Array, at: Array, factors: Array | None = None, *, heads: int, dims: int, base: float, scale: float, pairs: str
+) -> Array:
+    """RoPE by angles of position · base^(−2i/d), not multiplied step by step."""
+    inverse = np.float32(base) ** (np.arange(0, dims, 2, dtype=np.float32) * np.float32(-1 / dims))
+    inverse = inverse if factors is None else inverse / factors[: dims // 2]
+    angles = (at[:, None].astype(np.float32) * np.float32(scale)) * inverse[None, :]
+    return ops.rotate(x, np.cos(angles), np.sin(angles), heads=heads, dims=dims, pairs=pairs)
 
 
 def _weighted_before_down(steps: Sequence[Step]) -> list[Step]:
@@ -250,6 +244,20 @@ def _result(test: Callable[[Step], bool], kind: str) -> Arithmetic:
     """The results of the steps that pass the test, kept in a lower type."""
     rounding = _rounding(kind)
     return _where(test, lambda op: lambda *inputs, **params: rounding(op(*inputs, **params)))
+
+
+def _cache_of_eight_bits(steps: Sequence[Step]) -> list[Step]:
+    """Keys and values kept as Q8_0."""
+
+    def lower(step: Step) -> Step:
+        places = {place for place, read in enumerate(step.reads) if reads_cache(read)}
+
+        def op(*inputs: Any, **params: Any) -> Array:
+            return step.op(*(ROUNDINGS["q8"](x) if at in places else x for at, x in enumerate(inputs)), **params)
+
+        return replace(step, op=op) if places else step
+
+    return [lower(step) for step in steps]
 
 
 def _named(*kinds: str) -> Callable[[Step], bool]:
@@ -299,19 +307,21 @@ ALGORITHMS = {
         "f32", (_instead(ops.causal_soft_max, _soft_max_by_powers), _instead(ops.swiglu, _swiglu_by_powers)), exact=True
     ),
     "norms in float32": Kind("f32", (_instead(ops.rms_norm, _norm_in_float32),), exact=True),
-    "RoPE's angles at once": Kind("f32", (_instead(ops.rope, _rope_with(lambda x: x, at_once=True)),), exact=True),
+    "RoPE's angles at once": Kind("f32", (_instead(ops.rope, _rope_at_once),), exact=True),
     "products term by term": Kind("f32", (_instead(ops.linear, sum_by_sum),), exact=True),
     "experts weighted before down": Kind("f32", (_weighted_before_down,), exact=True, without=frozenset({"ffn_moe_down"})),
 }
 MIXED = {
-    "cache": Kind("f32", tuple(partial(cached, kind=kind) for kind in (*_HALVES, "q8")), open_cache=True),
+    "cache": Kind(
+        "f32", (partial(kept, kind="f16 cache"), partial(kept, kind="bf16 cache"), _cache_of_eight_bits), open_cache=True
+    ),
     "norms' weights": _in_halves(lambda kind: _weights(lambda _, name: name.endswith("norm.weight"), kind)),
     "biases": _in_halves(lambda kind: _weights(lambda _, name: name.endswith(".bias"), kind)),
     "products' weights": _in_halves(
         lambda kind: _weights(lambda step, name: name.endswith(".weight") and (step.op is ops.linear or multiplies(step)), kind)
     ),
     "embedding": _in_halves(lambda kind: _result(lambda step: step.makes == "embd", kind)),
-    "RoPE's table": _in_halves(lambda kind: _instead(ops.rope, _rope_with(_rounding(kind), at_once=False))),
+    "RoPE's table": _in_halves(lambda kind: partial(kept, kind=f"{kind} angles")),
     "scores": _in_halves(lambda kind: _result(_is(ops.attention_scores), kind)),
     "soft max": _in_halves(lambda kind: _result(_soft_max, kind)),
     "norms": _in_halves(lambda kind: _result(_is(ops.rms_norm, ops.layer_norm), kind)),

@@ -10,8 +10,10 @@ time (`explain_right.py` has right engines of its own). What commands compute of
 
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
 "assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; a divergence that blames no
-operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model") is no accusation and is
-counted separately.
+operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model"; explain's sentence on an
+operation of a lower arithmetic) is no accusation and is counted separately.
+
+With `--further` they are five of the algorithms and mixed arithmetics of `kinds_of_engine.py`, drawn anew for each model.
 
 `--out` keeps one line an engine; a run with the same file goes on after its last line. `--seconds` stops it after that time.
 """
@@ -63,7 +65,9 @@ from reference.jobs import DumpJob
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
 SLICES = (10, 16, None)
 # Patterns of a divergence that blames no operation: rounding, or a question that only --model decides.
-UNDECIDED = ("eight-bits", "undecided", "precision", "drift")
+UNDECIDED = ("eight-bits", "undecided", "precision", "drift", "rounded")
+# What `explain` says of an operation that is right as a lower arithmetic makes it (`parity.explain.mixed`).
+_OF_ROUNDING = ("arithmetic rounds it", "arithmetic makes there", "which nothing states")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8
 _BUDGET = 20.0  # seconds of processor time that `explain` may search; for a right engine it needs a fraction of one
@@ -187,7 +191,9 @@ def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: boo
     if not explained:
         return answers
     answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
-    if answer.causes or not answer:
+    if not answer.causes and any(sentence in answer.law for sentence in _OF_ROUNDING):
+        answers["explain"] = f"suspected: {answer.law}"
+    elif answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
         answers["explain"] = f"accused: {causes} {answer.first} {answer.law} {answer.looks_like} {answer.placed}"
     else:
