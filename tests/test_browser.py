@@ -162,9 +162,7 @@ def test_colours_tell_right_from_wrong(page: Page) -> None:
 def test_what_is_not_judged_is_grey(page: Page) -> None:
     """A point that was recorded otherwise is covered in grey, not in the blue of the smallest errors, and its cell says so."""
     page.open("otherwise")
-    covers = page.js(
-        "return [...document.querySelectorAll('#map .otherwise rect')].map((r) => getComputedStyle(r).fill)"
-    )
+    covers = page.js("return [...document.querySelectorAll('#map .otherwise rect')].map((r) => getComputedStyle(r).fill)")
     assert covers == ["rgb(122, 122, 122)"]
     page.js("document.querySelector('#map').focus()")
     page.driver.switch_to.active_element.send_keys("\ue015")  # arrow down: from the embedding to blk.0.l_out
