@@ -112,3 +112,13 @@ def test_an_engine_that_rounds_otherwise_is_undecided(t5: Path, native: Dump, ou
     assert not verdict
     assert verdict.pattern is not None
     assert (verdict.pattern.code, verdict.operation) == ("undecided", "")
+
+
+def test_a_point_that_the_twin_lacks_proves_nothing_wrong(parity: Cli, small_model: Callable[..., Path]) -> None:
+    """RWKV 7's native graph has a point more than its twin's: those beyond the table's limit agree with the twin, and that is parity."""
+    model = small_model("rwkv7", "q8_0", width=256)
+    code, answer = parity.json(
+        "run", "--model", model, "--tokens", "5,9,17,33,2,40", "--mode", "native", "--points", "all", "--generate", "2"
+    )
+    assert (code, answer["verdict"]) == (0, "parity")
+    assert any(note.startswith("native: ") for note in answer["notes"])

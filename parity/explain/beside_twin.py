@@ -52,7 +52,8 @@ def beside_twin(compared: Comparison, ours: Dump, ref: Dump, options: Options, m
     if not within.verdict:
         return compared
     exact = exactly(_as_exact(ours), twin, replace(options, compute="f32"))
-    if exact.verdict and exact.verdict.compared >= compared.verdict.compared and not exact.verdict.excused:
+    over = {compared.records.names[number] for number in compared.records.point[compared.records.failed].tolist()}
+    if exact.verdict and over.issubset(exact.records.names) and not exact.verdict.excused:
         notes = (_of_the_twin(compared), *within.verdict.notes)
         return replace(within, verdict=replace(within.verdict, notes=notes))
     pattern = Pattern(
