@@ -77,7 +77,7 @@ def test_a_right_engine_in_lower_arithmetic_is_not_accused(
 def test_logits_in_lower_arithmetic_behind_a_table_are_not_called_exact(
     t5: Path, tmp_path: Path, reference: Reference, points: str
 ) -> None:
-    """What the table of GELU allows logits behind it is as large as F16's steps: their values show that type, and a factor of them shows itself."""
+    """A table of GELU allows what F16 costs: F16 logits behind it show by their steps, and a factor of them by what all positions share."""
     engine = open_plain(GgufModel(t5), "numpy", recorded=partial(reference.graph, t5))
     right, out = engine.steps, tmp_path / "ours.jsonl"
     reference.dump(DumpJob(model=t5, out=tmp_path / "ref.jsonl", tokens=IDS, points=points))
