@@ -2,11 +2,12 @@
 summand that all positions share, or values that are all numbers of a lower type.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
 from checkpoints.points import LOGITS
@@ -16,7 +17,7 @@ from .align import Pair
 from .dataflow import upstream
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE
-from .one_factor import STEP, shared_part
+from .one_factor import STEP, shared_factor, shared_summand
 from .readings import head_size_of
 from .records import Bools, Floats, Records
 from .rounding import type_of
@@ -24,6 +25,7 @@ from .routing import is_routing
 from .slices import prepare
 
 ONE_FACTOR = "one-factor"  # a pattern's code
+_WHOLE = "the whole row is "  # what a sketch shows
 _TYPED = 16  # values that show a type; any has F16's bits by chance once in 8,192 draws
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 
@@ -88,22 +90,39 @@ def _in_float32(records: Records) -> Floats:
 
 def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str) -> _Found | None:
     """The part that a point's errors share in the chosen rows, of all elements or of one head's; None if there is none."""
-    values = prepare(pair)
-    if values.counts is None:
-        return None
-    width = int(values.counts[chosen].min())
-    ours, right = (side[chosen, :width].astype(np.float64) for side in (values.a, values.b))
-    finite = np.isfinite(ours) & np.isfinite(right)
-    errors, right = (np.where(finite, side, 0.0) for side in (ours - right, right))
-    whole = bool(pair.ref.full().all()) and width == pair.ref.values.shape[1]
-    heads = width // head if head and whole and width % head == 0 else 0
-    slices = [slice(number * head, (number + 1) * head) for number in range(heads if heads > 1 else 0)]
-    for number, inside in enumerate([slice(None), *slices]):
-        if (part := shared_part(errors[:, inside], right[:, inside], allowed)) is not None:
-            which = f"head {number - 1} alone is " if number else ""
+    for which, errors, right in _views(pair, chosen, head):
+        part = shared_factor(errors, right, allowed)
+        if part is None and which != _WHOLE:
+            part = shared_summand(errors, right)
+        if part is not None:
             sentence = f"{which}{part.words} beside the noise of {noise}, at every position: rounding is scattered and has no such part"
             return _Found(ONE_FACTOR, sentence, part.beyond)
     return None
+
+
+def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, Floats]]:
+    """The errors and right values of the chosen rows, [R, k] both: of all leading values, of each head, and of the sketch's projections of the
+    whole rows, in which a factor is the same; with the words for what these are.
+    """
+    values = prepare(pair)
+    if values.counts is not None:
+        width = int(values.counts[chosen].min())
+        errors, right = _apart(values.a[chosen, :width], values.b[chosen, :width])
+        yield "", errors, right
+        whole = bool(pair.ref.full().all()) and width == pair.ref.values.shape[1]
+        heads = width // head if head and whole and width % head == 0 else 0
+        for number in range(heads if heads > 1 else 0):
+            inside = slice(number * head, (number + 1) * head)
+            yield f"head {number} alone is ", errors[:, inside], right[:, inside]
+    if pair.ours.sketch is not None and pair.ref.sketch is not None:
+        yield _WHOLE, *_apart(pair.ours.sketch[chosen], pair.ref.sketch[chosen])
+
+
+def _apart(ours: NDArray[np.float32], ref: NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """The differences of two sides' values, and those of the reference: 0 where either is not finite."""
+    finite = np.isfinite(ours) & np.isfinite(ref)
+    a, b = (np.where(finite, side, 0).astype(np.float64) for side in (ours, ref))
+    return a - b, b
 
 
 def _typed(pair: Pair, chosen: Bools) -> _Found | None:

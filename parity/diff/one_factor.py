@@ -42,26 +42,29 @@ class Part(Struct, frozen=True):
         return f"the right values plus {self.summand:.2g} (± {self.error:.1g})"
 
 
-def shared_part(errors: Floats, right: Floats, allowed: float = 0.0) -> Part | None:
-    """The factor, or else the summand, that errors [R, k] of right values [R, k] share beside their noise; None if there is none.
+def shared_factor(errors: Floats, right: Floats, allowed: float = 0.0) -> Part | None:
+    """The factor that errors [R, k] of right values, or of projections of whole rows, [R, k], share beside their noise; None without one.
 
     Args:
         allowed: the most by which a right factor may be off, as a part of it.
     """
-    wrong = (errors != 0).any(axis=1) & (right != 0).any(axis=1)
-    errors, right = errors[wrong], right[wrong]
-    if len(errors) < _POSITIONS or errors.shape[1] < _ELEMENTS:
-        return None
-    along = _shared(errors, right, allowed)
-    if along is not None:
-        return Part(1 + along[0], 0.0, *along[1:])
-    along = _shared(errors, np.ones_like(right), 0.0)
+    along = _shared(errors, right, right, allowed)
+    return None if along is None else Part(1 + along[0], 0.0, *along[1:])
+
+
+def shared_summand(errors: Floats, right: Floats) -> Part | None:
+    """The summand that errors [R, k] of right values [R, k] share beside their noise; None without one."""
+    along = _shared(errors, right, np.ones_like(right), 0.0)
     return None if along is None else Part(0.0, *along)
 
 
-def _shared(errors: Floats, direction: Floats, allowed: float) -> tuple[float, float, float] | None:
+def _shared(errors: Floats, right: Floats, direction: Floats, allowed: float) -> tuple[float, float, float] | None:
     """The coefficient of errors [R, k] along a direction [R, k] that all rows share, its standard error, and `Part.beyond`; None if they
     share none."""
+    wrong = (errors != 0).any(axis=1) & (right != 0).any(axis=1)
+    errors, direction = errors[wrong], direction[wrong]
+    if len(errors) < _POSITIONS or errors.shape[1] < _ELEMENTS:
+        return None
     energy = (direction * direction).sum(axis=1)
     parts = (errors * direction).sum(axis=1) / energy
     left = errors - parts[:, None] * direction
