@@ -101,8 +101,8 @@ def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str) -> _
 
 
 def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, Floats]]:
-    """The errors and right values of the chosen rows, [R, k] both: of all leading values, of each head, and of the sketch's projections of the
-    whole rows, in which a factor is the same; with the words for what these are.
+    """The errors and right values of the chosen rows, [R, k] both, each with the words for what it is: all leading values, one head's, and the
+    projections of whole rows that a sketch has, in which a factor is the same.
     """
     values = prepare(pair)
     if values.counts is not None:
