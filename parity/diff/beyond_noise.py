@@ -101,8 +101,9 @@ def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str) -> _
 
 
 def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, Floats]]:
-    """The errors and right values of the chosen rows, [R, k] both, each with the words for what it is: all leading values, one head's, and the
-    projections of whole rows that a sketch has, in which a factor is the same.
+    """The errors and right values of the chosen rows, [R, k] both, each with the words for what it is.
+
+    They are all leading values, each head's, and the projections of whole rows that a sketch has, in which a factor is the same.
     """
     values = prepare(pair)
     if values.counts is not None:
