@@ -16,8 +16,8 @@ from reports.sentences import ARITHMETIC
 from .align import Pair
 from .dataflow import upstream
 from .judge import judge
-from .limits import EXACT_FLOOR, NATIVE
-from .one_factor import STEP, shared_factor, shared_summand
+from .limits import EXACT_FLOOR, JUMP, NATIVE
+from .one_factor import POSITIONS, STEP, shared_factor, shared_summand
 from .readings import head_size_of
 from .records import Bools, Floats, Records
 from .rounding import type_of
@@ -51,12 +51,16 @@ def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
-    found: dict[int, _Found] = {}
+    jump, found = records.jump(), dict[int, _Found]()
     for number, pair in enumerate(records.pairs):
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
             continue
-        if (part := _part(pair, here, allowed, head, noise)) or (exact and (part := _typed(pair, here))):
+        # An error that jumps here is of no number that was rounded before; float32 rounds none so coarsely.
+        jumps = exact and bool((jump[records.point == number][here] > JUMP).all())
+        if (part := _part(pair, here, allowed, head, noise, 1 if jumps else POSITIONS)) or (
+            exact and (part := _typed(pair, here))
+        ):
             found[number] = part
     if not found:
         return records, verdict
@@ -88,14 +92,14 @@ def _in_float32(records: Records) -> Floats:
     return np.array(of_points)[records.point]
 
 
-def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str) -> _Found | None:
+def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str, fewest: int) -> _Found | None:
     """The part that a point's errors share in the chosen rows, of all elements or of one head's; None if there is none."""
     for which, errors, right in _views(pair, chosen, head):
-        part = shared_factor(errors, right, allowed)
+        part = shared_factor(errors, right, allowed, fewest=fewest)
         if part is None and which != _WHOLE:
             part = shared_summand(errors, right)
         if part is not None:
-            sentence = f"{which}{part.words} beside the noise of {noise}, at every position: rounding is scattered and has no such part"
+            sentence = f"{which}{part.words} beside the noise of {noise}, and rounding, which is scattered, has no such part"
             return _Found(ONE_FACTOR, sentence, part.beyond)
     return None
 
