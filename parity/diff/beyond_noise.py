@@ -51,16 +51,16 @@ def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
-    jump, found = records.jump(), dict[int, _Found]()
+    jumps = records.measures.nmse > JUMP * _of_inputs(records) if exact else np.zeros(len(records), dtype=np.bool_)
+    found: dict[int, _Found] = {}
     for number, pair in enumerate(records.pairs):
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
             continue
         # An error that jumps here is of no number that was rounded before; float32 rounds none so coarsely.
-        jumps = exact and bool((jump[records.point == number][here] > JUMP).all())
-        if (part := _part(pair, here, allowed, head, noise, 1 if jumps else POSITIONS)) or (
-            exact and (part := _typed(pair, here))
-        ):
+        fewest = 1 if jumps[records.point == number][here].all() else POSITIONS
+        part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if exact else None)
+        if part is not None:
             found[number] = part
     if not found:
         return records, verdict
@@ -84,6 +84,12 @@ def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, 
         upstream=upstream(records.flow, records.point, records.seq, records.token_idx, trusted, failed),
     )
     return judged, judge(judged)
+
+
+def _of_inputs(records: Records) -> Floats:
+    """The worst error of what each record is made from directly, NMSE [R]."""
+    keys, nothing = (records.point, records.seq, records.token_idx), np.zeros(len(records), dtype=np.bool_)
+    return upstream(records.flow, *keys, records.measures.nmse, nothing, nearest=True).worst
 
 
 def _in_float32(records: Records) -> Floats:
