@@ -51,14 +51,14 @@ def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
-    jumps = records.measures.nmse > JUMP * _of_inputs(records) if exact else np.zeros(len(records), dtype=np.bool_)
     found: dict[int, _Found] = {}
     for number, pair in enumerate(records.pairs):
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
             continue
         # An error that jumps here is of no number that was rounded before; float32 rounds none so coarsely.
-        fewest = 1 if jumps[records.point == number][here].all() else POSITIONS
+        errors = records.measures.nmse[records.point == number][here]
+        fewest = 1 if exact and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
         part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if exact else None)
         if part is not None:
             found[number] = part
@@ -86,10 +86,10 @@ def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, 
     return judged, judge(judged)
 
 
-def _of_inputs(records: Records) -> Floats:
-    """The worst error of what each record is made from directly, NMSE [R]."""
-    keys, nothing = (records.point, records.seq, records.token_idx), np.zeros(len(records), dtype=np.bool_)
-    return upstream(records.flow, *keys, records.measures.nmse, nothing, nearest=True).worst
+def _of_inputs(records: Records, name: str) -> float:
+    """The worst error of what a point is made from directly, NMSE."""
+    numbers = [records.names.index(other) for other in records.flow.parents[name]]
+    return float(records.measures.nmse[np.isin(records.point, numbers)].max(initial=0.0))
 
 
 def _in_float32(records: Records) -> Floats:
