@@ -59,7 +59,8 @@ def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]
         # An error that jumps here is of no number that was rounded before; float32 rounds none so coarsely.
         errors = records.measures.nmse[records.point == number][here]
         fewest = 1 if exact and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
-        part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if exact else None)
+        typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
+        part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if typed else None)
         if part is not None:
             found[number] = part
     if not found:
@@ -90,6 +91,12 @@ def _of_inputs(records: Records, name: str) -> float:
     """The worst error of what a point is made from directly, NMSE."""
     numbers = [records.names.index(other) for other in records.flow.parents[name]]
     return float(records.measures.nmse[np.isin(records.point, numbers)].max(initial=0.0))
+
+
+def _looked_up(records: Records, name: str) -> bool:
+    """Whether a table lies between a point and those that it is made from, or nothing is known of that."""
+    stretch, computations = records.flow.between(name), records.flow.whole.computations
+    return stretch is None or any(computations[node].looked_up(node) for node in stretch.nodes)
 
 
 def _in_float32(records: Records) -> Floats:
