@@ -23,6 +23,7 @@ from .records import Bools, Floats, Records
 from .rounding import type_of
 from .routing import is_routing
 from .slices import prepare
+from .truth import Truth
 
 ONE_FACTOR = "one-factor"  # a pattern's code
 _WHOLE = "the whole row is "  # what a sketch shows
@@ -38,8 +39,11 @@ class _Found(Struct, frozen=True):
     beyond: float
 
 
-def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]:
-    """The records and their verdict; a divergence if what agrees by limits wider than float32's is more than noise."""
+def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None) -> tuple[Records, Verdict]:
+    """The records and their verdict; a divergence if what agrees by limits wider than float32's is more than noise.
+
+    With the `truth`, nothing is said of what is as near to that as float32 is: then it is the reference that has a factor.
+    """
     precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
     if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
         return records, verdict
@@ -61,7 +65,7 @@ def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]
         fewest = 1 if exact and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
         typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
         part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if typed else None)
-        if part is not None:
+        if part is not None and not (exact and truth is not None and _true(truth, pair, here)):
             found[number] = part
     if not found:
         return records, verdict
@@ -91,6 +95,13 @@ def _of_inputs(records: Records, name: str) -> float:
     """The worst error of what a point is made from directly, NMSE."""
     numbers = [records.names.index(other) for other in records.flow.parents[name]]
     return float(records.measures.nmse[np.isin(records.point, numbers)].max(initial=0.0))
+
+
+def _true(truth: Truth, pair: Pair, chosen: Bools) -> bool:
+    """Whether the chosen rows of ours are as near to the truth as float32 is."""
+    limit = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
+    distance = truth.distances({pair.point: pair.ours}).get(pair.point)
+    return distance is not None and bool((distance[chosen] <= limit).all())
 
 
 def _looked_up(records: Records, name: str) -> bool:

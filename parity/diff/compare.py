@@ -89,7 +89,7 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     if first is None and options.tolerance is None and (records.measures.nmse > EXACT_FLOOR.operations).any():
         from .beyond_noise import held_to_noise
 
-        records, verdict = held_to_noise(records, compared.verdict)
+        records, verdict = held_to_noise(records, compared.verdict, options.truth)
         return replace(compared, records=records, verdict=verdict)
     if first is None or options.strict or options.limits is not None:
         return compared
