@@ -47,7 +47,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
     precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
     if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
         return records, verdict
-    chosen, allowed, noise = ~(records.open | records.otherwise), 0.0, "the table of float16 that the reference uses"
+    chosen, allowed, noise = ~(records.open | records.otherwise), 0.0, "float32, or of the reference's table of float16"
     if exact:
         chosen &= records.measures.nmse > _in_float32(records)
     elif precision is not None:
@@ -60,9 +60,10 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
             continue
-        # An error that jumps here is of no number that was rounded before; float32 rounds none so coarsely.
+        # A table gives no row an error of its own factor; a number of each row that all but cancels does, in float32.
+        tabled = exact and truth is not None and pair.point in truth.coarse
         errors = records.measures.nmse[records.point == number][here]
-        fewest = 1 if exact and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
+        fewest = 1 if tabled and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
         typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
         part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if typed else None)
         if part is not None and not (exact and truth is not None and _true(truth, pair, here)):
