@@ -83,11 +83,11 @@ def _roundings(
     case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
 ) -> Iterator[tuple[str, Floats, Floats]]:
     """Each arithmetic in which a point's own operations may have been computed, the errors where it gives numbers, and its own: [R, k]."""
-    places = _own_steps(case.transformer.steps, entry.point, recorded)
+    places = own_steps(case.transformer.steps, entry.point, recorded)
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
     for kind in (*KINDS, *CACHES):
         for lower in _ways(kind):
-            values = _rounded_value(case, places, lower, entry.point)
+            values = rounded_value(case, places, lower, entry.point)
             if values is None:
                 continue
             computed = entry.taken(values, case.positions)
@@ -103,10 +103,10 @@ def as_large_as_rounding(
     Between the points that agree and this one nothing was recorded: a flash attention whose keys, values and sums are float16 leaves
     other errors than our rounding, of the same size.
     """
-    places = _own_steps(case.transformer.steps, entry.point, recorded)
+    places = own_steps(case.transformer.steps, entry.point, recorded)
     sizes = []
     for lower in _ways("f16"):
-        values = _rounded_value(case, places, lower, entry.point)
+        values = rounded_value(case, places, lower, entry.point)
         if values is None or len(places) < _SEVERAL:
             return ""
         moved = entry.taken(values, case.positions) - entry.taken(case.replay.on_host[entry.point], case.positions)
@@ -192,13 +192,13 @@ def in_words(kinds: Sequence[str], *, mixed: bool = True) -> str:
     if kinds[0] in CACHES:
         kept = CACHES[kinds[0]]
         return (
-            f"where the cache keeps keys and values in {ARITHMETIC[kept]}, and no other fault here: nothing states it "
+            f"where the cache keeps keys and values in {ARITHMETIC[kept]}: nothing states it "
             f'("kv_type": "{kept}" in the header does)'
         )
     kinds = [kind for kind in kinds if kind not in CACHES]
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
     before = ", while what it is computed from is in float32: mixed precision" if mixed else ""
-    return f"as {named} arithmetic rounds it{before}, and no other fault here (--compute {kinds[0]} allows for it everywhere)"
+    return f"as {named} arithmetic rounds it{before} (--compute {kinds[0]} allows for it everywhere)"
 
 
 def noise_in_words(kind: str) -> str:
@@ -210,7 +210,7 @@ def noise_in_words(kind: str) -> str:
     )
 
 
-def _own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> list[int]:
+def own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> list[int]:
     """The numbers of the steps that make a point from the recorded ones before it."""
     wanted, numbers = {point}, list[int]()
     for number in range(len(steps) - 1, -1, -1):
@@ -228,9 +228,7 @@ def _ways(kind: str) -> list[Callable[[Sequence[Step]], list[Step]]]:
     return [partial(rounded, kind=kind, storage=storage) for storage in (False, True)]
 
 
-def _rounded_value(
-    case: Case, places: Sequence[int], lower: Callable[[Sequence[Step]], list[Step]], point: str
-) -> Array | None:
+def rounded_value(case: Case, places: Sequence[int], lower: Callable[[Sequence[Step]], list[Step]], point: str) -> Array | None:
     """A point's value with these steps in a lower arithmetic; None where that changes nothing or cannot be computed."""
     steps = list(case.transformer.steps)
     for number, step in zip(places, lower([steps[number] for number in places]), strict=True):

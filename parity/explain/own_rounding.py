@@ -21,10 +21,8 @@ from .laws import WRONG, law
 from .looks_like import floor_of
 from .precision import OURS, PrecisionFloor, mean_cost, of_ids
 from .records import Expected, Floats
+from .reproduced import THE_SAME
 
-# The part of what an arithmetic costs a point up to which our own rounding's numbers are the dump's: right engines' were 0 to 0.01 of it,
-# from values that lie next to a tie.
-_THE_SAME = 0.1
 # The most by which rounding to nearest moves a constant, as a part of it: an engine may keep one (the root of the width by which it
 # scales embeddings, say) in the type in which it computes.
 _OF_A_CONSTANT = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-9}
@@ -69,7 +67,7 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
 def _first_other(case: Case, run: Replay, cost: PrecisionFloor) -> tuple[Expected, Floats] | None:
     """The first point whose recorded values are not this run's, with what is the same to this arithmetic as its limit, and the errors."""
     for entry, products, storage in zip(case.entries, cost.products, cost.storage, strict=True):
-        same = np.full(len(entry.rows), max(_THE_SAME * max(mean_cost(products), mean_cost(storage)), float(entry.limit.max())))
+        same = np.full(len(entry.rows), max(THE_SAME * max(mean_cost(products), mean_cost(storage)), float(entry.limit.max())))
         errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions))
         if not of_ids(entry) and float(errors.mean()) > same[0]:
             return replace(entry, limit=same), errors
