@@ -71,8 +71,11 @@ def _names_here(case: Case, search: Search, state: SearchState, kind: str, known
         changed = list(state.steps)
         for number, step in zip(numbers, _rounded(steps, kind, some), strict=True):
             changed[number] = step
-        value = replay.run(changed, lambda name, _: name != entry.point, numbers[0])[entry.point]
-        if bool((entry.nmse(case.transformer.backend.to_host(value), case.positions) <= entry.limit).all()):
+        # Weights that already are of that type change no value, and those are not computed again.
+        value = replay.run(changed, lambda name, _: name != entry.point, numbers[0]).get(entry.point)
+        if value is not None and bool(
+            (entry.nmse(case.transformer.backend.to_host(value), case.positions) <= entry.limit).all()
+        ):
             return some
     return frozenset()
 
