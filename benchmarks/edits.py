@@ -1,7 +1,7 @@
 """Faults that no entry of the catalogue describes, one edited operation each: is one acquitted, or given a wrong cause?
 
-Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`, with `--further`, `--rare`
-or `--tiles`.
+Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`, with `--further`,
+`--rare` or `--tiles`.
 Every case is drawn by its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation,
 edited in one layer, from one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or
 all, F32 stated or not.
