@@ -10,8 +10,10 @@ time (`explain_right.py` has right engines of its own). What commands compute of
 
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
 "assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; a divergence that blames no
-operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model") is no accusation and is
-counted separately.
+operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model"; explain's sentence on an
+operation of a lower arithmetic) is no accusation and is counted separately.
+
+With `--further` they are five of the algorithms and mixed arithmetics of `kinds_of_engine.py`, drawn anew for each model.
 
 `--out` keeps one line an engine; a run with the same file goes on after its last line. `--seconds` stops it after that time.
 """
@@ -23,17 +25,17 @@ import random
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace as changed
 from pathlib import Path
 from time import process_time
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from explain_precision import half_sums, other_order
 from kept_runs import kept_runs
+from kinds_of_engine import ALGORITHMS, ARITHMETIC, HALF_SUMS, MIXED, Arithmetic, Kind, multiplies
 from msgspec.structs import replace
 from planted import Faulty, tokens_of
 
@@ -42,11 +44,9 @@ from checkpoints.answers.lint import ERROR
 from checkpoints.columns import open_dump
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
-from checkpoints.points import layer_outputs
+from checkpoints.points import layer_outputs, parse
 from checkpoints.record import Dump, End, Rows
 from engine import ops
-from engine.graph import Step
-from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
@@ -65,39 +65,15 @@ from reference.jobs import DumpJob
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
 SLICES = (10, 16, None)
 # Patterns of a divergence that blames no operation: rounding, or a question that only --model decides.
-UNDECIDED = ("eight-bits", "undecided", "precision", "drift")
+UNDECIDED = ("eight-bits", "undecided", "precision", "drift", "rounded")
+# What `explain` says of an operation that is right as a lower arithmetic makes it (`parity.explain.mixed`).
+_OF_ROUNDING = ("arithmetic rounds it", "arithmetic makes there", "which nothing states")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8
 _BUDGET = 20.0  # seconds of processor time that `explain` may search; for a right engine it needs a fraction of one
 
-Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
-
-
-def _products(steps: Sequence[Step], op: Callable[..., Any]) -> list[Step]:
-    return [replace(step, op=op) if step.op is ops.linear else step for step in steps]
-
-
-def _rounded(kind: str, storage: bool) -> Arithmetic:
-    return partial(rounded, kind=kind, storage=storage)
-
-
-HALF_SUMS = partial(_products, op=half_sums)
-
-
-def _multiplies(step: Step) -> bool:
-    """Whether a step is a product of ggml's with weights."""
-    return getattr(step.op, "name", "") in ("MUL_MAT", "MUL_MAT_ID") and any(step.weights)
-
-
-# Each arithmetic in the ways that engines compute it; one of them is drawn.
-ARITHMETIC: dict[str, tuple[Arithmetic, ...]] = {
-    "f32": (list, partial(_products, op=other_order)),
-    "f16": (_rounded("f16", False), _rounded("f16", True), HALF_SUMS),
-    "bf16": (_rounded("bf16", False), _rounded("bf16", True)),
-    "tf32": (_rounded("tf32", False),),
-    "q8": (_rounded("q8", False),),
-}
 PER_MODEL = EACH * len(ARITHMETIC)
+FURTHER = {**ALGORITHMS, **MIXED}  # of which as many kinds are drawn for each model
 
 
 @dataclass(frozen=True)
@@ -175,9 +151,18 @@ def computed(model: Model, arithmetic: Arithmetic) -> Dump:
     return load(out)
 
 
-def judged(model: Model, ours: Dump, way: Written, kind: str, *, explained: bool) -> dict[str, str]:
+def _shown(whole: Dump, kind: Kind) -> Dump:
+    """The full dump that an engine of this kind can write."""
+    assert whole.header is not None
+    header = replace(whole.header, kv_type="") if kind.open_cache else whole.header
+    return replace(
+        whole, header=header, points={name: rows for name, rows in whole.points.items() if parse(name).kind not in kind.without}
+    )
+
+
+def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: bool) -> dict[str, str]:
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
-    compute = kind if way.bare and way.stated else None
+    compute = kind.compute if way.bare and way.stated else None
     findings = lint(ours, ModelFacts(model.faulty.transformer.model)).findings
     errors = [finding.rule for finding in findings if finding.severity == ERROR]
     answers = {
@@ -199,14 +184,16 @@ def judged(model: Model, ours: Dump, way: Written, kind: str, *, explained: bool
             answers[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
         elif verdict.record_faults:
             answers[name] = f"accused: {[(fault.checkpoint, fault.kind) for fault in verdict.record_faults[:3]]}"
-        elif kind != "f32" and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
+        elif not kind.exact and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
             answers[name] = "called exact"
         else:
             answers[name] = "right"
     if not explained:
         return answers
     answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
-    if answer.causes or not answer:
+    if not answer.causes and any(sentence in answer.law for sentence in _OF_ROUNDING):
+        answers["explain"] = f"suspected: {answer.law}"
+    elif answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
         answers["explain"] = f"accused: {causes} {answer.first} {answer.law} {answer.looks_like} {answer.placed}"
     else:
@@ -232,7 +219,9 @@ def _visible(verdict: Any) -> bool:
     return verdict.worst is not None and verdict.worst.of_limit > 1
 
 
-def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -> Iterator[dict[str, Any]]:
+def engines(
+    seed: int, folder: Path, reference: Reference, *, explained: bool, further: bool = False
+) -> Iterator[dict[str, Any]]:
     """The ten engines of one model, each with every command's judgement of it."""
     try:
         model = model_of(seed, folder, reference)
@@ -241,32 +230,50 @@ def engines(seed: int, folder: Path, reference: Reference, *, explained: bool) -
         return
     # What is found must not depend on what else the machine does.
     with kept_runs(model.faulty.transformer), patch.object(budget, "perf_counter", process_time):
-        yield from _engines_of(model, seed, reference, explained=explained)
+        draw = random.Random(seed)
+        kinds = _further_of(model, draw) if further else ARITHMETIC
+        yield from _engines_of(model, seed, kinds, draw, reference, explained=explained)
 
 
-def _engines_of(model: Model, seed: int, reference: Reference, *, explained: bool) -> Iterator[dict[str, Any]]:
-    draw, number = random.Random(seed), 0
+def _further_of(model: Model, draw: random.Random) -> dict[str, Kind]:
+    """As many further kinds as there are arithmetics, of those that change anything in this model."""
+    right = list(model.faulty.right)
+    acting = {
+        name: ways
+        for name, kind in FURTHER.items()
+        if (ways := tuple(way for way in kind.ways if any(a is not b for a, b in zip(way(right), right, strict=True))))
+    }
+    chosen = draw.sample(sorted(acting), min(len(acting), len(ARITHMETIC)))
+    return {name: changed(FURTHER[name], ways=acting[name]) for name in chosen}
+
+
+def _engines_of(
+    model: Model, seed: int, kinds: dict[str, Kind], draw: random.Random, reference: Reference, *, explained: bool
+) -> Iterator[dict[str, Any]]:
+    number = 0
     layers = model.faulty.transformer.model.info.layers or 1
-    for kind, ways in ARITHMETIC.items():
-        way_of_it = draw.choice(ways)
-        if way_of_it is HALF_SUMS and any(step.op is not ops.linear and _multiplies(step) for step in model.faulty.right):
-            way_of_it = ways[0]  # experts would stay in float32: a mixture of arithmetics
-        whole = computed(model, way_of_it)
+    for name, kind in kinds.items():
+        way_of_it = draw.choice(kind.ways)
+        if way_of_it is HALF_SUMS and any(step.op is not ops.linear and multiplies(step) for step in model.faulty.right):
+            way_of_it = kind.ways[0]  # experts would stay in float32: a mixture of arithmetics
+        whole = _shown(computed(model, way_of_it), kind)
         for nth in range(EACH):
             way = Written.drawn(draw)
+            if name in MIXED:
+                way = changed(way, stated=False)  # no word says it
             began = process_time()
             line = {
                 "seed": seed,
                 "number": number,
                 "model": model.name,
-                "kind": kind,
-                "way": ways.index(way_of_it),
+                "kind": name,
+                "way": kind.ways.index(way_of_it),
                 "written": vars(way),
             }
             try:
-                line["said"] = judged(model, way.of(whole, layers, kind), way, kind, explained=explained)
+                line["said"] = judged(model, way.of(whole, layers, kind.compute), way, kind, explained=explained)
                 if nth == 0:
-                    line["said"]["isolate"] = isolated(model, whole, kind if way.stated else "", reference)
+                    line["said"]["isolate"] = isolated(model, whole, kind.compute if way.stated else "", reference)
             except ParityError as error:
                 line["said"] = {"all": f"accused: refused, {error}"}
             except Exception as error:  # an internal error is a finding, too, and the sweep goes on
@@ -281,13 +288,13 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """The judgements counted by arithmetic and command."""
     judged_lines = [line for line in lines if "said" in line]
     rows = [f"{len(judged_lines)} engines, {len(lines) - len(judged_lines)} refused; not right, of all:"]
-    for kind in ARITHMETIC:
+    for kind in dict.fromkeys(line["kind"] for line in judged_lines):
         here = [line["said"] for line in judged_lines if line["kind"] == kind]
         counts = Counter(
             f"{name} {text.partition(':')[0]}" for answers in here for name, text in answers.items() if text != "right"
         )
         rows.append(
-            f"{kind:<5} {len(here):>4}  {', '.join(f'{what} {n}' for what, n in sorted(counts.items())) or 'all right'}"
+            f"{kind:<28} {len(here):>4}  {', '.join(f'{what} {n}' for what, n in sorted(counts.items())) or 'all right'}"
         )
     return "\n".join(rows)
 
@@ -302,6 +309,7 @@ def main() -> None:
         "--seconds", type=float, default=float("inf"), help="of processor time; then the rest is left for another run"
     )
     parser.add_argument("--explain", action="store_true", help="explain each engine as well")
+    parser.add_argument("--further", action="store_true", help="other algorithms and mixed arithmetics")
     options = parser.parse_args()
     lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
     finished = {seed for seed, n in Counter(line["seed"] for line in lines).items() if n == PER_MODEL}
@@ -311,7 +319,7 @@ def main() -> None:
         seed = options.first
         while sum("said" in line for line in lines) < options.n and process_time() < options.seconds:
             if seed not in finished:
-                results = list(engines(seed, Path(folder), reference, explained=options.explain))
+                results = list(engines(seed, Path(folder), reference, explained=options.explain, further=options.further))
                 lines += results
                 with options.out.open("a") as out:
                     out.writelines(json.dumps(line) + "\n" for line in results)

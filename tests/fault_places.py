@@ -36,6 +36,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "experts-bias-ignored": ("deepseek2", {}, BOTH),
     "experts-too-few": ("qwen3moe", {"count": 1}, BOTH),
     "experts-weights-exchanged": ("qwen3moe", {}, BOTH),
+    "experts-unweighted": ("qwen3moe", {"are": "averaged"}, BOTH),
     "shared-expert-missing": ("qwen2moe", {}, BOTH),
     "shared-expert-gate-missing": ("qwen2moe", {}, BOTH),
     "experts-gate-up-swapped": ("qwen3moe", {}, BOTH),

@@ -8,7 +8,9 @@ from fault_places import GENERATED, PLACES, SETTINGS
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
+from checkpoints.points import parse
 from engine.faults import CATALOGUE
+from engine.faults.base import kind_of
 from parity.explain.case import Case
 from parity.explain.explain import explain
 from reference.client import Reference
@@ -50,6 +52,45 @@ def test_a_right_engine_whose_decay_begins_anew_in_each_pass(faulty: Callable[[s
     assert explanation
     assert any("they depend on where a pass begins" in note for note in explanation.notes)
     assert "blk.0.qkv" in {entry.point for entry in Case(dump, engine.model, PATIENT).entries}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [None, (2,)])
+def test_a_norm_behind_a_branch_by_any_name(faulty: Callable[[str], Faulty], layers: tuple[int, ...] | None) -> None:
+    """GLM-4's norms behind its branches have names of their own, `post_attn_norm`: one that an engine leaves out is named all the same."""
+    engine = faulty("glm4")
+    steps = [
+        replace(step, op=lambda x, *_weights, **_params: x.copy())
+        if kind_of(step) == "post_attn_norm" and (layers is None or parse(step.makes).layer in layers)
+        else step
+        for step in engine.right
+    ]
+    tokens = tokens_of(engine.model, 6, seed=5)
+    explanation = explain(engine.dump(Planted(()), tokens, steps=steps), engine.model, replace(PATIENT, tokens=tokens))
+    [cause] = explanation.causes
+    assert (cause.named.fault, cause.named.layers) == ("post-norm-missing", layers)
+    assert explanation.remaining is None
+
+
+def test_parts_of_a_product_that_were_recorded_as_they_were_taken(faulty: Callable[[str], Faulty]) -> None:
+    """GLM-4's gate and up are halves of one product: an engine that takes them in the other order, and records them so, has one fault."""
+    engine = faulty("glm4")
+    right = {step.makes: step for step in engine.right}
+    exchanged = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
+    steps = [
+        replace(step, reads=right[step.makes.replace(kind_of(step), exchanged[kind_of(step)])].reads)
+        if kind_of(step) in exchanged
+        else replace(step, reads=step.reads[::-1])
+        if kind_of(step) == "ffn_swiglu"
+        else step
+        for step in engine.right
+    ]
+    tokens = tokens_of(engine.model, 5, seed=5)
+    dump = engine.dump(Planted(()), tokens, points="embd,blk.0.*,logits", steps=steps)
+    [cause] = explain(dump, engine.model, replace(PATIENT, tokens=tokens)).causes
+    assert cause.named.fault == "gate-up-split"
+    assert dict(cause.named.parameters)["split"] == "in the other order"
+    assert not cause.equivalent
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,18 @@ def test_faults_apply_or_say_that_they_do_not(name: str, tmp_path: Path) -> None
 
 
 def test_a_rotation_halved_until_no_pair_is_left_does_not_apply(tmp_path: Path) -> None:
-    """Of four rotated dimensions, half of the half and a quarter are no pair; neither is a rotation of 0 that another cause plants."""
+    """Of four rotated dimensions, half of the half and a quarter are no pair; neither is a rotation of 0 that another cause plants.
+
+    Twice the half is the whole head, which is a variant of its own: the answer named both, and that nothing tells them apart.
+    """
     shape = Shape("llama", 2, 32, 8, 2, 4, 36, 33, biases=False)
     synthesize(tmp_path / "model.gguf", shape, weight_type="f32", seed=3)
     engine = Transformer(GgufModel(tmp_path / "model.gguf"), choose("numpy"))
     right = Replay(engine.steps, range(4), range(4), [0] * 4, engine.weights, engine.backend)
     dims, at = CATALOGUE["rope-dims"], {"at": ("q_rope", "k_rope")}
-    half, quarter = {"of": 0.5} | at, {"of": 0.25} | at
+    half, quarter, twice = ({"of": share} | at for share in (0.5, 0.25, 2.0))
     assert _run(right, list(engine.steps), ((dims, half),), None)
+    assert not _run(right, list(engine.steps), ((dims, half), (dims, twice)), None)
     assert not _run(right, list(engine.steps), ((dims, half), (dims, half)), None)
     assert not _run(right, list(engine.steps), ((dims, quarter),), None)
     none = [replace(step, params={**step.params, "dims": 0}) if step.op is ops.rope else step for step in engine.steps]

@@ -103,6 +103,13 @@ def test_a_norm_is_a_norm(reference: Reference, small_model: Make) -> None:
         np.testing.assert_allclose(nodes[f"blk.{layer}.ffn_norm"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_scaled_embedding_is_the_first_layers_residual(reference: Reference, small_model: Make) -> None:
+    """granite multiplies the embedding, which enters layer 0: the sum with it is `ffn_inp`, as in the other layers."""
+    graph = reference.graph(small_model("granite", layers=2)).several
+    sums = [tensor.point for tensor in graph.tensors if "ffn_inp" in tensor.point]
+    assert sums == ["blk.0.ffn_inp", "blk.1.ffn_inp"]
+
+
 def test_norms_after_the_branches(reference: Reference, small_model: Make) -> None:
     """olmo2 normalises what attention and feed-forward give: what goes into the feed-forward is the sum, and no norm."""
     nodes = values(reference, small_model("olmo2", layers=2))

@@ -14,6 +14,7 @@ from .base import AT, Fault, Parameters, Steps, kind_of, read_of, sibling, weigh
 from .edits import ggml, require
 from .weights import EXPERTS, altered, each_transposed, with_rows_moved
 
+_PARTS = ("ffn_gate", "ffn_up", "ffn_moe_gate", "ffn_moe_up")  # if one product makes both
 _GATED = ("ffn_swiglu", "ffn_geglu", "ffn_moe_swiglu", "ffn_moe_geglu", "ffn_moe_swiglu_oai")
 
 
@@ -102,29 +103,64 @@ _SPLITS = {"in turn, for halves": _in_turn, "as halves, for rows in turn": _in_h
 
 
 class _Resplit(Struct, frozen=True):
-    """A gated activation whose two inputs were split wrongly; `experts` lie side by side in a row."""
+    """Gate and up that were split wrongly; `experts` lie side by side in a row."""
 
-    op: Callable[..., Array]
     how: str
     experts: int = 1
 
+    def __call__(self, gate: Array, up: Array) -> tuple[Array, Array]:
+        """The gate and up that were taken: [T, experts · F] each."""
+        each = (gate, up) if self.experts == 1 else (x.reshape(x.shape[0], self.experts, -1) for x in (gate, up))
+        taken, other = (module_of(gate).ascontiguousarray(part).reshape(gate.shape) for part in _SPLITS[self.how](*each))
+        return taken, other
+
+
+class _OfResplit(Struct, frozen=True):
+    """A gated activation of gate and up that were split wrongly."""
+
+    op: Callable[..., Array]
+    split: _Resplit
+
     def __call__(self, gate: Array, up: Array, **params: Any) -> Array:
         """The activated product."""
-        each = (gate, up) if self.experts == 1 else (x.reshape(x.shape[0], self.experts, -1) for x in (gate, up))
-        parts = (module_of(gate).ascontiguousarray(part).reshape(gate.shape) for part in _SPLITS[self.how](*each))
-        return self.op(*parts, **params)
+        return self.op(*self.split(gate, up), **params)
+
+
+class _PartOfResplit(Struct, frozen=True):
+    """The gate (0) or up (1) of those that were split wrongly."""
+
+    split: _Resplit
+    part: int
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        """[T, experts · F]."""
+        return self.split(gate, up)[self.part]
+
+
+_SHOWN, _INSIDE = "as ffn_gate and ffn_up show", "in the activation alone"
 
 
 def _split(step: Step, right: Steps, parameters: Parameters) -> Step:
-    if len(step.reads) != 2 or not (step.op is ops.swiglu or ggml(step, "GLU")):
+    part = kind_of(step) in _PARTS
+    if part and (step.op is not ops.part or parameters["seen"] == _INSIDE):
+        return step
+    routed = "moe" in kind_of(step)
+    gate, up = _PARTS[2:] if routed else _PARTS[:2]
+    if parameters["seen"] == _SHOWN and sibling(step, right, gate).op is not ops.part:
+        raise NotApplicable(f"{step.makes}: gate and up are products of their own")
+    if not part and (len(step.reads) != 2 or not (step.op is ops.swiglu or ggml(step, "GLU"))):
         raise NotApplicable(f"{step.makes} reads no gate and up")
     experts = 1
-    if step.op is ops.swiglu and "moe" in kind_of(step):
+    if routed and (part or step.op is ops.swiglu):
         chosen = read_of(sibling(step, right, "ffn_moe_topk"), 0)
         if not isinstance(chosen, View) or not chosen.shape[-1].constant:
             raise NotApplicable(f"{step.makes}: the chosen experts are not a part of all")
         experts = chosen.shape[-1].fixed
-    return replace(step, op=_Resplit(step.op, parameters["split"], experts))
+    split = _Resplit(parameters["split"], experts)
+    if not part:
+        return replace(step, op=_OfResplit(step.op, split))
+    reads = tuple(read_of(sibling(step, right, kind), 0) for kind in (gate, up))
+    return replace(step, op=_PartOfResplit(split, (gate, up).index(kind_of(step))), reads=reads)
 
 
 _RIGHT_ROUTING = "routing is right, the experts' results are not"
@@ -165,12 +201,12 @@ FAULTS = (
     ),
     Fault(
         name="gate-up-split",
-        kinds=_GATED,
+        kinds=(*_PARTS, *_GATED),
         change=_split,
-        what="the rows of gate and up are split {split}",
+        what="the rows of gate and up are split {split}, {seen}",
         symptom="fluent nonsense from the first such layer on",
         fix="in one tensor gate's rows come first, then up's; where a checkpoint has them in turn (gpt-oss) its converter separates them",
         seen="fused gate_up weights of one family read as those of another",
-        parameters={"split": tuple(_SPLITS)},
+        parameters={"split": tuple(_SPLITS), "seen": (_INSIDE, _SHOWN)},
     ),
 )

@@ -13,7 +13,7 @@ from ..ggml_ops.activations import sigmoid
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
-from .edits import Then, ggml, maker, only, require
+from .edits import Then, WithInput, ggml, maker, only, require
 from .expert_counts import OTHER_COUNTS
 from .index import of_operation
 
@@ -87,6 +87,23 @@ def _fewer(step: Step, right: Steps, parameters: Parameters) -> Step:
 
 def _reversed(weights: Array) -> Array:
     return weights.reshape(weights.shape[0], -1)[:, ::-1].reshape(weights.shape)
+
+
+def _mean(weights: Array) -> Array:
+    return weights * 0 + 1 / weights.reshape(weights.shape[0], -1).shape[1]
+
+
+def _sum(weights: Array) -> Array:
+    return weights * 0 + 1
+
+
+_ALIKE = {"averaged": _mean, "added up": _sum}
+
+
+def _alike(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if len(require(step, "MUL").reads) < 2:
+        raise NotApplicable(f"{step.makes} weights no experts")
+    return replace(step, op=WithInput(step.op, 1, _ALIKE[parameters["are"]]))
 
 
 def _on_weights(change: Callable[[Array], Array]) -> Callable[[Step, Steps, Parameters], Step]:
@@ -215,6 +232,14 @@ FAULTS = (
         "experts-weights-exchanged", _WEIGHTS, _on_weights(_reversed),
         "the chosen experts have each other's weights", _RIGHT_LOGITS,
         "keep ids and weights in the same order", "ids sorted after the weights were taken",
+    ),
+    replace(
+        _new(
+            "experts-unweighted", ("ffn_moe_weighted",), _alike,
+            "the chosen experts' results are {are}, without the router's weights", _RIGHT_LOGITS,
+            "multiply each expert's result by its weight before the sum", "loops over experts that only ask which were chosen",
+        ),
+        parameters={"are": tuple(_ALIKE)},
     ),
     replace(
         _new(

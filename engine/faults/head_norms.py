@@ -156,12 +156,21 @@ def unlisted(right: Steps) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in _OTHERS))
 
 
+def _unlisted_behind(right: Steps) -> tuple[str, ...]:
+    """The kinds of a model's norms of a branch, whose result is added to the residual, that have other names than usual (GLM-4, Grok)."""
+    added = {name for step in right.values() if step.op is ops.add for name in step.names}
+    norms = (step for step in right.values() if step.op is ops.rms_norm and step.weights and step.makes in added)
+    return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in _OTHERS))
+
+
 def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
-    """The places of a fault: these kinds, and, if they include norms of heads, a model's own names for those."""
+    """The places of a fault: these kinds, and, if they include norms of heads or behind a branch, a model's own names for those."""
 
     def places(right: Steps) -> Values:
         known = _GROUPS if kinds == _OTHERS else subsets(*kinds)
         more = unlisted(right) if set(_HEADS) <= set(kinds) else ()
+        if set(_BEHIND) <= set(kinds):
+            more = (*more, *_unlisted_behind(right))
         return (*known, *(subsets(*more) if more else ()))
 
     return places

@@ -126,8 +126,8 @@ def _whole_head(x: Array, positions: Array, *, heads: int, **params: Any) -> Arr
 
 
 def _within_head(x: Array, positions: Array, factors: Array | None, *, heads: int, dims: int, **params: Any) -> Array:
-    if dims > x.shape[1] // heads:
-        raise NotApplicable(f"a head has no {dims} dimensions")
+    if dims >= x.shape[1] // heads:
+        raise NotApplicable(f"a head has no more than {dims} dimensions: all of them are tried as such")
     return ops.rope(x, positions, factors, heads=heads, dims=dims, **params)
 
 
@@ -138,6 +138,8 @@ def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
         dims = int(rotary(step, "dims") * parameters["of"]) & ~1
         if dims < 2 or (step.op is not ops.rope and dims > head_size(step)):
             raise NotApplicable(f"{step.makes} cannot rotate {dims} dimensions of a head")
+        if step.op is not ops.rope and dims == head_size(step) and not integer(step, _BEGIN):
+            raise NotApplicable(f"{step.makes}: that is the whole head, which is tried as such")
         changed = with_rotary(step, dims=dims)
         return replace(changed, op=_within_head) if step.op is ops.rope and parameters["of"] > 1 else changed
     if step.op is ops.rope:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import POSITIONS, History, Read, Step, View
+from ..graph import Step
 from ..weights.rounding import BF16, F16, Q8_0, round_activations
 
 _ATTENTION = (ops.attention_scores, ops.weighted_values)
@@ -38,10 +38,6 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# Of an engine that computes in float32: the types in which its cache may keep keys and values.
-CACHES = {"f16 cache": "f16", "bf16 cache": "bf16"}
-
-
 class _Rounded(Struct, frozen=True):
     """An operation whose factors (and, with `storage`, result) are rounded; of its operands only the first `reads` are activations."""
 
@@ -56,20 +52,25 @@ class _Rounded(Struct, frozen=True):
         if self.op in _PRODUCTS or getattr(self.op, "name", "") in _GGML_PRODUCTS:
             if self.kind != "q8":
                 inputs = tuple(
-                    _each(rounding, value) if at < 2 or self.op not in _PRODUCTS else value for at, value in enumerate(inputs)
+                    each(rounding, value) if at < 2 or self.op not in _PRODUCTS else value for at, value in enumerate(inputs)
                 )
             elif self.op not in _ATTENTION:  # weights are quantised already; attention runs in floating point
-                inputs = tuple(_each(rounding, value) if at < self.reads else value for at, value in enumerate(inputs))
+                inputs = tuple(each(rounding, value) if at < self.reads else value for at, value in enumerate(inputs))
         exact = self._normed(*inputs, **params) if self.normed and self.op in _NORMS else self.op(*inputs, **params)
-        return _each(rounding, exact) if self.storage and self.kind != "q8" else exact
+        return each(rounding, exact) if self.storage and self.kind != "q8" else exact
 
     def _normed(self, x: Array, weight: Array, bias: Array | None = None, **params: Any) -> Array:
         row = self.op(x, module_of(weight).ones_like(weight), **params)
-        scaled = (_each(ROUNDINGS[self.kind], row).reshape(-1, len(weight)) * weight).reshape(row.shape)
+        scaled = (each(ROUNDINGS[self.kind], row).reshape(-1, len(weight)) * weight).reshape(row.shape)
         return scaled if bias is None else scaled + bias
 
 
-def _each(rounding: Callable[[Array], Array], x: Any) -> Any:
+def multiplies(step: Step) -> bool:
+    """Whether a step is a matrix product: of its weights the first is a matrix."""
+    return step.op in _PRODUCTS or getattr(step.op, "name", "") in _GGML_PRODUCTS
+
+
+def each(rounding: Callable[[Array], Array], x: Any) -> Any:
     """An operand rounded; one that holds only whole numbers (ids of experts, float32 like every value) stays unchanged."""
     if getattr(x, "dtype", None) != np.float32 or not x.size or bool((x == np.rint(x)).all()):
         return x
@@ -85,34 +86,21 @@ def rounded(steps: Sequence[Step], kind: str, *, storage: bool, normed: bool = F
     return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads), normed)) for step in steps]
 
 
-def is_normed(step: Step) -> bool:
-    """Whether a step is a norm with a weight, which may be rounded twice (`rounded`)."""
-    return step.op in _NORMS
-
-
-class _Kept(Struct, frozen=True):
-    """An operation some of whose inputs were kept in a lower type."""
+class _Stored(Struct, frozen=True):
+    """An operation whose result is rounded."""
 
     op: Callable[..., Array]
     kind: str
-    places: tuple[int, ...]
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
-        rounding = ROUNDINGS[self.kind]
-        return self.op(*(_each(rounding, x) if place in self.places else x for place, x in enumerate(inputs)), **params)
+        return each(ROUNDINGS[self.kind], self.op(*inputs, **params))
 
 
-def cached(steps: Sequence[Step], kind: str) -> list[Step]:
-    """The steps of a right engine that computes in float32 and whose cache keeps keys and values in f16 or bf16."""
-    return [
-        replace(step, op=_Kept(step.op, kind, places))
-        if (places := tuple(place for place, read in enumerate(step.reads) if reads_cache(read)))
-        else step
-        for step in steps
-    ]
+def stored(steps: Sequence[Step], kind: str) -> list[Step]:
+    """The steps with results kept in f16 or bf16, of operations that compute in float32, whatever they read."""
+    return [replace(step, op=_Stored(step.op, kind)) for step in steps]
 
 
-def reads_cache(read: Read) -> bool:
-    """Whether a step reads the cache directly, not by way of the points that show it."""
-    of = read.of if isinstance(read, View) else read
-    return isinstance(of, History) and of.of != POSITIONS
+def is_normed(step: Step) -> bool:
+    """Whether a step is a norm with a weight, which may be rounded twice (`rounded`)."""
+    return step.op in _NORMS

@@ -19,7 +19,7 @@ from ..ggml_ops import OpParams
 from ..graph import Altered, Step, name_of
 from ..lift.node import GgmlOperation
 from ..weights.rounding import F16, F32, round_activations
-from .precision import reads_cache
+from .kept import reads_cache
 from .products import blocks_of, mul_mat, mul_mat_id, product
 
 

@@ -14,6 +14,7 @@ from engine.replay.precision import is_normed, rounded
 from reports.sentences import ARITHMETIC
 
 from ..diff.align import Pair
+from ..diff.beyond_noise import failing_at
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
@@ -24,7 +25,8 @@ from .case import Case
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
-from .precision import KINDS, LOWER, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
+from .own_rounding import outstanding
+from .precision import KINDS, LOWER, OURS, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
 from .records import Expected, Floats
 from .spared import spares_records
 from .systematic import SECONDS, systematic
@@ -55,7 +57,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         right = entry.taken(known.case.replay.on_host[pair.point], known.case.positions)
         # Rounding spares what a type holds exactly: many elements of an embedding of few bits, say.
         if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
-            return as_float32
+            return _in_part(as_float32, known.case, seconds, shown=False)
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
     plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
@@ -69,10 +71,27 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     far = {kind: mismatch(lower.errors) for kind, lower in fitting.items()}
     ranked = best({kind: far[kind] for kind, lower in fitting.items() if lower.compared.verdict} or far)
     if ranked:
-        return _with(fitting[ranked[0]].compared, ranked[0], first.checkpoint, ranked[1:])
+        found = fitting[ranked[0]]
+        compared = _with(found.compared, ranked[0], first.checkpoint, ranked[1:])
+        return _beside_own_rounding(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
-    return _in_part(as_float32, known.case, seconds) if before else as_float32
+    return _in_part(as_float32, known.case, seconds, shown=bool(before))
+
+
+def _beside_own_rounding(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
+    """The comparison of an engine that rounds as ours does: a divergence if an operation has, by a law, other numbers than our own run."""
+    case, cost = known.beside_ours(ours) if compared.verdict else None, known.floor(kind)
+    if case is None or cost is None or known.case is None:
+        return compared
+    costs = dict(zip((entry.point for entry in known.case.entries), map(float, cost.cost()), strict=True))
+    found = outstanding(case, kind, costs)
+    if found is None or found.entry.point not in compared.records.names:
+        return compared
+    worst = float((found.errors / found.entry.limit).max())
+    records, verdict = failing_at(compared.records, {compared.records.names.index(found.entry.point): worst})
+    verdict = replace(verdict, pattern=Pattern("own-rounding", f"{found.entry.point}: {found.law}"), operation="")
+    return replace(compared, records=records, verdict=replace(verdict, precision=compared.verdict.precision))
 
 
 def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:
@@ -109,9 +128,9 @@ def _plain(pair: Pair) -> Pair:
     return replace(pair, point=ref.point, ours=ours, ref=ref)
 
 
-def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Comparison:
-    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or if
-    what lies unrecorded before it may be."""
+def _in_part(as_float32: Comparison, case: Case | None, seconds: float, *, shown: bool = True) -> Comparison:
+    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or,
+    where a product that agrees has `shown` float32, if what lies unrecorded before it may be."""
     first, records = as_float32.verdict.first_divergence, as_float32.records
     if case is None or first is None or (place := _first_computed(as_float32, case, first.checkpoint)) is None:
         return as_float32
@@ -123,6 +142,8 @@ def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Compa
     recorded = set(records.names[:number])
     if kinds := rounded_here(case, entry, errors, known, recorded):
         sentence = f"{place} is the right one {in_words(kinds)}"
+    elif not shown:
+        return as_float32
     elif (among := as_large_as_rounding(case, entry, errors, known, recorded)) and systematic(case, *beside, seconds) == "":
         sentence = (
             f"{place} differs by what F16 costs in the operations that make it and were not recorded ({among}), and what they read agrees "

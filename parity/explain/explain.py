@@ -22,6 +22,7 @@ from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
 from . import halves
 from .apart import apart
+from .beyond import NOTHING, beyond
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .fits import remarks as remarks_on_number
@@ -30,11 +31,11 @@ from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
 from .looks_like import floor_of, looks_like
-from .mixed import beyond_rounding, law_of_noise, law_of_rounding
+from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
 from .own_inputs import contradicted
 from .own_rounding import standing_out
-from .precision import TOGETHER, UPPER, PrecisionFloor, fits, is_proof, with_noise
+from .precision import UPPER, PrecisionFloor, fits, is_proof, with_noise
 from .records import Expected, right_rows
 from .rows import garbage
 from .scattered import scattered
@@ -130,12 +131,14 @@ def _of_all_records(
         answer = _left_over(case, search, best, answer, budget)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
-    beyond = (
-        () if answer.causes or noise or is_noise or case.states_f32 else beyond_rounding(case, best, partial(floor_of, case))
+    said, further = (
+        NOTHING
+        if answer.causes or noise or is_noise or case.states_f32
+        else beyond(case, best, lambda other, kind, most: _of_all_records(other, replace(options, compute=kind), budget, most))
     )
-    if beyond and (within := _within(case, options, budget, *beyond)) is not None:
-        return within
-    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *beyond[1:])
+    if further is not None:
+        return further
+    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *said)
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:
@@ -153,17 +156,6 @@ def _of_all_records(
     )
     answer = standing_out(case, answer, kinds)
     return contradicted(case, answer) if start.first is None and not noise else answer, best
-
-
-def _within(
-    case: Case, options: ExplainOptions, budget: Budget, kind: str, said: str
-) -> tuple[Explanation, SearchState] | None:
-    """The faults beyond what an arithmetic costs that reproduce everything, where the first place shows that arithmetic; None without."""
-    lower = case.with_steps(case.transformer.steps, case.entries)
-    answer, state = _of_all_records(lower, replace(options, compute=kind), budget, TOGETHER)
-    if not answer.causes or answer.remaining is not None:
-        return None
-    return replace(answer, notes=(*answer.notes, f"arithmetic: {said}; the cause is looked for beyond that")), state
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:

@@ -64,6 +64,17 @@ class KnownModel(Struct, frozen=True, dict=True):
         except ParityError:
             return None
 
+    def beside_ours(self, ours: Dump) -> "Case | None":
+        """The right engine beside our dump, over the reference's tokens; None if that has other records than can be placed."""
+        from .case import Case, ExplainOptions, Half
+
+        if self.transformer is None or self.ref.header is None:
+            return None
+        try:
+            return Case(ours, Half(self.transformer), ExplainOptions(tokens=self.ref.header.tokens))
+        except ParityError:
+            return None
+
     @cached_property
     def decoder(self) -> "Case | None":
         """The right decoder, fed by the right encoder, beside the reference; None if the model has none, or none was recorded."""

@@ -3,23 +3,25 @@
 Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
+from engine import ops
 from engine.backend import Array
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
-from engine.replay.precision import CACHES, cached, rounded
-from reports.sentences import ARITHMETIC
+from engine.replay.kept import KEPT, kept
+from engine.replay.precision import rounded, stored
+from reports.sentences import ARITHMETIC, kept_in
 
 from ..diff.limits import EXACT_FLOOR, limits
 from ..diff.scatter import SIMILAR, is_scatter, spares_elements
 from .case import Case
-from .flipped import has_choices
-from .precision import KINDS, LOWER, UPPER, PrecisionFloor, cosine, is_beyond, mean_cost
+from .precision import KINDS, LOWER, UPPER, cosine, mean_cost
 from .records import Expected, Floats
 from .spared import VISIBLE
 from .state import SearchState
@@ -32,6 +34,15 @@ _SAME, _AS_LARGE = 0.9, 1.5
 # what rounded activations cost (measured, `precision.UPPER`).
 _SMALLEST, _LARGEST = 0.09, 3.8
 _LOWEST = limits(None, None, compute="bf16")
+# Operations whose results alone an engine may keep in a lower type.
+_SINGLE: tuple[tuple[object, ...], ...] = (
+    (ops.attention_scores,),
+    (ops.causal_soft_max, "SOFT_MAX"),
+    (ops.rms_norm, ops.layer_norm, "RMS_NORM", "NORM"),
+    (ops.rope, "ROPE"),
+    (ops.add, "ADD"),
+)
+Rounding = tuple[str, Floats, Floats]  # an arithmetic, errors where it gives numbers, and its own errors: [R, k]
 _SEVERAL = 3  # operations that are not recorded: a single one shows its own rounding
 
 
@@ -44,11 +55,14 @@ def rounded_here(
         errors: of the dump's records against the right engine, [R, k], in the entry's shape; `known` where they are.
         recorded: the points that agree before it, at which its own operations begin.
     """
-    near: dict[str, float] = {}
-    for kind, found, rounding in _roundings(case, entry, errors, known, recorded):
-        if alike := likeness(found, rounding):
-            near[kind] = max(alike, near.get(kind, 0.0))
-    return tuple(sorted(near, key=lambda kind: -near[kind]))
+    for some in (_roundings, _roundings_of_one_kind):
+        near: dict[str, float] = {}
+        for kind, found, rounding in some(case, entry, errors, known, recorded):
+            if alike := likeness(found, rounding):
+                near[kind] = max(alike, near.get(kind, 0.0))
+        if near:
+            return tuple(sorted(near, key=lambda kind: -near[kind]))
+    return ()
 
 
 def likeness(errors: Floats, rounding: Floats) -> float:
@@ -81,18 +95,49 @@ def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
 
 def _roundings(
     case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
-) -> Iterator[tuple[str, Floats, Floats]]:
+) -> Iterator[Rounding]:
     """Each arithmetic in which a point's own operations may have been computed, the errors where it gives numbers, and its own: [R, k]."""
     places = _own_steps(case.transformer.steps, entry.point, recorded)
+    ways = ((kind, places, lower) for kind in (*KINDS, *KEPT) for lower in _ways(kind))
+    return _made_by(case, entry, errors, known, ways)
+
+
+def _roundings_of_one_kind(
+    case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
+) -> Iterator[Rounding]:
+    """As `_roundings`, where one kind of operation alone keeps its results in a lower type (scores, soft max, norms, RoPE, sums), and the
+    others of the layer do not.
+    """
+    steps = case.transformer.steps
+    places = _own_steps(steps, entry.point, recorded)
+    if len({layer for number in places if (layer := parse(steps[number].makes).layer) is not None}) > 1:
+        return iter(())
+    of_kind = [[number for number in places if _is_of(steps[number], kinds)] for kinds in _SINGLE]
+    ways = ((kind, some, partial(stored, kind=kind)) for some in of_kind if some for kind in ("f16", "bf16"))
+    return _made_by(case, entry, errors, known, ways)
+
+
+def _made_by(
+    case: Case,
+    entry: Expected,
+    errors: Floats,
+    known: NDArray[np.bool_],
+    ways: Iterable[tuple[str, list[int], Callable[[Sequence[Step]], list[Step]]]],
+) -> Iterator[Rounding]:
+    """What the steps of these numbers make of a point in each of these ways."""
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
-    for kind in (*KINDS, *CACHES):
-        for lower in _ways(kind):
-            values = _rounded_value(case, places, lower, entry.point)
-            if values is None:
-                continue
-            computed = entry.taken(values, case.positions)
-            usable = known & np.isfinite(computed)
-            yield kind, np.where(usable, errors, 0.0), np.where(usable, computed - right, 0.0)
+    for kind, places, lower in ways:
+        values = _rounded_value(case, places, lower, entry.point)
+        if values is None:
+            continue
+        computed = entry.taken(values, case.positions)
+        usable = known & np.isfinite(computed)
+        yield kind, np.where(usable, errors, 0.0), np.where(usable, computed - right, 0.0)
+
+
+def _is_of(step: Step, kinds: Collection[object]) -> bool:
+    """Whether a step's operation is one of these: ours, or ggml's by its name."""
+    return step.op in kinds or getattr(step.op, "name", None) in kinds
 
 
 def as_large_as_rounding(
@@ -122,7 +167,7 @@ def law_of_rounding(case: Case, state: SearchState) -> str:
     kinds = kinds_of_rounding(case, state)
     if not kinds:
         return ""
-    mixed = kinds[0] in CACHES or _spared_before(case, state, kinds[0])
+    mixed = kinds[0] in KEPT or _spared_before(case, state, kinds[0])
     return f"every element is the right one {in_words(kinds, mixed=mixed)}"
 
 
@@ -146,22 +191,6 @@ def _spared_before(case: Case, state: SearchState, kind: str) -> bool:
         for entry in case.entries[: state.first.point]
         if entry.point in lower.on_host
     )
-
-
-def beyond_rounding(case: Case, state: SearchState, floor_of: Callable[[str], PrecisionFloor]) -> tuple[str, str] | tuple[()]:
-    """The arithmetic that rounds the first place, and a sentence on the first point that is further off than that costs; () if none is."""
-    kind = next((kind for kind in kinds_of_rounding(case, state) if kind not in CACHES), "")
-    if not kind:
-        return ()
-    cost = floor_of(kind)
-    for entry, products, storage in zip(case.entries, cost.products, cost.storage, strict=True):
-        if is_beyond(entry, products, storage):
-            return (
-                kind,
-                f"{entry.point} is off by more than {ARITHMETIC[kind]} arithmetic costs there: a fault"
-                f"{', or experts that it chooses otherwise' if has_choices(case) else ''} (--compute {kind} looks for a fault beyond it)",
-            )
-    return ()
 
 
 def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
@@ -189,13 +218,9 @@ def first_errors(
 
 def in_words(kinds: Sequence[str], *, mixed: bool = True) -> str:
     """How an operation in one of these arithmetics differs from what lies before it, which is in float32 if the engine is `mixed`."""
-    if kinds[0] in CACHES:
-        kept = CACHES[kinds[0]]
-        return (
-            f"where the cache keeps keys and values in {ARITHMETIC[kept]}, and no other fault here: nothing states it "
-            f'("kv_type": "{kept}" in the header does)'
-        )
-    kinds = [kind for kind in kinds if kind not in CACHES]
+    if (part := KEPT.get(kinds[0])) is not None:
+        return f"where {kept_in(part.part, part.type)}, and no other fault here"
+    kinds = [kind for kind in kinds if kind not in KEPT]
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
     before = ", while what it is computed from is in float32: mixed precision" if mixed else ""
     return f"as {named} arithmetic rounds it{before}, and no other fault here (--compute {kinds[0]} allows for it everywhere)"
@@ -203,7 +228,7 @@ def in_words(kinds: Sequence[str], *, mixed: bool = True) -> str:
 
 def noise_in_words(kind: str) -> str:
     """What is to be said of an operation whose errors are noise of the size that an arithmetic, or a cache's type, makes."""
-    kind = CACHES.get(kind, kind)
+    kind = KEPT[kind].type if kind in KEPT else kind
     return (
         f"noise in all elements, of the size that {ARITHMETIC[kind]} arithmetic makes there, while what it is computed from is in float32: "
         f"sums in lower arithmetic, or a small fault (--compute {kind} allows for it everywhere)"
@@ -222,9 +247,9 @@ def _own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> 
 
 
 def _ways(kind: str) -> list[Callable[[Sequence[Step]], list[Step]]]:
-    """The ways in which right engines use a lower type: for factors of products, for every value, for what the cache keeps."""
-    if kind in CACHES:
-        return [partial(cached, kind=CACHES[kind])]
+    """The ways in which right engines use a lower type: for factors of products, for every value, for a part that they keep."""
+    if kind in KEPT:
+        return [partial(kept, kind=kind)]
     return [partial(rounded, kind=kind, storage=storage) for storage in (False, True)]
 
 

@@ -1,5 +1,6 @@
 """A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ def compared_on(
     known = KnownModel(_as_seen(ref, ours), model)
     compared = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
     if not compared.verdict:
+        compared = _beside_twin(compared, ours, ref, options, model, arbiter)
+    if not compared.verdict:
         compared = replace(compared, verdict=replace(compared.verdict, ignored=known.ignored))
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.started))):
@@ -42,6 +45,16 @@ def compared_on(
     from ..arbiter.third_side import with_truth
 
     return with_truth(compared, known.truth, everywhere=arbiter == ALL)
+
+
+def _beside_twin(compared: Comparison, ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str) -> Comparison:
+    """The comparison, judged by what native types cost this model if the reference has them."""
+    if ref.header is None or ref.header.mode != NATIVE:
+        return compared
+    from .beside_twin import beside_twin
+
+    exactly = partial(compared_on, model=model, arbiter=arbiter, third_side=False)
+    return beside_twin(compared, ours, ref, options, model, exactly)
 
 
 def three_on(dumps: tuple[Dump, Dump, Dump], options: Options, model: Path, arbiter: str = AUTO) -> "ThreeWay":

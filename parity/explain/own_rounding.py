@@ -5,9 +5,10 @@ operation that has other ones, and by a law, is wrong, however small its error i
 rounding has no law.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
@@ -19,7 +20,7 @@ from .beside import ROOM, beside
 from .case import Case
 from .laws import WRONG, law
 from .looks_like import floor_of
-from .precision import OURS, PrecisionFloor, mean_cost, of_ids
+from .precision import OURS, of_ids
 from .records import Expected, Floats
 
 # The part of what an arithmetic costs a point up to which our own rounding's numbers are the dump's: right engines' were 0 to 0.01 of it,
@@ -31,6 +32,34 @@ _OF_A_CONSTANT = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-9}
 _ENOUGH = 12  # recorded values: a number fitted to fewer may follow noise
 
 
+class Outstanding(Struct, frozen=True):
+    """The first operation whose values are not those of our own run in an arithmetic, NMSE [R] each, and the law that they follow."""
+
+    entry: Expected
+    errors: Floats
+    law: str
+
+
+def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstanding | None:
+    """What stands out of an engine that rounds as ours does; None if nothing does that follows a law.
+
+    Args:
+        costs: the NMSE that the arithmetic costs each point.
+    """
+    for storage in (False, True):
+        lower = rounded(case.transformer.steps, kind, storage=storage)
+        run = case.make(lower, len(case.positions), None, case.rounded(kind, storage))
+        found = _first_other(case, run, costs)
+        if found is None:
+            return None
+        entry, errors = found
+        sentence = _law_beside(case, run, entry, errors, _OF_A_CONSTANT.get(kind, 0.0))
+        if sentence:
+            words = f"{sentence}, beside our own run in {ARITHMETIC[kind]} arithmetic, which has all numbers before it"
+            return Outstanding(entry, errors, words)
+    return None
+
+
 def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Explanation:
     """The answer that arithmetics explain everything, unless an operation's values differ from our own run in the first by a law.
 
@@ -38,38 +67,34 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
     """
     if not kinds or (cost := floor_of(case, kinds[0])).alike < OURS:
         return answer
-    kind, recorded = kinds[0], {entry.point for entry in case.entries}
-    for storage in (False, True):
-        lower = rounded(case.transformer.steps, kind, storage=storage)
-        run = case.make(lower, len(case.positions), None, case.rounded(kind, storage))
-        found = _first_other(case, run, cost)
-        if found is None:
-            return answer
-        entry, errors = found
-        sentence = _law_beside(case, run, entry, errors, _OF_A_CONSTANT.get(kind, 0.0))
-        if sentence:
-            step = next(step for step in case.transformer.steps if step.makes == entry.point)
-            at = int(np.flatnonzero(errors > entry.limit)[0])
-            position = int(case.positions[entry.rows[at]])
-            place = DivergentPlace(entry.point, position, float(errors[at]), float(entry.limit[at]))
-            return replace(
-                answer,
-                first=place,
-                remaining=place,
-                differing=int((errors > entry.limit).sum()),
-                law=f"{sentence}, beside our own run in {ARITHMETIC[kind]} arithmetic, which has all numbers before it",
-                placed=PossibleOperations((entry.point,), step.names, sure=recorded.issuperset(step.names)),
-                precision_only="",
-                precision_alike=(),
-                precision_assumed=False,
-            )
-    return answer
+    costs = dict(zip((entry.point for entry in case.entries), map(float, cost.cost()), strict=True))
+    found = outstanding(case, kinds[0], costs)
+    if found is None:
+        return answer
+    entry, errors = found.entry, found.errors
+    recorded = {other.point for other in case.entries}
+    step = next(step for step in case.transformer.steps if step.makes == entry.point)
+    at = int(np.flatnonzero(errors > entry.limit)[0])
+    place = DivergentPlace(entry.point, int(case.positions[entry.rows[at]]), float(errors[at]), float(entry.limit[at]))
+    return replace(
+        answer,
+        first=place,
+        remaining=place,
+        differing=int((errors > entry.limit).sum()),
+        law=found.law,
+        placed=PossibleOperations((entry.point,), step.names, sure=recorded.issuperset(step.names)),
+        precision_only="",
+        precision_alike=(),
+        precision_assumed=False,
+    )
 
 
-def _first_other(case: Case, run: Replay, cost: PrecisionFloor) -> tuple[Expected, Floats] | None:
+def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[Expected, Floats] | None:
     """The first point whose recorded values are not this run's, with what is the same to this arithmetic as its limit, and the errors."""
-    for entry, products, storage in zip(case.entries, cost.products, cost.storage, strict=True):
-        same = np.full(len(entry.rows), max(_THE_SAME * max(mean_cost(products), mean_cost(storage)), float(entry.limit.max())))
+    for entry in case.entries:
+        if entry.point not in costs:
+            continue
+        same = np.full(len(entry.rows), max(_THE_SAME * costs[entry.point], float(entry.limit.max())))
         errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions))
         if not of_ids(entry) and float(errors.mean()) > same[0]:
             return replace(entry, limit=same), errors

@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from checkpoints.answers.diff import Limits
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.record import Header, ModelInfo
-from engine.replay.precision import CACHES
+from engine.replay.kept import KEPT
 from engine.replay.wide import coarse_points
-from reports.sentences import ARITHMETIC
+from reports.sentences import ARITHMETIC, kept_in
 
 from ..diff.against_limits import TABLE
 from ..diff.limits import limits
@@ -33,7 +33,7 @@ _REASON = (
 )
 _MIXED = "while others are in float32: mixed precision, which nothing states (--compute {} allows for it everywhere)"
 # Factors rounded to eight bits show in most products; floating point may be that of single ones.
-_KINDS = ("f16", "bf16", "tf32", *CACHES)
+_KINDS = ("f16", "bf16", "tf32", *KEPT)
 _EIGHT_BITS = "q8"
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 _F16 = limits(None, Header(source="", model=ModelInfo(), compute="f32"), compute="f16").operations
@@ -204,9 +204,8 @@ def _rounding_of(operation: Operation, record: Record, multiplies: bool) -> str:
     """What is to be said of an operation that is right in a lower arithmetic and wrong in float32; empty if it is not."""
     if operation.status == PROVEN and record.arithmetics:
         kind = next(iter(record.arithmetics))
-        if kind in CACHES:
-            kept = CACHES[kind]
-            return f'right where the cache keeps keys and values in {ARITHMETIC[kept]}, which nothing states ("kv_type": "{kept}" does)'
+        if kind in KEPT:
+            return f"right where {kept_in(KEPT[kind].part, KEPT[kind].type)}"
         return f"right as {ARITHMETIC[kind]} arithmetic rounds it, {_MIXED.format(kind)}"
     if record.lower and not record.wrong:
         return f"the right value rounded to {record.lower}, {_MIXED.format(_TYPES[record.lower])}"

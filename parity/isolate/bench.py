@@ -12,7 +12,8 @@ from checkpoints.answers.isolate import Operation
 from checkpoints.graph import RecordedGraph
 from engine.graph import ENCODED, Step, alone
 from engine.opened import open_plain
-from engine.replay.precision import CACHES, cached, rounded
+from engine.replay.kept import KEPT, kept
+from engine.replay.precision import rounded
 from engine.replay.proof import is_weighed
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -140,4 +141,4 @@ class IsolationBench(Struct):
 
 def _lower(steps: Sequence[Step], kind: str) -> list[Step]:
     """The steps of an engine whose products round their factors to a lower type, or whose cache keeps keys and values in it."""
-    return cached(steps, CACHES[kind]) if kind in CACHES else rounded(steps, kind, storage=False)
+    return kept(steps, kind) if kind in KEPT else rounded(steps, kind, storage=False)

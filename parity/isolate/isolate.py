@@ -84,7 +84,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         )
     mode = request.mode or "native"
     if mode == "exact" and request.kv_type != "f32":
-        raise InputError("exact mode uses an F32 cache.", "Leave --kv-type out, or take --mode native.", code="kv_type")
+        raise InputError("exact mode uses an F32 cache.", "Leave --kv-type out, or use --mode native.", code="kv_type")
     with _started(request, running) as reference:
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)
@@ -277,7 +277,14 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             generated = values.generated
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
             layers, suspects = judged_layers(
-                reference(), request.model, values, operations, mode, judgement.of_layers, bench.isolator.suspects()
+                reference(),
+                request.model,
+                values,
+                operations,
+                mode,
+                judgement.of_layers,
+                bench.isolator.suspects(),
+                bench.rounding,
             )
             operations = bench.isolator.unless_of(suspects, operations)
             layers = eliminated(operations, layers, suspects)

@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.graph import compute
 from engine.replay.proof import proof_steps
 from reference.client import Reference
-from reference.jobs import Node
+from reference.jobs import NATIVE, Node
 
 from ..diff.align import Pair
 from ..diff.measure import measure
@@ -45,11 +45,13 @@ def judged_layers(
     mode: str,
     limit: float,
     suspects: Collection[str] = (),
+    rounding: Collection[str] = (),
 ) -> tuple[list[Operation], frozenset[str]]:
     """Each layer whose operations are not all observable, judged as a whole: its own input, llama.cpp's layer, its output.
 
     The output may be a slice. Layers whose whole input was not recorded are not observable, nor are those whose
-    input or output was recorded wrong (`suspects`).
+    input or output was recorded wrong (`suspects`). Where an operation was proven to round its activations as ggml does (`rounding`), which
+    the mode does not, the layer may be llama.cpp's own that rounds them, too.
 
     Returns:
         The layers, and outputs that turn out to be recorded wrong: the next layer read the value that llama.cpp's own layer makes.
@@ -75,10 +77,14 @@ def judged_layers(
             continue
         try:
             computed = _layer_output(reference, model, layer, state, mode)
+            verdict = _compared(values, output, computed, layer, limit)
+            rounds = any(operation.layer == layer and operation.name in rounding for operation in operations)
+            if verdict.status == WRONG and rounds:
+                as_stored = _compared(values, output, _layer_output(reference, model, layer, state, NATIVE), layer, limit)
+                verdict = as_stored if as_stored.status == PROVEN else verdict
         except (InputError, ReferenceFailed) as error:  # an architecture whose layers cannot be run alone
             judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
             continue
-        verdict = _compared(values, output, computed, layer, limit)
         if verdict.status == WRONG and layer - 1 in right:
             again = _compared(values, output, _layer_output(reference, model, layer, right[layer - 1], mode), layer, limit)
             if again.status == PROVEN:
@@ -182,7 +188,7 @@ def graft(
     layer = -1 if name == EMBD else parsed.layer
     if layer is None or (name != EMBD and parsed.kind != "l_out") or layer >= n_layers:
         raise InputError(
-            f"--graft {point!r} is not a layer's output.", f"Take embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
+            f"--graft {point!r} is not a layer's output.", f"Use embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
         )
     state = hidden_state(values, name)
     if state is None:

@@ -96,7 +96,7 @@ def _residual(graph: Structure, inside: Sequence[int], kinds: dict[int, str]) ->
     if not inside or "ffn_inp" in kinds.values():
         return {}
     layer = graph.layers[inside[0]]
-    entering = None if layer is None else graph.inputs.get(layer)
+    entering = None if layer is None or layer not in graph.inputs else _plain(graph, graph.inputs[layer])
     leaving = None if layer is None else graph.outputs.get(layer)
     if leaving is None or "kq" not in kinds.values():
         return {}

@@ -1,0 +1,91 @@
+"""The right engine that computes in float32 and keeps one part of what it reads in a lower type: its cache, its vectors, RoPE's table."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from .. import ops
+from ..backend import Array
+from ..graph import POSITIONS, History, Read, Step, View
+from .precision import ROUNDINGS, each, multiplies
+
+CACHE, VECTORS, ANGLES = "cache", "vectors", "angles"
+
+
+class Kept(Struct, frozen=True):
+    """The part that is kept in a lower type (CACHE: keys and values; VECTORS: norms' weights, biases and other weights that no product
+    takes as its matrix; ANGLES: RoPE's cosines and sines), and that type.
+    """
+
+    part: str
+    type: str
+
+
+KEPT = {f"{kind} {part}": Kept(part, kind) for part in (CACHE, VECTORS, ANGLES) for kind in ("f16", "bf16")}
+
+
+class _Inputs(Struct, frozen=True):
+    """An operation some of whose inputs were kept in a lower type."""
+
+    op: Callable[..., Array]
+    kind: str
+    places: tuple[int, ...]
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        rounding = ROUNDINGS[self.kind]
+        return self.op(*(each(rounding, x) if place in self.places else x for place, x in enumerate(inputs)), **params)
+
+
+class _Rope(Struct, frozen=True):
+    """RoPE by cosines and sines that were kept in a lower type."""
+
+    kind: str
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        factors: Array | None = None,
+        *,
+        heads: int,
+        dims: int,
+        base: float,
+        scale: float,
+        pairs: str,
+    ) -> Array:
+        tables = ops.rope_angles(positions, dims, base=base, scale=scale, factors=factors)
+        cos, sin = (ROUNDINGS[self.kind](table) for table in tables)
+        return ops.rotate(x, cos.astype(x.dtype), sin.astype(x.dtype), heads=heads, dims=dims, pairs=pairs)
+
+
+def kept(steps: Sequence[Step], kind: str) -> list[Step]:
+    """The steps of a right engine that computes in float32 and keeps a part in a lower type: `kind` is one of `KEPT`.
+
+    Steps that this does not change are the same objects.
+    """
+    what = KEPT[kind]
+    if what.part == ANGLES:
+        return [replace(step, op=_Rope(what.type)) if step.op is ops.rope else step for step in steps]
+    places_of = _histories if what.part == CACHE else _vectors
+    return [replace(step, op=_Inputs(step.op, what.type, places)) if (places := places_of(step)) else step for step in steps]
+
+
+def _histories(step: Step) -> tuple[int, ...]:
+    return tuple(place for place, read in enumerate(step.reads) if reads_cache(read))
+
+
+def _vectors(step: Step) -> tuple[int, ...]:
+    first = len(step.reads)
+    return tuple(
+        first + place
+        for place, weight in enumerate(step.weights)
+        if isinstance(weight, str) and (place or not multiplies(step))
+    )
+
+
+def reads_cache(read: Read) -> bool:
+    """Whether a step reads the cache directly, not by way of the points that show it."""
+    of = read.of if isinstance(read, View) else read
+    return isinstance(of, History) and of.of != POSITIONS

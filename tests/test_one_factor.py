@@ -1,0 +1,103 @@
+"""A factor below lower arithmetic's noise is found by what all positions share: rounding is scattered."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from explaining import RIGHT, unstated
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from planted import Faulty
+
+from checkpoints.answers.diff import Verdict
+from checkpoints.record import Dump
+from engine.backend import Array
+from engine.faults.edits import Then
+from engine.replay.precision import rounded
+from engine.synth import Shape, synthesize
+from parity.diff.compare import Options, compare
+from parity.diff.one_factor import STEP, shared_part
+from parity.explain.on_model import compared_on
+
+PROMPT, PLACE = (1, 17, 40, 99, 5, 80), "blk.1.ffn_up"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A qwen2 of two layers."""
+    path = tmp_path_factory.mktemp("factor") / "small.gguf"
+    synthesize(path, Shape("qwen2", 2, 96, 4, 2, 0, 128, 100), weight_type="f32", seed=11)
+    return Faulty(path)
+
+
+def in_f16(engine: Faulty, change: Callable[[Array], Array] | None = None, *, storage: bool = False) -> Dump:
+    """The whole dump of the engine in F16, one of whose results is changed."""
+    steps = rounded(engine.right, "f16", storage=storage)
+    steps = [replace(step, op=Then(step.op, change)) if change is not None and step.makes == PLACE else step for step in steps]
+    return unstated(engine.dump(RIGHT, PROMPT, points="all", size=4096, steps=steps))
+
+
+def right_of(engine: Faulty) -> Dump:
+    """What the engine dumps in float32."""
+    dump = engine.dump(RIGHT, PROMPT, points="all", size=4096)
+    assert dump.header is not None
+    return replace(dump, header=replace(dump.header, compute="f32"))
+
+
+def times(factor: float, some: slice = slice(None)) -> Callable[[Array], Array]:
+    """Multiplies some elements of each row."""
+
+    def change(x: Array) -> Array:
+        changed = x.copy()
+        changed[:, some] *= np.float32(factor)
+        return changed
+
+    return change
+
+
+def sentence(verdict: Verdict) -> str:
+    """Where a divergence is, and its pattern."""
+    assert verdict.first_divergence is not None
+    assert verdict.pattern is not None
+    return f"{verdict.first_divergence.checkpoint} {verdict.pattern.code}: {verdict.pattern.sentence}"
+
+
+def test_a_factor_of_1_003_beside_f16_is_a_divergence(engine: Faulty) -> None:
+    """The arithmetic is stated, and its limits allow ten times that error; the same engine without the factor agrees."""
+    right, stated = right_of(engine), Options(compute="f16")
+    assert compare(in_f16(engine, storage=True), right, stated)
+    found = compare(in_f16(engine, times(1.003), storage=True), right, stated)
+    assert not found
+    assert f"{PLACE} one-factor: {PLACE}: 1.00" in sentence(found)
+    assert found.first_divergence is not None
+    assert found.first_divergence.nmse is not None
+    assert found.first_divergence.nmse < found.first_divergence.limit
+
+
+@pytest.mark.slow
+def test_what_stands_out_of_our_own_rounding_is_a_divergence(engine: Faulty) -> None:
+    """An eighth of a row is 1.001 times too large, below F16's own error of each value; with the model, our run in F16 shows it."""
+    right = right_of(engine)
+    assert compared_on(in_f16(engine), right, Options(), engine.model).verdict
+    part = times(1.001, slice(0, 16))
+    assert compare(in_f16(engine, part), right, Options(compute="f16"))
+    found = compared_on(in_f16(engine, part), right, Options(), engine.model).verdict
+    assert not found
+    assert f"{PLACE} own-rounding" in sentence(found)
+
+
+def test_only_what_all_positions_share_is_a_part() -> None:
+    """Noise, a factor of each position's own, and one that may be a rounded constant are none; a factor and a summand beside noise are."""
+    random = np.random.default_rng(3)
+    right: NDArray[np.float64] = random.normal(size=(6, 64))
+    noise = 4e-4 * random.normal(size=right.shape) * right
+    own = 1e-3 * random.normal(size=(6, 1)) * right
+    for errors in (noise, noise + own, noise + 9e-4 * right):
+        assert shared_part(errors, right, STEP["f16"]) is None
+    factor = shared_part(noise + 2.5e-3 * right, right, STEP["f16"])
+    assert factor is not None
+    assert abs(factor.factor - 1.0025) < 4 * factor.error < 4e-4
+    summand = shared_part(noise + 2e-3, right, STEP["f16"])
+    assert summand is not None
+    assert abs(summand.summand - 2e-3) < 4 * summand.error
+    assert shared_part(np.zeros_like(right), right) is None
