@@ -92,16 +92,20 @@ def test_noise_in_the_first_row_hides_no_number(engine: Faulty) -> None:
 
 
 def test_numbers_of_layers_that_agree_are_not_asked_about(tmp_path: Path) -> None:
-    """Seven layers in question behind one that agrees: what each of them has too is wrong in one alone; what none of those has is asked."""
-    model = tmp_path / "eight.gguf"
-    synthesize(model, replace(SHAPE, layers=8), weight_type="f32", seed=11)
-    eight = Faulty(model)
+    """Seven layers in question: behind one that agrees only what is outside of all layers is asked about; with none before, everything."""
+    model = tmp_path / "nine.gguf"
+    synthesize(model, replace(SHAPE, layers=9), weight_type="f32", seed=11)
+    nine = Faulty(model)
     planted = Planted((("rope-missing", {"at": ("q_rope", "k_rope")}, (4,)),))
-    for last, kinds in (("blk.7.l_out", set()), ("output_norm", {"output_norm"})):
-        dump = eight.dump(planted, PROMPT, points=f"embd,blk.0.l_out,{last}")
+    outside: dict[str, set[str] | None] = {
+        "blk.0.l_out,blk.7.l_out": set(),
+        "blk.1.l_out,output_norm": {"output_norm"},
+        "blk.6.l_out,logits": None,
+    }
+    for points, wanted in outside.items():
+        dump = nine.dump(planted, PROMPT, points=f"embd,{points}")
         case = Case(dump, model, STEPS)
         search = Search(case.screening(case.entries, Budget(60)))
         start = search.screening.start()
         assert len(search.screening.suspects(start)) == 7
-        assert {name for name in asked_about(search, start) if "blk" not in name} == kinds
-        assert not any("blk" in name for name in asked_about(search, start))
+        assert asked_about(search, start) == (search.screening.cone(start).steps if wanted is None else wanted)

@@ -52,13 +52,14 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
 
 
 def asked_about(search: Search, start: SearchState) -> frozenset[str]:
-    """The steps in question, without those of results that layers before the last agreement have as well, if they are too many layers
+    """The steps in question, without those of results that layers before them have as well, which agree, if they are too many layers
     for each to be asked about by itself: a number of all layers would show in those before, too.
     """
-    steps = search.screening.cone(start).steps
-    if len(search.screening.suspects(start)) <= IN_QUESTION:
+    steps, layers = search.screening.cone(start).steps, search.screening.suspects(start)
+    if len(layers) <= IN_QUESTION:
         return steps
-    before = {parse(name).kind for name in start.planting.right if parse(name).layer is not None and name not in steps}
+    known = [parse(name) for name in start.planting.right]
+    before = {each.kind for each in known if each.layer is not None and each.layer < layers[0]}
     return frozenset(name for name in steps if parse(name).kind not in before)
 
 
