@@ -38,6 +38,7 @@ _LOWEST = limits(None, None, compute="bf16")
 _SINGLE: tuple[tuple[object, ...], ...] = (
     (ops.attention_scores,),
     (ops.causal_soft_max, "SOFT_MAX"),
+    (ops.attention_scores, ops.causal_soft_max, "SOFT_MAX", ops.weighted_values),
     (ops.rms_norm, ops.layer_norm, "RMS_NORM", "NORM"),
     (ops.rope, "ROPE"),
     (ops.add, "ADD"),
