@@ -106,6 +106,7 @@ def _of_the_twin(compared: Comparison) -> str:
     worst = over[np.argmax(records.measures.nmse[over])]
     error, name = records.measures.nmse[worst], records.names[records.point[worst]]
     return (
-        f"native: {count(len(over), 'record')} over the usual limit, up to {error:.1e} at {name}, position {records.token_idx[worst]}: what "
-        "the file's types cost llama.cpp on this model. Our side agrees with llama.cpp's run on the F32 twin within the limits of exact mode"
+        f"native: {count(len(over), 'record')} over the usual limit, up to {error:.1e} at {name}, position "
+        f"{records.token_idx[worst]}: what the file's types cost llama.cpp on this model. Our side agrees with llama.cpp's run on the "
+        "F32 twin within the limits of exact mode"
     )
