@@ -67,7 +67,7 @@ SLICES = (10, 16, None)
 # Patterns of a divergence that blames no operation: rounding, or a question that only --model decides.
 UNDECIDED = ("eight-bits", "undecided", "precision", "drift", "rounded")
 # What `explain` says of an operation that is right as a lower arithmetic makes it (`parity.explain.mixed`).
-_OF_ROUNDING = ("arithmetic rounds it", "arithmetic makes there", "where the cache keeps keys and values")
+_OF_ROUNDING = ("arithmetic rounds it", "arithmetic makes there", "which nothing states")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8
 _BUDGET = 20.0  # seconds of processor time that `explain` may search; for a right engine it needs a fraction of one

@@ -260,7 +260,7 @@ def _contents_of_file(path: Path) -> Contents:
             if magic != b"GGUF":
                 shown = f'"{magic.decode()}"' if magic.isascii() and magic.decode().isprintable() else magic.hex(" ")
                 problem = f'is not a GGUF file: it begins with {shown}, not "GGUF"' if magic else "is empty"
-                raise ModelError(f"{path} {problem}.", "Take a model in llama.cpp's format (.gguf).", code="not-gguf")
+                raise ModelError(f"{path} {problem}.", "Use a model in llama.cpp's format (.gguf).", code="not-gguf")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
     except OSError as error:

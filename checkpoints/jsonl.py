@@ -1,4 +1,4 @@
-"""Streaming writer of dumps: format 1, one JSON object a line. `checkpoints.reading.reader` reads them back."""
+"""Streaming writer of dumps: format 1, one JSON object per line. `checkpoints.reading.reader` reads them back."""
 
 import contextlib
 import os

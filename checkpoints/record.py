@@ -1,6 +1,6 @@
 """What a dump holds: Header, rows of checkpoints, Token, End. One JSON line each; format version 1.
 
-`Rows` is the columnar form of checkpoint records: one row a record, all of one point. The engine writes one `Rows` a
+`Rows` is the columnar form of checkpoint records: one row per record, all of one point. The engine writes one `Rows` a
 point and step; a reader gives back one `Rows` a point for the whole dump, so that whatever works on dumps works on arrays.
 """
 

@@ -130,7 +130,7 @@ def kept_copy(point: str, tensor: NDArray[np.float32], tokens: int, kept: NDArra
 
 @lru_cache(maxsize=4096)  # more points than a model has
 def _layout(point: str) -> str:
-    """What a value's rows are: "causal" [H, T, S], "cached" [S, …], or nothing special, one row a position."""
+    """What a value's rows are: "causal" [H, T, S], "cached" [S, …], or nothing special, one row per position."""
     known = parse(point).known
     row = known.row if known is not None else ()
     return "causal" if of_scores(point) else "cached" if row[:1] == ("t+1",) else ""
@@ -154,7 +154,7 @@ def summarise(
 
     Args:
         point: canonical name; the vocabulary tells the layout of `tensor`.
-        tensor: float32, host memory. [T, …] one row a position; for `kq`, `kq_soft_max` and their like [H, T, S] with one
+        tensor: float32, host memory. [T, …] one row per position; for `kq`, `kq_soft_max` and their like [H, T, S] with one
             column a cached position; for `k_read` and `v_read` [S, …], the cached rows. S may exceed the last position + 1 (padding).
         token_idx: int64 [T], the positions of the T rows.
         slice_size: leading values a record carries; None for all of them.

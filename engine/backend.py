@@ -71,7 +71,7 @@ class Backend(Struct, frozen=True):
         if free is not None and needed > free:
             raise InputError(
                 f"{purpose} needs {needed / 2**30:.2f} GiB of device memory, {free / 2**30:.2f} GiB are free.",
-                "Take --backend numpy, a smaller model, or stop other programs on the device (nvidia-smi lists them).",
+                "Use --backend numpy, a smaller model, or stop other programs on the device (nvidia-smi lists them).",
                 code="device-memory",
             )
 
@@ -113,10 +113,10 @@ def choose(name: str = "auto", number: int | None = None) -> Backend:
     """
     if number is not None:
         if name == "numpy":
-            raise InputError("--devices are GPUs; --backend numpy has none.", "Take --backend cupy.", code="devices")
+            raise InputError("--devices are GPUs; --backend numpy has none.", "Use --backend cupy.", code="devices")
         name = "cupy"
     if name not in ("auto", "cupy", "numpy"):
-        raise InputError(f"there is no backend {name!r}.", "Take auto, cupy or numpy.", code="backend")
+        raise InputError(f"there is no backend {name!r}.", "Use auto, cupy or numpy.", code="backend")
     if name == "numpy":
         return _numpy()
     wake(number or 0)

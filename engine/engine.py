@@ -90,7 +90,7 @@ def check_tokens(hp: Hyperparameters, tokens: Sequence[int], before: int) -> Non
     if before + len(tokens) > hp.n_ctx_train:
         raise InputError(
             f"{before + len(tokens):,} positions are more than the model's context of {hp.n_ctx_train:,}.",
-            "Take a shorter prompt.",
+            "Use a shorter prompt.",
             code="context",
         )
 

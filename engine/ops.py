@@ -228,12 +228,12 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def part(x: Array) -> Array:
-    """A view as a value of its own, one row a position; for example the queries in a fused QKV."""
+    """A view as a value of its own, one row per position; for example the queries in a fused QKV."""
     return module_of(x).ascontiguousarray(x)
 
 
 def positions_first(x: Array) -> Array:
-    """One row a position, of a value whose positions are not ggml's slowest dimension: [T, …] -> [T, n]."""
+    """One row per position, of a value whose positions are not ggml's slowest dimension: [T, …] -> [T, n]."""
     return part(x).reshape(x.shape[0], -1)
 
 

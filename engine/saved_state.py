@@ -25,7 +25,7 @@ def save(sequence: Progress, backends: Sequence[Backend], path: Path) -> None:
     from safetensors.numpy import save as encoded_file
 
     if not sequence.caches:
-        raise InputError("this engine keeps its sequence on the device and cannot save it.", "Take --mode exact.", code="state")
+        raise InputError("this engine keeps its sequence on the device and cannot save it.", "Use --mode exact.", code="state")
     arrays: dict[str, NDArray[Any]] = {}
     for number, (cache, backend) in enumerate(zip(sequence.caches, backends, strict=True)):
         arrays |= {f"{number}/{name}": np.ascontiguousarray(backend.to_host(value)) for name, value in cache.held().items()}

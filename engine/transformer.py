@@ -153,7 +153,7 @@ class Transformer:
             raise InputError(
                 f"attention's windows over {before + len(tokens):,} positions were not observed when the graph of "
                 f"{self.hp.architecture} was recorded: only {self.longest:,} positions were.",
-                "Take a shorter prompt; `parity dump ref` and `parity diff` have no such limit.",
+                "Use a shorter prompt; `parity dump ref` and `parity diff` have no such limit.",
                 code="context",
             )
 

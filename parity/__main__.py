@@ -88,7 +88,11 @@ def run(arguments: list[str]) -> int:
         raise
     except MemoryError:
         return _fail(
-            arguments, 2, "memory", "there is not enough memory.", "Take fewer --points or --positions, or a smaller model."
+            arguments,
+            2,
+            "memory",
+            "there is not enough memory.",
+            "Record fewer --points or --positions, or use a smaller model.",
         )
     except Exception as error:
         if (wrong_usage := _usage(arguments, error)) is not None:

@@ -115,7 +115,7 @@ class Reference:
         how = "aborted" if status == -6 else ("was killed" if status == -9 else "ended")
         advice = {
             -6: "This llama.cpp cannot compute this model or request; --verbose shows its log.",
-            -9: "The system may have run out of memory: take a smaller model, or --window 1.",
+            -9: "The system may have run out of memory: use a smaller model, or --window 1.",
         }.get(status, "Run again with --verbose to see its log.")
         reason = f": {last_words}" if last_words else f" (status {status})"
         return ReferenceFailed(f"llama.cpp {how} while {doing}{reason}.", advice, code="aborted")
@@ -252,7 +252,7 @@ class Reference:
             if error.code != "aborted":
                 raise
             # The passes that are recorded are not computed: some models compute although these cannot even be built.
-            advice = "`parity dump ref` and `parity diff` may take the model; --verbose shows llama.cpp's log."
+            advice = "`parity dump ref` and `parity diff` may accept the model; --verbose shows llama.cpp's log."
             raise ReferenceFailed(error.message, advice, code=error.code) from error
 
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:

@@ -42,7 +42,7 @@ class Model:
         library.lines.clear()
         self._model = api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise ModelError(f"llama.cpp cannot load {path}: {library.reason()}.", "Take another model file.", code="model")
+            raise ModelError(f"llama.cpp cannot load {path}: {library.reason()}.", "Use another model file.", code="model")
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(api.llama_model_n_embd(self._model))

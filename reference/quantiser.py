@@ -51,7 +51,7 @@ def plan(library: Library, path: Path, ftype: str) -> FilePlan:
         if tensor.type != by_name[name].type and _needs_importance(tensor.type):
             raise ReferenceFailed(
                 f"llama.cpp makes no {ftype.upper()} without an importance matrix, which {name} as {kind} needs.",
-                "Take a type that needs none: q2_k, q4_k_m, iq4_xs, …",
+                "Use a type that needs none: q2_k, q4_k_m, iq4_xs, …",
                 code="type",
             )
         tensors.append(tensor)

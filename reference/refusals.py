@@ -19,27 +19,27 @@ def check(job: DumpJob, model: Model) -> None:
         InputError: no tokens, ids outside the vocabulary, too many of them, unknown mode, type or positions.
     """
     if job.mode not in (EXACT, NATIVE):
-        raise InputError(f"--mode {job.mode!r} is unknown.", "Take exact or native.", code="mode")
+        raise InputError(f"--mode {job.mode!r} is unknown.", "Use exact or native.", code="mode")
     if job.kv_type not in ("f32", "f16") or (job.kv_type != "f32" and job.mode == EXACT):
         raise InputError(
             f"--kv-type {job.kv_type} is not available in {job.mode} mode.", "Exact mode takes f32.", code="kv_type"
         )
     if job.generate < 0:
-        raise InputError(f"cannot generate {job.generate} tokens.", "Take 0 or more.", code="generate")
+        raise InputError(f"cannot generate {job.generate} tokens.", "Use 0 or more.", code="generate")
     if job.slice_size is not None and job.slice_size < 1:
-        raise InputError(f"--slice must be at least 1, not {job.slice_size}.", "Take 1 or more.", code="slice")
+        raise InputError(f"--slice must be at least 1, not {job.slice_size}.", "Use 1 or more.", code="slice")
     check_tokens(model, job.tokens, job.first_position + job.generate + len(job.lead or ()))
     model.checked(job.lead or ())
     if isinstance(job.positions, str):
         if job.positions not in ("all", "last"):
-            raise InputError(f"--positions {job.positions!r} is not valid.", "Take all, last, or a list.", code="positions")
+            raise InputError(f"--positions {job.positions!r} is not valid.", "Use all, last, or a list.", code="positions")
         return
     first = job.first_position
     last = first + len(job.tokens) + job.generate + len(job.lead or ()) - 1
     if wrong := [position for position in job.positions if not first <= position <= last]:
         raise InputError(f"there is no position {wrong[0]}.", f"The run has positions {first}…{last}.", code="positions")
     if not job.positions:
-        raise InputError("--positions selects no position.", "Take all, last, or a list.", code="positions")
+        raise InputError("--positions selects no position.", "Use all, last, or a list.", code="positions")
 
 
 def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
@@ -55,7 +55,7 @@ def check_tokens(model: Model, tokens: Sequence[int], more: int = 0) -> None:
     if model.n_ctx_train and total > model.n_ctx_train:
         raise InputError(
             f"{total} positions are more than the {model.n_ctx_train} for which {model.path.name} was trained.",
-            "Take a shorter prompt, or generate less.",
+            "Use a shorter prompt, or generate less.",
             code="context",
         )
 

@@ -1,4 +1,4 @@
-"""A value in ggml's dimensions: which of them counts the positions, and the value rearranged to one row a position."""
+"""A value in ggml's dimensions: which of them counts the positions, and the value rearranged to one row per position."""
 
 from collections.abc import Sequence
 from math import prod

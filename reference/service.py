@@ -181,7 +181,7 @@ class Service:
         width = contents.integer(f"{contents.architecture}.embedding_length")
         if hidden.ndim != 2 or not len(hidden) or hidden.shape[1] != width:
             raise InputError(
-                f"a hidden state of shape {hidden.shape} is not [T, {width}].", "Give one row a position.", code="hidden"
+                f"a hidden state of shape {hidden.shape} is not [T, {width}].", "Give one row per position.", code="hidden"
             )
         count = len(hidden)
         window = self._proven(contents, span, count)

@@ -67,7 +67,7 @@ class Session:
         if not self._context:
             raise ReferenceFailed(
                 f"llama.cpp cannot compute {model.path}: {model.library.reason()}.",
-                "If memory is short, free some or take a shorter prompt; --verbose shows llama.cpp's log.",
+                "If memory is short, free some or use a shorter prompt; --verbose shows llama.cpp's log.",
             )
 
     def list_nodes(self, inputs: Sequence[int] | NDArray[np.float32], *, encode: bool = False) -> list[Node]:

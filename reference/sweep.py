@@ -51,10 +51,10 @@ def window_size(library: Library, contents: Contents, job: DumpJob, free: int) -
         return None
     if isinstance(job.window, int):
         if job.window < 1:
-            raise InputError(f"a window of {job.window} layers is empty.", "Take 1 or more.", code="window")
+            raise InputError(f"a window of {job.window} layers is empty.", "Use 1 or more.", code="window")
         return job.window if job.window < contents.layers else None
     if job.window != "auto":
-        raise InputError(f"--window {job.window!r} is not valid.", "Take auto, off, or a number of layers.", code="window")
+        raise InputError(f"--window {job.window!r} is not valid.", "Use auto, off, or a number of layers.", code="window")
     if not exact:
         return None
     need = twin.twin_bytes(contents)

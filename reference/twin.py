@@ -38,7 +38,7 @@ def checked(library: Library, path: Path) -> Contents:
     file = contents(path)
     if not file.tensors:
         raise ModelError(
-            f"{path} has a tokenizer but no tensors: it can tokenize, not compute.", "Take a model file with weights."
+            f"{path} has a tokenizer but no tensors: it can tokenize, not compute.", "Use a model file with weights."
         )
     for tensor in file.tensors:
         part = file.parts[tensor.part]
@@ -138,7 +138,7 @@ def whole(library: Library, model: Contents, copy: Path) -> None:
     if not is_f32(file):
         raise ReferenceFailed(
             f"{model.path.name} has tensors of types that llama.cpp does not convert to F32.",
-            "Take --mode native.",
+            "Use --mode native.",
             code="type",
         )
 
@@ -221,5 +221,5 @@ def file_type(library: Library, name: str) -> int:
     """
     types = file_types(library)
     if name.upper() not in types:
-        raise InputError(f"there is no file type {name!r:.40}.", f"Take one of {', '.join(sorted(types))}.", code="ftype")
+        raise InputError(f"there is no file type {name!r:.40}.", f"Use one of {', '.join(sorted(types))}.", code="ftype")
     return types[name.upper()]

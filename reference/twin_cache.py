@@ -194,7 +194,7 @@ def make_room(size: int) -> None:
     if shutil.disk_usage(folder).free < size:
         raise InputError(
             f"an F32 copy needs {size / 1e9:.1f} GB and the cache {folder} has {shutil.disk_usage(folder).free / 1e9:.1f} GB free.",
-            "Set PARITY_CACHE to another disk, or take --mode native.",
+            "Set PARITY_CACHE to another disk, or use --mode native.",
             code="disk",
         )
 

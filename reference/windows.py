@@ -188,7 +188,7 @@ def _metadata(contents: Contents, window: Window, rows: int) -> dict[str, Value]
 
 
 def _own_layers(value: Value, window: Window, n_layers: int) -> Value:
-    """A value with one entry a layer, cut to the window's layers; any other unchanged."""
+    """A value with one entry per layer, cut to the window's layers; any other unchanged."""
     if value.type != ARRAY:
         return value
     item, count = struct.unpack("<IQ", value.raw[:12])

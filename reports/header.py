@@ -50,13 +50,14 @@ def header(
     names: tuple[str, str] = ("ours", "ref"),
 ) -> list[Text]:
     """These lines; none if neither side has a header."""
-    rows = list(_rows(ref or ours, {names[0]: ours, names[1]: ref, **(more or {})}))
+    rows = list(facts(ref or ours, {names[0]: ours, names[1]: ref, **(more or {})}))
     if generated:
         rows.append(("wrote", printable(generated, None)))
     return [*labelled(rows, width), Text("")] if rows else []
 
 
-def _rows(either: Header | None, sides: Mapping[str, Header | None]) -> Iterator[tuple[str, str]]:
+def facts(either: Header | None, sides: Mapping[str, Header | None]) -> Iterator[tuple[str, str]]:
+    """(name, what stands behind it): model and tokens by the header of `either` side, and each of `sides`; nothing without a header."""
     if either is None:
         return
     model = either.model

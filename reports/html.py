@@ -9,6 +9,7 @@ from checkpoints.answers.diff import Difference
 from .charts import figures
 from .files import save
 from .generated import generated
+from .header import facts
 from .numbers import clean, count, error, limit, of_limit, token, values
 from .report import Report, how_it_was_run, prompt
 from .sentences import answer, headline, place, reasons, remarks
@@ -25,12 +26,14 @@ def html(report: Report) -> str:
     verdict = report.verdict
     first = verdict.first_divergence
     text, tokens = prompt(report)
+    ours, ref = report.ours.header, report.ref.header
     head, right = next((section.verdict for section in report.findings if section.verdict), (headline(verdict), bool(verdict)))
     return template("report.html").render(
         verdict=verdict,
         right=right,
         headline=head,
         answer=answer(verdict),
+        compared=[row for row in facts(ref or ours, {"ours": ours, "reference": ref}) if row[0] != "tokens"],
         first=first,
         shown=first or verdict.worst,
         reasons=list(reasons(verdict)),

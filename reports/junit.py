@@ -1,4 +1,4 @@
-"""JUnit XML: one case a point, its figures in the text, so that CI shows which points moved."""
+"""JUnit XML: one case per point, its figures in the text, so that CI shows which points moved."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -4,7 +4,18 @@ import numpy as np
 from dumps import HEADER, dump, noisy, random, spoiled
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import AGREES, DIVERGENCE, FRESH, INHERITED, Difference, Limits, Origin, PointSummary, Verdict
+from checkpoints.answers.diff import (
+    AGREES,
+    DIVERGENCE,
+    FRESH,
+    INHERITED,
+    OTHERWISE,
+    Difference,
+    Limits,
+    Origin,
+    PointSummary,
+    Verdict,
+)
 from checkpoints.answers.picture import Grid, Picture, Spread
 from checkpoints.points import all_points, parse
 from checkpoints.record import Token
@@ -22,6 +33,15 @@ def passing() -> Report:
 def diverging() -> Report:
     """blk.5.l_out is wrong from position 3 on, and a generated token differs."""
     return _compared(0.03)
+
+
+def recorded_otherwise() -> Report:
+    """`passing`, but that the record of blk.0.l_out is not what it says."""
+    report = passing()
+    points = tuple(
+        replace(point, status=OTHERWISE) if point.checkpoint == "blk.0.l_out" else point for point in report.verdict.points
+    )
+    return replace(report, verdict=replace(report.verdict, points=points))
 
 
 def hostile() -> Report:

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from changed_files import File
 from explaining import unstated
 from msgspec.structs import replace
 
+from checkpoints.answers.diff import Verdict
 from checkpoints.formats import load
 from checkpoints.record import Dump
+from engine.graph import Step
 from engine.halves import as_encoder, encoder_alone
 from engine.opened import open_plain
 from engine.replay.precision import rounded
@@ -67,3 +70,33 @@ def test_a_right_engine_in_lower_arithmetic_is_not_accused(
     assert verdict
     assert verdict.precision is not None
     assert verdict.precision.arithmetic != "f32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", ["default", "all"])
+def test_logits_in_lower_arithmetic_behind_a_table_are_not_called_exact(
+    t5: Path, tmp_path: Path, reference: Reference, points: str
+) -> None:
+    """A table of GELU allows what F16 costs: F16 logits behind it show by their steps, and a factor of them by what all positions share."""
+    engine = open_plain(GgufModel(t5), "numpy", recorded=partial(reference.graph, t5))
+    right, out = engine.steps, tmp_path / "ours.jsonl"
+    reference.dump(DumpJob(model=t5, out=tmp_path / "ref.jsonl", tokens=IDS, points=points))
+    ref = load(tmp_path / "ref.jsonl")
+
+    def verdict_of(change: Callable[[Step], Step]) -> Verdict:
+        engine.steps = [change(step) if step.makes == "logits" else step for step in right]
+        write_dump(engine, OursJob(out, IDS, points=points))
+        return compared_on(unstated(load(out)), ref, Options(), t5).verdict
+
+    assert verdict_of(lambda step: step)
+    lower = verdict_of(lambda step: rounded([step], "f16", storage=True)[0])
+    assert not lower
+    assert lower.operation == ""
+    assert lower.pattern is not None
+    assert "mixed precision" in lower.pattern.sentence
+    scaled = verdict_of(lambda step: replace(step, op=lambda *a, **k: step.op(*a, **k) * np.float32(1.0011)))
+    assert not scaled
+    assert scaled.first_divergence is not None
+    assert scaled.first_divergence.checkpoint == "logits"
+    assert scaled.pattern is not None
+    assert " 1.001" in scaled.pattern.sentence

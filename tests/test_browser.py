@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pictures import diverging, hostile, huge, passing
+from pictures import diverging, hostile, huge, passing, recorded_otherwise
 
 from checkpoints.answers.drift import Entry
 from reports.history_html import history_html
@@ -26,7 +26,10 @@ OPTIONS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage"
 )
-REPORTS: dict[str, Callable[[], Report]] = {"passing": passing, "diverging": diverging, "hostile": hostile, "huge": huge}
+REPORTS: dict[str, Callable[[], Report]] = {
+    **{"passing": passing, "diverging": diverging, "hostile": hostile, "huge": huge},
+    "otherwise": recorded_otherwise,
+}
 MOST_NODES = 20_000  # what a browser still scrolls smoothly; the ticket's own number
 
 
@@ -154,6 +157,16 @@ def test_colours_tell_right_from_wrong(page: Page) -> None:
     (red, _, blue, _), (red_below, _, blue_below, _) = colours
     assert blue > red
     assert red_below > blue_below
+
+
+def test_what_is_not_judged_is_grey(page: Page) -> None:
+    """A point that was recorded otherwise is covered in grey, not in the blue of the smallest errors, and its cell says so."""
+    page.open("otherwise")
+    covers = page.js("return [...document.querySelectorAll('#map .otherwise rect')].map((r) => getComputedStyle(r).fill)")
+    assert covers == ["rgb(122, 122, 122)"]
+    page.js("document.querySelector('#map').focus()")
+    page.driver.switch_to.active_element.send_keys("\ue015")  # arrow down: from the embedding to blk.0.l_out
+    assert page.text("#readout").endswith("recorded otherwise")
 
 
 def test_the_keyboard_reaches_every_record(page: Page) -> None:

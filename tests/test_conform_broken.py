@@ -91,7 +91,7 @@ def test_what_it_refuses(parity: Cli) -> None:
     which nothing was compared.
     """
     refused(parity("conform"), "no engine to test was given", "--exec CMD")
-    refused(parity("conform", "--exec", "x", "--side", "ours"), "more than one engine to test was given", "Take one of")
+    refused(parity("conform", "--exec", "x", "--side", "ours"), "more than one engine to test was given", "Use one of")
     for option in (("--server-api", "openai"), ("--server-json", "{}")):
         refused(parity("conform", "--side", "ours", *option), "need a server")
     refused(parity("conform", "--exec", "", "--types", "F32"), "--exec is empty")

@@ -173,7 +173,7 @@ def test_swapped_buffers_are_linted_and_wrong_rope_is_diffed(
     ran = parity("lint", "swap.jsonl", "--model", stories)
     assert ran.code == 1
     assert "same-vector" in ran.out
-    assert "captured late: these are blk.23.l_out" in " ".join(ran.out.split())
+    assert "these values are blk.23.l_out" in " ".join(ran.out.split())
     code, answer = parity.json("diff", "swap.jsonl", "ref.jsonl")
     assert (code, answer["verdict"]) == (0, "parity")
     assert {fault["kind"] for fault in answer["record_faults"]} == {"moment"}

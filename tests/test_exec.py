@@ -187,7 +187,7 @@ def test_a_refusal_is_no_crash(how: str, body: str, tmp_path: Path) -> None:
 def test_more_ids_than_a_command_line_holds_are_said(tmp_path: Path) -> None:
     """The system takes no argument of 240 kB: the prompt is too long, and the option is not wrong."""
     command = Command(f"{engine(tmp_path, 'pass')} {{tokens}}")
-    with pytest.raises(EngineError, match="take a shorter prompt"):
+    with pytest.raises(EngineError, match="use a shorter prompt"):
         command.run(model=tmp_path / "m", tokens=[12345] * 40_000, out=tmp_path / "o")
 
 

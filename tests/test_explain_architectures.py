@@ -72,6 +72,23 @@ def test_a_norm_behind_a_branch_by_any_name(faulty: Callable[[str], Faulty], lay
     assert explanation.remaining is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "name"), [("blk.2.attn_out", "branch-missing"), ("blk.1.l_out", "residual-missing")])
+def test_what_is_lost_of_a_block_with_parallel_branches(faulty: Callable[[str], Faulty], lost: str, name: str) -> None:
+    """Cohere 2 adds the layer's input to the feed-forward, then attention's result to that sum: which was lost is said."""
+    engine = faulty("cohere2")
+    steps = [
+        replace(step, op=lambda x, y, own=step: y if own.names[0] == lost else x)
+        if lost in step.names and parse(step.makes).layer == 2 and len(step.names) == 2
+        else step
+        for step in engine.right
+    ]
+    tokens = tokens_of(engine.model, 6, seed=5)
+    dump = engine.dump(Planted(()), tokens, steps=steps)
+    [cause] = explain(dump, engine.model, replace(PATIENT, tokens=tokens)).causes
+    assert (cause.named.fault, cause.named.layers) == (name, (2,))
+
+
 def test_parts_of_a_product_that_were_recorded_as_they_were_taken(faulty: Callable[[str], Faulty]) -> None:
     """GLM-4's gate and up are halves of one product: an engine that takes them in the other order, and records them so, has one fault."""
     engine = faulty("glm4")

@@ -138,7 +138,7 @@ def test_one_unit_that_is_wrong_everywhere_is_no_rounding(blocks: Faulty) -> Non
 
 
 def _by_rows(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A product whose activations have 8 bits and one scale a row, as W8A8 kernels have: another rounding than llama.cpp's blocks of 32."""
+    """A product whose activations have 8 bits and one scale per row, as W8A8 kernels have, unlike llama.cpp's blocks of 32."""
     scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
     return ops.linear(np.rint(x / scale) * scale, weight, bias)
 

@@ -165,7 +165,7 @@ def test_edge_llm_rounds(tmp_path: Path, run: Dump) -> None:
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_llama_debug_files(tmp_path: Path, run: Dump, pooled: bool) -> None:
-    """Logits stand at the last token; embeddings are one row a token, or a single one of length 1 where they are pooled."""
+    """Logits stand at the last token; embeddings are one row per token, or a single one of length 1 where they are pooled."""
     stem = tmp_path / "llamacpp-stories"
     np.array(IDS, np.int32).tofile(f"{stem}-tokens.bin")
     Path(f"{stem}-prompt.txt").write_text("prompt: Once\nupon\nn_tokens: 3\ntoken ids: 1, 403, 407\n")

@@ -24,7 +24,7 @@ def without_positions(path: Path, points: Sequence[str] = ()) -> Path:
 
 
 def test_lines_without_a_position_are_counted_by_point(stories_run: Path, parity: Cli) -> None:
-    """A dump without token_idx, one line a point and pass, compares as the numbered one does, and every command says so."""
+    """A dump without token_idx, one line per point and pass, compares as the numbered one does, and every command says so."""
     bare = without_positions(stories_run / "ours.jsonl")
     code, answer = parity.json("diff", bare, stories_run / "ref.jsonl", "--compute", "f32")
     assert (code, answer["compared"]) == (0, 35)

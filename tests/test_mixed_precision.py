@@ -16,7 +16,7 @@ from checkpoints.record import Dump
 from engine import ops
 from engine.graph import Step
 from engine.replay.kept import kept
-from engine.replay.precision import rounded
+from engine.replay.precision import rounded, stored
 from parity.diff.compare import Options, compare
 from parity.diff.first import BLAMED
 from parity.explain.explain import ExplainOptions, explain
@@ -177,6 +177,7 @@ def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
     ("kind", "first", "said"),
     [
         ("f16 cache", "blk.0.kq", "the cache keeps keys and values in F16"),
+        ("q8 cache", "blk.0.kq", "the cache keeps keys and values in Q8_0"),
         ("bf16 vectors", "blk.0.attn_norm", "norms' weights and biases are kept in BF16"),
         ("bf16 angles", "blk.0.q_rope", "RoPE's cosines and sines are kept in BF16"),
     ],
@@ -331,3 +332,27 @@ def test_what_other_experts_cost_is_no_noise(small_model: Callable[..., Path], r
     assert "noise in all elements" not in answer.law
     assert answer.placed is not None
     assert "blk.2.ffn_moe_weights_norm" in answer.placed.operations or "blk.3.ffn_moe_weights_norm" in answer.placed.operations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "kind"), [(ops.attention_scores, "f16"), (ops.attention_scores, "bf16"), (ops.causal_soft_max, "bf16")]
+)
+def test_one_kind_of_operation_in_a_lower_type(sides: Sides, op: Callable[..., np.ndarray], kind: str) -> None:
+    """Layers' outputs alone of an engine in float32 that keeps scores or soft max in a lower type: no operation is blamed; a product 1.05
+    times too large beside it is no such arithmetic.
+    """
+    engine, ref = sides
+    lower = [b if a.op is op else a for a, b in zip(engine.right, stored(engine.right, kind), strict=True)]
+
+    def answers(steps: Sequence[Step]) -> tuple[str, str]:
+        ours = dump_of(sides, steps)
+        ours = replace(ours, points={name: rows for name, rows in ours.points.items() if parse(name).kind == "l_out"})
+        verdict = compared_on(ours, ref, Options(), engine.model).verdict
+        assert verdict.first_divergence is not None
+        answer = explain(ours, engine.model, ExplainOptions(budget=20))
+        assert not answer.causes
+        return "" if verdict.pattern is None else verdict.pattern.sentence, answer.law
+
+    assert all("arithmetic rounds it" in sentence for sentence in answers(lower))
+    assert not any("arithmetic rounds it" in sentence for sentence in answers(times(lower, "blk.0.attn_out", 1.05)))

@@ -16,7 +16,7 @@ from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
-from parity.diff.one_factor import STEP, shared_part
+from parity.diff.one_factor import STEP, shared_factor, shared_summand
 from parity.explain.on_model import compared_on
 
 PROMPT, PLACE = (1, 17, 40, 99, 5, 80), "blk.1.ffn_up"
@@ -93,11 +93,12 @@ def test_only_what_all_positions_share_is_a_part() -> None:
     noise = 4e-4 * random.normal(size=right.shape) * right
     own = 1e-3 * random.normal(size=(6, 1)) * right
     for errors in (noise, noise + own, noise + 9e-4 * right):
-        assert shared_part(errors, right, STEP["f16"]) is None
-    factor = shared_part(noise + 2.5e-3 * right, right, STEP["f16"])
+        assert shared_factor(errors, right, STEP["f16"]) is None
+        assert shared_summand(errors, right) is None
+    factor = shared_factor(noise + 2.5e-3 * right, right, STEP["f16"])
     assert factor is not None
     assert abs(factor.factor - 1.0025) < 4 * factor.error < 4e-4
-    summand = shared_part(noise + 2e-3, right, STEP["f16"])
+    summand = shared_summand(noise + 2e-3, right)
     assert summand is not None
     assert abs(summand.summand - 2e-3) < 4 * summand.error
-    assert shared_part(np.zeros_like(right), right) is None
+    assert shared_factor(np.zeros_like(right), right) is None

@@ -74,7 +74,7 @@ def test_a_method_that_is_not_read_is_named(method: str, parity: Cli, tmp_path: 
     code, answer = parity.json("weights", "--model", write(tmp_path / "m.gguf", "qwen2", case.right), "--hf", source)
     (tensor,) = answer["tensors"]
     assert (code, tensor["status"]) == (0, "not checked")
-    assert f"quantised by {method}, which is not read: take the folder before quantisation" in tensor["reason"]
+    assert f"quantised by {method}, which is not read: use the folder before quantisation" in tensor["reason"]
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "something-new"}, {"quant_method": ""}, {}], ids=str)

@@ -75,7 +75,7 @@ def test_vocabulary_only(reference: Reference, job: DumpJob, tmp_path: Path) -> 
     assert reference.tokenize(path, "Once upon").ids == reference.tokenize(job.model, "Once upon").ids
     error = _refused(reference, replace(job, model=path))
     assert "has a tokenizer but no tensors: it can tokenize, not compute." in error.message
-    assert error.advice == "Take a model file with weights."
+    assert error.advice == "Use a model file with weights."
 
 
 def test_no_tokenizer(reference: Reference, job: DumpJob, tmp_path: Path) -> None:

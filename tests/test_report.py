@@ -10,7 +10,7 @@ import pytest
 from cli import Cli
 from dumps import dump, noisy, random, spoiled
 from msgspec.structs import replace
-from pictures import EVIL, diverging, hostile, huge, passing
+from pictures import EVIL, diverging, hostile, huge, passing, recorded_otherwise
 
 from checkpoints.answers.diff import Pattern
 from checkpoints.answers.drift import Change, Checked, Drift, Entry, Margin
@@ -71,6 +71,20 @@ def test_html_says_it_in_order() -> None:
     assert places == sorted(places)
     assert "First differing choice at position 12" in text
     assert "<h1>parity</h1>" in html(passing())
+
+
+def test_html_begins_with_what_is_compared() -> None:
+    """Model and both sides stand above the first section, so that a report that was sent around says what it is about."""
+    text = html(passing())
+    head = text[text.index("<header>") : text.index("</header>")]
+    assert [name for name in ("model", "ours", "reference") if f"<dt>{name}</dt>" in head] == ["model", "ours", "reference"]
+    assert head.count("engine · f32 · KV f32") == 2
+
+
+def test_a_legend_for_what_is_not_judged() -> None:
+    """Grey is explained where a point was recorded otherwise, and nowhere else."""
+    assert "grey was" in html(recorded_otherwise())
+    assert "grey was" not in html(passing())
 
 
 @pytest.mark.parametrize("make", [passing, diverging, hostile, huge])

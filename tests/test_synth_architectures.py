@@ -94,7 +94,7 @@ def test_q_k_v_in_one_tensor(small_model: Callable[..., Path]) -> None:
 def test_wrong_requests(parity: Cli) -> None:
     """Unknown architectures (with the list), types, shapes and settings, and --like, are one line each; no file is left."""
     for arguments, message in (
-        (("--architecture", "gpt-5"), "Take one of afmoe, apertus,"),
+        (("--architecture", "gpt-5"), "Use one of afmoe, apertus,"),
         (("--architecture", "qwen3", "--type", "q9_9"), "q9_9"),
         (("--architecture", "granite", "--width", "130"), "not a multiple of 4 heads"),
         (("--architecture", "qwen3", "--kv-heads", "3"), "4 heads cannot share 3"),

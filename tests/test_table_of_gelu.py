@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from dumps import HEADER, Arrays, dump, random
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
@@ -201,6 +202,11 @@ def test_an_exact_engine_is_right_however_coarse_the_reference_is() -> None:
     assert compare(whole["ours"], whole["ref"], Options(truth=_OursIsTrue(right))).verdict == "divergence"
 
 
+def _scattered(rows: NDArray[np.float32], nmse: float) -> NDArray[np.float32]:
+    """Rows [R, n] with an error of this size, as rounding makes it: along nothing."""
+    return (rows * (1 + np.where(np.arange(rows.shape[1]) % 2, 1, -1) * nmse**0.5)).astype(np.float32)
+
+
 class _RareEntries(_OursIsTrue):
     """A truth far from both sides, whose table's rarest entries move a row by 1e-6, and the usual ones by nothing."""
 
@@ -222,7 +228,7 @@ def test_a_rare_entry_of_a_table_is_not_what_most_positions_use(positions: int, 
     """An error of one entry's size is the table's at one or two positions of five, and a fault at all of them."""
     ref = random(("embd", "blk.0.l_out", "blk.1.l_out"), 5)
     ours = {name: values.copy() for name, values in ref.items()}
-    ours["blk.1.l_out"][:positions] *= np.float32(1 + 3e-4)
+    ours["blk.1.l_out"][:positions] = _scattered(ours["blk.1.l_out"][:positions], 9e-8)
     whole = dump(ours, slice_size=None), dump(ref, slice_size=None)
     assert bool(compare(*whole, Options(compute="f32", truth=_RareEntries(ref)))) is right
 
@@ -252,7 +258,7 @@ class _Amplifies(_OursIsTrue):
 def test_rounding_that_is_amplified_twice_over(error: float, float32: float, noise: float, right: bool) -> None:
     """An error between 1e-7 and 1e-6 is rounding if float32 and noise are both that far off, and never beyond."""
     ref = random(("embd", "blk.0.l_out"))
-    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + error**0.5)}
+    ours = {"embd": ref["embd"], "blk.0.l_out": _scattered(ref["blk.0.l_out"], error)}
     truth = _Amplifies(ref, float32, noise)
     whole = dump(ours, slice_size=None), dump(ref, slice_size=None)
     assert bool(compare(*whole, Options(compute="f32", truth=truth))) is right
@@ -262,7 +268,7 @@ def test_rounding_that_is_amplified_twice_over(error: float, float32: float, noi
 def test_rounding_that_float32_shows_and_noise_does_not(float32: float, right: bool) -> None:
     """An error under 1e-7 is rounding if float32's own distance from the truth is of its size, though noise that was tried reaches less."""
     ref = random(("embd", "blk.0.l_out"))
-    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + 8e-8**0.5)}
+    ours = {"embd": ref["embd"], "blk.0.l_out": _scattered(ref["blk.0.l_out"], 8e-8)}
     whole = dump(ours, slice_size=None), dump(ref, slice_size=None)
     assert bool(compare(*whole, Options(compute="f32", truth=_Amplifies(ref, float32, 1e-10)))) is right
 
@@ -277,7 +283,7 @@ def test_the_header_says_which_function_is_looked_up(op: str, right: bool) -> No
         "0": {"gated": [op, ["embd"], []], "l_out": ["MUL_MAT", [".gated"], [".proj.weight"]]},
     }
     ref = random(("embd", "blk.0.l_out"))
-    ours = {"embd": ref["embd"], "blk.0.l_out": ref["blk.0.l_out"] * np.float32(1 + 3e-4)}
+    ours = {"embd": ref["embd"], "blk.0.l_out": _scattered(ref["blk.0.l_out"], 9e-8)}
     verdict = compare(dump(ours), dump(ref, header=replace(HEADER, dataflow=dataflow)), Options(compute="f32"))
     assert bool(verdict) == right
 

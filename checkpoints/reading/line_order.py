@@ -1,4 +1,4 @@
-"""Records whose line says no position: an engine that prints one line a point and pass, in order, says it by the order."""
+"""Records whose line says no position: an engine that prints one line per point and pass, in order, says it by the order."""
 
 from collections.abc import Mapping
 

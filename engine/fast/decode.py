@@ -108,7 +108,7 @@ class DecodeStep:
         if self._shared > self._device["sharedMemPerBlockOptin"]:
             raise ModelError(
                 f"the fast mode needs {self._shared:,} bytes of shared memory for this model, and a block of this device has"
-                f" {self._device['sharedMemPerBlockOptin']:,}.", "Take --mode exact.", code="fast-mode",
+                f" {self._device['sharedMemPerBlockOptin']:,}.", "Use --mode exact.", code="fast-mode",
             )  # fmt: skip
         if self._shared > 48 * 1024:
             self._kernel.max_dynamic_shared_size_bytes = self._shared

@@ -117,7 +117,7 @@ class FastTransformer:
         if length > self.step.positions:
             raise InputError(
                 f"{length:,} positions are more than the fast mode's cache of {self.step.positions:,}.",
-                "Take a shorter prompt, or --mode exact.",
+                "Use a shorter prompt, or --mode exact.",
                 code="context",
             )
 

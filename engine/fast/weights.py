@@ -54,7 +54,7 @@ class FastWeights:
     def __init__(self, model: GgufModel, backend: Backend, upload: Upload) -> None:
         hp = model.hyperparameters
         if reason := lacking(model):
-            raise ModelError(f"the fast mode has {reason}.", "Take --mode exact.", code="fast-mode")
+            raise ModelError(f"the fast mode has {reason}.", "Use --mode exact.", code="fast-mode")
         # Packing needs several copies of a matrix's blocks: room for three of the largest, beside all the rest.
         sizes = [info.n_bytes for info in model.tensors.values()]
         backend.require(sum(sizes) + 3 * max(sizes), f"{model.path.name} in its own types")

@@ -26,45 +26,72 @@ def branch_and_stream(step: Step, right: Steps) -> tuple[Read, Read]:
     Raises:
         NotApplicable: the step reads only one value.
     """
+    return _summed(step, right)[:2]
+
+
+def _summed(step: Step, right: Steps) -> tuple[Read, Read, Read | None]:
+    """The branch and the stream of a residual addition, and a branch that the stream has in it already; None if it has none.
+
+    Where both branches of a layer read its input (Command R), one of them is added to it, and the other to that sum.
+    """
     first, second = read_of(step, 0), read_of(step, 1)
     prefix = f"blk.{layer_of(step)}."
-    stream: Read = ""
-    if kind_of(step) == "l_out":
-        stream = f"{prefix}ffn_inp"
+    source = ""
+    if kind_of(step) == "l_out" and f"{prefix}ffn_inp" in right:
+        source = f"{prefix}ffn_inp"
     elif f"{prefix}attn_norm" in right:
-        stream = layer_input(step, right)
-    return (second, first) if name_of(first).rstrip(COPY) == stream else (first, second)
+        source = layer_input(step, right)
+    for branch, stream in ((first, second), (second, first)):
+        name = name_of(stream).rstrip(COPY)
+        made = right.get(name)
+        if name == source:
+            return branch, stream, None
+        if made is not None and made.op is ops.add and source in made.names and not source.endswith("ffn_inp"):
+            return branch, stream, next(read for read in made.reads if name_of(read) != source)
+    return first, second, None
+
+
+def _beside_whole_stream(step: Step, right: Steps) -> Read:
+    """The branch of a residual addition whose other operand is the stream and nothing else.
+
+    Raises:
+        NotApplicable: the other operand has a branch in it.
+    """
+    branch, _, other = _summed(step, right)
+    if other is not None:
+        raise NotApplicable(f"{step.makes}: its branches are parallel")
+    return branch
 
 
 def _no_residual(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, branch_and_stream(step, right)[0])
+    branch, _, other = _summed(step, right)
+    return _only(step, branch) if other is None else replace(step, reads=(branch, other))
 
 
 def _branch_missing(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return _only(step, branch_and_stream(step, right)[1])
 
 
-def _after_norm(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+def _after_norm(step: Step, right: Steps, _parameters: Parameters) -> Step:
     norm = "attn_norm" if kind_of(step) == "ffn_inp" else "ffn_norm"
     copy = COPY if step.makes.endswith(COPY) else ""
-    return replace(step, reads=(read_of(step, 0), f"blk.{layer_of(step)}.{norm}{copy}"))
+    return replace(step, reads=(_beside_whole_stream(step, right), f"blk.{layer_of(step)}.{norm}{copy}"))
 
 
 def _twice(x: Array, y: Array) -> Array:
     return x + y + y
 
 
-def _branch_twice(x: Array, y: Array) -> Array:
-    return x + y + x
-
-
-def _added_twice(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_twice if parameters["added"] == "residual" else _branch_twice)
+def _added_twice(step: Step, right: Steps, parameters: Parameters) -> Step:
+    branch, stream = branch_and_stream(step, right)
+    if parameters["added"] == "residual":
+        return replace(step, op=_twice, reads=(_beside_whole_stream(step, right), stream))
+    return replace(step, op=_twice, reads=(stream, branch))
 
 
 def _old_buffer(step: Step, right: Steps, parameters: Parameters) -> Step:
     old = {"the layer's input": layer_input(step, right), "the embedding": "embd"}[parameters["buffer"]]
-    return replace(step, reads=(read_of(step, 0), old))
+    return replace(step, reads=(_beside_whole_stream(step, right), old))
 
 
 def _skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -147,7 +174,7 @@ FAULTS = (
         name="branch-missing",
         kinds=_SUMS,
         change=_branch_missing,
-        what="the residual stream skips the attention (ffn_inp) or the feed-forward (l_out): {at}",
+        what="a branch is not added to the residual stream at {at} (ffn_inp: attention; l_out: what is added last)",
         symptom="wrong from layer 0 on; the stream changes too little",
         fix="add the branch's output to the stream",
         seen="an output written to a buffer that nothing reads",

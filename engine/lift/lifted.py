@@ -35,7 +35,7 @@ class GraphLifter:
         where = tensor.point or tensor.name
         return ModelError(
             f"our engine cannot compute {tensor.op} at {where} of {self.recording.architecture}: {why}.",
-            "`parity dump ref` and `parity diff` take the model.",
+            "`parity dump ref` and `parity diff` accept the model.",
             code="operation",
         )
 

@@ -86,6 +86,21 @@ def rounded(steps: Sequence[Step], kind: str, *, storage: bool, normed: bool = F
     return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads), normed)) for step in steps]
 
 
+class _Stored(Struct, frozen=True):
+    """An operation whose result is rounded."""
+
+    op: Callable[..., Array]
+    kind: str
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        return each(ROUNDINGS[self.kind], self.op(*inputs, **params))
+
+
+def stored(steps: Sequence[Step], kind: str) -> list[Step]:
+    """The steps with results kept in f16 or bf16, of operations that compute in float32, whatever they read."""
+    return [replace(step, op=_Stored(step.op, kind)) for step in steps]
+
+
 def is_normed(step: Step) -> bool:
     """Whether a step is a norm with a weight, which may be rounded twice (`rounded`)."""
     return step.op in _NORMS

@@ -126,7 +126,7 @@ def _type(name: str) -> Any:
 
     possible = {kind.name.lower(): kind for kind in (gguf.GGMLQuantizationType.F32, *_quantizable())}
     if name.lower() not in possible:
-        raise InputError(f"gguf cannot make weights of type {name!r}.", f"Take one of {', '.join(possible)}.", code="type")
+        raise InputError(f"gguf cannot make weights of type {name!r}.", f"Use one of {', '.join(possible)}.", code="type")
     return possible[name.lower()]
 
 

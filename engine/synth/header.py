@@ -95,7 +95,7 @@ def add_tokenizer(writer: Any, shape: Shape, source: Path | None) -> None:
     if have > shape.vocab:
         raise InputError(
             f"the tokenizer has {have:,} tokens, the vocabulary only {shape.vocab:,}.",
-            "Take --stub-vocabulary or a larger --vocab.",
+            "Use --stub-vocabulary or a larger --vocab.",
         )
     padding: dict[str, list[Any]] = {
         "tokenizer.ggml.tokens": [f"<|pad_{number}|>" for number in range(have, shape.vocab)],

@@ -142,4 +142,4 @@ def _value(text: str) -> Value:
         return value
     if isinstance(value, bool | int | float | str):
         return value
-    raise InputError(f"{text} is not a metadata value.", "Take a number, true, false, a text, or a list of them.", code="set")
+    raise InputError(f"{text} is not a metadata value.", "Use a number, true, false, a text, or a list of them.", code="set")

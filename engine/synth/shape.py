@@ -74,7 +74,7 @@ def shape_like(like: str, **changes: Any) -> Shape:
         InputError: no such preset, or a shape that no engine could run.
     """
     if like not in PRESETS:
-        raise InputError(f"there is no shape {like!r}.", f"Take one of {', '.join(PRESETS)}.", code="shape")
+        raise InputError(f"there is no shape {like!r}.", f"Use one of {', '.join(PRESETS)}.", code="shape")
     shape = replace(PRESETS[like], **{name: value for name, value in changes.items() if value is not None})
     if wrong := next(_wrong(shape), None):
         raise InputError(f"{wrong}.", "Change the shape.", code="shape")

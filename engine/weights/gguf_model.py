@@ -149,7 +149,7 @@ class GgufModel:
         if not self.tensors:
             raise ModelError(
                 f"{self.path} has a tokenizer but no tensors: it can tokenize, not compute.",
-                "Take a model file with weights.",
+                "Use a model file with weights.",
                 code="no-tensors",
             )
 

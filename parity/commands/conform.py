@@ -69,9 +69,10 @@ def conform(
         Path | None,
         typer.Option("--out", "-o", help="Folder of the run; default: runs/conform-<engine>. Finished cells are kept there."),
     ] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML besides: one case a cell.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML: one case per cell.")] = None,
     table: Annotated[
-        Path | None, typer.Option("--table", help="Write every cell's figures, while cells end: FILE.csv or FILE.parquet.")
+        Path | None,
+        typer.Option("--table", help="Write every cell's figures, updated while cells end: FILE.csv or FILE.parquet."),
     ] = None,
     output_format: o.AnswerOption = o.AnswerFormat.TEXT,
 ) -> None:

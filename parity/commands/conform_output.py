@@ -80,7 +80,7 @@ def check_side(command: "Command | None", side: str | None, asking: "Asking") ->
     elif (command is None) == (side is None):
         raise InputError(
             "no engine to test was given." if command is None else "more than one engine to test was given.",
-            "Take one of --exec CMD, --side ours and --side hf.",
+            "Use one of --exec CMD, --side ours and --side hf.",
             code="usage",
         )
     elif command is not None and command.takes(PORT):

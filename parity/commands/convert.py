@@ -20,7 +20,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write.", show_default=False)],
 ) -> None:
-    """Convert a dump in any known format to format 1: one JSON object a line, for `parity diff` and `parity lint`."""
+    """Convert a dump in any known format to format 1: one JSON object per line, for `parity diff` and `parity lint`."""
     from checkpoints.formats import load
     from checkpoints.jsonl import write
     from checkpoints.record import Header

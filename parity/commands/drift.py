@@ -50,7 +50,7 @@ def record(
     from .output import progress_bar, written
 
     if given["command"] is not None:
-        o.refuse_unused(context, "side", "is not the engine that --exec runs", "Take one of them.")
+        o.refuse_unused(context, "side", "is not the engine that --exec runs", "Use one of them.")
     if given["command"] is not None or side is not o.SideChoice.OURS:
         o.refuse_unused(context, "backend", "is for the engine that comes with parity", "Add --side ours.")
     source = side.value if given["command"] is None else EXEC
@@ -104,11 +104,11 @@ def check(
     """
     del bisect  # __main__ maps the exit code, those of wrong options included
     if sum(chosen not in (None, []) for chosen in (ours, given["command"], side)) > 1:
-        raise InputError("more than one side was given.", "Take one of --ours, --exec and --side.", code="usage")
+        raise InputError("more than one side was given.", "Use one of --ours, --exec and --side.", code="usage")
     if ours:
         o.refuse_unused(context, "threads backend workers cluster model", "has no effect on dumps: nothing is computed")
     if no_ledger:
-        o.refuse_unused(context, "ledger", "is not written with --no-ledger", "Take one of them.")
+        o.refuse_unused(context, "ledger", "is not written with --no-ledger", "Use one of them.")
     from ..drift import checking
     from ..drift.golden import load
     from ..drift.ledger import NAME

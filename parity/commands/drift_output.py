@@ -108,7 +108,7 @@ def _begin(since: str) -> datetime:
     except (ValueError, OverflowError):
         raise InputError(
             f"--since {since!r} is not a time.",
-            "Take a number of days (7d), of weeks (2w), or a date (2026-11-19).",
+            "Use a number of days (7d), of weeks (2w), or a date (2026-11-19).",
             code="since",
         ) from None
 

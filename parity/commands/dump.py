@@ -76,7 +76,7 @@ def ref(
         Path | None,
         typer.Option(
             "--follow",
-            help="Take the tokens (generated ones too), points and positions from this dump, and run llama.cpp on them.",
+            help="Use the tokens (generated ones too), points and positions from this dump, and run llama.cpp on them.",
         ),
     ] = None,
 ) -> None:

@@ -19,7 +19,7 @@ class ScoreFormat(StrEnum):
     MARKDOWN = "markdown"
 
 
-_TEXT = "Take --text FILE, or --golden FOLDER for the prompts recorded there."
+_TEXT = "Use --text FILE, or --golden FOLDER for the prompts recorded there."
 
 
 @o.fills("model", "command", "scored_server", "mode", "backend", "devices", "threads", "compute", "mapping", "verbose")
@@ -93,10 +93,10 @@ def score(
     sides = [given_side for given_side in (command, side, server) if given_side is not None]
     bases = [named for named in (base, base_model, golden, alone or None) if named is not None]
     mixtures = (  # whether it was asked for, what is wrong with it, what to do
-        (len(sides) > 1, "more than one side was given.", "Take one of --exec, --server and --side."),
+        (len(sides) > 1, "more than one side was given.", "Use one of --exec, --server and --side."),
         (text is None and golden is None, "no text was given.", _TEXT),
         (text is not None and golden is not None, "both --text and --golden were given.", _TEXT),
-        (len(bases) > 1, "more than one base was given.", "Take one of --base, --base-model, --golden and --alone."),
+        (len(bases) > 1, "more than one base was given.", "Use one of --base, --base-model, --golden and --alone."),
         (
             save_base is not None and (server is not None or golden is not None),
             "--save-base needs whole rows of logits over a text.",

@@ -43,7 +43,7 @@ def weights(
     from .output import answer, progress_bar
 
     if theirs is not None and hf is not None:
-        raise InputError("Both --theirs and --hf were given.", "Take one of them.", code="theirs")
+        raise InputError("Both --theirs and --hf were given.", "Use one of them.", code="theirs")
     if theirs is not None or hf is not None:
         o.refuse_unused(context, "backend", "chooses where tensors are dequantised for the check of the file itself")
     if hf is not None:

@@ -79,7 +79,7 @@ def cells(
         InputError: an unknown profile or name, or a mode that the side does not support.
     """
     if profile not in PROFILES:
-        raise InputError(f"--profile {profile!r} is unknown.", f"Take one of {', '.join(PROFILES)}.", code="profile")
+        raise InputError(f"--profile {profile!r} is unknown.", f"Use one of {', '.join(PROFILES)}.", code="profile")
     chosen = PROFILES[profile]
     wanted_modes = list(possible_modes) if modes is None else _picked(modes, MODES, "--modes")
     if impossible := [mode for mode in wanted_modes if mode not in possible_modes]:

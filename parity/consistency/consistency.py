@@ -54,7 +54,7 @@ def consistency(request: ConsistencyRequest) -> Consistency:
     if request.dumps is not None:
         return two_dumps(request, *request.dumps)
     if request.chunk < 1:
-        raise InputError(f"--chunk must be at least 1, not {request.chunk}.", "Take 1 or more.", code="chunk")
+        raise InputError(f"--chunk must be at least 1, not {request.chunk}.", "Use 1 or more.", code="chunk")
     run = request.run
     with Reference(verbose=run.verbose, threads=run.threads) as reference:
         side = side_of(request.source, run, reference, resident=True)
@@ -74,7 +74,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
     """
     count = len(prompt.ids)
     if count < 2:
-        raise InputError("one token cannot be computed in portions.", "Take a longer prompt.", code="prompt")
+        raise InputError("one token cannot be computed in portions.", "Use a longer prompt.", code="prompt")
     side.check(prompt)
     run = request.run
     options = comparison_options(run)

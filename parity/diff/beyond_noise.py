@@ -1,69 +1,80 @@
-"""Sides that agree as lower arithmetic allows, but for a factor or a summand that all positions share: no rounding makes that."""
+"""Sides that agree as lower arithmetic or the reference's table of float16 allows, but for what such noise never makes: a factor or a
+summand that all positions share, or values that are all numbers of a lower type.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
+from checkpoints.points import LOGITS
 from reports.sentences import ARITHMETIC
 
 from .align import Pair
 from .dataflow import upstream
 from .judge import judge
-from .limits import EXACT_FLOOR, NATIVE
-from .one_factor import STEP, Part, shared_part
+from .limits import EXACT_FLOOR, JUMP, NATIVE
+from .one_factor import POSITIONS, STEP, shared_factor, shared_summand
 from .readings import head_size_of
 from .records import Bools, Floats, Records
+from .rounding import type_of
 from .routing import is_routing
 from .slices import prepare
+from .truth import Truth
+
+ONE_FACTOR = "one-factor"  # a pattern's code
+_WHOLE = "the whole row is "  # what a sketch shows
+_TYPED = 16  # values that show a type; any has F16's bits by chance once in 8,192 draws
+_TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 
 
-def held_to_noise(records: Records, verdict: Verdict) -> tuple[Records, Verdict]:
-    """The records and their verdict; a divergence if what agrees as lower arithmetic allows has one factor or one summand besides."""
-    precision = verdict.precision
-    exact = records.limits.operations <= EXACT_FLOOR.operations
-    if not verdict or exact or records.mode == NATIVE or precision is None or precision.arithmetic not in STEP:
+class _Found(Struct, frozen=True):
+    """What a point has beside noise: the words for it, a pattern's code, and how many times it is beyond what is allowed."""
+
+    code: str
+    words: str
+    beyond: float
+
+
+def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None) -> tuple[Records, Verdict]:
+    """The records and their verdict; a divergence if what agrees by limits wider than float32's is more than noise.
+
+    With the `truth`, nothing is said of what is as near to that as float32 is: then it is the reference that has a factor.
+    """
+    precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
+    if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
         return records, verdict
-    allowed = STEP["bf16" if precision.source == "assumed" else precision.arithmetic]
+    chosen, allowed, noise = ~(records.open | records.otherwise), 0.0, "float32, or of the reference's table of float16"
+    if exact:
+        chosen &= records.measures.nmse > _in_float32(records)
+    elif precision is not None:
+        allowed = STEP["bf16" if precision.source == "assumed" else precision.arithmetic]
+        noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
-    parts: dict[int, tuple[str, Part]] = {}
+    found: dict[int, _Found] = {}
     for number, pair in enumerate(records.pairs):
-        comparable = ~(records.open | records.otherwise)[records.point == number]
-        if not is_routing(pair) and (found := _part(pair, comparable, allowed, head)) is not None:
-            parts[number] = found
-    if not parts:
+        here = chosen[records.point == number]
+        if not here.any() or is_routing(pair):
+            continue
+        # A table gives no row an error of its own factor; a number of each row that all but cancels does, in float32.
+        tabled = exact and truth is not None and pair.point in truth.coarse
+        errors = records.measures.nmse[records.point == number][here]
+        fewest = 1 if tabled and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
+        typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
+        part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if typed else None)
+        if part is not None and not (exact and truth is not None and _true(truth, pair, here)):
+            found[number] = part
+    if not found:
         return records, verdict
-    judged, divergent = failing_at(records, {number: part.beyond for number, (_, part) in parts.items()})
+    judged, divergent = failing_at(records, {number: part.beyond for number, part in found.items()})
     first = divergent.first_divergence
     assert first is not None
-    where, part = parts[judged.names.index(first.checkpoint)]
-    sentence = (
-        f"{first.checkpoint}: {where}{part.words} beside the noise of {ARITHMETIC[precision.arithmetic]} arithmetic, at every position: "
-        "rounding is scattered and has no such part"
-    )
-    return judged, replace(divergent, pattern=Pattern("one-factor", sentence), operation="")
-
-
-def _part(pair: Pair, comparable: Bools, allowed: float, head: int) -> tuple[str, Part] | None:
-    """The part that a point's errors share, of all elements or of one head's, and whose it is; None if there is none."""
-    values = prepare(pair)
-    if values.counts is None or not comparable.any():
-        return None
-    width = int(values.counts[comparable].min())
-    ours, right = (side[comparable, :width].astype(np.float64) for side in (values.a, values.b))
-    finite = np.isfinite(ours) & np.isfinite(right)
-    errors, right = (np.where(finite, side, 0.0) for side in (ours - right, right))
-    if (part := shared_part(errors, right, allowed)) is not None:
-        return "", part
-    whole = bool(pair.ref.full().all()) and width == pair.ref.values.shape[1]
-    heads = width // head if head and whole and width % head == 0 else 0
-    for number in range(heads if heads > 1 else 0):
-        inside = slice(number * head, (number + 1) * head)
-        if (part := shared_part(errors[:, inside], right[:, inside], allowed)) is not None:
-            return f"head {number} alone is ", part
-    return None
+    part = found[judged.names.index(first.checkpoint)]
+    return judged, replace(divergent, pattern=Pattern(part.code, f"{first.checkpoint}: {part.words}"), operation="")
 
 
 def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, Verdict]:
@@ -79,3 +90,83 @@ def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, 
         upstream=upstream(records.flow, records.point, records.seq, records.token_idx, trusted, failed),
     )
     return judged, judge(judged)
+
+
+def _of_inputs(records: Records, name: str) -> float:
+    """The worst error of what a point is made from directly, NMSE."""
+    numbers = [records.names.index(other) for other in records.flow.parents[name]]
+    return float(records.measures.nmse[np.isin(records.point, numbers)].max(initial=0.0))
+
+
+def _true(truth: Truth, pair: Pair, chosen: Bools) -> bool:
+    """Whether the chosen rows of ours are as near to the truth as float32 is."""
+    limit = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
+    distance = truth.distances({pair.point: pair.ours}).get(pair.point)
+    return distance is not None and bool((distance[chosen] <= limit).all())
+
+
+def _looked_up(records: Records, name: str) -> bool:
+    """Whether a table lies between a point and those that it is made from, or nothing is known of that."""
+    stretch, computations = records.flow.between(name), records.flow.whole.computations
+    return stretch is None or any(computations[node].looked_up(node) for node in stretch.nodes)
+
+
+def _in_float32(records: Records) -> Floats:
+    """What float32 allows each record, NMSE [R], where nothing raises it."""
+    of_points = [EXACT_FLOOR.logits if name == LOGITS else EXACT_FLOOR.operations for name in records.names]
+    return np.array(of_points)[records.point]
+
+
+def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str, fewest: int) -> _Found | None:
+    """The part that a point's errors share in the chosen rows, of all elements or of one head's; None if there is none."""
+    for which, errors, right in _views(pair, chosen, head):
+        part = shared_factor(errors, right, allowed, fewest=fewest)
+        if part is None and which != _WHOLE:
+            part = shared_summand(errors, right)
+        if part is not None:
+            sentence = f"{which}{part.words} beside the noise of {noise}, and rounding, which is scattered, has no such part"
+            return _Found(ONE_FACTOR, sentence, part.beyond)
+    return None
+
+
+def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, Floats]]:
+    """The errors and right values of the chosen rows, [R, k] both, each with the words for what it is.
+
+    They are all leading values, each head's, and the projections of whole rows that a sketch has, in which a factor is the same.
+    """
+    values = prepare(pair)
+    if values.counts is not None:
+        width = int(values.counts[chosen].min())
+        errors, right = _apart(values.a[chosen, :width], values.b[chosen, :width])
+        yield "", errors, right
+        whole = bool(pair.ref.full().all()) and width == pair.ref.values.shape[1]
+        heads = width // head if head and whole and width % head == 0 else 0
+        for number in range(heads if heads > 1 else 0):
+            inside = slice(number * head, (number + 1) * head)
+            yield f"head {number} alone is ", errors[:, inside], right[:, inside]
+    if pair.ours.sketch is not None and pair.ref.sketch is not None:
+        yield _WHOLE, *_apart(pair.ours.sketch[chosen], pair.ref.sketch[chosen])
+
+
+def _apart(ours: NDArray[np.float32], ref: NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """The differences of two sides' values, and those of the reference: 0 where either is not finite."""
+    finite = np.isfinite(ours) & np.isfinite(ref)
+    a, b = (np.where(finite, side, 0).astype(np.float64) for side in (ours, ref))
+    return a - b, b
+
+
+def _typed(pair: Pair, chosen: Bools) -> _Found | None:
+    """That all values of the chosen rows are numbers of a lower type, and the reference's are not; None if that is not so."""
+    values = prepare(pair)
+    if values.counts is None or int(values.counts[chosen].sum()) < _TYPED:
+        return None
+    inside = np.arange(values.a.shape[1]) < values.counts[chosen, None]
+    ours, ref = (np.where(inside, side[chosen], np.float32(0)) for side in (values.a, values.b))
+    name = type_of(ours)
+    if not name or type_of(ref):
+        return None
+    sentence = (
+        f"every value is one of {name}, and what it is computed from agrees as in float32: mixed precision, which nothing states "
+        f"(--compute {_TYPES[name]} allows for it everywhere), though the reference's own table of float16 leaves as large an error"
+    )
+    return _Found("undecided", sentence, np.nextafter(1.0, 2.0))

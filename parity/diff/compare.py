@@ -86,15 +86,10 @@ def comparison(ours: Dump, ref: Dump, options: Options | None = None) -> Compari
     before = first is not None and bool((records.token_idx < first.token_idx).any())
     if parted is not None and before:
         return _comparison(ours, ref, options, parted)
-    if (
-        first is None
-        and options.tolerance is None
-        and compared.verdict
-        and compared.records.limits.operations > EXACT_FLOOR.operations
-    ):
+    if first is None and options.tolerance is None and (records.measures.nmse > EXACT_FLOOR.operations).any():
         from .beyond_noise import held_to_noise
 
-        records, verdict = held_to_noise(records, compared.verdict)
+        records, verdict = held_to_noise(records, compared.verdict, options.truth)
         return replace(compared, records=records, verdict=verdict)
     if first is None or options.strict or options.limits is not None:
         return compared

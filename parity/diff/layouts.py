@@ -99,7 +99,7 @@ def _positions_last(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
 
 
 def _heads_first(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -> Reading | None:
-    """The reading as rows of a buffer in which all positions of the first head come first, taken as if it had one row a position."""
+    """The reading as rows of a buffer in which all positions of the first head come first, taken as if it had one row per position."""
     size, count = common_length(ours, ref), len(ours)
     if size is None or not whole(ours, ref) or not _consecutive(ours) or ours.values.shape != ref.values.shape:
         return None

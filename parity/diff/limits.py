@@ -104,7 +104,7 @@ def limits(ours: Header | None, ref: Header | None, *, compute: str | None = Non
         InputError: `compute` is not in `COMPUTES`; `tolerance` is not a number ≥ 0.
     """
     if compute is not None and compute not in COMPUTES:
-        raise InputError(f"--compute {compute!r} is not known.", f"Take one of {', '.join(COMPUTES)}.", code="compute")
+        raise InputError(f"--compute {compute!r} is not known.", f"Use one of {', '.join(COMPUTES)}.", code="compute")
     if tolerance is not None:
         require_tolerance(tolerance)
         return Limits(tolerance, tolerance, "--tolerance")

@@ -17,7 +17,7 @@ _STANDARD_ERRORS = 8.0
 _CHANCE = 1e-4
 # As in `scatter`: rounding of the n inputs of a product moves its results, however many, in n directions; small models have this width.
 _DIRECTIONS = 64.0
-_ELEMENTS, _POSITIONS = 12, 3
+_ELEMENTS, POSITIONS = 12, 3
 # Rounding to nearest moves a constant by half a step: a factor that an engine keeps in the type in which it computes. Two of them may meet.
 STEP = {"f16": 2.0**-10, "tf32": 2.0**-10, "bf16": 2.0**-8, "q8": 0.0}
 
@@ -42,26 +42,30 @@ class Part(Struct, frozen=True):
         return f"the right values plus {self.summand:.2g} (± {self.error:.1g})"
 
 
-def shared_part(errors: Floats, right: Floats, allowed: float = 0.0) -> Part | None:
-    """The factor, or else the summand, that errors [R, k] of right values [R, k] share beside their noise; None if there is none.
+def shared_factor(errors: Floats, right: Floats, allowed: float = 0.0, *, fewest: int = POSITIONS) -> Part | None:
+    """The factor that errors [R, k] of right values, or of projections of whole rows, [R, k], share beside their noise; None without one.
 
     Args:
         allowed: the most by which a right factor may be off, as a part of it.
+        fewest: rows that suffice: of fewer than `POSITIONS` one may be off by the rounding of a number of its own.
     """
-    wrong = (errors != 0).any(axis=1) & (right != 0).any(axis=1)
-    errors, right = errors[wrong], right[wrong]
-    if len(errors) < _POSITIONS or errors.shape[1] < _ELEMENTS:
-        return None
-    along = _shared(errors, right, allowed)
-    if along is not None:
-        return Part(1 + along[0], 0.0, *along[1:])
-    along = _shared(errors, np.ones_like(right), 0.0)
+    along = _shared(errors, right, right, allowed, fewest)
+    return None if along is None else Part(1 + along[0], 0.0, *along[1:])
+
+
+def shared_summand(errors: Floats, right: Floats) -> Part | None:
+    """The summand that errors [R, k] of right values [R, k] share beside their noise; None without one."""
+    along = _shared(errors, right, np.ones_like(right), 0.0, POSITIONS)
     return None if along is None else Part(0.0, *along)
 
 
-def _shared(errors: Floats, direction: Floats, allowed: float) -> tuple[float, float, float] | None:
+def _shared(errors: Floats, right: Floats, direction: Floats, allowed: float, fewest: int) -> tuple[float, float, float] | None:
     """The coefficient of errors [R, k] along a direction [R, k] that all rows share, its standard error, and `Part.beyond`; None if they
     share none."""
+    wrong = (errors != 0).any(axis=1) & (right != 0).any(axis=1)
+    errors, direction = errors[wrong], direction[wrong]
+    if len(errors) < fewest or errors.shape[1] < _ELEMENTS:
+        return None
     energy = (direction * direction).sum(axis=1)
     parts = (errors * direction).sum(axis=1) / energy
     left = errors - parts[:, None] * direction
@@ -77,6 +81,6 @@ def _shared(errors: Floats, direction: Floats, allowed: float) -> tuple[float, f
     if not alike or not beyond > 1:
         return None
     different = 1 - float(parts.sum()) ** 2 / (len(parts) * float((parts * parts).sum()))
-    if different > _CHANCE ** (2 / (len(parts) - 1)):
+    if len(parts) > 1 and different > _CHANCE ** (2 / (len(parts) - 1)):
         return None
     return float(parts.mean()), max(float(np.sqrt(noise.mean())), float(np.finfo(np.float32).eps)), beyond

@@ -173,7 +173,7 @@ def seen_from(folder: Path, model: Path) -> str:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    r"""One prompt a line, in which "\n" stands for a line break; empty lines are skipped.
+    r"""One prompt per line, in which "\n" stands for a line break; empty lines are skipped.
 
     Raises:
         InputError: the file cannot be read, has no prompt, or has one twice.

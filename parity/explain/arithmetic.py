@@ -14,7 +14,7 @@ from engine.replay.precision import is_normed, rounded
 from reports.sentences import ARITHMETIC
 
 from ..diff.align import Pair
-from ..diff.beyond_noise import failing_at
+from ..diff.beyond_noise import ONE_FACTOR, failing_at
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
@@ -42,6 +42,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     first = exact.verdict.first_divergence
     if exact.verdict or first is None or first.checkpoint not in exact.records.names:
         return as_float32
+    if exact.verdict.pattern is not None and exact.verdict.pattern.code == ONE_FACTOR:  # beside noise that float32 is allowed
+        return as_float32
     before = _computed_before(exact, first.checkpoint)
     if known.case is None and not before:  # as though the model were not known
         assumed = comparison(ours, ref, replace(options, truth=None))
@@ -57,7 +59,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         right = entry.taken(known.case.replay.on_host[pair.point], known.case.positions)
         # Rounding spares what a type holds exactly: many elements of an embedding of few bits, say.
         if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
-            return as_float32
+            return _in_part(as_float32, known.case, seconds, shown=False)
     kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
     plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
@@ -76,7 +78,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return _beside_own_rounding(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
-    return _in_part(as_float32, known.case, seconds) if before else as_float32
+    return _in_part(as_float32, known.case, seconds, shown=bool(before))
 
 
 def _beside_own_rounding(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
@@ -128,9 +130,9 @@ def _plain(pair: Pair) -> Pair:
     return replace(pair, point=ref.point, ours=ours, ref=ref)
 
 
-def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Comparison:
-    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or if
-    what lies unrecorded before it may be."""
+def _in_part(as_float32: Comparison, case: Case | None, seconds: float, *, shown: bool = True) -> Comparison:
+    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or is
+    off by noise of that size, or, where a product that agrees has `shown` float32, if what lies unrecorded before it may be."""
     first, records = as_float32.verdict.first_divergence, as_float32.records
     if case is None or first is None or (place := _first_computed(as_float32, case, first.checkpoint)) is None:
         return as_float32
@@ -142,7 +144,11 @@ def _in_part(as_float32: Comparison, case: Case | None, seconds: float) -> Compa
     recorded = set(records.names[:number])
     if kinds := rounded_here(case, entry, errors, known, recorded):
         sentence = f"{place} is the right one {in_words(kinds)}"
-    elif (among := as_large_as_rounding(case, entry, errors, known, recorded)) and systematic(case, *beside, seconds) == "":
+    elif (
+        shown
+        and (among := as_large_as_rounding(case, entry, errors, known, recorded))
+        and systematic(case, *beside, seconds) == ""
+    ):
         sentence = (
             f"{place} differs by what F16 costs in the operations that make it and were not recorded ({among}), and what they read agrees "
             "as in float32: a fault in one of them, or a flash attention that keeps keys, values or sums in F16 (--compute f16 allows for "

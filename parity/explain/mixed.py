@@ -3,17 +3,19 @@
 Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import parse
+from engine import ops
 from engine.backend import Array
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.kept import KEPT, kept
-from engine.replay.precision import rounded
+from engine.replay.precision import rounded, stored
 from reports.sentences import ARITHMETIC, kept_in
 
 from ..diff.limits import EXACT_FLOOR, limits
@@ -32,6 +34,16 @@ _SAME, _AS_LARGE = 0.9, 1.5
 # what rounded activations cost (measured, `precision.UPPER`).
 _SMALLEST, _LARGEST = 0.09, 3.8
 _LOWEST = limits(None, None, compute="bf16")
+# Operations whose results alone an engine may keep in a lower type.
+_SINGLE: tuple[tuple[object, ...], ...] = (
+    (ops.attention_scores,),
+    (ops.causal_soft_max, "SOFT_MAX"),
+    (ops.attention_scores, ops.causal_soft_max, "SOFT_MAX", ops.weighted_values),
+    (ops.rms_norm, ops.layer_norm, "RMS_NORM", "NORM"),
+    (ops.rope, "ROPE"),
+    (ops.add, "ADD"),
+)
+Rounding = tuple[str, Floats, Floats]  # an arithmetic, errors where it gives numbers, and its own errors: [R, k]
 _SEVERAL = 3  # operations that are not recorded: a single one shows its own rounding
 
 
@@ -44,11 +56,14 @@ def rounded_here(
         errors: of the dump's records against the right engine, [R, k], in the entry's shape; `known` where they are.
         recorded: the points that agree before it, at which its own operations begin.
     """
-    near: dict[str, float] = {}
-    for kind, found, rounding in _roundings(case, entry, errors, known, recorded):
-        if alike := likeness(found, rounding):
-            near[kind] = max(alike, near.get(kind, 0.0))
-    return tuple(sorted(near, key=lambda kind: -near[kind]))
+    for some in (_roundings, _roundings_of_one_kind):
+        near: dict[str, float] = {}
+        for kind, found, rounding in some(case, entry, errors, known, recorded):
+            if alike := likeness(found, rounding):
+                near[kind] = max(alike, near.get(kind, 0.0))
+        if near:
+            return tuple(sorted(near, key=lambda kind: -near[kind]))
+    return ()
 
 
 def likeness(errors: Floats, rounding: Floats) -> float:
@@ -81,18 +96,49 @@ def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
 
 def _roundings(
     case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
-) -> Iterator[tuple[str, Floats, Floats]]:
+) -> Iterator[Rounding]:
     """Each arithmetic in which a point's own operations may have been computed, the errors where it gives numbers, and its own: [R, k]."""
     places = _own_steps(case.transformer.steps, entry.point, recorded)
+    ways = ((kind, places, lower) for kind in (*KINDS, *KEPT) for lower in _ways(kind))
+    return _made_by(case, entry, errors, known, ways)
+
+
+def _roundings_of_one_kind(
+    case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
+) -> Iterator[Rounding]:
+    """As `_roundings`, where one kind of operation alone keeps its results in a lower type (scores, soft max, norms, RoPE, sums), and the
+    others of the layer do not.
+    """
+    steps = case.transformer.steps
+    places = _own_steps(steps, entry.point, recorded)
+    if len({layer for number in places if (layer := parse(steps[number].makes).layer) is not None}) > 1:
+        return iter(())
+    of_kind = [[number for number in places if _is_of(steps[number], kinds)] for kinds in _SINGLE]
+    ways = ((kind, some, partial(stored, kind=kind)) for some in of_kind if some for kind in ("f16", "bf16"))
+    return _made_by(case, entry, errors, known, ways)
+
+
+def _made_by(
+    case: Case,
+    entry: Expected,
+    errors: Floats,
+    known: NDArray[np.bool_],
+    ways: Iterable[tuple[str, list[int], Callable[[Sequence[Step]], list[Step]]]],
+) -> Iterator[Rounding]:
+    """What the steps of these numbers make of a point in each of these ways."""
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
-    for kind in (*KINDS, *KEPT):
-        for lower in _ways(kind):
-            values = _rounded_value(case, places, lower, entry.point)
-            if values is None:
-                continue
-            computed = entry.taken(values, case.positions)
-            usable = known & np.isfinite(computed)
-            yield kind, np.where(usable, errors, 0.0), np.where(usable, computed - right, 0.0)
+    for kind, places, lower in ways:
+        values = _rounded_value(case, places, lower, entry.point)
+        if values is None:
+            continue
+        computed = entry.taken(values, case.positions)
+        usable = known & np.isfinite(computed)
+        yield kind, np.where(usable, errors, 0.0), np.where(usable, computed - right, 0.0)
+
+
+def _is_of(step: Step, kinds: Collection[object]) -> bool:
+    """Whether a step's operation is one of these: ours, or ggml's by its name."""
+    return step.op in kinds or getattr(step.op, "name", None) in kinds
 
 
 def as_large_as_rounding(

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from checkpoints.answers.diff import DIVERGENCE, Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.answers.hunt import Hunt, Round
-from checkpoints.errors import InputError, ParityError
+from checkpoints.errors import DumpError, InputError, ParityError
 from checkpoints.formats import load
 from checkpoints.jsonl import write
 from checkpoints.points import expand
@@ -33,6 +33,10 @@ from ..run.session import OURS_FILE, REF_FILE, Outcome, comparison_options, foll
 from ..run.sides import ExternalEngine, LlamaCpp
 
 _FOR_TOKENS = 10.0  # seconds to look for a fault of the tokens: few are tried, the rest of a search would be about operations
+_NO_RECORDS = (
+    "empty",
+    "no-records",
+)  # codes of a dump without a record: an engine that has none of the points that it was asked for
 MOST_ROUNDS = 8  # layer outputs halve nothing: two or three runs lead from five places to one operation, a few more where slices are small
 
 
@@ -121,7 +125,14 @@ class _Chase:
         side = self._side(points)
         known: Dump | None = None
         for number in range(1, MOST_ROUNDS + 1):
-            printed = self._run(side, number)
+            try:
+                printed = self._run(side, number)
+            except DumpError as error:
+                if known is None or error.code not in _NO_RECORDS:
+                    raise
+                self._keep(known)
+                self.stopped = f"{self._command.name} printed none of these points: {points}"
+                return
             self.ours = printed if known is None else self._together(known, printed)
             new = tuple(name for name in printed.points if known is None or name not in known.points)
             known = self.ours
@@ -188,8 +199,12 @@ class _Chase:
             self.notes.append(f"two runs of {self._command.name} differ at {moved[0]}: its numbers are not reproducible")
         return replace(now, points=before.points | now.points, tokens=now.tokens or before.tokens)
 
-    def _reference_for(self, ours: Dump, known: Sequence[str]) -> Dump:
+    def _keep(self, ours: Dump) -> None:
+        """Write what all runs so far printed over what the last one did."""
         write(ours, self._folder / OURS_FILE, Header(source=self._command.name))
+
+    def _reference_for(self, ours: Dump, known: Sequence[str]) -> Dump:
+        self._keep(ours)
         followed = following(self._request, ours, self._prompt, known)
         LlamaCpp(followed, self._reference).dump(self._prompt, self._folder / REF_FILE, self._progress)
         return replace(load(self._folder / REF_FILE), path=str(self._kept / REF_FILE))

@@ -61,7 +61,7 @@ def dot_products(
 def typical_energy(x: NDArray[np.float32], weights: WeightSource, name: str) -> NDArray[np.float64] | None:
     """The average sum of squares over a product's outputs if its terms had random signs: [T, in] -> float64 [T].
 
-    A product with few outputs (a gate of one number a position) may cancel to almost nothing, but its rounding error does not.
+    A product with few outputs (a gate of one number per position) may cancel to almost nothing, but its rounding error does not.
     None if there are many outputs, which don't all cancel at once.
     """
     outputs = prod(weights.raw(name)[2][:-1])  # 1 for a weight that is a vector

@@ -58,7 +58,7 @@ class Program(Struct, frozen=True, dict=True):
 
     @cached_property
     def shown(self) -> Mapping[str, Step]:
-        """The values in ggml's order of dimensions, with the point that shows each with one row a position."""
+        """The values in ggml's order of dimensions, with the point that shows each with one row per position."""
         return {
             name_of(step.reads[0]): step
             for step in self.steps
@@ -193,7 +193,7 @@ class Inputs:
             return _as_ggml_has_it(shown, self._live[shown.makes].data, self.seen, encoded)
         if name not in self._between:
             computed = self.computed(producer)
-            # A point has one row a position, like the recorded values.
+            # A point has one row per position, like the recorded values.
             plain = name in self._program.passed_over and producer.axis == 0 and not of_scores(name)
             self._between[name] = computed.reshape(len(computed), -1) if plain else computed
         return self._between[name]

@@ -84,7 +84,7 @@ def isolate(request: IsolateRequest, running: Reference | None = None, define: D
         )
     mode = request.mode or "native"
     if mode == "exact" and request.kv_type != "f32":
-        raise InputError("exact mode uses an F32 cache.", "Leave --kv-type out, or take --mode native.", code="kv_type")
+        raise InputError("exact mode uses an F32 cache.", "Leave --kv-type out, or use --mode native.", code="kv_type")
     with _started(request, running) as reference:
         graph = partial(reference.graph, request.model, mode)
         prompt = resolve_prompt(reference, request.model, request.prompt, request.tokens)

@@ -188,7 +188,7 @@ def graft(
     layer = -1 if name == EMBD else parsed.layer
     if layer is None or (name != EMBD and parsed.kind != "l_out") or layer >= n_layers:
         raise InputError(
-            f"--graft {point!r} is not a layer's output.", f"Take embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
+            f"--graft {point!r} is not a layer's output.", f"Use embd or blk.0.l_out … blk.{n_layers - 1}.l_out.", code="graft"
         )
     state = hidden_state(values, name)
     if state is None:

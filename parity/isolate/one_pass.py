@@ -24,7 +24,7 @@ from .looks import OF_THE_WEIGHT, look_of, other_epsilon, siblings
 from .routing import choice_in_layer, other_order, routing_error
 from .values import CACHED, RecordedValue, row_errors, rows_at
 
-# A norm is one scale a row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
+# A norm is one scale per row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
 # known fault, makes only 1e-12 where activations are large.
 _NORM_LIMIT = 1e-12
 # Where activations are even larger, another epsilon is below that: it is recognised by comparison, once a norm with smaller

@@ -60,7 +60,7 @@ def routing_error(
 
     Args:
         used: how many of the first indices are the choice; 0 for all.
-        values: the sorted values, one row a position (float32 [T, E], or any shape with that many elements).
+        values: the sorted values, one row per position (float32 [T, E], or any shape with that many elements).
         ours, dumped: the indices in order, [T, E] or [T, k].
     """
     rows = len(dumped)

@@ -99,7 +99,7 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
         names = list(dict.fromkeys(name for name, _ in late))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         positions = [position for _, position in late]
-        evidence = f"captured late: these are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
+        evidence = f"these values are {last}, not {shown} ({OUTPUT_NORM} is the norm of them), {where(positions)}"
         yield Hit(names[0], min(positions), evidence)
 
 

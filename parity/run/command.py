@@ -212,7 +212,7 @@ class Command(Struct, frozen=True):
             what = arguments[0] if isinstance(arguments, list) else "a shell"
             advice = f"Check {self.option}."
             if error.errno == errno.E2BIG:
-                advice = "The token ids are more than a command line holds: take a shorter prompt."
+                advice = "The token ids are more than a command line holds: use a shorter prompt."
             raise EngineError(f"cannot run {what}: {error.strerror}.", advice, how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:

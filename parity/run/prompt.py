@@ -32,7 +32,7 @@ def given_prompt(text: str | None, file: Path | None, tokens: str | None) -> tup
     given: Sequence[object] = [value for value in (text, file, tokens) if value is not None]
     if len(given) != 1:
         problem = "no prompt was given" if not given else "more than one prompt was given"
-        raise InputError(f"{problem}.", "Take one of --prompt, --prompt-file and --tokens.", code="prompt")
+        raise InputError(f"{problem}.", "Use one of --prompt, --prompt-file and --tokens.", code="prompt")
     if tokens is not None:
         ids = numbers(tokens, "--tokens")
         if not ids:

@@ -75,9 +75,7 @@ def _cut(engine: Engine, prompt: Prompt) -> Prompt:
 def _resumed(engine: Engine, prompt: Prompt, sequence: Progress, capture: Capture) -> tuple[Progress, Logits]:
     """The first tokens, into a state on disk; a new sequence is read from it and takes the others."""
     if not isinstance(engine, Transformer):
-        raise InputError(
-            "the fast engine keeps its sequences on the device and saves none.", "Take --mode exact.", code="state"
-        )
+        raise InputError("the fast engine keeps its sequences on the device and saves none.", "Use --mode exact.", code="state")
     if engine.encoder is None:
         begin, rest = prompt.ids[: prompt.saved], prompt.ids[prompt.saved :]
     else:

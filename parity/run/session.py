@@ -281,7 +281,7 @@ def dump_hugging_face(model: Path, given: dict[str, Any], out: Path, progress: P
     if model.is_dir():
         if not (model / "config.json").is_file():
             raise InputError(
-                f"{model} has no config.json.", "Take a GGUF file, or a folder that `save_pretrained` wrote.", code="model"
+                f"{model} has no config.json.", "Use a GGUF file, or a folder that `save_pretrained` wrote.", code="model"
             )
         prompt = Prompt(given["prompt"], given["tokens"] or (), ())
         side.check(prompt)

@@ -158,7 +158,7 @@ def _require_predictions(reference: Reference, model: Path) -> None:
     if LOGITS not in points or any(name.startswith(ENCODER) for name in points):
         raise InputError(
             f"{model.name} does not predict each token of a text from those before it: it is an encoder, or has one.",
-            "Take a decoder; `parity run` compares this model's checkpoints.",
+            "Use a decoder; `parity run` compares this model's checkpoints.",
             code="encoder",
         )
 
@@ -168,7 +168,7 @@ def _same_vocabulary(reference: Reference, model: Path, vocabulary: int) -> None
     if count != vocabulary:
         raise InputError(
             f"{model.name} has {count:,} tokens and the side's model {vocabulary:,}: their predictions cannot be compared.",
-            "Take a --base-model with the same vocabulary.",
+            "Use a --base-model with the same vocabulary.",
             code="base",
         )
 
@@ -276,7 +276,7 @@ class _Figures:
             problem = f" Logits are not numbers at {self.broken} positions: {self.broken_at}." if self.broken else ""
             if self._otherwise and self._is_recorded:
                 problem += f" Chunks whose text has other tokens alone than the base: {self._otherwise}."
-            raise InputError(f"nothing was predicted that could be scored.{problem}", "Take a longer text.", code="text")
+            raise InputError(f"nothing was predicted that could be scored.{problem}", "Use a longer text.", code="text")
 
     def worst(self, reference: Reference, model: Path) -> Worst | None:
         """The worst position with its texts."""

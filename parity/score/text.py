@@ -38,19 +38,19 @@ def chunks(reference: Reference, model: Path, text: str, context: int, most: int
         InputError: the context is too small, or the text too short for one chunk.
     """
     if context < 4:
-        raise InputError(f"--context {context} is too small to score anything.", "Take --context 64 or more.", code="context")
+        raise InputError(f"--context {context} is too small to score anything.", "Use --context 64 or more.", code="context")
     ids = reference.tokenize(model, text)
     if ids.n_ctx_train and context > ids.n_ctx_train:
         raise InputError(
             f"--context {context} is more than the {ids.n_ctx_train} positions that the model was trained for.",
-            f"Take --context {ids.n_ctx_train}.",
+            f"Use --context {ids.n_ctx_train}.",
             code="context",
         )
     count = len(ids.ids) // context
     if not count:
         raise InputError(
             f"the text has {len(ids.ids)} tokens, fewer than one chunk of {context}.",
-            "Take a longer text, or a smaller --context.",
+            "Use a longer text, or a smaller --context.",
             code="text",
         )
     cut = []

@@ -71,7 +71,7 @@ def ask_server(
     given: str | Sequence[int] = prompt.text if prompt.text is not None else prompt.ids
     answer = dialect.complete(given, max(generate, 1), echo=dialect.echoes is not False)
     if not answer.generated and (generate or not answer.prompt):
-        raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Take another prompt.")
+        raise ServerError(f"the server chose no token after the prompt.{_stopped(answer.text)}", "Use another prompt.")
     reply = ServerReply(
         prompt.ids, len(prompt.ids), (), bool(answer.prompt), answer.prompt_tokens, wanted=generate, stopped=answer.stopped
     )

@@ -215,7 +215,7 @@ class Connection(Struct):
     def _late(self) -> ServerError:
         return ServerError(
             f"{self.name} did not answer within {self.timeout:g} seconds.",
-            "--server-timeout gives it more, or take a shorter text.",
+            "Give it more with --server-timeout, or send a shorter text.",
             late=True,
         )
 
@@ -232,7 +232,7 @@ class Connection(Struct):
             words = str(error.args[0] if error.args else error)
             return ServerError(
                 f"{self.name} has no trusted TLS connection: {printable(words, _SHOWN)}.",
-                "SSL_CERT_FILE names a file with its certificate; a server without TLS is http://.",
+                "Name its certificate with SSL_CERT_FILE; for a server without TLS write http://.",
             )
         return _Passing(ServerError(f"{self.name} broke off: {_broken(error)}.", "Check the server's log."), 2)
 

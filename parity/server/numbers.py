@@ -92,7 +92,7 @@ def _offset(numbers: Numbers, ours: Numbers) -> float:
 def advice(meaning: Meaning) -> str:
     """What to do about it."""
     if meaning.name == "log-base":
-        return "Take log, not log10 or log2, or multiply by the logarithm of the base."
+        return "Use log, not log10 or log2, or multiply by the logarithm of the base."
     return _ADVICE
 
 

@@ -107,7 +107,7 @@ class ServerPredictions:
             raise ServerError(
                 f"the server's tokens are not {self._model.name}'s: at position {position} of chunk {chunk.number} it has "
                 f"{server_text[:40]!r}, llama.cpp {our_text[:40]!r}.",
-                "Is it the model that the server runs? If the text names special tokens, take one without them.",
+                "Is it the model that the server runs? If the text names special tokens, choose one without them.",
             )
         if chunk.number == 0:
             self._first = prompt, reply
@@ -125,7 +125,7 @@ class ServerPredictions:
         if placed and self._most < wanted:
             raise ServerError(
                 f"the server gives {self._most} candidates a position, not the {wanted} asked for.",
-                f"Take --server-top {self._most}.",
+                f"Use --server-top {self._most}.",
             )
         self._placed = [item for item in placed if any(self._vocabulary.ids(candidate) for candidate in item.candidates)]
         candidates = [candidate for item in placed for candidate in item.candidates]

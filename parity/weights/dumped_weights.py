@@ -39,11 +39,11 @@ def load(path: Path) -> dict[str, Floats]:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise DumpError(
             f"cannot read the weights of {path}: {reason}.",
-            "Take safetensors, npz, or JSONL with names and values.",
+            "Use safetensors, npz, or JSONL with names and values.",
             code="theirs",
         ) from error
     if not flat:
-        raise DumpError(f"{path} holds no tensors.", "Take safetensors, npz, or JSONL with names and values.", code="theirs")
+        raise DumpError(f"{path} holds no tensors.", "Use safetensors, npz, or JSONL with names and values.", code="theirs")
     return flat
 
 

@@ -83,7 +83,7 @@ def refusal(config: dict[str, Any]) -> str:
     method, form = settings.get("quant_method"), settings.get("checkpoint_format")
     form = f" in the format {form[:40]!r}" if method == "gptq" and isinstance(form, str) and form not in _ZEROS_LESS else ""
     if isinstance(method, str) and method and (form or method not in _METHODS):
-        return f"the folder keeps it quantised by {method[:40]}{form}, which is not read: take the folder before quantisation"
+        return f"the folder keeps it quantised by {method[:40]}{form}, which is not read: use the folder before quantisation"
     return "the folder keeps it in a type with scales of its own (8 bits, or packed), in a form that is not read"
 
 

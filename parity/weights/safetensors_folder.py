@@ -48,12 +48,12 @@ class Folder:
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:100]
             raise InputError(
-                f"cannot read {path / 'config.json'}: {reason}.", "Take a folder that save_pretrained wrote."
+                f"cannot read {path / 'config.json'}: {reason}.", "Use a folder that save_pretrained wrote."
             ) from error
         if not isinstance(config, dict):
-            raise InputError(f"{path / 'config.json'} is no JSON object.", "Take a folder that save_pretrained wrote.")
+            raise InputError(f"{path / 'config.json'} is no JSON object.", "Use a folder that save_pretrained wrote.")
         if not files:
-            raise InputError(f"{path} contains no safetensors file.", "Take a folder that save_pretrained wrote.")
+            raise InputError(f"{path} contains no safetensors file.", "Use a folder that save_pretrained wrote.")
         self._require_whole(files)
         # Models that also see or hear have the language model's numbers in a separate part.
         inner = config.get("text_config")

@@ -15,7 +15,7 @@ from ..ggml import COMPUTED, Ggml
 
 _LAYOUT = struct.Struct("<i4xQ4q4Qi16ii10QQQQ64s")  # struct ggml_tensor, as ggml.Tensor says it
 INPUT_FLAG = 1  # GGML_TENSOR_FLAG_INPUT
-ADVICE = "`parity dump ref` and `parity diff` take the model."
+ADVICE = "`parity dump ref` and `parity diff` accept the model."
 
 
 class RawTensor(NamedTuple):

@@ -47,12 +47,15 @@
   }
 
   // ---- the heat map
+  const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600", "recorded otherwise": "#7a7a7a" };
   const extent = d3.extent(ofLimit.filter((x) => x > 0 && x < Infinity));
   const reach = Math.max(10, extent[1] || 0, 1 / (extent[0] || 1)); // decades to both sides of the limit
   const span = Math.min(reach, 1e12);
   const colour = { type: "diverging-log", pivot: 1, domain: [1 / span, span], scheme: "BuRd", reverse: false, clamp: true, label: "error ÷ limit", tickFormat: decade };
   const smallest = Math.max(extent[0] || 1e-3, 1 / span); // no error at all is drawn as the smallest there is
-  const cells = ofLimit.map((x) => (Number.isNaN(x) ? NaN : Math.min(Math.max(x, smallest), span)));
+  // What was recorded otherwise is not judged: neither blue nor red.
+  const otherwise = (row) => points[row].status === "recorded otherwise";
+  const cells = ofLimit.map((x, i) => (Number.isNaN(x) || otherwise(Math.floor(i / columns)) ? NaN : Math.min(Math.max(x, smallest), span)));
   const named = rows <= 40;
   let map = null, at = mark || [0, 0];
 
@@ -69,6 +72,7 @@
       y: { domain: [rows, 0], label: null, ticks: [] },
       marks: [
         Plot.raster(cells, { width: columns, height: rows, imageRendering: "pixelated" }),
+        Plot.rect(d3.range(rows).filter(otherwise), { x1: 0, x2: columns, y1: (r) => r, y2: (r) => r + 1, fill: inks["recorded otherwise"], inset: 0, className: "otherwise" }),
         Plot.axisY(ticks.map(([r]) => r + 0.5), { text: ticks.map(([, name]) => name), tickSize: 3, label: null, textOverflow: "ellipsis", lineWidth: left / 12 }),
         Plot.axisX(places(total - left).map((c) => c + 0.5), { text: places(total - left).map((c) => `${grid.positions[c]}`), tickSize: 3, label: "position", labelAnchor: "center" }),
         Plot.frame({ strokeOpacity: 0.3 }),
@@ -104,7 +108,7 @@
     at = [r, c];
     box("here", at, "currentColor");
     const i = r * columns + c;
-    const figures = Number.isNaN(nmse[i]) ? "not compared" : `NMSE ${power(nmse[i])} · ${proportion(ofLimit[i])} of the limit ${decade(grid.limits[r])} · largest |Δ| ${power(maxAbs[i])}`;
+    const figures = Number.isNaN(nmse[i]) ? "not compared" : otherwise(r) ? `NMSE ${power(nmse[i])} · recorded otherwise` : `NMSE ${power(nmse[i])} · ${proportion(ofLimit[i])} of the limit ${decade(grid.limits[r])} · largest |Δ| ${power(maxAbs[i])}`;
     const first = mark && mark[0] === r && mark[1] === c ? " · first divergence" : "";
     document.getElementById("readout").textContent = `${grid.points[r]}, ${where(c)}: ${figures}${first}`;
   }
@@ -142,7 +146,6 @@
   const known = points.map((p, i) => ({ ...p, i, name: grid.points[i] })).filter((p) => p.nmse !== null);
   const least = d3.min(known.flatMap((p) => [p.nmse, ...(p.truth || [])]), (x) => x || undefined) || 1e-16;
   const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square", "recorded otherwise": "diamond" };
-  const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600", "recorded otherwise": "#7a7a7a" };
   function drawAlong() {
     if (!known.length) return;
     const statuses = Object.keys(symbols).filter((status) => known.some((p) => p.status === status));

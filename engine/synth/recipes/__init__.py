@@ -24,7 +24,7 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(
             f"there is no recipe for a model of architecture {name!r}.",
-            f"Take one of {', '.join(names())}.",
+            f"Use one of {', '.join(names())}.",
             code="architecture",
         )
     return RECIPES[name]

@@ -137,7 +137,7 @@ def command_fields(command: str | None, shell: str | None, timeout: float | None
     from ...run.command import DEFAULT_TIMEOUT, Command
 
     if command is not None and shell is not None:
-        raise InputError("Both --exec and --exec-shell were given.", "Take one of them.", code="exec")
+        raise InputError("Both --exec and --exec-shell were given.", "Use one of them.", code="exec")
     line = command if command is not None else shell
     if line is None:
         if timeout is not None:
