@@ -92,11 +92,11 @@ class DecodeStep:
         self.tokens = xp.zeros(positions + 1, dtype=np.int32)
         self.cosine = xp.zeros((positions, max(1, hp.rope_dims // 2)), np.float32)
         self.sine = xp.zeros_like(self.cosine)
-        self._best = xp.zeros(self.blocks * 2, np.float32)
+        self._best = xp.zeros(self.blocks * 2, np.uint64)
         self._words = xp.zeros(
             (hp.n_layers, q + 2 * k + 2 * hp.n_embd + hp.n_ff + hp.n_heads * self.splits * (2 + hp.head_size)), np.uint64
         )
-        self._ended = xp.zeros(2, dtype=np.uint32)
+        self._settled = xp.zeros(1, dtype=np.uint32)
         self._model = self._describe()
         defines = self._defines()
         self._kernel = kernel("decode", "decode", defines)
@@ -175,8 +175,7 @@ class DecodeStep:
             self._best,
             self.state,
             self.tokens,
-            self._ended,
-            self._ended[1:],
+            self._settled,
         )
         words = [
             there.data.ptr,

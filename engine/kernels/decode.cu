@@ -12,7 +12,7 @@
 #include "records.cuh"
 
 // Logits of this block's rows and the largest of them; if they are recorded, the warp that does it gets them by way of shared memory.
-__device__ void logits(Shared& s, const Model& m, float scale, bool recorded) {
+__device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
     constexpr int R = LOGITS_ROUND / WARPS;
     const int first = first_of(VOCAB), last = last_of(VOCAB), warp = this_thread() >> 5, lane = this_thread() & 31;
     float best = -INFINITY;
@@ -48,39 +48,34 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded) {
             int at = __float_as_int(s.part[WARPS + w]);
             if (s.part[w] > best || (s.part[w] == best && at < best_at)) { best = s.part[w]; best_at = at; }
         }
-        __stcg(m.best + blockIdx.x, make_float2(best, __int_as_float(best_at)));
+        tell(m.best + 2 * blockIdx.x, best, step);
+        tell(m.best + 2 * blockIdx.x + 1, __int_as_float(best_at), step);
     }
 }
 
-// The last block to finish takes the largest logit of all (of equal ones the smallest id) and advances the state.
-__device__ void choose(Shared& s, const Model& m, unsigned until, State now) {
-    block_sync();
-    if (this_thread() == 0) {
-        __threadfence();
-        s.part[0] = __int_as_float(atomicAdd(m.arrived, 1u) + 1u == until);
-        __threadfence();
+// One warp hears from all blocks; it takes the largest logit of all (of equal ones the smallest id) and advances the state.
+__device__ void choose(const Model& m, State now, unsigned step) {
+    constexpr int EACH = (BLOCKS + 31) / 32;
+    const int lane = this_thread();
+    if (blockIdx.x || lane >= 32) return;
+    float2 others[EACH];
+    hear_pairs([&](int i) { return lane + 32 * i < BLOCKS ? m.best + 2 * (lane + 32 * i) : nullptr; }, step, others);
+    float best = -INFINITY;
+    int at = 0x7fffffff;
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int id = __float_as_int(others[i].y);
+        if (lane + 32 * i < BLOCKS && (others[i].x > best || (others[i].x == best && id < at))) { best = others[i].x; at = id; }
     }
-    block_sync();
-    if (!__float_as_int(s.part[0])) return;
-    if (this_thread() < 32) {
-        float best = -INFINITY;
-        int at = 0x7fffffff;
-        for (int b = this_thread(); b < BLOCKS; b += 32) {
-            float2 other = __ldcg(m.best + b);
-            int id = __float_as_int(other.y);
-            if (other.x > best || (other.x == best && id < at)) { best = other.x; at = id; }
-        }
-        for (int step = 16; step; step >>= 1) {
-            float other = __shfl_xor_sync(~0u, best, step);
-            int id = __shfl_xor_sync(~0u, at, step);
-            if (other > best || (other == best && id < at)) { best = other; at = id; }
-        }
-        if (this_thread() == 0) {
-            if (at < 0 || at >= VOCAB) at = 0;               // every logit NaN
-            m.tokens[now.position + 1] = at;
-            *m.state = State{at, now.position + 1, now.position + 1, now.step + 1};
-        }
+    for (int far = 16; far; far >>= 1) {
+        const float other = __shfl_xor_sync(~0u, best, far);
+        const int id = __shfl_xor_sync(~0u, at, far);
+        if (other > best || (other == best && id < at)) { best = other; at = id; }
     }
+    if (lane) return;
+    if (at < 0 || at >= VOCAB) at = 0;                       // every logit NaN
+    m.tokens[now.position + 1] = at;
+    *m.state = State{at, now.position + 1, now.position + 1, now.step + 1};
 }
 
 // This block's share of a layer's words is fetched again: a step's weights evict from the L2 cache what the last step left there.
@@ -197,9 +192,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
     const float last_scale = Norm::scale(s, eps);
     norm.keep(last_scale, m.output_norm);
     settle();
-    logits(s, m, last_scale, logits_at >= 0);
+    logits(s, m, last_scale, logits_at >= 0, step);
     MARK
-    choose(s, m, step * BLOCKS, now);
+    choose(m, now, step);
     if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // with fewer lines, the other warps do them all
 }
 

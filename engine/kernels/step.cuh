@@ -47,10 +47,10 @@ struct Model {
     Matrix embedding, output;
     const float *norm, *cosine, *sine;       // angles [POSITIONS, ROPE / 2]
     float *embd, *output_norm, *logits;
-    float2* best;                            // [BLOCKS] largest logit and its id (as int bits)
+    Word* best;                              // [BLOCKS][2] largest logit and its id (as int bits)
     State* state;
     int* tokens;                             // [POSITIONS] chosen token of each position
-    unsigned *arrived, *settled;             // blocks that have ended, and that have made all but logits, over all steps
+    unsigned* settled;                       // blocks that have made all but logits, over all steps
 };
 
 // The types of each phase's matrices, among TYPES: with one type the first pieces are loaded ahead of the activations.
