@@ -72,10 +72,10 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
 // Small pieces with pauses: a burst would fill the memory's queues, and the few kilobytes that the other warps read from the L2
 // cache, on the critical path, would wait behind it (measured: the whole burst's time is lost then).
 #ifndef PIECE
-#define PIECE 2048
+#define PIECE 4096
 #endif
 #ifndef PACE
-#define PACE 200                 // cycles from one piece to the next, at least: to ask for one takes some 220 (docs/benchmarks-log.md)
+#define PACE 420                 // cycles from one piece to the next; to ask for one takes some 220, whatever its size (docs/benchmarks-log.md)
 #endif
 struct Producer {
     long long next;
