@@ -19,7 +19,7 @@ from engine import ops
 from engine.backend import Array
 from engine.ggml_ops.soft_max import alibi_slopes
 from engine.graph import Altered, Step, WeightSource
-from engine.replay.kept import kept, reads_cache
+from engine.replay.kept import kept
 from engine.replay.precision import ROUNDINGS, rounded
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
@@ -246,20 +246,6 @@ def _result(test: Callable[[Step], bool], kind: str) -> Arithmetic:
     return _where(test, lambda op: lambda *inputs, **params: rounding(op(*inputs, **params)))
 
 
-def _cache_of_eight_bits(steps: Sequence[Step]) -> list[Step]:
-    """Keys and values kept as Q8_0."""
-
-    def lower(step: Step) -> Step:
-        places = {place for place, read in enumerate(step.reads) if reads_cache(read)}
-
-        def op(*inputs: Any, **params: Any) -> Array:
-            return step.op(*(ROUNDINGS["q8"](x) if at in places else x for at, x in enumerate(inputs)), **params)
-
-        return replace(step, op=op) if places else step
-
-    return [lower(step) for step in steps]
-
-
 def _named(*kinds: str) -> Callable[[Step], bool]:
     return lambda step: parse(step.makes).kind in kinds
 
@@ -312,9 +298,7 @@ ALGORITHMS = {
     "experts weighted before down": Kind("f32", (_weighted_before_down,), exact=True, without=frozenset({"ffn_moe_down"})),
 }
 MIXED = {
-    "cache": Kind(
-        "f32", (partial(kept, kind="f16 cache"), partial(kept, kind="bf16 cache"), _cache_of_eight_bits), open_cache=True
-    ),
+    "cache": Kind("f32", tuple(partial(kept, kind=f"{kind} cache") for kind in (*_HALVES, "q8")), open_cache=True),
     "norms' weights": _in_halves(lambda kind: _weights(lambda _, name: name.endswith("norm.weight"), kind)),
     "biases": _in_halves(lambda kind: _weights(lambda _, name: name.endswith(".bias"), kind)),
     "products' weights": _in_halves(

@@ -9,6 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from planted import Faulty, half_sums
 from rare_edits import RARE, rare
+from tile_edits import TILES, tiled
 
 from checkpoints.points import parse
 from engine import ops
@@ -146,6 +147,8 @@ def _edited(
     """The step with this edit; None if its shapes do not allow it."""
     if how in RARE:
         return rare(step, how, draw)
+    if how in TILES:
+        return tiled(step, how, draw)
     if how in FURTHER:
         return _further_edited(step, how, draw, right)
     if how in PARTS:
@@ -214,6 +217,8 @@ def _part_edited(step: Step, how: str, right: dict[str, Step]) -> Step | None:
 
 def _plain(step: Step, kind: str, how: str) -> bool:
     """Whether a usual edit of this step makes what an engine could compute: no row behind a mask, no history, is moved."""
+    if how in RARE or how in TILES:
+        return True
     inside = kind in _INSIDE and (how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted") or how in _RESULTS)
     return step.axis == 0 and not inside and not any(isinstance(read, History) for read in step.reads)
 
@@ -235,7 +240,7 @@ def drawn(faulty: Faulty, tokens: tuple[int, ...], draw: random.Random, ways: Se
         chosen = draw.choice(faulty.right)
         layers = draw.choice(["one", "all", "from"])
         head, _, kind = chosen.makes.rpartition(".")
-        if chosen.makes not in shapes or chosen.makes.startswith(SEEN) or (how not in RARE and not _plain(chosen, kind, how)):
+        if chosen.makes not in shapes or chosen.makes.startswith(SEEN) or not _plain(chosen, kind, how):
             continue
         seed = draw.randrange(1 << 30)
         same = [name for name in right if head and name.endswith(f".{kind}")]

@@ -24,6 +24,7 @@ TOKENS = "tokens"
 POSITIONS = "positions"
 ENCODED = "encoded"  # an encoder's output, which a decoder reads: [E, D]
 PASSES = "passes"  # the number of the forward pass that each position belongs to: 0 for the prompt, then 1, 2, …
+GIVEN = frozenset({TOKENS, POSITIONS, PASSES})  # values that every run has
 
 
 class History(Struct, frozen=True):

@@ -111,7 +111,7 @@ def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
 
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
 _KEPT = {
-    "cache": 'the cache keeps keys and values in {named}, which nothing states ("kv_type": "{kind}" in the header does)',
+    "cache": 'the cache keeps keys and values in {named}, which nothing states ("kv_type": "{stated}" in the header does)',
     "vectors": "norms' weights and biases are kept in {named}, which nothing states",
     "angles": "RoPE's cosines and sines are kept in {named}, which nothing states",
 }
@@ -119,7 +119,8 @@ _KEPT = {
 
 def kept_in(part: str, kind: str) -> str:
     """That an engine which computes in float32 keeps a part of what it reads (`engine.replay.kept`) in a lower type."""
-    return _KEPT[part].format(named=ARITHMETIC[kind], kind=kind)
+    named, stated = ("Q8_0", "q8_0") if kind == "q8" else (ARITHMETIC[kind], kind)
+    return _KEPT[part].format(named=named, stated=stated)
 
 
 def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, unstated
@@ -19,6 +20,7 @@ from engine.faults import CATALOGUE, plant
 from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.precision import rounded
+from engine.replay.rounded_weights import with_rounded_weights
 from engine.synth import Shape, synthesize
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
@@ -267,3 +269,45 @@ def test_an_element_that_one_product_reads_wrong_is_said_at_default_points(engin
     assert not answer.causes
     # The first position attends to itself alone, so that only its v depends on that element.
     assert answer.law.startswith("the errors follow one number, as if element 3 of blk.0.attn_norm")
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2 whose biases of queries and keys are thirty times as large as usual."""
+    path = tmp_path_factory.mktemp("precision") / "biased.gguf"
+    synthesize(path, Shape("qwen2", 3, 112, 14, 2, 0, 128, 300), weight_type="f32", seed=11)
+    reader = gguf.GGUFReader(path, "r+")
+    for tensor in reader.tensors:
+        if tensor.name.endswith(("attn_k.bias", "attn_q.bias")):
+            tensor.data[...] *= np.float32(30)
+    reader.data.flush()
+    return Faulty(path)
+
+
+def _with_rounded_biases(engine: Faulty, kind: str) -> list[Step]:
+    """An engine in this arithmetic that keeps its biases in that type, too."""
+    kept = with_rounded_weights(engine.right, kind, lambda step, name: step.op is ops.linear and name.endswith(".bias"))
+    return rounded(kept, kind, storage=False)
+
+
+@pytest.mark.parametrize("kind", slow_but(["f16", "bf16"], "bf16"))
+def test_an_engine_that_rounds_large_biases_too_is_right_in_its_arithmetic(biased: Faulty, kind: str) -> None:
+    """What it rounds beyond products is of its type as well: our own run with that rounding has its every record."""
+    dump = unstated(biased.dump(RIGHT, PROMPT, points="*", steps=_with_rounded_biases(biased, kind)))
+    answer = explain(dump, biased.model, ExplainOptions(budget=10))
+    assert answer
+    assert answer.precision_only == kind
+    assert answer.precision_assumed
+    assert (answer.causes, answer.law) == ((), "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "factor"), [("f16", 1.005), ("f16", 30.0), ("bf16", 1.005), ("bf16", 1.3)])
+def test_what_rounded_biases_excuse_hides_no_factor(biased: Faulty, kind: str, factor: float) -> None:
+    """The same engine with a factor in one layer is not called right, whether it is as small as the rounding or far larger."""
+    wrong = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == "blk.1.ffn_out" else step
+        for step in _with_rounded_biases(biased, kind)
+    ]
+    answer = explain(unstated(biased.dump(RIGHT, PROMPT, points="*", steps=wrong)), biased.model, ExplainOptions(budget=2))
+    assert not answer

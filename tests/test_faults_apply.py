@@ -263,3 +263,14 @@ def test_a_fault_in_all_layers_is_one_in_those_that_have_its_place(
     assert planting.first_change(CATALOGUE[fault], parameters) == min(edits)
     with pytest.raises(NotApplicable):
         planting.edits(CATALOGUE[fault], (other,), parameters)
+
+
+def test_variants_that_differ_in_other_steps_change_a_step_once(tmp_path: Path) -> None:
+    """A fault at attn_norm alone and at both norms puts the same step there, but for one that asks for its places: their names differ."""
+    planting = Planting(small_engine(tmp_path).right)
+    for name, parameters, shared in (("norm-twice", {}, True), ("norms-exchanged", {}, False)):
+        fault = CATALOGUE[name]
+        both, one = (
+            planting.edits(fault, (0,), {**parameters, "at": at}) for at in (("attn_norm", "ffn_norm"), ("attn_norm",))
+        )
+        assert (both[min(both)] is one[min(one)]) is shared

@@ -177,6 +177,7 @@ def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
     ("kind", "first", "said"),
     [
         ("f16 cache", "blk.0.kq", "the cache keeps keys and values in F16"),
+        ("q8 cache", "blk.0.kq", "the cache keeps keys and values in Q8_0"),
         ("bf16 vectors", "blk.0.attn_norm", "norms' weights and biases are kept in BF16"),
         ("bf16 angles", "blk.0.q_rope", "RoPE's cosines and sines are kept in BF16"),
     ],

@@ -16,7 +16,7 @@ from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
-from parity.diff.one_factor import STEP, shared_factor, shared_summand
+from parity.diff.one_factor import Allowed, shared_factor, shared_summand
 from parity.explain.on_model import compared_on
 
 PROMPT, PLACE = (1, 17, 40, 99, 5, 80), "blk.1.ffn_up"
@@ -74,6 +74,19 @@ def test_a_factor_of_1_003_beside_f16_is_a_divergence(engine: Faulty) -> None:
     assert found.first_divergence.nmse < found.first_divergence.limit
 
 
+def test_digits_that_are_cut_off_are_no_factor(engine: Faulty) -> None:
+    """Every value of a BF16 engine that does not round is smaller, by more from layer to layer: right, and 1.1 times is none of it."""
+
+    def cut(x: Array) -> Array:
+        return np.asarray((np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+
+    right = right_of(engine)
+    for change in (cut, lambda x: cut(times(1.1)(x))):
+        steps = [replace(step, op=Then(step.op, change if step.makes == PLACE else cut)) for step in engine.right]
+        ours = unstated(engine.dump(RIGHT, PROMPT, points="all", size=4096, steps=steps))
+        assert bool(compare(ours, right, Options(compute="bf16"))) is (change is cut)
+
+
 @pytest.mark.slow
 def test_what_stands_out_of_our_own_rounding_is_a_divergence(engine: Faulty) -> None:
     """An eighth of a row is 1.001 times too large, below F16's own error of each value; with the model, our run in F16 shows it."""
@@ -93,9 +106,9 @@ def test_only_what_all_positions_share_is_a_part() -> None:
     noise = 4e-4 * random.normal(size=right.shape) * right
     own = 1e-3 * random.normal(size=(6, 1)) * right
     for errors in (noise, noise + own, noise + 9e-4 * right):
-        assert shared_factor(errors, right, STEP["f16"]) is None
+        assert shared_factor(errors, right, Allowed.of("f16", 1)) is None
         assert shared_summand(errors, right) is None
-    factor = shared_factor(noise + 2.5e-3 * right, right, STEP["f16"])
+    factor = shared_factor(noise + 2.5e-3 * right, right, Allowed.of("f16", 1))
     assert factor is not None
     assert abs(factor.factor - 1.0025) < 4 * factor.error < 4e-4
     summand = shared_summand(noise + 2e-3, right)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, STEPS, names, small_engine, unstated
+from explaining import PROMPT, RIGHT, SHAPE, STEPS, names, small_engine, unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
@@ -14,9 +14,12 @@ from engine.faults.base import kind_of
 from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.replay import Replay
+from engine.synth import synthesize
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import explain
+from parity.explain.one_number import asked_about
+from parity.explain.search import Search
 from parity.explain.systematic import followed
 from reference.client import Reference
 
@@ -87,3 +90,41 @@ def test_a_factor_of_the_model_that_several_results_have(reference: Reference, s
     found, _ = followed(case, entry, errors, np.isfinite(errors), Budget(60))
     [number] = found
     assert (number.words.partition(" were ")[0], number.change) == ("scale and scale.2", pytest.approx(1e-3, rel=0.05))
+
+
+def test_noise_in_the_first_row_hides_no_number(engine: Faulty) -> None:
+    """A RoPE base moves nothing at position 0: an error of another origin there, 0.6 % of all, does not speak against the base."""
+    steps = [
+        replace(step, params={**step.params, "base": step.params["base"] * 1.002}) if "base" in step.params else step
+        for step in engine.right
+    ]
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 24, seed=1), points="embd,blk.3.l_out,logits", steps=steps)
+    case = Case(unstated(dump), engine.model, STEPS)
+    entry = next(entry for entry in case.entries if entry.point == "blk.3.l_out")
+    errors = entry.values - entry.taken(case.replay.on_host[entry.point], case.positions)
+    noise = np.random.default_rng(3).standard_normal(errors.shape[1])
+    sizes = (errors**2).sum(axis=1) / entry.energy
+    errors[0] = noise * np.sqrt(0.006 * sizes.sum() * entry.energy[0] / (noise @ noise))
+    found, _ = followed(case, entry, errors, np.isfinite(errors), Budget(60))
+    best = max(found, key=lambda number: number.along)
+    assert best.words == "base were multiplied by 1.0020"
+
+
+def test_numbers_of_layers_that_agree_are_not_asked_about(tmp_path: Path) -> None:
+    """Seven layers in question: behind one that agrees only what is outside of all layers is asked about; with none before, everything."""
+    model = tmp_path / "nine.gguf"
+    synthesize(model, replace(SHAPE, layers=9), weight_type="f32", seed=11)
+    nine = Faulty(model)
+    planted = Planted((("rope-missing", {"at": ("q_rope", "k_rope")}, (4,)),))
+    outside: dict[str, set[str] | None] = {
+        "blk.0.l_out,blk.7.l_out": set(),
+        "blk.1.l_out,output_norm": {"output_norm"},
+        "blk.6.l_out,logits": None,
+    }
+    for points, wanted in outside.items():
+        dump = nine.dump(planted, PROMPT, points=f"embd,{points}")
+        case = Case(dump, model, STEPS)
+        search = Search(case.screening(case.entries, Budget(60)))
+        start = search.screening.start()
+        assert len(search.screening.suspects(start)) == 7
+        assert asked_about(search, start) == (search.screening.cone(start).steps if wanted is None else wanted)

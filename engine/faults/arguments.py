@@ -8,15 +8,15 @@ from typing import Any
 from ..graph import Step
 
 
-def alike(changed: "Step | Sequence[Step]", step: Step) -> bool:
-    """Whether a changed step differs in values only: it takes the same arguments, from the same places."""
+def alike(changed: Sequence[Step], step: Step) -> bool:
+    """Whether what stands in a step's place differs in values only: one step that takes the same arguments, from the same places."""
     return (
-        isinstance(changed, Step)
-        and changed.op is step.op
-        and changed.reads == step.reads
-        and len(changed.weights) == len(step.weights)
-        and changed.params.keys() == step.params.keys()
-        and changed.makes == step.makes
+        len(changed) == 1
+        and changed[0].op is step.op
+        and changed[0].reads == step.reads
+        and len(changed[0].weights) == len(step.weights)
+        and changed[0].params.keys() == step.params.keys()
+        and changed[0].makes == step.makes
     )
 
 

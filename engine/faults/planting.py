@@ -8,14 +8,32 @@ from msgspec.structs import replace
 
 from checkpoints.points import ENCODER
 
-from ..graph import PASSES, POSITIONS, TOKENS, Read, Step, name_of, read_as
+from ..graph import GIVEN, Read, Step, name_of, read_as
 from ..inapplicable import NotApplicable
 from .arguments import alike, takes
 from .base import AT, SEEN, Fault, Parameters, Steps, kinds_of, layer_near
 from .index import StepsByName
 
-_GIVEN = frozenset({TOKENS, POSITIONS, PASSES})
 _ANY = -1  # stands for every layer
+_KEPT = 1 << 15  # changed steps that are kept, about a kilobyte each
+
+
+class _Asked(Mapping[str, Any]):
+    """A fault's parameters, which know whether it asked for the kinds of step that it is planted in."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+        self.at = False
+
+    def __getitem__(self, name: str) -> Any:
+        self.at = self.at or name == AT
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
 
 
 class Planting:
@@ -28,6 +46,8 @@ class Planting:
         self.steps = tuple(steps)
         self._recorded = recorded
         self._begins: dict[tuple[tuple[str, ...], tuple[int, ...] | None], int] = {}
+        #: What faults put in the place of a step, by its number and their parameters: a reason where they do not apply.
+        self._changed: dict[tuple[object, ...], tuple[Step, ...] | str] = {}
 
     @cached_property
     def right(self) -> Steps:
@@ -89,14 +109,44 @@ class Planting:
 
     def _edits_at(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
         edits_of: dict[int, tuple[Step, ...]] = {}
+        rest = _without_kinds(parameters)
         for number in numbers:
             step = self.steps[number]
-            changed = fault.change(step, self.right, parameters)
-            if changed is not step and changed != step:
-                edits_of[number] = (changed,) if isinstance(changed, Step) else tuple(changed)
+            changed = self._changed_step(fault, number, parameters, rest)
+            if changed:
+                edits_of[number] = changed
                 if not alike(changed, step):
-                    self._check(edits_of[number], number, edits_of)
+                    self._check(changed, number, edits_of)
         return dict(sorted(edits_of.items()))
+
+    def _changed_step(self, fault: Fault, number: int, parameters: Parameters, rest: str) -> tuple[Step, ...]:
+        """What a fault puts in the place of a step; empty if it leaves it as it is. `rest` is `_without_kinds` of the parameters.
+
+        It is the same object for variants that differ only in other steps, and whatever else they change.
+
+        Raises:
+            NotApplicable: the model does not allow it there.
+        """
+        with_at, without = (fault.change, number, rest, parameters.get(AT)), (fault.change, number, rest)
+        known = self._changed.get(without, self._changed.get(with_at))
+        if known is None:
+            asked = _Asked(parameters)
+            known = self._change(fault, self.steps[number], asked)
+            if len(self._changed) >= _KEPT:
+                self._changed.clear()
+            self._changed[with_at if asked.at else without] = known
+        if isinstance(known, str):
+            raise NotApplicable(known)
+        return known
+
+    def _change(self, fault: Fault, step: Step, parameters: Parameters) -> tuple[Step, ...] | str:
+        try:
+            changed = fault.change(step, self.right, parameters)
+        except NotApplicable as error:
+            return str(error)
+        if changed is step or changed == step:
+            return ()
+        return (changed,) if isinstance(changed, Step) else tuple(changed)
 
     def _check(self, changed: Sequence[Step], number: int, planted: Mapping[int, Sequence[Step]]) -> None:
         """Raise NotApplicable if the changed steps cannot be computed at that number, as when two faults change the same step.
@@ -108,7 +158,7 @@ class Planting:
             if not takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
-                given = name in _GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
+                given = name in GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
                 if name not in new_names and self.order.get(name, -1 if given else number) >= number:
                     raise NotApplicable(f"{step.makes} would read {name} before it is computed")
             new_names.add(step.makes)
@@ -130,9 +180,10 @@ class Planting:
         """`begin` of a fault in all layers, by the steps that it does change: it may be one of layers with a window, or with experts."""
         if fault.shows is not None:
             return self.begin(fault, None, parameters)
+        rest = _without_kinds(parameters)
         for number in sorted(self._numbers(fault, None, parameters)):
             try:
-                if fault.change(self.steps[number], self.right, parameters) != self.steps[number]:
+                if self._changed_step(fault, number, parameters, rest):
                     return number
             except NotApplicable:
                 pass  # this layer has no place for it
@@ -158,6 +209,11 @@ class Planting:
             result += [*self.steps[start:number], *changed]
             start = number + 1
         return [*result, *self.steps[start:], *shown]
+
+
+def _without_kinds(parameters: Parameters) -> str:
+    """A fault's parameters but for the kinds of step that it is planted in."""
+    return repr([(name, value) for name, value in parameters.items() if name != AT])
 
 
 def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = None, **parameters: Any) -> list[Step]:

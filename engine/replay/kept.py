@@ -24,6 +24,7 @@ class Kept(Struct, frozen=True):
 
 
 KEPT = {f"{kind} {part}": Kept(part, kind) for part in (CACHE, VECTORS, ANGLES) for kind in ("f16", "bf16")}
+KEPT["q8 cache"] = Kept(CACHE, "q8")
 
 
 class _Inputs(Struct, frozen=True):

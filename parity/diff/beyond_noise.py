@@ -10,14 +10,14 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
-from checkpoints.points import LOGITS
+from checkpoints.points import EMBD, LOGITS, parse
 from reports.sentences import ARITHMETIC
 
 from .align import Pair
 from .dataflow import upstream
 from .judge import judge
 from .limits import EXACT_FLOOR, JUMP, NATIVE
-from .one_factor import POSITIONS, STEP, shared_factor, shared_summand
+from .one_factor import NOTHING, POSITIONS, STEP, Allowed, shared_factor, shared_summand
 from .readings import head_size_of
 from .records import Bools, Floats, Records
 from .rounding import type_of
@@ -47,11 +47,11 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
     precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
     if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
         return records, verdict
-    chosen, allowed, noise = ~(records.open | records.otherwise), 0.0, "float32, or of the reference's table of float16"
+    chosen, arithmetic, noise = ~(records.open | records.otherwise), "", "float32, or of the reference's table of float16"
     if exact:
         chosen &= records.measures.nmse > _in_float32(records)
     elif precision is not None:
-        allowed = STEP["bf16" if precision.source == "assumed" else precision.arithmetic]
+        arithmetic = "bf16" if precision.source == "assumed" else precision.arithmetic
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
@@ -65,6 +65,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         errors = records.measures.nmse[records.point == number][here]
         fewest = 1 if tabled and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
         typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
+        allowed = Allowed.of(arithmetic, _layers(records, pair.point)) if arithmetic else NOTHING
         part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if typed else None)
         if part is not None and not (exact and truth is not None and _true(truth, pair, here)):
             found[number] = part
@@ -92,6 +93,14 @@ def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, 
     return judged, judge(judged)
 
 
+def _layers(records: Records, name: str) -> int:
+    """How many layers a point has behind it, its own included; 1 for what comes before them."""
+    layer = parse(name).layer
+    if layer is None and name != EMBD:
+        layer = max((known for other in records.names if (known := parse(other).layer) is not None), default=0)
+    return 1 + (layer or 0)
+
+
 def _of_inputs(records: Records, name: str) -> float:
     """The worst error of what a point is made from directly, NMSE."""
     numbers = [records.names.index(other) for other in records.flow.parents[name]]
@@ -117,7 +126,7 @@ def _in_float32(records: Records) -> Floats:
     return np.array(of_points)[records.point]
 
 
-def _part(pair: Pair, chosen: Bools, allowed: float, head: int, noise: str, fewest: int) -> _Found | None:
+def _part(pair: Pair, chosen: Bools, allowed: Allowed, head: int, noise: str, fewest: int) -> _Found | None:
     """The part that a point's errors share in the chosen rows, of all elements or of one head's; None if there is none."""
     for which, errors, right in _views(pair, chosen, head):
         part = shared_factor(errors, right, allowed, fewest=fewest)

@@ -20,6 +20,24 @@ _DIRECTIONS = 64.0
 _ELEMENTS, POSITIONS = 12, 3
 # Rounding to nearest moves a constant by half a step: a factor that an engine keeps in the type in which it computes. Two of them may meet.
 STEP = {"f16": 2.0**-10, "tf32": 2.0**-10, "bf16": 2.0**-8, "q8": 0.0}
+# An engine that cuts digits off, where others round, makes values smaller: by 0.7 such steps each time on average, and eight times a layer
+# at most (a norm, both factors of three products, a sum). With 8 bits it is half a step of 127.
+_CUT, _TIMES = {**STEP, "q8": 2.0**-8}, 8
+
+
+class Allowed(Struct, frozen=True):
+    """By how much right values may be larger, and smaller, as a part of them, without noise."""
+
+    above: float = 0.0
+    below: float = 0.0
+
+    @classmethod
+    def of(cls, kind: str, layers: int) -> "Allowed":
+        """In an arithmetic, after so many layers."""
+        return cls(STEP[kind], _TIMES * layers * _CUT[kind])
+
+
+NOTHING = Allowed()
 
 
 class Part(Struct, frozen=True):
@@ -42,11 +60,11 @@ class Part(Struct, frozen=True):
         return f"the right values plus {self.summand:.2g} (± {self.error:.1g})"
 
 
-def shared_factor(errors: Floats, right: Floats, allowed: float = 0.0, *, fewest: int = POSITIONS) -> Part | None:
+def shared_factor(errors: Floats, right: Floats, allowed: Allowed = NOTHING, *, fewest: int = POSITIONS) -> Part | None:
     """The factor that errors [R, k] of right values, or of projections of whole rows, [R, k], share beside their noise; None without one.
 
     Args:
-        allowed: the most by which a right factor may be off, as a part of it.
+        allowed: how far a right factor may be off.
         fewest: rows that suffice: of fewer than `POSITIONS` one may be off by the rounding of a number of its own.
     """
     along = _shared(errors, right, right, allowed, fewest)
@@ -55,11 +73,13 @@ def shared_factor(errors: Floats, right: Floats, allowed: float = 0.0, *, fewest
 
 def shared_summand(errors: Floats, right: Floats) -> Part | None:
     """The summand that errors [R, k] of right values [R, k] share beside their noise; None without one."""
-    along = _shared(errors, right, np.ones_like(right), 0.0, POSITIONS)
+    along = _shared(errors, right, np.ones_like(right), NOTHING, POSITIONS)
     return None if along is None else Part(0.0, *along)
 
 
-def _shared(errors: Floats, right: Floats, direction: Floats, allowed: float, fewest: int) -> tuple[float, float, float] | None:
+def _shared(
+    errors: Floats, right: Floats, direction: Floats, allowed: Allowed, fewest: int
+) -> tuple[float, float, float] | None:
     """The coefficient of errors [R, k] along a direction [R, k] that all rows share, its standard error, and `Part.beyond`; None if they
     share none."""
     wrong = (errors != 0).any(axis=1) & (right != 0).any(axis=1)
@@ -72,7 +92,7 @@ def _shared(errors: Floats, right: Floats, direction: Floats, allowed: float, fe
     noise = (
         np.maximum((left * left * direction * direction).sum(axis=1) / energy, (left * left).sum(axis=1) / _DIRECTIONS) / energy
     )
-    off = np.abs(parts) - allowed
+    off = np.where(parts > 0, parts - allowed.above, -parts - allowed.below)
     alike = (parts > 0).all() or (parts < 0).all()
     # Noise turns a row, and one as long as before is then shorter along the right one by half the square of that.
     turned = 0.5 * (left * left).sum(axis=1) / energy

@@ -131,8 +131,8 @@ def _plain(pair: Pair) -> Pair:
 
 
 def _in_part(as_float32: Comparison, case: Case | None, seconds: float, *, shown: bool = True) -> Comparison:
-    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or,
-    where a product that agrees has `shown` float32, if what lies unrecorded before it may be."""
+    """The comparison as float32, which blames no operation if only the first one that differs is rounded as in a lower arithmetic, or is
+    off by noise of that size, or, where a product that agrees has `shown` float32, if what lies unrecorded before it may be."""
     first, records = as_float32.verdict.first_divergence, as_float32.records
     if case is None or first is None or (place := _first_computed(as_float32, case, first.checkpoint)) is None:
         return as_float32
@@ -144,9 +144,11 @@ def _in_part(as_float32: Comparison, case: Case | None, seconds: float, *, shown
     recorded = set(records.names[:number])
     if kinds := rounded_here(case, entry, errors, known, recorded):
         sentence = f"{place} is the right one {in_words(kinds)}"
-    elif not shown:
-        return as_float32
-    elif (among := as_large_as_rounding(case, entry, errors, known, recorded)) and systematic(case, *beside, seconds) == "":
+    elif (
+        shown
+        and (among := as_large_as_rounding(case, entry, errors, known, recorded))
+        and systematic(case, *beside, seconds) == ""
+    ):
         sentence = (
             f"{place} differs by what F16 costs in the operations that make it and were not recorded ({among}), and what they read agrees "
             "as in float32: a fault in one of them, or a flash attention that keeps keys, values or sums in F16 (--compute f16 allows for "

@@ -1,13 +1,13 @@
 """Screens many candidates together: what they share is computed for all of them at once, in later layers too."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.points import EMBD, in_layer
 from engine.backend import Array, all_equal, module_of
-from engine.graph import Step
+from engine.graph import GIVEN, Step
 from engine.inapplicable import NotApplicable
 from engine.replay.batched import by_rows
 from engine.replay.replay import Edits
@@ -41,8 +41,10 @@ class BatchScreening(AtFirstPlace):
         self.carried_from = layers[0] if layers and after else None
         self.name = self._point if self.carried_from is None else in_layer(self.carried_from, "l_out")
         self._end = state.order[self.name] + 1
-        self._known = frozenset(name for step in state.steps for name in (step.makes, *step.names))
+        self._known = GIVEN | {name for step in state.steps for name in (step.makes, *step.names)}
         self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
+        #: Whether a fault that looks ahead is planted already: not one that only changes what is shown.
+        self._ahead = any(planted.fault.whole and planted.fault.shows is None for planted in state.faults)
 
     def edits(self, candidates: Sequence[Candidate]) -> dict[int, Edits]:
         """The changes of each candidate, by its number, that the first recorded point does not contradict at once."""
@@ -66,21 +68,37 @@ class BatchScreening(AtFirstPlace):
                 made.add(step.makes)
         return True
 
-    def own_steps(self, edits: Mapping[int, Edits], rows: int) -> Iterator[tuple[str, dict[int, Array | None]]]:
+    def own_steps(
+        self, candidates: Sequence[Candidate], edits: Mapping[int, Edits], rows: int, known: Callable[[str], bool]
+    ) -> Iterator[tuple[str, dict[int, Array | None]]]:
         """The first rows of each step that some candidates change: its name, and its value by candidate, None where it is the right one.
 
-        Each is computed as if the candidate changed this step alone.
+        Each is computed as if the candidate changed this step alone, and up to a value that is `known`, if only one is made of it.
+        What faults change that look ahead is computed of all rows.
         """
-        by_step: dict[int, list[int]] = {}
+        by_step: dict[tuple[int, bool], dict[int, tuple[Sequence[Step], list[int]]]] = {}
         for number, edit in edits.items():
-            for at in edit:
-                by_step.setdefault(at, []).append(number)
-        replay = self._screening.replay(self._state, rows)
-        for at, numbers in by_step.items():
+            whole = self._ahead or candidates[number].fault.whole
+            for at, changed in edit.items():  # variants that differ in other steps have the same ones here
+                by_step.setdefault((at, whole), {}).setdefault(id(changed), (changed, []))[1].append(number)
+        for (at, whole), versions in by_step.items():
             if self._screening.budget.over():
                 return
-            name = self._state.steps[at].makes
-            yield name, {number: replay.changed(edits[number][at]).get(name) for number in numbers}
+            replay = self._screening.replay(self._state, self._screening.rows if whole else rows)
+            name, after = self._until_known(at, known)
+            values = [(replay.changed([*changed, *after]).get(name), numbers) for changed, numbers in versions.values()]
+            yield name, {number: value for value, numbers in values for number in numbers}
+
+    def _until_known(self, at: int, known: Callable[[str], bool]) -> tuple[str, list[Step]]:
+        """The first known value that is made of a step's alone, and the steps after it that lead there; the step's own without one."""
+        own = name = self._state.steps[at].makes
+        after: list[Step] = []
+        while not known(name):
+            readers = [step for step in self._state.steps[at + 1 :] if name in step.names]
+            if len(readers) != 1:
+                return own, []
+            after, name = [*after, readers[0]], readers[0].makes
+        return name, after
 
     def _not_soon_wrong(self, candidates: Sequence[Candidate]) -> Sequence[int]:
         """The candidates that the first recorded point after the embedding does not contradict in its first rows.
@@ -132,11 +150,8 @@ class BatchScreening(AtFirstPlace):
         """
         value_of: dict[int, Array] = {}
         ended: set[int] = set()
-        ahead = any(
-            planted.fault.whole and planted.fault.shows is None for planted in self._state.faults
-        )  # not those that only change what is shown
         for whole in (False, True):
-            chosen = [number for number in waiting if (ahead or candidates[number].fault.whole) is whole]
+            chosen = [number for number in waiting if (self._ahead or candidates[number].fault.whole) is whole]
             # A fault that looks ahead needs all rows in its own layer; after that causality holds.
             used = self._screening.rows if whole else rows
             right = self._screening.replay(self._state, rows).values

@@ -16,6 +16,7 @@ from checkpoints.errors import ParityError
 from checkpoints.points import LOGITS
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from reports.numbers import count
 
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT, NATIVE
@@ -103,8 +104,9 @@ def _of_the_twin(compared: Comparison) -> str:
     records = compared.records
     over = np.flatnonzero(records.failed)
     worst = over[np.argmax(records.measures.nmse[over])]
-    where = f"{records.names[records.point[worst]]}, position {records.token_idx[worst]}"
+    error, name = records.measures.nmse[worst], records.names[records.point[worst]]
     return (
-        f"native: {len(over)} records are over the usual limit, up to {records.measures.nmse[worst]:.1e} at {where}: what the file's types "
-        "cost llama.cpp on this model. Ours agree with llama.cpp's run on the F32 twin as exact mode asks"
+        f"native: {count(len(over), 'record')} over the usual limit, up to {error:.1e} at {name}, position "
+        f"{records.token_idx[worst]}: what the file's types cost llama.cpp on this model. Our side agrees with llama.cpp's run on the "
+        "F32 twin within the limits of exact mode"
     )

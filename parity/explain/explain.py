@@ -30,15 +30,15 @@ from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .looks_like import floor_of, looks_like
+from .looks_like import Looks, floor_of, looks, looks_like
 from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
 from .own_inputs import contradicted
 from .own_rounding import standing_out
-from .precision import UPPER, PrecisionFloor, fits, is_proof, with_noise
+from .precision import UPPER, PrecisionFloor, with_noise
 from .records import Expected, right_rows
+from .rounded_weights import with_weights_rounded
 from .rows import garbage
-from .scattered import scattered
 from .scopes import as_far_as_shown
 from .search import Search
 from .state import Candidate, RecordKey, SearchState
@@ -105,32 +105,28 @@ def _of_all_records(
         case.entries = with_noise(stated, case.entries, most)
     search = sharper or search_in(case)
     start = search.screening.start()
-    kinds = likes = tuple[str, ...]()
-    is_noise = excused = False
-    best = start
+    kinds = tuple[str, ...]()
+    found = Looks()
+    best = begin = with_weights_rounded(case, search, start, budget)
     if start.first is None:
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
-    elif (number := of_one_number(case, search, start, budget)) is not None:
+    elif begin is start and (number := of_one_number(case, search, start, budget)) is not None:
         best = number
-    else:
-        likes = () if case.states_f32 else looks_like(case, search, start, budget)
-        # A fault that there was no time to try may fit better.
-        if likes and search.screening.budget.complete and is_proof(measured := floor_of(case, likes[0])):
-            is_noise = scattered(case, measured)
-            likes = likes if is_noise else ()
-            excused = is_noise and fits(measured, case.entries) is None
-        kinds = likes if is_noise and not excused else ()
-        if not is_noise:
-            best = _needed(search, _around(case, search, search.explain(start, options.max_faults), options.max_faults, budget))
+    elif begin.first is not None:
+        found = looks(case, search, start, budget) if begin is start else found
+        kinds = found.kinds if found.is_noise and not found.excused else ()
+        if not found.is_noise:
+            best = _needed(search, _around(case, search, search.explain(begin, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
             best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
+    likes, is_noise, excused = found.kinds, found.is_noise, found.excused
     answer = _answer(case, search, start, best)
     if stated is not None and start.first is not None and not answer.causes:
         excused = chosen_otherwise(case, stated)
     if not is_noise and not excused and best.first is not None:
         answer = _left_over(case, search, best, answer, budget)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
-    found = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
+    settled = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
     said, further = (
         NOTHING
         if answer.causes or noise or is_noise or case.states_f32
@@ -138,7 +134,7 @@ def _of_all_records(
     )
     if further is not None:
         return further
-    notes = (*case.notes, *(() if found else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *said)
+    notes = (*case.notes, *(() if settled else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *said)
     if answer.causes or kinds:
         likes = ()
     elif case.states_f32 and best is start and start.first is not None:

@@ -1,7 +1,7 @@
 """Which of many small changes of a model may be what a point's errors follow, by the first rows alone and computed together.
 
-A change that explains the errors explains those of the first wrong row, too, and moves no row before it. A change of another direction
-does not; to see that costs one pass over few rows for all changes, where each over all rows costs a pass of its own.
+A change that explains nearly all of the errors leaves little of those of the first rows, too, and moves no row before them. A change of
+another direction does not; to see that costs one pass over few rows for all changes, where each over all rows costs a pass of its own.
 """
 
 from collections.abc import Sequence
@@ -16,26 +16,32 @@ from .budget import Budget
 from .case import Case
 from .records import Expected, Floats
 
-# The least share of the first rows' errors that lies along a change; of all rows' errors 98 % has to, later. Sixteen random elements
-# reach it once in 700 times.
-_LEAST = 0.5
-_WRONG = 0.1  # share of the mean record's errors from which on a row counts as wrong: five times what may follow no change
-_MOST_ROWS = 8  # with more rows all of them are little dearer
-_TOGETHER = 64  # changes computed at once: a bound on the memory
+# The errors that the first rows hold, as a multiple of what a change may leave in all rows: of a change of another direction they show
+# twice as much as that, of which sixteen random elements lie half along it once in 700 times.
+_SHOWN = 2.0
+_ROWS = 1024  # rows computed at once: a bound on the memory
 
 
 def may_follow(
-    case: Case, entry: Expected, wanted: Floats, known: NDArray[np.bool_], changed: Sequence[Sequence[Step]], budget: Budget
+    case: Case,
+    entry: Expected,
+    wanted: Floats,
+    known: NDArray[np.bool_],
+    changed: Sequence[Sequence[Step]],
+    budget: Budget,
+    left: float,
 ) -> list[bool]:
     """Whether the errors of a point may follow each of these changes, as far as its first rows say.
 
     Args:
         wanted: [R, k], the errors of the recorded elements in proportion to their record's size, 0 where they are not `known`.
         changed: lists of steps up to the point that have the names of the right ones.
+        left: the share of the errors' energy that a change may leave in all rows: one that leaves more in the first ones is none.
     """
     energy = (wanted * wanted).sum(axis=1)
-    rows = int(entry.rows[energy >= _WRONG * energy.mean()].min()) + 1
-    if rows > _MOST_ROWS or 2 * rows > len(case.positions) or sees_later(case.transformer.steps) or not changed:
+    most = left * float(energy.sum())
+    rows = _rows_with(entry, energy, _SHOWN * most)
+    if 2 * rows > len(case.positions) or sees_later(case.transformer.steps) or not changed:
         return [True] * len(changed)
     steps = case.transformer.steps[: len(changed[0])]
     here = entry.rows < rows
@@ -43,8 +49,9 @@ def may_follow(
     right = entry.taken(replay.on_host[entry.point], case.positions[:rows])
     backend, positions, size = case.transformer.backend, case.positions[:rows], np.sqrt(entry.energy[here])[:, None]
     may: list[bool] = []
-    for begin in range(0, len(changed), _TOGETHER):
-        edits = [_edits(steps, version) for version in changed[begin : begin + _TOGETHER]]
+    together = max(1, _ROWS // rows)
+    for begin in range(0, len(changed), together):
+        edits = [_edits(steps, version) for version in changed[begin : begin + together]]
         run = replay.run_batch(edits, len(steps), frozenset(), lambda _name, _value: (), budget.over)
         for values in run:
             value = None if values is None else values.get(entry.point)
@@ -53,8 +60,15 @@ def may_follow(
                 continue
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 moved = (entry.taken(backend.to_host(value), positions) - right) / size
-            may.append(_share(np.where(known[here], moved, 0.0), wanted[here]) >= _LEAST)
+            may.append(not _unexplained(np.where(known[here], moved, 0.0), wanted[here]) > most)
     return may
+
+
+def _rows_with(entry: Expected, energy: Floats, wanted: float) -> int:
+    """How many first rows hold that much of the errors' energy: [R]."""
+    order = np.argsort(entry.rows, kind="stable")
+    held = np.cumsum(energy[order]) >= wanted
+    return int(entry.rows[order][np.argmax(held)]) + 1
 
 
 def _edits(steps: Sequence[Step], changed: Sequence[Step]) -> Edits:
@@ -63,7 +77,7 @@ def _edits(steps: Sequence[Step], changed: Sequence[Step]) -> Edits:
     return {number: (other,) for number, (step, other) in pairs if other is not step}
 
 
-def _share(moved: Floats, wanted: Floats) -> float:
-    """The share of the wanted energy that lies along a move; 1 where that is no number, and decides nothing."""
-    product = float((moved * moved).sum() * (wanted * wanted).sum())
-    return float((moved * wanted).sum()) ** 2 / product if np.isfinite(product) and product > 0 else 1.0
+def _unexplained(moved: Floats, wanted: Floats) -> float:
+    """The wanted energy that does not lie along a move; NaN where that is no number, and decides nothing."""
+    total, size = float((wanted * wanted).sum()), float((moved * moved).sum())
+    return total - float((moved * wanted).sum()) ** 2 / size if size > 0 else total

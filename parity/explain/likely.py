@@ -2,7 +2,8 @@
 
 The derivatives of its recorded elements by each layer's output cost less than a pass. Of 1,825 faults planted one by one in layers 5 to 20
 of four 24-layer models, 99.3 % changed the dump up to 18 layers later with a cosine of 0.5 or more to what the derivatives say of their
-change of their own layer's output, and of those in the first layer, which change everything, 79 %. Of the changes of other faults one in
+change of their own layer's output, and of those in the first layer, which change everything, 79 %; of 94 in layers 12 and 18 of stories
+93 did to what they say of the changed steps alone. Of the changes of other faults one in
 forty reaches that by chance, if sixteen elements are recorded. Where derivatives are not known, residuals pass on what is added: what is
 added to one layer's output is still in a later layer's, with a cosine of 0.3 in 89 % of these cases. Unlikely candidates are tried too, but
 later.
@@ -63,6 +64,10 @@ class Likely:
         )
         self._derivatives = self._answers() if self.able else {}
 
+    def knows(self, name: str) -> bool:
+        """Whether it is known what changes of a value do to the place."""
+        return name in self._derivatives
+
     def effects(self, name: str, values: Mapping[int, Array]) -> dict[int, Floats]:
         """What the first row of each version of a value does to the recorded elements of a place in the first row: [k] by number.
 
@@ -78,11 +83,12 @@ class Likely:
 
     def likely_effects(self, effects: Mapping[int, Floats]) -> set[int]:
         """The numbers of the effects on the recorded elements that may be the error there."""
+        effects = {number: effect for number, effect in effects.items() if effect.any()}
         if not effects:
             return set()
         wanted = self._change(self._screening.replay(self._state, 1))[self._chosen]
         cosines = _cosines(np.stack(list(effects.values())), wanted)
-        return {number for number, cosine in zip(effects, cosines, strict=True) if not cosine < _ALIKE}
+        return {number for number, cosine in zip(effects, cosines, strict=True) if not cosine < _DERIVED}
 
     def among(self, name: str, values: Mapping[int, Array], rows: int) -> set[int]:
         """The numbers of the likely candidates, given each one's first rows [rows, n] of a layer's output, or of the place's own value."""

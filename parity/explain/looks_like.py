@@ -1,13 +1,43 @@
 """Which lower arithmetics a dump's differences look like, all of them together."""
 
+from msgspec import Struct
+
 from .budget import Budget
 from .case import Case
 from .flipped import without_flipped
 from .laws import WRONG
 from .leads import law_at
-from .precision import KINDS, PrecisionFloor, best, fits, floor, is_ours, may_be_noise
+from .precision import KINDS, PrecisionFloor, best, fits, floor, is_ours, is_proof, may_be_noise
+from .reproduced import is_reproduced
+from .scattered import scattered
 from .search import Search
 from .state import SearchState
+
+
+class Looks(Struct, frozen=True):
+    """Which arithmetics the differences look like, the best first, and whether they are all that there is.
+
+    `is_noise`: nothing else is looked for. `excused`: they explain everything only without records behind experts chosen otherwise.
+    """
+
+    kinds: tuple[str, ...] = ()
+    is_noise: bool = False
+    excused: bool = False
+
+
+def looks(case: Case, search: Search, start: SearchState, budget: Budget) -> Looks:
+    """What lower arithmetic explains of the differences; nothing where float32 is stated."""
+    if case.states_f32:
+        return Looks()
+    if (reproduced := _reproducing(case, budget)) is not None:
+        return Looks((reproduced,), is_noise=True)
+    kinds = looks_like(case, search, start, budget)
+    # A fault that there was no time to try may fit better.
+    if not kinds or not search.screening.budget.complete or not is_proof(measured := floor_of(case, kinds[0])):
+        return Looks(kinds)
+    if not scattered(case, measured):
+        return Looks()
+    return Looks(kinds, is_noise=True, excused=fits(measured, case.entries) is None)
 
 
 def looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -> tuple[str, ...]:
@@ -20,6 +50,12 @@ def looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -
         return kinds
     sentence = law_at(case, search, start)
     return () if (sentence and not sentence.endswith(WRONG)) or search.simple(start) else kinds
+
+
+def _reproducing(case: Case, budget: Budget) -> str | None:
+    """The arithmetic in which our own run has the dump's every record; None if there is none."""
+    kinds = KINDS if may_be_noise(case.entries) else ()
+    return next((kind for kind in kinds if not budget.over() and is_reproduced(case, kind)), None)
 
 
 def floor_of(case: Case, kind: str) -> PrecisionFloor:

@@ -38,6 +38,7 @@ _LOWEST = limits(None, None, compute="bf16")
 _SINGLE: tuple[tuple[object, ...], ...] = (
     (ops.attention_scores,),
     (ops.causal_soft_max, "SOFT_MAX"),
+    (ops.attention_scores, ops.causal_soft_max, "SOFT_MAX", ops.weighted_values),
     (ops.rms_norm, ops.layer_norm, "RMS_NORM", "NORM"),
     (ops.rope, "ROPE"),
     (ops.add, "ADD"),
@@ -97,7 +98,7 @@ def _roundings(
     case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
 ) -> Iterator[Rounding]:
     """Each arithmetic in which a point's own operations may have been computed, the errors where it gives numbers, and its own: [R, k]."""
-    places = _own_steps(case.transformer.steps, entry.point, recorded)
+    places = own_steps(case.transformer.steps, entry.point, recorded)
     ways = ((kind, places, lower) for kind in (*KINDS, *KEPT) for lower in _ways(kind))
     return _made_by(case, entry, errors, known, ways)
 
@@ -109,7 +110,7 @@ def _roundings_of_one_kind(
     others of the layer do not.
     """
     steps = case.transformer.steps
-    places = _own_steps(steps, entry.point, recorded)
+    places = own_steps(steps, entry.point, recorded)
     if len({layer for number in places if (layer := parse(steps[number].makes).layer) is not None}) > 1:
         return iter(())
     of_kind = [[number for number in places if _is_of(steps[number], kinds)] for kinds in _SINGLE]
@@ -127,7 +128,7 @@ def _made_by(
     """What the steps of these numbers make of a point in each of these ways."""
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
     for kind, places, lower in ways:
-        values = _rounded_value(case, places, lower, entry.point)
+        values = rounded_value(case, places, lower, entry.point)
         if values is None:
             continue
         computed = entry.taken(values, case.positions)
@@ -148,10 +149,10 @@ def as_large_as_rounding(
     Between the points that agree and this one nothing was recorded: a flash attention whose keys, values and sums are float16 leaves
     other errors than our rounding, of the same size.
     """
-    places = _own_steps(case.transformer.steps, entry.point, recorded)
+    places = own_steps(case.transformer.steps, entry.point, recorded)
     sizes = []
     for lower in _ways("f16"):
-        values = _rounded_value(case, places, lower, entry.point)
+        values = rounded_value(case, places, lower, entry.point)
         if values is None or len(places) < _SEVERAL:
             return ""
         moved = entry.taken(values, case.positions) - entry.taken(case.replay.on_host[entry.point], case.positions)
@@ -219,11 +220,11 @@ def first_errors(
 def in_words(kinds: Sequence[str], *, mixed: bool = True) -> str:
     """How an operation in one of these arithmetics differs from what lies before it, which is in float32 if the engine is `mixed`."""
     if (part := KEPT.get(kinds[0])) is not None:
-        return f"where {kept_in(part.part, part.type)}, and no other fault here"
+        return f"where {kept_in(part.part, part.type)}"
     kinds = [kind for kind in kinds if kind not in KEPT]
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
     before = ", while what it is computed from is in float32: mixed precision" if mixed else ""
-    return f"as {named} arithmetic rounds it{before}, and no other fault here (--compute {kinds[0]} allows for it everywhere)"
+    return f"as {named} arithmetic rounds it{before} (--compute {kinds[0]} allows for it everywhere)"
 
 
 def noise_in_words(kind: str) -> str:
@@ -235,7 +236,7 @@ def noise_in_words(kind: str) -> str:
     )
 
 
-def _own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> list[int]:
+def own_steps(steps: Sequence[Step], point: str, recorded: Collection[str]) -> list[int]:
     """The numbers of the steps that make a point from the recorded ones before it."""
     wanted, numbers = {point}, list[int]()
     for number in range(len(steps) - 1, -1, -1):
@@ -253,9 +254,7 @@ def _ways(kind: str) -> list[Callable[[Sequence[Step]], list[Step]]]:
     return [partial(rounded, kind=kind, storage=storage) for storage in (False, True)]
 
 
-def _rounded_value(
-    case: Case, places: Sequence[int], lower: Callable[[Sequence[Step]], list[Step]], point: str
-) -> Array | None:
+def rounded_value(case: Case, places: Sequence[int], lower: Callable[[Sequence[Step]], list[Step]], point: str) -> Array | None:
     """A point's value with these steps in a lower arithmetic; None where that changes nothing or cannot be computed."""
     steps = list(case.transformer.steps)
     for number, step in zip(places, lower([steps[number] for number in places]), strict=True):

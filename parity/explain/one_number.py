@@ -17,7 +17,7 @@ from .fits import fitted
 from .mixed import first_errors
 from .search import Search
 from .state import Layers, SearchState
-from .systematic import Followed, followed, systematic
+from .systematic import IN_QUESTION, Followed, followed, systematic
 
 _SMALL = 1e-2  # NMSE up to which a number's effect is close enough to its derivative to be recognised by it
 _TRIED = 4  # numbers that are fitted, those that the errors follow best
@@ -40,7 +40,7 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
     known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
     errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
-    numbers, _ = followed(case, entry, errors, known, budget.part(_OF_BUDGET), search.screening.cone(start).steps)
+    numbers, _ = followed(case, entry, errors, known, budget.part(_OF_BUDGET), asked_about(search, start))
     best = max((number.along for number in numbers), default=0.0)
     if any(not number.kind and number.along >= best - _AS_WELL for number in numbers):
         return None
@@ -49,6 +49,18 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
         return None
     states = [state for number in nearest for state in _fitted(search, start, number) if state.first is None]
     return search.of_candidates(start, states) if states else None
+
+
+def asked_about(search: Search, start: SearchState) -> frozenset[str]:
+    """The steps in question, without those of results that layers before them have as well, which agree, if they are too many layers
+    for each to be asked about by itself: a number of all layers would show in those before, too.
+    """
+    steps, layers = search.screening.cone(start).steps, search.screening.suspects(start)
+    if len(layers) <= IN_QUESTION:
+        return steps
+    known = [parse(name) for name in start.planting.right]
+    before = {each.kind for each in known if each.layer is not None and each.layer < layers[0]}
+    return frozenset(name for name in steps if parse(name).kind not in before)
 
 
 def law_of_one_number(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:

@@ -22,10 +22,8 @@ from .laws import WRONG, law
 from .looks_like import floor_of
 from .precision import OURS, of_ids
 from .records import Expected, Floats
+from .reproduced import THE_SAME
 
-# The part of what an arithmetic costs a point up to which our own rounding's numbers are the dump's: right engines' were 0 to 0.01 of it,
-# from values that lie next to a tie.
-_THE_SAME = 0.1
 # The most by which rounding to nearest moves a constant, as a part of it: an engine may keep one (the root of the width by which it
 # scales embeddings, say) in the type in which it computes.
 _OF_A_CONSTANT = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-9}
@@ -94,7 +92,7 @@ def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[E
     for entry in case.entries:
         if entry.point not in costs:
             continue
-        same = np.full(len(entry.rows), max(_THE_SAME * costs[entry.point], float(entry.limit.max())))
+        same = np.full(len(entry.rows), max(THE_SAME * costs[entry.point], float(entry.limit.max())))
         errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions))
         if not of_ids(entry) and float(errors.mean()) > same[0]:
             return replace(entry, limit=same), errors

@@ -141,18 +141,19 @@ class Sweep(AtFirstPlace):
 
     def _after_own_steps(self, layers: Layers, scope: _Scope, likely: Likely) -> list[int]:
         """The candidates that wait, without those whose changed steps alone tell that they change the first row otherwise than the dump."""
-        edits = {number: scope.edits[number] for number in scope.waiting if not scope.candidates[number].fault.whole}
+        edits = {number: scope.edits[number] for number in scope.waiting}
         edits = {number: edit for number, edit in edits.items() if scope.batch.separable(edit)}
         changing, unknown = set[int](), set[int]()
         effects: dict[int, Floats] = {}  # what several steps change adds up
-        for name, values in scope.batch.own_steps(edits, 1):
+        for name, values in scope.batch.own_steps(scope.candidates, edits, 1, likely.knows):
             changed = {number: value for number, value in values.items() if value is not None}
             changing |= changed.keys()
             of_step = likely.effects(name, changed)
             unknown |= changed.keys() - of_step.keys()
             effects.update({number: effects.get(number, 0) + effect for number, effect in of_step.items()})
         for number in edits.keys() - changing:
-            self._acts[self._effect(layers, scope.candidates[number])] = False
+            if not scope.candidates[number].fault.whole:  # it changes the first row in no layer
+                self._acts[self._effect(layers, scope.candidates[number])] = False
         chosen = unknown | likely.likely_effects(effects)
         self.postponed[layers] += [scope.candidates[number] for number in sorted(changing - chosen)]
         unlikely = edits.keys() - chosen

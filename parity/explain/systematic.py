@@ -34,7 +34,7 @@ SECONDS = (
     30.0  # to try all numbers: some 40 runs up to the point, 9 s for the logits of a model of 24 layers and 50 million weights
 )
 # Layers before the first difference up to which each is tried by itself, as well as all together; where the steps in question are known.
-_LAYERS, _IN_QUESTION = 2, 4
+_LAYERS, IN_QUESTION = 2, 4
 
 
 class _Moved(Struct, frozen=True):
@@ -111,7 +111,7 @@ def followed(
     right = entry.taken(case.replay.on_host[entry.point], positions)
     found: list[Followed] = []
     changes = list(_changes(steps, among))
-    may = may_follow(case, entry, wanted, known, [changed for _, changed in changes], budget)
+    may = may_follow(case, entry, wanted, known, [changed for _, changed in changes], budget, 1 - _ALONG)
     for candidate, changed in (change for change, worth in zip(changes, may, strict=True) if worth):
         if budget.over():
             return found, False
@@ -146,7 +146,7 @@ def _changes(steps: Sequence[Step], among: Collection[str] | None) -> Iterator[t
     """Models in which one number is changed, each with its words, which take the change that fits, and by how much it is changed."""
     allowed = [step for step in steps if among is None or step.makes in among]
     layers = sorted({layer for step in allowed if (layer := parse(step.makes).layer) is not None})
-    scopes: list[int | None] = [None, *(layers if 1 < len(layers) <= (_LAYERS if among is None else _IN_QUESTION) else ())]
+    scopes: list[int | None] = [None, *(layers if 1 < len(layers) <= (_LAYERS if among is None else IN_QUESTION) else ())]
     for scope in scopes:
         in_scope = [step for step in allowed if scope is None or parse(step.makes).layer == scope]
         for kind in dict.fromkeys(parse(step.makes).kind for step in in_scope):

@@ -1,0 +1,117 @@
+"""Weights that an engine keeps in a lower type than the file, while it computes in float32: asked before any search.
+
+Checkpoints are BF16, and an engine that reads them itself rounds nothing; one that reads a GGUF, whose norms and biases are float32, may.
+The first place says which weights: its operations are computed again with some of them rounded.
+"""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+from msgspec.structs import replace
+
+from checkpoints.printable import first_names
+from engine.faults.base import Fault, Parameters, Steps, kind_of
+from engine.graph import Step, weight_name
+from engine.replay.precision import is_normed
+from engine.replay.rounded_weights import with_rounded_weights
+from reports.sentences import ARITHMETIC
+
+from .budget import Budget
+from .case import Case
+from .mixed import own_steps
+from .search import Search
+from .state import Candidate, SearchState
+
+_KINDS = ("bf16", "f16")
+_SMALL = 1e-3  # NMSE up to which errors may be those of rounded weights: BF16's are 1e-6 of a weight, and grow within a layer
+_SHOWN = 4  # names of weights that are shown: more are counted
+_LAYER = re.compile(r"(^|\.)blk\.\d+\.")
+_Wanted = Callable[[Step, str], bool]
+
+
+def with_weights_rounded(case: Case, search: Search, start: SearchState, budget: Budget) -> SearchState:
+    """The state with those weights of all layers rounded to one type that the first places show; the start without such weights.
+
+    What it does not explain is looked for beyond it.
+    """
+    if start.first is None or not float(np.max(case.entries[start.first.point].base)) <= _SMALL:
+        return start
+    states = [state for kind in _KINDS if (state := _with_type(case, search, start, kind, budget)) is not start]
+    return search.of_candidates(start, states) if states else start
+
+
+def _with_type(case: Case, search: Search, start: SearchState, kind: str, budget: Budget) -> SearchState:
+    state, names = start, frozenset[str]()
+    while state.first is not None and not budget.late:
+        further = _names_here(case, search, state, kind, names)
+        following = None if not further else search.screening.check(start, _candidate(start, kind, names | further))
+        if following is None or (following.first is not None and not state.first < following.first):
+            break
+        state, names = following, names | further
+    return state
+
+
+def _names_here(case: Case, search: Search, state: SearchState, kind: str, known: Collection[str]) -> frozenset[str]:
+    """The fewest further weights of the first place's own operations that give its records if they are rounded; empty if none do."""
+    assert state.first is not None
+    entry = case.entries[state.first.point]
+    replay = search.screening.replay(state, len(case.positions))
+    numbers = own_steps(state.steps, entry.point, {other.point for other in case.entries[: state.first.point]})
+    steps = [state.steps[number] for number in numbers]
+    begins = {general(name): number for number, step in reversed([*enumerate(state.steps)]) for name in _names(step)}
+    names = {general(name): step for step in steps for name in _names(step)}
+    # A weight of all layers shows in the first of them.
+    names = {name: step for name, step in names.items() if begins[name] >= numbers[0] and name not in known}
+    norms = {name for name, step in names.items() if is_normed(step)}
+    biases = {name for name, step in names.items() if name not in norms and name != general(weight_name(step.weights[0]))}
+    for some in dict.fromkeys(map(frozenset, (*({name} for name in names), norms, biases, norms | biases, names))):
+        if not some:
+            continue
+        changed = list(state.steps)
+        for number, step in zip(numbers, _rounded(steps, kind, some), strict=True):
+            changed[number] = step
+        # Weights that already are of that type change no value, and those are not computed again.
+        value = replay.run(changed, lambda name, _: name != entry.point, numbers[0]).get(entry.point)
+        if value is not None and bool(
+            (entry.nmse(case.transformer.backend.to_host(value), case.positions) <= entry.limit).all()
+        ):
+            return some
+    return frozenset()
+
+
+def general(name: str) -> str:
+    """A weight's name for all layers: blk.*.attn_norm.weight."""
+    return _LAYER.sub(r"\1blk.*.", name)
+
+
+def _names(step: Step) -> list[str]:
+    return [name for weight in step.weights if (name := weight_name(weight))]
+
+
+def _rounded(steps: Sequence[Step], kind: str, names: Collection[str]) -> list[Step]:
+    return with_rounded_weights(steps, kind, lambda _step, name: general(name) in names)
+
+
+def _candidate(state: SearchState, kind: str, names: frozenset[str]) -> Candidate:
+    kinds = tuple(dict.fromkeys(kind_of(step) for step in state.steps if not names.isdisjoint(map(general, _names(step)))))
+    every = names.issuperset(general(name) for step in state.steps for name in _names(step))
+    said = "all weights" if every else first_names(sorted(names), _SHOWN)
+    parameters = {"weights": tuple(sorted(names)), "said": said, "to": ARITHMETIC[kind], "kind": kind}
+    return Candidate(replace(_FAULT, kinds=kinds), parameters)
+
+
+def _change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return _rounded([step], parameters["kind"], parameters["weights"])[0]
+
+
+_FAULT = Fault(
+    name="weights-rounded",
+    kinds=(),
+    change=_change,
+    what="{said} rounded to {to}",
+    symptom="small differences at every position, of the size of that type's digits; the text is hardly ever another one",
+    fix="keep these weights in the type that the file has, or accept the difference: it is the type's, not an operation's",
+    seen="engines that cast the whole model when they load it, norms and biases included",
+    group="weights",
+)

@@ -1,0 +1,67 @@
+"""`parity explain` names weights that an engine rounds though the file has them in float32, and what is wrong besides."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from explaining import PROMPT, RIGHT, unstated
+from msgspec.structs import replace
+from planted import Faulty
+from slow import slow_but
+
+from checkpoints.answers.explain import Explanation
+from engine.faults import CATALOGUE, plant
+from engine.faults.edits import Then
+from engine.graph import Step
+from engine.replay.precision import is_normed
+from engine.replay.rounded_weights import with_rounded_weights
+from parity.explain.explain import ExplainOptions, explain
+
+WANTED: dict[str, Callable[[Step, str], bool]] = {
+    "blk.*.attn_norm.weight, blk.*.ffn_norm.weight, output_norm.weight": lambda step, _: is_normed(step),
+    "blk.*.attn_k.bias, blk.*.attn_q.bias, blk.*.attn_v.bias": lambda _, name: name.endswith(".bias"),
+    "token_embd.weight": lambda _, name: name == "token_embd.weight",
+    "all weights": lambda *_: True,
+}
+NORMS, *_OTHERS = WANTED
+
+
+def _explained(engine: Faulty, steps: list[Step], points: str) -> Explanation:
+    return explain(unstated(engine.dump(RIGHT, PROMPT, points=points, steps=steps)), engine.model, ExplainOptions(budget=10))
+
+
+@pytest.mark.parametrize("points", slow_but(["default", "*"], "default"))
+@pytest.mark.parametrize(("kind", "said"), [("bf16", "BF16"), ("f16", "F16")])
+@pytest.mark.parametrize("what", WANTED)
+def test_rounded_weights_are_a_cause_of_their_own(engine: Faulty, what: str, kind: str, said: str, points: str) -> None:
+    """Every record is reproduced: it is neither an arithmetic of the whole engine nor a law of channels."""
+    answer = _explained(engine, with_rounded_weights(engine.right, kind, WANTED[what]), points)
+    assert [(cause.named.fault, cause.named.sentence) for cause in answer.causes] == [
+        ("weights-rounded", f"{what} rounded to {said}")
+    ]
+    assert answer.remaining is None
+    assert not answer.precision_only
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", ["default", "*"])
+@pytest.mark.parametrize("factor", [1.0003, 1.002, 30.0])
+def test_a_factor_beside_rounded_norms_is_no_rounding(engine: Faulty, factor: float, points: str) -> None:
+    """As small as the rounding, or far larger: the norms alone are not given as the reason for everything."""
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == "blk.2.ffn_out" else step
+        for step in with_rounded_weights(engine.right, "bf16", WANTED[NORMS])
+    ]
+    answer = _explained(engine, steps, points)
+    assert not answer
+    assert answer.remaining is not None or len(answer.causes) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", ["default", "*"])
+def test_a_fault_beside_rounded_norms_is_named_too(engine: Faulty, points: str) -> None:
+    """A residual that is missing in one layer of an engine whose norms are BF16: both are causes."""
+    norms = with_rounded_weights(engine.right, "bf16", WANTED[NORMS])
+    answer = _explained(engine, plant(norms, CATALOGUE["residual-missing"], (2,), at=("l_out",)), points)
+    assert [cause.named.fault for cause in answer.causes] == ["weights-rounded", "residual-missing"]
+    assert answer.causes[1].named.layers == (2,)
