@@ -84,6 +84,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(
+        1200
+    )  # axe takes seconds of processor time, which a busy machine hands out slowly: 30 s are the default
+    driver.set_page_load_timeout(1200)
     try:
         yield Page(driver, tmp_path_factory.mktemp("reports"))
     finally:
