@@ -75,7 +75,7 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
 #define PIECE 2048
 #endif
 #ifndef PACE
-#define PACE 200                 // cycles from one piece to the next: 20.3 GB/s a multiprocessor, 55 % of what an H200's memory gives
+#define PACE 200                 // cycles from one piece to the next, at least: to ask for one takes some 220 (docs/benchmarks-log.md)
 #endif
 struct Producer {
     long long next;
