@@ -128,7 +128,8 @@ def _disturbed(value: NDArray[np.float32], error: float, draw: np.random.Generat
     if bool((value == np.rint(value)).all()):
         return value
     size = np.sqrt(max(error, ELEMENT**2) * np.mean(np.square(value, dtype=np.float64), axis=-1, keepdims=True))
-    return (value + size * draw.standard_normal(value.shape)).astype(np.float32)
+    noisy: NDArray[np.float32] = (value + size * draw.standard_normal(value.shape)).astype(np.float32)
+    return noisy
 
 
 def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) -> NDArray[np.float32] | None:
