@@ -292,7 +292,7 @@ def _layers(layers: tuple[int, ...]) -> str:
 
 
 def rows_seen(points: Sequence[Seen]) -> str:
-    """How much of a row was compared, where that is not all of it: "16 of 256 values a row, no sketch; logits 16 of 2,048"."""
+    """How much of a row was compared, where that is not all of it: "16 of 256 values per row, no sketch; logits 16 of 2,048"."""
     parts = [item for item in points if not (item.sketch or (item.of is not None and item.values >= item.of))]
     if not parts:
         return ""
@@ -306,7 +306,7 @@ def rows_seen(points: Sequence[Seen]) -> str:
         sizes = "" if not of else (f" of {of[0]:,}" if len(of) == 1 else f" of {of[0]:,} to {of[-1]:,}")
         besides = "statistics, no sketch" if all(item.statistics for item in others) else "no sketch"
         noun = "value" if number == "1" and not of else "values"
-        sentences.append(f"{number}{sizes} {noun} a row, {besides}")
+        sentences.append(f"{number}{sizes} {noun} per row, {besides}")
     if logits:
         seen = f"{logits[0].values} of {logits[0].of:,}" if logits[0].of is not None else count(logits[0].values, "value")
         sentences.append(f"logits {seen}")

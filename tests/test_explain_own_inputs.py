@@ -11,6 +11,7 @@ from planted import PATIENT, Faulty, tokens_of
 
 from checkpoints.answers.explain import Explanation
 from checkpoints.points import LOGITS, OUTPUT_NORM
+from engine import ops
 from engine.backend import Array
 from engine.faults.edits import Then
 from engine.replay.precision import rounded
@@ -81,3 +82,36 @@ def test_a_product_that_lower_arithmetic_rounds_is_that_arithmetics(engine: Faul
     )
     assert bool(answer) is arithmetic
     assert ("tf32" in (answer.precision_only, *answer.precision_alike), answer.precision_assumed) == (arithmetic, arithmetic)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [True, False])
+def test_an_operation_whose_inputs_agree_is_held_against_them(engine: Faulty, wrong: bool) -> None:
+    """Sixteen values and a sketch of each row, from behind GELU's table: an operation that reads what agrees and makes one position 2 % too
+    large is wrong, whatever the table's cost; a right engine that sums otherwise is not.
+    """
+
+    def larger(x: Array) -> Array:
+        out = x.copy()
+        out[-1] *= np.float32(1.02)
+        return out
+
+    def wide(x: Array, weight: Array, bias: Array | None = None) -> Array:
+        product = (x.astype(np.float64) @ weight.reshape(-1, x.shape[1]).T.astype(np.float64)).astype(np.float32)
+        return product if bias is None else product + bias
+
+    place = "blk.1.q_rope"
+    steps = [replace(step, op=wide) if step.op is ops.linear else step for step in engine.right]
+    if wrong:
+        steps = [replace(step, op=Then(step.op, larger)) if step.makes == place else step for step in steps]
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 5, seed=3), points="*", size=16, bare=False, steps=steps)
+    case = Case(dump, engine.model, PATIENT)
+    case.entries = [replace(entry, limit=np.maximum(entry.limit, 1e-2)) for entry in case.entries]
+    nothing = Explanation(records=1, differing=0, first=None, last_agreement=None)
+    answer = contradicted(case, nothing)
+    if not wrong:
+        assert answer is nothing
+        return
+    assert answer.placed is not None
+    assert answer.placed.operations == (place,)
+    assert answer.law == "every element is 1.02 times the right one"

@@ -274,3 +274,18 @@ def test_variants_that_differ_in_other_steps_change_a_step_once(tmp_path: Path) 
             planting.edits(fault, (0,), {**parameters, "at": at}) for at in (("attn_norm", "ffn_norm"), ("attn_norm",))
         )
         assert (both[min(both)] is one[min(one)]) is shared
+
+
+@pytest.mark.parametrize("layers", [None, (0, 1, 2), (1, 3)])
+def test_a_range_of_layers_may_have_a_hole(tmp_path: Path, layers: tuple[int, ...] | None) -> None:
+    """A fault of several layers is planted in those that have its place; in one that has none it is refused."""
+    right = [
+        replace(step, op=ops.layer_norm) if step.makes == "blk.1.ffn_norm" else step for step in small_engine(tmp_path).right
+    ]
+    planting, fault = Planting(right), CATALOGUE["norms-exchanged"]
+    parameters = {"at": ("attn_norm", "ffn_norm")}
+    changed = {right[number].makes for number in planting.edits(fault, layers, parameters)}
+    wanted = [layer for layer in (layers or range(4)) if layer != 1]
+    assert changed == {f"blk.{layer}.{kind}" for layer in wanted for kind in parameters["at"]}
+    with pytest.raises(NotApplicable):
+        planting.edits(fault, (1,), parameters)

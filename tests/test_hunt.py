@@ -133,7 +133,9 @@ def test_points_that_are_there_already_are_not_called_missing(
     words = ("run", "--model", synthetic(layers=4), "--tokens", "5,99,7,300", "--hunt", "--compute", "f32", "--exec")
     code, answer = parity.json(*words, line)
     assert code == 1
-    assert re.fullmatch(r"somebodys.py printed these points already: print \d+ values a row, or the sketch", answer["stopped"])
+    assert re.fullmatch(
+        r"somebodys.py printed these points already: print \d+ values per row, or the sketch", answer["stopped"]
+    )
 
 
 @pytest.mark.slow

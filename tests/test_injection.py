@@ -153,7 +153,7 @@ def test_rows_are_replaced_by_position(emitted: ModuleType, tmp_path: Path, monk
         then = tap.inject("blk.0.l_out", np.full((2, 4), 7.0))
         same = np.ones(4)
         assert tap.inject("blk.1.l_out", same) is same
-        with pytest.raises(ValueError, match="values a row"):
+        with pytest.raises(ValueError, match="values per row"):
             tap.inject("blk.0.l_out", np.zeros((1, 5)))
 
         class Module:

@@ -1,6 +1,6 @@
 """A number that no entry of the catalogue lists, found from what the first difference follows, with hardly any search."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
 from engine.backend import Array
+from engine.faults.base import kind_of
 from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.replay import Replay
@@ -20,6 +21,7 @@ from parity.explain.explain import explain
 from parity.explain.one_number import asked_about
 from parity.explain.search import Search
 from parity.explain.systematic import followed
+from reference.client import Reference
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,23 @@ def test_numbers_are_asked_for_at_the_first_wrong_rows_together(engine: Faulty, 
     best = max(found, key=lambda number: number.along)
     assert (complete, best.kind, best.shifted, best.change) == (True, "ffn_out", False, pytest.approx(1e-3, rel=0.05))
     assert 1 <= rows.count(len(PROMPT)) <= 10
+
+
+def test_a_factor_of_the_model_that_several_results_have(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """Granite multiplies both branches by one number: errors of another one follow neither branch alone, and are no lower arithmetic's."""
+    model = small_model("granite", layers=2)
+    granite = Faulty(model, reference.graph(model))
+    steps = [
+        replace(step, op=Then(step.op, _larger)) if kind_of(step) in ("scale", "scale.2") else step for step in granite.right
+    ]
+    tokens = tokens_of(model, 6, seed=5)
+    dump = unstated(granite.dump(Planted(()), tokens, points="embd,blk.0.l_out,logits", steps=steps))
+    case = Case(dump, model, replace(STEPS, tokens=tokens))
+    entry = next(entry for entry in case.entries if entry.point == "blk.0.l_out")
+    errors = entry.values - entry.taken(case.replay.on_host[entry.point], case.positions)
+    found, _ = followed(case, entry, errors, np.isfinite(errors), Budget(60))
+    [number] = found
+    assert (number.words.partition(" were ")[0], number.change) == ("scale and scale.2", pytest.approx(1e-3, rel=0.05))
 
 
 def test_noise_in_the_first_row_hides_no_number(engine: Faulty) -> None:

@@ -48,7 +48,7 @@ def test_inputs_that_agree_in_sixteen_values_acquit_nothing(sides: tuple[Dump, D
     assert "16 of 256 values of blk.0.kqv_out" in verdict.operation
     assert verdict.next_slice == 256
     assert "kqv_out" in verdict.next
-    assert rows_seen(verdict.seen).startswith("16 of 64 to 512 values a row, no sketch; logits 16 of 2,048")
+    assert rows_seen(verdict.seen).startswith("16 of 64 to 512 values per row, no sketch; logits 16 of 2,048")
     whole = compare(wrong, right, F32)
     assert whole.first_divergence is not None
     assert whole.first_divergence.checkpoint == "blk.0.kqv_out"

@@ -83,7 +83,7 @@ class Planting:
         try:
             return self._edits_at(numbers, fault, parameters)
         except NotApplicable:
-            if layers is not None:
+            if layers is not None and len(layers) == 1:
                 raise
             return self._where_it_applies(numbers, fault, parameters)
 

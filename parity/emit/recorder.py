@@ -282,7 +282,7 @@ class Recorder:
             return value
         first, given = self._given[point]
         if given.shape[1] != rows.shape[1]:
-            raise ValueError(f"{name} has {rows.shape[1]} values a row, the reference's {given.shape[1]}")
+            raise ValueError(f"{name} has {rows.shape[1]} values per row, the reference's {given.shape[1]}")
         for row, position in zip(rows, at, strict=True):
             if first <= position < first + len(given):
                 row[:] = given[position - first]

@@ -1,4 +1,4 @@
-"""Records that raised limits let pass, held against what their operation makes of the dump's own inputs: no earlier error counts then."""
+"""Records that raised limits let pass, held against what their operation makes of its own inputs: no earlier error counts then."""
 
 import numpy as np
 from msgspec.structs import replace
@@ -6,8 +6,9 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
 from checkpoints.points import LOGITS
-from engine.graph import History, Step, compute, inputs_of
+from engine.graph import PASSES, POSITIONS, TOKENS, History, State, Step, compute, inputs_of
 from engine.inapplicable import NotApplicable
+from engine.replay.disturbed import ELEMENT
 from engine.replay.precision import rounded
 from engine.replay.wide import is_looked_up
 
@@ -17,11 +18,17 @@ from .case import Case
 from .laws import law
 from .mixed import likeness
 from .precision import KINDS
-from .records import Expected
+from .records import Expected, Floats
+
+# Noise in the inputs is drawn so often; a right engine's errors, which are no random noise, make at most so many times its worst: a choice,
+# ten times the amplitude.
+_DRAWS, _FAR = 3, 100.0
+_GIVEN = (TOKENS, POSITIONS, PASSES)  # no operation's value
 
 
 def contradicted(case: Case, answer: Explanation) -> Explanation:
-    """The answer that nothing differs, unless a record is not what its operation makes of its own inputs, which were recorded whole.
+    """The answer that nothing differs, unless a record is not what its operation makes of its own inputs, which were recorded whole, or
+    which agree with the right engine's in whole rows.
 
     Only records over the usual limit are asked. Of an operation that ggml computes from a table another engine's own values differ, and one
     that is off by our own rounding to a lower arithmetic, where nothing states float32, is that arithmetic's.
@@ -35,11 +42,17 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
         usual = replace(
             entry, limit=np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations)
         )
-        value = _made_of_own_inputs(case, step, entries) if (usual.base > usual.limit).any() else None
-        if value is None:
+        if not (usual.base > usual.limit).any():
             continue
-        errors = usual.nmse(value, case.positions)
-        wrong = errors > ROOM * usual.limit
+        value = _made_of_own_inputs(case, step, entries)
+        if value is None:
+            allowed = _made_of_agreeing_inputs(case, step, entry, entries)
+            if allowed is None:
+                continue
+            value, errors = case.replay.on_host[step.makes], usual.base
+        else:
+            errors, allowed = usual.nmse(value, case.positions), np.zeros(len(entry.rows))
+        wrong = errors > np.maximum(ROOM * usual.limit, allowed)
         if wrong.any():
             if not case.states_f32 and (kinds := _arithmetics(case, step, entry, entries, value)):
                 lower = lower or kinds
@@ -76,6 +89,47 @@ def _arithmetics(
                 if (alike := likeness(errors, rounding)) > near.get(kind, 0.0):
                     near[kind] = alike
     return tuple(sorted(near, key=lambda kind: -near[kind]))
+
+
+def _made_of_agreeing_inputs(case: Case, step: Step, entry: Expected, entries: dict[str, Expected]) -> Floats | None:
+    """How far an operation's records may be from the right ones, NMSE [R], where all that it reads agrees with the right engine in whole
+    rows at every position, by float32's usual limit: by what errors of that size make of it. None where it does not agree.
+    """
+    if not step.names or any(isinstance(read, History | State) for read in step.reads):
+        return None
+    inputs: dict[str, NDArray[np.float32]] = {}
+    for name in step.names:
+        if name in _GIVEN:
+            inputs[name] = case.replay.on_host[name]
+            continue
+        read = entries.get(name)
+        if read is None or not read.whole_rows or not np.array_equal(read.rows, np.arange(len(case.positions))):
+            return None
+        if read.base.max() > EXACT_FLOOR.operations or _rounded(read):
+            return None
+        inputs[name] = case.replay.on_host[name]
+    draw, backend, weights = np.random.default_rng(1), case.transformer.backend, case.replay.weights
+    worst = np.zeros(len(entry.rows))
+    for _ in range(_DRAWS):
+        noisy = {
+            name: value if name in _GIVEN else _disturbed(value, float(entries[name].base.max()), draw)
+            for name, value in inputs.items()
+        }
+        try:
+            made = compute(step, inputs_of(step, lambda name, noisy=noisy: backend.array(noisy[name]), weights), weights)  # type: ignore[misc]
+        except (NotApplicable, ValueError):
+            return None
+        worst = np.maximum(worst, entry.between(backend.to_host(made), case.replay.on_host[step.makes], case.positions))
+    return _FAR * worst
+
+
+def _disturbed(value: NDArray[np.float32], error: float, draw: np.random.Generator) -> NDArray[np.float32]:
+    """A value with noise of this NMSE in all elements, of float32's rounding at least; ids, which are whole numbers, stay."""
+    if bool((value == np.rint(value)).all()):
+        return value
+    size = np.sqrt(max(error, ELEMENT**2) * np.mean(np.square(value, dtype=np.float64), axis=-1, keepdims=True))
+    noisy: NDArray[np.float32] = (value + size * draw.standard_normal(value.shape)).astype(np.float32)
+    return noisy
 
 
 def _made_of_own_inputs(case: Case, step: Step, entries: dict[str, Expected]) -> NDArray[np.float32] | None:

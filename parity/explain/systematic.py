@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from checkpoints.points import parse
 from engine.backend import Array
+from engine.faults.edits import ggml, number
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 
@@ -111,7 +112,7 @@ def followed(
     found: list[Followed] = []
     changes = list(_changes(steps, among))
     may = may_follow(case, entry, wanted, known, [changed for _, changed in changes], budget, 1 - _ALONG)
-    for number, changed in (change for change, worth in zip(changes, may, strict=True) if worth):
+    for candidate, changed in (change for change, worth in zip(changes, may, strict=True) if worth):
         if budget.over():
             return found, False
         try:
@@ -125,9 +126,9 @@ def followed(
             continue
         along = float((moved * wanted).sum())
         if along**2 / (size * total) > _ALONG:
-            moved_by = along / size * number.change
-            words = number.words.format(factor=_factor(moved_by), summand=moved_by)
-            found.append(replace(number, words=words, change=moved_by, along=along**2 / (size * total)))
+            moved_by = along / size * candidate.change
+            words = candidate.words.format(factor=_factor(moved_by), summand=moved_by)
+            found.append(replace(candidate, words=words, change=moved_by, along=along**2 / (size * total)))
     return found, True
 
 
@@ -157,11 +158,24 @@ def _changes(steps: Sequence[Step], among: Collection[str] | None) -> Iterator[t
             ):
                 changed = [replace(step, op=_Moved(step.op, shifted)) if step.makes in chosen else step for step in steps]
                 yield Followed(words, kind, shifted, _CHANGE, 0.0), changed
+        for scaled in _scaled_alike(in_scope):
+            changed = [replace(step, op=_Moved(step.op, False)) if step.makes in scaled else step for step in steps]
+            kinds = dict.fromkeys(parse(name).kind for name in sorted(scaled))
+            yield Followed(f"{' and '.join(kinds)} were multiplied by {{factor}}", "", False, _CHANGE, 0.0), changed
         for name in dict.fromkeys(name for step in in_scope for name, value in step.params.items() if isinstance(value, float)):
             change = _OF_EPSILON if name.startswith("eps") else _CHANGE
             makes = {step.makes for step in in_scope}
             changed = [_with(step, name, 1 + change) if step.makes in makes else step for step in steps]
             yield Followed(f"{name} were multiplied by {{factor}}", "", False, change, 0.0), changed
+
+
+def _scaled_alike(steps: Sequence[Step]) -> list[set[str]]:
+    """The results of several kinds that one number multiplies: it is one of the model's, such as Granite's factor of both branches."""
+    factors: dict[float, set[str]] = {}
+    for step in steps:
+        if ggml(step, "SCALE"):
+            factors.setdefault(number(step, 0), set()).add(step.makes)
+    return [makes for makes in factors.values() if len({parse(name).kind for name in makes}) > 1]
 
 
 def _with(step: Step, name: str, factor: float) -> Step:

@@ -173,7 +173,9 @@ class _Chase:
         if lacking:
             return f"{self._command.name} printed none of these points: {','.join(lacking)}"
         if verdict.next_slice is not None:
-            return f"{self._command.name} printed these points already: print {verdict.next_slice} values a row, or the sketch"
+            return (
+                f"{self._command.name} printed these points already: print {verdict.next_slice} values per row, or the sketch"
+            )
         return f"the records of {verdict.next} do not narrow it down further"
 
     def _side(self, points: str) -> ExternalEngine:
