@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from planted import Faulty, Planted, half_sums, tokens_of
+from planted import PATIENT, Faulty, Planted, half_sums, tokens_of
 
 from checkpoints.answers.explain import Explanation
 from checkpoints.points import parse
@@ -156,7 +156,7 @@ def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
         ours = engine.dump(Planted(()), tokens_of(path, 7, 1), points="all", size=4096, bare=False, steps=steps)
         assert ours.header is not None
         ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
-        return explain(ours, path, ExplainOptions(budget=20))
+        return explain(ours, path, PATIENT)
 
     answer = explained(engine.right)
     assert answer
