@@ -1,6 +1,6 @@
 """An encoder–decoder that does not state its arithmetic: what its own halves' replay shows about the errors of the first place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import pytest
 from changed_files import File
 from explaining import unstated
 from msgspec.structs import replace
+from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
+from checkpoints.answers.explain import Explanation
 from checkpoints.formats import load
 from checkpoints.record import Dump
 from engine.graph import Step
@@ -19,6 +21,8 @@ from engine.opened import open_plain
 from engine.replay.precision import rounded
 from engine.weights.gguf_model import GgufModel
 from parity.diff.compare import Options
+from parity.diff.first import BLAMED
+from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
 from parity.run.ours import OursJob
 from parity.run.ours import dump as write_dump
@@ -100,3 +104,55 @@ def test_logits_in_lower_arithmetic_behind_a_table_are_not_called_exact(
     assert scaled.first_divergence.checkpoint == "logits"
     assert scaled.pattern is not None
     assert " 1.001" in scaled.pattern.sentence
+
+
+@pytest.mark.slow
+def test_a_decoder_in_a_lower_arithmetic_than_its_encoder(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A T5 whose decoder alone rounds to F16: its first product is not called wrong."""
+    path, out = small_model("t5"), tmp_path / "ref.jsonl"
+    tokens = tokens_of(path, 5, 1)
+    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=4096))
+    engine, ref = Faulty(path, reference.graph(path)), load(out)
+    ours = engine.dump(
+        Planted(()), tokens, points="all", size=4096, bare=False, steps=rounded(engine.right, "f16", storage=False)
+    )
+    assert ours.header is not None
+    ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
+    verdict = compared_on(ours, ref, Options(), path).verdict
+    assert verdict.pattern is not None
+    assert "mixed precision" in verdict.pattern.sentence
+    assert BLAMED not in verdict.operation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [False, True])
+def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
+    storage: bool, small_model: Callable[..., Path], reference: Reference
+) -> None:
+    """A T5 whose encoder alone is F16: explain blames nothing in the decoder that reads it, and names a wrong product there."""
+    path = small_model("t5")
+    engine = Faulty(path, reference.graph(path))
+    encoder = engine.transformer.encoder
+    assert encoder is not None
+    engine.transformer.encoder = rounded(encoder, "f16", storage=storage)
+
+    def explained(steps: Sequence[Step]) -> Explanation:
+        ours = engine.dump(Planted(()), tokens_of(path, 7, 1), points="all", size=4096, bare=False, steps=steps)
+        assert ours.header is not None
+        ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
+        return explain(ours, path, ExplainOptions(budget=20))
+
+    answer = explained(engine.right)
+    assert answer
+    assert answer.precision_only == "f16"
+    assert not answer.causes
+    scaled = [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(1.002))
+        if step.makes == "blk.1.attn_out"
+        else step
+        for step in engine.right
+    ]
+    answer = explained(scaled)
+    assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]

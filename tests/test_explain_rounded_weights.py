@@ -13,7 +13,7 @@ from checkpoints.answers.explain import Explanation
 from engine.faults import CATALOGUE, plant
 from engine.faults.edits import Then
 from engine.graph import Step
-from engine.replay.precision import is_normed
+from engine.replay.precision import is_normed, rounded
 from engine.replay.rounded_weights import with_rounded_weights
 from parity.explain.explain import ExplainOptions, explain
 
@@ -41,6 +41,15 @@ def test_rounded_weights_are_a_cause_of_their_own(engine: Faulty, what: str, kin
     ]
     assert answer.remaining is None
     assert not answer.precision_only
+
+
+@pytest.mark.parametrize("points", slow_but(["default", "*"], "default"))
+@pytest.mark.parametrize("kind", slow_but(["bf16", "f16"], "f16"))
+def test_lower_arithmetic_is_not_put_down_to_the_weights_it_rounds(engine: Faulty, kind: str, points: str) -> None:
+    """An engine that keeps every value in a lower type rounds its embeddings, too, and they are all of the first place."""
+    answer = _explained(engine, rounded(engine.right, kind, storage=True), points)
+    assert answer.causes == ()
+    assert answer.precision_only
 
 
 @pytest.mark.slow

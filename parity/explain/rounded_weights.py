@@ -5,20 +5,21 @@ The first place says which weights: its operations are computed again with some 
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.printable import first_names
 from engine.faults.base import Fault, Parameters, Steps, kind_of
-from engine.graph import Step, weight_name
+from engine.graph import GIVEN, Step, weight_name
 from engine.replay.precision import is_normed
 from engine.replay.rounded_weights import with_rounded_weights
 from reports.sentences import ARITHMETIC
 
 from .budget import Budget
 from .case import Case
+from .looks_like import looks
 from .mixed import own_steps
 from .search import Search
 from .state import Candidate, SearchState
@@ -38,7 +39,31 @@ def with_weights_rounded(case: Case, search: Search, start: SearchState, budget:
     if start.first is None or not float(np.max(case.entries[start.first.point].base)) <= _SMALL:
         return start
     states = [state for kind in _KINDS if (state := _with_type(case, search, start, kind, budget)) is not start]
-    return search.of_candidates(start, states) if states else start
+    state = search.of_candidates(start, states) if states else start
+    return start if _only_looked_up(case, start, state) and looks(case, search, start, budget).kinds else state
+
+
+def _only_looked_up(case: Case, start: SearchState, state: SearchState) -> bool:
+    """Whether rounded weights explain only values that are looked up, which whoever computes in a lower type rounds as well."""
+    if state is start or start.first is None or state.first is None:
+        return False
+    explained = (
+        entry.point
+        for entry, nmse in zip(case.entries[: state.first.point], start.nmse, strict=False)
+        if (nmse > entry.limit).any()
+    )
+    steps = {step.makes: step for step in state.steps}
+    return all(_is_looked_up(steps, point) for point in explained)
+
+
+def _is_looked_up(steps: Mapping[str, Step], name: str) -> bool:
+    """Whether a value is a weight's rows, chosen by the tokens, or made from such rows without a further weight."""
+    step = steps.get(name)
+    return (
+        step is None
+        or GIVEN.issuperset(step.names)
+        or (not step.weights and all(_is_looked_up(steps, read) for read in step.names))
+    )
 
 
 def _with_type(case: Case, search: Search, start: SearchState, kind: str, budget: Budget) -> SearchState:
