@@ -71,13 +71,11 @@ def shared_factor(errors: Floats, right: Floats, allowed: Allowed = NOTHING, *, 
         allowed: how far a right factor may be off.
         fewest: rows that suffice: of fewer than `POSITIONS` one may be off by the rounding of a number of its own.
     """
-    size = np.abs(right)
-    middle = np.ma.median(np.ma.masked_equal(size, 0.0), axis=1, keepdims=True).filled(0.0)
-    usual = size <= _OUTLYING * middle
-    shows = np.count_nonzero(usual & (size > 0), axis=1) >= _ELEMENTS
+    usual = _usual(right)
+    shows = np.count_nonzero(usual & (right != 0), axis=1) >= _ELEMENTS
     some, errors = np.where(usual, right, 0.0)[shows], np.where(usual, errors, 0.0)[shows]
-    limits = (np.full(len(some), part) for part in (allowed.above, allowed.below))
-    along = _shared(errors, some, some, *limits, fewest)
+    above, below = np.full(len(some), allowed.above), np.full(len(some), allowed.below)
+    along = _shared(errors, some, some, above, below, fewest)
     return None if along is None else Part(1 + along[0], 0.0, *along[1:])
 
 
@@ -91,6 +89,16 @@ def shared_summand(errors: Floats, right: Floats, allowed: Allowed = NOTHING) ->
     above, below = allowed.above * mean, allowed.below * mean
     along = _shared(errors, right, np.ones_like(right), np.maximum(above, -below), np.maximum(below, -above), POSITIONS)
     return None if along is None else Part(0.0, *along)
+
+
+def _usual(right: Floats) -> NDArray[np.bool_]:
+    """Which values [R, k] do not dwarf their row: its median is that of the values that are not 0."""
+    size = np.abs(right)
+    if not size.size:
+        return np.zeros_like(size, dtype=bool)
+    width = size.shape[1]
+    middle = np.minimum((np.count_nonzero(size == 0, axis=1) + width) // 2, width - 1)
+    return np.asarray(size <= _OUTLYING * np.take_along_axis(np.sort(size, axis=1), middle[:, None], axis=1))
 
 
 def _shared(
