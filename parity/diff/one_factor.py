@@ -83,11 +83,13 @@ def shared_summand(errors: Floats, right: Floats, allowed: Allowed = NOTHING) ->
     """The summand that errors [R, k] of right values [R, k] share beside their noise; None without one.
 
     Args:
-        allowed: how far a right factor may be off: values that have a mean are then off by that part of it.
+        allowed: how far a right factor may be off: what it makes of values that have a mean is no summand.
     """
-    mean = right.mean(axis=1)
-    above, below = allowed.above * mean, allowed.below * mean
-    along = _shared(errors, right, np.ones_like(right), np.maximum(above, -below), np.maximum(below, -above), POSITIONS)
+    energy = np.maximum((right * right).sum(axis=1), np.finfo(np.float64).tiny)
+    factors = np.clip((errors * right).sum(axis=1) / energy, -allowed.below, allowed.above)
+    # Values that are all alike are rounded alike.
+    alike = allowed.above * np.abs(right.mean(axis=1))
+    along = _shared(errors - factors[:, None] * right, right, np.ones_like(right), alike, alike, POSITIONS)
     return None if along is None else Part(0.0, *along)
 
 
