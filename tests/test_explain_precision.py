@@ -22,11 +22,13 @@ from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.replay.rounded_weights import with_rounded_weights
 from engine.synth import Shape, synthesize
+from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.flipped import may_exchange
 from parity.explain.one_element import one_element
 from parity.explain.precision import floor
+from parity.explain.reproduced import is_reproduced
 from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.explanation import lines
@@ -307,6 +309,13 @@ def test_an_engine_whose_large_biases_hide_rounding_is_right_in_its_arithmetic(b
     answer = explain(dump, biased.model, ExplainOptions(budget=10))
     assert answer
     assert (answer.precision_only, answer.causes, answer.law) == ("f16", (), "")
+
+
+def test_no_run_begins_after_the_time_is_up(biased: Faulty) -> None:
+    """Of the ways in which an engine may round, each costs a run where the embedding differs first: none is tried without time."""
+    dump = unstated(biased.dump(RIGHT, PROMPT, steps=rounded(biased.right, "bf16", storage=True)))
+    case = Case(dump, biased.model, ExplainOptions())
+    assert [is_reproduced(case, "bf16", Budget(seconds)) for seconds in (3600.0, 0.0)] == [True, False]
 
 
 @pytest.mark.slow

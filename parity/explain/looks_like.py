@@ -53,7 +53,7 @@ def looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -
 def reproducing(case: Case, budget: Budget) -> Looks:
     """The arithmetic in which our own run has the dump's every record, asked before anything else; nothing where float32 is stated."""
     kinds = KINDS if not case.states_f32 and may_be_noise(case.entries) else ()
-    kind = next((kind for kind in kinds if not budget.over() and is_reproduced(case, kind)), None)
+    kind = next((kind for kind in kinds if is_reproduced(case, kind, budget)), None)
     return Looks() if kind is None else Looks((kind,), is_noise=True)
 
 

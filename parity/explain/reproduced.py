@@ -18,6 +18,7 @@ from engine.replay.replay import Replay
 from engine.replay.rounded_weights import with_rounded_weights
 
 from ..diff.limits import limits
+from .budget import Budget
 from .case import Case
 from .flipped import has_choices
 from .mixed import own_steps, rounded_value
@@ -69,14 +70,19 @@ def _ways(kind: str) -> Iterator[_Way]:
                 yield _Way(storage, normed, parameters)
 
 
-def is_reproduced(case: Case, kind: str) -> bool:
-    """Whether every record of the dump is, up to values that lie next to a tie, that of a run of the right steps in this arithmetic."""
+def is_reproduced(case: Case, kind: str, budget: Budget) -> bool:
+    """Whether every record of the dump is, up to values that lie next to a tie, that of a run of the right steps in this arithmetic.
+
+    False if there was no time to tell: a first place that is an embedding shows little, and each way that it leaves costs a run.
+    """
     first = next((entry for entry in case.entries if (entry.base > entry.limit).any()), None)
     if first is None:
         return False
     steps, chosen = case.transformer.steps, has_choices(case)
     places = own_steps(steps, first.point, {entry.point for entry in case.entries})
     for way in _ways(kind):
+        if budget.over():
+            return False
         value = rounded_value(case, places, partial(way.of, kind=kind), first.point)
         if value is None or not _the_same(first, first.nmse(value, case.positions), _cost(case, first, value, kind, chosen)):
             continue
