@@ -9,7 +9,7 @@ import pytest
 from changed_files import File
 from explaining import unstated
 from msgspec.structs import replace
-from planted import Faulty, Planted, tokens_of
+from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.answers.explain import Explanation
@@ -22,7 +22,7 @@ from engine.replay.precision import rounded
 from engine.weights.gguf_model import GgufModel
 from parity.diff.compare import Options
 from parity.diff.first import BLAMED
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.explain import explain
 from parity.explain.on_model import compared_on
 from parity.run.ours import OursJob
 from parity.run.ours import dump as write_dump
@@ -142,7 +142,7 @@ def test_an_encoder_in_a_lower_arithmetic_than_its_decoder(
         ours = engine.dump(Planted(()), tokens_of(path, 7, 1), points="all", size=4096, bare=False, steps=steps)
         assert ours.header is not None
         ours = replace(ours, header=replace(ours.header, compute="", source="an engine"))
-        return explain(ours, path, ExplainOptions(budget=20))
+        return explain(ours, path, PATIENT)
 
     answer = explained(engine.right)
     assert answer

@@ -301,6 +301,14 @@ def test_an_engine_that_rounds_large_biases_too_is_right_in_its_arithmetic(biase
     assert (answer.causes, answer.law) == ((), "")
 
 
+def test_an_engine_whose_large_biases_hide_rounding_is_right_in_its_arithmetic(biased: Faulty) -> None:
+    """Queries' errors are next to float32's limit, so that other records show F16 first: no weights and no operation are blamed."""
+    dump = unstated(biased.dump(RIGHT, PROMPT, points="*", steps=rounded(biased.right, "f16", storage=False)))
+    answer = explain(dump, biased.model, ExplainOptions(budget=10))
+    assert answer
+    assert (answer.precision_only, answer.causes, answer.law) == ("f16", (), "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "factor"), [("f16", 1.005), ("f16", 30.0), ("bf16", 1.005), ("bf16", 1.3)])
 def test_what_rounded_biases_excuse_hides_no_factor(biased: Faulty, kind: str, factor: float) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from dumps import dump as dumped
 from explaining import RIGHT, unstated
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -115,3 +116,42 @@ def test_only_what_all_positions_share_is_a_part() -> None:
     assert summand is not None
     assert abs(summand.summand - 2e-3) < 4 * summand.error
     assert shared_factor(np.zeros_like(right), right) is None
+
+
+def test_digits_cut_off_positive_values_are_no_summand() -> None:
+    """Values of a gate are smaller by a step's part, so is their mean: right, but a summand that such values can't have is found."""
+    right = 1 / (1 + np.exp(-0.5 * np.random.default_rng(3).normal(size=(6, 64))))
+    noise = -np.random.default_rng(4).uniform(0, 2.0**-8, size=right.shape) * right
+    assert shared_summand(noise, right) is not None
+    assert shared_summand(noise, right, Allowed.of("bf16", 1)) is None
+    assert shared_summand(-noise + 4e-3, right, Allowed.of("bf16", 1)) is not None
+    wide: NDArray[np.float64] = np.random.default_rng(5).normal(size=(6, 64))
+    for summand in (-0.01, 0.01):
+        found = shared_summand(
+            2e-3 * np.random.default_rng(6).normal(size=wide.shape) * wide + summand, wide, Allowed.of("bf16", 24)
+        )
+        assert found is not None
+        assert abs(found.summand - summand) < 0.1 * abs(summand)
+
+
+def test_a_channel_that_dwarfs_a_row_is_one_number() -> None:
+    """A sum in BF16 keeps 1000 where 1 is taken off it layer by layer: one element is too large at all positions, the others not."""
+    random = np.random.default_rng(3)
+    right: NDArray[np.float64] = random.normal(size=(6, 64))
+    right[:, 3] = 976
+    errors = 2e-3 * random.normal(size=right.shape) * right
+    errors[:, 3] = 8
+    assert shared_factor(errors, right, Allowed.of("bf16", 1)) is None
+    ours, ref = (dumped({"embd": side.astype(np.float32)}) for side in (right + errors, right))
+    assert compare(ours, ref, Options(compute="bf16"))
+    found = shared_factor(errors + 0.01 * right, right, Allowed.of("bf16", 1))
+    assert found is not None
+    assert abs(found.factor - 1.01) < 4 * found.error
+
+
+def test_eight_bits_beside_constants_in_bf16() -> None:
+    """Products in 8 bits, and everything else in BF16: an embedding times the root of 1152, which BF16 has as 34; 1.006 is none."""
+    right = np.random.default_rng(3).normal(size=(6, 64)).astype(np.float32)
+    for factor, agrees in ((float(34 / np.sqrt(1152)), True), (1.006, False)):
+        ours = dumped({"embd": (factor * right).astype(np.float32)})
+        assert bool(compare(ours, dumped({"embd": right}), Options(compute="q8"))) is agrees

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
 from checkpoints.points import EMBD, LOGITS, parse
+from checkpoints.record import Rows
 from reports.sentences import ARITHMETIC
 
 from .align import Pair
@@ -27,6 +28,7 @@ from .truth import Truth
 
 ONE_FACTOR = "one-factor"  # a pattern's code
 _WHOLE = "the whole row is "  # what a sketch shows
+_DOMINANT = 0.5  # of a row's length, as one element of it: a quarter of the sum of squares
 _TYPED = 16  # values that show a type; any has F16's bits by chance once in 8,192 draws
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 
@@ -131,7 +133,7 @@ def _part(pair: Pair, chosen: Bools, allowed: Allowed, head: int, noise: str, fe
     for which, errors, right in _views(pair, chosen, head):
         part = shared_factor(errors, right, allowed, fewest=fewest)
         if part is None and which != _WHOLE:
-            part = shared_summand(errors, right)
+            part = shared_summand(errors, right, allowed)
         if part is not None:
             sentence = f"{which}{part.words} beside the noise of {noise}, and rounding, which is scattered, has no such part"
             return _Found(ONE_FACTOR, sentence, part.beyond)
@@ -154,7 +156,16 @@ def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, 
             inside = slice(number * head, (number + 1) * head)
             yield f"head {number} alone is ", errors[:, inside], right[:, inside]
     if pair.ours.sketch is not None and pair.ref.sketch is not None:
-        yield _WHOLE, *_apart(pair.ours.sketch[chosen], pair.ref.sketch[chosen])
+        several = chosen & ~_dominated(pair.ref)
+        yield _WHOLE, *_apart(pair.ours.sketch[several], pair.ref.sketch[several])
+
+
+def _dominated(rows: Rows) -> Bools:
+    """Whether one element is most of what projections of a whole row show, [R]; its rounding is then theirs."""
+    if not {"min", "max", "l2"} <= rows.stats.keys():
+        return np.zeros(len(rows), dtype=bool)
+    largest = np.fmax(np.abs(rows.stats["min"]), np.abs(rows.stats["max"]))
+    return np.asarray(largest > _DOMINANT * rows.stats["l2"])
 
 
 def _apart(ours: NDArray[np.float32], ref: NDArray[np.float32]) -> tuple[Floats, Floats]:

@@ -30,7 +30,7 @@ from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, placed
-from .looks_like import Looks, floor_of, looks, looks_like
+from .looks_like import floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
 from .own_inputs import contradicted
@@ -106,14 +106,14 @@ def _of_all_records(
     search = sharper or search_in(case)
     start = search.screening.start()
     kinds = tuple[str, ...]()
-    found = Looks()
-    best = begin = with_weights_rounded(case, search, start, budget)
+    found = reproducing(case, budget)
+    best = begin = start if found.is_noise else with_weights_rounded(case, search, start, budget)
     if start.first is None:
         kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
-    elif begin is start and (number := of_one_number(case, search, start, budget)) is not None:
+    elif begin is start and not found.is_noise and (number := of_one_number(case, search, start, budget)) is not None:
         best = number
     elif begin.first is not None:
-        found = looks(case, search, start, budget) if begin is start else found
+        found = looks(case, search, start, budget) if begin is start and not found.is_noise else found
         kinds = found.kinds if found.is_noise and not found.excused else ()
         if not found.is_noise:
             best = _needed(search, _around(case, search, search.explain(begin, options.max_faults), options.max_faults, budget))

@@ -29,8 +29,6 @@ def looks(case: Case, search: Search, start: SearchState, budget: Budget) -> Loo
     """What lower arithmetic explains of the differences; nothing where float32 is stated."""
     if case.states_f32:
         return Looks()
-    if (reproduced := _reproducing(case, budget)) is not None:
-        return Looks((reproduced,), is_noise=True)
     kinds = looks_like(case, search, start, budget)
     # A fault that there was no time to try may fit better.
     if not kinds or not search.screening.budget.complete or not is_proof(measured := floor_of(case, kinds[0])):
@@ -52,10 +50,11 @@ def looks_like(case: Case, search: Search, start: SearchState, budget: Budget) -
     return () if (sentence and not sentence.endswith(WRONG)) or search.simple(start) else kinds
 
 
-def _reproducing(case: Case, budget: Budget) -> str | None:
-    """The arithmetic in which our own run has the dump's every record; None if there is none."""
-    kinds = KINDS if may_be_noise(case.entries) else ()
-    return next((kind for kind in kinds if not budget.over() and is_reproduced(case, kind)), None)
+def reproducing(case: Case, budget: Budget) -> Looks:
+    """The arithmetic in which our own run has the dump's every record, asked before anything else; nothing where float32 is stated."""
+    kinds = KINDS if not case.states_f32 and may_be_noise(case.entries) else ()
+    kind = next((kind for kind in kinds if not budget.over() and is_reproduced(case, kind)), None)
+    return Looks() if kind is None else Looks((kind,), is_noise=True)
 
 
 def floor_of(case: Case, kind: str) -> PrecisionFloor:

@@ -18,11 +18,12 @@ from reports.sentences import ARITHMETIC
 
 from .beside import ROOM, beside
 from .case import Case
+from .flipped import has_choices
 from .laws import WRONG, law
 from .looks_like import floor_of
 from .precision import OURS, of_ids
 from .records import Expected, Floats
-from .reproduced import THE_SAME
+from .reproduced import THE_SAME, usual_cost
 
 # The most by which rounding to nearest moves a constant, as a part of it: an engine may keep one (the root of the width by which it
 # scales embeddings, say) in the type in which it computes.
@@ -65,7 +66,11 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
     """
     if not kinds or (cost := floor_of(case, kinds[0])).alike < OURS:
         return answer
-    costs = dict(zip((entry.point for entry in case.entries), map(float, cost.cost()), strict=True))
+    chosen = has_choices(case)
+    costs = {
+        entry.point: max(usual_cost(costs, kinds[0], chosen) for costs in both)
+        for entry, *both in zip(case.entries, cost.products, cost.storage, strict=True)
+    }
     found = outstanding(case, kinds[0], costs)
     if found is None:
         return answer

@@ -17,7 +17,9 @@ from engine.replay.precision import is_normed, rounded
 from engine.replay.replay import Replay
 from engine.replay.rounded_weights import with_rounded_weights
 
+from ..diff.limits import limits
 from .case import Case
+from .flipped import has_choices
 from .mixed import own_steps, rounded_value
 from .precision import mean_cost, of_ids
 from .records import Expected, Floats
@@ -72,27 +74,39 @@ def is_reproduced(case: Case, kind: str) -> bool:
     first = next((entry for entry in case.entries if (entry.base > entry.limit).any()), None)
     if first is None:
         return False
-    steps = case.transformer.steps
+    steps, chosen = case.transformer.steps, has_choices(case)
     places = own_steps(steps, first.point, {entry.point for entry in case.entries})
     for way in _ways(kind):
         value = rounded_value(case, places, partial(way.of, kind=kind), first.point)
-        if value is None or not _the_same(first, first.nmse(value, case.positions), _cost(case, first, value)):
+        if value is None or not _the_same(first, first.nmse(value, case.positions), _cost(case, first, value, kind, chosen)):
             continue
         run = case.make(way.of(steps, kind), len(case.positions), None, case.rounded(kind, way.storage))
-        if all(same_as_run(case, run, entry) for entry in case.entries):
+        if all(_same_as_run(case, run, entry, kind, chosen) for entry in case.entries):
             return True
     return False
 
 
-def same_as_run(case: Case, run: Replay, entry: Expected) -> bool:
+def _same_as_run(case: Case, run: Replay, entry: Expected, kind: str, chosen: bool) -> bool:
     """Whether a point's records are those of a run, to which ids (of chosen experts) may differ: what they lead to is compared."""
     value = run.on_host[entry.point]
-    return of_ids(entry) or _the_same(entry, entry.nmse(value, case.positions), _cost(case, entry, value))
+    return of_ids(entry) or _the_same(entry, entry.nmse(value, case.positions), _cost(case, entry, value, kind, chosen))
 
 
-def _cost(case: Case, entry: Expected, value: Array) -> float:
-    """What the lower arithmetic of this value costs the point: mean NMSE."""
-    return mean_cost(entry.between(value, case.replay.on_host[entry.point], case.positions))
+def _cost(case: Case, entry: Expected, value: Array, kind: str, chosen: bool) -> float:
+    """What the lower arithmetic of this value costs the point (`usual_cost`)."""
+    return usual_cost(entry.between(value, case.replay.on_host[entry.point], case.positions), kind, chosen)
+
+
+def usual_cost(costs: Floats, kind: str, chosen: bool) -> float:
+    """What an arithmetic that costs a point's records that much costs it: mean NMSE.
+
+    Where experts are `chosen` it is the usual record's, and no more than the type's limit: what other experts make is half a row, which
+    leaves room for any fault.
+    """
+    known = costs[np.isfinite(costs)]
+    if not chosen or not len(known):
+        return mean_cost(costs)
+    return min(float(np.median(known)), limits(None, None, compute=kind).operations)
 
 
 def _the_same(entry: Expected, errors: Floats, cost: float) -> bool:
