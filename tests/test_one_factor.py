@@ -116,6 +116,9 @@ def test_only_what_all_positions_share_is_a_part() -> None:
     assert summand is not None
     assert abs(summand.summand - 2e-3) < 4 * summand.error
     assert shared_factor(np.zeros_like(right), right) is None
+    for width in (0, 11):  # too few numbers of a row
+        assert shared_factor(right[:, :width], right[:, :width]) is None
+        assert shared_summand(right[:, :width], right[:, :width]) is None
 
 
 def test_digits_cut_off_positive_values_are_no_summand() -> None:

@@ -4,7 +4,7 @@
 // grid-wide barrier nor a fence is needed between the block that makes a value and one that takes it (NCCL's LL protocol). A word
 // belongs to one value of one layer and is written once a step; a step begins when all blocks have finished the last one.
 
-#ifndef PAUSE                    // nanoseconds between reads: constant polling slows down the writer (BENCHMARKS.md)
+#ifndef PAUSE                    // nanoseconds between reads: constant polling slows down the writer (docs/benchmarks-log.md)
 #define PAUSE 50
 #endif
 #ifndef FIRST_PAUSE              // before the first read of the residual stream behind attention: looking too early slows down those

@@ -73,7 +73,7 @@ struct Model {
 #define DOWN_BY_COLUMNS (STAGED && one_type(DOWN_TYPES) && (DOWN_TYPES & FLOAT_TYPES) && SHARE(D) <= COLUMN_ROWS)
 
 // Warps that share a row, rows they take at once, and what is unrolled or requested together: measured with F16 on a 0.5 B model
-// (BENCHMARKS.md), where half or twice of any of these is slower.
+// (docs/benchmarks-log.md), where half or twice of any of these is slower.
 #ifndef QKV_WARPS
 #define QKV_WARPS 2
 #endif

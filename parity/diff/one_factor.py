@@ -85,6 +85,8 @@ def shared_summand(errors: Floats, right: Floats, allowed: Allowed = NOTHING) ->
     Args:
         allowed: how far a right factor may be off: what it makes of values that have a mean is no summand.
     """
+    if right.shape[1] < _ELEMENTS:
+        return None
     energy = np.maximum((right * right).sum(axis=1), np.finfo(np.float64).tiny)
     factors = np.clip((errors * right).sum(axis=1) / energy, -allowed.below, allowed.above)
     # Values that are all alike are rounded alike.
@@ -96,9 +98,9 @@ def shared_summand(errors: Floats, right: Floats, allowed: Allowed = NOTHING) ->
 def _usual(right: Floats) -> NDArray[np.bool_]:
     """Which values [R, k] do not dwarf their row: its median is that of the values that are not 0."""
     size = np.abs(right)
-    if not size.size:
-        return np.zeros_like(size, dtype=bool)
     width = size.shape[1]
+    if not width:
+        return np.zeros_like(size, dtype=bool)
     middle = np.minimum((np.count_nonzero(size == 0, axis=1) + width) // 2, width - 1)
     return np.asarray(size <= _OUTLYING * np.take_along_axis(np.sort(size, axis=1), middle[:, None], axis=1))
 
@@ -110,7 +112,7 @@ def _shared(
     share none. `above` and `below`, [R], are what is allowed of it."""
     wrong = (errors != 0).any(axis=1) & (right != 0).any(axis=1)
     errors, direction, above, below = (of[wrong] for of in (errors, direction, above, below))
-    if len(errors) < fewest or errors.shape[1] < _ELEMENTS:
+    if len(errors) < fewest:
         return None
     energy = (direction * direction).sum(axis=1)
     parts = (errors * direction).sum(axis=1) / energy
