@@ -74,10 +74,10 @@ def test_rows_of_one_kind_have_one_length_without_a_model_too(right: Dump) -> No
 
 
 def test_swapped_buffers_are_told_from_layers_that_do_nothing(right: Dump, facts: ModelFacts) -> None:
-    """With the model: "these are blk.23.l_out" where the capture came late; not so where the values are the true embedding."""
+    """With the model: "these values are blk.23.l_out" where the capture came late; not so where the values are the true embedding."""
     late = [f.evidence for f in lint(swapped_buffers(right), facts).findings if f.rule == "captured-late"]
     assert late
-    assert all("these are blk.23.l_out" in evidence for evidence in late)
+    assert all("these values are blk.23.l_out" in evidence for evidence in late)
     idle = right
     for layer in range(24):
         idle = copied(idle, f"blk.{layer}.l_out", "embd")

@@ -21,20 +21,27 @@ def ssm_conv(x: Array, kernel: Array, *, params: OpParams, shape: Shape) -> Arra
     return total.transpose(0, 2, 1)[None]
 
 
-@in_float64
 def ssm_scan(
     states: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, ids: Array, *, params: OpParams, shape: Shape
 ) -> Array:
     """The selective scan of Mamba 1 and 2: the outputs of all tokens, then the states after the last, flat [1, 1, 1, n].
 
     State[h, d] = state · exp(dt · A) + B · x · dt, output = C · state, with dt after softplus; a group of heads shares B and C.
-    Mirrors ggml_compute_forward_ssm_scan_f32.
+    Mirrors ggml_compute_forward_ssm_scan_f32. Its softplus rounds 1 + exp(dt) to float32, which leaves few digits of a small dt, here too.
 
     Args:
         states: [slots, H, dim, N]; `ids` [1, 1, 1, B] says which slot each sequence starts from.
         x: [B, T, H, dim]; dt: [1, B, T, H]; a: [1, 1, H, N] (Mamba 1) or [1, 1, H, 1]; b, c: [B, T, G, N].
         params: int 0 is how many of the last states are kept, the latest first.
     """
+    return _scan(states, x, softplus(dt), a, b, c, ids, params=params, shape=shape)
+
+
+@in_float64
+def _scan(
+    states: Array, x: Array, dt: Array, a: Array, b: Array, c: Array, ids: Array, *, params: OpParams, shape: Shape
+) -> Array:
+    """`ssm_scan` with dt after softplus."""
     xp = module_of(x)
     tokens, heads = x.shape[1:3]
     state = states[ids.reshape(-1).astype(np.int64)]  # [B, H, dim, N]
@@ -43,7 +50,7 @@ def ssm_scan(
     kept = max(1, params.int(0))
     snapshots = xp.zeros((kept, *state.shape), dtype=x.dtype)
     for token in range(tokens):
-        step = softplus(dt[0, :, token])[..., None, None]  # [B, H, 1, 1]
+        step = dt[0, :, token, :, None, None]  # [B, H, 1, 1]
         decay = exponential(step * a[0, 0][None, :, None, :])
         driven = x[:, token, :, :, None] * step
         b_now, c_now = (np.repeat(matrix[:, token], group, axis=1)[:, :, None, :] for matrix in (b, c))

@@ -18,10 +18,12 @@ from checkpoints.points import of_scores, parse
 from engine import ops
 from engine.graph import ENCODED, POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
 
+from ..diff.record_faults import listed
 from .routing import Routing, routings
 from .values import CACHED, RecordedValue, rows_at
 
 Array = NDArray[Any]
+_NAMED = 3  # inputs that a reason names
 
 
 class Program(Struct, frozen=True, dict=True):
@@ -128,6 +130,7 @@ class Inputs:
     Args:
         tokens, positions: those of the pass, [T].
         live: recorded values by name, filled as they come.
+        wide: they are given as float64, in which steps between points then compute.
     """
 
     def __init__(
@@ -137,7 +140,10 @@ class Inputs:
         memory: PassMemory,
         positions: NDArray[np.int64],
         live: Mapping[str, RecordedValue],
+        *,
+        wide: bool = False,
     ) -> None:
+        self._wide = wide
         self._program, self._weights, self._memory = program, weights, memory
         self._positions, self._live = positions, live
         self._between: dict[str, Array] = {}  # values between points, kept while later steps read them
@@ -146,6 +152,10 @@ class Inputs:
     def by(self, program: Program) -> "Inputs":
         """The same recorded values as inputs of another definition's steps."""
         return Inputs(program, self._weights, self._memory, self._positions, self._live)
+
+    def widened(self) -> "Inputs":
+        """The same recorded values as float64."""
+        return Inputs(self._program, self._weights, self._memory, self._positions, self._live, wide=True)
 
     @property
     def seen(self) -> int:
@@ -158,7 +168,8 @@ class Inputs:
         Raises:
             UnknownInput: an input is not known.
         """
-        return [self._read(step, read, rows) for read in step.reads]
+        given = [self._read(step, read, rows) for read in step.reads]
+        return [value.astype(np.float64) if value.dtype == np.float32 else value for value in given] if self._wide else given
 
     def _read(self, step: Step, read: Read, rows: NDArray[np.int64] | None) -> Array:
         if isinstance(read, State):
@@ -259,3 +270,11 @@ def inputs_named(step: Step) -> list[str]:
     """The values of this pass that a step reads directly, each once, without tokens, positions and an encoder's output."""
     names = [name_of(read) for read in step.reads if not isinstance(read, State)]
     return [name for name in dict.fromkeys(names) if name not in (TOKENS, POSITIONS, ENCODED)]
+
+
+def as_subject(names: Sequence[str]) -> str:
+    """Inputs as the subject of a sentence: up to three by name, of more the two that are nearest to the operation."""
+    if len(names) == 1:
+        return f"its input {names[0]} was"
+    nearest = sorted(names, key=lambda name: (-1 if (layer := parse(name).layer) is None else layer, name))
+    return f"its inputs {listed(nearest if len(names) <= _NAMED else [*nearest[-2:], 'earlier ones'])} were"

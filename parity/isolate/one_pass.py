@@ -2,6 +2,8 @@
 
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -13,14 +15,14 @@ from engine import ops
 from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
 from engine.replay.proof import rounds_activations
 
-from ..diff.record_faults import listed
 from ..diff.rounding import beyond_rounding, is_rounding, type_of
 from ..diff.scatter import is_scaled, is_scatter
 from .elements import least_energy, sampled_error
 from .held import Held, nearer, without_numbers
-from .inputs import Inputs, UnknownInput, inputs_named, reads_rows_alone
+from .inputs import Inputs, UnknownInput, as_subject, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import OF_THE_WEIGHT, look_of, other_epsilon, siblings
+from .own_rounding import within_own_rounding
 from .routing import choice_in_layer, other_order, routing_error
 from .values import CACHED, RecordedValue, row_errors, rows_at
 
@@ -35,15 +37,6 @@ _NEARER = 10.0
 # weights); scores of 100, rounded to float32, make it 4e-11.
 STRETCH = 3.0
 _NORMS = (ops.rms_norm, ops.layer_norm)
-_NAMED = 3  # inputs that a reason names
-
-
-def _inputs(names: Sequence[str]) -> str:
-    """Inputs as the subject of a sentence: up to three by name, of more the two that are nearest to the operation."""
-    if len(names) == 1:
-        return f"its input {names[0]} was"
-    nearest = sorted(names, key=lambda name: (-1 if (layer := parse(name).layer) is None else layer, name))
-    return f"its inputs {listed(nearest if len(names) <= _NAMED else [*nearest[-2:], 'earlier ones'])} were"
 
 
 class JudgedPass:
@@ -118,7 +111,7 @@ class JudgedPass:
             return
         output = "its output was not recorded as a whole"
         self._judging.records[step.makes].reason = (
-            output if step.makes in names else f"{_inputs(names)} not recorded as a whole"
+            output if step.makes in names else f"{as_subject(names)} not recorded as a whole"
         )
 
     def _judge(self, step: Step) -> None:
@@ -209,6 +202,8 @@ class JudgedPass:
                 errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
                 errors = row_errors(step.makes, ours, dumped, positions, least)
+                wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
+                errors = within_own_rounding(way, ours, wide, positions, errors, limit)
             unknown = without_numbers(inputs, len(errors))
             if unknown.all():
                 raise UnknownInput(NOT_FINITE)
@@ -274,6 +269,9 @@ class JudgedPass:
             raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
         return computed
 
+    def _in_float64(self, step: Step, source: Inputs) -> NDArray[Any]:
+        return self._computed(step, self._aligned(step, source.widened())[0])
+
     def _note(self, step: Step, definition: Step, held: Held) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._judging.records[step.makes], self._limit(step)
@@ -335,10 +333,9 @@ class JudgedPass:
             UnknownInput: they have none in common, an operation over all positions lacks some, or a history has gaps.
         """
         output = self._live[step.makes]
-        if parse(step.makes).kind in CACHED:
-            return source.of(step), output.data, output.positions
-        if step.axis is None:  # a pass has it only once
-            return source.of(step), output.data, output.positions[-1:]
+        cached = parse(step.makes).kind in CACHED
+        if cached or step.axis is None:  # a pass has the latter only once
+            return source.of(step), output.data, output.positions if cached else output.positions[-1:]
         common = output.positions
         for name in inputs_named(step):
             if name in self._live and parse(name).kind not in CACHED:

@@ -1,0 +1,37 @@
+"""What float32 itself costs an operation: where the terms of its sums cancel, rounding is most of what is left of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.graph import Step
+from engine.replay.wide import is_looked_up
+
+from ..diff.truth import BOTH, NO_ROUNDING
+from .values import row_errors
+
+
+def within_own_rounding(
+    way: Sequence[Step],
+    ours: NDArray[np.float32],
+    in_float64: Callable[[], NDArray[Any]],
+    positions: NDArray[np.int64],
+    errors: NDArray[np.float64],
+    limit: float,
+) -> NDArray[np.float64]:
+    """Errors of rows, float64 [R], scaled down where they are over the limit and `ours` is itself as far from float64.
+
+    A row's limit is then `BOTH` times our own distance, as two right engines may be twice as far from each other as each is from the truth.
+    What is looked up in a table of float16 has no such distance, and none beyond `NO_ROUNDING` is float32's.
+
+    Args:
+        way: the operation and what leads to it from recorded values, its own first.
+        in_float64: gives its value computed in float64.
+    """
+    if not limit < errors.max() < np.inf or any(is_looked_up(step) for step in way):
+        return errors
+    own = row_errors(way[0].makes, ours, in_float64(), positions)
+    raised = np.where(own <= NO_ROUNDING, np.fmax(limit, BOTH * own), limit)
+    return np.where(errors > limit, errors * (limit / raised), errors)
