@@ -202,8 +202,9 @@ class JudgedPass:
                 errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
                 errors = row_errors(step.makes, ours, dumped, positions, least)
-                wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
-                errors = within_own_rounding(way, ours, wide, positions, errors, limit)
+                if not definition_of.arithmetic:
+                    wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
+                    errors = within_own_rounding(way, ours, wide, positions, errors, limit)
             unknown = without_numbers(inputs, len(errors))
             if unknown.all():
                 raise UnknownInput(NOT_FINITE)
