@@ -19,7 +19,7 @@ from reports.sentences import ARITHMETIC
 
 from .budget import Budget
 from .case import Case
-from .looks_like import looks
+from .looks_like import looks_like
 from .mixed import own_steps
 from .search import Search
 from .state import Candidate, SearchState
@@ -40,7 +40,7 @@ def with_weights_rounded(case: Case, search: Search, start: SearchState, budget:
         return start
     states = [state for kind in _KINDS if (state := _with_type(case, search, start, kind, budget)) is not start]
     state = search.of_candidates(start, states) if states else start
-    return start if _only_looked_up(case, start, state) and looks(case, search, start, budget).kinds else state
+    return start if _only_looked_up(case, start, state) and looks_like(case, search, start, budget) else state
 
 
 def _only_looked_up(case: Case, start: SearchState, state: SearchState) -> bool:
