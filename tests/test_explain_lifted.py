@@ -14,7 +14,6 @@ from planted import PATIENT, Faulty, Planted, tokens_of
 from checkpoints.reading.reader import read
 from engine.backend import Array
 from engine.faults import CATALOGUE, FITTED, plant
-from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
@@ -150,34 +149,6 @@ def test_right_engines_in_lower_arithmetic_are_not_accused_at_any_point(
     assert (explanation.causes, explanation.placed, explanation.law) == ((), None, "")
     assert kind in {explanation.precision_only, *explanation.precision_alike}
     assert explanation
-
-
-@pytest.mark.parametrize(
-    ("points", "place", "factor"),
-    [
-        *((points, *of) for points in ("default", "*") for of in (("", 1.0), ("logits", 1.03), ("blk.3.ffn_moe_out", 30.0))),
-        ("*", "blk.3.ffn_moe_out", 1.1),
-    ],
-)
-@pytest.mark.usefixtures("computed")
-def test_what_other_experts_cost_excuses_no_factor(
-    reference: Reference, stories: Path, tmp_path: Path, points: str, place: str, factor: float
-) -> None:
-    """BF16 alone chooses other experts at some positions, which costs a fifth of their logits; every record is our own run's all the same,
-    and a factor behind it is not called right.
-    """
-    model = tmp_path / "m.gguf"
-    make_by_recipe(model, RECIPES["qwen3moe"], shape_of(RECIPES["qwen3moe"]), {}, kind="f32", seed=5, tokenizer=stories)
-    engine = Faulty(model, reference.graph(model))
-    steps = [
-        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
-        for step in engine.right
-    ]
-    tokens = tokens_of(model, 24, seed=1)
-    dump = unstated(engine.dump(Planted(()), tokens, points=points, steps=rounded(steps, "bf16", storage=False)))
-    explanation = explain(dump, model, ExplainOptions(budget=20_000))
-    assert bool(explanation) is (factor == 1.0)
-    assert explanation.precision_only == ("bf16" if factor == 1.0 else "")
 
 
 def _largest_ones(x: Array) -> Array:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from explaining import unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, half_sums, tokens_of
 
@@ -13,13 +14,17 @@ from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine import ops
+from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.kept import kept
 from engine.replay.precision import rounded, stored
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
 from parity.diff.first import BLAMED
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
+from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -307,3 +312,32 @@ def test_one_kind_of_operation_in_a_lower_type(sides: Sides, op: Callable[..., n
 
     assert all("arithmetic rounds it" in sentence for sentence in answers(lower))
     assert not any("arithmetic rounds it" in sentence for sentence in answers(times(lower, "blk.0.attn_out", 1.05)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("points", "place", "factor"),
+    [
+        *((points, *of) for points in ("default", "*") for of in (("", 1.0), ("logits", 1.03), ("blk.3.ffn_moe_out", 30.0))),
+        ("*", "blk.3.ffn_moe_out", 1.1),
+    ],
+)
+@pytest.mark.usefixtures("computed")
+def test_what_other_experts_cost_excuses_no_factor(
+    reference: Reference, stories: Path, tmp_path: Path, points: str, place: str, factor: float
+) -> None:
+    """BF16 alone chooses other experts at some positions, which costs a fifth of their logits; every record is our own run's all the same,
+    and a factor behind it is not called right.
+    """
+    model = tmp_path / "m.gguf"
+    make_by_recipe(model, RECIPES["qwen3moe"], shape_of(RECIPES["qwen3moe"]), {}, kind="f32", seed=5, tokenizer=stories)
+    engine = Faulty(model, reference.graph(model))
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
+        for step in engine.right
+    ]
+    tokens = tokens_of(model, 24, seed=1)
+    dump = unstated(engine.dump(Planted(()), tokens, points=points, steps=rounded(steps, "bf16", storage=False)))
+    explanation = explain(dump, model, ExplainOptions(budget=20_000))
+    assert bool(explanation) is (factor == 1.0)
+    assert explanation.precision_only == ("bf16" if factor == 1.0 else "")

@@ -90,11 +90,11 @@ def _reversed(weights: Array) -> Array:
 
 
 def _mean(weights: Array) -> Array:
-    return weights * 0 + 1 / weights.reshape(weights.shape[0], -1).shape[1]
+    return np.full_like(weights, 1 / weights.reshape(weights.shape[0], -1).shape[1])
 
 
 def _sum(weights: Array) -> Array:
-    return weights * 0 + 1
+    return np.ones_like(weights)
 
 
 _ALIKE = {"averaged": _mean, "added up": _sum}

@@ -49,7 +49,9 @@ def consistency(
     from .output import answer, waiting
 
     if dumps is not None and len(dumps) not in (0, 2):
-        raise InputError(f"consistency compares two dumps, not {len(dumps)}.", "Use two, or none and --prompt.", code="dumps")
+        raise InputError(
+            f"consistency compares two dumps, not {len(dumps)}.", "Give two dumps, or none and --prompt.", code="dumps"
+        )
     pair = (dumps[0], dumps[1]) if dumps else None
     if sum(chosen not in (None, False) for chosen in (pair, side, given["command"])) > 1:
         raise InputError("more than one engine was given.", "Use two dumps, --exec or --side.", code="usage")

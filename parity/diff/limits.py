@@ -4,12 +4,14 @@ All limits are NMSE, Σ(a−b)²/Σb², of an end-to-end run; a record fails abo
 """
 
 import re
+from collections.abc import Mapping
 from math import inf
 
 from msgspec import Struct
 
 from checkpoints.answers.diff import Limits
 from checkpoints.errors import InputError
+from checkpoints.points import LOGITS
 from checkpoints.record import Header, ModelInfo
 
 EXACT = "exact"
@@ -164,3 +166,10 @@ def family(name: str) -> str:
     if re.search(r"(^|_)f16", text):
         return "f16"
     return "f32" if re.search(r"f32", text) else "quantised"
+
+
+def measured_by_point(points: Mapping[str, float], usual: Limits, source: str) -> Limits:
+    """Limits measured for each point, none below the usual ones; points that were not measured have the largest of the others."""
+    least = {name: max(limit, usual.logits if name == LOGITS else usual.operations) for name, limit in points.items()}
+    others = [limit for name, limit in least.items() if name != LOGITS]
+    return Limits(max(others, default=usual.operations), least.get(LOGITS, usual.logits), f"measured: {source}", points=least)

@@ -13,13 +13,12 @@ from msgspec.structs import replace
 
 from checkpoints.answers.diff import Limits, Pattern
 from checkpoints.errors import ParityError
-from checkpoints.points import LOGITS
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from reports.numbers import count
 
 from ..diff.compare import Comparison, Options, comparison
-from ..diff.limits import EXACT, NATIVE
+from ..diff.limits import EXACT, NATIVE, measured_by_point
 from ..diff.truth import COARSE_MULTIPLE
 from ..run.request import Request
 from ..run.session import dump_reference
@@ -82,18 +81,12 @@ def _may_be_cost(compared: Comparison, ref: Dump, options: Options) -> bool:
 
 def _allowed(usual: Limits, cost: Comparison) -> Limits:
     """The limits by point: `COARSE_MULTIPLE` times the worst distance of the native run from the twin's there, never below the table's."""
-    records, points = cost.records, dict[str, float]()
+    records, costs = cost.records, dict[str, float]()
     for number, name in enumerate(records.names):
         errors = records.measures.nmse[records.point == number]
-        least = usual.logits if name == LOGITS else usual.operations
-        points[name] = max(least, COARSE_MULTIPLE * float(errors[np.isfinite(errors)].max(initial=0.0)))
-    others = [limit for name, limit in points.items() if name != LOGITS]
-    return Limits(
-        max(others, default=usual.operations),
-        points.get(LOGITS, usual.logits),
-        f"measured: {COARSE_MULTIPLE:g} times what the file's types cost llama.cpp on this model and prompt, by point",
-        points=points,
-    )
+        costs[name] = COARSE_MULTIPLE * float(errors[np.isfinite(errors)].max(initial=0.0))
+    source = f"{COARSE_MULTIPLE:g} times what the file's types cost llama.cpp on this model and prompt, by point"
+    return measured_by_point(costs, usual, source)
 
 
 def _as_exact(dump: Dump) -> Dump:

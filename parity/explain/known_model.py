@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
 from checkpoints.errors import ParityError
-from checkpoints.points import LOGITS
 from checkpoints.record import Dump, Rows
 
-from ..diff.limits import limits
+from ..diff.limits import limits, measured_by_point
 
 if TYPE_CHECKING:
     from engine.transformer import Transformer
@@ -164,18 +163,12 @@ class KnownModel(Struct, frozen=True, dict=True):
             return None
         header = replace(ours.header, compute="f32") if ours.header is not None else None
         types = limits(header, self.ref.header, compute="f32")
-        least = {True: types.logits, False: types.operations}
-        points = {
-            entry.point: max(0.0 if of_ids(entry) else UPPER * float(mean), least[entry.point == LOGITS])
+        costs = {
+            entry.point: 0.0 if of_ids(entry) else UPPER * float(mean)
             for entry, mean in zip(self.case.entries, cost.cost(), strict=True)
         }
-        others = [limit for name, limit in points.items() if name != LOGITS]
-        return Limits(
-            max(others, default=types.operations),
-            points.get(LOGITS, types.logits),
-            f"measured: {UPPER:g} times what {kind} arithmetic costs our engine on this model and prompt, by point",
-            points=points,
-        )
+        source = f"{UPPER:g} times what {kind} arithmetic costs our engine on this model and prompt, by point"
+        return measured_by_point(costs, types, source)
 
 
 def _of_encoder_decoder(ref: Dump, transformer: "Transformer | None") -> "EncoderDecoderArbiter | None":

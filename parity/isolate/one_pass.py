@@ -204,7 +204,7 @@ class JudgedPass:
                 errors = row_errors(step.makes, ours, dumped, positions, least)
                 if not definition_of.arithmetic:
                     wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
-                    errors = within_own_rounding(way, ours, wide, positions, errors, limit)
+                    errors = within_own_rounding(way, ours, wide, positions, errors, limit, least)
             unknown = without_numbers(inputs, len(errors))
             if unknown.all():
                 raise UnknownInput(NOT_FINITE)

@@ -20,6 +20,7 @@ def within_own_rounding(
     positions: NDArray[np.int64],
     errors: NDArray[np.float64],
     limit: float,
+    least: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Errors of rows, float64 [R], scaled down where they are over the limit and `ours` is itself as far from float64.
 
@@ -29,9 +30,10 @@ def within_own_rounding(
     Args:
         way: the operation and what leads to it from recorded values, its own first.
         in_float64: gives its value computed in float64.
+        least: the least energy of each row, by which the errors were divided as well (`row_errors`).
     """
     if not limit < errors.max() < np.inf or any(is_looked_up(step) for step in way):
         return errors
-    own = row_errors(way[0].makes, ours, in_float64(), positions)
+    own = row_errors(way[0].makes, ours, in_float64(), positions, least)
     raised = np.where(own <= NO_ROUNDING, np.fmax(limit, BOTH * own), limit)
     return np.where(errors > limit, errors * (limit / raised), errors)
