@@ -57,14 +57,14 @@ def _plausible(rows: NDArray[np.floating]) -> Bools:
 
 def _signed(rows: NDArray[np.floating]) -> Bools:
     """[R]: whether values of both signs are among them. Decays, exp(−exp(x)), span as many powers of two as garbage and are positive."""
-    signed: Bools = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
+    signed: Bools = np.any(rows > 0, axis=1) & np.any(rows < 0, axis=1)
     return signed
 
 
 def _narrow(rows: NDArray[np.floating]) -> Bools:
     size = np.abs(rows.astype(np.float64))
-    finite: Bools = np.isfinite(size).all(axis=1)
-    narrow: Bools = _signed(rows) & finite & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    narrow: Bools = np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    narrow &= _signed(rows)
     narrow &= size.max(axis=1) > 1
     return narrow
 
