@@ -125,7 +125,9 @@ def _table(points: tuple[Margin, ...], width: int) -> list[Text]:
     for point in shown:
         was = ["" if point.before is None else of_limit(point.before)] if earlier else []
         where = f"prompt {point.prompt}, position {point.token_idx}" if point.of_limit else ""
-        rows.append((clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), shown_margin(point.margin), *was, where))
+        rows.append(
+            (clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), shown_margin(point.margin), *was, where)
+        )
         styles.append("bold red" if point.of_limit > 1 else "")
     lines = columns(rows, frozenset({1, 2, 3, 4} if earlier else {1, 2, 3}), styles, width)
     hidden = len(points) - len(shown)

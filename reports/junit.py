@@ -9,8 +9,8 @@ from checkpoints.answers.diff import Difference, PointSummary, Verdict
 from checkpoints.answers.drift import Drift
 
 from .conform import outcome
-from .drift import sentence, shortened, shown_margin
 from .drift import remarks as drift_remarks
+from .drift import sentence, shortened, shown_margin
 from .numbers import error, limit, of_limit, token
 from .sentences import answer, headline, reasons, remarks
 from .status import status
@@ -30,7 +30,9 @@ def drift_as_junit(drift: Drift) -> str:
         suite = _suite(f"drift {shortened(item.prompt)}", item.verdict)
         output = [sentence(drift), *(f"{name}: {text}".lstrip(": ") for name, text in drift_remarks(drift))]
         _texted(
-            suite, "system-out", [*output, *(f"{point.checkpoint}: margin {shown_margin(point.margin)}" for point in drift.points)]
+            suite,
+            "system-out",
+            [*output, *(f"{point.checkpoint}: margin {shown_margin(point.margin)}" for point in drift.points)],
         )
         suites.append(suite)
     return _written(suites)

@@ -6,8 +6,8 @@ from checkpoints.answers.diff import Difference, Verdict
 from checkpoints.answers.drift import Drift
 
 from .beside import spread
-from .drift import sentence, shortened, shown_margin
 from .drift import remarks as drift_remarks
+from .drift import sentence, shortened, shown_margin
 from .generated import generated
 from .numbers import clean, error, limit, of_limit, token, values
 from .report import Report, how_it_was_run, prompt
