@@ -1,4 +1,4 @@
-"""`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
+"""`parity conform`: a matrix of tiny models through an engine, one verdict per cell, one line per cause, resumable by content."""
 
 import json
 import os
