@@ -45,7 +45,7 @@ class DeviceStage:
     ) -> None:
         self.points = frozenset(points)
         self.sink = sink
-        self.writer = WriterThread()
+        self.writer = WriterThread(freeze=True)
         self._backend = backend
         self._now = CapturedPass(np.zeros(0, dtype=np.int64), 0, decode=False)
         self._kept = np.zeros(0, dtype=np.int64)
