@@ -132,7 +132,7 @@ def times(
             planted = Planted(((fault.name, parameters, layers),))
             try:
                 seen = faulty.dump(planted, tokens, points=points)
-            except NotApplicable:
+            except (NotApplicable, ValueError):  # ValueError: NumPy's, of shapes that do not go together in this model
                 continue
             seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
             durations = []
