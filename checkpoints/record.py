@@ -55,7 +55,7 @@ class Header(Struct, frozen=True):
     """The first line of a dump: everything that could explain a difference later.
 
     `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
-    `mode` "exact" or "native", `slice` the number of leading values a record carries, `dataflow` what each point is made from
+    `mode` "exact" or "native", `slice` the number of leading values in each record, `dataflow` what each point is made from
     (`checkpoints.dataflow.Dataflow.to_json`; {} if only the order of points is known), `columns` where the records lie as arrays beside
     the lines (`checkpoints.columns`).
     """

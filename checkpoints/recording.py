@@ -19,7 +19,7 @@ class Recording(Struct, frozen=True, kw_only=True):
         points: a `--points` expression: "default", "all", names, globs.
         layers: the layers whose output "default" stands for; None for 0, 5, 10, 23 and the last.
         positions: "all", "last" (of each forward pass), or positions in the sequence.
-        slice_size: leading values a record carries; None for all of them.
+        slice_size: leading values in each record; None for all of them.
         full: write whole tensors beside the dump, as safetensors.
         binary: write records as arrays beside the dump's lines (`checkpoints.columns`).
         first_position: where the first token stands, so that long contexts can be tried without a long prompt.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .points import of_scores, parse
 from .record import SKETCH_SIZE, Rows
 
-_BLOCK = 8192  # elements a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
+_BLOCK = 8192  # elements that a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
 _SMALL = 1 << 16  # elements above which a value's own work outweighs the cost of a call (0.15 ms, 2 ns an element)
 
 _SummaryArrays = tuple[
@@ -157,7 +157,7 @@ def summarise(
         tensor: float32, host memory. [T, …] one row per position; for `kq`, `kq_soft_max` and their like [H, T, S] with one
             column a cached position; for `k_read` and `v_read` [S, …], the cached rows. S may exceed the last position + 1 (padding).
         token_idx: int64 [T], the positions of the T rows.
-        slice_size: leading values a record carries; None for all of them.
+        slice_size: leading values in each record; None for all of them.
         keep: indices into 0…T−1 of the rows to record; None for all.
         first: the position of the first cached row, where a sequence does not begin at 0.
         causal: False where every position sees all S cached positions, as in an encoder; else it sees those up to itself.

@@ -200,7 +200,7 @@ class WeightSource(Protocol):
     """Where steps get their weights from."""
 
     def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
-        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
+        """The file's own bytes [rows, bytes per row], their ggml type and the weight's shape."""
 
     def array(self, host: NDArray[Any]) -> Array:
         """A host array on the side where the steps compute."""

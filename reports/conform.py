@@ -1,4 +1,4 @@
-"""A conformance run as text, JSON and Markdown: a letter a cell, a line a cause."""
+"""A conformance run as text, JSON and Markdown: one letter per cell, one line per cause."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,32 +62,25 @@ def lines(conformance: Conformance, width: int) -> Iterator[Text]:
 
 
 def matrix(conformance: Conformance, width: int) -> Iterator[Text]:
-    """Architectures down, types across: the worst of each place, and what the letters say."""
+    """Architectures down, types across: the worst verdict of each place, and below what the letters stand for."""
     types = axis(conformance.results, "type")
     names = axis(conformance.results, "architecture")
     if not types:
         return
     first = max(len(name) for name in names)
-    words = legend(conformance)
     for number, block in enumerate(_blocks(types, width - first)):
         if number:
             yield Text("")
         yield Text(" " * first + "".join(f"{_GAP}{name:>{_LEAST}}" for name in block), style="dim")
-        beside = first + sum(_column(name) for name in block) + 4 + max(map(len, words)) <= width and not number
-        for row, name in enumerate(names):
+        for name in names:
             line = Text(f"{clean(name):<{first}}")
             for column in block:
                 worst = worst_of(conformance, name, column)
                 line.append(" " * (_column(column) - 1))
                 line.append(LETTERS[worst][0] if worst else " ", style=_STYLE.get(worst, "dim"))
-            if beside and row < len(words):
-                line.append(f"    {words[row]}", style="dim")
             line.rstrip()
             yield line
-        if not number:
-            rest = words[len(names) :] if beside else words
-            if rest:
-                yield Text(" · ".join(rest), style="dim")
+    yield Text(" · ".join(legend(conformance)), style="dim")
 
 
 _GAP = "  "

@@ -14,6 +14,7 @@ from .header import print_lines
 from .layout import columns, cut, labelled, needed
 from .numbers import clean, count, error, of_limit, token, values
 from .sentences import MAP_LINE, RECORDED, answer, headline, reasons, remarks
+from .status import status
 
 _ROWS = 24  # rows of points, stretches that are left out included
 _STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow", OTHERWISE: "yellow"}
@@ -34,10 +35,10 @@ def lines(verdict: Verdict, width: int) -> list[Text]:
 
 
 def points(verdict: Verdict, width: int) -> list[Text]:
-    """One row a point; of many points the telling ones, and a row for each stretch that is left out.
+    """One row per point; of many points the most telling, with one row for each stretch that is left out.
 
     Notes are never cut: where they do not fit, the number of positions goes first (it is the same nearly everywhere), then the
-    tokens' texts and some words, then the NMSE (its proportion to the limit stays); what is still too long goes on below.
+    tokens' texts, then some words, then the NMSE (its proportion to the limit stays); what is still too long goes on below.
     """
     if not verdict.points:
         return []
@@ -62,7 +63,9 @@ def points(verdict: Verdict, width: int) -> list[Text]:
     if needed(rows) > width:
         rows, right = [(row[0], *row[2:]) for row in rows], frozenset({1, 2})
     if needed(rows) > width:
-        rows = [(*row[:3], row[3].partition(" ")[0], row[4].replace("first divergence", "first")) for row in rows]
+        rows = [(*row[:3], row[3].partition(" ")[0], row[4]) for row in rows]
+    if needed(rows) > width:
+        rows = [(*row[:4], row[4].replace("first divergence", "first")) for row in rows]
     if needed(rows) > width:
         rows, right = [(row[0], *row[2:]) for row in rows], frozenset({1})
     rows, styles = _continued(rows, styles, width)
@@ -129,16 +132,8 @@ def _stretch(hidden: list[PointSummary]) -> tuple[str, ...]:
 def _remark(verdict: Verdict, point: PointSummary) -> str:
     words: list[str] = []
     if point.failed:
-        first = verdict.first_divergence
-        origins = {origin.first.checkpoint for origin in verdict.origins}
-        if first is not None and first.checkpoint == point.checkpoint:
-            words.append(f"← first divergence{', fresh' if first.fresh else ''}")
-        elif point.checkpoint in origins:
-            words.append("← another origin")
-        elif point.status == FRESH:
-            words.append("jumps again")
-        else:
-            words.append(INHERITED)
+        origin = any(origin.first.checkpoint == point.checkpoint for origin in verdict.origins)
+        words.append(f"{'← ' if origin else ''}{status(verdict, point)}")
         if point.failed < point.records:
             words.append(f"{point.failed} of {point.records} wrong")
     elif point.status == OTHERWISE:

@@ -82,5 +82,5 @@ def _may_be_others(rest: bytes, count: int) -> bool:
 
 
 def nested(texts: Sequence[Text]) -> bool:
-    """Whether there are more brackets than one an array. What was cut out ends at its first closing one."""
+    """Whether there are more brackets than one per array. What was cut out ends at its first closing one."""
     return bool(np.count_nonzero(np.frombuffer(b"".join(texts), np.uint8) == _BRACKET) > len(texts))

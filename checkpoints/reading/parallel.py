@@ -36,7 +36,7 @@ _BOOT = (
 class Sharing(Struct, frozen=True):
     """How a file is shared out.
 
-    `processes` read it beside this one: None for one a core, 0 for none. A file of less than `smallest` bytes is read before
+    `processes` read it beside this one: None for one per core, 0 for none. A file of less than `smallest` bytes is read before
     another process has started (0.2 s); a range of `portion` bytes is a tenth of a second's work, some MB as arrays. This
     process reads `block` bytes at once until the others have started, or the first only and waits for them, with `wait`.
     """

@@ -37,7 +37,7 @@ class Slab(Struct, frozen=True):
 def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
     """One `Rows` a point, in the order of their first records; `names` are the points'. Rows of several widths are padded.
 
-    Where padding would blow them up, a point comes in several `Rows`, one a width.
+    Where padding would blow them up, a point comes in several `Rows`, one per width.
     """
     by_width: dict[int, list[Slab]] = {}
     for slab in sorted(slabs, key=lambda slab: int(slab.serial[0])):  # what was read line by line comes before the rest

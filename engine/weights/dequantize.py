@@ -18,7 +18,7 @@ from ..backend import Array, module_of
 # 2 MiB of L2; 2^17 is best or nearly so for every format, and 10 to 60 % faster than 2^20.
 _CHUNK = 1 << 17
 
-Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes a block] -> float32 (or exact in it) [blocks, elements a block]
+Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes per block] -> float32 (or exact in it) [blocks, elements per block]
 Write = Callable[[Array, Array], None]  # the same blocks, and where their values go
 IN_PLACE: dict[int, Write] = {}
 FORMATS: dict[int, tuple[int, int, Unpack]] = {}  # ggml_type -> elements and bytes of a block, function
@@ -33,7 +33,7 @@ def _format(kind: int, elements: int, size: int) -> Callable[[Unpack], Unpack]:
 
 
 def _written(kind: int, elements: int, size: int) -> Callable[[Write], Unpack]:
-    """Register a format whose function writes its values in place, into float32 [blocks, elements a block] of the result: a copy less."""
+    """Register a format whose function writes its values in place, into float32 [blocks, elements per block] of the result: a copy less."""
 
     def register(function: Write) -> Unpack:
         def unpack(blocks: Array) -> Array:
@@ -50,7 +50,7 @@ def _written(kind: int, elements: int, size: int) -> Callable[[Write], Unpack]:
 
 
 def dequantize(raw: Array, kind: int, n_cols: int) -> Array:
-    """Rows of blocks -> float32: uint8 [rows, bytes a row] -> [rows, n_cols], on the side where `raw` is.
+    """Rows of blocks -> float32: uint8 [rows, bytes per row] -> [rows, n_cols], on the side where `raw` is.
 
     Raises:
         ModelError: gguf-py does not know the type either.

@@ -109,7 +109,7 @@ class GgufModel:
         return self._contents.info(self.hyperparameters.file_type)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes, one row of the weight a row: uint8 [rows, bytes a row], a view of the memory map."""
+        """A tensor's bytes, one row of the weight per row: uint8 [rows, bytes per row], a view of the memory map."""
         info = self.tensors[name]
         return np.frombuffer(self._data[info.part], np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
 

@@ -91,7 +91,7 @@ class Weights:
         return Matrices(matrix, self._model.tensors[name].shape)
 
     def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
-        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
+        """The file's own bytes [rows, bytes per row], their ggml type and the weight's shape."""
         info = self._model.tensors[name]
         return self._model.raw(name), info.type, info.shape
 

@@ -80,7 +80,7 @@ class Arbiter:
 
     @classmethod
     def of(cls, engine: Engine, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
-        """The arbiter of a prompt of so many tokens (None: all) and the tokens generated after it, one a pass, from position `first` on."""
+        """The arbiter of `prompt` tokens (None: all) and those generated after them, one per pass, from position `first` on."""
         length = len(tokens) if prompt is None else prompt
         passes = [max(0, row - length + 1) for row in range(len(tokens))]
         positions = range(first, first + len(tokens))

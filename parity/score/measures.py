@@ -91,7 +91,7 @@ def largest(logits: Row, count: int) -> NDArray[np.int64]:
 
 
 class Tally(Struct):
-    """Sums over positions, and every KL as one float64: 8 bytes a position, whatever the vocabulary."""
+    """Sums over positions, and every KL as one float64: 8 bytes per position, whatever the vocabulary."""
 
     count: int = 0
     nll: float = 0.0
