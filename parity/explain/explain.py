@@ -30,7 +30,7 @@ from .fits import remarks as remarks_on_number
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened
 from .laws import WRONG
-from .leads import believed, law_at, leads, placed
+from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
@@ -117,7 +117,7 @@ def _of_all_records(
     elif begin.first is not None:
         found = looks(case, search, start, budget) if begin is start and not found.is_noise else found
         kinds = found.kinds if found.is_noise and not found.excused else ()
-        if not found.is_noise:
+        if not found.is_noise and may_have_cause(case.entries, start):
             best = _needed(search, _around(case, search, search.explain(begin, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
             best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
