@@ -23,6 +23,7 @@ from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
 from .state import Candidate, SearchState, key
+from .turned import other_positions
 
 Values = Mapping[str, Array]
 
@@ -133,7 +134,12 @@ def _law_at(case: Case, search: Search, state: SearchState) -> str:
         return sentence
     # What is wrong with a weight, or which is read instead, says more than which elements are wrong.
     other = "" if sentence.endswith(WRONG) else other_operand(case, state, entry, errors)
-    return other or changed_weight(case, search, state, entry, errors) or sentence
+    return (
+        other
+        or other_positions(case, state, entry, errors)
+        or changed_weight(case, search, state, entry, errors)
+        or next(_other_point(entry, values, case.positions, errors > entry.limit), sentence)
+    )
 
 
 def _heads(state: SearchState, point: str) -> int | None:
