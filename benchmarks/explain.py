@@ -1,9 +1,10 @@
 """What `parity explain` costs, in forward passes of the model, over the whole catalogue.
 
-Run as `PYTHONPATH=tests python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0] [--layer 17]`.
+Run as `PYTHONPATH=tests python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0] [--layer 17]
+[--entries NAME,…] [--searches 3]`.
 Each entry's first variant is planted into our engine, in all layers and in one layer alone, and the search sees the dump alone. A pass is
 one forward pass over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of
-three.
+`--searches`. A line says if the planted entry is not among the causes.
 Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the multiply-adds of the matrix
 products. `explain_table.py` prints which entries are named.
 """
@@ -21,7 +22,7 @@ from planted import Faulty, Planted, tokens_of
 from checkpoints.answers.explain import Explanation
 from engine import graph
 from engine.backend import Array, choose
-from engine.faults import CATALOGUE
+from engine.faults import CATALOGUE, Fault
 from engine.graph import Step, WeightSource
 from engine.inapplicable import NotApplicable
 from engine.replay import batched, replay
@@ -31,7 +32,7 @@ from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded as default_model
 
-LAYER, TOKENS, SEARCHES = 17, 32, 3
+LAYER, TOKENS = 17, 32
 EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
 # whether in one layer, and the points that are dumped
 SCOPES: dict[str, tuple[bool, str]] = {
@@ -111,7 +112,9 @@ def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[],
     return median(spent), work
 
 
-def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str], layer: int) -> None:
+def times(
+    name: str, model: Path, backend: str, entries: Sequence[Fault], scopes: Sequence[str], layer: int, searches: int
+) -> None:
     """Print the cost for each entry, and the median and the worst of each of these scopes."""
     faulty = Faulty(model)
     right = {step.makes: step for step in faulty.right}
@@ -122,17 +125,18 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
         single, points = SCOPES[scope]
         layers = (layer,) if single else None
         costs: list[tuple[float, float, float]] = []
-        for fault in list(CATALOGUE.values())[::every]:
+        for fault in entries:
             if layers is not None and fault.once:
                 continue
             parameters = (fault.variants(right) or [{}])[0]
+            planted = Planted(((fault.name, parameters, layers),))
             try:
-                seen = faulty.dump(Planted(((fault.name, parameters, layers),)), tokens, points=points)
-            except NotApplicable:
+                seen = faulty.dump(planted, tokens, points=points)
+            except (NotApplicable, ValueError):  # ValueError: NumPy's, of shapes that do not go together in this model
                 continue
             seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
             durations = []
-            for _ in range(SEARCHES):
+            for _ in range(searches):
                 with multiply_adds() as count:
                     began = clock()
                     answer = explain(seen, model, ExplainOptions(budget=300, backend=backend))
@@ -143,9 +147,12 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             costs.append((spent / seconds, count[0] / work, spent))
             print(
                 f"{name}, {scope}, {fault.name}{f' in {layer}' if single else ''}: {answer.variants:,} variants, {spent:.2f} s ="
-                f" {spent / seconds:.1f} passes of {1000 * seconds:.0f} ms, {count[0] / work:.1f} by multiply-adds",
+                f" {spent / seconds:.1f} passes of {1000 * seconds:.0f} ms, {count[0] / work:.1f} by multiply-adds"
+                + ("" if named(answer, planted) else ", NOT NAMED"),
                 flush=True,
             )
+        if not costs:
+            continue
         by_time, by_work, spent_each = zip(*costs, strict=True)
         print(
             f"{name}, {scope}, {transformer.backend.device}: {len(costs)} entries;"
@@ -163,6 +170,8 @@ def main() -> None:
     parser.add_argument("--model", choices=("stories", "llama", "qwen2", "wider"), default="stories")
     parser.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="numpy")
     parser.add_argument("--every", type=int, default=1, help="only every so many entries of the catalogue")
+    parser.add_argument("--entries", default=",".join(CATALOGUE), help="names with commas; all of them otherwise")
+    parser.add_argument("--searches", type=int, default=3, help="of each entry, of which the median counts")
     parser.add_argument("--layer", type=int, default=LAYER, help="the one layer")
     parser.add_argument(
         "--scope",
@@ -175,7 +184,8 @@ def main() -> None:
     scopes = [scope for number, scope in enumerate(SCOPES) if not chosen.scope or number in chosen.scope]
     with tempfile.TemporaryDirectory() as folder:
         [(name, model)] = models(Path(folder), [chosen.model])
-        times(name, model, chosen.backend, chosen.every, scopes, chosen.layer)
+        entries = [CATALOGUE[entry] for entry in chosen.entries.split(",")][:: chosen.every]
+        times(name, model, chosen.backend, entries, scopes, chosen.layer, chosen.searches)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
 
 
 def layers_text(layers: tuple[int, ...] | None, *, left_over: bool = False) -> str:
-    """The layers as text: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23".
+    """The layers in words: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23".
 
-    `left_over`: whether the causes leave something unexplained; a fault of all layers is then known in those before that alone, and the
-    text is ", at least in layers 0 to 5".
+    `left_over`: whether the causes leave something unexplained. A fault of all layers is then only known in the layers before that
+    place, and the text is ", at least in layers 0 to 5".
     """
     if layers is None:
         return ""
@@ -161,7 +161,7 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
 
 
 def _suspect(suspect: SuspectRecord) -> str:
-    """Why a record is suspected and not its operation."""
+    """Why a record is suspected, but not its operation."""
     agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
     agrees, would = ("agrees", "it would not") if len(suspect.agreeing) == 1 else ("agree", "they would not")
     return (
@@ -171,7 +171,7 @@ def _suspect(suspect: SuspectRecord) -> str:
 
 
 def _but(explanation: Explanation) -> str:
-    """Why what numbers look like is no answer."""
+    """Why an arithmetic that the numbers look like is not the answer."""
     if explanation.f32_stated:
         return f", but {_STATED[explanation.f32_stated]}"
     return (

@@ -18,7 +18,7 @@ from .scatter import is_scatter
 from .slices import prepare
 
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
-# The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values a row
+# The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values per row
 # (benchmarks/right_engines.py), in round numbers. A fault of attention leaves position 0 right: a ratio of a million.
 _ALIKE = 300.0
 

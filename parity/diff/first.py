@@ -220,7 +220,7 @@ _SHIFTED = {
     "t − 1": "is the first token, BOS, there twice, or is there a slot in front of it?",
     "t + 1": "is the first token, BOS, missing?",
 }
-_COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
+_COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits per block": "q8"}
 
 
 def _gradual(records: Records, here: Ints) -> bool:

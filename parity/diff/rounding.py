@@ -22,7 +22,7 @@ _MANTISSA = {"F16": (10, -24), "BF16": (7, -133), "TF32": (10, -136)}
 
 
 def rounded_to(ours: Rows, ref: Rows) -> str:
-    """The type ("F16 or TF32", "BF16", "8 bits a block") to which the reference's values round to give ours, everywhere; else empty.
+    """The type ("F16 or TF32", "BF16", "8 bits per block") to which the reference's values round to give ours, everywhere; else empty.
 
     Only leading values count; if the slice ends inside a block, that block is left out.
     """
@@ -39,7 +39,7 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
         fitting = [name for name, rounding in _types() if _rounds(a, b, rounding, int(counts.sum()))]
     if fitting:
         return " or ".join(fitting)
-    return "8 bits a block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
+    return "8 bits per block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
 
 
 def is_rounding(values: NDArray[Any], right: NDArray[Any]) -> bool:

@@ -22,7 +22,7 @@ _FEWEST = 8.0  # elements of equal weight: of fewer, one decides
 _SCALED, _ROUNDED, _MANY = 0.9, 2.0**-11, 7
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
 # Rounding of a product to one type costs about as much at each position, NMSE: of the products of three layers of a small qwen3, seven
-# tokens, F16, BF16 and sums in F16, at most 17 times as much with 16 values a row and 3.2 times with all; three times the former.
+# tokens, F16, BF16 and sums in F16, at most 17 times as much with 16 values per row and 3.2 times with all; three times the former.
 SIMILAR = 50.0
 # An element is exactly right if it is off by less than this part of its row's root mean square: float32's own noise at an operation is a
 # part in a million, F16's rounding 200 times that.

@@ -13,6 +13,7 @@ from .flipped import has_choices
 from .looks_like import floor_of
 from .mixed import kinds_of_rounding
 from .precision import TOGETHER, UPPER, is_beyond
+from .rounded_weights import type_of_rows
 from .state import SearchState
 
 # Explains a case whose arithmetic is given (None: as the dump says), up to so many times what that costs a point.
@@ -29,7 +30,7 @@ def beyond(case: Case, state: SearchState, again: Again) -> Beyond:
         A sentence on that, if anything does; and what `again` finds beyond it: beyond an arithmetic the faults that reproduce everything,
         beside a part that is kept in a lower type whatever is no arithmetic.
     """
-    kinds = kinds_of_rounding(case, state)
+    kinds = (kind,) if (kind := type_of_rows(state)) else kinds_of_rounding(case, state)
     if kinds and kinds[0] in KEPT:
         return _beside_kept(case, kinds[0], again)
     kind = next((kind for kind in kinds if kind not in KEPT), "")

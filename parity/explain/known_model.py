@@ -29,16 +29,22 @@ if TYPE_CHECKING:
 
 
 class KnownModel(Struct, frozen=True, dict=True):
-    """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model."""
+    """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model.
+
+    `opened` is our engine of it, if that is open.
+    """
 
     ref: Dump
     path: Path
+    opened: "Transformer | None" = None
 
     @cached_property
     def transformer(self) -> "Transformer | None":
         """Our engine of the model; None if it cannot compute it."""
         from .case import ExplainOptions, open_model
 
+        if self.opened is not None:
+            return self.opened
         try:
             return open_model(self.path, ExplainOptions())
         except ParityError:
