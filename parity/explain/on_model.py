@@ -1,4 +1,4 @@
-"""A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
+"""A comparison if the model is available: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
 from functools import partial
 from pathlib import Path
