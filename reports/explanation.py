@@ -18,6 +18,7 @@ _ARITHMETIC = {
     "q8": "quantised activations (8 bits in blocks)",
 }
 _STATED = {"header": "the header says f32", "--compute": "--compute f32 was given"}
+_WITH_NEXT = "reproduces the records only together with the next cause, which is in the same place"
 _LABEL = 8
 _OPERATIONS = 12  # operations in question that are listed
 
@@ -90,7 +91,7 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
     rows = [
         ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"),
         *([("begins", _begins(explanation, explanation.first))] if not number and explanation.first is not None else []),
-        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
+        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}" if cause.records else _WITH_NEXT),
         ("looks", cause.symptom),
         ("fix", cause.fix),
         ("seen in", cause.seen),
@@ -134,7 +135,8 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
 
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
-    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
+    held = f"limit {limit(place.limit)}" if place.nmse > place.limit else "which alone would be noise"
+    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, {held}"
     suspect = place.checkpoint in {other.checkpoint for other in explanation.suspects}
     if suspect and not explanation.causes:
         rows = [("no cause", f"no operation is to blame for what differs first, {where}")]
