@@ -1,4 +1,4 @@
-"""How a row of a value answers to small changes of the same row of earlier values: derivatives, carried backwards through the steps.
+"""How a row of a value responds to small changes of the same row of earlier values: derivatives, carried backwards through the steps.
 
 Rows before it stay as they are: in a causal model they do not depend on it.
 """
@@ -21,9 +21,9 @@ _Back = Callable[[Step, Array, Sequence[Array], Sequence[Any], int], Sequence["A
 def derivatives(
     steps: Sequence[Step], point: str, elements: Any, row: int, values: Mapping[str, Array], weights: WeightSource
 ) -> dict[str, Array]:
-    """The derivatives of some elements of a row of `point` by the same row of each value that it is made from: [k, n] by name.
-
-    Those by attention's scores are only passed on.
+    """The derivatives of some elements of a row of `point` with respect to the same row of each value that it is made from: [k, n] by
+    name.
+    Those with respect to attention's scores are only passed on.
 
     Args:
         steps: those that lead to `point`, of operations that `can_batch` takes. elements: [k], which of the row.

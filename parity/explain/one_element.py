@@ -1,7 +1,7 @@
 """Errors of the size of lower arithmetic that follow one element, one head or one part of a value: rounding changes all of them.
 
-To first order such an error moves what is recorded along one column of its derivatives. Those of a sequence's first row are exact, as it
-depends on no other.
+To first order such an error moves the recorded elements along one column of their derivatives. Those of a sequence's first row are
+exact, as it depends on no other.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -126,7 +126,7 @@ def _directions(
 
 
 def _as_the_whole(scaled: Floats, parts: Floats) -> NDArray[np.bool_]:
-    """Which parts move the recorded elements as the whole value does: those that no recorded element tells from it."""
+    """Which parts move the recorded elements as the whole value does, so that no recorded element distinguishes them from it."""
     whole = scaled.sum(axis=1)
     energy = np.einsum("kn,kn->n", parts, parts)
     return np.asarray((whole @ parts) ** 2 > _ALONG * energy * (whole @ whole))

@@ -34,7 +34,8 @@ def all_explained(states: Sequence[SearchState]) -> bool:
 def spoils(entries: Sequence[Expected], before: SearchState, after: SearchState) -> bool:
     """Whether a further fault makes records wrong, by far, that agreed: the engine does not have it, unless another one undoes it there.
 
-    Two faults of which the second undoes what the first one spoils are no better than none: what differs in between was recorded otherwise.
+    Two faults, the second of which undoes what the first spoils, are no better than none: the points in between were recorded
+    otherwise.
     """
     return any(
         bool(((old <= entry.limit) & (new > _SPOILT * entry.limit)).any())

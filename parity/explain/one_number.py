@@ -1,4 +1,4 @@
-"""One wrong number that reproduces every record: the first difference says which (`systematic`), and it is planted before any search.
+"""One wrong number that reproduces every record: the first difference shows which (`systematic`), and it is planted before any search.
 
 A search fits numbers at the places that its entries list, one after the other, and may run out of time before it comes to them.
 """
@@ -50,8 +50,8 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
 
 
 def asked_about(search: Search, start: SearchState) -> frozenset[str]:
-    """The steps in question, without those of results that layers before them have as well, which agree, if they are too many layers
-    for each to be asked about by itself: a number of all layers would show in those before, too.
+    """The steps in question. If they lie in too many layers for each to be asked about by itself, kinds of results that also occur in
+    the agreeing layers before them are left out: a number wrong in all layers would show there, too.
     """
     steps, layers = search.screening.cone(start).steps, search.screening.suspects(start)
     if len(layers) <= IN_QUESTION:

@@ -9,7 +9,7 @@ from .systematic import systematic
 def scattered(case: Case, cost: PrecisionFloor) -> bool:
     """Whether they are our own rounding's in that arithmetic, or follow no one number and leave no part of the elements exactly right.
 
-    What they follow is added to the case's notes.
+    If they follow a number, the case's notes get a sentence on it.
     """
     first = next((entry for entry in case.entries if (entry.base > entry.limit).any()), None)
     if first is None or cost.alike >= REPRODUCED:
