@@ -81,11 +81,11 @@ def dump_reference(request: Request, out: Path, follow: Dump | None = None) -> D
         if follow.tokens:
             prompt = prompt.followed_by(tuple(token.id for token in follow.tokens), ())
         known = [name for name, _ in reference.describe(request.model).points]
-        request = replace(request, first_position=request.first_position or first_position(follow))
+        request = replace(request, first_position=request.first_position or _first_position(follow))
         return LlamaCpp(following(request, follow, prompt, known), reference).dump(prompt, out)
 
 
-def first_position(dump: Dump) -> int:
+def _first_position(dump: Dump) -> int:
     """Where the first token of a dump stands, if as many positions in a row were recorded as the dump has tokens; else 0."""
     recorded = {int(position) for rows in dump.points.values() for position in rows.token_idx}
     count = len(dump.header.tokens if dump.header is not None else ()) + len(dump.tokens)
