@@ -42,7 +42,7 @@ def test_the_first_command_of_the_readme_is_parity(parity: Cli) -> None:
 
 
 def test_the_text_names_model_sides_points_and_verdict(parity: Cli) -> None:
-    """What a person reads: one screen with the model, both sides, a row a point and the verdict; nothing on stderr."""
+    """What a person reads: one screen with the model, both sides, a row per point and the verdict; nothing on stderr."""
     ran = parity("run", *ONCE)
     assert ran.code == 0
     assert ran.err == ""

@@ -63,7 +63,7 @@ def q8_1_correction(x: Array, raw: Array, weight_type: int) -> Array:
     multiplied by s (ggml_vec_dot_q4_1_q8_1): in each block the product is larger by m · (s − float16(d) · Σq).
 
     Args:
-        raw: the weight's bytes, uint8 [out, bytes a row].
+        raw: the weight's bytes, uint8 [out, bytes per row].
     """
     size = {Q4_1: 20, Q5_1: 24}[int(weight_type)]
     xp = module_of(x, raw)
