@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, unstated
 from msgspec.structs import replace
-from planted import Faulty, half_sums, tokens_of
+from planted import PATIENT, Faulty, half_sums, tokens_of
 from slow import slow_but
 
 from checkpoints.reading.reader import read
@@ -298,7 +298,7 @@ def _with_rounded_biases(engine: Faulty, kind: str) -> list[Step]:
 def test_an_engine_that_rounds_large_biases_too_is_right_in_its_arithmetic(biased: Faulty, kind: str) -> None:
     """What it rounds beyond products is of its type as well: our own run with that rounding has its every record."""
     dump = unstated(biased.dump(RIGHT, PROMPT, points="*", steps=_with_rounded_biases(biased, kind)))
-    answer = explain(dump, biased.model, ExplainOptions(budget=10))
+    answer = explain(dump, biased.model, PATIENT)
     assert answer
     assert answer.precision_only == kind
     assert answer.precision_assumed
@@ -309,7 +309,7 @@ def test_an_engine_that_rounds_large_biases_too_is_right_in_its_arithmetic(biase
 def test_an_engine_whose_large_biases_hide_rounding_is_right_in_its_arithmetic(biased: Faulty) -> None:
     """Queries' errors are next to float32's limit, so that other records show F16 first: no weights and no operation are blamed."""
     dump = unstated(biased.dump(RIGHT, PROMPT, points="*", steps=rounded(biased.right, "f16", storage=False)))
-    answer = explain(dump, biased.model, ExplainOptions(budget=10))
+    answer = explain(dump, biased.model, PATIENT)
     assert answer
     assert (answer.precision_only, answer.causes, answer.law) == ("f16", (), "")
 
