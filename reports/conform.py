@@ -56,7 +56,7 @@ def kind(verdict: str) -> str:
 
 
 def lines(conformance: Conformance, width: int) -> Iterator[Text]:
-    """The whole screen."""
+    """Everything that a terminal shows of a run."""
     yield from matrix(conformance, width)
     yield Text("")
     for number, cause in enumerate(conformance.causes[:_CAUSES]):
@@ -133,7 +133,7 @@ _AXES = {"architecture": "all architectures", "type": "all types", "prompt": "",
 
 
 def _axis(name: str, values: Sequence[str], conformance: Conformance) -> str:
-    """The values of an axis in words; empty if there is only one."""
+    """The values of an axis in words; empty if it has only one."""
     here = list(dict.fromkeys(values))
     every = axis(conformance.results, name)
     if len(here) == len(every):
@@ -145,7 +145,7 @@ def _axis(name: str, values: Sequence[str], conformance: Conformance) -> str:
 
 
 def _rope_of(architectures: Sequence[str], conformance: Conformance) -> str:
-    """The kind of RoPE that these architectures have and no other one that was compared; "" if there is none, or only one of them."""
+    """The kind of RoPE that exactly these of the compared architectures have; "" if there is none, or only one of them has it."""
     kinds = {result.cell.architecture: result.rope for result in conformance.results if result.compared}
     kind = kinds.get(architectures[0], "")
     alike = {name for name, rope in kinds.items() if rope == kind}

@@ -1,4 +1,4 @@
-"""Answers of `parity lint`, `isolate` and `explain` (their --format json) as parts of a report."""
+"""Answers of `parity lint`, `isolate` and `explain` (their --format json) as sections of a report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ class ReportSection(Struct, frozen=True):
 
 
 def finding(answer: Any, name: str) -> ReportSection:
-    """The part of a report for one command's JSON answer; `name` is the file it came from.
+    """The section of a report for one command's JSON answer; `name` is the file that it came from.
 
     Raises:
         InputError: it is not an answer of lint, isolate or explain.
@@ -42,7 +42,7 @@ def finding(answer: Any, name: str) -> ReportSection:
 
 
 def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]) -> ReportSection:
-    """Right operations are counted by kind: a table of a hundred rows that all say "proven" would tell less."""
+    """Right operations are counted by kind: a hundred rows that all say "proven" would tell less."""
     status = [str(item.get("status")) for item in operations]
     wrong = [item for item in operations if item.get("status") == "wrong"]
     proven = status.count("proven")

@@ -48,7 +48,7 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
 
 
 def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
-    """Checks that can be compared with each other: of one side, against the same golden numbers."""
+    """Checks that can be compared with each other: the same side against the same golden numbers."""
     series: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         series.setdefault((entry.source, entry.golden), []).append(entry)

@@ -23,7 +23,7 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 
 def html(report: Report) -> str:
-    """The whole document, some 0.5 MB of which are the library that draws."""
+    """The whole document; about 0.5 MB of it are the drawing library."""
     verdict = report.verdict
     first = verdict.first_divergence
     text, tokens = prompt(report)

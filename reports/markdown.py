@@ -1,4 +1,4 @@
-"""A report as Markdown, for a job summary. Names and texts from dumps stand in code spans, where nothing is markup."""
+"""A report as Markdown, for a job summary. Names and texts from dumps are put in code spans, in which nothing is markup."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""A verdict as text: one screen, the answer last, every line earns its place. Colour only where the console has it."""
+"""A verdict as text: one screen, with the answer at its end. Coloured only if the console is."""
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
@@ -73,7 +73,7 @@ def points(verdict: Verdict, width: int) -> list[Text]:
 
 
 def _continued(rows: list[tuple[str, ...]], styles: list[str], width: int) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows with notes that are too long broken at their dots, into further rows."""
+    """The rows, with notes that are too long broken at their dots into further rows."""
     room = width - needed([(*row[:-1], "") for row in rows])
     broken: list[tuple[str, ...]] = []
     colours: list[str] = []
@@ -151,7 +151,7 @@ def _remark(verdict: Verdict, point: PointSummary) -> str:
 
 
 def _chosen(verdict: Verdict) -> set[int]:
-    """Indices of the points that are shown, the telling ones first while there is room."""
+    """Indices of the points that are shown: the most telling ones, as far as there is room."""
     names = [point.checkpoint for point in verdict.points]
     if len(names) <= _ROWS:
         return set(range(len(names)))
@@ -172,7 +172,7 @@ def _chosen(verdict: Verdict) -> set[int]:
 
 
 def _height(chosen: set[int], total: int) -> int:
-    """Rows that these take, one for each stretch between them included."""
+    """How many rows these take, with one for each stretch between them."""
     places = sorted({-1, total, *chosen})
     return len(chosen) + sum(b - a > 1 for a, b in pairwise(places))
 
@@ -199,7 +199,7 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
 
 
 def _values(difference: Difference, width: int, truth: tuple[float, ...]) -> list[Text]:
-    """The values of both sides, and of float64 where it is known, around the largest difference, as many as fit."""
+    """As many values as fit around the largest difference: of both sides, and of float64 if it is known."""
     named = {"ours": difference.ours, "ref": difference.ref} | ({"float64": truth} if truth else {})
     tokens = difference.checkpoint == "tokens"
     texts = [[str(int(x)) for x in row] for row in named.values()] if tokens else values(*named.values())

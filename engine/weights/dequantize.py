@@ -33,7 +33,8 @@ def _format(kind: int, elements: int, size: int) -> Callable[[Unpack], Unpack]:
 
 
 def _written(kind: int, elements: int, size: int) -> Callable[[Write], Unpack]:
-    """Register a format whose function writes its values in place, into float32 [blocks, elements per block] of the result: a copy less."""
+    """Register a format whose function writes its values in place, into float32 [blocks, elements per block] of the result, which saves
+    a copy."""
 
     def register(function: Write) -> Unpack:
         def unpack(blocks: Array) -> Array:
@@ -123,7 +124,7 @@ def _shifted(qs: Array, shifts: tuple[int, ...], mask: int) -> Array:
 
 
 def _scaled(q: Array, scale: Array, low: Array | None = None) -> Array:
-    """scale · q − low as float32, computed in one array: with another for each result it takes two to three times as long."""
+    """scale · q − low as float32, computed in a single array: with a new array for each result it takes two to three times as long."""
     values = q.astype(np.float32)
     values *= scale
     if low is not None:

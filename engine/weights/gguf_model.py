@@ -74,7 +74,7 @@ _KINDS = {str: "a text", int: "a whole number", float: "a number"}
 
 
 class GgufModel:
-    """A model file, or the files of a split model, memory-mapped: weights are read only when they are asked for.
+    """A model file, or the files of a split model, memory-mapped: weights are read only when needed.
 
     Raises:
         ModelError: the file cannot be read, or its metadata lack what an engine must know or contradict it.
@@ -197,7 +197,7 @@ class GgufModel:
         )
 
     def _beyond(self, request: str) -> None:
-        """Note a feature that no list written by hand has; the first one suffices."""
+        """Note a feature that no hand-written list has; the first one suffices."""
         self._irregular = self._irregular or request
 
     def _wrong(self, problem: str) -> ModelError:

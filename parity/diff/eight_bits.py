@@ -1,7 +1,7 @@
 """Whether the errors of a side that doesn't state its arithmetic look like 8-bit activations: noise, everywhere, of that size.
 
-This is no proof: a fault can make noise of that size (LayerNorm instead of RMSNorm does, in some models), so it acquits nothing.
-The answer stays a divergence, blames no operation and says what settles the question.
+This is no proof, because a fault can make noise of that size (LayerNorm instead of RMSNorm does, in some models). So nothing is
+acquitted: the answer remains a divergence, but blames no operation and says what settles the question.
 """
 
 import numpy as np

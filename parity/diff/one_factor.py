@@ -30,14 +30,14 @@ _TIMES = 8
 
 
 class Allowed(Struct, frozen=True):
-    """By how much right values may be larger, and smaller, as a part of them, without noise."""
+    """By which proportion right values may be too large or too small, apart from noise."""
 
     above: float = 0.0
     below: float = 0.0
 
     @classmethod
     def of(cls, kind: str, layers: int) -> "Allowed":
-        """In an arithmetic, after so many layers."""
+        """What an arithmetic allows after this many layers."""
         return cls(STEP[kind], _TIMES * layers * STEP[kind])
 
 

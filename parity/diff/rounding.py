@@ -1,4 +1,4 @@
-"""Whether one side's values are the other's, rounded to a lower type: then the type is the difference, not an operation."""
+"""Whether one side's values are the other's, rounded to a lower type: then they differ by the type, not by an operation."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,7 +73,7 @@ def beyond_rounding(values: Floats, rounded: Floats, name: str) -> Floats:
 
 
 def _rounds(a: Floats, b: Floats, rounding: Callable[[Floats], Floats], number: int) -> bool:
-    """Whether `a` is `b` rounded, but for few of `number` values near the middle of two steps: there the last bits decide."""
+    """Whether `a` is `b` rounded, except for a few of `number` values near the middle of two steps, where the last bits decide."""
     rounded = rounding(b)
     if not np.array_equal(rounding(a), a) or (a != rounded).sum() > _NEAR_TIES * number:
         return False

@@ -22,6 +22,7 @@ from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
 from . import halves
 from .apart import apart
+from .as_compared import as_diff_says
 from .beyond import NOTHING, beyond
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
@@ -37,7 +38,7 @@ from .own_inputs import contradicted
 from .own_rounding import standing_out
 from .precision import UPPER, PrecisionFloor, with_noise
 from .records import Expected, right_rows
-from .rounded_weights import with_weights_rounded
+from .rounded_weights import type_of_rows, with_weights_rounded
 from .rows import garbage
 from .scopes import as_far_as_shown
 from .search import Search
@@ -62,7 +63,8 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     budget = Budget(options.budget)
     transformer = open_model(model, options)
     if transformer.encoder is None:
-        answer, _ = _explained(Case(dump, Half(transformer), options), options, budget)
+        case = Case(dump, Half(transformer), options)
+        answer = as_diff_says(case, _explained(case, options, budget)[0], options)
     else:
         answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
     otherwise = () if answer else not_as_the_file_says(transformer)
@@ -129,7 +131,7 @@ def _of_all_records(
     settled = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
     said, further = (
         NOTHING
-        if answer.causes or noise or is_noise or case.states_f32
+        if (answer.causes and not type_of_rows(best)) or answer.remaining is None or noise or is_noise or case.states_f32
         else beyond(case, best, lambda other, kind, most: _of_all_records(other, replace(options, compute=kind), budget, most))
     )
     if further is not None:

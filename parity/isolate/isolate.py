@@ -1,4 +1,4 @@
-"""`parity isolate`: where the values come from, and how they become an answer."""
+"""`parity isolate`: gets the values and turns them into an answer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext

@@ -1,4 +1,4 @@
-"""Points that a dump lacks are passed over: what is made from them is judged from the nearest recorded values before them.
+"""Points that a dump lacks are passed over: operations that read them are judged from the nearest recorded values before them.
 
 Attention can be judged without scores: queries, keys and values at all positions determine its result.
 """

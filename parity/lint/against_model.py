@@ -104,7 +104,7 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
 
 
 def _norms(subject: Subject, last: str) -> bool:
-    """Whether the final norm is that of this value, as far as is known: some models mix the outputs of several layers before it."""
+    """Whether, as far as is known, the final norm reads this value: some models mix the outputs of several layers before it."""
     reads: tuple[str, ...] = (OUTPUT_NORM,)
     while len(reads) == 1 and reads[0] != last and (how := subject.computation(reads[0])) is not None and how.op in _OF_A_NORM:
         reads = how.reads
@@ -214,7 +214,7 @@ def _in_row(number: int, row: NDArray[np.float32]) -> tuple[int, float]:
 
 
 def _in_list(token: Token) -> tuple[int, float]:
-    """The same for the largest logits that a token record lists: an id that is not among them is behind the last one."""
+    """`_in_row` for the largest logits that a token record lists: an id that is not among them ranks behind the last one."""
     logits = dict(token.top)
     if not logits or not np.isfinite(list(logits.values())).all():
         return -1, np.nan

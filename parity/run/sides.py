@@ -206,7 +206,7 @@ class ExternalEngine:
 
     @property
     def requested_by_name(self) -> bool:
-        """Whether the engine, or the user, is told the points, instead of printing what it has."""
+        """Whether the points were asked for by name, by `{points}` or `--points`."""
         return self._command.takes(POINTS) or (self._request.points, self._request.layers) != ("default", None)
 
     @cached_property
@@ -272,7 +272,7 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
 
 
 def recorded(side: object, out: Path, prompt: Prompt, mapping: Mapping) -> Dump:
-    """What a side recorded of a prompt: a foreign engine prints every sequence of a batch, and after a restored state only the rest.
+    """A side's records of one prompt: a foreign engine prints every sequence of a batch, and after a restored state only the rest.
 
     Raises:
         DumpError, EngineError: as in `state.loaded`.

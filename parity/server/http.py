@@ -43,7 +43,7 @@ class ServerError(InputError):
 
 
 class _Passing(Exception):
-    """A failure that may be gone at the next attempt; `pause` is how long the server asks to wait, None if it does not."""
+    """A failure that may not occur at the next attempt; `pause` is how long the server asks to wait, None if it does not."""
 
     def __init__(self, error: ServerError, attempts: int, pause: float | None = None) -> None:
         super().__init__(str(error))

@@ -19,9 +19,10 @@ from checkpoints.whole_file import put
 from reference.client import Reference
 from reference.jobs import Tokens
 
+from ..run.one_side import dump_reference
 from ..run.request import Prompt, Request
 from ..run.results import dumps_of
-from ..run.session import REF_FILE, dump_reference, resolve_prompt, run_folder
+from ..run.session import REF_FILE, resolve_prompt, run_folder
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import PlacedPrediction, Progress, ServerReply, ask_server
