@@ -39,6 +39,15 @@ def as_far_as_it_goes(verdict: Verdict) -> str:
     return f" as far as it goes ({uncompared(lacks)})" if lacks.after or lacks.positions else ""
 
 
+def no_verdict(points: Sequence[str]) -> str:
+    """Why nothing can be said about points, and what would help."""
+    return (
+        f"{_first_names(points)}: in this arithmetic rounding alone moves the values as far as they are large; even zeros would be within "
+        "the limit. Compute in float32 for this comparison, or record all points in whole rows: parity isolate judges each operation by "
+        "its own inputs"
+    )
+
+
 def uncompared(lacks: Uncompared) -> str:
     """ "nothing after blk.10.l_out, nothing at positions 3–4"."""
     parts: list[str] = []
@@ -212,13 +221,7 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         some = f"{len(lacking.points)} of {count(lacking.requested, 'point')}"
         yield "missing", f"your engine printed nothing of {some}: {_first_names(lacking.points)}"
     if verdict.unjudged:
-        where = _first_names(verdict.unjudged.points)
-        yield (
-            "no verdict",
-            f"{where}: lower arithmetic alone moves these values as far as they are large, so that even zeros would be within the limit. "
-            "Compute in float32 for the comparison, or record all points in whole rows: parity isolate judges each operation by its own "
-            "inputs",
-        )
+        yield "no verdict", no_verdict(verdict.unjudged.points)
     if verdict.left_out:
         yield "left out", f"{count(verdict.left_out, 'record')} after the position at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))
