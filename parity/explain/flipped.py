@@ -35,7 +35,7 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 
     All as they are where the dump's errors are not our own rounding's, or too many would be left out.
     """
-    led = _led(case, measured)
+    led = led_to(case, measured)
     costs = [np.maximum(*cost) for cost in zip(measured.products, measured.storage, strict=True)]
     far = [here & (entry.base > TOGETHER * cost) for entry, here, cost in zip(case.entries, led, costs, strict=True)]
     if not any(some.any() for some in far) or not _few(case, far):
@@ -49,7 +49,7 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 def chosen_otherwise(case: Case, measured: PrecisionFloor) -> bool:
     """Whether the only records over their limits, which hold a stated arithmetic's noise, lie behind choices that it may flip."""
     over = [entry.base > entry.limit for entry in case.entries]
-    led = _led(case, measured)
+    led = led_to(case, measured)
     return _few(case, over) and not any((some & ~here).any() for some, here in zip(over, led, strict=True))
 
 
@@ -58,7 +58,7 @@ def _few(case: Case, some: Sequence[NDArray[np.bool_]]) -> bool:
     return sum(int(here.sum()) for here in some) <= _MOST * sum(len(entry.rows) for entry in case.entries)
 
 
-def _led(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
+def led_to(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
     """The records of each point that a choice which the arithmetic may flip leads to, [R]; none if the errors are not our rounding's."""
     flips = _possible_flips(case, measured.kind) if measured.alike >= OURS else []
     led = []
