@@ -144,6 +144,19 @@ def test_noise_tells_cut_digits_from_a_factor() -> None:
     assert abs(found.factor - 1 - smaller) < 4 * found.error
 
 
+def test_digits_cut_off_beyond_the_limit_are_undecided() -> None:
+    """The table's limit is one for all models: an engine that cuts digits off may be over it, and no operation is blamed."""
+    random = np.random.default_rng(3)
+    right = random.normal(size=(6, 64)).astype(np.float32)
+    size = np.exp2(np.floor(np.log2(np.abs(right)))) * 2.0**-10
+    cut = -np.sign(right) * size * random.uniform(size=(12, *right.shape)).sum(axis=0)
+    for errors, undecided in ((cut, True), (-0.004 * right, False)):
+        points = {"embd": right, "blk.0.l_out": (right + errors).astype(np.float32)}
+        found = compare(dumped(points), dumped({**points, "blk.0.l_out": right}), Options(compute="f16"))
+        assert not found
+        assert ("undecided" in sentence(found)) is undecided
+
+
 @pytest.mark.slow
 def test_what_stands_out_of_our_own_rounding_is_a_divergence(engine: Faulty) -> None:
     """An eighth of a row is 1.001 times too large, below F16's own error of each value; with the model, our run in F16 shows it."""

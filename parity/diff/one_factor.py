@@ -122,6 +122,18 @@ def shared_factor(errors: Floats, right: Floats, allowed: Allowed = NOTHING, *, 
     return None if along is None else Part(1 + along[0], 0.0, *along[1:])
 
 
+def beside_cut_digits(errors: Floats, right: Floats, kind: str) -> Floats | None:
+    """Errors [R, k] without the part of right values [R, k] by which all are smaller, if digits cut off in an arithmetic can make it.
+
+    None where a row is larger, or smaller than its noise allows, or all 0.
+    """
+    if kind not in SPACING or not len(right) or not right.any(axis=1).all():
+        return None
+    parts, left, energy = _along(errors, right)
+    most = Allowed(below=inf, spacing=SPACING[kind]).smaller((left * left).sum(axis=1) / energy)
+    return left if bool(((parts <= 0) & (-parts <= most)).all()) else None
+
+
 def shared_summand(errors: Floats, right: Floats, allowed: Allowed = NOTHING) -> Part | None:
     """The summand that errors [R, k] of right values [R, k] share beside their noise; None without one.
 
