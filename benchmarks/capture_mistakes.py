@@ -2,7 +2,7 @@
 
 Run as `PYTHONPATH=tests:benchmarks python benchmarks/capture_mistakes.py [--arch NAME,…] [--seed 0]`. Ten mistakes (`MISTAKES`) are made
 in the dump of a right engine and in that of one with a random edit of one operation (`random_edits.py`) which shows in `logits`: sixteen
-values a row, every point, bare lines. Then `lint`, and `diff` with lint's findings put aside.
+values per row, every point, bare lines. Then `lint`, and `diff` with lint's findings put aside.
 
 A right engine is *told* if lint has a finding or diff says that a record alone is wrong, *seen* if diff sees a difference, *blamed* if diff
 names an operation and lint says nothing, *unseen* if nobody sees any difference. A wrong engine is *acquitted* if lint says nothing and

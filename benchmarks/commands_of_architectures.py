@@ -4,7 +4,7 @@
     PYTHONPATH=tests python benchmarks/commands_of_architectures.py show RESULTS.jsonl
 
 Small models by recipe, 16 tokens. `isolate` holds llama.cpp itself to our definitions, with weights in F32, and in Q8_0 with ggml's
-rounding; `explain` sees sixteen values a row of the default points of a llama.cpp whose file has another ε; `consistency` compares
+rounding; `explain` sees sixteen values per row of the default points of a llama.cpp whose file has another ε; `consistency` compares
 our engine with itself at the default points.
 """
 

@@ -3,7 +3,7 @@
 Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`, with `--further`,
 `--rare` or `--tiles`.
 Every case is drawn by its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation,
-edited in one layer, from one layer on, or in all; the dump: 10, 16 or all values a row, with or without a sketch, the default points or
+edited in one layer, from one layer on, or in all; the dump: 10, 16 or all values per row, with or without a sketch, the default points or
 all, F32 stated or not.
 
 An edit (`benchmarks/random_edits.py`) changes the operation's result or one operand:

@@ -1,9 +1,10 @@
 """What `parity explain` costs, in forward passes of the model, over the whole catalogue.
 
-Run as `PYTHONPATH=tests python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0] [--layer 17]`.
+Run as `PYTHONPATH=tests python benchmarks/explain.py time [--model stories] [--backend numpy] [--every 1] [--scope 0] [--layer 17]
+[--entries NAME,…] [--searches 3]`.
 Each entry's first variant is planted into our engine, in all layers and in one layer alone, and the search sees the dump alone. A pass is
 one forward pass over the same tokens on the same backend, the median of five, timed beside each entry; a search's time is the median of
-three.
+`--searches`. A line says if the planted entry is not among the causes.
 Two counts are printed: by time (CPU time on the host, the wall's clock on a device), and by the multiply-adds of the matrix
 products. `explain_table.py` prints which entries are named.
 """
@@ -12,6 +13,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -19,19 +21,25 @@ from time import perf_counter, process_time
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation
+from checkpoints.errors import ModelError
 from engine import graph
-from engine.backend import Array, choose
-from engine.faults import CATALOGUE
+from engine.backend import Array
+from engine.faults import CATALOGUE, Fault
 from engine.graph import Step, WeightSource
 from engine.inapplicable import NotApplicable
+from engine.opened import open_plain
 from engine.replay import batched, replay
 from engine.synth import Shape, synthesize
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded as default_model
+from parity.run.graphs import recorded_graph
+from parity.synth.synthetic import make_by_recipe
 
-LAYER, TOKENS, SEARCHES = 17, 32, 3
+LAYER, TOKENS = 17, 32
 EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
 # whether in one layer, and the points that are dumped
 SCOPES: dict[str, tuple[bool, str]] = {
@@ -55,7 +63,14 @@ def models(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
         "wider": lambda: _synthetic(folder / "wider.gguf", WIDER),
     }
     for name in names:
-        yield name, makers[name]()
+        yield name, makers[name]() if name in makers else _by_recipe(folder / f"{name}.gguf", name)
+
+
+def _by_recipe(path: Path, name: str) -> Path:
+    """A small model of another architecture, with as many layers as those above."""
+    recipe = RECIPES[name]
+    make_by_recipe(path, recipe, shape_of(recipe, layers=24), {}, tokenizer=default_model.path())
+    return path
 
 
 def _synthetic(path: Path, shape: Shape) -> Path:
@@ -111,28 +126,39 @@ def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[],
     return median(spent), work
 
 
-def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str], layer: int) -> None:
+def _faulty(model: Path) -> Faulty:
+    """The engine of a model, whose steps are lifted where they are not written by hand."""
+    try:
+        return Faulty(model)
+    except ModelError:
+        return Faulty(model, recorded_graph(model))
+
+
+def times(
+    name: str, model: Path, backend: str, entries: Sequence[Fault], scopes: Sequence[str], layer: int, searches: int
+) -> None:
     """Print the cost for each entry, and the median and the worst of each of these scopes."""
-    faulty = Faulty(model)
+    faulty = _faulty(model)
     right = {step.makes: step for step in faulty.right}
-    transformer = Transformer(GgufModel(model), choose(backend))
+    transformer = open_plain(GgufModel(model), backend, recorded=partial(recorded_graph, model))
     clock = process_time if transformer.backend.name == "numpy" else perf_counter
     tokens = tokens_of(model, TOKENS, seed=2)
     for scope in scopes:
         single, points = SCOPES[scope]
         layers = (layer,) if single else None
         costs: list[tuple[float, float, float]] = []
-        for fault in list(CATALOGUE.values())[::every]:
+        for fault in entries:
             if layers is not None and fault.once:
                 continue
             parameters = (fault.variants(right) or [{}])[0]
+            planted = Planted(((fault.name, parameters, layers),))
             try:
-                seen = faulty.dump(Planted(((fault.name, parameters, layers),)), tokens, points=points)
-            except NotApplicable:
+                seen = faulty.dump(planted, tokens, points=points)
+            except (NotApplicable, ValueError):  # ValueError: NumPy's, of shapes that do not go together in this model
                 continue
             seconds, work = forward(transformer, tokens, clock)  # beside each search: other work on the machine comes and goes
             durations = []
-            for _ in range(SEARCHES):
+            for _ in range(searches):
                 with multiply_adds() as count:
                     began = clock()
                     answer = explain(seen, model, ExplainOptions(budget=300, backend=backend))
@@ -143,9 +169,12 @@ def times(name: str, model: Path, backend: str, every: int, scopes: Sequence[str
             costs.append((spent / seconds, count[0] / work, spent))
             print(
                 f"{name}, {scope}, {fault.name}{f' in {layer}' if single else ''}: {answer.variants:,} variants, {spent:.2f} s ="
-                f" {spent / seconds:.1f} passes of {1000 * seconds:.0f} ms, {count[0] / work:.1f} by multiply-adds",
+                f" {spent / seconds:.1f} passes of {1000 * seconds:.0f} ms, {count[0] / work:.1f} by multiply-adds"
+                + ("" if named(answer, planted) else ", NOT NAMED"),
                 flush=True,
             )
+        if not costs:
+            continue
         by_time, by_work, spent_each = zip(*costs, strict=True)
         print(
             f"{name}, {scope}, {transformer.backend.device}: {len(costs)} entries;"
@@ -160,9 +189,11 @@ def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", choices=("time",))
-    parser.add_argument("--model", choices=("stories", "llama", "qwen2", "wider"), default="stories")
+    parser.add_argument("--model", default="stories", help="stories, llama, qwen2, wider, or a recipe, of 24 layers")
     parser.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="numpy")
     parser.add_argument("--every", type=int, default=1, help="only every so many entries of the catalogue")
+    parser.add_argument("--entries", default=",".join(CATALOGUE), help="names with commas; all of them otherwise")
+    parser.add_argument("--searches", type=int, default=3, help="of each entry, of which the median counts")
     parser.add_argument("--layer", type=int, default=LAYER, help="the one layer")
     parser.add_argument(
         "--scope",
@@ -175,7 +206,8 @@ def main() -> None:
     scopes = [scope for number, scope in enumerate(SCOPES) if not chosen.scope or number in chosen.scope]
     with tempfile.TemporaryDirectory() as folder:
         [(name, model)] = models(Path(folder), [chosen.model])
-        times(name, model, chosen.backend, chosen.every, scopes, chosen.layer)
+        entries = [CATALOGUE[entry] for entry in chosen.entries.split(",")][:: chosen.every]
+        times(name, model, chosen.backend, entries, scopes, chosen.layer, chosen.searches)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _HEAD = f"""# Which faults `parity explain` names
 
 Made by `python benchmarks/explain_table.py show RESULTS.jsonl` from the results of its `run`. Each entry of the catalogue is planted in our
 engine with some of its variants, evenly spaced; the engine writes a dump of values only (no sketch, no statistics), and the search
-sees nothing but that dump. *all layers*: the seven default points, sixteen values a row, {TOKENS} tokens. *layer {LAYER} only*:
+sees nothing but that dump. *all layers*: the seven default points, sixteen values per row, {TOKENS} tokens. *layer {LAYER} only*:
 the same, but the fault is in that layer alone, at which no point was recorded.
 *ten logits*: ten values of the logits and nothing else, {TOKENS} tokens and
 {GENERATED} generated ones. A cell says how many of the variants that act in this model were named (the variant itself, or one with the same

@@ -112,7 +112,7 @@ def model(folder: Path, kind: str) -> Path | None:
 
 
 def llama(bench: Path | None, path: Path) -> dict[str, float]:
-    """llama-bench's tokens a second for prompt and generation, the better of flash attention off and on."""
+    """llama-bench's tokens per second for prompt and generation, the better of flash attention off and on."""
     if bench is None:
         return {}
     command = [str(bench), "-m", str(path), "-p", str(PROMPT), "-n", str(STEPS), "-ngl", "99", "-fa", "0,1", "-o", "json"]

@@ -1,7 +1,7 @@
-"""How fast dumps are read, and in how much memory. Run: python benchmarks/reading.py [seconds a row]
+"""How fast dumps are read, and in how much memory. Run: python benchmarks/reading.py [seconds per row]
 
 The fastest and the median of the passes that fit into that many seconds (10), since the machine may be shared: CPU time
-where one process reads, the clock's where a process a core does. Each row in a process of its own, for its memory. The
+where one process reads, the clock's where one process per core does. Each row has a process of its own, for its memory. The
 last column is what the numbers alone take in simdjson, which is one process's floor.
 """
 
@@ -59,7 +59,7 @@ def streamed(path: Path, processes: int | None = 0) -> tuple[int, int]:
 
 
 def by_all_cores(path: Path) -> tuple[int, int]:
-    """The same by a process a core."""
+    """The same by a process per core."""
     return streamed(path, None)
 
 
@@ -117,13 +117,13 @@ def table(seconds: float) -> Iterator[tuple[str, str, str, float, float]]:
         for name, make, read in (
             ("bare lines, 16 values", lambda: foreign(path, 16, 120_000), streamed),
             ("bare lines, 16 values, ten times as many", lambda: foreign(path, 16, 1_200_000), streamed),
-            ("the same by a process a core", lambda: None, by_all_cores),
+            ("the same by a process per core", lambda: None, by_all_cores),
             ("bare lines, 16 values, %f", lambda: foreign(path, 16, 120_000, printf=True), streamed),
             ("format 1, 16 values, statistics, sketch", lambda: own(path, 3000), streamed),
             ("format 1, 16 values, read whole", lambda: own(path, 3000), whole),
             ("bare lines, 896 values", lambda: foreign(path, 896, 8_000), streamed),
             ("bare lines, 896 values, ten times as many", lambda: foreign(path, 896, 80_000), streamed),
-            ("the same by a process a core", lambda: None, by_all_cores),
+            ("the same by a process per core", lambda: None, by_all_cores),
             ("bare lines, 896 values, %f", lambda: foreign(path, 896, 4_000, printf=True), streamed),
             ("bare lines, 151,936 values", lambda: foreign(path, 151_936, 60), streamed),
         ):

@@ -3,7 +3,7 @@
     PYTHONPATH=tests python benchmarks/right_engines.py [-n 1000] [--from 0] [--out FILE.jsonl] [--seconds S]
 
 Engines come in tens: a seeded small model (architecture and weight type go through all of them), its reference by llama.cpp, and our
-engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 or all values a row, the default points or all, bare lines
+engine in F32, F16, BF16, TF32 and 8-bit arithmetic, each as two dumps: 10, 16 or all values per row, the default points or all, bare lines
 (no header, shape, statistics or sketch) or a whole dump, its arithmetic stated or not. `lint` and `diff`, without and with the model,
 judge each, `isolate` all values of every other one; with `--explain` so does `explain`, which takes two fifths of the
 time (`explain_right.py` has right engines of its own). What commands compute of the model itself is computed once (`kept_runs.py`).

@@ -4,7 +4,7 @@
     python benchmarks/ten_faults.py show RESULTS.jsonl > docs/ten-faults.md
 
 The faulty engines share no code with ours (`tests/faulty_engines.py`). `run` appends a line a case and skips those that the file has
-already. The search sees the default points, sixteen values a row, of 16 tokens, and nothing about the engine. Right engines are the
+already. The search sees the default points, sixteen values per row, of 16 tokens, and nothing about the engine. Right engines are the
 NumPy engine in F32, F16 and BF16 arithmetic and llama.cpp itself, on one prompt each.
 """
 
@@ -37,7 +37,7 @@ _HEAD = f"""# Ten faults in twelve architectures
 
 Made by `python benchmarks/ten_faults.py show RESULTS.jsonl` from the results of its `run`. The engines share no code with parity's:
 either llama.cpp runs a GGUF file that was changed, or a NumPy engine of 250 lines has the fault (`tests/foreign_families.py`).
-`parity explain` sees the default points of {TOKENS} tokens, sixteen values a row, and is told nothing about the engine. *named*: there
+`parity explain` sees the default points of {TOKENS} tokens, sixteen values per row, and is told nothing about the engine. *named*: there
 is one cause, which is the fault or an entry with the same numbers, and it explains every record. Models are synthetic, 4 to 7 layers, F32;
 seconds are CPU time of the search.
 """

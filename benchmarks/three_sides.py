@@ -3,7 +3,7 @@
 Run as `PYTHONPATH=tests:benchmarks python benchmarks/three_sides.py [-n 20] [--from 0]`. A comparison takes the next of `ARCHITECTURES`
 and of five kinds, by its number: one wrong side, two that have the same fault, two that have different ones, a side in F16 that says so,
 one that does not. The right sides are llama.cpp and our engine; the wrong ones are our engine with a random edit of one operation
-(`random_edits.py`). Which side is where is drawn, and so are points, values a row, and whether wrong sides write bare lines.
+(`random_edits.py`). Which side is where is drawn, and so are points, values per row, and whether wrong sides write bare lines.
 
 *blamed* are the sides that the answer calls alone (without a model: two that are wrong alike outvote the right one, which is said of
 votes, not of truth, and counted as `outvoted`) or wrong (with it).

@@ -1,7 +1,7 @@
 """What a dump holds: Header, rows of checkpoints, Token, End. One JSON line each; format version 1.
 
-`Rows` is the columnar form of checkpoint records: one row per record, all of one point. The engine writes one `Rows` a
-point and step; a reader gives back one `Rows` a point for the whole dump, so that whatever works on dumps works on arrays.
+`Rows` is the columnar form of checkpoint records: one row per record, all of one point. The engine writes one `Rows` per point
+and step; a reader returns one per point for the whole dump, so that everything that works on dumps works on arrays.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,13 @@ DECODE = "decode"
 
 
 class ModelInfo(Struct, frozen=True):
-    """Which model a dump is of.
+    """The model that a dump was made with.
 
     `fingerprint` is `checkpoints.fingerprint.fingerprint` of the original file, which reads parts of it, `content` is
     `checkpoints.content.content_hash`, which reads all; `twin` is the fingerprint of its F32 copy where one was computed: an
     engine that was given the copy names the copy. `weights` are the families of the matrices' types ("f32 quantised"), which
-    decide what two sides may differ by: the file type is only what somebody called the mixture. `settings` is a hash of the metadata that
+    decide by how much two sides may differ: the file type is only a name that somebody gave to the
+    mixture. `settings` is a hash of the metadata that
     the computation depends on, which copies of other types share.
     """
 
@@ -43,7 +44,7 @@ class ModelInfo(Struct, frozen=True):
     settings: str = ""
 
     def may_be(self, other: "ModelInfo") -> bool:
-        """Whether both can be of one file, or of a file and its F32 copy, as far as they say."""
+        """Whether both can describe one file, or a file and its F32 copy, as far as they state it."""
         if not (self.fingerprint and other.fingerprint):
             return True
         if self.fingerprint == other.fingerprint:
@@ -55,7 +56,7 @@ class Header(Struct, frozen=True):
     """The first line of a dump: everything that could explain a difference later.
 
     `tokens` are the ids of the prompt, `pieces` their texts; `compute` is the arithmetic (f32, tf32, f16, bf16),
-    `mode` "exact" or "native", `slice` the number of leading values a record carries, `dataflow` what each point is made from
+    `mode` "exact" or "native", `slice` the number of leading values in each record, `dataflow` what each point is made from
     (`checkpoints.dataflow.Dataflow.to_json`; {} if only the order of points is known), `columns` where the records lie as arrays beside
     the lines (`checkpoints.columns`).
     """
@@ -88,7 +89,7 @@ class Token(Struct, frozen=True):
 
     @property
     def first_choice(self) -> int:
-        """The side's own first choice: one that is led along another's tokens lists it in `top`."""
+        """The side's own first choice; if it is led along another side's tokens, `top` lists it."""
         return self.top[0][0] if self.top else self.id
 
 

@@ -1,4 +1,4 @@
-"""What is to be recorded of a prompt: the same words for every side, from the command line to whoever computes."""
+"""What to record of a prompt: the same terms for every side, from the command line to the code that computes."""
 
 from itertools import accumulate
 from typing import Any, Literal
@@ -12,17 +12,17 @@ Positions = Literal["all", "last"] | tuple[int, ...]
 
 
 class Recording(Struct, frozen=True, kw_only=True):
-    """What a side is to record; requests and jobs are made of this and of what they need besides.
+    """What a side is to record; requests and jobs extend this by what they need themselves.
 
     Attributes:
         mode: "exact" computes in float32 (llama.cpp its F32 twin), "native" the file as it is.
         points: a `--points` expression: "default", "all", names, globs.
         layers: the layers whose output "default" stands for; None for 0, 5, 10, 23 and the last.
         positions: "all", "last" (of each forward pass), or positions in the sequence.
-        slice_size: leading values a record carries; None for all of them.
+        slice_size: leading values in each record; None for all of them.
         full: write whole tensors beside the dump, as safetensors.
         binary: write records as arrays beside the dump's lines (`checkpoints.columns`).
-        first_position: where the first token stands, so that long contexts can be tried without a long prompt.
+        first_position: the position of the first token, so that long contexts can be tried without a long prompt.
     """
 
     mode: str = "exact"
@@ -35,7 +35,7 @@ class Recording(Struct, frozen=True, kw_only=True):
     first_position: int = 0
 
     def recording(self) -> dict[str, Any]:
-        """These fields by name: what another request or job of the same recording is made with."""
+        """These fields by name, to make another request or job that records the same."""
         return {name: getattr(self, name) for name in Recording.__struct_fields__}
 
 
@@ -43,7 +43,7 @@ def passes(count: int, portions: tuple[int, ...] = ()) -> list[slice]:
     """Which of `count` prompt tokens each forward pass takes: as many as `portions` says, or all of them in one.
 
     Raises:
-        InputError: the portions are not `count` tokens together.
+        InputError: the portions do not add up to `count` tokens.
     """
     portions = portions or (count,)
     if sum(portions) != count or min(portions) < 1:

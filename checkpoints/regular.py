@@ -1,4 +1,4 @@
-"""What may be read as a file: a regular one. A pipe could make a command wait for ever, a device never end."""
+"""Only regular files are read: a pipe could make a command wait for ever, and a device might never end."""
 
 import stat
 from pathlib import Path
@@ -10,7 +10,7 @@ LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in 
 
 
 def require_regular(path: Path, error: type[InputError] = InputError, advice: str = "") -> None:
-    """Refuse what is neither file nor folder. What is not there is left to whoever opens it.
+    """Refuse whatever is neither file nor folder. A missing path is left to the code that opens it.
 
     Raises:
         InputError (or the `error` given): it is a pipe, a device or a socket.

@@ -1,4 +1,4 @@
-"""How many cores, how much memory and disk there are, asked before something large is begun."""
+"""How many cores and how much memory and disk there are, asked before anything large is begun."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ _NONE = 1 << 60  # a limit beyond it is none: v1 writes the largest number of pa
 
 
 class FreeMemory(Struct, frozen=True):
-    """Bytes that can be allocated now, and what says so: the system, or a control group of this process."""
+    """Bytes that can be allocated now, and the source of that number: the system, or a control group of this process."""
 
     free: int
     source: str
@@ -50,7 +50,7 @@ def memory(system: Path = Path("/proc"), mount: Path = _MOUNT) -> FreeMemory:
 
 
 def _groups(system: Path, mount: Path) -> Iterator[tuple[int, str]]:
-    """(bytes that it leaves, what says so) of each control group with a limit that this process is in: its own and all above."""
+    """(bytes left, source) of each control group with a limit that this process is in: its own and all above."""
     try:
         lines = (system / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -79,7 +79,7 @@ def _groups(system: Path, mount: Path) -> Iterator[tuple[int, str]]:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that a file at `path` may take: of the folder that it will stand in, or of the nearest one that is there."""
+    """Bytes that a file at `path` may take, in its folder or in the nearest existing one above."""
     folder = path.absolute().parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -87,14 +87,14 @@ def free_disk(path: Path) -> int:
 
 
 def require_room(path: Path, size: int, needed: int) -> None:
-    """Refuse to begin what cannot end well.
+    """Refuse to begin something for which there is no room.
 
     Args:
         size: bytes that the file at `path` will have.
         needed: bytes of memory that making it takes at once.
 
     Raises:
-        InputError: there is less of either.
+        InputError: there is less disk or memory than that.
     """
     if size > (free := free_disk(path)):
         raise InputError(

@@ -1,6 +1,6 @@
-"""What llama.cpp gives a graph as input, as rules of tokens and positions: masks, positions, cache indices, output ids.
-
-A rule is a function of one pass; it is believed only if it gives back the recorded data of every pass (`explain`).
+"""The inputs that llama.cpp gives a graph (masks, positions, cache indices, output ids), as rules that depend on tokens and
+positions.
+A rule is a function of one pass. It is accepted only if it reproduces the recorded data of every pass (`explain`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,12 +73,12 @@ def _rows(now: ForwardPass) -> Values:
 
 
 def _cells(now: ForwardPass) -> Values:
-    """The cells of the cache that this pass fills: the last T."""
+    """The cache cells that this pass fills: the last T."""
     return np.arange(len(now.keys) - len(now.tokens), len(now.keys))
 
 
 def _cells_transposed(now: ForwardPass, *, cells: int, width: int) -> Values:
-    """The same where each channel has a row of the cache: channel · cells + cell."""
+    """`_cells` if each channel has a row of the cache: channel · cells + cell."""
     return (_cells(now)[:, None] + np.arange(width)[None, :] * cells).reshape(-1)
 
 
@@ -87,7 +87,7 @@ def _zero(now: ForwardPass) -> Values:
 
 
 def _last(now: ForwardPass) -> Values:
-    """The number of the last row."""
+    """The index of the last row."""
     return np.array([len(now.tokens) - 1])
 
 
@@ -156,7 +156,7 @@ def _sees_encoded(now: ForwardPass) -> Values:
 
 
 def slopes(heads: int) -> Values:
-    """How fast each head of lightning attention forgets, ALiBi's numbers: float32 [heads]. Mirrors llm_graph_input_la::set_input."""
+    """How fast each head of lightning attention forgets, by ALiBi's slopes: float32 [heads]. Mirrors llm_graph_input_la::set_input."""
     two = np.float32(2)
     start = two ** -(two ** -(np.log2(np.float32(heads)) - np.float32(3)))
     numbers: Values = (start * start ** np.arange(heads, dtype=np.float32)).astype(np.float32)
@@ -203,9 +203,9 @@ RULES: dict[str, Callable[..., Values]] = {
 
 
 def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Sequence[InputRule] = ()) -> InputRule | None:
-    """The first rule that gives the recorded data of every pass, None if none does; those of `first` are tried first.
+    """The first rule that reproduces the recorded data of every pass, or None; those in `first` are tried first.
 
-    `facts` are the model's metadata without the architecture's prefix, where temperatures have their parameters.
+    `facts` are the model's metadata without the architecture's prefix, which hold the parameters of temperatures.
     """
     return next(
         (rule for rule in (*first, *_candidates(recorded, facts)) if all(_gives(rule, entry) for entry in recorded)), None
@@ -213,7 +213,7 @@ def explain(recorded: Sequence[Recorded], facts: Mapping[str, Any], first: Seque
 
 
 def _with_its_keys(entry: Recorded) -> Recorded:
-    """What is over as many keys as tokens is of the pass's own keys: nothing is read from a cache."""
+    """The passes with their own keys, for inputs over as many keys as tokens: nothing is read from a cache there."""
     if entry.ne[0] != len(entry.now.tokens):
         return entry
     return replace(entry, now=replace(entry.now, keys=entry.now.positions))
@@ -285,7 +285,7 @@ def _candidates(recorded: Sequence[Recorded], facts: Mapping[str, Any]) -> list[
 
 
 def _of_lightning_attention(entry: Recorded) -> list[InputRule]:
-    """Slopes and decays that an input of this shape may be."""
+    """The slopes and decays that an input of this shape can be."""
     ne, count = entry.ne, len(entry.now.tokens)
     rules = [InputRule("slopes", {"heads": ne[0]})] if ne[1:] == (1, 1, 1) else []
     if ne == (1, ne[1], count, 1):
@@ -296,7 +296,7 @@ def _of_lightning_attention(entry: Recorded) -> list[InputRule]:
 
 
 def _windows(recorded: Sequence[Recorded]) -> list[tuple[str, int]]:
-    """Kinds and sizes of windows that the recorded masks may show: read off the farthest key that a query sees."""
+    """The kinds and sizes of windows that the recorded masks can have, by the farthest key that a query sees."""
     candidates: list[tuple[str, int]] = [("causal", 0), ("all", 0)]
     back, chunks = 0, set[int]()
     for entry in map(_with_its_keys, recorded):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .points import of_scores, parse
 from .record import SKETCH_SIZE, Rows
 
-_BLOCK = 8192  # elements a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
+_BLOCK = 8192  # elements that a block of signs covers: 2 MiB as float64, so that a block stays in a core's cache
 _SMALL = 1 << 16  # elements above which a value's own work outweighs the cost of a call (0.15 ms, 2 ns an element)
 
 _SummaryArrays = tuple[
@@ -45,7 +45,7 @@ def _sign_block(index: int) -> NDArray[np.float64]:
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
-    """Cut elements start…stop at block borders: (from, to, signs of them)."""
+    """Cut elements start…stop at block borders: (from, to, their signs)."""
     while start < stop:
         index, offset = divmod(start, _BLOCK)
         end = min(stop, (index + 1) * _BLOCK)
@@ -91,7 +91,7 @@ def _statistics(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], dict[st
 
 
 def _statistics_of_garbage(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-    """The same where some element is not finite: least and largest are of the finite ones, 0 where there are none."""
+    """`_statistics` of rows with elements that are not finite: minimum and maximum are those of the finite ones, 0 if there are none."""
     finite = np.isfinite(rows)
     empty = ~finite.any(axis=1)
     clean, stats = _statistics(np.where(finite, rows, np.float32(0)))
@@ -109,7 +109,8 @@ def _pad(rows: Sequence[NDArray[np.float32]], width: int) -> NDArray[np.float32]
 
 
 def kept_copy(point: str, tensor: NDArray[np.float32], tokens: int, kept: NDArray[np.int64]) -> NDArray[np.float32]:
-    """A copy of what the records of these rows are made of: the rows [R, n], or the whole value where rows need it.
+    """A copy of what the records of these rows are computed from: the rows [R, n], or the whole value if a row depends on all of
+    it.
 
     Raises:
         TypeError: `tensor` is not float32 in host memory.
@@ -157,10 +158,10 @@ def summarise(
         tensor: float32, host memory. [T, …] one row per position; for `kq`, `kq_soft_max` and their like [H, T, S] with one
             column a cached position; for `k_read` and `v_read` [S, …], the cached rows. S may exceed the last position + 1 (padding).
         token_idx: int64 [T], the positions of the T rows.
-        slice_size: leading values a record carries; None for all of them.
+        slice_size: leading values in each record; None for all of them.
         keep: indices into 0…T−1 of the rows to record; None for all.
         first: the position of the first cached row, where a sequence does not begin at 0.
-        causal: False where every position sees all S cached positions, as in an encoder; else it sees those up to itself.
+        causal: False if every position sees all S cached positions, as in an encoder; otherwise each sees those up to itself.
 
     Raises:
         TypeError: `tensor` is not float32 in host memory.
@@ -226,7 +227,7 @@ def _rounded(sketches: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _split(summary: _SummaryArrays, parts: int) -> list[_SummaryArrays]:
-    """The same for each of several values of equally many rows that were laid one after the other."""
+    """The records of each of several values, which have equally many rows and were laid one after the other."""
     shapes, values, counts, stats, sketches = summary
     size = len(shapes) // parts
     cuts = [slice(start * size, (start + 1) * size) for start in range(parts)]

@@ -1,7 +1,7 @@
 """Full tensors in a safetensors file beside the JSONL dump, written as a stream.
 
 safetensors' own writer needs every tensor in memory at once; here the data goes to disk as it comes and the header,
-which stands first in the file, is written when all shapes are known. The library reads the result.
+which comes first in the file, is written when all shapes are known. The library reads the result.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ def key(point: str, step: int) -> str:
 
 
 class TensorWriter:
-    """Writes tensors one after the other into a safetensors file; nothing stands at `path` until `close`.
+    """Writes tensors one after the other into a safetensors file; nothing exists at `path` until `close`.
 
-    `metadata` are texts that the file carries besides.
+    `metadata` are texts that the file also carries.
 
     Raises:
         InputError: the file cannot be written.
@@ -58,7 +58,7 @@ class TensorWriter:
             raise unwritable(self.path, error, "Choose another --out.") from error
 
     def add(self, name: str, array: NDArray[Any]) -> None:
-        """Append one tensor, in host memory; a name that is there already is an error (ValueError)."""
+        """Append one tensor, in host memory; a name that was used before is an error (ValueError)."""
         if name in self._entries:
             raise ValueError(f"tensor {name!r} was written before")
         data = np.ascontiguousarray(array)
@@ -122,7 +122,7 @@ class TensorReader:
         """The full tensor of a point in one forward pass.
 
         Raises:
-            DumpError: it is not there, or is of a type that NumPy lacks (BF16).
+            DumpError: it is missing, or of a type that NumPy lacks (BF16).
         """
         if key(point, step) not in self.names:
             raise DumpError(f"{self.path} has no tensor of {point} in step {step}.", "Dump again with --full.")

@@ -1,6 +1,6 @@
-"""Files that are there as a whole or not at all: what stood there before is lost only to something complete.
+"""Files that are written completely or not at all: an earlier file is replaced only by a complete one.
 
-A file is written beside its place, under a random name that nobody else can have made, and renamed when it is complete. Its
+A file is written beside its final place, under a random name that nobody else can have made, and renamed when it is complete. Its
 writer holds a lock on it (`flock`, which ends with the process), so whoever writes the same file next can tell what a killed run
 left behind from what another run is writing now, and removes the former.
 """
@@ -28,16 +28,16 @@ _ATTEMPTS = 100  # another name each: in vain only where the folder itself is th
 
 
 class Replacement:
-    """A file in the making: what is written to `temporary` becomes `path` with `commit`, else vanishes.
+    """A file being written: `commit` turns what was written to `temporary` into `path`; otherwise it vanishes.
 
-    A link is followed: what it points to is replaced. Pipes and devices cannot be replaced: there `temporary` is the path itself.
-    A context manager that commits where nothing was raised.
+    A link is followed, and its target replaced. Pipes and devices cannot be replaced, so for them `temporary` is the path itself.
+    A context manager that commits unless an exception was raised.
 
     Attributes:
-        temporary: where to write; it is there already, empty, and may be opened by other programs.
+        temporary: where to write; it exists already, is empty, and may be opened by other programs.
 
     Raises:
-        OSError: there can be no such file.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,10 +59,10 @@ class Replacement:
             os.fchmod(self._descriptor, stat.S_IMODE(self.path.stat().st_mode))  # of the file that it replaces
 
     def commit(self) -> None:
-        """Put the file in its place. Where another stood there, the new one is on the disk before that goes.
+        """Put the file in its place. If it replaces another, it is on the disk before that one goes.
 
         Raises:
-            OSError: the disk refuses it; what stood there is as it was.
+            OSError: the disk refuses it; an earlier file is unchanged.
         """
         if (descriptor := self.commit_locked()) >= 0:
             os.close(descriptor)
@@ -70,7 +70,7 @@ class Replacement:
     def commit_locked(self, path: Path | None = None, *, durable: bool = False) -> int:
         """As `commit`, at `path` if it is given; returns a descriptor that holds a shared lock, -1 if there is none.
 
-        With `durable` the file is on the disk before it appears, also where nothing stood there.
+        With `durable` the file is on the disk before it appears, even if it replaces none.
         """
         if self._descriptor < 0:
             return -1
@@ -87,7 +87,7 @@ class Replacement:
         return descriptor
 
     def discard(self) -> None:
-        """Remove what was written, and folders that were made for it. A second call, or one after `commit`, does nothing."""
+        """Remove what was written, and the folders made for it. A second call, or one after `commit`, does nothing."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 self.temporary.unlink()
@@ -106,10 +106,10 @@ class Replacement:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file whole. A pipe or a device is written to as it is.
+    """Write a complete file. A pipe or a device is written to directly.
 
     Raises:
-        InputError: it cannot be written; what stood there is as it was.
+        InputError: it cannot be written; an earlier file is unchanged.
     """
     try:
         with Replacement(path) as replacement, replacement.temporary.open("wb") as file:
@@ -127,10 +127,10 @@ def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = "Choo
 
 
 def make_folders(folder: Path) -> tuple[Path, ...]:
-    """Make a folder and those above it; returns those that were not there, the innermost first.
+    """Make a folder and those above it; returns those that were made, the innermost first.
 
     Raises:
-        OSError: it cannot be made; nothing that was made for it is left.
+        OSError: it cannot be made; none of the folders above it is left behind.
     """
     missing = tuple(above for above in (folder, *folder.parents) if not above.exists())
     try:
@@ -142,19 +142,19 @@ def make_folders(folder: Path) -> tuple[Path, ...]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, each before the one that it lies in, those in which something lies excepted."""
+    """Remove those of some folders that are empty, each before the folder that contains it."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def is_special(path: Path) -> bool:
-    """Whether there is something at `path` that is neither file nor folder: a pipe, a device, a socket."""
+    """Whether `path` is neither file nor folder but a pipe, a device or a socket."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def sweep(path: Path) -> int:
-    """Remove what killed runs left of this file in its folder; returns the bytes that were freed."""
+    """Remove what killed runs left of this file in its folder; returns the bytes freed."""
     freed, own = 0, _short(path.name)
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
@@ -183,9 +183,8 @@ def create_locked(folder: Path, prefix: str, suffix: str) -> tuple[Path, int]:
 
 
 def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Take the lock on an open file (`flock`); False where another process holds it.
-
-    Where the file system has no locks every file counts as unlocked when it is used, and as locked when it would be removed.
+    """Take the lock on an open file (`flock`); False if another process holds it.
+    On file systems without locks every file counts as unlocked when it is to be used, and as locked when it is to be removed.
     """
     if fcntl is None:
         return False
@@ -197,7 +196,7 @@ def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
 
 
 def remove_unowned(path: Path) -> int:
-    """Remove a file or folder that no process holds a lock on; returns the bytes that were freed, 0 where it stays."""
+    """Remove a file or folder that no process has locked; returns the bytes freed, 0 if it stays."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | _NO_FOLLOW)
     except OSError:
@@ -230,9 +229,9 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_new(path: Path) -> IO[bytes]:
-    """A file that is not there yet, opened for writing; nothing that another put there, links included, is written through.
+    """A new file, opened for writing; never an existing one, not even through a link.
 
     Raises:
-        FileExistsError: there is something; OSError: it cannot be made.
+        FileExistsError: the path exists; OSError: the file cannot be made.
     """
     return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | _NO_FOLLOW, 0o666), "wb")

@@ -1,7 +1,7 @@
-"""NumPy or CuPy: who computes, and on which device.
+"""NumPy or CuPy: which of them computes, and on which device.
 
-The plain operations of `engine.ops` are written in NumPy functions, which hand CuPy arrays to CuPy by themselves
-(NEP 13 and NEP 18); only what creates arrays needs to know the module.
+The plain operations of `engine.ops` call NumPy functions, which pass CuPy arrays on to CuPy (NEP 13 and NEP 18). Only code that creates
+arrays needs to know the module.
 """
 
 import os
@@ -34,7 +34,7 @@ class Backend(Struct, frozen=True):
     spread: bool = False
 
     def current(self) -> AbstractContextManager[Any]:
-        """Make this device the one that computes and allocates."""
+        """Make this the device that computes and allocates."""
         return nullcontext() if self.xp is np else cast(AbstractContextManager[Any], self.xp.cuda.Device(self.number))
 
     def array(self, host: NDArray[Any]) -> Array:
@@ -101,12 +101,12 @@ def all_equal(a: Array, b: Array) -> bool:
 
 @lru_cache(maxsize=1)
 def _all_equal() -> Any:
-    """The comparison as one kernel instead of two: with small values most of the time goes into launches."""
+    """The comparison as one kernel instead of two: for small values, launches take most of the time."""
     return sys.modules["cupy"].ReductionKernel("T a, U b", "bool same", "a == b", "a && b", "same = a", "true", "all_equal")
 
 
 def choose(name: str = "auto", number: int | None = None) -> Backend:
-    """The backend of that name; "auto" takes CuPy where there is a device, else NumPy. `number` is the device's CUDA number.
+    """The backend of that name; "auto" is CuPy if there is a device, otherwise NumPy. `number` is the device's CUDA number.
 
     Raises:
         InputError: CuPy was asked for but the device or the package is missing, or the name is unknown.

@@ -1,4 +1,4 @@
-"""Groups of steps that architectures share. An architecture's own file puts them together and adds its oddities."""
+"""Groups of steps that architectures share. An architecture's own file combines them and adds its peculiarities."""
 
 from collections.abc import Mapping
 from math import inf
@@ -15,7 +15,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 class HasShape(Protocol):
-    """A tensor of a file, as far as its shape goes."""
+    """A tensor of a file, of which only the shape matters."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,12 +63,12 @@ class Blocks:
         return Step(makes, ops.rms_norm, (reads,), (self.weight(weight, self.hp.n_embd),), {"eps": self.hp.eps})
 
     def linear(self, makes: str, reads: str, weight: str, shape: tuple[int, int]) -> Step:
-        """A projection of shape (out, in), with a bias where the file has one."""
+        """A projection of shape (out, in), with a bias if the file has one."""
         bias = self.optional(f"{weight}.bias", shape[0])
         return Step(makes, ops.linear, (reads,), (self.weight(f"{weight}.weight", *shape), bias))
 
     def rope(self, makes: str, reads: str, heads: int, pairs: str) -> Step:
-        """Rotary position embedding; the frequency factors are used where the file has them."""
+        """Rotary position embedding; the frequency factors are used if the file has them."""
         hp = self.hp
         factors = self.optional(ROPE_FACTORS, hp.rope_dims // 2)
         params = {"heads": heads, "dims": hp.rope_dims, "base": hp.rope_base, "scale": hp.rope_scale, "pairs": pairs}
@@ -123,7 +123,7 @@ class Blocks:
         ]
 
     def head(self, reads: str) -> list[Step]:
-        """Final norm and output matrix; the embedding serves as the output matrix where the file has no other (tied)."""
+        """Final norm and output matrix; the embedding is also the output matrix if the file has no other (tied)."""
         hp = self.hp
         own = self.optional("output.weight", hp.n_vocab, hp.n_embd)
         matrix = own or self.weight("token_embd.weight", hp.n_vocab, hp.n_embd)

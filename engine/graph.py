@@ -34,7 +34,7 @@ class History(Struct, frozen=True):
 
 
 class State(Struct, frozen=True):
-    """A step reads what the previous pass left: its value of `of`, which a step of this pass makes anew; zeros in the first pass."""
+    """A step reads what the previous pass left: its value of `of`, which a step of this pass computes anew; zeros in the first pass."""
 
     of: str
     shape: tuple[int, ...]
@@ -96,7 +96,7 @@ Read = str | History | State | View
 
 
 class RowsOf(Struct, frozen=True):
-    """A step takes single rows of a weight: it is given a function ids -> rows, so that only those are dequantised."""
+    """A step takes single rows of a weight: it gets a function ids -> rows, so that only those rows are dequantised."""
 
     weight: str
 
@@ -172,7 +172,7 @@ def alone(encoder: Sequence["Step"]) -> tuple["Step", ...]:
 
 
 def weight_name(weight: Weight) -> str:
-    """The name of a weight as the file has it, whatever is made of it; "" where there is none."""
+    """The name of a weight in the file, whatever form a step takes it in; "" if there is none."""
     return weight if isinstance(weight, str) else "" if weight is None else weight.weight
 
 
@@ -200,7 +200,7 @@ class WeightSource(Protocol):
     """Where steps get their weights from."""
 
     def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
-        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
+        """The file's own bytes [rows, bytes per row], their ggml type and the weight's shape."""
 
     def array(self, host: NDArray[Any]) -> Array:
         """A host array on the side where the steps compute."""
@@ -264,7 +264,7 @@ def _given(read: Read, live: Mapping[str, Array], cache: Cache) -> Array:
 
 
 def weight_of_step(weight: Weight, source: WeightSource) -> Any:
-    """What an operation is given for a weight: an array, None, or a function that takes rows."""
+    """The form in which an operation gets a weight: an array, None, or a function that takes rows."""
     if isinstance(weight, Altered):
         return weight.make(source, weight.weight)
     if isinstance(weight, RowsOf):
@@ -279,7 +279,7 @@ def weight_of_step(weight: Weight, source: WeightSource) -> Any:
 def run(
     steps: Sequence[Step], values: dict[str, Array], weights: WeightSource, cache: Cache, tap: Tap, keep: Iterable[str] = ()
 ) -> dict[str, Array]:
-    """Compute every step, hand each result to the tap, and drop the values that no later step reads.
+    """Compute every step, give each result to the tap, and drop the values that no later step reads.
 
     Args:
         values: the given values: `tokens`, `positions` and `passes`, and, if the run starts in the middle, the last value before it.

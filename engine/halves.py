@@ -16,17 +16,17 @@ def encoder_alone(encoder: Sequence[Step]) -> list[Step]:
 
 
 def as_encoder(steps: Sequence[Step]) -> list[Step]:
-    """Such steps as those of the pass that an encoder–decoder begins with."""
+    """The steps of an encoder alone, with the names that they have in an encoder–decoder."""
     return _renamed(steps, lambda name: ENCODER + name)
 
 
 def decoder_alone(encoder: Sequence[Step], decoder: Sequence[Step]) -> list[Step]:
-    """A decoder's steps after an encoder that hands over what it makes: it reads the values of `handed_over`, which must be given."""
+    """A decoder's steps without its encoder: they read the values of `handed_over`, which must be given."""
     return [Step(ENCODED, handed_on, tuple(handed_over(encoder)), axis=None, inner=True), *decoder]
 
 
 def handed_over(encoder: Sequence[Step]) -> dict[str, str]:
-    """What an encoder makes last and what that is made from: their names, and what `encoder_alone` calls them."""
+    """The encoder's last value and those that it is made from: their names, and the names that `encoder_alone` gives them."""
     names = (encoder[-1].makes, *encoder[-1].names)
     return {name: name.removeprefix(ENCODER) for name in names}
 

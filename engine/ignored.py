@@ -1,7 +1,7 @@
 """Numbers of the metadata that llama.cpp does not compute with: its graph has another number of the same kind, or none.
 
-An engine that follows the file is right and differs from this reference all the same, so wherever sides differ this is said. The
-kinds are those of operations' parameters; no architecture is known here.
+An engine that follows the file is right and still differs from this reference, so answers say so wherever sides differ. The kinds are
+those of operations' parameters; no architecture is known here.
 """
 
 import struct
@@ -61,7 +61,7 @@ class _Kind(Struct, frozen=True):
 
 
 def ignored(recorded: RecordedGraph | None, metadata: Metadata) -> tuple[Ignored, ...]:
-    """What the metadata state and the graph computes otherwise; nothing where there is no graph."""
+    """The numbers that the metadata state and the graph computes otherwise; nothing without a graph."""
     if recorded is None:
         return ()
     graphs = [graph for graph in (recorded.several, recorded.encoder) if graph is not None]
@@ -86,7 +86,7 @@ def ignored(recorded: RecordedGraph | None, metadata: Metadata) -> tuple[Ignored
 
 
 def sentences(recorded: RecordedGraph | None, metadata: Metadata) -> tuple[str, ...]:
-    """The same, as a sentence each."""
+    """One sentence for each of them."""
     return tuple(item.sentence for item in ignored(recorded, metadata))
 
 
@@ -129,12 +129,12 @@ def _caps(graph: Graph) -> Iterator[float]:
 
 
 def _factors(graph: Graph) -> Iterator[float]:
-    """What whole tensors are multiplied with."""
+    """The numbers by which whole tensors are multiplied."""
     yield from (_float(tensor, 0) for tensor in _nodes(graph, "SCALE", "SOFT_MAX"))
 
 
 def _windows(graph: Graph) -> Iterator[float]:
-    """How many positions masks leave."""
+    """How many positions masks leave visible."""
     for tensor in graph.tensors:
         parameters = tensor.rule.parameters if tensor.kind == INPUT and tensor.rule is not None else {}
         if parameters.get("window") in ("standard", "chunked", "symmetric"):

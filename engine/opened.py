@@ -1,4 +1,4 @@
-"""A model opened for computing: on the host, on a device, or over several."""
+"""A model opened for computing: on the host, on one device, or spread over several."""
 
 from collections.abc import Callable, Sequence
 

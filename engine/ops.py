@@ -2,7 +2,7 @@
 
 T tokens of this pass, S cached positions, D embedding, H heads, K key/value heads, d head size, F feed-forward.
 They run on NumPy and CuPy arrays alike (NEP 18). Each names the C function of ggml whose order of operations it follows.
-Each computes in the type of its operands: in float64 it gives what float32 only approximates (`replay.wide`).
+Each computes in the type of its operands: with float64 it gives the result that float32 only approximates (`replay.wide`).
 """
 
 import sys
@@ -91,7 +91,7 @@ def rope_angles(
 
 
 def _step_of(dims: int, base: float) -> np.float32:
-    """What an angle is multiplied by from one pair to the next."""
+    """The factor of an angle from one pair to the next."""
     step: np.float32 = np.power(np.float32(base), np.float32(-2.0) / np.float32(dims), dtype=np.float32)
     return step
 
@@ -104,7 +104,7 @@ def _angles(positions: Any, dims: int, base: float) -> Any:
 
 
 def _angles_there(positions: Array, dims: int, base: float) -> Array:
-    """The same on the device, in the same order: a parallel product would multiply in another one."""
+    """`_angles` on the device, multiplied in the same order: a parallel product would use another order."""
     angles = sys.modules["cupy"].empty((len(positions), dims // 2), dtype=np.float32)
     _angle_of()(positions, np.int32(dims // 2), np.float32(_step_of(dims, base)), angles)
     return angles
@@ -150,7 +150,7 @@ def cached(history: Array) -> Array:
 
 
 def attention_scores(q: Array, k: Array, *, heads: int, kv_heads: int) -> Array:
-    """q · kᵀ a head; `heads / kv_heads` query heads share a key head: [T, H · d], [S, K · d] -> [H, T, S].
+    """q · kᵀ per head; `heads / kv_heads` query heads share a key head: [T, H · d], [S, K · d] -> [H, T, S].
 
     Query head h reads key head h // group. Mirrors ggml_mul_mat(k, q) of llm_graph_context::build_attn_mha.
     """

@@ -1,4 +1,4 @@
-"""One model over several devices: consecutive layers lie on consecutive devices, each with its own weights and KV cache."""
+"""One model over several devices: consecutive layers are on consecutive devices, each with its own weights and KV cache."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -67,7 +67,7 @@ class SplitTransformer(Transformer):
 
     @property
     def cache_backends(self) -> tuple[Backend, ...]:
-        """As `Transformer.cache_backends`: one a device."""
+        """As `Transformer.cache_backends`: one per device."""
         return tuple(stage.backend for stage in self.stages)
 
     def _compute(self, values: dict[str, Array], sequence: Progress, tap: graph.Tap) -> Array:
@@ -80,7 +80,7 @@ class SplitTransformer(Transformer):
 
 
 def stages(model: GgufModel, steps: Sequence[Step], backends: Sequence[Backend], *, resident: bool) -> list[DeviceSteps]:
-    """The steps cut into one run a device; a model with fewer layers than devices uses as many devices as it has layers."""
+    """The steps, cut into one stretch per device; a model with fewer layers than devices uses as many devices as it has layers."""
     n_layers = model.hyperparameters.n_layers
     used = backends[: min(len(backends), n_layers)]
     runs: list[list[Step]] = [[] for _ in used]

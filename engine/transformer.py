@@ -80,7 +80,7 @@ class Transformer:
         return points_of((*(self.encoder or ()), *self.steps))
 
     def expect(self, positions: int) -> None:
-        """Prepare for a run over so many positions in all: some models rotate by other frequencies in a longer context."""
+        """Prepare for a run over this many positions in all: some models rotate by other frequencies in a longer context."""
         if self._long_above is None:
             return
         wanted = factors_of(positions, self._long_above)

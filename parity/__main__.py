@@ -1,4 +1,4 @@
-"""The entry of the command line: every way to end, mapped to the exit codes of the design.
+"""The command line's entry point, which maps every way to end to an exit code.
 
 0 parity (or clean), 1 divergence (or findings), 2 the input or the request is wrong, 3 an internal error, 130 interrupted or
 terminated (SIGTERM, SIGHUP), 141 if nobody read the answer to its end (`parity … | head`). Nothing but a divergence

@@ -1,10 +1,10 @@
-"""The Python interface: what `from parity import …` gives. Few names, which stay.
+"""The Python interface: the few names that `from parity import …` offers. They stay stable.
 
 from parity import compare, read, table
 
 verdict = compare("ours.jsonl", "ref.jsonl")
 assert verdict, verdict.first_divergence
-frame = table("ours.jsonl", "ref.jsonl")  # a pandas DataFrame, one row a compared record
+frame = table("ours.jsonl", "ref.jsonl")  # a pandas DataFrame, one row per compared record
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Requests to end, from a terminal (Ctrl-C), `timeout`, a cancelled CI job: raised as KeyboardInterrupt where it is not lost."""
+"""Requests to end (Ctrl-C, `timeout`, a cancelled CI job), raised as KeyboardInterrupt where it cannot get lost."""
 
 import signal
 import threading
@@ -23,7 +23,8 @@ def end_as_interrupted() -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """A block that a request to end does not interrupt: it is raised behind it, when what was begun there is known to who must end it.
+    """A block that no request to end interrupts. The interrupt is raised after it, when the code that must end what the block began
+    knows of it.
 
     For a few milliseconds only. Other threads than the main one are never interrupted.
     """
@@ -43,7 +44,7 @@ def held_back() -> Iterator[None]:
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, but later if an extension module is being initialised: Cython's modules clear whatever is raised then."""
+    """Raise KeyboardInterrupt; later, if an extension module is being initialised, since Cython's modules clear whatever is raised then."""
     if hasattr(signal, "setitimer") and _initialises_extension(frame):
         signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, _LATER)

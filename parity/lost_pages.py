@@ -1,4 +1,4 @@
-"""Files that are cut short while they are mapped into memory: reading what is gone raises SIGBUS, which ends a process in silence."""
+"""Files that are cut short while they are mapped into memory: reading a lost page raises SIGBUS, which ends the process silently."""
 
 import ctypes
 import mmap

@@ -27,10 +27,10 @@ def is_f32(contents: Contents) -> bool:
 
 
 def state_alignment(path: Path) -> None:
-    """Let a file that llama.cpp's quantiser wrote say the alignment that it has.
+    """Correct the alignment stated in a file that llama.cpp's quantiser wrote.
 
-    It aligns by 32 bytes, whatever the model's own alignment is, and copies that with the metadata: llama.cpp itself does not read
-    the result (`llama_model_quantize_impl` pads by GGUF_DEFAULT_ALIGNMENT).
+    The quantiser always aligns by 32 bytes (`llama_model_quantize_impl` pads by GGUF_DEFAULT_ALIGNMENT), but copies the model's own
+    alignment with the metadata: llama.cpp itself could not read the result.
     """
     file = contents(path)
     if file.alignment == _ALIGNMENT:
@@ -43,7 +43,7 @@ def state_alignment(path: Path) -> None:
 def dequantize_rest(path: Path) -> None:
     """Turn every weight of a file that is not F32 into F32, in place; types that libggml does not dequantise stay.
 
-    A tensor grows, so those after it move: from the last to the first, none is overwritten before it has moved.
+    Tensors grow, so those after them move. This is done from the last to the first, so that none is overwritten before it has moved.
 
     Raises:
         OSError: the disk has no room; ModelError: this is no GGUF file.
@@ -80,7 +80,7 @@ def dequantize_rest(path: Path) -> None:
 
 
 def _extend(descriptor: int, size: int, new_size: int) -> None:
-    """Give a file its new size with room on the disk: a write into a mapped hole would kill the process where there is none."""
+    """Give a file its new size, with room for it on the disk: without room, a write into a mapped hole would kill the process."""
     if hasattr(os, "posix_fallocate") and new_size > size:
         os.posix_fallocate(descriptor, size, new_size - size)
     else:

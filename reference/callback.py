@@ -72,7 +72,7 @@ class Tap:
         return _computed_of(self._outlines or [])
 
     def record(self, record_node: Callable[[int], None]) -> None:
-        """During the next pass, hand every node's address to `record_node` and compute nothing."""
+        """During the next pass, give every node's address to `record_node` and compute nothing."""
         self._reset()
         self._record = record_node
 
@@ -91,7 +91,7 @@ class Tap:
         deliver: Deliver | None,
         again: Callable[[], Iterable[Planned]] | None = None,
     ) -> None:
-        """During the next pass, hand the wanted values to `deliver`, each as soon as it is computed.
+        """During the next pass, give each wanted value to `deliver` as soon as it is computed.
 
         `again` is called when llama.cpp begins a further ubatch of the pass; it returns the values that are wanted from it.
         """
@@ -187,7 +187,7 @@ class Tap:
 
 
 def _computed_of(noted: Sequence[tuple[Noted, bool]]) -> list[Noted]:
-    """What was noted of the nodes that are computed: all of them where this llama.cpp marks none."""
+    """The notes on the nodes that are computed; on all nodes if this llama.cpp marks none."""
     some = any(marked for _, marked in noted)
     return [node for node, marked in noted if marked or not some]
 

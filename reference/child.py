@@ -1,4 +1,4 @@
-"""The child process as its parent sees it: started, asked for its last words, ended.
+"""The child process as its parent handles it: it is started, ended, and asked for its last words.
 
 This module imports little, so that a command can start the child first and import the rest while the child imports llama.cpp.
 """

@@ -271,7 +271,8 @@ class Reference:
     def twin(self, model: Path, out: Path | None = None, *, joined: bool = False) -> Path:
         """The F32 twin of a model, from the cache or made now; with `out`, a separate copy at that path.
 
-        An F32 model is its own twin; with `joined` one in several files is not, since who reads it may not know of the others.
+        An F32 model is its own twin; with `joined`, a model in several files is not, since a program that reads it may not know of the
+        others.
         """
         with _swept(out):
             return cast(Path, self._ask(f"making the F32 twin of {model}", "twin", Path(model), out, joined, self._threads))
@@ -309,7 +310,7 @@ class Reference:
 
 @contextmanager
 def _swept(out: Path | None) -> Iterator[None]:
-    """Remove what a process that was ended in the middle leaves beside `out`, the file that it was to make."""
+    """Remove what a process that ended too early left beside `out`, the file that it was to make."""
     try:
         yield
     except BaseException:

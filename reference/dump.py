@@ -1,6 +1,5 @@
-"""One dump of the reference: plan the graph, compute it, write each value when it is computed.
-
-It holds one value at a time, and needs the whole model in memory; `sweep` does the same for a model that doesn't fit.
+"""One dump of the reference: plan the graph, compute it, write each value as soon as it is computed.
+This holds one value at a time, and needs the whole model in memory; `sweep` does the same for a model that does not fit.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""From values, as they are computed, to records of a dump."""
+"""Turns values, as they are computed, into records of a dump."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -37,10 +37,10 @@ class EmittedPass(Struct, frozen=True):
 
 
 def steps_of(prompt: Sequence[int], follow: Sequence[int], first: int = 0, portions: tuple[int, ...] = ()) -> list[EmittedPass]:
-    """The prompt in one pass or in portions, then each further token in its own; the first token stands at position `first`.
+    """The prompt in one pass or in portions, then each further token in a pass of its own; the first token has position `first`.
 
     Raises:
-        InputError: the portions do not make up the prompt.
+        InputError: the portions do not add up to the prompt.
     """
     parts = [tuple(prompt[part]) for part in passes(len(prompt), portions)] + [(token,) for token in follow]
     starts = accumulate((len(part) for part in parts), initial=first)

@@ -139,7 +139,7 @@ class Ggml:
             )
 
     def node(self, address: int) -> Node:
-        """Everything about the tensor at an address but its value; `tensor` has checked that there is one."""
+        """Everything about the tensor at an address except its value; `tensor` has checked that there is one."""
         fields = _FIELDS.unpack(ctypes.string_at(address, _FIELDS.size))
         op = self.op_name(fields[_OP])
         return Node(

@@ -44,7 +44,7 @@ def plans_of(session: Session, prompt: Sequence[int], encoded: Sequence[int] = (
     Args:
         prompt: the tokens of the (decoder's) first pass.
         encoded: the tokens of the encoder, if there is one.
-        single: whether some pass may take one token; listing its graph takes as long as listing the prompt's.
+        single: whether some pass may take a single token; listing its graph takes as long as listing the prompt's.
     """
     encoder = None
     if encoded:

@@ -61,7 +61,7 @@ def _sizes(nodes: Sequence[Outline]) -> dict[tuple[str, str, str, int], tuple[in
 
 
 def _axis(ne: tuple[int, ...], other: tuple[int, ...] | None, count: int, length: int) -> int | None:
-    """The dimension that has one element a position; of two (keys and queries, if nothing is cached) the queries'."""
+    """The dimension with one element per position; of two such (keys and queries, if nothing is cached), the queries'."""
     if other is None:
         return None
     axes = [axis for axis, pair in enumerate(zip(ne, other, strict=True)) if pair == (count, length)]
@@ -89,7 +89,7 @@ def row_shape(planned: Planned, count: int) -> tuple[str, ...]:
 
 
 def arrange(planned: Planned, value: NDArray[np.float32], count: int, seen: int) -> NDArray[np.float32]:
-    """A value as `checkpoints.summary.summarise` wants it.
+    """A value in the form that `checkpoints.summary.summarise` takes.
 
     Args:
         planned: what the value is.

@@ -1,4 +1,4 @@
-"""What the child can do: one method a request. The last model stays loaded, since requests for one model come in a row."""
+"""The requests that the child answers, one method each. The last model stays loaded, since requests for one model come in a row."""
 
 import time
 from collections.abc import Callable

@@ -34,7 +34,7 @@ class CachedTwin(Struct, frozen=True):
 
 
 def cached() -> list[CachedTwin]:
-    """The twins in the cache, the longest unused first."""
+    """The twins in the cache, the least recently used first."""
     twins: list[CachedTwin] = []
     folder = cache_dir()
     for path in folder.glob(f"*{_SUFFIX}") if folder.is_dir() else ():
@@ -181,7 +181,7 @@ def name_of(model: Contents, own: str) -> str:
 
 
 def make_room(size: int) -> None:
-    """Remove twins that are not in use, the longest unused first, until a new one of `size` bytes fits on the disk.
+    """Remove twins that are not in use, the least recently used first, until a new one of `size` bytes fits on the disk.
 
     Raises:
         InputError: it does not fit even then.
@@ -200,7 +200,7 @@ def make_room(size: int) -> None:
 
 
 def evict() -> None:
-    """Remove twins that are not in use, the longest unused first, until the rest is within the cache's bound.
+    """Remove twins that are not in use, the least recently used first, until the rest is within the cache's limit.
 
     Raises:
         InputError: the bound is not a number.

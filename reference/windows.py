@@ -68,7 +68,8 @@ def vocabulary_of(ids: Sequence[int], n_vocab: int) -> tuple[int, ...]:
 def open_window(
     library: Library, whole: Contents, window: Window, *, exact: bool = False, hollow: bool = False, threads: int | None = None
 ) -> Iterator[Model]:
-    """A window as a loaded model, whose file is removed afterwards. A hollow one has holes for weights: its graph can be listed.
+    """A window as a loaded model, whose file is removed afterwards. A hollow one has holes in place of weights; only its graph can be
+    listed.
 
     `window_proof.prove` proves that it computes what the whole model does.
 

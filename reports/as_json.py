@@ -1,4 +1,4 @@
-"""A verdict as JSON: the contract that scripts read. Adding keys is allowed, changing or dropping them is not."""
+"""A verdict as JSON, the contract that scripts rely on. Keys may be added, but neither changed nor dropped."""
 
 from math import isfinite, isnan
 from typing import Any
@@ -57,7 +57,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The same value with nothing in it that JSON lacks: tuples become lists, non-finite numbers words."""
+    """The same value with only what JSON has: tuples become lists, non-finite numbers become words."""
     if isinstance(value, float) and not isfinite(value):
         return "NaN" if isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What stands beside a verdict in a terminal: both sides' distributions, other commands' answers, the first differing choice."""
+"""What a terminal shows beside a verdict: both sides' distributions, other commands' answers, the first differing choice."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ def lines(report: Report, width: int) -> Iterator[Text]:
 
 
 def spread(side: Spread) -> str:
-    """One side's row in words: how many elements, from where to where, mean and standard deviation; empty if not known."""
+    """One side's row in words: the number of elements, their range, mean and standard deviation; empty if unknown."""
     if side.n is None or side.low is None or side.high is None:
         return ""
     middle = "" if side.mean is None or side.deviation is None else f", mean {side.mean:.6g} ± {side.deviation:.6g}"

@@ -15,7 +15,7 @@ from .numbers import clean, count, error, of_limit, ranges
 
 
 def lines(bisected: Bisected, width: int) -> Iterator[Text]:
-    """One row for each part that is wrong, with its first wrong point; then the others in a sentence."""
+    """One row for each wrong part, with its first wrong point; then a sentence on the others."""
     if any(part.point for part in bisected.wrong):
         rows: list[tuple[str, ...]] = [("part", "first wrong point", "worst NMSE", "of limit", "position")]
         rows += [_row(part) for part in bisected.wrong]

@@ -1,4 +1,4 @@
-"""A conformance run as text, JSON and Markdown: a letter a cell, a line a cause."""
+"""A conformance run as text, JSON and Markdown: one letter per cell, one line per cause."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,7 +46,7 @@ def kind(verdict: str) -> str:
 
 
 def lines(conformance: Conformance, width: int) -> Iterator[Text]:
-    """The whole screen."""
+    """Everything that a terminal shows of a run."""
     yield from matrix(conformance, width)
     yield Text("")
     for number, cause in enumerate(conformance.causes[:_CAUSES]):
@@ -62,32 +62,25 @@ def lines(conformance: Conformance, width: int) -> Iterator[Text]:
 
 
 def matrix(conformance: Conformance, width: int) -> Iterator[Text]:
-    """Architectures down, types across: the worst of each place, and what the letters say."""
+    """Architectures down, types across: the worst verdict of each place, and below what the letters stand for."""
     types = axis(conformance.results, "type")
     names = axis(conformance.results, "architecture")
     if not types:
         return
     first = max(len(name) for name in names)
-    words = legend(conformance)
     for number, block in enumerate(_blocks(types, width - first)):
         if number:
             yield Text("")
         yield Text(" " * first + "".join(f"{_GAP}{name:>{_LEAST}}" for name in block), style="dim")
-        beside = first + sum(_column(name) for name in block) + 4 + max(map(len, words)) <= width and not number
-        for row, name in enumerate(names):
+        for name in names:
             line = Text(f"{clean(name):<{first}}")
             for column in block:
                 worst = worst_of(conformance, name, column)
                 line.append(" " * (_column(column) - 1))
                 line.append(LETTERS[worst][0] if worst else " ", style=_STYLE.get(worst, "dim"))
-            if beside and row < len(words):
-                line.append(f"    {words[row]}", style="dim")
             line.rstrip()
             yield line
-        if not number:
-            rest = words[len(names) :] if beside else words
-            if rest:
-                yield Text(" · ".join(rest), style="dim")
+    yield Text(" · ".join(legend(conformance)), style="dim")
 
 
 _GAP = "  "
@@ -130,7 +123,7 @@ _AXES = {"architecture": "all architectures", "type": "all types", "prompt": "",
 
 
 def _axis(name: str, values: Sequence[str], conformance: Conformance) -> str:
-    """The values of an axis in words; empty if there is only one."""
+    """The values of an axis in words; empty if it has only one."""
     here = list(dict.fromkeys(values))
     every = axis(conformance.results, name)
     if len(here) == len(every):
@@ -142,7 +135,7 @@ def _axis(name: str, values: Sequence[str], conformance: Conformance) -> str:
 
 
 def _rope_of(architectures: Sequence[str], conformance: Conformance) -> str:
-    """The kind of RoPE that these architectures have and no other one that was compared; "" if there is none, or only one of them."""
+    """The kind of RoPE that exactly these of the compared architectures have; "" if there is none, or only one of them has it."""
     kinds = {result.cell.architecture: result.rope for result in conformance.results if result.compared}
     kind = kinds.get(architectures[0], "")
     alike = {name for name, rope in kinds.items() if rope == kind}

@@ -16,10 +16,12 @@ from .terminal import explanation
 _ROWS = 24  # points that are listed; of more, those nearest to their limits
 
 
-def factor(value: float | None) -> str:
-    """A margin: "–" where there is no error, "360 ×", "0.1 ×" beyond the limit."""
+def shown_margin(value: float | None) -> str:
+    """A margin: "–" where there is no error, "360 ×", "exceeded" beyond the limit."""
     if value is None:
         return "–"
+    if value < 1:
+        return "exceeded"
     return f"{float(f'{value:.2g}'):,.0f} ×" if value >= 10 else f"{value:.2g} ×"
 
 
@@ -51,7 +53,7 @@ def sentence(drift: Drift) -> str:
     nearest = max(drift.points, key=lambda point: point.of_limit, default=None)
     room = ""
     if nearest is not None and nearest.margin is not None:
-        room = f"; narrowest margin {factor(nearest.margin)} at {clean(nearest.checkpoint)}"
+        room = f"; narrowest margin {shown_margin(nearest.margin)} at {clean(nearest.checkpoint)}"
     limit = " (limit assumed)" if drift.assumed else ""
     return f"no drift{limit}: {count(drift.compared, 'record')} of {prompts} within their limits{room}"
 
@@ -123,7 +125,9 @@ def _table(points: tuple[Margin, ...], width: int) -> list[Text]:
     for point in shown:
         was = ["" if point.before is None else of_limit(point.before)] if earlier else []
         where = f"prompt {point.prompt}, position {point.token_idx}" if point.of_limit else ""
-        rows.append((clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), factor(point.margin), *was, where))
+        rows.append(
+            (clean(point.checkpoint), error(point.nmse), of_limit(point.of_limit), shown_margin(point.margin), *was, where)
+        )
         styles.append("bold red" if point.of_limit > 1 else "")
     lines = columns(rows, frozenset({1, 2, 3, 4} if earlier else {1, 2, 3}), styles, width)
     hidden = len(points) - len(shown)

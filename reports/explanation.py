@@ -18,6 +18,7 @@ _ARITHMETIC = {
     "q8": "quantised activations (8 bits in blocks)",
 }
 _STATED = {"header": "the header says f32", "--compute": "--compute f32 was given"}
+_WITH_NEXT = "reproduces the records only together with the next cause, which is in the same place"
 _LABEL = 8
 _OPERATIONS = 12  # operations in question that are listed
 
@@ -65,10 +66,10 @@ def _lines(rows: Sequence[tuple[str, str]], width: int) -> list[Text]:
 
 
 def layers_text(layers: tuple[int, ...] | None, *, left_over: bool = False) -> str:
-    """The layers as text: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23".
+    """The layers in words: "" for all, ", only in layer 17", ", only in layers 7 to 23", ", only in layers 1, 3, … 23".
 
-    `left_over`: whether the causes leave something unexplained; a fault of all layers is then known in those before that alone, and the
-    text is ", at least in layers 0 to 5".
+    `left_over`: whether the causes leave something unexplained. A fault of all layers is then only known in the layers before that
+    place, and the text is ", at least in layers 0 to 5".
     """
     if layers is None:
         return ""
@@ -90,7 +91,7 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
     rows = [
         ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"),
         *([("begins", _begins(explanation, explanation.first))] if not number and explanation.first is not None else []),
-        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
+        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}" if cause.records else _WITH_NEXT),
         ("looks", cause.symptom),
         ("fix", cause.fix),
         ("seen in", cause.seen),
@@ -134,7 +135,8 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
 
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
-    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
+    held = f"limit {limit(place.limit)}" if place.nmse > place.limit else "which alone would be noise"
+    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, {held}"
     suspect = place.checkpoint in {other.checkpoint for other in explanation.suspects}
     if suspect and not explanation.causes:
         rows = [("no cause", f"no operation is to blame for what differs first, {where}")]
@@ -161,7 +163,7 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
 
 
 def _suspect(suspect: SuspectRecord) -> str:
-    """Why a record is suspected and not its operation."""
+    """Why a record is suspected, but not its operation."""
     agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
     agrees, would = ("agrees", "it would not") if len(suspect.agreeing) == 1 else ("agree", "they would not")
     return (
@@ -171,7 +173,7 @@ def _suspect(suspect: SuspectRecord) -> str:
 
 
 def _but(explanation: Explanation) -> str:
-    """Why what numbers look like is no answer."""
+    """Why an arithmetic that the numbers look like is not the answer."""
     if explanation.f32_stated:
         return f", but {_STATED[explanation.f32_stated]}"
     return (

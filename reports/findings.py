@@ -1,4 +1,4 @@
-"""Answers of `parity lint`, `isolate` and `explain` (their --format json) as parts of a report."""
+"""Answers of `parity lint`, `isolate` and `explain` (their --format json) as sections of a report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from checkpoints.errors import InputError
 
-from .numbers import clean, count, error
+from .numbers import clean, count, error, ranges
 
 
 class ReportSection(Struct, frozen=True):
@@ -24,7 +24,7 @@ class ReportSection(Struct, frozen=True):
 
 
 def finding(answer: Any, name: str) -> ReportSection:
-    """The part of a report for one command's JSON answer; `name` is the file it came from.
+    """The section of a report for one command's JSON answer; `name` is the file that it came from.
 
     Raises:
         InputError: it is not an answer of lint, isolate or explain.
@@ -42,7 +42,7 @@ def finding(answer: Any, name: str) -> ReportSection:
 
 
 def _isolate(_answer: Mapping[str, Any], operations: Sequence[Mapping[str, Any]]) -> ReportSection:
-    """Right operations are counted by kind: a table of a hundred rows that all say "proven" would tell less."""
+    """Right operations are counted by kind: a hundred rows that all say "proven" would tell less."""
     status = [str(item.get("status")) for item in operations]
     wrong = [item for item in operations if item.get("status") == "wrong"]
     proven = status.count("proven")
@@ -73,11 +73,17 @@ def _explain(answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> 
     rows: list[tuple[str, ...]] = []
     for cause in causes:
         rows.append(
-            (*_texts(cause, "fault", "sentence", "layers"), _share(cause.get("explained")), *_texts(cause, "nmse", "fix"))
+            (
+                *_texts(cause, "fault", "sentence"),
+                _layers(cause.get("layers")),
+                _share(cause.get("explained")),
+                _error(cause.get("nmse")),
+                *_texts(cause, "fix"),
+            )
         )
         same = cause.get("equivalent")
         others = [other for other in same if isinstance(other, Mapping)] if isinstance(same, list) else []
-        rows += [(*_texts(other, "fault", "sentence", "layers"), "the same", "", "") for other in others]
+        rows += [(*_texts(other, "fault", "sentence"), _layers(other.get("layers")), "the same", "", "") for other in others]
     return ReportSection(
         "Which known fault is it?",
         _explained(answer, len(causes)),
@@ -87,7 +93,7 @@ def _explain(answer: Mapping[str, Any], causes: Sequence[Mapping[str, Any]]) -> 
 
 
 def _explained(answer: Mapping[str, Any], causes: int) -> str:
-    """What an explanation says before its causes; what they leave, and the law of it, belong to the answer as they do."""
+    """What an explanation says before its causes; what they leave unexplained, and the law that it follows, are part of the answer."""
     if answer.get("verdict") == "no fault":
         kind = _text(answer.get("precision_only"))
         assumed = ", which nothing states" if answer.get("precision_assumed") is True else ""
@@ -106,6 +112,17 @@ def _explained(answer: Mapping[str, Any], causes: int) -> str:
     if looks := _text(answer.get("looks_like")):
         said.append(f"the numbers look like {looks}")
     return "; ".join(said)
+
+
+def _layers(value: Any) -> str:
+    """Layers in stretches: a list of numbers can be as long as the model is deep."""
+    known = isinstance(value, list) and all(isinstance(layer, int) for layer in value)
+    stretches = ranges(tuple(sorted(value))) if known else ""
+    return stretches if known and not stretches.endswith("…") else _text(value)
+
+
+def _error(value: Any) -> str:
+    return error(value) if isinstance(value, (int, float)) else _text(value)
 
 
 def _share(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A layer's dataflow as a graph: which point is made from which, laid out in rows; `templates/flow.js` draws it."""
+"""A layer's dataflow as a graph, laid out in rows: which point is computed from which. `templates/flow.js` draws it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +51,7 @@ def _dataflow(points: Sequence[str], sides: Sequence[Dump]) -> Dataflow:
 def _graph(
     layer: int | None, names: list[str], flow: Dataflow, place: dict[str, int], status: dict[str, str]
 ) -> dict[str, Any]:
-    """Nodes with their row and column, and edges between their numbers; what enters from outside stands in the first row."""
+    """Nodes with their row and column, and edges between their numbers; values from outside the layer are in the first row."""
     inside = set(names)
     edges: list[tuple[str, str]] = []
     for name in names:
@@ -81,7 +81,8 @@ def _graph(
 
 
 def _sources(name: str, inside: set[str], flow: Dataflow) -> list[str]:
-    """The drawn points that a point is made from, through those that are not drawn; points of the vocabulary end a way from outside."""
+    """The drawn points that a point is computed from, found through points that are not drawn. Outside the layer the search ends at
+    points of the vocabulary."""
     sources: dict[str, None] = {}
     waiting, seen = list(reversed(flow.computations[name].reads)), set[str]()
     while waiting:
@@ -97,7 +98,7 @@ def _sources(name: str, inside: set[str], flow: Dataflow) -> list[str]:
 
 
 def _columns(names: Sequence[str], rows: dict[str, int], sources: dict[str, list[str]]) -> dict[str, float]:
-    """The column of each node, 0 in the middle: under the mean of what it reads, beside the others of its row."""
+    """The column of each node, 0 in the middle: below the mean of the nodes that it reads, beside the others in its row."""
     columns: dict[str, float] = {}
     for row in range(max(rows.values(), default=-1) + 1):
         members = [name for name in names if rows[name] == row]

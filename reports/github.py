@@ -1,4 +1,4 @@
-"""GitHub's workflow commands: annotations that stand beside a run. One line each, nothing in a text can end it."""
+"""GitHub's workflow commands: annotations that stand beside a run. Each is one line, which no text inside it can end."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from .sentences import answer, as_far_as_it_goes, headline, reasons
 
 
 def annotations(verdict: Verdict) -> Iterator[str]:
-    """An error with what explains it for a divergence, a notice for parity, a warning if something was never compared."""
+    """For a divergence an error that says what explains it, for parity a notice; a warning if something was never compared."""
     if verdict:
         yield _command("warning" if as_far_as_it_goes(verdict) else "notice", "parity", answer(verdict))
     else:
@@ -19,7 +19,7 @@ def annotations(verdict: Verdict) -> Iterator[str]:
 
 
 def drift_annotations(drift: Drift) -> Iterator[str]:
-    """An error a prompt that moved, a warning a finding, else a notice."""
+    """One error per prompt that moved and one warning per finding; a notice if there is neither."""
     for item in drift.checked:
         if not item.verdict:
             lines = [f"prompt {shortened(item.prompt)}", headline(item.verdict), answer(item.verdict), *_named(item.verdict)]

@@ -1,4 +1,4 @@
-"""What is compared: model, tokens and both sides, in a few lines above the points."""
+"""The first lines of an answer: the model, the tokens and both sides."""
 
 from collections.abc import Iterator, Mapping
 
@@ -57,7 +57,7 @@ def header(
 
 
 def facts(either: Header | None, sides: Mapping[str, Header | None]) -> Iterator[tuple[str, str]]:
-    """(name, what stands behind it): model and tokens by the header of `either` side, and each of `sides`; nothing without a header."""
+    """(name, text) of model and tokens, from the header of `either` side, and of each of the `sides`; nothing without a header."""
     if either is None:
         return
     model = either.model

@@ -10,9 +10,9 @@ from checkpoints.answers.drift import Closer, Entry
 from checkpoints.structs import as_dict
 
 from .as_json import SCHEMA, plain
-from .drift import factor
+from .drift import shown_margin
 from .layout import columns
-from .numbers import clean, count
+from .numbers import clean, count, of_limit
 
 _CONFORM = "conform "  # what a conformance run's source begins with
 _BARS = "▁▂▃▄▅▆▇█"
@@ -39,7 +39,7 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
         for name in names:
             known = [entry.points[name][2] for entry in group if name in entry.points]
             bars = "".join(bar(entry.points[name][2]) if name in entry.points else " " for entry in drawn)
-            rows.append((clean(name), *(factor(margin(value)) for value in (known[0], max(known), known[-1])), bars))
+            rows.append((clean(name), *(shown_margin(margin(value)) for value in (known[0], max(known), known[-1])), bars))
         yield from columns(rows, frozenset({1, 2, 3}), ["dim", *[""] * (len(rows) - 1)], width)
         if len(every) > len(names):
             yield Text(f"and {len(every) - len(names)} further from their limits", style="dim")
@@ -48,7 +48,7 @@ def lines(entries: Sequence[Entry], width: int) -> Iterator[Text]:
 
 
 def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
-    """Checks that can be compared with each other: of one side, against the same golden numbers."""
+    """Checks that can be compared with each other: the same side against the same golden numbers."""
     series: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         series.setdefault((entry.source, entry.golden), []).append(entry)
@@ -62,40 +62,35 @@ def groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
 
 
 def closer_sentences(moved: Sequence[tuple[str, Sequence[Closer]]]) -> list[str]:
-    """What came nearer to its limit, the most grown first: a sentence each, for each side."""
+    """What came nearer to its limit on each side, one sentence each; what grew most comes first."""
     sentences: list[str] = []
     for label, every in moved:
         side = f" of {label}" if len(moved) > 1 else ""
         sentences += [
-            f"{clean(closer.name)}{side}: {_of_its_limit(closer.now)}, {share(closer.before)} on {closer.since[:10]}"
+            f"{clean(closer.name)}{side}: {_of_its_limit(closer.now)}, {of_limit(closer.before)} on {closer.since[:10]}"
             for closer in every[:_NEAREST]
         ]
         sentences += [f"and {len(every) - _NEAREST} more{side} (--format json lists them)"] if len(every) > _NEAREST else []
     return sentences
 
 
-def share(of_limit: float) -> str:
-    """A proportion of a limit: "0.31 %", "4.2 ×" beyond it."""
-    return f"{100 * of_limit:.2g} %" if of_limit <= 1 else factor(of_limit)
+def _of_its_limit(proportion: float) -> str:
+    return f"{of_limit(proportion)}{' of' if proportion <= 1 else ''} its limit"
 
 
-def _of_its_limit(of_limit: float) -> str:
-    return f"{share(of_limit)} of its limit" if of_limit <= 1 else f"{share(of_limit)} its limit"
-
-
-def bar(of_limit: float) -> str:
+def bar(proportion: float) -> str:
     """One bar for an error in proportion to its limit, on a log scale."""
-    if of_limit <= 0:
+    if proportion <= 0:
         return _BARS[0]
-    if of_limit > 1:
+    if proportion > 1:
         return _BARS[-1]
-    height = 1 + log10(of_limit) / _DECADES
+    height = 1 + log10(proportion) / _DECADES
     return _BARS[max(0, min(len(_BARS) - 2, int(height * (len(_BARS) - 1))))]
 
 
-def margin(of_limit: float) -> float | None:
-    """How many times larger an error may become; None where there is none."""
-    return 1 / of_limit if of_limit else None
+def margin(proportion: float) -> float | None:
+    """How many times larger an error may become that is this proportion of its limit; None if there is no error."""
+    return 1 / proportion if proportion else None
 
 
 def history_as_json(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from checkpoints.answers.drift import Entry
 
-from .drift import factor
+from .drift import shown_margin
 from .history import groups, margin
 from .html import template
 from .numbers import clean
@@ -42,7 +42,7 @@ def history_html(entries: Sequence[Entry], findings: Sequence[str]) -> str:
 
 def _margins(group: Sequence[Entry], name: str) -> tuple[str, str, str]:
     known = [entry.points[name][2] for entry in group if name in entry.points]
-    return factor(margin(known[0])), factor(margin(max(known))), factor(margin(known[-1]))
+    return shown_margin(margin(known[0])), shown_margin(margin(max(known))), shown_margin(margin(known[-1]))
 
 
 def _figure(value: float) -> float | None:

@@ -13,6 +13,7 @@ from .header import facts
 from .numbers import clean, count, error, limit, of_limit, token, values
 from .report import Report, how_it_was_run, prompt
 from .sentences import answer, headline, place, reasons, remarks
+from .status import how, status
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -22,7 +23,7 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 
 def html(report: Report) -> str:
-    """The whole document, some 0.5 MB of which are the library that draws."""
+    """The whole document; about 0.5 MB of it are the drawing library."""
     verdict = report.verdict
     first = verdict.first_divergence
     text, tokens = prompt(report)
@@ -40,7 +41,7 @@ def html(report: Report) -> str:
         remarks=list(remarks(verdict)),
         sides=["ours", "reference"] + (["float64"] if verdict.truth is not None and verdict.truth.values else []),
         elements=_elements(first or verdict.worst, verdict.truth.values if verdict.truth is not None else ()),
-        points=verdict.points,
+        points=[(point, status(verdict, point)) for point in verdict.points],
         truth={point.checkpoint: point for point in verdict.truth_points},
         spreads=[("ours", report.picture.ours), ("reference", report.picture.ref), ("float64", report.picture.truth)],
         findings=report.findings,
@@ -78,6 +79,7 @@ def template(name: str) -> "Template":
         "token": token,
         "count": count,
         "place": place,
+        "how": how,
         "number": lambda value: "" if value is None else f"{value:.6g}",
     }
     return environment.get_template(name)

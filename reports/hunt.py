@@ -1,4 +1,4 @@
-"""A hunt as text and as JSON: one line a run of the engine, then the cause, or what was found instead of one."""
+"""A hunt as text and as JSON: one line for each run of the engine, then the cause or, without one, what was found."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -51,7 +51,7 @@ def _parted(verdict: Verdict) -> str:
 
 
 def lines(hunt: Hunt, width: int) -> Iterator[Text]:
-    """What follows the runs: the cause and how it was found; or the comparison, where there is none."""
+    """What follows the runs: the cause and how it was found or, without one, the comparison."""
     if hunt:
         yield from terminal.lines(hunt.verdict, width)
     else:
@@ -75,7 +75,7 @@ def _left(hunt: Hunt) -> Iterator[tuple[str, str]]:
 
 
 def summary(hunt: Hunt) -> str:
-    """What it took."""
+    """How many runs and how much time it took."""
     return f"{count(len(hunt.rounds), 'run')} of your engine, {hunt.seconds:.1f} s"
 
 

@@ -9,10 +9,11 @@ from checkpoints.answers.diff import Difference, PointSummary, Verdict
 from checkpoints.answers.drift import Drift
 
 from .conform import outcome
-from .drift import factor, sentence, shortened
 from .drift import remarks as drift_remarks
+from .drift import sentence, shortened, shown_margin
 from .numbers import error, limit, of_limit, token
 from .sentences import answer, headline, reasons, remarks
+from .status import status
 
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 has no way to write
 
@@ -23,20 +24,22 @@ def junit(verdict: Verdict) -> str:
 
 
 def drift_as_junit(drift: Drift) -> str:
-    """A check against golden dumps: a suite a prompt, a case a point; growing errors are in the suites' output."""
+    """A check against golden dumps: one suite per prompt, one case per point; growing errors are in the suites' output."""
     suites = []
     for item in drift.checked:
         suite = _suite(f"drift {shortened(item.prompt)}", item.verdict)
         output = [sentence(drift), *(f"{name}: {text}".lstrip(": ") for name, text in drift_remarks(drift))]
         _texted(
-            suite, "system-out", [*output, *(f"{point.checkpoint}: margin {factor(point.margin)}" for point in drift.points)]
+            suite,
+            "system-out",
+            [*output, *(f"{point.checkpoint}: margin {shown_margin(point.margin)}" for point in drift.points)],
         )
         suites.append(suite)
     return _written(suites)
 
 
 def conform_as_junit(conformance: Conformance) -> str:
-    """A conformance run: a suite an architecture, a case a cell; what is refused or has no reference is skipped."""
+    """A conformance run: one suite per architecture, one case per cell; what is refused or has no reference is skipped."""
     suites = []
     for name in axis(conformance.results, "architecture"):
         results = [result for result in conformance.results if result.cell.architecture == name]
@@ -60,7 +63,7 @@ def conform_as_junit(conformance: Conformance) -> str:
 
 
 def _suite(name: str, verdict: Verdict) -> ET.Element:
-    cases = [_case(name, point) for point in verdict.points]
+    cases = [_case(name, verdict, point) for point in verdict.points]
     failures = sum(point.failed > 0 for point in verdict.points)
     never_compared = verdict.uncompared.points
     if not verdict and not failures:  # tokens part, or records are missing: no point of its own failed
@@ -83,12 +86,11 @@ def _suite(name: str, verdict: Verdict) -> ET.Element:
     return suite
 
 
-def _case(suite: str, point: PointSummary) -> ET.Element:
+def _case(suite: str, verdict: Verdict, point: PointSummary) -> ET.Element:
     case = ET.Element("testcase", classname=_plain(suite), name=_plain(point.checkpoint))
     if point.failed:
-        message = (
-            f"{point.status}: {point.failed} of {point.records} records differ, {of_limit(point.worst.of_limit)} of the limit"
-        )
+        differ = f"{point.failed} of {point.records} records differ, {of_limit(point.worst.of_limit)} of the limit"
+        message = f"{status(verdict, point)}: {differ}"
         _failure(case, message, _figures(point.worst))
     else:
         _texted(case, "system-out", _figures(point.worst))

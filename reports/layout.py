@@ -10,7 +10,7 @@ _NARROWEST = 12  # columns below which nothing is broken, but cut
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int], styles: Sequence[str], width: int) -> list[Text]:
-    """Rows of cells, aligned; the columns in `right` to the right. The last column is broken at spaces where it does not fit."""
+    """Aligned rows of cells; the columns in `right` are aligned to the right. The last column is broken at spaces if it does not fit."""
     widths = [max(cell_len(row[number]) for row in rows) for number in range(len(rows[0]))]
     room = max(width - sum(widths[:-1]) - _GAP * (len(widths) - 1), _NARROWEST)
     lines: list[Text] = []
@@ -27,7 +27,7 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int], styles: Sequen
 
 
 def needed(rows: Sequence[Sequence[str]]) -> int:
-    """The columns that these rows take."""
+    """How many terminal columns these rows take."""
     widths = [max(cell_len(row[number]) for row in rows) for number in range(len(rows[0]))]
     return max(sum(widths[:-1]) + _GAP * (len(widths) - 1) + cell_len(row[-1]) for row in rows)
 
@@ -53,7 +53,7 @@ def labelled(rows: Sequence[tuple[str, str]], width: int, *, label: int = 0, ind
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken at spaces; a longer word stays whole, so that it can be copied."""
+    """Lines of at most `width` columns, broken at spaces; a longer word stays whole, so that it can be copied."""
     lines: list[str] = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word

@@ -26,7 +26,7 @@ def as_json(report: LintReport) -> dict[str, Any]:
 
 
 def lines(report: LintReport, width: int) -> list[Text]:
-    """The report as lines: a finding's rule and evidence, then its usual cause and what to do, once a rule."""
+    """The report as lines: each finding's rule and evidence, then, once per rule, its usual cause and what to do."""
     shown: list[Text] = []
     for number, finding in enumerate(report.findings):
         style = "bold red" if finding.severity == ERROR else "yellow"

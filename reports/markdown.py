@@ -1,4 +1,4 @@
-"""A report as Markdown, for a job summary. Names and texts from dumps stand in code spans, where nothing is markup."""
+"""A report as Markdown, for a job summary. Names and texts from dumps are put in code spans, in which nothing is markup."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,12 +6,13 @@ from checkpoints.answers.diff import Difference, Verdict
 from checkpoints.answers.drift import Drift
 
 from .beside import spread
-from .drift import factor, sentence, shortened
 from .drift import remarks as drift_remarks
+from .drift import sentence, shortened, shown_margin
 from .generated import generated
 from .numbers import clean, error, limit, of_limit, token, values
 from .report import Report, how_it_was_run, prompt
 from .sentences import answer, headline, reasons, remarks
+from .status import how, status
 
 _POINTS = 60  # rows of points; GitHub refuses a summary of more than 1 MiB
 
@@ -58,7 +59,8 @@ def _difference(report: Report) -> Iterator[str]:
     if shown is None:
         return
     yield f"\n### {'First divergence' if verdict.first_divergence else 'Closest to its limit'}\n"
-    yield from _shown(shown, verdict.truth.values if verdict.truth is not None else ())
+    truth = verdict.truth.values if verdict.truth is not None else ()
+    yield from _shown(shown, truth, failed=verdict.first_divergence is not None)
     sides = (("ours", picture.ours), ("reference", picture.ref), ("float64", picture.truth))
     yield from (f"- {name}: {figures}" for name, side in sides if side is not None and (figures := spread(side)))
 
@@ -90,7 +92,7 @@ def _generated(report: Report) -> Iterator[str]:
     yield from table(("position", "ours", "reference", "", "margin"), rows)
 
 
-def _shown(difference: Difference, truth: tuple[float, ...]) -> Iterator[str]:
+def _shown(difference: Difference, truth: tuple[float, ...], *, failed: bool) -> Iterator[str]:
     named = " ".join(
         [str(difference.token_idx), code(token(difference.token)) if difference.token is not None else ""]
     ).rstrip()
@@ -104,7 +106,7 @@ def _shown(difference: Difference, truth: tuple[float, ...]) -> Iterator[str]:
                 error(difference.nmse),
                 of_limit(difference.of_limit),
                 error(difference.max_abs),
-                "fresh" if difference.fresh else "",
+                how(difference) if failed else "",
             )
         ],
     )
@@ -129,7 +131,7 @@ def _points(report: Report) -> Iterator[str]:
             error(point.worst.nmse),
             of_limit(point.worst.of_limit),
             str(point.worst.token_idx),
-            point.status + (f", {point.failed} of {point.records} wrong" if point.failed else ""),
+            status(report.verdict, point) + (f", {point.failed} of {point.records} wrong" if point.failed else ""),
         )
         for point in (every[n] for n in sorted(telling))
     ]
@@ -157,7 +159,7 @@ def _drift(drift: Drift) -> Iterator[str]:
             yield f"- **drift** in prompt {code(shortened(item.prompt))}: {where}"
     yield ""
     rows = [
-        (code(point.checkpoint), error(point.nmse), of_limit(point.of_limit), factor(point.margin))
+        (code(point.checkpoint), error(point.nmse), of_limit(point.of_limit), shown_margin(point.margin))
         for point in sorted(drift.points, key=lambda point: -point.of_limit)[:_POINTS]
     ]
     yield from table(("checkpoint", "worst NMSE", "of limit", "margin"), rows)

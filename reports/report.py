@@ -1,4 +1,4 @@
-"""What a report consists of, in any format: gathered once, formatted by html.py, markdown.py and terminal.py."""
+"""The content of a report in any format: collected once, formatted by html.py, markdown.py and terminal.py."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ class Report(Struct, frozen=True):
 
 
 def how_it_was_run(report: Report) -> list[tuple[str, str, str]]:
-    """Rows of (what, ours, reference); a row that neither side knows is left out."""
+    """Rows of (name, ours, reference); a row that is unknown on both sides is left out."""
     sides = [dict(_facts(dump.header)) for dump in (report.ours, report.ref)]
     names = list(dict.fromkeys(name for side in sides for name in side))
     rows = [(name, sides[0].get(name, ""), sides[1].get(name, "")) for name in names]

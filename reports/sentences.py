@@ -1,4 +1,4 @@
-"""A verdict in sentences: what the terminal, the HTML report and Markdown say alike. Text from dumps is cleaned, not escaped."""
+"""A verdict in sentences, the same in the terminal, the HTML report and Markdown. Text from dumps is cleaned, not escaped."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -103,7 +103,7 @@ def answer(verdict: Verdict) -> str:
 
 
 def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
-    """Points whose worst record was judged by another limit than the printed one: its "of limit" is in proportion to this."""
+    """Points whose worst record was judged by a limit other than the printed one, to which its "of limit" refers."""
     printed = {LOGITS: verdict.limits.logits}
     limits = {point.checkpoint: point.worst.limit for point in verdict.points if point.worst.of_limit}
     return {name: value for name, value in limits.items() if not isclose(value, printed.get(name, verdict.limits.operations))}
@@ -118,7 +118,7 @@ _KEPT = {
 
 
 def kept_in(part: str, kind: str) -> str:
-    """That an engine which computes in float32 keeps a part of what it reads (`engine.replay.kept`) in a lower type."""
+    """A sentence: an engine that computes in float32 keeps some of what it reads (`engine.replay.kept`) in a lower type."""
     named, stated = ("Q8_0", "q8_0") if kind == "q8" else (ARITHMETIC[kind], kind)
     return _KEPT[part].format(named=named, stated=stated)
 
@@ -151,7 +151,7 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 
 def _may_be_arithmetic(verdict: Verdict) -> bool:
-    """Whether lower arithmetic that nothing denies may be all that there is: an answer that blames no operation then."""
+    """Whether a lower arithmetic, which nothing rules out, may explain everything: the answer then blames no operation."""
     in_float32 = (
         verdict.precision is not None and verdict.precision.source == "stated" and verdict.precision.arithmetic == "f32"
     )
@@ -162,8 +162,8 @@ def _may_be_arithmetic(verdict: Verdict) -> bool:
 def truth(point: TruthPoint, *, by_file: bool = True, blaming: bool = True) -> str:
     """How far both sides are from the same steps in float64, and which of them is the one that is off.
 
-    The steps are those of llama.cpp's graph; unless they are `by_file`, as the metadata say, a side that is far from them may be right,
-    and so may one in a lower arithmetic, which is not `blaming`.
+    The steps are those of llama.cpp's graph. Unless these are also what the metadata say (`by_file`), a side that is far from them may
+    be right. So may a side in a lower arithmetic (not `blaming`).
     """
     if point.ref is not None and isinf(point.ref) and point.ours is not None and isfinite(point.ours):
         return f"ours is {error(point.ours)} from the same steps in float64; the reference is not finite"
@@ -178,7 +178,7 @@ def truth(point: TruthPoint, *, by_file: bool = True, blaming: bool = True) -> s
 
 
 def _everywhere(points: Sequence[TruthPoint]) -> Iterator[str]:
-    """The worst record of each side against float64, over all points that were asked."""
+    """The worst record of each side against float64, over all points for which that was computed."""
     for name, far in (
         ("ours", [(point.ours, point.checkpoint) for point in points if point.ours is not None]),
         ("the reference", [(point.ref, point.checkpoint) for point in points if point.ref is not None]),
@@ -203,7 +203,7 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
-    if (lacking := verdict.uncompared).points and lacking.points != verdict.missing_ours.points:
+    if not set((lacking := verdict.uncompared).points) <= set(verdict.missing_ours.points):
         some = f"{len(lacking.points)} of {count(lacking.requested, 'point')}"
         yield "missing", f"your engine printed nothing of {some}: {_first_names(lacking.points)}"
     if verdict.left_out:
@@ -252,7 +252,7 @@ RECORDED = {
 
 
 def _recorded(verdict: Verdict) -> Iterator[str]:
-    """What our records hold instead of what their names say: one sentence for all layers that are alike."""
+    """What our records hold in place of what their names say: one sentence for all layers that are alike."""
     alike: dict[tuple[str, str, str], list[RecordFault]] = {}
     for fault in verdict.record_faults:
         reading, _, agreeing = fault.sentence.partition("; ")
@@ -273,7 +273,7 @@ _AWAY = re.compile(r"blk\.<(-?\d+)>\.")  # a layer by its distance
 
 
 def _by_distance(sentence: str, layer: int | None) -> str:
-    """A sentence about a layer's point with other points' layers as distances from it, so that those of all layers are alike."""
+    """A sentence about a point, with the layers of other points as distances from its own: so it is the same for all layers."""
     return sentence if layer is None else _LAYER.sub(lambda match: f"blk.<{int(match[1]) - layer}>.", sentence)
 
 

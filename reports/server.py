@@ -100,7 +100,7 @@ def _place(item: Predicted, width: int) -> Iterator[tuple[str, str]]:
 
 
 def _choice(item: Predicted) -> str:
-    """The first position at which both would go on differently."""
+    """The first position at which the two would continue differently."""
     our_token, server_token = item.ref[0], item.server[0]
     return (
         f"the choices differ first at position {item.position}: llama.cpp {clean(repr(our_token[1]))}, the server "

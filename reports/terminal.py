@@ -1,4 +1,4 @@
-"""A verdict as text: one screen, the answer last, every line earns its place. Colour only where the console has it."""
+"""A verdict as text: one screen, with the answer at its end. Coloured only if the console is."""
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
@@ -14,6 +14,7 @@ from .header import print_lines
 from .layout import columns, cut, labelled, needed
 from .numbers import clean, count, error, of_limit, token, values
 from .sentences import MAP_LINE, RECORDED, answer, headline, reasons, remarks
+from .status import status
 
 _ROWS = 24  # rows of points, stretches that are left out included
 _STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow", OTHERWISE: "yellow"}
@@ -34,10 +35,10 @@ def lines(verdict: Verdict, width: int) -> list[Text]:
 
 
 def points(verdict: Verdict, width: int) -> list[Text]:
-    """One row a point; of many points the telling ones, and a row for each stretch that is left out.
+    """One row per point; of many points the most telling, with one row for each stretch that is left out.
 
     Notes are never cut: where they do not fit, the number of positions goes first (it is the same nearly everywhere), then the
-    tokens' texts and some words, then the NMSE (its proportion to the limit stays); what is still too long goes on below.
+    tokens' texts, then some words, then the NMSE (its proportion to the limit stays); what is still too long goes on below.
     """
     if not verdict.points:
         return []
@@ -62,7 +63,9 @@ def points(verdict: Verdict, width: int) -> list[Text]:
     if needed(rows) > width:
         rows, right = [(row[0], *row[2:]) for row in rows], frozenset({1, 2})
     if needed(rows) > width:
-        rows = [(*row[:3], row[3].partition(" ")[0], row[4].replace("first divergence", "first")) for row in rows]
+        rows = [(*row[:3], row[3].partition(" ")[0], row[4]) for row in rows]
+    if needed(rows) > width:
+        rows = [(*row[:4], row[4].replace("first divergence", "first")) for row in rows]
     if needed(rows) > width:
         rows, right = [(row[0], *row[2:]) for row in rows], frozenset({1})
     rows, styles = _continued(rows, styles, width)
@@ -70,7 +73,7 @@ def points(verdict: Verdict, width: int) -> list[Text]:
 
 
 def _continued(rows: list[tuple[str, ...]], styles: list[str], width: int) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows with notes that are too long broken at their dots, into further rows."""
+    """The rows, with notes that are too long broken at their dots into further rows."""
     room = width - needed([(*row[:-1], "") for row in rows])
     broken: list[tuple[str, ...]] = []
     colours: list[str] = []
@@ -129,16 +132,8 @@ def _stretch(hidden: list[PointSummary]) -> tuple[str, ...]:
 def _remark(verdict: Verdict, point: PointSummary) -> str:
     words: list[str] = []
     if point.failed:
-        first = verdict.first_divergence
-        origins = {origin.first.checkpoint for origin in verdict.origins}
-        if first is not None and first.checkpoint == point.checkpoint:
-            words.append(f"← first divergence{', fresh' if first.fresh else ''}")
-        elif point.checkpoint in origins:
-            words.append("← another origin")
-        elif point.status == FRESH:
-            words.append("jumps again")
-        else:
-            words.append(INHERITED)
+        origin = any(origin.first.checkpoint == point.checkpoint for origin in verdict.origins)
+        words.append(f"{'← ' if origin else ''}{status(verdict, point)}")
         if point.failed < point.records:
             words.append(f"{point.failed} of {point.records} wrong")
     elif point.status == OTHERWISE:
@@ -152,7 +147,7 @@ def _remark(verdict: Verdict, point: PointSummary) -> str:
 
 
 def _chosen(verdict: Verdict) -> set[int]:
-    """Indices of the points that are shown, the telling ones first while there is room."""
+    """Indices of the points that are shown: the most telling ones, as far as there is room."""
     names = [point.checkpoint for point in verdict.points]
     if len(names) <= _ROWS:
         return set(range(len(names)))
@@ -173,7 +168,7 @@ def _chosen(verdict: Verdict) -> set[int]:
 
 
 def _height(chosen: set[int], total: int) -> int:
-    """Rows that these take, one for each stretch between them included."""
+    """How many rows these take, with one for each stretch between them."""
     places = sorted({-1, total, *chosen})
     return len(chosen) + sum(b - a > 1 for a, b in pairwise(places))
 
@@ -200,7 +195,7 @@ def explanation(verdict: Verdict, width: int) -> Iterator[Text]:
 
 
 def _values(difference: Difference, width: int, truth: tuple[float, ...]) -> list[Text]:
-    """The values of both sides, and of float64 where it is known, around the largest difference, as many as fit."""
+    """As many values as fit around the largest difference: of both sides, and of float64 if it is known."""
     named = {"ours": difference.ours, "ref": difference.ref} | ({"float64": truth} if truth else {})
     tokens = difference.checkpoint == "tokens"
     texts = [[str(int(x)) for x in row] for row in named.values()] if tokens else values(*named.values())

@@ -19,7 +19,7 @@ _ROWS = 24  # points that are shown; those where the sides differ come first
 
 
 def lines(three_way: ThreeWay, width: int, said: str = "") -> list[Text]:
-    """The table of points, then the answer, or what is `said` in its place, for a terminal of `width` columns."""
+    """The table of points, then the answer, or `said` in its place, for a terminal of `width` columns."""
     rows = _rows(three_way)
     styles = ["dim", *("red" if row[-1] else "" for row in rows[1:])]
     rest = len(three_way.points) - (len(rows) - 1)
@@ -31,7 +31,7 @@ def lines(three_way: ThreeWay, width: int, said: str = "") -> list[Text]:
 
 
 def section(three_way: ThreeWay, said: str = "") -> ReportSection:
-    """The same table as a part of a report; `said` in place of the answer belongs to sides that are incomplete."""
+    """The same table as a section of a report; `said` replaces the answer if a side is incomplete."""
     head, *rows = _rows(three_way)
     answer = said or sentence(three_way)
     text = "; ".join((answer, *_recorded(three_way), *map(clean, three_way.notes)))
@@ -39,13 +39,13 @@ def section(three_way: ThreeWay, said: str = "") -> ReportSection:
 
 
 def heads(sides: Sequence[str]) -> list[str]:
-    """The sides' names where a column has little room: a long one is said by its place; all are, where two would be the same."""
+    """Short names of the sides for narrow columns: a long name is replaced by its place; all are, if two would be the same."""
     short = [_SHORT.get(side, side if len(side) <= _LONGEST else place) for side, place in zip(sides, _PLACES, strict=True)]
     return short if len(set(short)) == len(short) else list(_NUMBERS)
 
 
 def _recorded(three_way: ThreeWay) -> list[str]:
-    """What was recorded otherwise, by which side: a sentence for all points that share one."""
+    """What was recorded otherwise, and by which side: one sentence for all points that share it."""
     points: dict[str, list[str]] = {}
     for recorded in three_way.record_faults:
         side = "" if recorded.side is None else f" of {three_way.sides[recorded.side]}"
@@ -86,7 +86,7 @@ def sentence(three_way: ThreeWay) -> str:
 
 
 def _accused(names: Sequence[str], point: ThreeWayPoint) -> str:
-    """The sides that are wrong at a point where float64 says so, else the one that is alone."""
+    """The sides that are wrong at a point according to float64; without it, the one that is alone."""
     if point.wrong:
         return ", ".join(names[side] for side in point.wrong)
     return names[point.alone] if point.alone is not None else "?" if point.differs else ""
@@ -101,7 +101,7 @@ def _by_truth(three_way: ThreeWay, point: ThreeWayPoint) -> str:
 
 
 def _shown(three_way: ThreeWay) -> list[ThreeWayPoint]:
-    """The points that tell most, in dataflow order: where a side is alone, then the embedding, layers and logits."""
+    """The most telling points, in dataflow order: those at which a side is alone, then the embedding, layers and logits."""
     if len(three_way.points) <= _ROWS:
         return list(three_way.points)
     ranked = sorted(

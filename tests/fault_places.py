@@ -26,6 +26,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "window-kind": ("gemma3", {}, BOTH),
     "softcap-missing": ("gemma2", _LOGITS, ALL),
     "sinks-missing": ("gpt-oss", {}, BOTH),
+    "sinks-order": ("gpt-oss", {}, BOTH),
     "query-scale": ("gemma3", {}, BOTH),
     "keys-for-values": ("qwen3", {}, BOTH),
     "experts-not-normalised": ("qwen3moe", {}, BOTH),

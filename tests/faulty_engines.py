@@ -272,7 +272,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 
 
 def dump_of(case: Case, right: Path, tokens: tuple[int, ...], reference: Reference, folder: Path) -> Dump:
-    """What an engine with this fault prints at the default points: sixteen values a row, and nothing about itself."""
+    """What an engine with this fault prints at the default points: sixteen values per row, and nothing about itself."""
     out = folder / "foreign.jsonl"
     if isinstance(case.how, str):
         return bare(Families(right, case.how, "f32").run(tokens), out)

@@ -1,4 +1,4 @@
-"""`parity conform`: a matrix of tiny models through an engine, a verdict a cell, one line a cause, resumable by content."""
+"""`parity conform`: a matrix of tiny models through an engine, one verdict per cell, one line per cause, resumable by content."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_what_it_prints_and_writes(c_engine: Path, parity: Cli) -> None:
     assert ran.code == 1
     assert ran.err.startswith("first failure, cell 1 of 2: qwen2 F32 short prefill: divergence at blk.0.q_rope, position 1")
     screen = ran.out.splitlines()
-    assert screen[:2] == ["        F32  Q8_0", "qwen2     ✗     –    – refused"]
+    assert screen[:3] == ["        F32  Q8_0", "qwen2     ✗     –", "– refused · ✗ divergence"]
     assert "causes  rope-pairs: 1 cell · F32" in screen
     assert screen[-1].startswith("2 cells: 1 ✗, 1 refused · ")
     assert all(len(line) <= 80 for line in screen[:-1])

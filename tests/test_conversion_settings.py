@@ -64,7 +64,7 @@ def test_a_number_that_config_json_gives_otherwise_is_named(
         ({"route_norm": True}, "expert_weights_norm", True, False, "weights of chosen experts"),
         ({"scoring_func": "sigmoid"}, "expert_gating_func", 2, 1, "scores of experts"),
         ({"n_group": 8}, "expert_group_count", 8, 4, "groups of experts"),
-        ({"topk_group": 4}, "expert_group_used_count", 4, 8, "groups of experts a token"),
+        ({"topk_group": 4}, "expert_group_used_count", 4, 8, "groups of experts per token"),
         ({"first_k_dense_replace": 1}, "leading_dense_block_count", 1, 0, "first layers without experts"),
         ({"clip_qkv": 8.0}, "attention.clamp_kqv", 8.0, 6.0, "limit of Q, K and V"),
         ({"rope_local_base_freq": 1e4}, "rope.freq_base_swa", 1e4, 1e6, "RoPE base of windowed layers"),

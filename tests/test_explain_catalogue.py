@@ -81,7 +81,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, reference: Reference) -> Mo
 
 @pytest.mark.parametrize("name", slow_but(_ANYWHERE, *(name for name in _ANYWHERE if name not in _SLOW)))
 def test_each_fault_is_named(name: str, faulty: Models) -> None:
-    """A dump of sixteen values a record, without sketch and statistics, is enough to name the fault or one that is its equal."""
+    """A dump of sixteen values per record, without sketch and statistics, is enough to name the fault or one that is its equal."""
     engine = faulty(name)
     tokens = tokens_of(engine.model, 12, seed=5)
     parameters: dict[str, Any] = CATALOGUE[name].variants({step.makes: step for step in engine.right})[0]

@@ -87,7 +87,7 @@ _SHOWN = (
 @pytest.mark.slow
 @pytest.mark.parametrize("shown", _SHOWN, ids=lambda shown: f"{shown.recipe}: {shown.case.title}")
 def test_a_changed_file_is_named(shown: _Named, small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
-    """From sixteen values a row at the default points, and no word about the engine: one cause, in its layers, and nothing is left."""
+    """From sixteen values per row at the default points, and no word about the engine: one cause, in its layers, and nothing is left."""
     model = small_model(shown.recipe, kind="f32")
     tokens = tokens_of(model, 12, seed=7)
     explanation = explain(dump_of(shown.case, model, tokens, reference, tmp_path), model, replace(PATIENT, tokens=tokens))

@@ -57,7 +57,7 @@ def explained(
     *,
     handed_over: Planting | None = None,
 ) -> Explanation:
-    """The explanation of sixteen values a record of an engine with these faults."""
+    """The explanation of sixteen values per record of an engine with these faults."""
     right = engine.encoder or (), engine.steps
     try:
         engine.encoder = as_encoder(_with(encoder_alone(right[0]), encoder))

@@ -41,7 +41,7 @@ def test_a_router_is_judged_before_the_layer_that_it_feeds(reference: Reference,
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["", "experts-not-normalised"])
 def test_experts_may_be_listed_in_any_order(reference: Reference, small_model: Callable[..., Path], fault: str) -> None:
-    """A right engine that lists the chosen experts backwards has no fault, and a wrong one has its own fault, at 16 values a row."""
+    """A right engine that lists the chosen experts backwards has no fault, and a wrong one has its own fault, at 16 values per row."""
     path = small_model("qwen3moe")
     engine = Faulty(path, reference.graph(path))
     planted = Planted(((fault, {}, None),) if fault else ())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from further_public_bugs import FURTHER
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 from public_bugs import BUGS
@@ -13,6 +14,7 @@ from parity.explain.explain import explain
 from reference.client import Reference
 
 _QUICK = ("RoPE in BERT",)
+_ALL = {**BUGS, **FURTHER}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,10 @@ def faulty(reference: Reference, small_model: Callable[..., Path]) -> Callable[[
     return of
 
 
-@pytest.mark.parametrize("name", slow_but(BUGS, *_QUICK))
+@pytest.mark.parametrize("name", slow_but(_ALL, *_QUICK))
 def test_each_bug_is_named(faulty: Callable[[str], Faulty], name: str) -> None:
     """Sixteen values a record are enough to name the bug, or one with the same numbers, and nothing else."""
-    bug = BUGS[name]
+    bug = _ALL[name]
     engine = faulty(bug.recipe)
     tokens = tokens_of(engine.model, 14, seed=5)
     dump = engine.dump(Planted(()), tokens, steps=bug.planted(engine.right), generated=bug.generated)

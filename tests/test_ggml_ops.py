@@ -182,8 +182,8 @@ CASES: list[Case] = [
     ),
     (
         "RWKV_WKV7",
-        [*(normal(6, H, 32, scale=0.2) for _ in range(6)), normal(2, H * 32 * 32)],
-        (1, 1, 6 + 2 * 32, H * 32),
+        [*(normal(6, H, 64, scale=0.2) for _ in range(6)), normal(2, H * 64 * 64)],
+        (1, 1, 6 + 2 * 64, H * 64),
         (),
     ),
     (

@@ -135,7 +135,7 @@ def test_angles_beyond_float32_have_no_cosine() -> None:
 
 
 def test_numbers_given_once_a_layer(tmp_path: Path) -> None:
-    """A list of equal numbers, one a layer, is that number; of different ones the largest is said, and that they differ."""
+    """A list of equal numbers, one per layer, is that number; of different ones the largest is said, and that they differ."""
     skip = ("attention.head_count_kv", "feed_forward_length")
 
     def change(heads: list[int]) -> Callable[[gguf.GGUFWriter], None]:

@@ -46,12 +46,12 @@ def test_eight_that_came_closer_are_named() -> None:
     sentences = closer_sentences([("our engine", points)])
     assert (len(sentences), sentences[0], sentences[-1]) == (
         9,
-        "blk.0.l_out: 0.2 % of its limit, 0.1 % on 2026-11-01",
+        "blk.0.l_out: 0.20 % of its limit, 0.10 % on 2026-11-01",
         "and 1 more (--format json lists them)",
     )
     beyond = [Closer("logits", 0.001, 4.2, "2026-11-01T00:00")]
     assert closer_sentences([("our engine", beyond), ("llama.cpp", beyond)])[1] == (
-        "logits of llama.cpp: 4.2 × its limit, 0.1 % on 2026-11-01"
+        "logits of llama.cpp: 4.2 × its limit, 0.10 % on 2026-11-01"
     )
 
 

@@ -113,7 +113,7 @@ def test_markdown_has_the_same_facts() -> None:
     for part in (
         "## divergence at blk.5.l\\_out, position 3",
         "### First divergence",
-        "fresh",
+        "jumps here",
         "### Generated text",
         "**differs**",
     ):
@@ -243,7 +243,7 @@ def test_answers_of_other_commands_become_parts() -> None:
     explain = finding(
         {"causes": [{"fault": "rope-pairs", "layers": [1, 2], "explained": 1.0, "equivalent": [{"fault": "x"}]}]}, "f"
     )
-    assert explain.rows[0][2:4] == ("1, 2", "100 %")
+    assert explain.rows[0][2:4] == ("1–2", "100 %")
     assert explain.rows[1][0] == "x"
     assert "trusted" in finding({"usable": True, "findings": []}, "f").sentence
     for wrong in ({}, [], {"findings": 3}, {"causes": [1]}):

@@ -85,7 +85,7 @@ def test_next_names_what_is_missing_and_not_the_same_glob(sides: tuple[Dump, Dum
     assert named.next == ""
 
 
-@pytest.mark.parametrize(("kind", "message"), [("f16", "F16"), ("bf16", "BF16"), ("tf32", "TF32"), ("q8", "8 bits a block")])
+@pytest.mark.parametrize(("kind", "message"), [("f16", "F16"), ("bf16", "BF16"), ("tf32", "TF32"), ("q8", "8 bits per block")])
 def test_the_step_of_a_type_is_seen_before_a_pattern_is_told(faulty: Faulty, kind: str, message: str) -> None:
     """An embedding kept in a lower type, declared as float32, is the type's rounding and no dequantisation at fault."""
     right = faulty.dump(Planted(()), TOKENS, size=4096, bare=False)

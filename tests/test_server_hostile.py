@@ -183,7 +183,7 @@ def test_a_busy_server_is_asked_again(hostile: str) -> None:
 
 
 def test_a_rate_is_kept(hostile: str) -> None:
-    """Ten requests a second: three take 0.2 s at the least."""
+    """Ten requests per second: three take 0.2 s at the least."""
     connection = Connection(hostile, rate=10.0)
     began = time.monotonic()
     for _ in range(3):

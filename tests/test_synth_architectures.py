@@ -19,7 +19,7 @@ Q4_K, MXFP4 = 12, 39  # enum ggml_type
 
 
 def test_the_list_names_every_recipe(parity: Cli) -> None:
-    """`--architecture list` prints sixty architectures and more, one a line, without a file to write."""
+    """`--architecture list` prints sixty architectures and more, one per line, without a file to write."""
     ran = parity("synth", "--architecture", "list")
     assert ran.code == 0
     assert ran.out.split() == names()

@@ -37,7 +37,7 @@ SHOWN = {  # a fault of the file, or of the NumPy engine, for each of the ten
 def test_a_foreign_engines_fault_is_named(
     name: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
 ) -> None:
-    """From sixteen values a row at the default points, and no word about the engine; one cause, and nothing is left."""
+    """From sixteen values per row at the default points, and no word about the engine; one cause, and nothing is left."""
     case = next(case for case in CASES[name] if case.title == SHOWN[name])
     model = small_model(name, kind="f32")
     tokens = tokens_of(model, 16, seed=7)

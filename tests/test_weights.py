@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from changed_files import permuted
+from changed_files import File, permuted
 from cli import Cli, refused
 
 from engine.weights.gguf_model import GgufModel
@@ -221,6 +221,20 @@ def test_values_that_json_lacks_are_wrong_values_not_missing_ones(
         1,
         ["blk.0.attn_norm.weight"],
     )
+
+
+def test_another_file_of_the_model_is_compared(parity: Cli, small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A GGUF file with one scaled block and another ε: that tensor is different, the others equal, and the ε is said."""
+    model = small_model("qwen3", kind="f32")
+    file = File(model)
+    file.set("attention.layer_norm_rms_epsilon", 1e-5)
+    file.tensors["blk.1.ffn_up.weight"].reshape(-1)[64:96] *= 2
+    code, answer = parity.json("weights", "--model", model, "--theirs", file.write(tmp_path / "theirs.gguf"))
+    assert code == 1
+    assert [tensor["name"] for tensor in answer["tensors"] if tensor["status"] != "equal"] == ["blk.1.ffn_up.weight"]
+    assert answer["notes"] == ["metadata that differ: qwen3.attention.layer_norm_rms_epsilon 1e-05 (the model's: 1e-06)"]
+    (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:500])
+    refused(parity("weights", "--model", model, "--theirs", tmp_path / "cut.gguf"), "cut.gguf")
 
 
 def test_a_hostile_file_of_weights_is_one_line(parity: Cli, stories: Path, tmp_path: Path) -> None:

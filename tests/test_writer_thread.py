@@ -65,11 +65,11 @@ def test_a_failure_discards_what_was_not_set_aside_and_comes_out() -> None:
         thread.check()
 
 
-def test_garbage_collections_pass_over_what_stood_there_before_the_writer() -> None:
-    """A collection beside a writer does not look at older objects, for which a device would run dry; after it they do."""
+def test_garbage_collections_pass_over_older_objects_while_a_device_is_recorded() -> None:
+    """A collection beside such a writer does not look at older objects; afterwards it does."""
     older: dict[str, list[int]] = {"older": []}
     gc.unfreeze()  # another test may have left a writer that was never finished
-    first, second = WriterThread(), WriterThread()
+    first, second = WriterThread(freeze=True), WriterThread(freeze=True)
     try:
         assert not any(thing is older["older"] for thing in gc.get_objects())
     finally:
@@ -84,7 +84,18 @@ def test_a_program_that_froze_its_objects_itself_keeps_them_frozen() -> None:
     """A writer gives back only what it has frozen itself: servers freeze what they have loaded before they fork."""
     gc.freeze()
     try:
-        WriterThread().finish()
+        WriterThread(freeze=True).finish()
         assert gc.get_freeze_count() > 1000
     finally:
         gc.unfreeze()
+
+
+def test_a_writer_on_the_host_leaves_the_collector_alone() -> None:
+    """Nothing runs dry there: recording does not change how the whole process collects garbage."""
+    gc.unfreeze()  # another test may have left a writer that was never finished
+    before = gc.get_freeze_count()
+    thread = WriterThread()
+    try:
+        assert gc.get_freeze_count() == before
+    finally:
+        thread.finish()

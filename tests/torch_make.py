@@ -66,7 +66,7 @@ def dumper(run: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def hook(run: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """SGLang's tensor hook: a file a pass and rank, keyed by module, of a prefill of two tokens and a decode step.
+    """SGLang's tensor hook: a file per pass and rank, keyed by module, of a prefill of two tokens and a decode step.
 
     A file is written when `model` returns: what that returns, and the logits, stand in the next one.
     """

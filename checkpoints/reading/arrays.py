@@ -1,6 +1,7 @@
-"""Many JSON arrays of numbers as one NumPy array: simdjson reads numbers, words for non-finite ones are put in afterwards.
+"""Many JSON arrays of numbers as one NumPy array: simdjson reads the numbers, and words for non-finite ones are filled in
+afterwards.
 
-What counts as a number here is what `checkpoints.reading.fields.number` takes, as far as engines print it by the million.
+A number is what `checkpoints.reading.fields.number` accepts, except for forms that no engine prints by the million.
 """
 
 import re
@@ -39,7 +40,7 @@ class Numbers(Struct, frozen=True):
     Attributes:
         flat: float64 [N], laid end to end.
         counts: how many each array has.
-        texts: the arrays' texts, empty where a word stood for a number: what was printed as decimals.
+        texts: the arrays as they were printed, without words that stood for numbers.
     """
 
     flat: NDArray[np.float64]
@@ -48,13 +49,13 @@ class Numbers(Struct, frozen=True):
 
 
 class NumberParser:
-    """Reads arrays of numbers; it holds the buffers of simdjson. Arrays in arrays are not told from longer ones."""
+    """Reads arrays of numbers; keeps simdjson's buffers. A nested array counts as part of the outer one."""
 
     def __init__(self) -> None:
         self._simdjson = simdjson.Parser()
 
     def read(self, texts: Sequence[Text]) -> Numbers | None:
-        """The numbers of these arrays, each with its brackets; None where something else stands in one of them."""
+        """The numbers of these arrays, each given with its brackets; None if one of them holds anything else."""
         array = _joined(texts)
         plain = self._plain(array)
         if plain is not None:
@@ -62,7 +63,7 @@ class NumberParser:
         return self._with_words(array) if all(bytes(text).startswith(b"[") for text in texts) else None
 
     def _plain(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
-        """Of arrays in an array that hold nothing but numbers."""
+        """`read` for arrays in an array that hold nothing but numbers."""
         parsed: Any = None
         try:
             parsed = self._simdjson.parse(array)
@@ -75,7 +76,7 @@ class NumberParser:
         return (flat, counts) if len(flat) == sum(counts) else None
 
     def _with_words(self, array: bytes) -> Numbers | None:
-        """The same with words for numbers, numbers in quotes and numbers beyond float64."""
+        """`read` for arrays with words, numbers in quotes, or numbers beyond float64."""
         if b'"' in array:
             if re.search(_INSIDE, array):
                 return None
@@ -94,7 +95,7 @@ class NumberParser:
         return Numbers(flat, counts, [part.strip(b"[]" + _BLANKS) for part in parts]) if len(parts) == len(counts) else None
 
     def _with_huge(self, array: bytes) -> tuple[NDArray[np.float64], list[int]] | None:
-        """The same with numbers that no float64 or 64-bit integer holds, which simdjson refuses: infinite, as Python reads them."""
+        """`read` for numbers too large for a float64 or a 64-bit integer, which simdjson refuses: they become infinite, as in Python."""
         if re.search(_TWO, array):
             return None
         rows = array.translate(None, _BLANKS)[2:-2].split(b"],[")
@@ -118,7 +119,7 @@ class NumberParser:
 
 
 def without_words(text: bytes) -> bytes:
-    """The text of one array with nothing where words stand for numbers."""
+    """The text of one array without the words that stand for numbers."""
     words = _words(re.sub(_QUOTED, rb"\1", text) if b'"' in text else text)
     return text if words is None else words.dropped
 
@@ -133,7 +134,7 @@ class _Words(Struct, frozen=True):
 
 
 def _words(array: bytes) -> _Words | None:
-    """The words in arrays of numbers; None where one is not known."""
+    """The words in arrays of numbers; None if one is unknown."""
     data = np.frombuffer(array, np.uint8)
     inside = ~_SEPARATOR[data]
     begins = inside.copy()
@@ -163,7 +164,7 @@ def _words(array: bytes) -> _Words | None:
 
 
 def _joined(texts: Sequence[Text]) -> bytes:
-    """The texts as elements of one array, copied once: they are most of a file."""
+    """The texts as elements of one array, copied only once because they make up most of a file."""
     pieces: list[Text] = [b","] * (2 * len(texts) + 1)
     pieces[1::2] = texts
     pieces[0], pieces[-1] = b"[", b"]"

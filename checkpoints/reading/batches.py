@@ -1,4 +1,4 @@
-"""Blocks of whole lines and their content: plain records are read by the thousand, what they leave line by line."""
+"""Blocks of whole lines and their content: plain records are read by the thousand, everything else line by line."""
 
 from collections.abc import Iterator
 
@@ -46,18 +46,18 @@ class LineReader:
 
     @property
     def many_wait(self) -> bool:
-        """Whether it is time to flush: enough is together for arrays, and little enough for the memory."""
+        """Whether it is time to flush: enough records wait to be worth an array, or more would take too much memory."""
         return self._waiting_records > _RECORDS or self._waiting_values > _PENDING
 
     def count(self, lines: int, records: int, skipped: int, *, torn: bool) -> None:
-        """Blocks that somebody else has read and flushed."""
+        """Count blocks that another process has read and flushed."""
         self.line += lines
         self.records += records
         self.skipped += skipped
         self.torn |= torn
 
     def flush(self) -> Iterator[Rows]:
-        """The records that came together, one `Rows` a point."""
+        """The records that wait, as one `Rows` per point."""
         slabs, self._slabs = self._slabs, []
         self._waiting_records = self._waiting_values = 0
         for rows in as_rows(slabs, self._labels.names):
@@ -65,7 +65,7 @@ class LineReader:
             yield rows
 
     def take(self, block: bytes) -> Iterator[Item]:
-        """The items of some lines; records wait for `flush`. The file's last line may lack its break."""
+        """The items of some lines, except records, which wait for `flush`. The file's last line may lack its line break."""
         if not block.endswith(b"\n"):
             self.torn = not lenient.whole(block.rpartition(b"\n")[2])
             block += b"\n"
@@ -90,7 +90,7 @@ class LineReader:
         self.line += block.count(b"\n")
 
     def _keep(self, taken: Taken, block: bytes) -> None:
-        """Records of a block, those that the parser leaves line by line."""
+        """Take the records of a block; those that the parser did not understand are read line by line."""
         slabs, left = self._parser.slabs(taken, self._labels, self.line, digits=self.header is None)
         for slab in slabs:
             self._wait(slab)
@@ -107,7 +107,7 @@ class LineReader:
         self._waiting_values += slab.values.size
 
     def _one_line(self, number: int, line: bytes) -> Header | Token | End | Slab | None:
-        """What line `number` of the block holds, whatever it is; None where it does not belong to a dump.
+        """What line `number` of the block holds; None if it does not belong to a dump.
 
         Raises:
             DumpError: it contradicts itself.
@@ -123,7 +123,7 @@ class LineReader:
         return item
 
     def _begin(self, header: Header) -> Iterator[Item]:
-        """Another header: what waits is of the dump before it."""
+        """Begin with another header: the records that wait belong to the dump before it."""
         self._headers += 1
         if self._headers > _HEADERS:
             raise DumpError(f"{self._name} has more than {_HEADERS} headers.", "Write one, as the first line.", code="record")

@@ -1,8 +1,8 @@
 """Plain records, which engines print by the million: many lines at once.
 
 msgspec checks and parses everything but the values; simdjson reads the values of all lines into one array
-(`checkpoints.reading.arrays`). What either does not understand is left, and said to be: `checkpoints.reading.one_line` reads it,
-line by line, with the same result.
+(`checkpoints.reading.arrays`). Lines that either of them does not understand are reported as left; `checkpoints.reading.one_line`
+reads those one by one, with the same result.
 """
 
 import re
@@ -37,7 +37,7 @@ RECORD = "checkpoint"
 
 
 class RecordFields(msgspec.Struct, gc=False):
-    """The fields of a line that are looked at."""
+    """The fields of a line that are read."""
 
     type: str | None = RECORD
     checkpoint: str | None = None
@@ -55,7 +55,7 @@ class RecordFields(msgspec.Struct, gc=False):
 
 
 class _FieldsWithWords(RecordFields, gc=False):
-    """The same where a statistic may be a word."""
+    """The same fields if a statistic may be a word."""
 
     stats: Any = None
 
@@ -66,10 +66,10 @@ _columns = attrgetter(
 
 
 class Taken(Struct, frozen=True):
-    """The records that the bulk parser took of a block's lines, and what it left.
+    """The records that the bulk parser read from a block's lines, and the lines that it left.
 
     Attributes:
-        records, texts: the fields of each record [R], and the text of its values with its brackets.
+        records, texts: the fields of each record [R], and its values as text, with their brackets.
         numbers: each record's line in the block, int64 [R], from 0.
         left: numbers and texts of the other lines.
         skipped: how many lines hold no object at all.
@@ -82,7 +82,7 @@ class Taken(Struct, frozen=True):
     skipped: int = 0
 
     def between(self, start: int, stop: int) -> "Taken":
-        """The records of the lines start…stop, without what was left."""
+        """The records of lines start…stop."""
         a, b = np.searchsorted(self.numbers, [start, stop]).tolist() if start or self.left else (0, len(self.records))
         return self if b - a == len(self.records) else Taken(self.records[a:b], self.texts[a:b], self.numbers[a:b])
 
@@ -92,7 +92,7 @@ class Taken(Struct, frozen=True):
 
 
 class BulkParser:
-    """Takes lines apart. It holds the buffers of simdjson and the shapes that were seen, and nothing of any file."""
+    """Parses lines. It keeps simdjson's buffers and the shapes seen so far, but nothing of any file."""
 
     def __init__(self) -> None:
         self._numbers = NumberParser()
@@ -101,7 +101,7 @@ class BulkParser:
         self._shapes: dict[Any, tuple[tuple[int, ...] | None, float]] = {}
 
     def lines(self, block: bytes) -> Taken:
-        """The records of whole lines: all together where every line is an object, else of each line that is one."""
+        """The records of whole lines: parsed together if every line is an object, otherwise line by line."""
         plain = self._plain(block)
         if plain is not None:
             records, texts = plain
@@ -125,7 +125,7 @@ class BulkParser:
         )
 
     def _plain(self, block: bytes) -> tuple[list[RecordFields], Sequence[Text]] | None:
-        """The fields of lines of which each is a JSON object, and the texts of their values; None where one is not."""
+        """The fields of lines that are all JSON objects, and their values as text; None if one is not an object."""
         texts: Sequence[Text] | None = None
         rest = block
         if block.find(b"\n") >= _WIDE:
@@ -149,7 +149,7 @@ class BulkParser:
         return (records, texts) if fitting else None
 
     def _line(self, line: bytes) -> tuple[RecordFields, Text]:
-        """The fields of one line and the text of its values; a record without a name where it is not understood."""
+        """The fields of one line and its values as text; a record without a name if the line is not understood."""
         rest, text = cut_line(line)
         record = self._decoded(rest)
         if record is None and text is not None:  # what was cut out may belong to something else
@@ -161,7 +161,7 @@ class BulkParser:
         return (record, text) if bytes(record.values) == b"[]" else (_NOTHING, b"")
 
     def _decoded(self, line: bytes) -> RecordFields | None:
-        """The fields of an object, also with bare words for numbers; None where it is none or has a field of a wrong type."""
+        """The fields of an object, in which bare words may stand for numbers; None if it is not an object, or a field has a wrong type."""
         try:
             return self._lines.decode(line)
         except _NOT_DECODED:
@@ -175,7 +175,7 @@ class BulkParser:
         return record
 
     def slabs(self, taken: Taken, labels: Labels, first: int, *, digits: bool) -> tuple[list[Slab], list[int]]:
-        """Records as arrays, one slab for each number of values; and which of the records were left, as their lines.
+        """Records as arrays, one slab for each number of values, and the lines of those records that were left.
 
         Args:
             first: number of the block's first line in the file.
@@ -209,7 +209,7 @@ class BulkParser:
         return _by_width(whole, values, scattered, digits=digits), []
 
     def _sizes(self, given: Sequence[Any], counts: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
-        """The shape of each record, from how it is given; and which of them are wrong or hold less than the record's values."""
+        """The shape of each record, as it is given, and which shapes are wrong or smaller than the record's values."""
         known = self._shapes
         for size in set(given).difference(known):
             if len(known) >= _PARTS:
@@ -224,7 +224,7 @@ class BulkParser:
         return [shape or () for shape, _ in both], wrong
 
     def _scattered(self, texts: Sequence[Text], counts: list[int]) -> tuple[NDArray[np.int64] | None, list[int]]:
-        """The elements that the values are, laid end to end, where they are scattered; and which records do not say it clearly."""
+        """The indices of scattered values in their rows, laid end to end, and which records do not give them clearly."""
         if not any(texts):
             return None, []
         elements = self._elements(texts, counts)
@@ -236,7 +236,7 @@ class BulkParser:
         return None, unclear or list(range(len(texts)))
 
     def _elements(self, texts: Sequence[Text], counts: list[int]) -> NDArray[np.int64] | None:
-        """The whole numbers of arrays of these lengths, None where they are none or one stands twice in its array."""
+        """The whole numbers of arrays of these lengths; None if one is not whole, or occurs twice in its array."""
         if not all(counts) or not all(_INDICES.fullmatch(bytes(text)) for text in texts):
             return None
         numbers = self._numbers.read(texts)
@@ -249,7 +249,7 @@ class BulkParser:
         return None if twice.any() else elements
 
     def _sketch(self, texts: Sequence[Text]) -> tuple[NDArray[np.float32] | None, list[int]]:
-        """The sketch of each record [R, 32], if they have any; and which of them are wrong, or lack it while others have one."""
+        """The sketch of each record [R, 32], if there are any, and which are wrong, or missing although other records have one."""
         if not any(texts):
             return None, []
         numbers = None if nested(texts) else self._numbers.read([text or b"[]" for text in texts])
@@ -283,7 +283,8 @@ def _without(taken: Taken, others: Sequence[int]) -> Taken:
 
 
 def _by_width(records: Slab, values: Numbers, scattered: NDArray[np.int64] | None, *, digits: bool) -> list[Slab]:
-    """A slab for each number of values; `records` is all but these. `scattered` are the elements that they are, laid end to end."""
+    """One slab for each number of values per record; `records` has everything but the values. `scattered` are the values' indices
+    in their rows, laid end to end."""
     counts = values.counts
     if len(set(counts)) == 1:
         wide = values.flat.reshape(len(counts), counts[0])
@@ -315,7 +316,8 @@ def _by_width(records: Slab, values: Numbers, scattered: NDArray[np.int64] | Non
 
 
 def _stats(given: Sequence[dict[str, float] | None]) -> dict[str, NDArray[np.float64]]:
-    """The format's statistics by name, NaN where a record lacks one; names of others' own are left out, since there may be any number."""
+    """The format's statistics by name, NaN where a record lacks one. Names that are not the format's are left out: there could be
+    any number of them."""
     if not any(given):
         return {}
     rows = [row or {} for row in given]

@@ -1,4 +1,4 @@
-"""Lines as text: which of them are objects, and the long lists of values cut out of them, which a JSON parser need not walk through."""
+"""Lines as text: which of them are objects, and their long lists of values, cut out so that the JSON parser need not walk through them."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _BREAK, _OPEN, _CLOSE, _BRACKET = b"\n{}["
 
 
 def objects_alone(block: bytes) -> int | None:
-    """How many lines there are if each is from a brace to a brace: with as many objects in them, each line is one."""
+    """How many lines there are, if each runs from brace to brace: if they hold as many objects, every line is exactly one."""
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == _BREAK)
     if not block.startswith(b"{") or (data[ends - 1] != _CLOSE).any() or (data[ends[:-1] + 1] != _OPEN).any():
@@ -21,9 +21,8 @@ def objects_alone(block: bytes) -> int | None:
 
 
 def objects_of(block: bytes) -> tuple[list[int], list[bytes], int]:
-    """Numbers of the lines that may be objects, those lines from their first brace on, and how many others are not blank.
-
-    After an object's brace there is a name in quotes, or its end: a log's other braces need no parser.
+    """The numbers of the lines that may be objects, those lines from their first brace on, and how many others are not blank.
+    An object's brace is followed by a quoted name or by its end; braces of log text are recognised without a parser.
     """
     numbers, objects, skipped = [], [], 0
     for number, line in enumerate(block.split(b"\n")[:-1]):
@@ -37,9 +36,8 @@ def objects_of(block: bytes) -> tuple[list[int], list[bytes], int]:
 
 
 def cut_block(block: bytes) -> tuple[bytes, list[Text]] | None:
-    """Lines without the numbers of their values, and those numbers with their brackets, empty where a line has none.
-
-    None where these may not be the record's own values.
+    """Lines without their lists of values, and those lists with their brackets, empty for a line that has none.
+    None if what was cut out may not be the record's own values.
     """
     view = memoryview(block)
     rest: list[bytes] = []
@@ -61,7 +59,7 @@ def cut_block(block: bytes) -> tuple[bytes, list[Text]] | None:
 
 
 def cut_line(line: bytes) -> tuple[bytes, Text | None]:
-    """The same of one line; the text is None where nothing was cut out."""
+    """`cut_block` for one line; the text is None if nothing was cut out."""
     opened, closed = _values(line, 0, len(line))
     if closed < 0:
         return line, None
@@ -70,17 +68,18 @@ def cut_line(line: bytes) -> tuple[bytes, Text | None]:
 
 
 def _values(block: bytes, begin: int, end: int) -> tuple[int, int]:
-    """Where the list of values of a line begins and ends; below 0 where it has none."""
+    """Where the list of values of a line begins and ends; negative if it has none."""
     at = block.find(b'"values"', begin, end)
     opened = block.find(b"[", at, end) if at >= 0 else -1
     return opened, block.find(b"]", opened, end) if opened >= 0 else -1
 
 
 def _may_be_others(rest: bytes, count: int) -> bool:
-    """Whether what was cut out of `count` lines may belong to something else: a second "values", or one spelt with escapes."""
+    """Whether what was cut out of `count` lines may not be the record's values: there is a second "values", or one spelt with
+    escapes."""
     return b"\\" in rest or rest.count(b'"values"') != count
 
 
 def nested(texts: Sequence[Text]) -> bool:
-    """Whether there are more brackets than one an array. What was cut out ends at its first closing one."""
+    """Whether an array holds further brackets: what was cut out ends at the first closing one."""
     return bool(np.count_nonzero(np.frombuffer(b"".join(texts), np.uint8) == _BRACKET) > len(texts))

@@ -1,4 +1,4 @@
-"""The digits that engines print, looked at for many records at once."""
+"""How many digits engines printed, determined for many records at once."""
 
 import re
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ Floats = NDArray[np.float64]
 
 
 def quanta(texts: Sequence[Text], values: Floats) -> Floats | None:
-    """`quantum` of many records at once: the texts [R] of their values and these [R, k] -> [R, k], or None where all are exact.
+    """`quantum` of many records at once, from their values as text [R] and as numbers [R, k]: [R, k], or None if all are exact.
 
-    A text has nothing where a word stands for a number (`checkpoints.reading.arrays.Numbers`). A few lines tell how the file is
-    printed; the values themselves show which others are printed so. Where they don't fit, the line's own text decides.
+    Words that stand for numbers are left out of the texts (`checkpoints.reading.arrays.Numbers`). A few lines show how the file
+    is printed, and the values of the others show whether they are printed in the same way. If not, the line's own text decides.
     """
     rows, width = values.shape
     if not rows or not width:
@@ -64,7 +64,7 @@ def quanta(texts: Sequence[Text], values: Floats) -> Floats | None:
 
 
 def _step(texts: list[bytes], values: Floats) -> float | None:
-    """The one step of the leading values of all these texts; None where they differ, or are exact."""
+    """The step that the leading values of all these texts share; None if they differ, or are exact."""
     count = min(values.shape[1], _LEADING)
     steps: set[float] = set()
     for text, row in zip(texts, values, strict=True):
@@ -75,7 +75,7 @@ def _step(texts: list[bytes], values: Floats) -> float | None:
 
 
 def surely_exact(text: bytes) -> bool:
-    """Whether the first of these JSON numbers alone show that their text gives every float32: then `quantum` is None."""
+    """Whether the first of these JSON numbers suffice to show that the text gives every float32 exactly: then `quantum` is None."""
     return any(_shows_all_digits(text[1:size].split(b",")[:-1]) for size in _SURE)
 
 
@@ -107,14 +107,14 @@ def quantum(text: bytes, values: Floats) -> Floats | None:
 
 
 def _many(text: bytes, values: Floats) -> Floats | None:
-    """`quantum` of the rows [R, k] that are laid end to end in a text; 0 where a row's text gives every float32."""
+    """`quantum` of the rows [R, k] laid end to end in a text; 0 for a row whose text gives every float32 exactly."""
     text = text.translate(None, _BLANKS)
     every = _of_numbers(text, values.ravel()) if _PLAIN.fullmatch(text) else None
     return None if every is None else _steps(every, values, values.shape)
 
 
 def _steps(decimals: _Decimals, values: Floats, shape: tuple[int, ...]) -> Floats:
-    """The steps of rows: of their decimals where all have as many, else of the last of the most digits that one has."""
+    """The steps of rows: by their decimals if all values have equally many, otherwise by the last of the most digits that a value has."""
     places, digits, printed = decimals.places.reshape(shape), decimals.digits.reshape(shape), decimals.printed.reshape(shape)
     size = np.abs(values).reshape(shape)
     most = np.where(printed, digits, 0).max(axis=1, keepdims=True)
@@ -129,7 +129,7 @@ def _steps(decimals: _Decimals, values: Floats, shape: tuple[int, ...]) -> Float
 
 
 def _decimals(text: bytes, values: Floats) -> _Decimals | None:
-    """What is printed; None where it is not as many numbers or words as there are values."""
+    """The printed decimals; None unless there are as many numbers or words as values."""
     if not len(values):
         return None
     text = text.translate(None, _BLANKS)
@@ -148,7 +148,7 @@ def _decimals(text: bytes, values: Floats) -> _Decimals | None:
 
 
 def _of_numbers(text: bytes, values: Floats) -> _Decimals | None:
-    """The same of numbers alone, all at once."""
+    """`_decimals` of numbers without words, all at once."""
     data = np.frombuffer(text + b",", np.uint8)
     ends = np.flatnonzero(data == ord(","))
     count = len(values)

@@ -1,6 +1,6 @@
 """The fields of one JSON line: what they may hold, and how it is converted. Errors are TypeError or ValueError with a sentence.
 
-Foreign engines print numbers as words, shapes as text and decimals that were rounded: all that is understood here.
+Foreign engines print numbers as words, shapes as text and decimals that were rounded: all of these are understood here.
 """
 
 import json
@@ -83,7 +83,7 @@ def statistics(content: Any) -> dict[str, Any]:
 
 
 def indices(values: Any, count: int) -> list[int]:
-    """The elements that `count` scattered values are, each once."""
+    """The indices of `count` scattered values in their row, each once."""
     if not isinstance(values, list) or len(values) != count or not count:
         raise ValueError(f'"indices" must be a list of one index for each of {count} values')
     if {type(index) for index in values} == {int} and min(values) >= 0 and max(values) < POSITIONS:
@@ -96,7 +96,7 @@ def indices(values: Any, count: int) -> list[int]:
 
 
 def steps(values: Any, count: int) -> NDArray[np.float64]:
-    """The steps of the decimals that `count` values were printed with, given as one number for all or as one each."""
+    """The steps of the decimals with which `count` values were printed, given as one number for all or one for each."""
     given = numbers(values if isinstance(values, list) else [values], '"quantum"')
     if len(given) not in (1, count) or not np.isfinite(given).all() or (given < 0).any():
         raise ValueError(f'"quantum" must be a step size, 0 or more, or one for each of {count} values')
@@ -104,7 +104,7 @@ def steps(values: Any, count: int) -> NDArray[np.float64]:
 
 
 def beyond_values(steps: NDArray[np.float64], values: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Whether the step of a row's decimals is larger than all that was printed with it, [R] of [R, k]: then nothing was printed."""
+    """Whether the step of a row's decimals is larger than all of its values, [R] of [R, k]: then no digit of them was printed."""
     largest = np.where(np.isfinite(values), np.abs(values.astype(np.float64)), 0.0).max(axis=1, initial=1.0)
     beyond: NDArray[np.bool_] = steps.max(axis=1, initial=0.0) > largest
     return beyond
@@ -195,7 +195,7 @@ class _Values(msgspec.Struct):
 
 
 def values_text(line: bytes) -> bytes:
-    """The text of a line's values, with its brackets; empty where there is none. Bare nan and inf may come back in quotes."""
+    """A line's values as text, with their brackets; empty if there are none. Bare nan and inf may be returned in quotes."""
     for text in (line, lenient.quoted(line)):
         with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return bytes(msgspec.json.decode(text, type=_Values).values)

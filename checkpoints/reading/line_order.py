@@ -1,4 +1,4 @@
-"""Records whose line says no position: an engine that prints one line per point and pass, in order, says it by the order."""
+"""Records without a position: if an engine prints one line per point and pass, the order of the lines gives it."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,10 @@ _LISTED = 4
 
 
 def counted(rows: Rows, path: str) -> Rows:
-    """The rows of one point [R]; where no line says a position, those of each sequence are numbered from 0 in the file's order.
+    """The rows of one point [R]; if no line has a position, the rows of each sequence are numbered from 0 in the file's order.
 
     Raises:
-        DumpError: some of the lines say a position and others don't.
+        DumpError: some of the lines have a position and others do not.
     """
     unnumbered = rows.token_idx == UNNUMBERED
     if not unnumbered.any():
@@ -36,7 +36,7 @@ def counted(rows: Rows, path: str) -> Rows:
 
 
 def note_on(counts: Mapping[str, int], points: int) -> str:
-    """The note on a dump of `points` points of which some were counted: their names with how many records each."""
+    """The note on a dump of `points` points, of which some were numbered by order: their names and numbers of records."""
     most = max(counts.values())
     listed = ", ".join([*list(counts)[:_LISTED], *["…"] * (len(counts) > _LISTED)])
     lacking = "no line has" if len(counts) == points else f"lines of {listed} lack"

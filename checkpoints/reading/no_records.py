@@ -27,7 +27,7 @@ _KINDS = (  # how files of other kinds begin, UTF-32 before UTF-16, whose mark i
 
 
 def reason(path: Path) -> str:
-    """What kind of file it is, or what the first line with a brace lacks to be a record; empty where neither is known."""
+    """What kind of file it is, or what its first line with a brace lacks to be a record; empty if neither is known."""
     try:
         if not path.is_file():  # a pipe was read already
             return ""

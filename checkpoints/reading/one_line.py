@@ -20,7 +20,7 @@ RECORD = "checkpoint"
 def item(line: bytes, labels: Labels, serial: int, *, digits: bool) -> Header | Token | End | Slab | None:
     """What one line holds; None if it does not belong to a dump. `serial` is the number of the line in the file.
 
-    With `digits`, the digits that were printed are looked at.
+    With `digits`, the printed digits are taken into account.
 
     Raises:
         TypeError, ValueError, KeyError, OverflowError: it contradicts itself; the text says how.

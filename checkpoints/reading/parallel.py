@@ -1,7 +1,7 @@
-"""A large file read by several processes: each takes ranges of it, and this one gets what stands in them, in order.
+"""A large file read by several processes: each reads ranges of it, and this process receives their content in order.
 
-Python reads in one thread at a time, and lines of numbers are all work and no waiting. A range is what begins with the
-first line from its nominal start on; so ranges that follow each other share no line and lose none. What a process cannot
+Python runs one thread at a time, and parsing numbers never waits for anything. A range begins with the
+first line from its nominal start on, so that consecutive ranges share no line and lose none. What a process cannot
 read, or what changes how the rest is to be read (a second header), is left to the caller, who reads on from there itself.
 """
 
@@ -36,7 +36,7 @@ _BOOT = (
 class Sharing(Struct, frozen=True):
     """How a file is shared out.
 
-    `processes` read it beside this one: None for one a core, 0 for none. A file of less than `smallest` bytes is read before
+    `processes` read it beside this one: None for one per core, 0 for none. A file of less than `smallest` bytes is read before
     another process has started (0.2 s); a range of `portion` bytes is a tenth of a second's work, some MB as arrays. This
     process reads `block` bytes at once until the others have started, or the first only and waits for them, with `wait`.
     """
@@ -83,7 +83,7 @@ def next_block(file: BinaryIO, name: str, line: int, size: int) -> bytes:
 
 
 class Readers:
-    """Processes that read ranges of one file; none where the file is small, no file but a pipe, or there is one core.
+    """Processes that read ranges of one file; none if the file is small or a pipe, or if there is only one core.
 
     A context manager: they end with it.
     """
@@ -110,7 +110,7 @@ class Readers:
             return False
 
     def contents(self, start: int, header: Header | None) -> Iterator[RangeContent]:
-        """What stands in the file from the line that begins at `start`, up to what they cannot read or the file's end."""
+        """The file's content from the line that begins at `start`, up to what they cannot read or the file's end."""
         size = self._sharing.portion
         starts = list(range(start, self._size, size))
         count = len(self._children)
@@ -132,7 +132,7 @@ class Readers:
             self.end()
 
     def end(self) -> None:
-        """End the processes; what they were asked for is dropped."""
+        """End the processes and drop what they were asked for."""
         while self._children:
             self._children.pop().end()
 

@@ -1,4 +1,4 @@
-"""Records on their way from lines to arrays: many at a time, of all points together, then one `Rows` a point."""
+"""Records on their way from lines to arrays: many at a time for all points together, then one `Rows` per point."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -16,7 +16,7 @@ class Slab(Struct, frozen=True):
 
     Attributes:
         point: int64 [R], number of the point.
-        serial: int64 [R], number of the record's line in the file: those of one point keep their order.
+        serial: int64 [R], number of the record's line in the file; the records of one point keep this order.
         place: int64 [R, 4], sequence, position, pass and whether it decodes.
         values: float32 [R, k]; quantum, indices: [R, k] or None; sketch: float32 [R, 32] or None.
         stats: name -> float64 [R].
@@ -35,9 +35,10 @@ class Slab(Struct, frozen=True):
 
 
 def as_rows(slabs: Sequence[Slab], names: Sequence[str]) -> Iterator[Rows]:
-    """One `Rows` a point, in the order of their first records; `names` are the points'. Rows of several widths are padded.
+    """One `Rows` per point, in the order of their first records; `names` are the points' names. Rows of different widths are
+    padded.
 
-    Where padding would blow them up, a point comes in several `Rows`, one a width.
+    If padding would blow them up, a point gets several `Rows`, one per width.
     """
     by_width: dict[int, list[Slab]] = {}
     for slab in sorted(slabs, key=lambda slab: int(slab.serial[0])):  # what was read line by line comes before the rest
@@ -69,7 +70,7 @@ def blown_up(parts: Sequence[Rows]) -> bool:
 
 
 def _by_point(slabs: list[Slab]) -> Slab:
-    """All of them as one, the records of a point together and in their order."""
+    """All slabs as one, with the records of each point together and in their order."""
     point = np.concatenate([slab.point for slab in slabs])
     serial = np.concatenate([slab.serial for slab in slabs])
     in_file = np.argsort(serial, kind="stable") if (np.diff(serial) < 0).any() else np.arange(len(serial))

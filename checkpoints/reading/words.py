@@ -1,4 +1,4 @@
-"""The words of a header that decide how a dump is judged, in every spelling that is known; others are errors that list these."""
+"""The words of a header that decide how a dump is judged, in all known spellings; any other word is an error that lists them."""
 
 import re
 
@@ -46,7 +46,7 @@ def kv_type(text: str) -> str:
 
 
 def file_type(text: str) -> str:
-    """The type of most weights: a float in capitals, else as it is said; empty where nothing is said.
+    """The type of most weights: floats in capitals, others unchanged; empty if it is not stated.
 
     Raises:
         ValueError: another word.

@@ -1,4 +1,4 @@
-"""The stage on a device: records are made where the value was computed and reach the host in one copy a pass.
+"""The stage on a device: records are made where the value was computed, and reach the host in one copy per pass.
 
 A kernel in the stream that computed the value writes slice, statistics and sketch of its rows into a staging buffer; when
 the pass is over, one asynchronous copy brings the staged rows to a slab of pinned memory. Both have the same size, are allocated
@@ -45,7 +45,7 @@ class DeviceStage:
     ) -> None:
         self.points = frozenset(points)
         self.sink = sink
-        self.writer = WriterThread()
+        self.writer = WriterThread(freeze=True)
         self._backend = backend
         self._now = CapturedPass(np.zeros(0, dtype=np.int64), 0, decode=False)
         self._kept = np.zeros(0, dtype=np.int64)
@@ -140,7 +140,7 @@ class DeviceStage:
         return self._place(places)
 
     def staged(self, parts: Collection[StagedRows]) -> None:
-        """Note that a step fills the places given by `staging`: one row for each of these points, with its partial sums."""
+        """Note that a step fills the places that `staging` gave it: one row for each of these points, with its partial sums."""
         self._parts.extend(parts)
         self._beside = self._step_places - len(parts)
 

@@ -33,7 +33,7 @@ class RowSink(Protocol):
 
 
 class CapturedPass(Struct, frozen=True):
-    """Where in the sequence a forward pass stands; `causal`: whether no position sees a later one."""
+    """The place of a forward pass in its sequence; `causal`: whether no position sees a later one."""
 
     token_idx: NDArray[np.int64]
     step: int
@@ -43,7 +43,7 @@ class CapturedPass(Struct, frozen=True):
 
 
 def stands_once(value: Array, now: CapturedPass) -> bool:
-    """Whether a value of this pass has one row for all positions, as the state after it or a pooled embedding has."""
+    """Whether a value of this pass has a single row for all positions, like a state or a pooled embedding."""
     return value.ndim == 2 and value.shape[0] == 1 and len(now.token_idx) > 1
 
 
@@ -134,7 +134,7 @@ class Capture:
         self.stage.writer.check()
 
     def _at_exit(self) -> None:
-        """Lose nothing in a process that forgets to close. A failure that was raised before is not raised again."""
+        """Lose nothing if the process forgets to close. A failure that was raised before is not raised again."""
         with suppress(BaseException) if self.stage.writer.failure_raised else nullcontext():
             self.close()
 

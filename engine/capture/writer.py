@@ -4,8 +4,9 @@ Python runs one thread at a time: summaries and formatting between the steps of 
 thread lets work pile up until the engine is quiet, and then does it in one go. If memory runs short before that, it sets
 work aside unprocessed, which costs a copy and hardly any of Python's time.
 
-For the same reason Python's search for unreachable objects leaves out what stood there before: in a program that has imported CuPy
-one search through everything takes Python for 23 ms, in which a device runs out of launched steps (measured beside an H100).
+With `freeze`, garbage collections meanwhile pass over the objects that the process already has. In a program that has imported CuPy one
+full collection holds Python for 23 ms, in which a device runs out of launched steps (measured beside an H100). That changes the whole
+process, so only a device asks for it.
 """
 
 import gc
@@ -44,10 +45,10 @@ class WriterThread:
     is busy, followed by a pause as long as the work took, in which the engine has Python to itself. When half of the limit is
     waiting, or the engine waits for room, pieces are set aside, or done if they cannot be set aside. Once a piece has failed the
     others are discarded, and the next call raises the failure. `waits` counts how often the engine had to wait for room; `limit`
-    is in bytes. Until `finish` has returned, garbage collections pass over the objects that stood there when the thread began.
+    is in bytes. With `freeze`, garbage collections pass over the objects that existed when the thread began, until `finish` has returned.
     """
 
-    def __init__(self, limit: int = _LIMIT) -> None:
+    def __init__(self, limit: int = _LIMIT, *, freeze: bool = False) -> None:
         self.waits = 0
         self.failure_raised = False
         self.limit = limit
@@ -60,8 +61,8 @@ class WriterThread:
         self._closing = False
         self._failure: BaseException | None = None
         self._change = threading.Condition()
-        # Otherwise the program has frozen its objects itself, or another writer has, and nothing is thawed here.
-        self._froze = gc.get_freeze_count() < _FROZEN_BY_PYTHON
+        # If the program or another writer has frozen objects already, nothing is frozen here, and so nothing is thawed.
+        self._froze = freeze and gc.get_freeze_count() < _FROZEN_BY_PYTHON
         if self._froze:
             gc.freeze()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)

@@ -31,7 +31,7 @@ _PHASES = {
 # For quantised rows: those of a 0.5 B model are 56 pieces, those of the down projection 304 (step.cuh, messages.cuh say what these are).
 _QUANTISED = {"DOWN_WARPS": 2, "FIRST_PAUSE": 500, "PAUSE": 100}
 _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
-# Bytes of a piece of weights, and cycles to the next, on a device whose memory gives fewer bytes a second than that; near.cuh has
+# Bytes of a piece of weights, and cycles to the next, on a device whose memory gives fewer bytes per second than that; near.cuh has
 # those of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.426 ms a step in F16 at 225 and 240, 0.434 at
 # 255 and 0.447 at 270.
 _SLOWER_MEMORY, _SLOWER_PACE = 4e12, {"PIECE": 2048, "PACE": 225}
@@ -133,7 +133,7 @@ class DecodeStep:
         return (*(f"{name}={value}" for name, value in numbers.items()), *(f"{name}={mask}ull" for name, mask in masks.items()))
 
     def _memory_bandwidth(self) -> float:
-        """Peak bytes a second of the device's memory: two transfers a clock over the bus's width."""
+        """Peak bytes per second of the device's memory: two transfers a clock over the bus's width."""
         runtime = self._xp.cuda.runtime
         clock, width = (runtime.deviceGetAttribute(number, self._xp.cuda.Device().id) for number in (_MEMORY_CLOCK, _BUS_WIDTH))
         return 2.0 * int(clock) * 1000 * int(width) / 8

@@ -1,4 +1,4 @@
-"""Whether a changed step fits the place of the right one: it takes the same arguments, or those that it is given."""
+"""Whether a changed step fits in place of the right one: it takes the same arguments, or those that it is given."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -9,7 +9,7 @@ from ..graph import Step
 
 
 def alike(changed: Sequence[Step], step: Step) -> bool:
-    """Whether what stands in a step's place differs in values only: one step that takes the same arguments, from the same places."""
+    """Whether the replacement of a step differs only in values: it is one step that takes the same arguments from the same places."""
     return (
         len(changed) == 1
         and changed[0].op is step.op
@@ -24,7 +24,7 @@ def alike(changed: Sequence[Step], step: Step) -> bool:
 def takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
     """Whether an operation accepts so many positional arguments and these keywords.
 
-    One that wraps another shows that one's signature, and may itself ask for more: both are asked.
+    An operation that wraps another shows the signature of that one, but may need more itself, so both are checked.
     """
     keywords = dict.fromkeys(names)
     try:

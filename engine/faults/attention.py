@@ -135,7 +135,7 @@ def _rows_moved(history: Array, *, by: int) -> Array:
 
 
 def _other_cache(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """A step that reads another value's cache: keys where values are wanted, or the other way round."""
+    """A step that reads another value's cache: keys in place of values, or the other way round."""
     reads, instead = parameters["read"]
     if kind_of(step) != reads or step.op is not ops.cached:
         return step

@@ -1,4 +1,4 @@
-"""The definition of a fault, and what its changes ask of a step."""
+"""The definition of a fault, and functions with which its changes inspect a step."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Misreadings of quantised blocks as edits of their bytes, by the layouts of ggml-common.h.
 
-Each function takes blocks [n, bytes a block], their ggml type and the fault's parameters; it returns the edited blocks, or None
+Each function takes blocks [n, bytes per block], their ggml type and the fault's parameters; it returns the edited blocks, or None
 for a type that it does not affect.
 """
 

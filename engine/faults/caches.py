@@ -75,7 +75,7 @@ def _one_slot_early(rows: Array) -> Array:
 
 
 def _own_slot(scores: Array) -> tuple[Array, Array]:
-    """Where a query meets its own key, whose slot the next position writes: indices of queries and keys in [H, T, S]."""
+    """Where a query meets its own key, whose slot the next position overwrites: indices of queries and keys in [H, T, S]."""
     xp, (_, queries, keys) = module_of(scores), scores.shape
     return xp.arange(queries), xp.arange(queries) + keys - queries
 

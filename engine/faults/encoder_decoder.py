@@ -100,7 +100,7 @@ def _is_crossed(right: Steps, name: str) -> bool:
 
 
 def _of_prompt(bias: Array, passes: Array) -> Array:
-    """The bias [H, T, S] of the first pass, and none of later passes."""
+    """The bias [H, T, S] of the first pass; later passes have none."""
     return bias * (passes == 0)[None, :, None]
 
 

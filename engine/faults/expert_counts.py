@@ -135,7 +135,7 @@ class _WithCapacity(Struct, frozen=True):
     order: str
 
     def __call__(self, down: Array, weights: Array, ids: Array, passes: Array, **params: Any) -> Array:
-        """[T, k · D] or [T, k, D], weights and ids of k experts a token."""
+        """[T, k · D] or [T, k, D], weights and ids of k experts per token."""
         xp, rows = module_of(down), len(passes)
         chosen, value = ids.reshape(rows, -1), self.product(down, weights, **params)
         used = chosen.shape[1]
@@ -168,7 +168,7 @@ FAULTS = (
         what="an expert takes no more than {factor} times its even share of a pass, {order}; what else chose it is dropped",
         symptom="the first tokens are right; later ones lose experts that earlier ones chose, the more so in long prompts",
         fix="no capacity limit in inference (capacity_factor of training): each token gets all of its experts",
-        seen="training code with a capacity factor; buffers of a fixed number of tokens an expert",
+        seen="training code with a capacity factor; buffers of a fixed number of tokens per expert",
         parameters={"factor": (1.0, 1.25, 1.5, 2.0), "order": ("token by token", "all first choices first")},
         whole=True,
     ),

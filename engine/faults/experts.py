@@ -152,7 +152,7 @@ _INTO = ("ffn_moe_gate", "ffn_moe_up", "ffn_moe_gate_up")  # products with an ex
 
 
 def _reads_shared(step: Step, right: Steps) -> int | None:
-    """The number of the operand that is the shared expert's, or a factor of it; None if there is none."""
+    """The number of the operand that is the shared expert's output, or a factor of it; None if there is none."""
     return next((number for number in range(len(step.reads)) if "shexp" in maker(step, right, number).makes), None)
 
 

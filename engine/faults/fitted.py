@@ -1,4 +1,4 @@
-"""Faults with a wrong number, which is fitted to the records, not looked up in a list."""
+"""Faults with a wrong number that is fitted to the records instead of being looked up in a list."""
 
 from collections.abc import Callable, Mapping
 from math import log10
@@ -88,7 +88,8 @@ class Fitted(Struct, frozen=True, kw_only=True):
 
 
 def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
-    """The formula of a wrong attention scale that a fitted one is close to, by the sizes that other engines take; else nothing."""
+    """The formula, with a size that other engines use by mistake, whose attention scale is close to a fitted one; nothing if there is
+    none."""
     heads = next((int(step.params["heads"]) for step in right.values() if step.op is ops.attention_scores), 1)
     others = {
         1.0: "no scale",
@@ -173,7 +174,7 @@ def _new(name: str, summary: str, fix: str, where: dict[str, Any], how: str) -> 
 
 
 def number_at(kind: str, shifted: bool, start: float) -> Fitted:
-    """A factor of one kind of step's results, or a summand if `shifted`, fitted from a start: for kinds that no entry lists."""
+    """A factor (or, if `shifted`, a summand) of the results of one kind of step, fitted from a start: for kinds that no entry lists."""
     name, summary, fix, how = (
         ("constant-added", _PLUS, _PLUS_FIX, "plus") if shifted else ("multiplier", _TIMES, _SCALE_FIX, "times")
     )
@@ -217,7 +218,7 @@ def _other_norms(right: Steps) -> tuple[tuple[str, ...], ...]:
 
 
 def _epsilon_wanted(right: Steps, parameters: Parameters) -> float | None:
-    """The ε of the first norm that these parameters mean."""
+    """The ε of the first norm to which these parameters refer."""
     kinds = parameters[AT]
     known = (epsilon_of(step) for step in right.values() if not set(kinds).isdisjoint(kinds_of(step)))
     return next((eps for eps in known if eps is not None), None)

@@ -21,7 +21,7 @@ def _only(step: Step, name: Any) -> Step:
 
 
 def branch_and_stream(step: Step, right: Steps) -> tuple[Read, Read]:
-    """What a residual addition adds to the stream, and the stream: llama.cpp's graphs have them in either order.
+    """The branch that a residual addition adds to the stream, and the stream itself: llama.cpp's graphs have them in either order.
 
     Raises:
         NotApplicable: the step reads only one value.
@@ -30,7 +30,7 @@ def branch_and_stream(step: Step, right: Steps) -> tuple[Read, Read]:
 
 
 def _summed(step: Step, right: Steps) -> tuple[Read, Read, Read | None]:
-    """The branch and the stream of a residual addition, and a branch that the stream has in it already; None if it has none.
+    """The branch and the stream of a residual addition, and a branch that the stream already contains; None if it contains none.
 
     Where both branches of a layer read its input (Command R), one of them is added to it, and the other to that sum.
     """
@@ -52,10 +52,10 @@ def _summed(step: Step, right: Steps) -> tuple[Read, Read, Read | None]:
 
 
 def _beside_whole_stream(step: Step, right: Steps) -> Read:
-    """The branch of a residual addition whose other operand is the stream and nothing else.
+    """The branch of a residual addition whose other operand is the plain stream.
 
     Raises:
-        NotApplicable: the other operand has a branch in it.
+        NotApplicable: the other operand contains a branch.
     """
     branch, _, other = _summed(step, right)
     if other is not None:

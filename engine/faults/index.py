@@ -1,4 +1,4 @@
-"""A model's steps by name, with those of each of ggml's operations at hand: a fault may ask for them at every step that it looks at."""
+"""A model's steps by name and by ggml operation, since a fault may ask for these at every step that it looks at."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ class StepsByName(dict[str, Step]):
 
     @cached_property
     def numbers_of_weights(self) -> dict[int, int]:
-        """The numbers in the names of weights that were asked for, by layer (see `number_of_weights`)."""
+        """The results of `number_of_weights` so far, by layer."""
         return {}
 
 
@@ -36,9 +36,9 @@ def of_operation(right: Mapping[str, Step], name: str) -> Sequence[Step]:
 
 
 def number_of_weights(right: Mapping[str, Step], layer: int) -> int:
-    """The number in the names of the weights that most steps of a layer read: another one where layers are repeated.
-
-    Faults may have changed some of these names; it is the layer's own number if none is left.
+    """The layer number in the names of the weights that most steps of a layer read; it differs from the layer's own where layers are
+    repeated.
+    Faults may have changed some of these names. If none is left, it is the layer's own number.
     """
     known = right.numbers_of_weights if isinstance(right, StepsByName) else {}
     if layer not in known:

@@ -28,7 +28,7 @@ def _norm_missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _parts(step: Step, right: Steps) -> list[View]:
-    """The two parts of a value that the layer's steps read, the front one first; `step` reads one of them."""
+    """The two parts of a value that the layer's steps read, in order; `step` reads one of them."""
     own = read_of(step, 0)
     if not isinstance(own, View):
         raise NotApplicable(f"{step.makes} reads a whole value")

@@ -1,4 +1,5 @@
-"""A fault of models with a window of attention in some layers: another pattern of these layers, each with all that belongs to its kind."""
+"""A fault of models with an attention window in some layers: another pattern of these layers, each with everything that belongs to its
+kind."""
 
 from msgspec.structs import replace
 
@@ -13,13 +14,13 @@ _PLACES = {"first": 0, "last": -1}
 
 
 def _windowed(right: Steps) -> dict[int, bool]:
-    """Whether a layer has a window, of layers with attention; empty unless there are both kinds."""
+    """For each layer with attention, whether it has a window; empty unless there are layers of both kinds."""
     of = {layer_of(step): has_window(step) for step in right.values() if step.makes.endswith(".kq_soft_max")}
     return of if len(set(of.values())) == 2 else {}
 
 
 def _patterns(right: Steps) -> Values:
-    """(n, place): of every n layers this one is without a window; those that give this model's own layers are left out."""
+    """(n, place): of every n layers the one at this place has no window. Patterns that give this model's own layers are left out."""
     own = _windowed(right)
     every = tuple((n, place) for n in range(2, _MOST + 1) for place in ("last", "first"))
     return tuple(of for of in every if any(_wants_window(layer, of) is not has for layer, has in own.items())) or every[:1]

@@ -19,7 +19,7 @@ _SAYS = {_WITH_WEIGHTS: "each layer", _WHOLE_LAYER: "each layer"}
 
 
 def _read_from(weight: Weight, name: str) -> Weight:
-    """A weight, whatever is made of it, read from the tensor of that name."""
+    """A weight, in whatever form a step takes it, read from the tensor of that name."""
     return name if isinstance(weight, str) else weight and replace(weight, weight=name)
 
 

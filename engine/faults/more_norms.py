@@ -1,4 +1,4 @@
-"""Faults of a norm too many: one that is applied twice, and one that the model does not have."""
+"""Faults with one norm too many: a norm that is applied twice, or one that the model does not have."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _USUAL = 1e-6  # ε of a model without a norm of its own
 
 
 class _Twice(HandsOn, frozen=True):
-    """A norm of what the same norm makes."""
+    """A norm applied to its own result."""
 
     def __call__(self, x: Array, *weights: Array, **params: Any) -> Array:
         """[T, n] -> [T, n]."""

@@ -1,4 +1,4 @@
-"""Faults of what only some models have: multipliers of embedding, residuals and logits, two RoPE bases, other activations."""
+"""Faults of features that only some models have: multipliers of embedding, residuals and logits, two RoPE bases, other activations."""
 
 from collections.abc import Callable
 from math import inf

@@ -27,7 +27,7 @@ def _others(right: Steps) -> tuple[str, ...]:
 
 
 def epsilon_of(step: Step) -> float | None:
-    """The ε of a norm; None if the step is none."""
+    """The ε of a norm; None if the step is not a norm."""
     if "eps" in step.params:
         return float(step.params["eps"])
     return number(step, 0) if ggml(step, *_WITH_EPSILON) else None

@@ -1,5 +1,5 @@
-"""Faults of any operation that is ggml's own, whatever the architecture: another function of one value, one of two operands left out;
-and of any operation that has a point: its result was never written.
+"""Faults that any operation can have, whatever the architecture: a ggml operation with another function of one value, or with one of
+its two operands left out; an operation with a point whose result was never written.
 """
 
 import re
@@ -39,9 +39,9 @@ _LAYER = re.compile(r"^blk\.\d+\.")
 
 
 def _origin(name: str, right: Steps, far: int = _FAR) -> str:
-    """The weights of the step that makes a value or, without any, of the first steps before it that have some.
-
-    The names of steps count those without a name of their own in each layer: the same operation has another name in another layer.
+    """The weights of the step that makes a value or, if it has none, of the nearest steps before it that have some.
+    Names of steps are no help: unnamed steps are numbered within each layer, so that one operation may have different names in two
+    layers.
     """
     step = right.get(name)
     if step is None:
@@ -53,7 +53,7 @@ def _origin(name: str, right: Steps, far: int = _FAR) -> str:
 
 
 def _of_one(step: Step, right: Steps) -> str:
-    """The operation on one value, by its functions and what that value was made with; "" if it is none."""
+    """A name for an operation on one value, from its function and the weights behind that value; "" for any other operation."""
     if not ggml(step, *_OF_ONE) or step.inner:
         return ""
     what = UNARY_KINDS[integer(step, 0)].lower() if ggml(step, "UNARY") else "square"
@@ -62,7 +62,7 @@ def _of_one(step: Step, right: Steps) -> str:
 
 
 def _of_two(step: Step, right: Steps) -> str:
-    """The sum or product of two values, by what both were made with; "" if it is none."""
+    """A name for the sum or product of two values, from the weights behind both; "" for any other operation."""
     plain = len(step.reads) == 2 and not step.weights and all(isinstance(read, str) for read in step.reads)
     if not plain or not (step.op is ops.add or ggml(step, *_OF_TWO)) or step.inner or kind_of(step) in _KNOWN:
         return ""
@@ -74,7 +74,7 @@ def _of_two(step: Step, right: Steps) -> str:
 
 
 def _each(named: Callable[[Step, Steps], str]) -> Callable[[Steps], Values]:
-    """The operations that a model has, each once; a stand-in if it has none."""
+    """The operations that a model has, each once; a placeholder if it has none."""
     return lambda right: (
         tuple(name for name in dict.fromkeys(named(step, right) for step in right.values()) if name) or (_NONE,)
     )

@@ -1,4 +1,4 @@
-"""Numbers that are wrong in a part alone: in the weights of one head, in one expert, in attention's sinks; they are fitted."""
+"""Fitted numbers that are wrong only in a part: in the weights of one head, in one expert, in attention's sinks."""
 
 from typing import Any
 

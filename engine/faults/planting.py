@@ -19,7 +19,7 @@ _KEPT = 1 << 15  # changed steps that are kept, about a kilobyte each
 
 
 class _Asked(Mapping[str, Any]):
-    """A fault's parameters, which know whether it asked for the kinds of step that it is planted in."""
+    """A fault's parameters. They note whether the fault read the kinds of step in which it is planted."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
@@ -78,7 +78,7 @@ class Planting:
     def edits(
         self, fault: Fault, layers: Collection[int] | None, parameters: Parameters, end: int | None = None
     ) -> dict[int, tuple[Step, ...]]:
-        """What this fault puts in the place of the steps (of those in front of number `end`) that it changes, in ascending order."""
+        """The replacements of the steps that this fault changes (of those before number `end`), in ascending order."""
         numbers = [number for number in self._numbers(fault, layers, parameters) if end is None or number < end]
         try:
             return self._edits_at(numbers, fault, parameters)
@@ -88,10 +88,10 @@ class Planting:
             return self._where_it_applies(numbers, fault, parameters)
 
     def _where_it_applies(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
-        """The edits without those of layers that have no place for the fault, as where attention and recurrent layers alternate.
+        """The edits without the layers in which the fault has no place, as in models that alternate attention and recurrent layers.
 
         Raises:
-            NotApplicable: no layer has one, or a step outside of the layers does not.
+            NotApplicable: no layer has a place for it, or a step outside the layers has none.
         """
         by_layer: dict[int | None, list[int]] = {None: []}
         for number in numbers:
@@ -120,9 +120,8 @@ class Planting:
         return dict(sorted(edits_of.items()))
 
     def _changed_step(self, fault: Fault, number: int, parameters: Parameters, rest: str) -> tuple[Step, ...]:
-        """What a fault puts in the place of a step; empty if it leaves it as it is. `rest` is `_without_kinds` of the parameters.
-
-        It is the same object for variants that differ only in other steps, and whatever else they change.
+        """The replacement of a step; empty if the fault leaves it as it is. `rest` is `_without_kinds` of the parameters.
+        Variants of a fault that differ only in other steps get the same object.
 
         Raises:
             NotApplicable: the model does not allow it there.
@@ -177,7 +176,8 @@ class Planting:
         return self._begins[place]
 
     def first_change(self, fault: Fault, parameters: Parameters) -> int:
-        """`begin` of a fault in all layers, by the steps that it does change: it may be one of layers with a window, or with experts."""
+        """`begin` of a fault in all layers, by the steps that it really changes: these may be only in layers with a window, or with
+        experts."""
         if fault.shows is not None:
             return self.begin(fault, None, parameters)
         rest = _without_kinds(parameters)
@@ -212,7 +212,7 @@ class Planting:
 
 
 def _without_kinds(parameters: Parameters) -> str:
-    """A fault's parameters but for the kinds of step that it is planted in."""
+    """A fault's parameters without the kinds of step in which it is planted."""
     return repr([(name, value) for name, value in parameters.items() if name != AT])
 
 
@@ -231,7 +231,7 @@ def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = 
 def as_recorded(steps: Sequence[Step]) -> list[Step]:
     """The same steps, renamed so that running them writes the faulty dump: what a dump shows for a point has the point's own name.
 
-    The value that the engine itself computes for such a point, and goes on with, gets a name that ends in "!".
+    The value that the engine itself computes for such a point, and continues with, gets a name that ends in "!".
     """
     shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
 

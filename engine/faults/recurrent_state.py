@@ -99,7 +99,7 @@ def _not_carried(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 
 def _left_behind(step: Step, right: Steps, _parameters: Parameters) -> Step | Sequence[Step]:
-    """The whole model run once more first; the second run starts with the states that the first one left, not with zeros."""
+    """The whole model is run twice; the second run starts with the states that the first one left instead of zeros."""
     states = {
         name: read.of for name, other in right.items() for read in other.reads if isinstance(read, State) and name != read.of
     }

@@ -1,4 +1,5 @@
-"""A rotation as faults see it: the RoPE of `engine.ops`, or ggml's with its further options (YaRN, sections, an offset in the head)."""
+"""One view of both kinds of rotation: the RoPE of `engine.ops`, and ggml's with its further options (YaRN, sections, an offset in the
+head)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -140,7 +141,7 @@ class _Twice(HandsOn, frozen=True):
 
 
 def twice(step: Step) -> Step:
-    """The step that rotates its result once more."""
+    """The step, rotating its result once more."""
     return replace(step, op=_Twice(require_rotation(step).op))
 
 

@@ -38,7 +38,7 @@ def scores_of(step: Step, right: Steps) -> tuple[str, int] | None:
 
 
 def taken_otherwise(step: Step, rows: Collection[int]) -> Step:
-    """The step of `scores_of` with the other expert at these rows, in addition to rows where it takes the other one already."""
+    """The step of `scores_of` with the other expert at these rows, and at those at which it already takes it."""
     before = step.op.rows if isinstance(step.op, _Taken) else ()
     reads = (step.reads[0], name_of(step.reads[0]))
     return replace(step, op=_Taken(tuple(sorted({*before, *rows}))), reads=reads)

@@ -101,7 +101,7 @@ def _shift(step: Step, right: Steps, parameters: Parameters) -> Step:
 
 
 def _lerps(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    """The step with two of the factors of its token shift exchanged, whose first axis they are."""
+    """The step with two of the factors of its token shift exchanged; the factors lie along the first axis."""
     places = [_LERPS.index(name) for name in parameters["lerps"]]
     weight = step.weights[0] if step.weights else None
     if not isinstance(weight, str) or "lerp_fused" not in weight:

@@ -1,4 +1,4 @@
-"""Faults of the tokens that go in. Positions keep their numbers: the dump's position t holds another token."""
+"""Faults of the input tokens. Positions keep their numbers: the dump's position t holds another token."""
 
 from collections.abc import Callable
 from typing import Any

@@ -161,7 +161,7 @@ def _missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
 
 
 def _neighbour(step: Step, right: Steps, parameters: Parameters) -> Step:
-    """The rows of ids nearby; beyond the ends, that of the first or last id."""
+    """The rows of neighbouring ids; beyond the ends, the row of the first or last id."""
     if step.makes == "embd" and "node.embd" in right:
         return step  # it is made from the row, which is changed
     rows, by = weight_of(step, 0), parameters["by"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
@@ -162,6 +163,28 @@ def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, weights=(), params={**step.params, "operands": operands})
 
 
+class _OfOtherHeads(Struct, frozen=True):
+    """Sinks [H] of the head so many places before; of the heads from the last one on if that is 0."""
+
+    by: int
+
+    def __call__(self, weights: WeightSource, name: str) -> Array:
+        """[H]"""
+        sinks = weights.get(name)
+        moved: Array = module_of(sinks).roll(sinks, self.by) if self.by else sinks[::-1].copy()
+        return moved
+
+
+_ORDERS = {"the head before": 1, "the next head": -1, "the heads from the last one on": 0}
+
+
+def _sinks_of_other_heads(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    sinks = [weight for weight in step.weights if isinstance(weight, str)]
+    if not sinks:
+        raise NotApplicable(f"{step.makes} has no sinks")
+    return replace(step, weights=(Altered(sinks[0], _OfOtherHeads(_ORDERS[parameters["order"]])),))
+
+
 def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
     require(step, "SCALE")
     if read_of(step, 0) != sibling(step, right, "q_rope").makes:
@@ -282,6 +305,16 @@ FAULTS = (
         fix="add one score per head (attn_sinks) to the softmax and drop its weight",
         seen="Llama code that loads gpt-oss; a buffer of sinks that was never filled",
         parameters={"sinks": ("left out", "zero")},
+    ),
+    Fault(
+        name="sinks-order",
+        kinds=_SOFT,
+        change=_sinks_of_other_heads,
+        what="each head has the sink of {order}",
+        symptom="wrong from position 0 on, attention too strong in some heads and too weak in others",
+        fix="attn_sinks has one number for each query head, in the order of the heads",
+        seen="kernels that go through the heads group by group, or begin at another head in each block",
+        parameters={"order": tuple(_ORDERS)},
     ),
     Fault(
         name="softmax-plus-one",

@@ -51,7 +51,7 @@ def rwkv_wkv7(
     """RWKV 7: state = state · w + v ⊗ k + (state · a) ⊗ b, out = state · r.
 
     All but the state [1, T, H, d], state [1, 1, B, H·d·d] (rows of v, columns of k). Mirrors ggml_compute_forward_rwkv_wkv7_f32,
-    whose vector code assumes heads of whole vectors: it gets d < 32 wrong on AVX.
+    whose vector code assumes heads of whole vectors: it gets d < 32 wrong with AVX2, and d < 64 with AVX-512.
     """
     held = _states(state, k)
     outputs = []

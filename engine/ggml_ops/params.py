@@ -1,4 +1,4 @@
-"""What a node says besides its operands: the 16 integers of `ggml_tensor.op_params` and the type of its result."""
+"""A node's parameters besides its operands: the 16 integers of `ggml_tensor.op_params`, and the type of its result."""
 
 import struct
 from collections.abc import Callable, Mapping
@@ -37,12 +37,12 @@ class OpParams(Struct, frozen=True):
         return self.values[index] if index < len(self.values) else 0
 
     def float(self, index: _Index) -> float:
-        """The float whose bits stand at `index`."""
+        """The float whose bits are at `index`."""
         value: float = struct.unpack("<f", struct.pack("<i", self.int(index)))[0]
         return value
 
     def changed(self, numbers: "Mapping[_Index, tuple[_Index, bool]]") -> "OpParams":
-        """The same with other numbers at these indices, each as an integer or, if it says so, as the bits of a float."""
+        """The same with other numbers at these indices, each stored as an integer or, where stated, as the bits of a float."""
         values = list(self.values)
         for index, (number, real) in numbers.items():
             values[index] = struct.unpack("<i", struct.pack("<f", number))[0] if real else number

@@ -1,4 +1,4 @@
-"""Rows taken from a matrix and put into one."""
+"""Rows taken from a matrix, and rows put into a matrix."""
 
 from collections.abc import Callable
 

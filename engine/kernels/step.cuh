@@ -14,7 +14,7 @@
 #define OUTPUT_PACE 80
 #define LOGITS_ROUND (4 * WARPS) // rows of it that a block's warps take at a time
 #ifndef SPLIT_ROWS
-#define SPLIT_ROWS 64            // positions a block attends to before a head is split over several blocks
+#define SPLIT_ROWS 64            // positions that a block attends to before a head is split over several blocks
 #endif
 
 // The thread's and the block's number, read anew: what a phase computes from them is not kept in registers through the others. Registers

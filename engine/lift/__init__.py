@@ -1,4 +1,5 @@
-"""From llama.cpp's graph to our steps: nodes that together are one operation of `engine.ops` become one step, others one each."""
+"""Turns llama.cpp's graph into our steps: nodes that together are one operation of `engine.ops` become one step, every other node a
+step of its own."""
 
 from .lift import Lifted, lift
 

@@ -1,4 +1,4 @@
-"""Keys and values as attention reads them: each is a step of its own, wherever it is read from."""
+"""Keys and values as attention reads them: each is a step of its own, wherever the data come from."""
 
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ def attended_name(lifter: "Lifter", tensor: Tensor, *, keys: bool) -> str | None
 
 
 def attended(lifter: "Lifter", tensor: Tensor, number: int) -> View:
-    """The keys [1, K, S, d] or values [1, K, d, S] of a product of attention, out of the step that shows them as [S, K · d]."""
+    """The keys [1, K, S, d] or values [1, K, d, S] of a product of attention, from the step that shows them as [S, K · d]."""
     source = tensor.sources[number]
     assert source is not None
     name = tensor.operand_points[number]

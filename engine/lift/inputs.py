@@ -1,4 +1,4 @@
-"""The inputs that llama.cpp gives a graph, as values of the engine: each follows its rule, none copies the recorded data."""
+"""The inputs that llama.cpp gives a graph, as values of the engine: each is computed by its rule, none copies the recorded data."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def read(lifter: "GraphLifter", tensor: Tensor) -> tuple[str, tuple[Size, ...]]:
 
 
 def of_lengths(lifter: "GraphLifter") -> str:
-    """A value that only tells how long pass and cache are: the causal mask, [T, S]."""
+    """A value that only shows the lengths of pass and cache: the causal mask, [T, S]."""
     parameters = {"window": "causal", "size": 0}
     return lifter.add_value(Step("input.mask.causal.0", mask, (POSITIONS, lifter.keys), (), parameters, inner=True))
 

@@ -1,8 +1,8 @@
 """The lift: a recorded graph as a list of steps.
 
 A node that begins one of `engine.ops`' operations (`patterns`) becomes one step together with its neighbours; a view becomes
-the way an operand is read; every other node becomes a step of its ggml operation. The node that writes into a leaf of the cache
-or of a state says what it holds.
+the way an operand is read; every other node becomes a step of its ggml operation. What a leaf of the cache or of a state holds is known
+from the node that writes into it.
 """
 
 from msgspec import Struct
@@ -92,7 +92,7 @@ def _lift_node(lifter: Lifter, index: int, tensor: Tensor) -> None:
 
 
 def _own_view(lifter: Lifter, index: int, tensor: Tensor) -> None:
-    """Make the step of a view that is a point: it copies what the view shows."""
+    """Make the step of a view that is a point: it copies the elements that the view shows."""
     lifter.memory.own.discard(index)
     try:
         base = lifter.memory.place(index).base

@@ -1,4 +1,4 @@
-"""What has been lifted of a graph so far: the steps, the values that they make, and how a tensor is read from those."""
+"""A graph while it is being lifted: the steps so far, the values that they make, and how a tensor is read from those."""
 
 from msgspec.structs import replace
 
@@ -11,7 +11,7 @@ from .operands import ONE, TensorLayouts, Unliftable, contiguous, numpy_shape, p
 
 
 class GraphLifter:
-    """One graph while it is turned into steps: the steps so far, and how the values of nodes are read."""
+    """One graph while it is being turned into steps: the steps so far, and how the values of nodes are read."""
 
     def __init__(self, recording: RecordedGraph, graph: Graph, *, single: bool = False) -> None:
         self.recording, self.graph, self.tensors = recording, graph, graph.tensors

@@ -1,4 +1,4 @@
-"""The lifter: what has been lifted of a graph so far, and how any tensor of it is read, inputs and kept values included."""
+"""The lifter: a graph while it is being lifted, and how any of its tensors is read, inputs and kept values included."""
 
 from checkpoints.graph import CACHE, INPUT, STATE, Size
 

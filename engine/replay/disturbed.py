@@ -28,8 +28,8 @@ _PRODUCTS = (ops.linear, ops.attention_scores, ops.weighted_values)
 class _Disturbed(Struct, frozen=True):
     """An operation whose result is off by rounding: in a product by a share of each row's norm, elsewhere of each element.
 
-    Values that are whole numbers, such as ids of experts, carry no rounding and stay. The type stays, too: ggml's tables of float16 are
-    for float32.
+    Values that are whole numbers, such as ids of experts, carry no rounding and stay. The type stays as well, because ggml's tables of
+    float16 are for float32.
     """
 
     op: Callable[..., Array]

@@ -1,4 +1,4 @@
-"""The right engine that computes in float32 and keeps one part of what it reads in a lower type: its cache, its vectors, RoPE's table."""
+"""A right engine that computes in float32 but keeps something that it reads in a lower type: its cache, its vectors, or RoPE's table."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The right engine in lower arithmetic: what precision alone costs on this model and prompt."""
+"""The right engine in a lower arithmetic: what precision alone costs on this model and prompt."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,7 +71,7 @@ def multiplies(step: Step) -> bool:
 
 
 def each(rounding: Callable[[Array], Array], x: Any) -> Any:
-    """An operand rounded; one that holds only whole numbers (ids of experts, float32 like every value) stays unchanged."""
+    """A rounded operand; one that holds only whole numbers (ids of experts, stored as float32 like every value) stays unchanged."""
     if getattr(x, "dtype", None) != np.float32 or not x.size or bool((x == np.rint(x)).all()):
         return x
     return rounding(x)

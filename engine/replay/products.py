@@ -19,7 +19,7 @@ _HADAMARD = 1  # GGML_HINT_SRC0_IS_HADAMARD: ggml transforms the activations the
 
 
 class QuantizedWeight(Struct, frozen=True):
-    """A weight as the file holds it: uint8 [matrices · out, bytes a row], its ggml type, and its shape [..., out, in]."""
+    """A weight as the file holds it: uint8 [matrices · out, bytes per row], its ggml type, and its shape [..., out, in]."""
 
     raw: Array
     kind: int

@@ -1,4 +1,4 @@
-"""Runs changed lists of steps against the right one: what is still right is not computed again.
+"""Runs changed lists of steps beside the right list: values that are still right are not computed again.
 
 All positions are one pass. Rows do not depend on how the sequence was cut into passes, except in steps that read
 `passes`; so one replay stands for a prompt and the tokens generated after it.
@@ -124,7 +124,7 @@ class _OnHost(Mapping[str, NDArray[Any]]):
 
 
 class Replay:
-    """The right run of a model over some tokens, every value of it kept, and replays of changed lists.
+    """The right run of a model over some tokens, with all its values, and replays of changed lists.
 
     Args:
         positions, passes: int64 [T]; the position of each token, and the number of the forward pass it belongs to.
@@ -179,7 +179,7 @@ class Replay:
         return changed
 
     def changed(self, steps: Sequence[Step]) -> Values:
-        """What these steps in place of a right one change, by name; nothing if the model's shapes do not allow them."""
+        """The values that change if these steps replace a right one, by name; none if the model's shapes do not allow them."""
         changed: Values = {}
         try:
             with _QUIET():

@@ -22,7 +22,7 @@ def rounded_weight(weight: Weight, kind: str) -> Altered:
 
 
 def _rounded(value: Array, kind: str) -> Array:
-    """A weight of any precision, the arbiter's float64 too, as an engine has it that keeps it in this type."""
+    """A weight, in any precision (the arbiter's float64 too), as an engine that keeps it in this type has it."""
     return ROUNDINGS[kind](value.astype(np.float32)).astype(value.dtype)
 
 

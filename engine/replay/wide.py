@@ -1,8 +1,8 @@
 """The truth about a list of steps: the same steps computed in float64, from the same float32 weights.
 
-An operation computes in the type of its operands, so float64 operands are all that it takes. What the file and ggml define in
-float32 stays so: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32. Run in float32, the
-same steps show what rounding costs, with ggml's tables of float16 and without.
+Operations compute in the type of their operands, so nothing but float64 operands is needed. What the file and ggml define in float32
+stays so: weights, epsilon, scales, and RoPE's angles, which ggml multiplies up step by step in float32. In float32 the same steps show
+what rounding costs, with ggml's tables of float16 and without.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Weights drawn from a store of quantised blocks: a model of billions of weights in the time that it takes to write it.
 
-llama.cpp's search for the scales of a K-quant takes 40 to 110 ns a weight, a quarter of an hour of a core for eight billion. Here
-it is made for some blocks of 256 weights, and every matrix draws its blocks from these by a seed of its own. Of 65,536
-blocks no two rows of four blocks or more are made alike, nor two layers, and the scale is that of any other synthetic model.
+llama.cpp's search for the scales of a K-quant takes 40 to 110 ns a weight, a quarter of an hour of a core for eight billion. Here it is
+done for some blocks of 256 weights, and every matrix draws its blocks from these by a seed of its own. With 65,536 blocks no two rows
+of four or more blocks are alike, nor two layers, and the scale is that of any other synthetic model.
 """
 
 from collections.abc import Iterator

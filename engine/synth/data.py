@@ -36,7 +36,7 @@ def converted(elements: int, kind: int, values: Callable[[], Portions], convert:
 
 
 def normal(rng: np.random.Generator, dims: tuple[int, ...], scale: float) -> Portions:
-    """A matrix N(0, scale²), a few rows at a time: the same numbers as of one call, since a generator hands them out in turn."""
+    """A matrix N(0, scale²), a few rows at a time: the same numbers as from a single call, since the generator returns them in order."""
     columns = dims[-1]
     rows = int(np.prod(dims[:-1]))
     step = max(PORTION // columns, 1)
@@ -47,7 +47,7 @@ def normal(rng: np.random.Generator, dims: tuple[int, ...], scale: float) -> Por
 
 
 def ahead() -> int:
-    """How many portions are held: one more than there are threads, so that each has its next rows while this one makes others."""
+    """How many portions are held: one more than there are threads, so that each has its next rows while this thread makes more."""
     return cores() + 1
 
 

@@ -88,8 +88,8 @@ def weights(shape: Shape, seed: int, types: Mapping[str, int], convert: Convert,
 
     Args:
         types: tensor -> ggml type.
-        blocks: draw matrices from a store of so many blocks instead of making every weight (see `BlockStore`). A matrix whose rows
-            are no multiple of them is made as ever.
+        blocks: draw matrices from a store of so many blocks instead of making every weight (see `BlockStore`). A matrix whose rows are
+        no multiple of these blocks is made as usual.
     """
     store = BlockStore(blocks, seed, convert) if blocks is not None else None
     tensors: dict[str, TensorData] = {}

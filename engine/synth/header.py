@@ -32,7 +32,7 @@ def write_header(out: Path, shape: Shape, tokenizer: Path | None, kind: Any = No
 
 
 def close_header(writer: Any) -> None:
-    """Write what a `GGUFWriter` was told of, without tensors' data."""
+    """Write everything that a `GGUFWriter` was given, except the tensors' data."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -40,7 +40,7 @@ def close_header(writer: Any) -> None:
 
 
 def stored_as(dims: tuple[int, ...], kind: Any) -> tuple[Any, Any, int]:
-    """What GGUFWriter must be told of a tensor: NumPy dtype, ggml type (for types that NumPy lacks), bytes."""
+    """How a tensor is described to GGUFWriter: NumPy dtype, ggml type (for types that NumPy lacks), bytes."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[kind]

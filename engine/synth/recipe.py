@@ -1,7 +1,6 @@
-"""A recipe: the metadata that make llama.cpp build a small model of an architecture.
-
-llama.cpp itself says which tensors it wants for these metadata, and in which shapes; a recipe only names the optional ones
-that the model leaves out.
+"""A recipe: the metadata with which llama.cpp builds a small model of an architecture.
+llama.cpp itself names the tensors that it wants for these metadata, with their shapes; a recipe only names the optional ones that the
+model leaves out.
 """
 
 import re

@@ -82,7 +82,7 @@ def shape_like(like: str, **changes: Any) -> Shape:
 
 
 def _wrong(shape: Shape) -> Iterator[str]:
-    """What no engine could run. Each sentence stands on those before it: a number of 0 divides nothing."""
+    """What no engine could run. Each check relies on those before it: nothing is divided by 0."""
     numbers = {name: getattr(shape, name) for name, kind in Shape.__annotations__.items() if kind is int}
     for name, value in numbers.items():
         if value >= 1 << 32:  # GGUF keeps these as uint32

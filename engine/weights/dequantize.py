@@ -18,7 +18,7 @@ from ..backend import Array, module_of
 # 2 MiB of L2; 2^17 is best or nearly so for every format, and 10 to 60 % faster than 2^20.
 _CHUNK = 1 << 17
 
-Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes a block] -> float32 (or exact in it) [blocks, elements a block]
+Unpack = Callable[[Array], Array]  # uint8 [blocks, bytes per block] -> float32 (or exact in it) [blocks, elements per block]
 Write = Callable[[Array, Array], None]  # the same blocks, and where their values go
 IN_PLACE: dict[int, Write] = {}
 FORMATS: dict[int, tuple[int, int, Unpack]] = {}  # ggml_type -> elements and bytes of a block, function
@@ -33,7 +33,8 @@ def _format(kind: int, elements: int, size: int) -> Callable[[Unpack], Unpack]:
 
 
 def _written(kind: int, elements: int, size: int) -> Callable[[Write], Unpack]:
-    """Register a format whose function writes its values in place, into float32 [blocks, elements a block] of the result: a copy less."""
+    """Register a format whose function writes its values in place, into float32 [blocks, elements per block] of the result, which saves
+    a copy."""
 
     def register(function: Write) -> Unpack:
         def unpack(blocks: Array) -> Array:
@@ -50,7 +51,7 @@ def _written(kind: int, elements: int, size: int) -> Callable[[Write], Unpack]:
 
 
 def dequantize(raw: Array, kind: int, n_cols: int) -> Array:
-    """Rows of blocks -> float32: uint8 [rows, bytes a row] -> [rows, n_cols], on the side where `raw` is.
+    """Rows of blocks -> float32: uint8 [rows, bytes per row] -> [rows, n_cols], on the side where `raw` is.
 
     Raises:
         ModelError: gguf-py does not know the type either.
@@ -123,7 +124,7 @@ def _shifted(qs: Array, shifts: tuple[int, ...], mask: int) -> Array:
 
 
 def _scaled(q: Array, scale: Array, low: Array | None = None) -> Array:
-    """scale · q − low as float32, computed in one array: with another for each result it takes two to three times as long."""
+    """scale · q − low as float32, computed in a single array: with a new array for each result it takes two to three times as long."""
     values = q.astype(np.float32)
     values *= scale
     if low is not None:

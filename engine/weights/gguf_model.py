@@ -74,7 +74,7 @@ _KINDS = {str: "a text", int: "a whole number", float: "a number"}
 
 
 class GgufModel:
-    """A model file, or the files of a split model, memory-mapped: weights are read only when they are asked for.
+    """A model file, or the files of a split model, memory-mapped: weights are read only when needed.
 
     Raises:
         ModelError: the file cannot be read, or its metadata lack what an engine must know or contradict it.
@@ -109,7 +109,7 @@ class GgufModel:
         return self._contents.info(self.hyperparameters.file_type)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes, one row of the weight a row: uint8 [rows, bytes a row], a view of the memory map."""
+        """A tensor's bytes, one row of the weight per row: uint8 [rows, bytes per row], a view of the memory map."""
         info = self.tensors[name]
         return np.frombuffer(self._data[info.part], np.uint8, info.n_bytes, info.offset).reshape(prod(info.shape[:-1]), -1)
 
@@ -197,7 +197,7 @@ class GgufModel:
         )
 
     def _beyond(self, request: str) -> None:
-        """Note a feature that no list written by hand has; the first one suffices."""
+        """Note a feature that no hand-written list has; the first one suffices."""
         self._irregular = self._irregular or request
 
     def _wrong(self, problem: str) -> ModelError:

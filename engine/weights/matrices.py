@@ -1,4 +1,4 @@
-"""A weight of several matrices, each of which is dequantised when it is asked for."""
+"""A weight of several matrices, each of which is dequantised only when needed."""
 
 from collections.abc import Callable
 from math import prod
@@ -11,7 +11,7 @@ from ..backend import Array
 class Matrices:
     """The matrices of a layer's experts, [.., out, in]: a pass over few tokens chooses few of them.
 
-    Indexed with one number for each leading dimension, it is the matrix, float32; it has no other use of an array's.
+    Indexed with one number for each leading dimension it gives that matrix, float32; nothing else that an array can do works.
     """
 
     def __init__(self, matrix: Callable[[int], Array], shape: tuple[int, ...]) -> None:
@@ -22,7 +22,7 @@ class Matrices:
         """The same matrices under other leading dimensions.
 
         Raises:
-            ValueError: they are other matrices in that shape, or of another number.
+            ValueError: that shape has other matrices, or another number of them.
         """
         if shape[-2:] != self.shape[-2:] or prod(shape) != prod(self.shape):
             raise ValueError(f"matrices of shape {self.shape} cannot be regarded as {shape}")

@@ -1,7 +1,7 @@
 """A weight in the file's own type, laid out for the device's kernels.
 
 The same bits as in the file, rearranged: each field of the blocks goes into a plane of its own, so that a lane reads 8 or 16
-aligned bytes of 16 neighbouring elements. K-quants' packed six-bit scales are unpacked to bytes (4.5 -> 4.6 bits an element).
+aligned bytes of 16 neighbouring elements. K-quants' packed six-bit scales are unpacked to bytes (4.5 -> 4.6 bits per element).
 `weights.cuh` reads the planes; the values are exactly those of `dequantize.py`.
 """
 
@@ -40,7 +40,7 @@ class Packed(Struct, frozen=True):
 
 
 def pack(raw: Array, kind: int, cols: int) -> Packed:
-    """Blocks of the file -> planes: uint8 [rows, bytes a row] in device memory."""
+    """Blocks of the file -> planes: uint8 [rows, bytes per row] in device memory."""
     xp = module_of(raw)
     rows = raw.shape[0]
     if kind in (F32, F16, BF16):

@@ -63,7 +63,7 @@ def q8_1_correction(x: Array, raw: Array, weight_type: int) -> Array:
     multiplied by s (ggml_vec_dot_q4_1_q8_1): in each block the product is larger by m · (s − float16(d) · Σq).
 
     Args:
-        raw: the weight's bytes, uint8 [out, bytes a row].
+        raw: the weight's bytes, uint8 [out, bytes per row].
     """
     size = {Q4_1: 20, Q5_1: 24}[int(weight_type)]
     xp = module_of(x, raw)
@@ -105,6 +105,7 @@ def _to_itself(x: Array) -> Array:
 def _to_bf16(x: Array) -> Array:
     """ggml_cpu_fp32_to_bf16: the upper half, rounded to nearest even; NaN stays NaN."""
     xp = module_of(x)
+    x = x.astype(np.float32, copy=False)
     bits = xp.ascontiguousarray(x).view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     rounded = np.where(np.isnan(x), bits | np.uint32(1 << 22), rounded)

@@ -21,8 +21,8 @@ class Weights:
     """The model's weights as float32 arrays on a backend.
 
     With `resident` each is dequantised once and kept; without, it is dropped when the step is done, which suits a single
-    forward pass: peak memory is then one weight and not the model. `names` are those that will be asked for, None for all. Of a
-    model that does not fit into memory as float32, as many are kept as fit; on a device, none. `free` is the host's memory in bytes,
+    forward pass: peak memory is then one weight and not the model. `names` are those that will be asked for, None for all. Of a model
+    that does not fit into memory as float32, as many weights are kept as fit; on a device, none. `free` is the host's memory in bytes,
     by default what is available now.
     """
 
@@ -62,9 +62,9 @@ class Weights:
         return inf if sum(sizes) + largest <= free else 0
 
     def _keep(self, key: tuple[str, int], weight: Array) -> Array:
-        """Hold a weight, in place of others if need be.
-
-        Which ones is drawn: passes over a model that is too large still find some of it, and those over a few layers soon all.
+        """Keep a weight, if need be in place of others.
+        These are chosen at random, so that passes over a model that is too large still find some weights, and passes over a few layers
+        soon find all.
         """
         if weight.nbytes <= self._room:
             self._size += weight.nbytes
@@ -91,7 +91,7 @@ class Weights:
         return Matrices(matrix, self._model.tensors[name].shape)
 
     def raw(self, name: str) -> tuple[NDArray[np.uint8], int, tuple[int, ...]]:
-        """The file's own bytes [rows, bytes a row], their ggml type and the weight's shape."""
+        """The file's own bytes [rows, bytes per row], their ggml type and the weight's shape."""
         info = self._model.tensors[name]
         return self._model.raw(name), info.type, info.shape
 

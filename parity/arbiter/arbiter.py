@@ -70,7 +70,7 @@ class Arbiter:
 
     @property
     def started(self) -> bool:
-        """Whether anything of the truth is known by now."""
+        """Whether anything has been computed in float64 yet."""
         return bool(self._values[Variant.WIDE])
 
     @cached_property
@@ -80,7 +80,7 @@ class Arbiter:
 
     @classmethod
     def of(cls, engine: Engine, tokens: Sequence[int], first: int = 0, prompt: int | None = None) -> "Arbiter":
-        """The arbiter of a prompt of so many tokens (None: all) and the tokens generated after it, one a pass, from position `first` on."""
+        """The arbiter of `prompt` tokens (None: all) and those generated after them, one per pass, from position `first` on."""
         length = len(tokens) if prompt is None else prompt
         passes = [max(0, row - length + 1) for row in range(len(tokens))]
         positions = range(first, first + len(tokens))
@@ -110,7 +110,7 @@ class Arbiter:
         return {name: self._distance(rows, self._values[variant][name]) for name, rows in self._known(points, variant).items()}
 
     def _known(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Rows]:
-        """Those of the points that the steps make, which are then computed in an arithmetic."""
+        """Those of the points that the steps compute; their values are then known in this arithmetic."""
         known = {name: rows for name, rows in points.items() if name in self._points}
         self._compute(known.keys(), variant)
         return known
@@ -126,14 +126,14 @@ class Arbiter:
         return distances
 
     def _here(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Which row of the values each record is, [R], and whether it is one of them."""
+        """Which row of the values each record shows, [R], and whether it shows one at all."""
         index = rows.token_idx - self._rows[0]
         return index, (rows.seq == 0) & (index >= 0) & (index < len(self._rows))
 
     def _of_states(
         self, ask: Callable[["Arbiter", Mapping[str, Rows]], dict[str, Floats]], points: Mapping[str, Rows], unknown: float
     ) -> dict[str, Floats]:
-        """What is asked of an arbiter's records, of those of states, [R] for each of their points; `unknown` where it cannot be had."""
+        """The answer to a question for the records of states, [R] for each of their points; `unknown` where there is none."""
         known = {name: rows for name, rows in points.items() if name in self._left}
         answers = {name: np.full(len(rows), unknown) for name, rows in known.items()}
         ends = {int(position) for rows in known.values() for position in rows.token_idx[rows.seq == 0]}
@@ -204,7 +204,7 @@ class Arbiter:
         return self._spread(points, Variant.TABLED) | self._of_states(Arbiter.table_spread, points, 0.0)
 
     def _spread(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Floats]:
-        """How far rounding's noise moves records from the same steps without it, the worst of some runs."""
+        """How far rounding noise moves records from the same steps without it, in the worst of some runs."""
         known = self._known(points, variant)
         worst = {name: np.zeros(len(rows)) for name, rows in known.items()}
         for seed in range(_SAMPLES):
@@ -256,7 +256,7 @@ class Arbiter:
         return distances
 
     def _recorded(self, rows: Rows, index: NDArray[np.int64], values: NDArray[Any]) -> tuple[Rows, Rows | None]:
-        """What a dump would record of values, as the sum of two float32 records: what they are and what rounding that leaves, if any."""
+        """What a dump would record of values, as the sum of two float32 records: the rounded values, and the remainder if there is one."""
         size = None if rows.indices is not None else int(rows.values.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             high = values.astype(np.float32)

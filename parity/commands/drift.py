@@ -29,7 +29,7 @@ LedgerOption = Annotated[
 def record(
     given: o.Given,
     context: typer.Context,
-    prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one a line, UTF-8; \\n in a line is a line break.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="Prompts, one per line, UTF-8; \\n in a line is a line break.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the golden dumps.")],
     side: Annotated[
         o.SideChoice,

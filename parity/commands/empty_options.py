@@ -1,4 +1,4 @@
-"""Empty texts where a path or a word is wanted, as unset variables of a shell are: of an empty path Python makes this folder."""
+"""Empty texts in place of a path or a word, as unset shell variables leave them: Python takes an empty path for the current folder."""
 
 from contextlib import suppress
 from typing import Any

@@ -112,7 +112,7 @@ def waiting(what: str, output_format: Format = Format.TEXT) -> Iterator[None]:
 
 
 def print_facts(facts: Mapping[str, Any], output_format: Format) -> None:
-    """Named facts, one a line; nested ones indented."""
+    """Named facts, one per line; nested ones indented."""
     if output_format is Format.JSON:
         print(json.dumps({"schema": 1, **facts}))
         return
@@ -140,7 +140,7 @@ def _text(value: Any) -> str:
 
 
 def print_tokens(tokens: "Tokens", output_format: Format) -> None:
-    """Ids and pieces, one a line."""
+    """Ids and pieces, one per line."""
     if output_format is Format.JSON:
         facts = {"ids": list(tokens.ids), "pieces": list(tokens.pieces), "bos": tokens.bos, "eos": tokens.eos}
         print(

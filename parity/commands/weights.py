@@ -18,7 +18,8 @@ def weights(
         Path | None,
         typer.Option(
             "--theirs",
-            help="Weights as your engine holds them after loading (leading values suffice): safetensors, npz, or JSONL, under GGUF names.",
+            help="Weights as your engine holds them after loading (leading values suffice): safetensors, npz, or JSONL, under GGUF names; "
+            "or another GGUF file of the model.",
         ),
     ] = None,
     hf: Annotated[

@@ -38,7 +38,7 @@ def save(folder: Path, result: CellResult) -> None:
     """Store a result.
 
     Raises:
-        InputError: it cannot be written, or no file stands in its place: a pipe would be waited for.
+        InputError: it cannot be written, or its path is not a regular file: a pipe would make the run wait.
     """
     path = _path(folder, result.key)
     require_regular(path, advice="Remove it, or choose another --out.")

@@ -50,7 +50,8 @@ class Held(Struct, frozen=True):
     excused: int = 0
 
     def beside_the_largest(self, share: Floats) -> "Held":
-        """The same where records of few numbers, with a share [R] below 1, are judged in proportion to the largest of their point."""
+        """`proportion`, with records of few numbers, whose share [R] is below 1, judged in proportion to the largest record of their
+        point."""
         number = int((share < 1).sum())
         if not number:
             return self
@@ -116,7 +117,7 @@ def hold(
 
 
 def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, after_table: Bools) -> list[str]:
-    """Notes on what llama.cpp's table of GELU lets pass, and on failures that it may explain if nothing else does."""
+    """Notes on records that pass because of llama.cpp's GELU table, and on failures that it may explain if nothing else does."""
     table = "after llama.cpp's GELU (a table of float16)"
     notes: list[str] = []
     if passed.any():
@@ -135,7 +136,8 @@ def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, after_table: Bools
 def _after_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
     """Which records, bool [R], may be off because of llama.cpp's table of GELU in float16.
 
-    They are those of a point with such an operation between it and the compared points before it, and those that inherit their error.
+    These are the records of points with such an operation between them and the compared points before, and records that inherit their
+    error.
     """
     makers = model.whole.computations
     # Values made from such elements one by one are off like them; an operation that divides by small weights makes it a larger part.
@@ -164,7 +166,7 @@ def _after_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 
 
 def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> tuple[Floats, tuple[str, ...]]:
-    """Every record's limit, higher where a lower arithmetic's error grew over the table's from layer to layer, and the note on it.
+    """Every record's limit, raised where a lower arithmetic's error grew over the table's from layer to layer, and the note on it.
 
     The table is the same for all models: right engines with rounded products and activations were up to 3.1 times over it at inner points
     of six layers of random weights, and up to 11.4 times where ten values of a row were recorded (benchmarks/right_engines.py), though

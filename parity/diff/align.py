@@ -54,7 +54,7 @@ def align(
 ) -> Alignment:
     """Align two dumps; `step` selects among contradicting records of one key on either side.
 
-    The order is that of the dataflow, or the vocabulary's if there is none; other nodes come where the reference computed them.
+    The order is that of the dataflow, or the vocabulary's if there is none; other nodes are placed where the reference computed them.
     Records after the position where the token sequences diverge are left out.
 
     Raises:
@@ -106,7 +106,7 @@ def picked(pairs: Iterable[Pair], keep: Iterable[NDArray[np.bool_]]) -> tuple[Pa
 
 
 def as_wide(rows: Rows, like: Rows) -> Rows:
-    """The rows with no more leading values than `like` has; unchanged if either lists its elements by index."""
+    """The rows with at most as many leading values as `like` has; unchanged if either lists its elements by index."""
     width = int(like.counts.max(initial=0))
     if rows.indices is not None or like.indices is not None or not 0 < width < rows.values.shape[1]:
         return rows

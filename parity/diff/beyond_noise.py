@@ -1,5 +1,5 @@
-"""Sides that agree as lower arithmetic or the reference's table of float16 allows, but for what such noise never makes: a factor or a
-summand that all positions share, or values that are all numbers of a lower type.
+"""Sides that agree as far as lower arithmetic or the reference's table of float16 allows, but show what such noise never makes: a
+factor or a summand that all positions share, or values that are all numbers of a lower type.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 
 
 class _Found(Struct, frozen=True):
-    """What a point has beside noise: the words for it, a pattern's code, and how many times it is beyond what is allowed."""
+    """What a point shows besides noise: the words for it, a pattern's code, and by how many times it exceeds what is allowed."""
 
     code: str
     words: str
@@ -45,9 +45,8 @@ class _Found(Struct, frozen=True):
 
 
 def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None) -> tuple[Records, Verdict]:
-    """The records and their verdict; a divergence if what agrees by limits wider than float32's is more than noise.
-
-    With the `truth`, nothing is said of what is as near to that as float32 is: then it is the reference that has a factor.
+    """The records and their verdict; a divergence if records that agree by limits wider than float32's show more than noise.
+    With the `truth`, records that are as near to it as float32 is are not accused: then it is the reference that has a factor.
     """
     precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
     if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
@@ -90,7 +89,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
 
 
 def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, Verdict]:
-    """The records and their verdict if those of some points fail, given by number, by so many times what is allowed."""
+    """The records and their verdict if the records of some points fail: number of the point -> how many times what is allowed."""
     of_point: Floats = np.array([beyond.get(number, 0.0) for number in range(len(records.names))])
     failing = (of_point[records.point] > 0) & (records.measures.nmse > 0) & ~(records.open | records.otherwise)
     failed = records.failed | failing
@@ -105,7 +104,7 @@ def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, 
 
 
 def _layers(records: Records, name: str) -> int:
-    """How many layers a point has behind it, its own included; 1 for what comes before them."""
+    """The number of layers up to a point, its own included; 1 for points before the layers."""
     layer = parse(name).layer
     if layer is None and name != EMBD:
         layer = max((known for other in records.names if (known := parse(other).layer) is not None), default=0)
@@ -113,7 +112,7 @@ def _layers(records: Records, name: str) -> int:
 
 
 def _of_inputs(records: Records, name: str) -> float:
-    """The worst error of what a point is made from directly, NMSE."""
+    """The worst error of the points that a point is directly made from, NMSE."""
     numbers = [records.names.index(other) for other in records.flow.parents[name]]
     return float(records.measures.nmse[np.isin(records.point, numbers)].max(initial=0.0))
 
@@ -126,13 +125,13 @@ def _true(truth: Truth, pair: Pair, chosen: Bools) -> bool:
 
 
 def _looked_up(records: Records, name: str) -> bool:
-    """Whether a table lies between a point and those that it is made from, or nothing is known of that."""
+    """Whether a table lies between a point and the points that it is made from, or that is not known."""
     stretch, computations = records.flow.between(name), records.flow.whole.computations
     return stretch is None or any(computations[node].looked_up(node) for node in stretch.nodes)
 
 
 def _in_float32(records: Records) -> Floats:
-    """What float32 allows each record, NMSE [R], where nothing raises it."""
+    """The limit of each record in float32, NMSE [R], if nothing raises it."""
     of_points = [EXACT_FLOOR.logits if name == LOGITS else EXACT_FLOOR.operations for name in records.names]
     return np.array(of_points)[records.point]
 
@@ -164,9 +163,8 @@ def _part(
 
 
 def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, Floats]]:
-    """The errors and right values of the chosen rows, [R, k] both, each with the words for what it is.
-
-    They are all leading values, each head's, and the projections of whole rows that a sketch has, in which a factor is the same.
+    """The errors and right values of the chosen rows, [R, k] both, in several views, each with the words for it: all leading values,
+    each head's, and a sketch's projections of whole rows, in which a factor is the same.
     """
     values = prepare(pair)
     if values.counts is not None:
@@ -184,7 +182,7 @@ def _views(pair: Pair, chosen: Bools, head: int) -> Iterator[tuple[str, Floats, 
 
 
 def _dominated(rows: Rows) -> Bools:
-    """Whether one element is most of what projections of a whole row show, [R]; its rounding is then theirs."""
+    """Whether one element dominates the projections of a whole row, [R]; its rounding is then theirs."""
     if not {"min", "max", "l2"} <= rows.stats.keys():
         return np.zeros(len(rows), dtype=bool)
     largest = np.fmax(np.abs(rows.stats["min"]), np.abs(rows.stats["max"]))
@@ -199,7 +197,7 @@ def _apart(ours: NDArray[np.float32], ref: NDArray[np.float32]) -> tuple[Floats,
 
 
 def _typed(pair: Pair, chosen: Bools) -> _Found | None:
-    """That all values of the chosen rows are numbers of a lower type, and the reference's are not; None if that is not so."""
+    """A finding if all values of the chosen rows are numbers of a lower type and the reference's are not; otherwise None."""
     values = prepare(pair)
     if values.counts is None or int(values.counts[chosen].sum()) < _TYPED:
         return None

@@ -95,7 +95,7 @@ def overlap(ours: NDArray[np.float32], ref: NDArray[np.float32], k: int) -> floa
 
 
 def _whole(pair: Pair, records: Records) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]], list[int]]:
-    """Both sides' logits, and the rows, if the whole row is there, in the lines or in the tensors beside them."""
+    """Both sides' logits, and the rows, if whole rows are available, in the lines or in the tensors beside them."""
     full = pair.ours.full() & pair.ref.full() & (pair.ours.counts == pair.ref.counts)
     rows = np.flatnonzero(full).tolist()
     if rows:

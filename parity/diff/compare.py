@@ -1,6 +1,5 @@
 """The comparison of two dumps, stage by stage: tokens, offsets, align, measure, limits, consumers, judge.
-
-What only a difference needs is imported where one shows: most comparisons agree, and importing takes longer than comparing.
+Modules that only a difference needs are imported when there is one: most comparisons agree, and importing takes longer than comparing.
 """
 
 from functools import cached_property
@@ -188,7 +187,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
 
 
 def _held(errors: Measured, allowed: Limits, model: Flow, options: Options, ref: Dump, *, lower: bool) -> tuple[Held, Routed]:
-    """The errors held against their limits, without what other experts computed than the reference's."""
+    """The errors compared with their limits, without records that other experts than the reference's computed."""
     held = hold(errors, allowed, model, excuse_noise=options.tolerance is None, truth=options.truth, lower_arithmetic=lower)
     routing = routed(errors, held, model, ref.points)
     return replace(held, failed=held.failed & ~routing.open, notes=(*held.notes, *routing.notes)), routing
@@ -255,6 +254,6 @@ def _settings(left: Header, right: Header) -> list[tuple[str, str, str]]:
 
 
 def _lengths(pair: Pair) -> bool:
-    """Whether the sides say different lengths of a point's rows."""
+    """Whether the sides state different lengths for a point's rows."""
     a, b = sizes(pair.ours), sizes(pair.ref)
     return bool(np.any((a != b) & ~np.isnan(a) & ~np.isnan(b)))

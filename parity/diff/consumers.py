@@ -1,6 +1,5 @@
-"""Is the operation wrong, or the record? If everything that is made from a wrong record agrees, the operation is right.
-
-The record then shows another layout, another moment or another point than its name says.
+"""Is the operation wrong, or only the record? If everything computed from the recorded point agrees, the operation is right, and the
+record shows another layout, moment or point than its name says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,7 +99,7 @@ class _Consumers:
         return np.asarray(rows[self._held.failed[rows] & (self._share[rows] == 1)])
 
     def _judge_once(self, shown: dict[str, Reading | None], undecided: set[str]) -> bool:
-        """Judge the points that are not yet acquitted; whether any of them is now."""
+        """Judge the points that are not yet acquitted; returns whether any of them is now."""
         known = {(parse(name).kind, read.same) for name, read in shown.items() if read is not None}
         before = len(shown)
         undecided.clear()
@@ -194,7 +193,7 @@ class _Consumers:
     def _decisions(self, name: str, wrong: Ints, *, choices: bool = True) -> list[bool] | None:
         """For each wrong record of a point, whether what is made from it decides; None if something made from it is wrong, too.
 
-        `choices`: what is chosen by it must tell as well.
+        `choices`: whatever is chosen by it must decide as well.
         """
         children = self._model.children[name]
         if not choices:
@@ -213,7 +212,7 @@ class _Consumers:
         return bool(self._model.operations(self._model.path(name, child)) & CHOICES)
 
     def _acquitted(self, name: str, decided: list[bool] | None, read: Reading | None) -> bool:
-        """Whether what is made from a point shows that its wrong records are no fault of the operation."""
+        """Whether the points made from a point show that the operation is not to blame for its wrong records."""
         if decided is None:
             return False
         if read is not None:
@@ -226,7 +225,7 @@ class _Consumers:
     def _decided(self, name: str, record: int, children: tuple[str, ...]) -> bool | None:
         """Whether everything made from a record agrees and would not if it were wrong; None if something made from it is wrong.
 
-        Where something is wrong, a norm or a product with weights that agrees has still read the right row.
+        Even if something is wrong, a norm or a product with weights that agrees has read the right row.
         """
         decided, consumed, hidden, unclear = True, False, False, False
         failing, read = False, False
@@ -262,7 +261,8 @@ class _Consumers:
         return decided and (consumed or not (hidden or unclear))
 
     def _left_by_a_pass(self, name: str, record: int) -> bool:
-        """Whether a point is a state, recorded once in a pass, at its last position, and so not beside a record of that pass."""
+        """Whether a point is a state: it is recorded once in a pass, at its last position, and so has no counterpart for each record of
+        that pass."""
         of_pass = self._measured.step[self._rows[self._place[name]]] == self._measured.step[record]
         return int(of_pass.sum()) == 1
 
@@ -316,7 +316,8 @@ class _Consumers:
         return not chosen_by(scores.values[above, : scores.counts[above]], ids(chosen, below))
 
     def _hides(self, name: str, child: str, record: int, other: int) -> bool:
-        """Whether an agreeing consumer would agree all the same if the record were what it shows: a norm or a bound removes that."""
+        """Whether an agreeing consumer would agree even if the engine had used the recorded value, because a norm or a bound removes
+        the difference."""
         operations, limit = self._model.operations(self._model.path(name, child)), float(self._held.limit[record])
         pair, row = self._measured.pairs[self._place[name]], int(self._measured.row[record])
         if operations <= ELEMENTWISE:

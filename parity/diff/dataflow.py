@@ -27,10 +27,10 @@ class Upstream(Struct, frozen=True):
 
 
 class Stretch(Struct, frozen=True):
-    """What lies between a point and the compared points before it.
+    """The operations between a point and the compared points before it.
 
-    `inputs` are the compared points that it begins with; `unrecorded` are points in between that could be recorded, too. `nodes` are
-    all nodes of the stretch, the point itself first: their operations make the point from its inputs.
+    `inputs` are the compared points at which it begins; `unrecorded` are points in between that could also be recorded. `nodes` are all
+    nodes of the stretch, the point itself first: their operations make the point from its inputs.
     """
 
     inputs: tuple[str, ...]
@@ -263,7 +263,7 @@ class _Front(Struct, frozen=True):
         return _Front(np.maximum.accumulate(worst), np.logical_or.accumulate(spoiled))
 
     def everywhere(self) -> "_Front":
-        """The same if a position sees all others: the values at the last position, everywhere."""
+        """The front if every position sees all others: the values at the last position, everywhere."""
         return _Front(np.full_like(self.worst, self.worst[-1:]), np.full_like(self.failed, self.failed[-1:]))
 
 

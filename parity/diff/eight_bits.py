@@ -1,7 +1,7 @@
 """Whether the errors of a side that doesn't state its arithmetic look like 8-bit activations: noise, everywhere, of that size.
 
-This is no proof: a fault can make noise of that size (LayerNorm instead of RMSNorm does, in some models), so it acquits nothing.
-The answer stays a divergence, blames no operation and says what settles the question.
+This is no proof, because a fault can make noise of that size (LayerNorm instead of RMSNorm does, in some models). So nothing is
+acquitted: the answer remains a divergence, but blames no operation and says what settles the question.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from .scatter import is_scatter
 from .slices import prepare
 
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
-# The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values a row
+# The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values per row
 # (benchmarks/right_engines.py), in round numbers. A fault of attention leaves position 0 right: a ratio of a million.
 _ALIKE = 300.0
 

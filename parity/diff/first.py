@@ -103,7 +103,7 @@ def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
 
 
 def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:
-    """The inputs that agree only as far as they were seen, if that leaves open whether the operation is wrong."""
+    """The inputs that were seen to agree only in part, if that leaves open whether the operation is wrong."""
     if stretch is None:
         return []
     if records.flow.operations(stretch.nodes) <= ELEMENTWISE and records.measures.nmse_slice[first] > records.limit[first]:
@@ -141,7 +141,7 @@ def _last_agreement(records: Records, first: int) -> Agreement | None:
 
 
 def _pattern(records: Records, first: int, stretch: Stretch | None, settled: bool, twin: SameVector | None) -> Pattern | None:
-    """What the point's values say, or else what the positions at which it is wrong say."""
+    """The pattern that the point's values show, otherwise the pattern of the positions at which it is wrong."""
     name = records.names[records.point[first]]
     here = np.flatnonzero(
         (records.point == records.point[first]) & (records.seq == records.seq[first]) & ~records.upstream.failed
@@ -200,7 +200,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
 
 
 def _unjudged(records: Records, failing: Ints) -> bool:
-    """Whether all that fails are NaN or infinities of the reference's that ours has not, or that are NaN in both."""
+    """Whether all failing values are NaN or infinite only in the reference, or NaN in both."""
     measures = records.measures
     broken_ref = measures.nonfinite_ref[failing] > 0
     return bool((broken_ref & (measures.nonfinite_ours[failing] <= measures.nonfinite_ref[failing])).all()) and bool(
@@ -221,7 +221,7 @@ _SHIFTED = {
     "t − 1": "is the first token, BOS, there twice, or is there a slot in front of it?",
     "t + 1": "is the first token, BOS, missing?",
 }
-_COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits a block": "q8"}
+_COMPUTE = {"F16 or TF32": "f16", "F16": "f16", "BF16": "bf16", "TF32": "tf32", "8 bits per block": "q8"}
 
 
 def _gradual(records: Records, here: Ints) -> bool:

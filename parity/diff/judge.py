@@ -106,8 +106,8 @@ def _origins(records: Records) -> list[int]:
 
 
 def _under_the_mask(records: Records, minimal: NDArray[np.int64], start: int) -> bool:
-    """Whether the records of a point of origin are only NaN or infinite, and so is a later position of what the point is made from:
-    a mask gives that position the weight 0, but 0 · NaN is NaN.
+    """Whether an origin's records are all NaN or infinite because a later position of a value that it is made from is: a mask gives
+    that position the weight 0, but 0 · NaN is NaN.
     """
     more_nonfinite = records.measures.nonfinite_ours > records.measures.nonfinite_ref
     if not more_nonfinite[minimal[records.point[minimal] == records.point[start]]].all():

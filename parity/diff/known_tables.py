@@ -1,4 +1,4 @@
-"""What the truth says of records after the reference's tables of float16, and how it is asked."""
+"""Limits by float64 for records behind the reference's tables of float16."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,7 +24,8 @@ def after_known_tables(measured: Measured, limit: Floats, distance: Floats, near
     """Limits [R] for points where the reference looked GELU up in a table of float16: a record that agrees neither with the same table
     nor with the exact function is wrong.
 
-    An exact engine is as far from the reference as the reference is from the truth, and only float32's rounding away from the truth.
+    An exact engine is as far from the reference as the reference is from the truth, and itself only float32's rounding away from the
+    truth.
 
     Args:
         distance: NMSE of the reference's records from the truth. near: the records that are asked about.
@@ -57,7 +58,7 @@ def after_known_tables(measured: Measured, limit: Floats, distance: Floats, near
 
 
 def _mostly_over(measured: Measured, over: Bools, model: Flow) -> Bools:
-    """Which records, bool [R], are of a point at which most records are over and do not inherit that.
+    """Which records, bool [R], belong to a point at which most records are over their limits without inheriting that.
 
     Rounding changes the entry of a table that single elements use, one in thousands: as often as in the samples that are known. Which row
     is concerned differs from run to run, but not how many are.
@@ -88,7 +89,7 @@ def known_at(
     known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
     part: Callable[[Pair], Rows] = lambda pair: pair.ref,
 ) -> Floats:
-    """What is known of each record, [R], or of a part of it, at the points of the `chosen` ones; 0 elsewhere."""
+    """A known quantity of each record, [R], or of a part of it, at the points of the `chosen` records; 0 elsewhere."""
     concerned = measured.names_of(chosen)
     answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
     return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
@@ -107,6 +108,6 @@ def shares(measured: Measured) -> Floats:
 
 
 def compared_part(pair: Pair) -> Rows:
-    """The reference's records reduced to what ours has of each: as many leading values, and no sketch if ours has none."""
+    """The reference's records, reduced to what ours shows: as many leading values, and no sketch if ours has none."""
     ref = as_wide(pair.ref, pair.ours)
     return ref if pair.ours.sketch is not None else replace(ref, sketch=None)

@@ -56,7 +56,7 @@ def _pairs(size: int, heads: list[int]) -> Iterator[tuple[Ints, str, str]]:
 
 
 def _places(size: int, heads: list[int]) -> Iterator[tuple[Ints, str, str]]:
-    """The same for whole heads, and for the elements of several heads, in another order."""
+    """Likewise for whole heads, and for the elements of several heads, in another order."""
     place = np.arange(size)
     for d in heads:
         count = size // d
@@ -116,7 +116,7 @@ def _heads_first(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None)
 def other_length(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -> Reading | None:
     """The reading as rows that are longer or shorter than the reference's: part of them, padding, or heads that are repeated.
 
-    No operation of the model makes rows of that length, so that even rows that are not seen to agree are such a record.
+    No operation of the model makes rows of that length, so even rows that cannot be seen to agree count as such records.
     """
     our_length, ref_length = length(ours), length(ref)
     if not our_length or not ref_length or our_length == ref_length:  # damaged rows may have none

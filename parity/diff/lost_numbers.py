@@ -1,4 +1,5 @@
-"""NaN and infinities of one side: what would be made from them, and whether an agreeing value shows that it was not."""
+"""NaN and infinities of one side: whether an agreeing value, which would otherwise be lost as well, shows that the engine did not
+compute with them."""
 
 import numpy as np
 from msgspec import Struct
@@ -38,7 +39,7 @@ _APART = 1e-2
 
 
 class LostNumbers(Struct, frozen=True):
-    """Judges what is not finite by what is made from it: `measured` are records of the points of `model`."""
+    """Judges values that are not finite by the points made from them: `measured` are records of the points of `model`."""
 
     model: Flow
     measured: Measured
@@ -52,7 +53,7 @@ class LostNumbers(Struct, frozen=True):
         return np.asarray(~np.isfinite(ours.values[:, :width]) & np.isfinite(ref.values[:, :width]) & inside)
 
     def would_be_lost(self, name: str, child: str, record: int, other: int, *, whole: bool) -> bool:
-        """Whether record `other` of a consumer, which agrees, could not if it were made from the values of `record` that are not finite.
+        """Whether record `other` of a consumer, which agrees, could not agree if it were made from the non-finite values of `record`.
 
         Args:
             whole: the consumer's record is known as a whole row.
@@ -75,7 +76,7 @@ class LostNumbers(Struct, frozen=True):
         return self.measured.pairs[self.measured.names.index(name)]
 
     def _carries(self, node: str, *, nan: bool, somewhere: bool) -> bool:
-        """Whether a node's operation turns NaN (`nan`) or an infinity in leading values of an operand into no number in its own.
+        """Whether NaN (`nan`) or an infinity in leading values of an operand makes a node's own leading values non-finite.
 
         Functions that compare (ReLU, bounds) and operations that take or move parts of rows do not count; attention, states and caches
         only if something `somewhere` in the whole row of the same position suffices.
@@ -88,7 +89,7 @@ class LostNumbers(Struct, frozen=True):
         return how.op == "MUL_MAT" and bool(how.weights or (not nan and len(how.reads) == 1))
 
     def _seen(self, name: str, child: str, record: int, other: int) -> bool:
-        """Whether NaN, or infinity, at the element of a record's first one would show in the recorded values of a consumer."""
+        """Whether the first NaN or infinity of a record would show in the recorded values of a consumer."""
         if any(side.indices is not None for point in (name, child) for side in self._sides(point)):
             return False
         place = int(self.lost(name, np.array([record]))[0].argmax())

@@ -1,4 +1,4 @@
-"""How far two aligned records are apart. Returns arrays, one element a record; formats nothing.
+"""How far two aligned records are apart. Returns arrays with one element per record; formats nothing.
 
 NMSE is Σ(a−b)²/Σb², b the reference. Everything is accumulated in float64.
 """
@@ -26,7 +26,7 @@ _BLOCK = 1 << 21  # values measured at once: 16 MiB an intermediate
 
 
 class Measures(Struct, frozen=True):
-    """One element a record, [R]; NaN (or -1 for an index) where it is not known.
+    """One element per record, [R]; NaN (or -1 for an index) where it is not known.
 
     `nmse` is the larger of `nmse_slice` and `nmse_row`, infinite where only one side has a non-finite value.
     `bound` is True where `nmse_row` is a lower bound made from `l2` and `sum` only.
@@ -77,7 +77,7 @@ class Measured(Struct, frozen=True):
         return tuple(pair.point for pair in self.pairs)
 
     def without(self, points: Collection[str]) -> "Measured":
-        """The same without some points."""
+        """The same measures without some points."""
         left = [number for number, pair in enumerate(self.pairs) if pair.point not in points]
         keep = np.isin(self.point, left)
         return replace(

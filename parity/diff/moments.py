@@ -117,7 +117,7 @@ def _renamed(ours: Rows, allowed: Allowed, others: Others) -> Reading | None:
 
 
 def _first_alike(ours: Rows, rows: Rows, allowed: Allowed) -> bool:
-    """Whether another point's record could be our first one: a quick look before all records are paired."""
+    """Whether our first record could be another point's: a quick check before all records are paired."""
     width = min(ours.values.shape[1], rows.values.shape[1])
     at = np.flatnonzero((rows.seq == ours.seq[0]) & (rows.token_idx == ours.token_idx[0]))
     if not len(at) or width < 4:

@@ -1,4 +1,4 @@
-"""Single positions at which float32's own noise grows over the exact limit. Unlike faults they are rare, and nothing jumps.
+"""Single positions at which float32's own noise exceeds the exact limit. Unlike faults these are rare, and the error does not jump.
 
 Where two attention scores nearly tie, rounding is amplified from layer to layer, at one position in hundreds.
 """

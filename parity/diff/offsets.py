@@ -1,4 +1,4 @@
-"""Where our records lie among the reference's positions: decided by both sides' tokens, else by their values; never silently."""
+"""Which of the reference's positions our records belong to: decided by both sides' tokens, otherwise by their values; never silently."""
 
 from collections.abc import Sequence
 
@@ -55,7 +55,7 @@ class Scores(Struct, frozen=True):
 
 
 def place(ours: Dump, ref: Dump) -> AlignedDump:
-    """Move `ours` to where the reference counts.
+    """Move `ours` to the reference's positions.
 
     Generated tokens decide if both sides list them; prompts that both sides list begin at position 0. If nothing states it,
     the plausible offsets are tried on the first points that both sides have, and the one with clearly the least error is taken.

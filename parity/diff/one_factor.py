@@ -41,7 +41,7 @@ _CUT_ONCE = 1.6
 
 
 class Allowed(Struct, frozen=True):
-    """By how much right values may be larger, and smaller, as a part of them, without noise.
+    """By which proportion right values may be too large or too small, apart from noise.
 
     `spacing`: of the type's numbers, if digits that are cut off may make values smaller: then by no more than their noise allows.
     `rounded`: by how much they may be smaller if the engine is known to round to nearest.
@@ -54,7 +54,7 @@ class Allowed(Struct, frozen=True):
 
     @classmethod
     def of(cls, kind: str, layers: int) -> "Allowed":
-        """In an arithmetic, after so many layers."""
+        """What an arithmetic allows after this many layers."""
         return cls(STEP[kind], _TIMES * layers * STEP[kind], SPACING.get(kind, 0.0))
 
     def smaller(self, noise: Floats) -> Floats:

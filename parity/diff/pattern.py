@@ -1,4 +1,4 @@
-"""The diagnosis that costs nothing: what the positions at which the first diverging point is wrong say about the cause."""
+"""A diagnosis without further computing: what the positions at which the first diverging point is wrong say about the cause."""
 
 import numpy as np
 from msgspec import Struct
@@ -100,7 +100,7 @@ def _without_numbers(seen: Evidence) -> Pattern | None:
 
 
 def _after_the_layers(seen: Evidence, shape: Pattern | None) -> Pattern | None:
-    """The shape of an error, but for the points after the last layer, whose own operations are few enough to be named."""
+    """The pattern of an error at the points after the last layer, whose operations are few enough to be named."""
     if seen.point == LOGITS:
         likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.computations else "the output matrix"
         return Pattern("output-matrix", f"{_where(seen)}: the last norm or {likely}, a soft cap")
@@ -250,7 +250,8 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
 
 
 def _at_every_position(seen: Evidence, first: int) -> str:
-    """What can be wrong at position 0, too, where attention has one key, so that its soft max is 1 whatever the score (without sinks)."""
+    """What can be wrong at position 0 as well, where attention has one key, so that its softmax is 1 whatever the score is (without
+    sinks)."""
     sides = None if seen.flow.sees_later(seen.point) else _sides(seen)
     nodes = list(seen.stretch.nodes) if seen.stretch is not None else []
     sinks = any(seen.flow.attends(name) and seen.flow.whole.computations[name].weights for name in nodes)

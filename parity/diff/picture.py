@@ -1,4 +1,4 @@
-"""From the numbers of all records to what a report draws."""
+"""Turns the numbers of all records into what a report draws."""
 
 from math import sqrt
 

@@ -1,4 +1,4 @@
-"""What a wrong record may show instead of its point, and the comparison that all such readings share."""
+"""What a wrong record may show in place of its point, and the comparison that all such readings share."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -38,7 +38,7 @@ class Reading(Struct, frozen=True):
 
     @property
     def same(self) -> str:
-        """What is equal for points of several layers that show the same."""
+        """A key that is equal for points of several layers that show the same."""
         return self.relation or self.sentence
 
 
@@ -50,7 +50,7 @@ class Allowed(Struct, frozen=True):
 
     @classmethod
     def of(cls, limit: Floats, error: Floats, *sides: Rows) -> "Allowed":
-        """The limit of the records, but far below the error that they have without a reading."""
+        """The limit of the records, but always far below their error without a reading."""
         step = sum(float(rows.quantum.max(initial=0.0)) / 2 for rows in sides if rows.quantum is not None)
         return cls(np.minimum(limit, np.nan_to_num(error, posinf=1.0) / CLEAR), step)
 

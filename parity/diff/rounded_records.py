@@ -1,4 +1,4 @@
-"""Records that were rounded when they were recorded: the engine had the values before that, and computed with those."""
+"""Records that were rounded only when they were recorded: the engine computed with the unrounded values."""
 
 from collections.abc import Callable
 
@@ -21,9 +21,8 @@ class RoundedRecords(Struct):
     _types: dict[str, str] = field(default_factory=dict)
 
     def alone(self, name: str) -> bool:
-        """Whether a point and one that a product makes it from are both the reference's values rounded to the same type.
-
-        A product of rounded values is another one, by about as much as rounding it: the engine had the values before they were rounded.
+        """Whether both a point and the input of the product that makes it are the reference's values rounded to the same type.
+        A product of rounded inputs would differ by about as much as rounding, so the engine computed with unrounded values.
         """
         kind = self._type(name)
         mixed = (other for other in self.model.parents[name] if self.model.mixes(other, name))

@@ -1,4 +1,4 @@
-"""Whether one side's values are the other's, rounded to a lower type: then the type is the difference, not an operation."""
+"""Whether one side's values are the other's, rounded to a lower type: then they differ by the type, not by an operation."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +22,7 @@ _MANTISSA = {"F16": (10, -24), "BF16": (7, -133), "TF32": (10, -136)}
 
 
 def rounded_to(ours: Rows, ref: Rows) -> str:
-    """The type ("F16 or TF32", "BF16", "8 bits a block") to which the reference's values round to give ours, everywhere; else empty.
+    """The type ("F16 or TF32", "BF16", "8 bits per block") to which the reference's values round to give ours, everywhere; else empty.
 
     Only leading values count; if the slice ends inside a block, that block is left out.
     """
@@ -39,7 +39,7 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
         fitting = [name for name, rounding in _types() if _rounds(a, b, rounding, int(counts.sum()))]
     if fitting:
         return " or ".join(fitting)
-    return "8 bits a block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
+    return "8 bits per block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
 
 
 def is_rounding(values: NDArray[Any], right: NDArray[Any]) -> bool:
@@ -73,7 +73,7 @@ def beyond_rounding(values: Floats, rounded: Floats, name: str) -> Floats:
 
 
 def _rounds(a: Floats, b: Floats, rounding: Callable[[Floats], Floats], number: int) -> bool:
-    """Whether `a` is `b` rounded, but for few of `number` values near the middle of two steps: there the last bits decide."""
+    """Whether `a` is `b` rounded, except for a few of `number` values near the middle of two steps, where the last bits decide."""
     rounded = rounding(b)
     if not np.array_equal(rounding(a), a) or (a != rounded).sum() > _NEAR_TIES * number:
         return False

@@ -77,7 +77,7 @@ class Routed(Struct, frozen=True):
 
 
 def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> Routed:
-    """The records that flipped near ties, and experts in another order, leave open."""
+    """The records that cannot be judged because near ties flipped, or because experts are in another order."""
     left_open = np.zeros(len(measured.point), dtype=np.bool_)
     flips: list[str] = []
     orders: list[str] = []

@@ -52,7 +52,7 @@ class SameVector(Struct, frozen=True):
 def same_vector(records: Records, first: int) -> SameVector | None:
     """The points of ours that equal the first divergence at all of its failing positions; None if there are none.
 
-    Points that are one vector in the reference, too, such as a view and what it shows, are not meant.
+    Points that are one vector in the reference as well, such as a view and its source, do not count.
     """
     name = records.names[records.point[first]]
     chosen = np.flatnonzero((records.point == records.point[first]) & records.failed & ~records.upstream.failed)

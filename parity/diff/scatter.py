@@ -1,4 +1,4 @@
-"""Whether errors are noise, as rounding makes it: along nothing, in no part of the elements more than in others, at every position."""
+"""Whether errors are noise like rounding's: without a direction, equally in all parts of the elements, and at every position."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ _FEWEST = 8.0  # elements of equal weight: of fewer, one decides
 _SCALED, _ROUNDED, _MANY = 0.9, 2.0**-11, 7
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
 # Rounding of a product to one type costs about as much at each position, NMSE: of the products of three layers of a small qwen3, seven
-# tokens, F16, BF16 and sums in F16, at most 17 times as much with 16 values a row and 3.2 times with all; three times the former.
+# tokens, F16, BF16 and sums in F16, at most 17 times as much with 16 values per row and 3.2 times with all; three times the former.
 SIMILAR = 50.0
 # An element is exactly right if it is off by less than this part of its row's root mean square: float32's own noise at an operation is a
 # part in a million, F16's rounding 200 times that.
@@ -66,7 +66,8 @@ def share_along(delta: Floats, values: Floats) -> float:
 
 
 def one_is_scaled(delta: Floats, values: Floats) -> bool:
-    """Whether errors [R, k] of any row are along its values [R, k] as those of no noise and of no usual other row: its scale is wrong."""
+    """Whether errors [R, k] of any row are along its values [R, k] to a degree that neither noise nor the other rows reach: its scale
+    is wrong."""
     shares, sizes = _shares(delta, values)
     if len(shares) < _POSITIONS:
         return False
@@ -74,9 +75,9 @@ def one_is_scaled(delta: Floats, values: Floats) -> bool:
 
 
 def _by_chance(sizes: Floats) -> Floats:
-    """The share along any direction that normal numbers, as many as `sizes` says, exceed by a chance of `_CHANCE`: [R].
+    """The share along any given direction that `sizes` normal random numbers exceed with probability `_CHANCE`: [R].
 
-    That of n numbers exceeds s by the chance (1 − s)^((n − 1) / 2), to within a factor of about 1.
+    The share of n numbers exceeds s with probability (1 − s)^((n − 1) / 2), to within a factor of about 1.
     """
     return np.asarray(1 - _CHANCE ** (2 / (np.maximum(sizes, 2.0) - 1)))
 

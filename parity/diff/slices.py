@@ -25,7 +25,7 @@ _NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def without_subnormal(delta: Floats) -> Floats:
-    """Differences, 0 where they are smaller than any normal float32: arithmetic that flushes such numbers to zero is right, too."""
+    """Differences, 0 where they are smaller than any normal float32: arithmetic that flushes such numbers to zero is also right."""
     return np.where(np.abs(delta) < _NORMAL, 0.0, delta)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def table(records: Records) -> "pd.DataFrame":
-    """One row a record, in dataflow order, then by sequence and position.
+    """One row per record, in dataflow order, then by sequence and position.
 
     Columns: checkpoint, layer (absent for points of the whole model), seq, token_idx, token (its text), step, phase, nmse,
     nmse_slice, nmse_row, max_abs, cosine, rel, ulp, limit, of_limit, verdict ("agrees" or "differs"), fresh.

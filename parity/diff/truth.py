@@ -1,4 +1,4 @@
-"""The limit of a record if the truth is known: a multiple of the reference's own distance from it."""
+"""The limit of a record if the truth is known: a multiple of the reference's own distance from the truth."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -92,7 +92,7 @@ class Above(Struct, frozen=True):
 
     @classmethod
     def of(cls, names: Sequence[str], parents: Mapping[str, Sequence[str]]) -> "Above":
-        """Of points in dataflow order, from the names of what each is made from."""
+        """For points in dataflow order, from the names of the points that each is made from."""
         numbers = {name: number for number, name in enumerate(names)}
         encoder = frozenset(number for name, number in numbers.items() if name.startswith(ENCODER))
         return cls(tuple(tuple(numbers[other] for other in parents[name]) for name in names), encoder)
@@ -186,7 +186,7 @@ def _so_far(distance: Floats, point: Ints, seq: Ints, token_idx: Ints, above: Ab
 
 
 def _of_all_above(known: Floats, point: Ints, seq: Ints, token_idx: Ints, above: Above) -> Floats:
-    """The same of those points alone that each point is made from, directly or not."""
+    """`_so_far` over only those points that each point is made from, directly or not."""
     places, place = np.unique(np.stack([seq, token_idx]), axis=1, return_inverse=True)
     worst, here = np.empty_like(known), np.zeros((len(above.parents), places.shape[1]))
     bounds = np.searchsorted(point, np.arange(len(above.parents) + 1))

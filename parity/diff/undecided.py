@@ -1,6 +1,6 @@
 """Divergences in which the table's limits cannot distinguish a fault from amplified rounding: the answer says so and blames no operation.
 
-It stays a divergence and says what settles the question: with the model at hand, float64 and measured limits decide.
+It remains a divergence and says what settles the question: if the model is known, float64 and measured limits decide.
 """
 
 import numpy as np
@@ -169,7 +169,7 @@ def _few(records: Records, chosen: Ints) -> bool:
 
 
 def _flipped(records: Records) -> str:
-    """What is to be said if lower arithmetic may have chosen other experts wherever an error is too large for its rounding; else empty."""
+    """A sentence if lower arithmetic may have chosen other experts wherever an error is too large for rounding; otherwise empty."""
     if records.limits.operations <= EXACT_FLOOR.operations:
         return ""
     # Where nothing states the arithmetic, it may be 8 bits.
@@ -195,7 +195,7 @@ def _flipped(records: Records) -> str:
 
 
 def _product_alone(records: Records, name: str) -> str:
-    """What is to be said if a product may be in lower arithmetic where what it is made from is in float32; else empty.
+    """A sentence if a product may be in a lower arithmetic although its inputs are in float32; otherwise empty.
 
     That is mixed precision, if nothing states the arithmetic: F16 logits, sums in F16. Its errors are noise at every element and position.
     """
@@ -217,7 +217,7 @@ def _product_alone(records: Records, name: str) -> str:
 
 
 def _amplified(records: Records, name: str) -> str:
-    """What is to be said if a recurrence may have amplified lower arithmetic's error at single positions; else empty.
+    """A sentence if a recurrence may have amplified a lower arithmetic's error at single positions; otherwise empty.
 
     The sum that a state is read with may nearly cancel at one position, and a norm after it divides by what is left. A right F16 engine of
     qwen3next was 1.9e-3 off at one of nine positions, and 1e-5 at the others (benchmarks/right_engines.py --from 2074).

@@ -1,4 +1,4 @@
-"""What a wrong record's values say by themselves: what a norm after them removes, how large the row is."""
+"""What a wrong record's values show by themselves: what a norm after them removes, how large the row is."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ def at_bounds(pair: Pair, row: int, limit: float, made: Pair, made_row: int) -> 
 
 
 def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
-    """What to say of rows whose only difference is a factor of some neighbouring elements, such as a head; else empty."""
+    """A sentence on rows whose only difference is a factor of some neighbouring elements, such as a head; otherwise empty."""
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
     if not (np.isfinite(a).all() and np.isfinite(b).all()):

@@ -103,13 +103,14 @@ def check(request: Checking, progress: Progress | None = None) -> Drift:
 
 
 def _recorded_points(checked: Dump, golden_dump: Dump) -> Dump:
-    """A dump without points that its golden dump lacks: an engine may print more. All of it if they have no point in common."""
+    """The dump without points that its golden dump lacks, since an engine may print more. The whole dump if they have no point in
+    common."""
     points = {name: rows for name, rows in checked.points.items() if name in golden_dump.points}
     return replace(checked, points=points) if points else checked
 
 
 def _recorded_positions(checked: Dump, golden_dump: Dump) -> Dump:
-    """A dump without positions that its golden dump lacks, whose engine stopped there: it may have been mended since."""
+    """The dump without positions that its golden dump lacks because the recorded engine stopped there; it may have been fixed since."""
     recorded = {name: golden_dump.points[name].token_idx for name in checked.points if name in golden_dump.points}
     points = {name: checked.points[name].take(np.isin(checked.points[name].token_idx, at)) for name, at in recorded.items()}
     return replace(checked, points=points) if any(map(len, points.values())) else checked

@@ -1,4 +1,4 @@
-"""A folder of golden dumps: `drift.json`, which says how they were made, and one dump a prompt beside it."""
+"""A folder of golden dumps: `drift.json`, which says how they were made, and one dump per prompt."""
 
 import hashlib
 import json

@@ -92,7 +92,8 @@ def record(request: GoldenRecording, progress: Progress | None = None) -> Record
 
 
 def _attributes(folder: Path) -> Replacement:
-    """What git is to know of golden dumps. It is begun before anything is computed: a folder that refuses it is said then.
+    """Write the git attributes of golden dumps. This is done before anything is computed, so that an unwritable folder is reported at
+    once.
 
     Raises:
         InputError: it cannot be written to.

@@ -7,7 +7,7 @@ from .cuda_driver import call_driver, overlaps
 
 THREADS, CHUNK = 256, 16  # threads of a block, and the bytes that each one copies
 TOGETHER = 8  # rows that one kernel can copy
-# Copies rows to the present replay's place, 16 bytes a thread. Its blocks may start when those of the kernel before it end
+# Copies rows to the present replay's place, 16 bytes per thread. Its blocks may start when those of the kernel before it end
 # (griddepcontrol, on devices that have it), and look up the place meanwhile; those that are allowed to start when all rows are read
 # (parity_dump.h does so) start then. The first kernel of a replay waits where the ring is
 # full, ten seconds at most, and counts the replay when all of its blocks have read the count.

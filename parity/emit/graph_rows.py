@@ -38,7 +38,7 @@ class DeviceRow:
 
 
 class Slot:
-    """One checkpoint of one graph, or, without a name, the position of its pass: where it stands among a replay's rows."""
+    """One checkpoint of one graph (without a name: the position of its pass), and its place among a replay's rows."""
 
     def __init__(self, point: str, row: DeviceRow, place: "Slot | None", at: int) -> None:
         self.point, self.row, self.place, self.at = point, row, place, at

@@ -1,9 +1,9 @@
 """Checkpoints in captured CUDA graphs: the Python recorder's part that makes every replay leave its values.
 
 A captured stream computes nothing, and its replays call none of our code. So a checkpoint becomes a kernel of the graph, which copies
-the value to the replay's place in a ring of device memory; each replay begins, beside its work, with the copy of the ring's counts to
-pinned host memory. A thread of ours looks at those and brings complete replays to the host, beside the graph, which waits for nothing
-but room in the ring. (It waits ten seconds at most. An engine that has launched so many replays ahead that the driver makes it wait
+the value to the replay's place in a ring of device memory. Beside its own work, each replay first copies the ring's counts to pinned
+host memory. A thread of ours watches those and brings complete replays to the host while the graph runs on; the graph waits only if the
+ring is full. (It waits ten seconds at most. An engine that has launched so many replays ahead that the driver makes it wait
 can hold the driver's lock meanwhile, which our thread needs: then what finds no room is lost, and that is an error.) The driver's own
 functions are called, through ctypes: they are the same whatever framework captures, and their binary interface does not change.
 """
@@ -49,7 +49,7 @@ _KEPT: "list[Any]" = []  # what graphs refer to: they may be replayed after the 
 
 
 def places_of(size: int, most: int = _RING) -> int:
-    """How many replays of `size` bytes a ring of `most` bytes has room for: a power of two, 8 to 1,024."""
+    """How many replays of `size` bytes fit into a ring of `most` bytes: a power of two, 8 to 1,024."""
     places = 1024
     while places > 8 and places * size > most:
         places //= 2
@@ -87,7 +87,7 @@ class _Graph:
         _KEPT.append(self)
 
     def slot(self, point: str, row: DeviceRow, place: "Slot | None") -> Slot:
-        """A new one, for which the ring is made to fit: a power of two of places, of which none is in use yet."""
+        """A new slot. The ring is resized for it, to a power of two of places, none of which is in use yet."""
         self.slots.append(Slot(point, row, place, self.size))
         self.size += -(-row.size // 16) * 16
         self.places = places_of(self.size, self._most)
@@ -115,13 +115,13 @@ class _Graph:
         return True
 
     def _set(self, value: Any, at: int) -> None:
-        """Write to the control, beside everything else, and wait for that."""
+        """Write to the control in a stream of its own, and wait for that."""
         target, size = ctypes.c_uint64((self._control.value or 0) + at), ctypes.c_size_t(ctypes.sizeof(value))
         call_driver("cuMemcpyHtoDAsync_v2", target, ctypes.byref(value), size, self.stream)
         call_driver("cuStreamSynchronize", self.stream)
 
     def put_in_line(self, slots: "list[Slot]", stream: Any) -> None:
-        """Copy these rows behind what the stream has captured so far: by the last kernel, where nothing came behind it."""
+        """Copy these rows after what the stream has captured so far: in the last kernel, if nothing was captured after it."""
         _, graph, before = captured_nodes(stream)
         joins = before == [self._last] and self._rows.n + len(slots) <= TOGETHER
         if not joins:
@@ -154,7 +154,7 @@ class _Graph:
             add_dependency(graph, self._first, self._last)
 
     def complete(self) -> int:
-        """How many replays have ended, by the counts as a replay began with them: the last one may be under way."""
+        """How many replays have ended, by the counts with which a replay began; the last replay may still be running."""
         begun = (int(self._seen.begun) - self.collected) % (1 << 32)
         return self.collected + begun - 1 if 1 < begun <= self.places + 1 else self.collected
 
@@ -255,7 +255,7 @@ class Graphs:
             captured.put_in_line(slots, stream)
 
     def _collect(self) -> bool:
-        """Bring complete replays to the host, some of each graph; whether there were any."""
+        """Bring some complete replays of each graph to the host; returns whether there were any."""
         any_complete = False
         with self._collecting:
             for graph in list(self._graphs.values()):
@@ -271,7 +271,7 @@ class Graphs:
             self._size += sum(rows.size for rows in replayed)
 
     def _run(self) -> None:
-        """Bring replays to the host, and write them when none came for a while, or when everything must be written."""
+        """Bring replays to the host, and write them when none has come for a while, or when everything must be written."""
         mode = ctypes.c_int(RELAXED)  # others may be capturing
         call_driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         last = time.monotonic()

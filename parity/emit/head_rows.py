@@ -1,4 +1,4 @@
-"""Rows of positions from values that have heads as a dimension of their own: [T, heads, n] looks like sequences [B, T, n], and is none."""
+"""Rows of positions from values that have heads as a dimension of their own: [T, heads, n] looks like sequences [B, T, n], but is not."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class HeadRows:
         self._sizes = {name: value for name, value in stated.items() if isinstance(value, int)} | self._sizes
 
     def see(self, point: str, shape: "tuple[int, ...] | None", seq: int = 0) -> None:
-        """Note a value that passes, recorded or not, before `arranged`; `shape` is None if it has none to be asked (DLPack alone)."""
+        """Note every value, recorded or not, before `arranged`; `shape` is None if the value cannot be asked for it (DLPack alone)."""
         self._seen[point, seq] = self._seen.get((point, seq), 0) + 1
         known = parse(point).known
         if known is None or known.row not in (("D",), ("F",)) or known.name == OUTPUT_NORM:
@@ -140,7 +140,7 @@ class HeadRows:
         )
 
     def _is_of_pass(self, point: str, seq: int, reading: _Reading) -> bool:
-        """Whether the sequences and rows are those of the last point without heads, if that is of the same pass."""
+        """Whether sequences and rows are those of the last point without heads, if that point belongs to the same pass."""
         other, size = self._pass.get(seq, ("", (0, 0)))
         return self._seen.get((other, seq)) != self._seen.get((point, seq)) or size == (reading.sequences, reading.rows)
 

@@ -278,7 +278,7 @@ def main() -> int:
         "--points", default="", help="names to record, with commas, or with wildcards (blk.*.q); default: all that are known"
     )
     parser.add_argument("--positions", default="all", help="positions to record: all, last, or a list with commas")
-    parser.add_argument("--slice", type=int, default=16, help="leading values a record carries; 0: whole rows")
+    parser.add_argument("--slice", type=int, default=16, help="leading values in each record; 0: whole rows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokenizer", type=Path, help="write here what transformers' tokenizer makes of --prompt, as JSON")
     given = parser.parse_args()

@@ -1001,7 +1001,7 @@ static inline void parity__free_graph(struct parity_graph *g) {
 }
 
 #if CUDART_VERSION >= 11030
-/* The kernel that copies rows to the present replay's place, 16 bytes a thread. PTX, since this header may be compiled by any compiler.
+/* The kernel that copies rows to the present replay's place, 16 bytes per thread. PTX, since this header may be compiled by any compiler.
  * Its blocks may start when those of the kernel before it end (griddepcontrol, on devices that have it), and look up the place
  * meanwhile; and the next kernel may start when all rows are read, as parity__let_overlap says. The first kernel of a replay waits where the ring is full, ten seconds at most, and counts the replay when all of its
  * blocks have read the count. */

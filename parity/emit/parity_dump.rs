@@ -1,6 +1,6 @@
 //! Write checkpoints of a Rust engine for `parity diff` and `parity lint`. No dependency. Printed by `parity emit rust`.
 //!
-//!     // the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"), and how many leading values a record carries
+//!     // the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"), and how many leading values each record holds
 //!     let mut tap = parity_dump::Recorder::create("ours.jsonl", "my-model", &tokens, "f32", 16)?;
 //!     tap.only(&points); // what {points} of `parity run --exec` gives; without it, all
 //!     tap.pass(step, decode); // before each forward pass, from 0: for `parity consistency`

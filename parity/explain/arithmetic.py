@@ -47,7 +47,7 @@ from .systematic import SECONDS, systematic
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
     """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic.
 
-    After `seconds` no further number is tried that the errors might follow.
+    After `seconds`, no further number that the errors might follow is tried.
     """
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
@@ -96,8 +96,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
 def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:
     """The comparison of an encoder–decoder by the table's limits, or as float32 where the errors of the first place are no rounding.
 
-    They are none if they spare elements, follow one number, or are the same at every position or along each position's own values; unless
-    they are those of our own rounding.
+    Errors are no rounding if they spare elements, follow one number, or are the same at every position or along each position's own
+    values, unless they are those of our own rounding.
     """
     first = as_float32.verdict.first_divergence
     assert first is not None
@@ -122,7 +122,7 @@ def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: Know
 
 
 def _plain(pair: Pair) -> Pair:
-    """The records of a point of the encoder by the name that it has in the encoder's own case."""
+    """The records of an encoder's point, under the name that it has in the encoder's own case."""
     ours, ref = (replace(rows, point=rows.point.removeprefix(ENCODER)) for rows in (pair.ours, pair.ref))
     return replace(pair, point=ref.point, ours=ours, ref=ref)
 
@@ -223,7 +223,7 @@ def _entry(case: Case, point: str) -> Expected | None:
 
 
 def _untouched(case: Case, kind: str, point: str) -> bool:
-    """Whether products in an arithmetic leave a point as float32 does: blocks of 8 bits hold an IQ4_NL embedding exactly, say."""
+    """Whether products in an arithmetic leave a point as float32 does: for example, blocks of 8 bits hold an IQ4_NL embedding exactly."""
     entry = _entry(case, point)
     if entry is None:
         return False
@@ -287,7 +287,7 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
 
 
 def _computed_before(compared: Comparison, first: str) -> str:
-    """A product with weights that agrees as float32 does before the first difference, "" without one.
+    """A product with weights before the first difference that agrees as float32 does; "" if there is none.
 
     Then the arithmetic is float32, or one in which this product is exact (`_untouched`).
     """

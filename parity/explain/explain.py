@@ -22,6 +22,7 @@ from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
 from . import halves
 from .apart import apart
+from .as_compared import as_diff_says
 from .beyond import NOTHING, beyond
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
@@ -29,7 +30,7 @@ from .fits import remarks as remarks_on_number
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened
 from .laws import WRONG
-from .leads import believed, law_at, leads, placed
+from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
@@ -37,7 +38,7 @@ from .own_inputs import contradicted
 from .own_rounding import standing_out
 from .precision import UPPER, PrecisionFloor, with_noise
 from .records import Expected, right_rows
-from .rounded_weights import with_weights_rounded
+from .rounded_weights import type_of_rows, with_weights_rounded
 from .rows import garbage
 from .scopes import as_far_as_shown
 from .search import Search
@@ -62,7 +63,8 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     budget = Budget(options.budget)
     transformer = open_model(model, options)
     if transformer.encoder is None:
-        answer, _ = _explained(Case(dump, Half(transformer), options), options, budget)
+        case = Case(dump, Half(transformer), options)
+        answer = as_diff_says(case, _explained(case, options, budget)[0], options)
     else:
         answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
     otherwise = () if answer else not_as_the_file_says(transformer)
@@ -115,7 +117,7 @@ def _of_all_records(
     elif begin.first is not None:
         found = looks(case, search, start, budget) if begin is start and not found.is_noise else found
         kinds = found.kinds if found.is_noise and not found.excused else ()
-        if not found.is_noise:
+        if not found.is_noise and may_have_cause(case.entries, start):
             best = _needed(search, _around(case, search, search.explain(begin, options.max_faults), options.max_faults, budget))
             best = believed(case.entries, search, start, best)
             best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
@@ -129,7 +131,7 @@ def _of_all_records(
     settled = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
     said, further = (
         NOTHING
-        if answer.causes or noise or is_noise or case.states_f32
+        if (answer.causes and not type_of_rows(best)) or answer.remaining is None or noise or is_noise or case.states_f32
         else beyond(case, best, lambda other, kind, most: _of_all_records(other, replace(options, compute=kind), budget, most))
     )
     if further is not None:

@@ -1,4 +1,4 @@
-"""What can be said when no known fault reproduces the numbers: which operation it is, what the numbers say, partial candidates."""
+"""What can be said if no known fault reproduces the numbers: the operation, laws of the numbers, partial candidates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,6 +23,7 @@ from .operands import other_operand
 from .records import Expected, Floats, Ints
 from .search import Search
 from .state import Candidate, SearchState, key
+from .turned import other_positions
 
 Values = Mapping[str, Array]
 
@@ -44,7 +45,7 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
 
     A cause reproduces the whole point at which the difference began, with numbers that carry information, and nowhere makes more
     records wrong than right. Faults that do so only together must reproduce most of all records: two are enough to give one layer's
-    numbers by chance. The last cause is none if it is a number that only the recorded part of a row follows (`_of_a_part`).
+    numbers by chance. The last cause does not count if it is a number that only the recorded part of a row follows (`_of_a_part`).
     """
     state = accepted = start
     apart = 0
@@ -89,11 +90,20 @@ def mended_share(entries: Sequence[Expected], before: SearchState, after: Search
         mended += int((was & ~now).sum())
         finite_before = was & ~now & np.isfinite(old)
         error, left = error + float(old[finite_before].sum()), left + float(new[finite_before].sum())
-        finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
-        # Non-finite values prove nothing, unless the fault makes finite ones beside them.
-        shown += int((was & ~now & (finite | (finite.any() & ~finite.all()))).sum())
+        shown += int((was & ~now & _proves(entry)).sum())
     removed = left <= _REMAINS * error  # and not only brought from just over their limits to just under
     return (mended - spoiled) / wrong if shown and spoiled < mended and removed else None
+
+
+def _proves(entry: Expected) -> NDArray[np.bool_]:
+    """Which records of a point a cause may reproduce: non-finite values prove nothing, unless the fault makes finite ones beside them."""
+    finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
+    return np.asarray(finite | (finite.any() & ~finite.all()))
+
+
+def may_have_cause(entries: Sequence[Expected], start: SearchState) -> bool:
+    """Whether a fault that reproduces all that differs would be `believed`: not if everything is NaN, which many faults make."""
+    return any(bool(((nmse > entry.limit) & _proves(entry)).any()) for entry, nmse in zip(entries, start.nmse, strict=True))
 
 
 def law_at(case: Case, search: Search, state: SearchState) -> str:
@@ -124,7 +134,12 @@ def _law_at(case: Case, search: Search, state: SearchState) -> str:
         return sentence
     # What is wrong with a weight, or which is read instead, says more than which elements are wrong.
     other = "" if sentence.endswith(WRONG) else other_operand(case, state, entry, errors)
-    return other or changed_weight(case, search, state, entry, errors) or sentence
+    return (
+        other
+        or other_positions(case, state, entry, errors)
+        or changed_weight(case, search, state, entry, errors)
+        or next(_other_point(entry, values, case.positions, errors > entry.limit), sentence)
+    )
 
 
 def _heads(state: SearchState, point: str) -> int | None:
@@ -281,7 +296,7 @@ def _attends(acting: Sequence[Step]) -> bool:
 
 
 def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
-    """What acts on every position alike, as the end of a sentence."""
+    """The operations that act on every position alike, as the end of a sentence."""
     if not acting:
         return ""
     if parse(entry.point).layer is None:
@@ -290,7 +305,7 @@ def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
 
 
 def _from_earlier(acting: Sequence[Step]) -> str:
-    """What lets a position depend on earlier ones, as the end of a sentence."""
+    """The operations through which a position depends on earlier ones, as the end of a sentence."""
     acts = ["queries, keys, RoPE, scale, mask or cache"] if _attends(acting) else []
     if any(isinstance(read, PassState) for step in acting for read in step.reads):
         acts.append("the state that earlier positions leave (a recurrence, a convolution, a token shift)")

@@ -1,4 +1,4 @@
-"""A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
+"""A comparison if the model is available: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,18 @@ from .known_model import KnownModel
 
 if TYPE_CHECKING:
     from checkpoints.answers.three_way import ThreeWay
+    from engine.transformer import Transformer
 
 
 def compared_on(
-    ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str = AUTO, *, third_side: bool = True
+    ours: Dump,
+    ref: Dump,
+    options: Options,
+    model: Path,
+    arbiter: str = AUTO,
+    *,
+    third_side: bool = True,
+    opened: "Transformer | None" = None,
 ) -> Comparison:
     """Compare two dumps of a known model. Raises as `comparison` does.
 
@@ -30,8 +38,9 @@ def compared_on(
     Args:
         arbiter: "off", "auto" (float64 says which side is right where they differ in exact mode) or "all" (at every point).
         third_side: whether the answer says how far both sides are from float64; else float64 only sets limits.
+        opened: our engine of the model, if it is open.
     """
-    known = KnownModel(_as_seen(ref, ours), model)
+    known = KnownModel(_as_seen(ref, ours), model, opened)
     compared = _compared(ours, ref, replace(options, truth=None if arbiter == OFF else known), known)
     if not compared.verdict:
         compared = _beside_twin(compared, ours, ref, options, model, arbiter)

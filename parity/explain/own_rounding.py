@@ -1,4 +1,4 @@
-"""A fault below the noise of lower arithmetic, in an engine that rounds as ours does: beside our rounded run it stands out.
+"""A fault below the noise of lower arithmetic, in an engine that rounds as ours does, stands out beside our rounded run.
 
 Such an engine has the very numbers of our run in that arithmetic, but where a value falls to the other side of a tie. The first
 operation that has other ones, and by a law, is wrong, however small its error is beside what the arithmetic costs: another way of
@@ -76,7 +76,7 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
 
 
 def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstanding | None:
-    """What stands out of an engine that rounds as ours does; None if nothing does that follows a law.
+    """The first outstanding operation of an engine that rounds as ours does; None if nothing that follows a law stands out.
 
     Args:
         costs: the NMSE that the arithmetic costs each point.
@@ -169,7 +169,8 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
 
 
 def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[Expected, Floats] | None:
-    """The first point whose recorded values are not this run's, with what is the same to this arithmetic as its limit, and the errors."""
+    """The first point whose recorded values are not this run's, with the difference that counts as none in this arithmetic as its
+    limit, and the errors."""
     for entry in case.entries:
         if entry.point not in costs:
             continue

@@ -1,4 +1,4 @@
-"""Weights that an engine keeps in a lower type than the file, while it computes in float32: asked before any search.
+"""Weights that an engine keeps in a lower type than the file, while it computes in float32. This is tried before any search.
 
 Checkpoints are BF16, and an engine that reads them itself rounds nothing; one that reads a GGUF, whose norms and biases are float32, may.
 The first place says which weights: its operations are computed again with some of them rounded.
@@ -20,7 +20,7 @@ from reports.sentences import ARITHMETIC
 from .budget import Budget
 from .case import Case
 from .looks_like import looks_like
-from .mixed import own_steps
+from .mixed import first_errors, noise_here, own_steps, rounded_here
 from .search import Search
 from .state import Candidate, SearchState
 
@@ -34,13 +34,30 @@ _Wanted = Callable[[Step, str], bool]
 def with_weights_rounded(case: Case, search: Search, start: SearchState, budget: Budget) -> SearchState:
     """The state with those weights of all layers rounded to one type that the first places show; the start without such weights.
 
-    What it does not explain is looked for beyond it.
+    The search continues with whatever this does not explain.
     """
     if start.first is None or not float(np.max(case.entries[start.first.point].base)) <= _SMALL:
         return start
     states = [state for kind in _KINDS if (state := _with_type(case, search, start, kind, budget)) is not start]
     state = search.of_candidates(start, states) if states else start
-    return start if _only_looked_up(case, start, state) and looks_like(case, search, start, budget) else state
+    only_looked_up = _only_looked_up(case, start, state)
+    return start if only_looked_up and (looks_like(case, search, start, budget) or _goes_on(case, search, state)) else state
+
+
+def type_of_rows(state: SearchState) -> str:
+    """The type to which a state's only cause rounds the tables that the tokens look up, "" if its causes are others: an engine that
+    computes in that type rounds those, too."""
+    names = [candidate.parameters.get("weights", ()) for candidate in state.faults if candidate.fault.name == _FAULT.name]
+    if len(state.faults) != 1 or not names:
+        return ""
+    looked_up = {general(name) for step in state.steps if GIVEN.issuperset(step.names) for name in _names(step)}
+    return str(state.faults[0].parameters["kind"]) if looked_up.issuperset(names[0]) else ""
+
+
+def _goes_on(case: Case, search: Search, state: SearchState) -> bool:
+    """Whether what a state leaves begins with an operation's own rounding, so that it is not the weights alone that are rounded."""
+    beside = first_errors(case, state, search.screening.replay(state, len(case.positions)).on_host)
+    return bool(rounded_here(case, *beside) or noise_here(case, *beside))
 
 
 def _only_looked_up(case: Case, start: SearchState, state: SearchState) -> bool:

@@ -104,7 +104,7 @@ def late_capture(subject: Subject) -> Iterator[Hit]:
 
 
 def _norms(subject: Subject, last: str) -> bool:
-    """Whether the final norm is that of this value, as far as is known: some models mix the outputs of several layers before it."""
+    """Whether, as far as is known, the final norm reads this value: some models mix the outputs of several layers before it."""
     reads: tuple[str, ...] = (OUTPUT_NORM,)
     while len(reads) == 1 and reads[0] != last and (how := subject.computation(reads[0])) is not None and how.op in _OF_A_NORM:
         reads = how.reads
@@ -130,15 +130,15 @@ def _is_normed(row: Floats, last: Floats | None, weight: Floats, normed: Floats)
 
 
 def _same_as(row: Floats, last: Floats | None) -> bool:
-    """Whether these are the last layer's values, if they were recorded."""
-    return last is None or (len(last) == len(row) and np.allclose(row, last, rtol=1e-6, atol=0))
+    """Whether these are the last layer's values, if they were recorded: the same memory is the same to the bit."""
+    return last is None or np.array_equal(row, last)
 
 
 def _is_another(row: Floats, last: Floats | None, weight: Floats, normal: NDArray[np.float64]) -> bool:
     """Whether the last layer's output was recorded as another vector, of which `normal` is the norm as well: where the last layers add
     next to nothing, the outputs before them have nearly the same direction.
     """
-    if last is None or len(last) != len(row) or np.allclose(row, last, rtol=1e-6, atol=0):
+    if last is None or len(last) != len(row) or _same_as(row, last):
         return False
     width = len(normal)
     return _cosine(last[:width].astype(np.float64) * weight[:width], normal) > _SAME_NORM
@@ -214,7 +214,7 @@ def _in_row(number: int, row: NDArray[np.float32]) -> tuple[int, float]:
 
 
 def _in_list(token: Token) -> tuple[int, float]:
-    """The same for the largest logits that a token record lists: an id that is not among them is behind the last one."""
+    """`_in_row` for the largest logits that a token record lists: an id that is not among them ranks behind the last one."""
     logits = dict(token.top)
     if not logits or not np.isfinite(list(logits.values())).all():
         return -1, np.nan

@@ -1,4 +1,4 @@
-"""What a record states twice: values against statistics and sketch, attention rows against their sum."""
+"""Contradictions within a record: values against statistics and sketch, attention rows against their sum."""
 
 from collections.abc import Iterator
 

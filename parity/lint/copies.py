@@ -1,4 +1,4 @@
-"""The same vector where there should be two different ones: kept pointers, stale buffers, layers that do nothing."""
+"""One vector where there should be different ones: kept pointers, stale buffers, layers that do nothing."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
@@ -132,7 +132,7 @@ def _of_part(subject: Subject, name: str) -> str:
 
 
 def _origins(subject: Subject) -> dict[str, Hashable]:
-    """For each point what it is made from: two points with equal ones have the same leading values, however far apart they are.
+    """The origin of each point: two points of equal origin have the same leading values, however far apart they are.
 
     Only the norm of a whole row is followed: which part of a row a view takes, or by which factor a row is scaled, is not known.
     """
@@ -212,7 +212,7 @@ def _may_be_shifted(name: str) -> bool:
 def _of_same_rows(subject: Subject, name: str, seq: int, before: int, after: int) -> bool:
     """Whether a point is made, one position at a time, from rows that are the same at both positions as a whole.
 
-    Where all heads hang on one key, what attention gives is the same, and so is what a product makes of that.
+    If all heads attend to one key, attention's result is the same, and so is a product of it.
     """
     how, layer = subject.computation(name), parse(name).layer
     if how is None:

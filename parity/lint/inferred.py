@@ -1,4 +1,4 @@
-"""What a point's values follow, by the records alone: where neither a header nor a model file says how it is made."""
+"""What a point's values depend on, judged by the records alone, if neither a header nor a model file says how it is made."""
 
 from collections import defaultdict
 from collections.abc import Hashable

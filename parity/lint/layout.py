@@ -1,4 +1,4 @@
-"""Numbers of values, shapes, positions and the file's end."""
+"""Rules on numbers of values, shapes, positions and the file's end."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator

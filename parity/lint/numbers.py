@@ -69,7 +69,7 @@ def non_finite(subject: Subject) -> Iterator[Hit]:
 
 
 def _of_fills(subject: Subject, name: str) -> bool:
-    """Whether a value is put together from constants, as a mask is that shows what an index chose."""
+    """Whether a value is composed of constants, like a mask that shows what an index chose."""
     origin = subject.computation(name)
     reads = () if origin is None else origin.reads
     return any(made.op == "FILL" for read in reads if (made := subject.computation(read)) is not None)

@@ -40,7 +40,7 @@ class Rule(Struct, frozen=True):
     of_weights: bool = False
 
     def hits(self, subject: "Subject") -> list[Hit]:
-        """What it finds and the model's own weights do not explain."""
+        """The hits that the model's own weights do not explain."""
         return [hit for hit in self.check(subject) if not (self.of_weights and subject.by_weights(hit))]
 
 
@@ -136,7 +136,7 @@ class Subject(Struct, frozen=True, dict=True):
 
     @cached_property
     def vectors(self) -> dict[str, list[tuple[Place, bytes]]]:
-        """For each point, the places of the records whose values also occur in another record, with the values as bytes.
+        """For each point, the records whose values also occur in another record, with the values as bytes.
 
         Only records with distinctive values are included.
         """

@@ -1,4 +1,4 @@
-"""The table of rules: each with what usually causes it and what to do. Every entry has a fixture in tests/lint_faults.py."""
+"""The table of rules, each with its usual cause and what to do. Every entry has a fixture in tests/lint_faults.py."""
 
 from checkpoints.answers.lint import ERROR, SUSPICION, WARNING
 

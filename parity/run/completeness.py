@@ -1,4 +1,4 @@
-"""A comparison held against what a foreign engine was asked for: agreement of what came says nothing about what did not."""
+"""Whether a foreign engine printed what it was asked for: that the printed records agree says nothing about missing ones."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from .sides import ExternalEngine
 
 
 def held_to(compared: Comparison, points: Sequence[str], engine: ExternalEngine, request: Request, prompt: Prompt) -> Verdict:
-    """The verdict, with what of `points` (known ones, in dataflow order) and of the prompt was never compared.
+    """The verdict, with those of `points` (known ones, in dataflow order) and of the prompt's positions that were never compared.
 
     It is incomplete instead of parity if the model's last point was asked for by name and did not come, or if nothing came of the
     prompt's last position: an engine that stops halfway must not pass. With --strict anything that did not come makes it so.

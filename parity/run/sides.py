@@ -18,7 +18,7 @@ from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import Description, DumpJob, DumpResult
 
-from .command import POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
+from .command import MODEL, POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
 from .state import loaded, resumed
@@ -161,6 +161,16 @@ class ExternalEngine:
             return self._model
         return self._reference.twin(self._request.model, joined=True) if self._request.mode == "exact" else self._request.model
 
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """A sentence on the part of it that did not run, since it was given an F32 copy of the file."""
+        if not self._command.takes(MODEL) or self.model == self._request.model:
+            return ()
+        return (
+            "your engine read the F32 twin, so its own dequantisers did not run: --mode native runs them, "
+            "parity weights --theirs checks them",
+        )
+
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
         """Run it, so that it writes `out`. Raises EngineError if it does not."""
         tokens = (*prompt.ids, *prompt.generated)
@@ -206,7 +216,7 @@ class ExternalEngine:
 
     @property
     def requested_by_name(self) -> bool:
-        """Whether the engine, or the user, is told the points, instead of printing what it has."""
+        """Whether the points were asked for by name, by `{points}` or `--points`."""
         return self._command.takes(POINTS) or (self._request.points, self._request.layers) != ("default", None)
 
     @cached_property
@@ -272,7 +282,7 @@ def side_of(source: str, request: Request, reference: Reference, *, resident: bo
 
 
 def recorded(side: object, out: Path, prompt: Prompt, mapping: Mapping) -> Dump:
-    """What a side recorded of a prompt: a foreign engine prints every sequence of a batch, and after a restored state only the rest.
+    """A side's records of one prompt: a foreign engine prints every sequence of a batch, and after a restored state only the rest.
 
     Raises:
         DumpError, EngineError: as in `state.loaded`.

@@ -78,7 +78,7 @@ def _begin() -> None:
 
 
 def _end_after(main: int) -> None:
-    """Wait until the main process has ended, then end this one: where it was killed, nobody else does.
+    """Wait until the main process has ended, then end this one: if the main process was killed, nothing else would.
 
     A worker would wait for work for ever, and its engine would write into the dumps of the run that is started next. The signal
     interrupts the main thread, which ends its engine.

@@ -1,4 +1,4 @@
-"""A base file: each prediction of one side as its largest logits and the logarithm of the sum of all, O(K) a position."""
+"""A base file: each prediction of one side as its K largest logits and the logarithm of the sum of all."""
 
 from collections.abc import Generator, Sequence
 from pathlib import Path

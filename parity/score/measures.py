@@ -41,7 +41,7 @@ class Listed(Struct, frozen=True):
     own: tuple[int, float] | None = None
 
     def logprob(self, token: int) -> float | None:
-        """That of a token; None if it is not known."""
+        """The log-probability of a token; None if it is not known."""
         if self.own is not None and self.own[0] == token:
             return self.own[1]
         places = np.flatnonzero(self.ids == token)
@@ -91,7 +91,7 @@ def largest(logits: Row, count: int) -> NDArray[np.int64]:
 
 
 class Tally(Struct):
-    """Sums over positions, and every KL as one float64: 8 bytes a position, whatever the vocabulary."""
+    """Sums over positions, and every KL as one float64: 8 bytes per position, whatever the vocabulary."""
 
     count: int = 0
     nll: float = 0.0
@@ -141,7 +141,7 @@ class Tally(Struct):
         return value, value * float(np.sqrt(variance / max(self.count - 1, 1)))
 
     def compared(self) -> dict[str, object]:
-        """Everything about the distance from the base; nothing where there was none."""
+        """All figures on the distance from the base; none if there was no base."""
         if not self.kl:
             return {}
         kl, count = np.array(self.kl), self.count

@@ -37,7 +37,7 @@ PORTION = 16  # positions computed at once: 16 rows of 151,936 logits are 10 MB
 
 @runtime_checkable
 class Ambiguous(Protocol):
-    """Candidates that are named by texts, which several tokens may have."""
+    """Candidates that are given as texts, which several tokens may share."""
 
     def beside(self, base: Row | Listed | None) -> Listed:
         """As tokens, where the base's prediction decides which."""
@@ -97,7 +97,7 @@ class _Collected:
         self.parts: list[Records] = []
 
     def rows(self, rows: Records) -> None:
-        """Keep them."""
+        """Keep the rows."""
         self.parts.append(rows)
 
     def token(self, token: Token) -> None:

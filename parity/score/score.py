@@ -103,7 +103,7 @@ def score(request: ScoreRequest, progress: Progress = lambda *_: None) -> tuple[
 
 
 class _Text(Struct, frozen=True):
-    """What is scored: a text in chunks, or golden prompts, each a chunk."""
+    """The text to score, in chunks; or golden prompts, each as one chunk."""
 
     name: str
     tokens: int
@@ -302,7 +302,7 @@ def _log_p(row: "Row | Listed", token: int) -> float | None:
 
 
 def _top(row: "Row | Listed", *, normalised: bool) -> tuple[tuple[int, float], ...]:
-    """The first choices with their logits, or with log-probabilities, which are all that a list has."""
+    """The first choices with their logits, or, from a server's list, with their log-probabilities."""
     if isinstance(row, Listed):
         return tuple(zip(row.ids[:TOP].tolist(), row.logprobs[:TOP].tolist(), strict=True))
     total = log_sum(row) if normalised else 0.0

@@ -1,4 +1,4 @@
-"""What a cause of a server's numbers is looked for in, and when a reading of them is one."""
+"""The data in which a cause of a server's numbers is looked for, and the rule by which a reading of them counts as one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,15 +41,15 @@ class ServerCase(Struct, frozen=True):
         return max(self.of(placed, row) for placed, row in sample)
 
     def of(self, placed: PlacedPrediction, row: Row) -> float:
-        """KL of one prediction, if llama.cpp's row is this one."""
+        """KL of one prediction from this row of llama.cpp's."""
         return kl(row, self.listed(placed, row))
 
     def listed(self, placed: PlacedPrediction, row: Row) -> Listed:
-        """The server's numbers of one prediction, by tokens."""
+        """The server's numbers of one prediction, by token."""
         return listed(placed.candidates, self.vocabulary, row)
 
     def meant(self, placed: PlacedPrediction, row: Row, meaning: numbers.Meaning) -> float:
-        """KL of one prediction, if the server's numbers are to be read this way."""
+        """KL of one prediction, with the server's numbers read in this way."""
         server = self.listed(placed, row)
         return kl(row, replace(server, logprobs=meaning.natural(server.logprobs, log_probabilities(row, server.ids))))
 

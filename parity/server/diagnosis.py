@@ -23,7 +23,7 @@ def diagnose(
 ) -> ServerCause | None:
     """The cause that explains the first predictions of a chunk; None if they are llama.cpp's, or nothing explains them.
 
-    Positions at which the server named no token of the model are left out.
+    Positions at which the server names no token of the model are left out.
     """
     placed = [item for item in reply.placed if any(vocabulary.ids(candidate) for candidate in item.candidates)][:_POSITIONS]
     if not placed:

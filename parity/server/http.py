@@ -22,7 +22,7 @@ from checkpoints.printable import printable
 from reports.numbers import count
 
 KEY_VARIABLE = "PARITY_API_KEY"
-DEFAULT_TIMEOUT = 120.0  # seconds a request: a long prompt on a CPU may take one, but should not block CI for a night
+DEFAULT_TIMEOUT = 120.0  # seconds per request: a long prompt on a CPU may take one, but should not block CI for a night
 LARGEST = 64 << 20  # bytes of an answer; 20 candidates for each of 32,768 positions are 40 MB
 _PIECE = 1 << 16
 _BUSY = (429, 502, 503, 504)  # temporary failures: too many requests, a proxy without its server, a model that is still loading
@@ -43,7 +43,7 @@ class ServerError(InputError):
 
 
 class _Passing(Exception):
-    """A failure that may be gone at the next attempt; `pause` is how long the server asks to wait, None if it does not."""
+    """A failure that may not occur at the next attempt; `pause` is how long the server asks to wait, None if it does not."""
 
     def __init__(self, error: ServerError, attempts: int, pause: float | None = None) -> None:
         super().__init__(str(error))
@@ -53,7 +53,7 @@ class _Passing(Exception):
 
 
 class Connection(Struct):
-    """One server. `rate` is the largest number of requests a second, None for as many as it answers; `timeout` is in seconds
+    """One server. `rate` is the largest number of requests per second, None for as many as it answers; `timeout` is in seconds
     and counts for a whole request with its retries.
 
     Raises:
@@ -87,7 +87,7 @@ class Connection(Struct):
         if not math.isfinite(self.timeout) or self.timeout <= 0:
             raise InputError("--server-timeout must be a positive number of seconds.", code="server")
         if self.rate is not None and (not math.isfinite(self.rate) or self.rate <= 0):
-            raise InputError("--server-rate must be a positive number of requests a second.", code="server")
+            raise InputError("--server-rate must be a positive number of requests per second.", code="server")
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise ServerError("the API key has characters that no HTTP header can hold.", f"Check ${KEY_VARIABLE}.")
 
@@ -246,7 +246,7 @@ class Connection(Struct):
             401: f"Set ${KEY_VARIABLE} to its API key.",
             403: f"Set ${KEY_VARIABLE} to its API key.",
             404: "Check --server and --server-api.",
-            429: "--server-rate limits the requests a second.",
+            429: "--server-rate limits the requests per second.",
         }.get(status, "Check the server's log.")
         if "logprobs" in words or "logits_all" in words:
             advice = "Enable log-probabilities; for llama-cpp-python's server, with --logits_all true."

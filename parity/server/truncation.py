@@ -25,7 +25,7 @@ Bools = NDArray[np.bool_]
 
 
 class Truncated(Struct, frozen=True):
-    """A sampler in front of the server's numbers: what it is called, and which of llama.cpp's logits it leaves."""
+    """A sampler that the server may apply: its name, and which of llama.cpp's logits it keeps."""
 
     what: str
     left: Callable[[Row], Row]
@@ -62,7 +62,7 @@ def truncations(rows: Sequence[Row], offsets: Sequence[float]) -> Iterator[Trunc
 
 
 def _fitting(values: Floats, off: Floats) -> float:
-    """The value that is off by the least; of several that leave the same tokens the middle one."""
+    """The value with the least error; of several that keep the same tokens, the middle one."""
     least = np.flatnonzero(off <= off.min() + _SAME)
     return float(values[least[len(least) // 2]])
 
@@ -73,12 +73,12 @@ def _best(name: str, values: Floats, off: Floats, kept: Callable[[Row, float], B
 
 
 def _masked(row: Row, kept: Callable[[Row, float], Bools], value: float) -> Row:
-    """A row of which only some logits are left."""
+    """A row with only some of its logits; the others are −∞."""
     return np.where(kept(row, value), row, row.max() - np.float32(_NEVER)).astype(np.float32)
 
 
 def _gain(row: Row, kept: Bools) -> float:
-    """By how much the log-probabilities of these tokens grow where they alone are left."""
+    """By how much the log-probabilities of these tokens grow if only they are kept."""
     return log_sum(row) - log_sum(row[kept])
 
 

@@ -62,7 +62,7 @@ def make(
 
 
 def _make_hollow(path: Path) -> None:
-    """Give a table of contents of F32 tensors its data section, as a hole that takes no room on the disk."""
+    """Add the data section to a file with a table of contents of F32 tensors, as a hole that takes no room on the disk."""
     file = contents(path)
     with path.open("r+b") as opened:
         opened.truncate(file.data + sum(-(-4 * tensor.elements // file.alignment) * file.alignment for tensor in file.tensors))
@@ -90,7 +90,7 @@ def _write(
 
 @contextmanager
 def _replacement(out: Path) -> Iterator[Replacement]:
-    """A file beside `out`, which takes its place where that is asked for, and is gone afterwards; errors name `out`.
+    """A temporary file beside `out`, which replaces it on request and is removed otherwise; errors name `out`.
 
     Raises:
         InputError: it cannot be written.
@@ -158,7 +158,7 @@ def make_by_recipe(
 
 
 def _as_it_is(path: Path) -> FilePlan:
-    """A hollow file, to be written anew with its weights."""
+    """A hollow file, to be rewritten with its weights."""
     file = contents(path)
     with path.open("rb") as opened:
         return FilePlan(opened.read(file.data), file.tensors, file.size)

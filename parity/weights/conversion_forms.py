@@ -262,7 +262,7 @@ _FORMS: tuple[tuple[str, Callable[[str, str, Stored, ConvertedModel], dict[str, 
 
 
 def matrices(stored: Stored, columns: int) -> Iterator[Stored]:
-    """A view as matrices of `columns` values a row: a tensor of three dimensions is one for each expert or head."""
+    """A view as matrices of `columns` values per row: a tensor of three dimensions is one for each expert or head."""
     array = stored.array
     if array.ndim < 2:
         rows = array.reshape(-1, columns) if columns and array.size % columns == 0 else array.reshape(1, -1)

@@ -32,7 +32,7 @@ def settings(model: GgufModel, folder: Folder) -> Iterator[TensorCheck]:
         ("heads", hp.n_heads, folder.number("num_attention_heads", "n_head")),
         ("key/value heads", _key_heads(model), folder.number("num_key_value_heads")),
         ("experts", _of(model, "expert_count"), folder.number("num_local_experts", "num_experts", "n_routed_experts")),
-        ("experts a token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
+        ("experts per token", _of(model, "expert_used_count"), folder.number("num_experts_per_tok")),
     ):
         if in_config is not None and in_gguf is not None and in_gguf != in_config:
             yield TensorCheck(setting, "", (), DIFFERENT, reason=f"config.json says {in_config}, the GGUF {in_gguf}")

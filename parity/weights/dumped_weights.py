@@ -1,29 +1,62 @@
-"""Weights that a foreign engine dumped after loading them: safetensors, npz, or JSON lines."""
+"""Weights that a foreign engine dumped after loading them: safetensors, npz, or JSON lines; or those of another GGUF file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import DumpError
+from checkpoints.errors import DumpError, ModelError
 from checkpoints.formats.arrays import safetensors, unpacked_size
 from checkpoints.given_json import decoded
 from checkpoints.reading.parallel import LINE
 from checkpoints.regular import require_regular
+from engine.weights.gguf_model import GgufModel
 
 from .weights import Floats
 
+_GGUF = b"GGUF"  # how such a file begins
+_USE = "Use safetensors, npz, a GGUF file, or JSONL with names and values."
 
-def load(path: Path) -> dict[str, Floats]:
-    """Flat float32 values by tensor name from safetensors, npz, or JSONL records (`checkpoint` or `name`, and `values`).
+
+class OfFile(Mapping[str, Floats]):
+    """The tensors of a GGUF file, dequantised when they are asked for: all at once may be more than the memory holds."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = GgufModel(path)
+        self.metadata = self._model.metadata
+
+    def __getitem__(self, name: str) -> Floats:
+        return self._model.load(name).reshape(-1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model.tensors)
+
+    def __len__(self) -> int:
+        return len(self._model.tensors)
+
+
+def other_numbers(model: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """The numbers by which an engine would compute two files differently, each with both values; names and tokenizers are none of these."""
+    for key in {**model, **theirs}:
+        values = [f"{of[key]:g}" if isinstance(of.get(key), float) else str(of.get(key, "missing")) for of in (theirs, model)]
+        if not key.startswith(("general.", "tokenizer.")) and values[0] != values[1]:
+            yield f"{key} {values[0]} (the model's: {values[1]})"
+
+
+def load(path: Path) -> Mapping[str, Floats]:
+    """Flat float32 values by tensor name from safetensors, npz, JSONL records (`checkpoint` or `name`, and `values`), or GGUF.
 
     Raises:
         DumpError: the file is none of these, or has no tensors.
+        ModelError: the GGUF file cannot be read.
     """
     try:
         require_regular(path, DumpError)
+        with path.open("rb") as file:
+            if file.read(len(_GGUF)) == _GGUF:
+                return OfFile(path)
         if path.suffix == ".safetensors":
             weights = dict(safetensors(path, integers=True))
         elif path.suffix == ".npz":
@@ -33,17 +66,17 @@ def load(path: Path) -> dict[str, Floats]:
         else:
             weights = dict(_jsonl(path))
         flat = {name: _numbers(path, name, values).astype(np.float32).reshape(-1) for name, values in weights.items()}
-    except DumpError:
+    except (DumpError, ModelError):
         raise
     except Exception as error:  # each library has its own errors for a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise DumpError(
             f"cannot read the weights of {path}: {reason}.",
-            "Use safetensors, npz, or JSONL with names and values.",
+            _USE,
             code="theirs",
         ) from error
     if not flat:
-        raise DumpError(f"{path} holds no tensors.", "Use safetensors, npz, or JSONL with names and values.", code="theirs")
+        raise DumpError(f"{path} holds no tensors.", _USE, code="theirs")
     return flat
 
 

@@ -11,7 +11,7 @@ from checkpoints.errors import DumpError
 from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
 from reports.numbers import count
 
-from .dumped_weights import load
+from .dumped_weights import OfFile, load, other_numbers
 from .mishaps import TRANSPOSED, mishaps
 from .weights import Floats, first_values, type_name
 
@@ -32,7 +32,7 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
     model = GgufModel(path)
     heads = model.hyperparameters.n_heads, model.hyperparameters.n_kv_heads
     given = load(theirs)
-    known = {name: values for name, values in given.items() if name in model.tensors}
+    known = [name for name in given if name in model.tensors]
     if not known:
         names = ", ".join(list(given)[:3])
         raise DumpError(
@@ -41,7 +41,7 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
             code="names",
         )
     leading: dict[str, Floats] = {}
-    checks = [_tensor(model, model.tensors[name], values, heads, leading) for name, values in known.items()]
+    checks = [_tensor(model, model.tensors[name], given[name], heads, leading) for name in known]
     if all(check.status == NOT_CHECKED for check in checks):
         raise DumpError(
             f"{theirs} has fewer than {_FEWEST} values of each tensor, which decide nothing.",
@@ -55,9 +55,11 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
         notes.append("every matrix is stored transposed: right if the products expect that")
     if stray := [name for name in given if name not in model.tensors]:
         notes.append(f"not in the model: {', '.join(stray[:5])}{' …' if len(stray) > 5 else ''}")
+    if other := [*other_numbers(model.metadata, given.metadata)] if isinstance(given, OfFile) else []:
+        notes.append(f"metadata that differ: {', '.join(other[:5])}{' …' if len(other) > 5 else ''}")
     if missing := len(model.tensors) - len(known):
         notes.append(f"not in {theirs.name} and not checked: {count(missing, 'tensor')} of the model")
-    size = sum(values.nbytes for values in known.values())
+    size = 4 * sum(check.elements for check in checks)
     return WeightsCheck(
         f"{model.hyperparameters.name or path.stem} ({path})", theirs.name, tuple(checks), size, tuple(notes), "2e-6"
     )

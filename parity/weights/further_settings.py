@@ -25,7 +25,7 @@ _NUMBERS = (
         ("routed_scaling_factor", "moe_routed_scaling_factor", "route_scale", "router_scaling_factor"),
     ),
     ("groups of experts", "expert_group_count", ("n_group",)),
-    ("groups of experts a token", "expert_group_used_count", ("topk_group",)),
+    ("groups of experts per token", "expert_group_used_count", ("topk_group",)),
     ("shared experts", "expert_shared_count", ("n_shared_experts", "num_shared_experts")),
     ("first layers without experts", "leading_dense_block_count", ("first_k_dense_replace", "num_dense_layers")),
 )

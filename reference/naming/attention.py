@@ -161,7 +161,7 @@ def _projected(graph: Structure, end: int, weights: tuple[str, ...]) -> int | No
 
 
 def _unpadded(graph: Structure, end: int) -> int:
-    """The value itself, where it is written into a cache that has more values a position in other layers."""
+    """The value itself, where it is written into a cache that has more values per position in other layers."""
     at = graph.base(end)
     source = graph.sources[at][0] if graph.nodes[at].op == "PAD" else None
     return end if source is None else source

@@ -1,6 +1,6 @@
 "use strict";
-// Draws a layer's dataflow: a box a point, coloured by its verdict, an edge for each thing that it is made from. reports/flow.py lays it out.
-function drawFlow(flow, points, inks, go) {
+// Draws a layer's dataflow: one box per point, coloured by its verdict, one edge per value that it is made from. reports/flow.py lays it out.
+function drawFlow(flow, inks, words, go) {
   const place = document.getElementById("flow"), choice = document.getElementById("flow-layer");
   if (!place || !flow.layers.length) return;
   const [W, H, GAP, ROW, SIDE] = [116, 36, 18, 66, 40], NS = "http://www.w3.org/2000/svg";
@@ -35,7 +35,7 @@ function drawFlow(flow, points, inks, go) {
     }
     for (const node of nodes) {
       const known = node.point !== null, ink = inks[node.status] || "currentColor";
-      const told = known ? node.status : "not recorded on both sides";
+      const told = known ? words[node.status] || node.status : "not recorded on both sides";
       const box = make("g", { transform: `translate(${x(node)},${y(node)})`, class: known ? "node known" : "node", "data-point": node.name },
         make("title", {}, `${node.name} · ${node.op} · ${told}`),
         make("rect", { width: W, height: H, rx: 5, fill: known ? ink : "none", "fill-opacity": 0.16, stroke: known ? ink : "currentColor",

@@ -145,6 +145,7 @@
   // ---- the error along the model
   const known = points.map((p, i) => ({ ...p, i, name: grid.points[i] })).filter((p) => p.nmse !== null);
   const least = d3.min(known.flatMap((p) => [p.nmse, ...(p.truth || [])]), (x) => x || undefined) || 1e-16;
+  const words = { fresh: "jumps", grown: "grown slowly" };
   const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square", "recorded otherwise": "diamond" };
   function drawAlong() {
     if (!known.length) return;
@@ -161,7 +162,7 @@
       x: { domain: [-0.5, rows - 0.5], label: null, ticks: [] },
       y: { type: "log", label: "NMSE", tickFormat: decade, ticks: 6, grid: true },
       color: { domain: statuses, range: statuses.map((s) => inks[s]), legend: false },
-      symbol: { domain: statuses, range: statuses.map((s) => symbols[s]), legend: true },
+      symbol: { domain: statuses, range: statuses.map((s) => symbols[s]), legend: true, tickFormat: (s) => words[s] || s },
       marks: [
         Plot.axisX(ticks.map(([i]) => i), { text: ticks.map(([, name]) => name), tickRotate: -40, tickSize: 3, label: null }),
         Plot.line(steps, { x: "i", y: "limit", curve: "step", stroke: "currentColor", strokeDasharray: "4 3" }),
@@ -174,7 +175,7 @@
         Plot.dot(known, { x: "i", y: (p) => p.nmse || least / 10, fill: "status", stroke: "status", symbol: "status", r: rows > 100 ? 2.5 : 4.5 }),
         ...truth.map((s) =>
           Plot.text(s.at.slice(-1), { x: "i", y: "far", text: () => s.name, fill: s.ink, stroke: "var(--paper)", strokeWidth: 4, dx: -6, dy: s === truth[1] ? 14 : -8, textAnchor: "end" })),
-        Plot.tip(known, Plot.pointerX({ x: "i", y: (p) => p.nmse || least / 10, title: (p) => `${p.name}\nNMSE ${power(p.nmse)} at position ${p.token_idx}\n${p.status}${p.truth ? `\nfrom float64: ours ${power(p.truth[0] ?? NaN)}, reference ${power(p.truth[1] ?? NaN)}` : ""}`, fill: "var(--paper)" })),
+        Plot.tip(known, Plot.pointerX({ x: "i", y: (p) => p.nmse || least / 10, title: (p) => `${p.name}\nNMSE ${power(p.nmse)} at position ${p.token_idx}\n${words[p.status] || p.status}${p.truth ? `\nfrom float64: ours ${power(p.truth[0] ?? NaN)}, reference ${power(p.truth[1] ?? NaN)}` : ""}`, fill: "var(--paper)" })),
       ],
     }), "Worst NMSE of each point against its limit");
   }
@@ -182,7 +183,7 @@
   function draw() { drawSpreads(); drawMap(); drawAlong(); }
   draw();
   // A point of the graph leads to its figures: its worst record in the map, and its row in the table.
-  drawFlow(data.flow, points, inks, (row) => {
+  drawFlow(data.flow, inks, words, (row) => {
     const worst = d3.maxIndex(d3.range(columns), (c) => ofLimit[row * columns + c]);
     tell([row, Math.max(worst, 0)]);
     document.getElementById("map").focus();

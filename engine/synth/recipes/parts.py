@@ -1,7 +1,7 @@
 """What recipes share: regular expressions of optional tensors, values that depend on the shape, groups of metadata.
 
-Numbers are small and odd enough to tell things apart: heads of another size than width / heads where the architecture
-allows it, windows of attention shorter than a prompt of ten tokens, rotations of a part of the head.
+Numbers are small, and odd enough to reveal mistakes: heads of another size than width / heads where the architecture allows it,
+attention windows shorter than a prompt of ten tokens, rotations of only a part of the head.
 """
 
 from collections.abc import Callable, Mapping
@@ -90,7 +90,7 @@ def sections(shape: Shape) -> list[Any]:
 
 
 def layers_with(*pattern: Any) -> Callable[[Shape], Value]:
-    """One value a layer, the pattern repeated."""
+    """One value per layer, by repeating the pattern."""
     return lambda shape: [pattern[layer % len(pattern)] for layer in range(shape.layers)]
 
 

@@ -39,7 +39,7 @@ RECIPES = (
     small(
         "rwkv7",
         {
-            "wkv.head_size": 32,
+            "wkv.head_size": 64,  # whole vectors of AVX-512: ggml_compute_forward_rwkv_wkv7_f32 writes behind shorter heads
             "attention.decay_lora_rank": 16,
             "attention.iclr_lora_rank": 16,
             "attention.value_residual_mix_lora_rank": 16,
@@ -110,7 +110,7 @@ RECIPES = (
     small(
         "arwkv7",
         {
-            "wkv.head_size": 32,
+            "wkv.head_size": 64,  # whole vectors of AVX-512: ggml_compute_forward_rwkv_wkv7_f32 writes behind shorter heads
             "attention.decay_lora_rank": 16,
             "attention.iclr_lora_rank": 16,
             "attention.value_residual_mix_lora_rank": 16,

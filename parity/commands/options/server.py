@@ -66,7 +66,9 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
         "",
     ),
     "server_rate": (
-        Annotated[float | None, typer.Option("--server-rate", help="Largest number of requests a second.", show_default=False)],
+        Annotated[
+            float | None, typer.Option("--server-rate", help="Largest number of requests per second.", show_default=False)
+        ],
         None,
     ),
     "server_timeout": (

@@ -1,0 +1,79 @@
+"""What `parity diff` holds against a dump in which no fault was found: the two commands never contradict each other.
+
+`explain` knows an arithmetic by the sizes of its errors; `diff` also asks for what such noise never has, a factor of all positions, say.
+"""
+
+from contextlib import suppress
+
+from msgspec.structs import replace
+
+from checkpoints.answers.diff import Verdict
+from checkpoints.answers.explain import DivergentPlace, Explanation
+from checkpoints.errors import ParityError
+from checkpoints.record import Dump
+
+from ..diff.beyond_noise import ONE_FACTOR
+from ..diff.compare import Options
+from ..diff.limits import EXACT_FLOOR, NATIVE
+from ..run.graphs import dataflow_of
+from .case import Case, ExplainOptions
+from .on_model import compared_on
+from .records import right_rows
+
+# A dump with infinities has no fault only if our own run in its arithmetic has the same: F16 has none as large as a mask's -3e38, say.
+_EXPLAINED = ("nonfinite",)
+_LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recorded elements come from the right ones
+
+
+def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Explanation:
+    """The answer that there is no fault, unless a comparison with the right engine's records ends in a divergence."""
+    noisy = any(bool((entry.base > EXACT_FLOOR.operations).any()) for entry in case.entries)
+    known = case.dump.header
+    if not answer or not noisy or (known is not None and known.mode == NATIVE):
+        return answer
+    ours = replace(case.dump, points={entry.point: case.dump.points[entry.point] for entry in case.entries})
+    compared = compared_on(
+        ours,
+        _right(case, ours),
+        Options(compute=options.compute, placed=True),
+        case.transformer.model.path,
+        options.arbiter,
+        third_side=False,
+        opened=case.transformer,
+    )
+    first, pattern = compared.verdict.first_divergence, compared.verdict.pattern
+    if first is None or (pattern is not None and pattern.code in _EXPLAINED):
+        return answer
+    place = DivergentPlace(first.checkpoint, first.token_idx, float("inf") if first.nmse is None else first.nmse, first.limit)
+    agreed = compared.verdict.last_agreement
+    law, note = _said(compared.verdict, first.checkpoint)
+    return replace(
+        answer,
+        first=place,
+        remaining=place,
+        last_agreement=None if agreed is None else agreed.checkpoint,
+        differing=int(compared.records.failed.sum()),
+        law=law,
+        notes=(*answer.notes, *note),
+        next=compared.verdict.next,
+        precision_only="",
+        precision_alike=(),
+        precision_assumed=False,
+    )
+
+
+def _said(verdict: Verdict, point: str) -> tuple[str, tuple[str, ...]]:
+    """What a divergence says of its first point: a law, or else a note."""
+    if verdict.pattern is None:
+        return "", ()
+    sentence = verdict.pattern.sentence.removeprefix(f"{point}: ")
+    return (sentence, ()) if verdict.pattern.code in _LAWS else ("", (f"parity diff: {verdict.pattern.sentence}",))
+
+
+def _right(case: Case, ours: Dump) -> Dump:
+    """The right engine's records of the points of a dump, as a dump."""
+    header = case.header()
+    header = header if header.tokens else replace(header, tokens=case.tokens[: len(case.tokens) - len(ours.tokens)])
+    with suppress(ParityError):  # llama.cpp has none of this model: the points' own order is used then
+        header = replace(header, dataflow=dataflow_of(case.transformer.model.path).to_json())
+    return Dump("our engine", header, right_rows(case.replay, case.positions, ours.points), tokens=ours.tokens)

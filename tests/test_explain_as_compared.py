@@ -1,0 +1,68 @@
+"""`parity explain` finds no fault only where `parity diff` finds no divergence, and says what that holds against a dump."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from explaining import PROMPT, RIGHT
+from msgspec.structs import replace
+from planted import Faulty
+
+from checkpoints.answers.explain import Explanation
+from engine.faults.edits import Then
+from engine.replay.precision import rounded
+from engine.replay.rounded_weights import with_rounded_weights
+from parity.explain.explain import ExplainOptions
+from parity.explain.input import explain_dump
+
+
+def explained(engine: Faulty, place: str, factor: float, kind: str, *, stated: bool, points: str) -> Explanation:
+    """The answer on an engine that keeps every value in a lower type, one of them multiplied."""
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
+        for step in rounded(engine.right, kind, storage=True)
+    ]
+    dump = engine.dump(RIGHT, PROMPT, points=points, size=1 << 20, steps=steps, bare=False)
+    assert dump.header is not None
+    header = replace(dump.header, compute=kind if stated else "")
+    return explain_dump(replace(dump, header=header), engine.model, ExplainOptions(budget=10))
+
+
+def test_a_factor_below_the_noise_of_a_stated_arithmetic_is_said(engine: Faulty) -> None:
+    """Embeddings × 1.0017 in F16 are below F16's limits; the factor that all positions share is what diff finds, and explain."""
+    answer = explained(engine, "embd", 1.0017, "f16", stated=True, points="default")
+    assert not answer
+    assert answer.remaining is not None
+    assert answer.remaining.checkpoint == "embd"
+    assert "1.002 times the right one" in answer.law or "1.0017" in answer.law
+    assert not answer.precision_only
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_right_engine_in_a_lower_arithmetic_has_no_fault(engine: Faulty, kind: str, stated: bool) -> None:
+    """Its records are compared as diff compares them, and agree."""
+    answer = explained(engine, "embd", 1.0, kind, stated=stated, points="default")
+    assert answer
+    assert answer.precision_only == kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "factor", "points"),
+    [("blk.1.ffn_up", 1.03, "*"), ("blk.1.ffn_up", 1.3, "default"), ("blk.0.attn_norm", 1.2, "*")],
+)
+def test_the_arithmetic_of_embeddings_does_not_hide_a_fault(engine: Faulty, place: str, factor: float, points: str) -> None:
+    """An engine in F16 that says nothing rounds its embeddings, too: they are not the cause, the factor is found beyond the arithmetic."""
+    answer = explained(engine, place, factor, "f16", stated=False, points=points)
+    assert [cause.named.fault for cause in answer.causes] == ["multiplier"]
+    assert any("beyond that" in note for note in answer.notes)
+
+
+def test_rounded_embeddings_alone_are_still_a_cause(engine: Faulty) -> None:
+    """Nothing else is rounded in that engine: the arithmetic explains less than the weights do."""
+    wanted: Callable[..., bool] = lambda _, name: name == "token_embd.weight"  # noqa: E731
+    dump = engine.dump(RIGHT, PROMPT, points="*", steps=with_rounded_weights(engine.right, "f16", wanted))
+    answer = explain_dump(dump, engine.model, ExplainOptions(budget=10))
+    assert [cause.named.fault for cause in answer.causes] == ["weights-rounded"]
+    assert answer.remaining is None
