@@ -203,7 +203,7 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
-    if (lacking := verdict.uncompared).points and lacking.points != verdict.missing_ours.points:
+    if not set((lacking := verdict.uncompared).points) <= set(verdict.missing_ours.points):
         some = f"{len(lacking.points)} of {count(lacking.requested, 'point')}"
         yield "missing", f"your engine printed nothing of {some}: {_first_names(lacking.points)}"
     if verdict.left_out:

@@ -1,7 +1,7 @@
 """One step on many versions of its inputs at once: those of different faults, each over the same few positions.
 
 A step that works row by row does not care whose rows they are: the versions are stacked, as if they were
-one long sequence. In attention they lie side by side, as if they were more heads.
+one long sequence; so does one that works element by element. In attention they lie side by side, as if they were more heads.
 """
 
 from collections.abc import Sequence
@@ -9,18 +9,41 @@ from collections.abc import Sequence
 from .. import ops
 from ..backend import Array
 from ..graph import PASSES, History, Step, WeightSource, compute
+from ..lift.node import GgmlOperation
 
 _ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu)
+_ELEMENTWISE = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "SQR", "SQRT", "UNARY", "GLU"})  # of ggml's operations
 _ATTENTION = (ops.attention_scores, ops.causal_soft_max, ops.weighted_values)
 
 
 def by_rows(step: Step) -> bool:
     """Whether each row of a step's value depends on the same row of what it reads alone."""
-    return step.op in _ROW_BY_ROW and can_batch(step) and not any(isinstance(read, History) for read in step.reads)
+    plain = step.op in _ROW_BY_ROW and can_batch(step) and not any(isinstance(read, History) for read in step.reads)
+    return plain or (step.axis == 0 and elementwise(step))
+
+
+def elementwise(step: Step) -> bool:
+    """Whether an operation of ggml's makes each element of its value of the same element of values of its shape, and of nothing else."""
+    if not isinstance(step.op, GgmlOperation) or step.op.name not in _ELEMENTWISE or step.weights:
+        return False
+    shape, of_operands, known = step.params["shape"], step.params["operands"], {"params", "operands", "shape", "result_shape"}
+    whole = all(operand is not None and operand.shape == shape for operand in of_operands) and len(of_operands) == len(
+        step.reads
+    )
+    return whole and step.params.keys() <= known and all(isinstance(read, str) for read in step.reads)
+
+
+def compute_elementwise(step: Step, inputs: Sequence[Array]) -> Array:
+    """The value of an `elementwise` step for inputs of any one shape."""
+    flat = [x.reshape(1, 1, 1, -1) for x in inputs]
+    value: Array = step.op.compute(*flat, params=step.params["params"], shape=flat[0].shape).reshape(inputs[0].shape)  # type: ignore[attr-defined]
+    return value
 
 
 def can_batch(step: Step) -> bool:
     """Whether `compute_batch` can combine versions of this step's inputs."""
+    if elementwise(step):
+        return True
     by_head = step.op is ops.causal_soft_max and (step.weights or "max_bias" in step.params)  # sinks, ALiBi
     plain = all(isinstance(read, str | History) for read in step.reads) and not by_head
     return plain and step.op in (*_ROW_BY_ROW, *_ATTENTION) and PASSES not in step.names
@@ -36,7 +59,10 @@ def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: Weigh
     Returns:
         [M, R, n] or [M, H, R, R].
     """
-    stacked = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
+    if isinstance(step.op, GgmlOperation):
+        stacked = compute_elementwise(step, inputs)
+    else:
+        stacked = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
     return stacked.reshape(many, stacked.shape[0] // many, *stacked.shape[1:])
 
 

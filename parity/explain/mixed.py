@@ -213,9 +213,7 @@ def first_errors(
     """A state's first place, its errors against these values, [R, k], where they are known, and the points that agree before it."""
     assert state.first is not None
     entry = case.entries[state.first.point]
-    right = entry.taken(values[entry.point], case.positions)
-    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
-    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    errors, known = entry.errors_beside(values[entry.point], case.positions)
     return entry, errors, known, {other.point for other in case.entries[: state.first.point]}
 
 

@@ -37,9 +37,7 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
     entry = case.entries[start.first.point]
     if float(np.max(entry.base)) > _SMALL:
         return None
-    right = entry.taken(case.replay.on_host[entry.point], case.positions)
-    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
-    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    errors, known = entry.errors_beside(case.replay.on_host[entry.point], case.positions)
     numbers, _ = followed(case, entry, errors, known, budget.part(_OF_BUDGET), asked_about(search, start))
     best = max((number.along for number in numbers), default=0.0)
     if any(not number.kind and number.along >= best - _AS_WELL for number in numbers):

@@ -79,8 +79,7 @@ def _arithmetics(
 ) -> tuple[str, ...]:
     """The lower arithmetics whose rounding of an operation's factors, or of its result too, makes its errors beside `value`, best first."""
     right = entry.taken(value, case.positions)
-    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
-    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    errors, known = entry.errors_beside(value, case.positions)
     near: dict[str, float] = {}
     for kind in KINDS:
         for storage in (False, True):
