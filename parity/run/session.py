@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import Verdict
+from checkpoints.answers.diff import PARITY, Verdict
 from checkpoints.answers.picture import Picture
 from checkpoints.errors import DumpError, InputError
 from checkpoints.formats import load
@@ -141,7 +141,8 @@ def run(
         refuse_unusable(left, "your engine's dump")
     compared = judge(left, right, comparison_options(request))
     verdict = held_to(compared, points, ours, request, prompt) if isinstance(ours, ExternalEngine) else compared.verdict
-    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes))
+    unseen = ours.not_run if isinstance(ours, ExternalEngine) and verdict.verdict == PARITY else ()
+    verdict = replace(verdict, notes=(*taken_instead(request, right), *verdict.notes, *unseen))
     return Outcome(folder, left, right, verdict, compared.picture, perf_counter() - began)
 
 

@@ -40,7 +40,7 @@ SERVER_FILE = "server.json"
 
 
 class ServerRequest(Struct, frozen=True):
-    """How the server is asked: `top` candidates a position, `extra` members of every request's JSON, `model` its name there."""
+    """How the server is asked: `top` candidates per position, `extra` members of every request's JSON, `model` its name there."""
 
     connection: Connection
     api: str = AUTO
@@ -222,7 +222,7 @@ def _fewer(reply: ServerReply, next_choice: int | None, special: Tokens, vocabul
         yield f"the server chose {chosen} of the {reply.wanted} tokens that it was asked for{why}{then}"
     most = max((len(placed.candidates) for placed in reply.placed), default=top)
     if most < top:
-        yield f"the server gives {most} candidates a position, not the {top} that it was asked for"
+        yield f"the server gives {most} candidates per position, not the {top} that it was asked for"
 
 
 def _predicted(placed: PlacedPrediction, row: Row, reply: ServerReply, vocabulary: Vocabulary, limit: float) -> Predicted:
