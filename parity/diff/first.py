@@ -194,6 +194,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             alike=_alike(records, here, failing),
             gradual=_gradual(records, here),
             zero=zero,
+            stated=records.stated,
         )
     )
 

@@ -20,8 +20,8 @@ from reports.numbers import count
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT, NATIVE, measured_by_point
 from ..diff.truth import COARSE_MULTIPLE
+from ..run.one_side import dump_reference
 from ..run.request import Request
-from ..run.session import dump_reference
 
 _LLAMA_CPP = "llama.cpp"
 Exactly = Callable[[Dump, Dump, Options], Comparison]

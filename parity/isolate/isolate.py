@@ -34,7 +34,7 @@ from .arithmetic import Judgement, in_its_arithmetic
 from .bench import IsolationBench
 from .judged_layers import eliminated, graft, judged_layers
 from .standards import Define, foreign_standard, reference_standard
-from .suspicions import as_eight_bits, in_order
+from .suspicions import as_eight_bits, in_order, of_cache, of_stated_cache
 from .unrecorded import pass_over
 from .values import RecordedValue, WholeValues
 
@@ -232,7 +232,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             "--rows needs whole logits, which the dump does not have.",
             "Record them: `parity dump ours --full`, or all values of each record.",
         )
-    kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
+    kv_type = header.kv_type or "f32"
     mode = request.mode or header.mode or "exact"
     # The limit of operations in F32, whatever the file's types: their rounding is part of the definitions.
     measured = limits(
@@ -266,10 +266,11 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             bench.transformer.check([*tokens.tolist(), *later.tolist()], 0)
             if values.unshaped:
                 values.with_shapes(dict(reference().describe(request.model).points))
-            values.two_sided = ("",) if in_one_pass(bench.isolator.steps) else (ENCODER,)
+            values.two_sided = ("",) if in_one_pass(bench.isolator.definitions[0].several) else (ENCODER,)
             lacking = pass_over(bench, values, mode, kv_type)
             passes = _feed_dump(values, bench, tokens, later)
-            return Judgement(bench, in_order([*bench.operations(), *lacking], bench.steps), passes, limit)
+            operations = of_stated_cache(bench.operations(), bench.isolators, header.kv_type)
+            return Judgement(bench, in_order([*operations, *lacking], bench.steps), passes, limit)
 
         judgement = in_its_arithmetic(judged_at, measured, LIMIT, LIMIT_SOURCE)
         bench, operations = judgement.bench, judgement.operations
@@ -282,7 +283,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
                 values,
                 operations,
                 mode,
-                judgement.of_layers,
+                max(judgement.of_layers, of_cache(header.kv_type)),  # llama.cpp's own layer has a cache of F32
                 bench.isolator.suspects(),
                 bench.rounding,
             )

@@ -18,7 +18,7 @@ from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import Description, DumpJob, DumpResult
 
-from .command import POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
+from .command import MODEL, POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
 from .state import loaded, resumed
@@ -160,6 +160,16 @@ class ExternalEngine:
         if self._model is not None:
             return self._model
         return self._reference.twin(self._request.model, joined=True) if self._request.mode == "exact" else self._request.model
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """A sentence on the part of it that did not run, since it was given an F32 copy of the file."""
+        if not self._command.takes(MODEL) or self.model == self._request.model:
+            return ()
+        return (
+            "your engine read the F32 twin, so its own dequantisers did not run: --mode native runs them, "
+            "parity weights --theirs checks them",
+        )
 
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
         """Run it, so that it writes `out`. Raises EngineError if it does not."""
