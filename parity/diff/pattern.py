@@ -80,7 +80,7 @@ def _of_drift(stated: str) -> str:
     """What an error may be that grew over its limit slowly, if an arithmetic is `stated`, which the limit allows for, or none."""
     if not stated or stated not in ARITHMETIC:
         return ": precision rather than one wrong operation"
-    return f", beyond what {ARITHMETIC[stated]} arithmetic costs: small faults in several layers, or another arithmetic than is stated"
+    return f", beyond what {ARITHMETIC[stated]} arithmetic costs: small faults, here or before, or another arithmetic than is stated"
 
 
 def _without_numbers(seen: Evidence) -> Pattern | None:
