@@ -9,7 +9,7 @@ from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit
-from .sentences import rows_seen
+from .sentences import no_verdict, rows_seen
 
 _ARITHMETIC = {
     "f16": "F16 (10 bits of mantissa)",
@@ -27,7 +27,9 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     """The verdict first: causes, or that there is no fault, or what is known if no cause was found."""
     for number, cause in enumerate(explanation.causes):
         yield from _cause(cause, number, explanation, width)
-    if explanation.first is None and explanation.precision_only:
+    if explanation.unjudged:
+        yield from _lines([("undecided", no_verdict(explanation.unjudged))], width)
+    elif explanation.first is None and explanation.precision_only:
         yield from _lines(
             [("no fault", f"agrees to within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
         )
@@ -232,11 +234,17 @@ def _lead(lead: Lead) -> str:
     return f"{lead.removed:.1%} of the error disappears with {_same(lead.named)}"
 
 
+def _verdict(explanation: Explanation) -> str:
+    if explanation.unjudged:
+        return "undecided"
+    return "no fault" if explanation else ("explained" if explanation.remaining is None else "unexplained")
+
+
 def as_json(explanation: Explanation) -> dict[str, Any]:
     """The answer as one JSON object."""
     return {
         "schema": 1,
-        "verdict": "no fault" if explanation else ("explained" if explanation.remaining is None else "unexplained"),
+        "verdict": _verdict(explanation),
         "causes": [_cause_as_json(cause) for cause in explanation.causes],
         "leads": [
             {"sentence": lead.sentence, "removed": lead.removed, **(_named_as_json(lead.named) if lead.named else {})}
@@ -249,6 +257,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         ],
         "precision_only": explanation.precision_only or None,
         "precision_assumed": explanation.precision_assumed,
+        "unjudged": list(explanation.unjudged),
         "precision_alike": list(explanation.precision_alike),
         "looks_like": explanation.looks_like or None,
         "f32_stated": explanation.f32_stated or None,

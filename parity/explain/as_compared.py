@@ -26,7 +26,7 @@ _LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recor
 
 
 def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Explanation:
-    """The answer that there is no fault, unless a comparison with the right engine's records ends in a divergence."""
+    """The answer that there is no fault, unless a comparison with the right engine's records ends in a divergence, or cannot judge them."""
     noisy = any(bool((entry.base > EXACT_FLOOR.operations).any()) for entry in case.entries)
     known = case.dump.header
     if not answer or not noisy or (known is not None and known.mode == NATIVE):
@@ -41,6 +41,8 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         third_side=False,
         opened=case.transformer,
     )
+    if compared.verdict.unjudged.result:
+        return replace(answer, unjudged=compared.verdict.unjudged.points, next="")
     first, pattern = compared.verdict.first_divergence, compared.verdict.pattern
     if first is None or (pattern is not None and pattern.code in _EXPLAINED):
         return answer
