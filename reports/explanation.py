@@ -222,7 +222,8 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
 
 def _truth(truth: TruthAt, *, right: bool) -> str:
     """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
-    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, a right float32 engine {error(truth.right)}"
+    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, "
+    sentence += f"a right float32 engine {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
         return sentence
     return f"{sentence}: yours is {'coarser' if right else 'wrong'}"
