@@ -31,8 +31,8 @@ Bools = NDArray[np.bool_]
 _AS_LARGE = 2.0
 
 _CANCELLED = (
-    "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels "
-    "there, or a small fault (--model M.gguf decides)"
+    "the error is no larger than at positions where the values are larger: rounding of a sum that all but cancels here, or a small "
+    "fault (--model M.gguf decides)"
 )
 
 # A recurrence or a norm that amplifies rounding does so at one position in this many at most: a choice, since faults are wrong at most
