@@ -48,8 +48,8 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
     # Our own run with what an engine rounds besides (its biases, say), which diff does not try, may have the dump's every record.
     if first is None or (not follows_a_law and reproducing(case, Budget(options.budget)).is_noise):
         return answer
-    if pattern is not None and pattern.code == "nonfinite":  # F16 has no mask's -3e38: explain excuses infinities that it makes, too
-        return answer
+    if pattern is not None and pattern.code == "nonfinite":
+        return answer  # F16 has no mask's -3e38: infinities that our own run in F16 makes, too, are excused
     place = DivergentPlace(first.checkpoint, first.token_idx, float("inf") if first.nmse is None else first.nmse, first.limit)
     agreed = compared.verdict.last_agreement
     law, note = _said(compared.verdict, first.checkpoint)
