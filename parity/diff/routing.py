@@ -138,9 +138,7 @@ def _of_other_rows(measured: Measured, held: Held, model: Flow, ref: Mapping[str
         margin = None if scores is None or (scores == np.rint(scores)).all() else nearest(scores, limit)  # no ids
         if margin is not None:
             other[record] = True
-            ties.append(
-                f"{name}, position {position}: {how.reads[1]}, by which groups are chosen, nearly ties ({margin:.1e} apart)"
-            )
+            ties.append(f"{name}, position {position}: its rows are chosen by {how.reads[1]}: a near tie ({margin:.1e} apart)")
     return other, ties
 
 
