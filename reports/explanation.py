@@ -169,7 +169,7 @@ def _suspect(suspect: SuspectRecord) -> str:
     agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
     agrees, would = ("agrees", "it would not") if len(suspect.agreeing) == 1 else ("agree", "they would not")
     return (
-        f"{suspect.checkpoint} alone differs: {agreeing}, computed from it, {agrees}, and {would} if the engine had gone on with "
+        f"{suspect.checkpoint} alone differs: {agreeing}, computed from it, {agrees}, and {would} if the engine had continued with "
         "these values: the record shows another layout, moment or point than its name says"
     )
 
@@ -222,7 +222,8 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
 
 def _truth(truth: TruthAt, *, right: bool) -> str:
     """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
-    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, a right float32 one {error(truth.right)}"
+    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, "
+    sentence += f"a right float32 engine {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
         return sentence
     return f"{sentence}: yours is {'coarser' if right else 'wrong'}"

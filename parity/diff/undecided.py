@@ -12,7 +12,7 @@ from checkpoints.answers.diff import Pattern, Verdict
 from .against_limits import GROWN
 from .eight_bits import is_noise
 from .first import BLAMED
-from .limits import EXACT_FLOOR, LARGEST_ROUNDING, limits
+from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING, limits
 from .noise import BEYOND
 from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
@@ -31,8 +31,8 @@ Bools = NDArray[np.bool_]
 _AS_LARGE = 2.0
 
 _CANCELLED = (
-    "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels "
-    "there, or a small fault (--model M.gguf decides)"
+    "the error is no larger than at positions where the values are larger: rounding of a sum that all but cancels here, or a small "
+    "fault (--model M.gguf decides)"
 )
 
 # A recurrence or a norm that amplifies rounding does so at one position in this many at most: a choice, since faults are wrong at most
@@ -71,7 +71,8 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         beyond = [records.names[number] for number in points if number not in cancelled]
         further = f"; {beyond[0]} differs by more" if beyond else ""
         return replace(verdict, pattern=Pattern("undecided", f"{_CANCELLED}{further}"), operation="")
-    if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
+    leaks = bool((records.measures.future_mass[records.failed] > FUTURE_MASS).any())
+    if code and code not in _OF_POSITIONS and (code != "causal-mask" or leaks):
         return verdict
     name = first.checkpoint
     sentence = _rounding(records, name) or _flipped(records) or _amplified(records, name) or _product_alone(records, name)
