@@ -19,7 +19,14 @@ _Back = Callable[[Step, Array, Sequence[Array], Sequence[Any], int], Sequence["A
 
 
 def derivatives(
-    steps: Sequence[Step], point: str, elements: Any, row: int, values: Mapping[str, Array], weights: WeightSource
+    steps: Sequence[Step],
+    point: str,
+    elements: Any,
+    row: int,
+    values: Mapping[str, Array],
+    weights: WeightSource,
+    *,
+    partial: bool = False,
 ) -> dict[str, Array]:
     """The derivatives of some elements of a row of `point` with respect to the same row of each value that it is made from: [k, n] by
     name.
@@ -28,6 +35,7 @@ def derivatives(
     Args:
         steps: those that lead to `point`, of operations that `can_batch` takes. elements: [k], which of the row.
         values: of the right run, over the rows up to that one at least.
+        partial: what goes through other operations, such as experts, is left out; what residuals hand on past them is most of it.
 
     Raises:
         KeyError: a step is of another operation, or reads parts of values.
@@ -40,14 +48,16 @@ def derivatives(
     for step in reversed(steps):
         if step.makes not in by_name:
             continue
-        if not all(isinstance(read, str | History) for read in step.reads):
+        carry = _elementwise if elementwise(step) else _BACK.get(step.op)
+        if carry is None or not all(isinstance(read, str | History) for read in step.reads):
+            if partial:
+                continue
             raise KeyError(step.makes)  # halves of a fused product, say
         back, names = by_name[step.makes], step.names
         if back.ndim > 2:
             del by_name[step.makes]  # of scores: [k, heads, S] in every layer
         inputs = [values[name] for name in names]
         arrays = [weight_of_step(weight, weights) for weight in step.weights]
-        carry = _elementwise if elementwise(step) else _BACK[step.op]
         for name, part in zip(names, carry(step, back, inputs, arrays, row), strict=False):
             if part is not None:
                 by_name[name] = by_name[name] + part if name in by_name else part

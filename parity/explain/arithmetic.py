@@ -14,7 +14,7 @@ from engine.replay.precision import is_normed, rounded
 from reports.sentences import ARITHMETIC
 
 from ..diff.align import Pair
-from ..diff.beyond_noise import ONE_FACTOR, failing_at
+from ..diff.beyond_noise import ONE_FACTOR
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
@@ -25,8 +25,20 @@ from .case import Case
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
-from .own_rounding import outstanding
-from .precision import KINDS, LOWER, OURS, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
+from .own_rounding import held_to_own_run
+from .precision import (
+    KINDS,
+    LOWER,
+    OURS,
+    REPRODUCED,
+    PrecisionFloor,
+    best,
+    cosine,
+    is_reproduced,
+    mean_cost,
+    mismatch,
+    typical,
+)
 from .records import Expected, Floats
 from .spared import spares_records
 from .systematic import SECONDS, systematic
@@ -75,25 +87,10 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if ranked:
         found = fitting[ranked[0]]
         compared = _with(found.compared, ranked[0], first.checkpoint, ranked[1:])
-        return _beside_own_rounding(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
+        return held_to_own_run(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, known.case, seconds, shown=bool(before))
-
-
-def _beside_own_rounding(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
-    """The comparison of an engine that rounds as ours does: a divergence if an operation has, by a law, other numbers than our own run."""
-    case, cost = known.beside_ours(ours) if compared.verdict else None, known.floor(kind)
-    if case is None or cost is None or known.case is None:
-        return compared
-    costs = dict(zip((entry.point for entry in known.case.entries), map(float, cost.cost()), strict=True))
-    found = outstanding(case, kind, costs)
-    if found is None or found.entry.point not in compared.records.names:
-        return compared
-    worst = float((found.errors / found.entry.limit).max())
-    records, verdict = failing_at(compared.records, {compared.records.names.index(found.entry.point): worst})
-    verdict = replace(verdict, pattern=Pattern("own-rounding", f"{found.entry.point}: {found.law}"), operation="")
-    return replace(compared, records=records, verdict=replace(verdict, precision=compared.verdict.precision))
 
 
 def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:

@@ -36,7 +36,7 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 
     All as they are where the dump's errors are not our own rounding's, or too many would be left out.
     """
-    led = _led(case, measured)
+    led = led_to(case, measured)
     costs = [np.maximum(*cost) for cost in zip(measured.products, measured.storage, strict=True)]
     far = [here & (entry.base > TOGETHER * cost) for entry, here, cost in zip(case.entries, led, costs, strict=True)]
     if not any(some.any() for some in far) or not _few(case, far):
@@ -50,7 +50,7 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 def chosen_otherwise(case: Case, measured: PrecisionFloor) -> bool:
     """Whether all records over their limits, which allow for a stated arithmetic's noise, depend on choices that it may flip."""
     over = [entry.base > entry.limit for entry in case.entries]
-    led = _led(case, measured)
+    led = led_to(case, measured)
     return _few(case, over) and not any((some & ~here).any() for some, here in zip(over, led, strict=True))
 
 
@@ -59,7 +59,7 @@ def _few(case: Case, some: Sequence[NDArray[np.bool_]]) -> bool:
     return sum(int(here.sum()) for here in some) <= _MOST * sum(len(entry.rows) for entry in case.entries)
 
 
-def _led(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
+def led_to(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
     """The records of each point, [R], that depend on a choice that the arithmetic may flip; none if the errors are not those of our
     rounding."""
     flips = _possible_flips(case, measured.kind) if measured.alike >= OURS else []

@@ -123,7 +123,8 @@ class Likely:
             return {}
         replay = self._screening.replay(self._state, self._screening.enough(self._row + 1))
         with np.errstate(all="ignore"):
-            return derivatives(steps, self._point, self._index[self._chosen], self._row, replay.values, replay.weights)
+            elements = self._index[self._chosen]
+            return derivatives(steps, self._point, elements, self._row, replay.values, replay.weights, partial=True)
 
     def _change(self, replay: Replay) -> Floats:
         """The error of the recorded elements of the place: [k]."""

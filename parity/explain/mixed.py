@@ -166,9 +166,9 @@ def as_large_as_rounding(
 
 def law_of_rounding(case: Case, state: SearchState) -> str:
     """A sentence if the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; otherwise
-    ""."""
+    "". Where float32 is stated, an operation is not called rounded, but what it reads may be kept in a lower type."""
     kinds = kinds_of_rounding(case, state)
-    if not kinds:
+    if not kinds or (case.states_f32 and kinds[0] not in KEPT):
         return ""
     mixed = kinds[0] in KEPT or _spared_before(case, state, kinds[0])
     return f"every element is the right one {in_words(kinds, mixed=mixed)}"

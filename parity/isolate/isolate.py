@@ -41,7 +41,7 @@ from .values import RecordedValue, WholeValues
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
 # Q4_0, Q4_1, Q5_0, Q5_1, Q2_K … Q6_K, IQ4_NL and IQ4_XS lies at 3e-13 at most.
 LIMIT = 1e-10
-LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type"
+LIMIT_SOURCE = "right operations were off by 1e-12 at most, in every type"
 # An operation is not called wrong under this many times the worst one of the embedded model on this machine.
 _FLOOR_FACTOR = 10.0
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens will do: operations are judged one by one

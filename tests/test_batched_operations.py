@@ -1,16 +1,17 @@
-"""ggml's operations that work element by element, computed for several versions at once, and their derivatives."""
+"""ggml's operations that work element by element or row by row, computed for several versions at once, and their derivatives."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import TOKENS, Faulty
+from planted import TOKENS, Faulty, tokens_of
+from slow import slow_but
 
-from engine.graph import POSITIONS, compute
+from engine.graph import POSITIONS, History, compute
 from engine.lift.node import GgmlOperation
 from engine.replay.adjoint import derivatives
-from engine.replay.batched import compute_batch, elementwise
+from engine.replay.batched import by_rows, can_batch, compute_batch, elementwise
 from engine.replay.replay import Replay
 from engine.replay.wide import Variant, values_of
 from reference.client import Reference
@@ -58,3 +59,26 @@ def test_derivatives_are_the_slopes_of_small_steps(lifted: Faulty) -> None:
         end = values_of(Variant.WIDE, steps, TOKENS, *numbers, *computed, {point}, {"blk.1.l_out": moved})[point]
         ends.append(end[_ROW, _ELEMENTS])
     np.testing.assert_allclose(answers @ direction, (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "recipe", slow_but(["qwen3moe", "deepseek2", "gpt-oss", "llama4", "phi3", "qwen2moe", "mamba2"], "qwen3moe")
+)
+def test_rows_of_several_runs_together_are_those_of_each(
+    recipe: str, reference: Reference, small_model: Callable[..., Path]
+) -> None:
+    """Routing, experts, parts of rows: every step that works row by row on three prompts at once gives what it gives for each of them."""
+    path = small_model(recipe)
+    engine = Faulty(path, reference.graph(path))
+    computed = engine.transformer.weights, engine.transformer.backend
+    prompts = [tokens_of(path, len(TOKENS), seed=seed) for seed in (1, 2, 3)]
+    runs = [Replay(engine.right, prompt, range(len(prompt)), [0] * len(prompt), *computed) for prompt in prompts]
+    steps = [step for step in engine.right if by_rows(step) and not any(isinstance(read, History) for read in step.reads)]
+    assert all(can_batch(step) for step in steps)
+    assert recipe in ("phi3", "mamba2") or {"MUL_MAT_ID", "SUM_ROWS"} & {getattr(step.op, "name", "") for step in steps}
+    for step in steps:
+        stacked = [np.concatenate([run.values[name] for run in runs]) for name in step.names]
+        together = compute_batch(step, stacked, len(runs), computed[0])
+        alone = np.stack([run.values[step.makes] for run in runs])
+        # A product over more rows may be added up in another order.
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * float(np.abs(alone).max()), err_msg=step.makes)
