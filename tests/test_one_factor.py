@@ -155,6 +155,10 @@ def test_digits_cut_off_beyond_the_limit_are_undecided() -> None:
         found = compare(dumped(points), dumped({**points, "blk.0.l_out": right}), Options(compute="f16"))
         assert not found
         assert ("undecided" in sentence(found)) is undecided
+    cut[-1] *= 0.3  # a position that is below the limit
+    points = {"embd": right, "blk.0.l_out": (right + cut).astype(np.float32)}
+    found = compare(dumped(points), dumped({**points, "blk.0.l_out": right}), Options(compute="f16"))
+    assert "undecided" in sentence(found)
 
 
 @pytest.mark.slow

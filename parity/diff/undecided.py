@@ -12,7 +12,7 @@ from checkpoints.answers.diff import Pattern, Verdict
 from .against_limits import GROWN
 from .eight_bits import is_noise
 from .first import BLAMED
-from .limits import EXACT_FLOOR, LARGEST_ROUNDING, limits
+from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING, limits
 from .noise import BEYOND
 from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
@@ -71,7 +71,8 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         beyond = [records.names[number] for number in points if number not in cancelled]
         further = f"; {beyond[0]} differs by more" if beyond else ""
         return replace(verdict, pattern=Pattern("undecided", f"{_CANCELLED}{further}"), operation="")
-    if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
+    leaks = bool((records.measures.future_mass[records.failed] > FUTURE_MASS).any())
+    if code and code not in _OF_POSITIONS and (code != "causal-mask" or leaks):
         return verdict
     name = first.checkpoint
     sentence = _rounding(records, name) or _flipped(records) or _amplified(records, name) or _product_alone(records, name)
