@@ -171,7 +171,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
     lawless = not sentence or sentence.endswith(WRONG)
-    rounding = law_of_rounding(case, best) if lawless or not case.states_f32 else ""
+    rounding = law_of_rounding(case, best) if (lawless and not budget.late) or not case.states_f32 else ""
     if not (rounding or case.states_f32) and lawless:
         rounding = law_of_noise(case, best, values)
     if rounding:

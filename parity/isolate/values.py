@@ -242,7 +242,7 @@ class WholeValues:
 
 
 def _as_all_show(rows: Rows) -> NDArray[np.float32]:
-    """What a cache gave the last of these positions; where an earlier position's record has another number, that one, so that it is judged."""
+    """What a cache gave the last of these positions; where an earlier one's record has another number, that one, so that it is judged."""
     last = rows.values[-1, : int(rows.counts[-1])]
     shown = last.copy()
     for values, count in zip(rows.values[:-1], rows.counts[:-1].tolist(), strict=True):
