@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 from checkpoints.mapping import Mapping
-from checkpoints.points import layer_outputs, select
+from checkpoints.points import expand, layer_outputs, select
 from checkpoints.record import Dump
 from engine.engine import Engine
 from engine.opened import open_engine
@@ -199,7 +199,14 @@ class ExternalEngine:
             return ""
         if self._known_names is not None:
             return self._known_names
-        return ",".join(self.requested) or self.points
+        return ",".join(self.requested or dict.fromkeys(name for part in expand(self.points) for name in self._named(part)))
+
+    def _named(self, part: str) -> list[str]:
+        """The known points that a part of the request without braces names, or the part itself, which only the engine may know."""
+        try:
+            return select(part, self.known, self._described.n_layers)
+        except InputError:
+            return [part]
 
     @cached_property
     def known(self) -> tuple[str, ...]:
