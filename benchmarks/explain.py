@@ -13,6 +13,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -20,17 +21,23 @@ from time import perf_counter, process_time
 from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.explain import Explanation
+from checkpoints.errors import ModelError
 from engine import graph
-from engine.backend import Array, choose
+from engine.backend import Array
 from engine.faults import CATALOGUE, Fault
 from engine.graph import Step, WeightSource
 from engine.inapplicable import NotApplicable
+from engine.opened import open_plain
 from engine.replay import batched, replay
 from engine.synth import Shape, synthesize
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import ExplainOptions, explain
 from parity.models import embedded as default_model
+from parity.run.graphs import recorded_graph
+from parity.synth.synthetic import make_by_recipe
 
 LAYER, TOKENS = 17, 32
 EVERY_LAYER = "embd,blk.*.l_out,output_norm,logits"
@@ -56,7 +63,14 @@ def models(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
         "wider": lambda: _synthetic(folder / "wider.gguf", WIDER),
     }
     for name in names:
-        yield name, makers[name]()
+        yield name, makers[name]() if name in makers else _by_recipe(folder / f"{name}.gguf", name)
+
+
+def _by_recipe(path: Path, name: str) -> Path:
+    """A small model of another architecture, with as many layers as those above."""
+    recipe = RECIPES[name]
+    make_by_recipe(path, recipe, shape_of(recipe, layers=24), {}, tokenizer=default_model.path())
+    return path
 
 
 def _synthetic(path: Path, shape: Shape) -> Path:
@@ -112,13 +126,21 @@ def forward(transformer: Transformer, tokens: Sequence[int], clock: Callable[[],
     return median(spent), work
 
 
+def _faulty(model: Path) -> Faulty:
+    """The engine of a model, whose steps are lifted where they are not written by hand."""
+    try:
+        return Faulty(model)
+    except ModelError:
+        return Faulty(model, recorded_graph(model))
+
+
 def times(
     name: str, model: Path, backend: str, entries: Sequence[Fault], scopes: Sequence[str], layer: int, searches: int
 ) -> None:
     """Print the cost for each entry, and the median and the worst of each of these scopes."""
-    faulty = Faulty(model)
+    faulty = _faulty(model)
     right = {step.makes: step for step in faulty.right}
-    transformer = Transformer(GgufModel(model), choose(backend))
+    transformer = open_plain(GgufModel(model), backend, recorded=partial(recorded_graph, model))
     clock = process_time if transformer.backend.name == "numpy" else perf_counter
     tokens = tokens_of(model, TOKENS, seed=2)
     for scope in scopes:
@@ -167,7 +189,7 @@ def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", choices=("time",))
-    parser.add_argument("--model", choices=("stories", "llama", "qwen2", "wider"), default="stories")
+    parser.add_argument("--model", default="stories", help="stories, llama, qwen2, wider, or a recipe, of 24 layers")
     parser.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="numpy")
     parser.add_argument("--every", type=int, default=1, help="only every so many entries of the catalogue")
     parser.add_argument("--entries", default=",".join(CATALOGUE), help="names with commas; all of them otherwise")

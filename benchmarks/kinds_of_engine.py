@@ -1,13 +1,15 @@
 """Kinds of right engines: in which arithmetic, and by which algorithm, an engine computes what llama.cpp computes.
 
 `ARITHMETIC` are engines in one arithmetic throughout. `ALGORITHMS` compute in float32 by other formulas, which are the same in real
-numbers, and `MIXED` in float32 but for one part, of which a dump says nothing. A kind is a function from the right steps to the engine's.
+numbers, `CUTTING` in a lower type to which they cut digits off, and `MIXED` in float32 but for one part, of which a dump says nothing.
+A kind is a function from the right steps to the engine's.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from explain_precision import half_sums, other_order
@@ -267,6 +269,32 @@ def _weights(test: Callable[[Step, str], bool], kind: str) -> Arithmetic:
     ]
 
 
+def cut_off(kind: str) -> Callable[[Array], Array]:
+    """Values of F16 or BF16 whose further digits are cut off, not rounded."""
+    if kind == "bf16":
+        return lambda x: (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    def cut(x: Array) -> Array:
+        half = x.astype(np.float16)
+        smaller = np.nextafter(half, np.float16(0))
+        return np.where(np.abs(half.astype(np.float32)) > np.abs(x), smaller, half).astype(np.float32)
+
+    return cut
+
+
+def _cutting(kind: str, *, storage: bool) -> Arithmetic:
+    """All that `rounded` rounds, cut off."""
+
+    def op(own: Callable[..., Array]) -> Callable[..., Array]:
+        def cutting(*inputs: Any, **params: Any) -> Array:
+            with patch.dict(ROUNDINGS, {kind: cut_off(kind)}):
+                return own(*inputs, **params)
+
+        return cutting
+
+    return lambda steps: [replace(step, op=op(step.op)) for step in rounded(steps, kind=kind, storage=storage)]
+
+
 _soft_max = _is(ops.causal_soft_max)
 _HALVES = ("f16", "bf16")
 
@@ -296,6 +324,9 @@ ALGORITHMS = {
     "RoPE's angles at once": Kind("f32", (_instead(ops.rope, _rope_at_once),), exact=True),
     "products term by term": Kind("f32", (_instead(ops.linear, sum_by_sum),), exact=True),
     "experts weighted before down": Kind("f32", (_weighted_before_down,), exact=True, without=frozenset({"ffn_moe_down"})),
+}
+CUTTING = {
+    f"digits cut off to {kind}": Kind(kind, (_cutting(kind, storage=False), _cutting(kind, storage=True))) for kind in _HALVES
 }
 MIXED = {
     "cache": Kind("f32", tuple(partial(kept, kind=f"{kind} cache") for kind in (*_HALVES, "q8")), open_cache=True),

@@ -35,7 +35,7 @@ from unittest.mock import patch
 
 import numpy as np
 from kept_runs import kept_runs
-from kinds_of_engine import ALGORITHMS, ARITHMETIC, HALF_SUMS, MIXED, Arithmetic, Kind, multiplies
+from kinds_of_engine import ALGORITHMS, ARITHMETIC, CUTTING, HALF_SUMS, MIXED, Arithmetic, Kind, multiplies
 from msgspec.structs import replace
 from planted import Faulty, tokens_of
 
@@ -73,7 +73,7 @@ MOST_LAYERS = 8
 _BUDGET = 20.0  # seconds of processor time that `explain` may search; for a right engine it needs a fraction of one
 
 PER_MODEL = EACH * len(ARITHMETIC)
-FURTHER = {**ALGORITHMS, **MIXED}  # of which as many kinds are drawn for each model
+FURTHER = {**ALGORITHMS, **CUTTING, **MIXED}  # of which as many kinds are drawn for each model
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _entry(path: Path, engine_name: str, ours: Any) -> MapEntry:
     point = entry["point"]
     if not point or len(point) > _LONGEST or not point.isprintable():
         raise InputError(
-            f"{path}: {engine_name[:_LONGEST]!r} has {point[:_LONGEST]!r} as its point, which is no name.",
+            f"{path}: {engine_name[:_LONGEST]!r} has {point[:_LONGEST]!r} as its point, which is not a name.",
             "Points are named as in `parity model`.",
             code="map",
         )

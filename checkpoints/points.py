@@ -290,7 +290,7 @@ def _braces(text: str) -> list[str]:
     if len(options) == 1:
         span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
         if not span:
-            raise InputError(f"{match[0]} is no range of numbers.", "Write e.g. {1..5}, or * for all.", code="points")
+            raise InputError(f"{match[0]} is not a range of numbers.", "Write e.g. {1..5}, or * for all.", code="points")
         first, last = int(span[1]), int(span[2])
         if abs(last - first) >= _MAX_EXPANSION:
             raise InputError(f"the range {match[0]} is too long.", "Use *.", code="points")

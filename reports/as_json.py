@@ -29,6 +29,7 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "operation": verdict.operation,
         "pattern": as_dict(verdict.pattern) if verdict.pattern else None,
         "uncompared": as_dict(verdict.uncompared),
+        "unjudged": as_dict(verdict.unjudged),
         "missing": {"ours": _missing(verdict.missing_ours), "ref": _missing(verdict.missing_ref)},
         "points": [
             {

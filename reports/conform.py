@@ -13,6 +13,7 @@ from checkpoints.answers.conform import (
     PARITY,
     REFUSED,
     TIMED_OUT,
+    UNDECIDED,
     UNUSABLE,
     CellResult,
     Conformance,
@@ -30,12 +31,21 @@ LETTERS = {
     TIMED_OUT: ("t", "timed out"),
     DIVERGENCE: ("✗", "divergence"),
     UNUSABLE: ("?", "unusable dump"),
+    UNDECIDED: ("~", "undecided: its arithmetic's noise is as large as the values"),
     LOWER: ("h", "parity in a lower arithmetic"),
     PARITY: ("✓", "parity"),
     REFUSED: ("–", "refused"),
     NO_REFERENCE: ("·", "llama.cpp has no such model"),
 }
-_STYLE = {CRASHED: "bold red", TIMED_OUT: "bold red", DIVERGENCE: "bold red", UNUSABLE: "red", LOWER: "yellow", PARITY: "green"}
+_STYLE = {
+    CRASHED: "bold red",
+    TIMED_OUT: "bold red",
+    DIVERGENCE: "bold red",
+    UNUSABLE: "red",
+    UNDECIDED: "yellow",
+    LOWER: "yellow",
+    PARITY: "green",
+}
 _CAUSES = 8  # lines of causes on a screen; --format json and the report list all
 _LISTED = 4  # names in one of them
 
@@ -175,7 +185,7 @@ def summary(conformance: Conformance) -> str:
     ]
     parts += [
         f"{counts[name]} {words}"
-        for name, words in ((REFUSED, "refused"), (NO_REFERENCE, "without a reference"))
+        for name, words in ((UNDECIDED, "undecided"), (REFUSED, "refused"), (NO_REFERENCE, "without a reference"))
         if name in counts
     ]
     if conformance.not_run:

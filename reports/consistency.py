@@ -17,7 +17,7 @@ def lines(consistency: Consistency, width: int) -> Iterator[Text]:
     """The whole answer, for a terminal of `width` columns."""
     yield from labelled([("engine", clean(consistency.engine))], width)
     yield Text("")
-    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "", "bits differ from", "computed as")]
+    rows: list[tuple[str, ...]] = [("check", "records", "worst NMSE", "result", "bits first differ at", "computed as")]
     rows += [_row(check) for check in consistency.checks]
     styles = ["dim", *("" if check.verdict is None or check.verdict else "bold red" for check in consistency.checks)]
     below: list[tuple[str, str]] = []
@@ -40,7 +40,7 @@ def _row(check: Check) -> tuple[str, ...]:
     if check.verdict is None:
         return (check.name, "–", "–", "not made", "", clean(check.reason))
     worst = check.verdict.worst
-    answer = "same" if check.verdict else "differs"
+    answer = "agrees" if check.verdict else "differs"
     figures = f"{check.verdict.compared:,}", error(worst.nmse if worst else 0.0)
     return (check.name, *figures, answer, clean(check.differs) or "–", clean(check.what))
 

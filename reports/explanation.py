@@ -9,7 +9,7 @@ from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead
 
 from .layout import labelled, wrap
 from .numbers import count, error, limit
-from .sentences import rows_seen
+from .sentences import no_verdict, rows_seen
 
 _ARITHMETIC = {
     "f16": "F16 (10 bits of mantissa)",
@@ -18,6 +18,7 @@ _ARITHMETIC = {
     "q8": "quantised activations (8 bits in blocks)",
 }
 _STATED = {"header": "the header says f32", "--compute": "--compute f32 was given"}
+_WITH_NEXT = "reproduces the records only together with the next cause, which is in the same place"
 _LABEL = 8
 _OPERATIONS = 12  # operations in question that are listed
 
@@ -26,7 +27,9 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     """The verdict first: causes, or that there is no fault, or what is known if no cause was found."""
     for number, cause in enumerate(explanation.causes):
         yield from _cause(cause, number, explanation, width)
-    if explanation.first is None and explanation.precision_only:
+    if explanation.unjudged:
+        yield from _lines([("undecided", no_verdict(explanation.unjudged))], width)
+    elif explanation.first is None and explanation.precision_only:
         yield from _lines(
             [("no fault", f"agrees to within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
         )
@@ -90,7 +93,7 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
     rows = [
         ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"),
         *([("begins", _begins(explanation, explanation.first))] if not number and explanation.first is not None else []),
-        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}"),
+        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}" if cause.records else _WITH_NEXT),
         ("looks", cause.symptom),
         ("fix", cause.fix),
         ("seen in", cause.seen),
@@ -134,7 +137,8 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
 
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
-    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, limit {limit(place.limit)}"
+    held = f"limit {limit(place.limit)}" if place.nmse > place.limit else "which alone would be noise"
+    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, {held}"
     suspect = place.checkpoint in {other.checkpoint for other in explanation.suspects}
     if suspect and not explanation.causes:
         rows = [("no cause", f"no operation is to blame for what differs first, {where}")]
@@ -165,7 +169,7 @@ def _suspect(suspect: SuspectRecord) -> str:
     agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
     agrees, would = ("agrees", "it would not") if len(suspect.agreeing) == 1 else ("agree", "they would not")
     return (
-        f"{suspect.checkpoint} alone differs: {agreeing}, computed from it, {agrees}, and {would} if the engine had gone on with "
+        f"{suspect.checkpoint} alone differs: {agreeing}, computed from it, {agrees}, and {would} if the engine had continued with "
         "these values: the record shows another layout, moment or point than its name says"
     )
 
@@ -218,7 +222,8 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
 
 def _truth(truth: TruthAt, *, right: bool) -> str:
     """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
-    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, a right float32 one {error(truth.right)}"
+    sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, "
+    sentence += f"a right float32 engine {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
         return sentence
     return f"{sentence}: yours is {'coarser' if right else 'wrong'}"
@@ -230,11 +235,17 @@ def _lead(lead: Lead) -> str:
     return f"{lead.removed:.1%} of the error disappears with {_same(lead.named)}"
 
 
+def _verdict(explanation: Explanation) -> str:
+    if explanation.unjudged:
+        return "undecided"
+    return "no fault" if explanation else ("explained" if explanation.remaining is None else "unexplained")
+
+
 def as_json(explanation: Explanation) -> dict[str, Any]:
     """The answer as one JSON object."""
     return {
         "schema": 1,
-        "verdict": "no fault" if explanation else ("explained" if explanation.remaining is None else "unexplained"),
+        "verdict": _verdict(explanation),
         "causes": [_cause_as_json(cause) for cause in explanation.causes],
         "leads": [
             {"sentence": lead.sentence, "removed": lead.removed, **(_named_as_json(lead.named) if lead.named else {})}
@@ -247,6 +258,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         ],
         "precision_only": explanation.precision_only or None,
         "precision_assumed": explanation.precision_assumed,
+        "unjudged": list(explanation.unjudged),
         "precision_alike": list(explanation.precision_alike),
         "looks_like": explanation.looks_like or None,
         "f32_stated": explanation.f32_stated or None,

@@ -98,6 +98,8 @@ def _explained(answer: Mapping[str, Any], causes: int) -> str:
         kind = _text(answer.get("precision_only"))
         assumed = ", which nothing states" if answer.get("precision_assumed") is True else ""
         return f"no fault: what differs is what {kind} rounds{assumed}" if kind else "no fault: nothing differs"
+    if answer.get("verdict") == "undecided":
+        return "undecided: in this arithmetic rounding alone moves the values as far as they are large"
     said = [
         f"{count(causes, 'cause')} found that {'reproduces' if causes == 1 else 'reproduce'} these numbers"
         if causes

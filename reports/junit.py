@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree as ET
 
-from checkpoints.answers.conform import NO_REFERENCE, REFUSED, Conformance, axis
+from checkpoints.answers.conform import NO_REFERENCE, REFUSED, UNDECIDED, Conformance, axis
 from checkpoints.answers.diff import Difference, PointSummary, Verdict
 from checkpoints.answers.drift import Drift
 
@@ -39,12 +39,12 @@ def drift_as_junit(drift: Drift) -> str:
 
 
 def conform_as_junit(conformance: Conformance) -> str:
-    """A conformance run: one suite per architecture, one case per cell; what is refused or has no reference is skipped."""
+    """A conformance run: one suite per architecture, one case per cell; what is refused, undecided or has no reference is skipped."""
     suites = []
     for name in axis(conformance.results, "architecture"):
         results = [result for result in conformance.results if result.cell.architecture == name]
         failures = sum(result.wrong for result in results)
-        skipped = [result for result in results if result.verdict in (REFUSED, NO_REFERENCE)]
+        skipped = [result for result in results if result.verdict in (REFUSED, NO_REFERENCE, UNDECIDED)]
         suite = ET.Element(
             "testsuite", name=_plain(f"conform {name}"), tests=str(len(results)), failures=str(failures), errors="0"
         )

@@ -26,7 +26,8 @@ def headline(verdict: Verdict) -> str:
     if first is not None:
         return f"divergence at {place(first)}"
     if verdict.verdict == INCOMPLETE:
-        return f"{INCOMPLETE} ({uncompared(verdict.uncompared)})"
+        lacking = [uncompared(verdict.uncompared)] if verdict.uncompared else []
+        return f"{INCOMPLETE} ({', '.join([*lacking, *(['the result cannot be judged'] if verdict.unjudged.result else [])])})"
     if verdict:
         return f"parity{far}" if (far := as_far_as_it_goes(verdict)) else "parity"
     return f"{DIVERGENCE}: records are missing"
@@ -36,6 +37,15 @@ def as_far_as_it_goes(verdict: Verdict) -> str:
     """ " as far as it goes (…)", if nothing was compared after some point or at some positions, else ""."""
     lacks = verdict.uncompared
     return f" as far as it goes ({uncompared(lacks)})" if lacks.after or lacks.positions else ""
+
+
+def no_verdict(points: Sequence[str]) -> str:
+    """Why nothing can be said about points, and what would help."""
+    return (
+        f"{_first_names(points)}: in this arithmetic rounding alone moves the values as far as they are large; even zeros would be within "
+        "the limit. Compute in float32 for this comparison, or record all points in whole rows: parity isolate judges each operation by "
+        "its own inputs"
+    )
 
 
 def uncompared(lacks: Uncompared) -> str:
@@ -71,10 +81,14 @@ def answer(verdict: Verdict) -> str:
     otherwise = sum(fault.records for fault in verdict.record_faults)
     precision = verdict.precision
     far = as_far_as_it_goes(verdict)
+    open_records = f", {verdict.unjudged.records:,} cannot be judged" if verdict.unjudged else ""
+    if verdict.verdict == INCOMPLETE and open_records:
+        agreeing = verdict.compared - otherwise - verdict.unjudged.records
+        return f"{headline(verdict)}: {agreeing:,} of {count(verdict.compared, 'record')} agree{open_records}, {held}"
     if verdict.verdict == INCOMPLETE:
         return f"{headline(verdict)}: all {count(verdict.compared, 'record')} that came agree, {held}"
     if verdict:
-        sentence = f"{verdict.compared - otherwise:,} of {count(verdict.compared, 'record')} agree"
+        sentence = f"{verdict.compared - otherwise - verdict.unjudged.records:,} of {count(verdict.compared, 'record')} agree{open_records}"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
         if verdict.uncompared.points and not verdict.uncompared.after:
             sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.requested, 'point')} never compared"
@@ -203,9 +217,11 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
     for side, lacks in (("ours", verdict.missing_ours), ("the reference", verdict.missing_ref)):
         if lacks.records:
             yield "missing", f"{side} lacks {count(lacks.records, 'record')}: {_lacking(lacks)}"
-    if (lacking := verdict.uncompared).points and lacking.points != verdict.missing_ours.points:
+    if not set((lacking := verdict.uncompared).points) <= set(verdict.missing_ours.points):
         some = f"{len(lacking.points)} of {count(lacking.requested, 'point')}"
         yield "missing", f"your engine printed nothing of {some}: {_first_names(lacking.points)}"
+    if verdict.unjudged:
+        yield "no verdict", no_verdict(verdict.unjudged.points)
     if verdict.left_out:
         yield "left out", f"{count(verdict.left_out, 'record')} after the position at which the tokens differ"
     yield from (("recorded", sentence) for sentence in _recorded(verdict))

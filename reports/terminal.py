@@ -7,7 +7,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, OTHERWISE, Difference, PointSummary, Verdict
+from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, OTHERWISE, UNJUDGED, Difference, PointSummary, Verdict
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, default_layers, in_layer
 
 from .header import print_lines
@@ -17,7 +17,7 @@ from .sentences import MAP_LINE, RECORDED, answer, headline, reasons, remarks
 from .status import status
 
 _ROWS = 24  # rows of points, stretches that are left out included
-_STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow", OTHERWISE: "yellow"}
+_STYLE = {AGREES: "", FRESH: "bold red", INHERITED: "red", GROWN: "yellow", OTHERWISE: "yellow", UNJUDGED: "yellow"}
 _PLACE = 20  # columns of a position and its token
 _REMARK = 8  # columns of the names in front of what holds for parity, too
 _LABEL = 16  # columns of the names in front of what explains a divergence
@@ -119,6 +119,8 @@ def _stretch(hidden: list[PointSummary]) -> tuple[str, ...]:
             default=worst,
         )
         words += f", {otherwise} recorded otherwise"
+    if unjudged := sum(point.status == UNJUDGED for point in hidden):
+        words += f", {unjudged} {UNJUDGED}"
     return (
         f"… {count(len(hidden), 'point')}",
         str(sum(point.records for point in hidden)),
@@ -138,6 +140,8 @@ def _remark(verdict: Verdict, point: PointSummary) -> str:
             words.append(f"{point.failed} of {point.records} wrong")
     elif point.status == OTHERWISE:
         words += [RECORDED[fault.kind] for fault in verdict.record_faults if fault.checkpoint == point.checkpoint]
+    elif point.status == UNJUDGED:
+        words.append(UNJUDGED)
     choices = verdict.choices
     if point.checkpoint == LOGITS and choices is not None:
         words.append(f"top-1 {choices.agree}/{choices.known}")

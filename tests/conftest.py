@@ -201,3 +201,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from explaining import count_steps
 
     return count_steps(monkeypatch)
+
+
+@pytest.fixture
+def step_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand computed steps are a second of any budget, those inside `diff` and `explain` too: no answer depends on the machine."""
+    from explaining import count_steps
+
+    count_steps(monkeypatch, per_second=1000)

@@ -26,7 +26,7 @@ STEPS = ExplainOptions(
 )  # some thousand candidates of a small engine, where the fixture `computed` makes steps the clock
 
 
-def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_steps(monkeypatch: pytest.MonkeyPatch, per_second: int = 1) -> list[int]:
     """Count the steps that are computed, and make the count the clock of budgets, so that answers are the same on any machine.
 
     Seconds would make a test of a budget a matter of chance; what a search does is not changed, only how its time is told.
@@ -40,7 +40,7 @@ def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     for module in (replay, batched):
         monkeypatch.setattr(module, "compute", counted)
-    monkeypatch.setattr(explain_budget, "perf_counter", lambda: float(count[0]))
+    monkeypatch.setattr(explain_budget, "perf_counter", lambda: count[0] / per_second)
     return count
 
 

@@ -97,8 +97,11 @@ def _exact_gelu(gate: Array, up: Array, **_params: object) -> Array:
     return (wide * (1 + erf(wide / np.sqrt(2))) / 2).astype(np.float32) * up
 
 
-def _half(step: Step, _right: Steps) -> Step:
-    return replace(step, weights=(Altered(str(step.weights[0]), lambda source, name: source.get(name) / 2),))
+def _altered(change: Callable[[Array], Array]) -> Edit:
+    """The step with its only weight changed."""
+    return lambda step, _: replace(
+        step, weights=(Altered(str(step.weights[0]), lambda source, name: change(source.get(name))),)
+    )
 
 
 FURTHER = {
@@ -131,9 +134,12 @@ FURTHER = {
     ),
     "routed experts alone": Bug("divyamakkar0/JAXformer#21", "qwen2moe", {"ffn_out": _alone(0)}, "shared-expert-missing"),
     "experts' values not doubled": Bug(
-        "tinygrad/tinygrad#14850", "gpt-oss", {"ffn_moe_gate ffn_moe_up ffn_moe_down": _half}, "values-scaled"
+        "tinygrad/tinygrad#14850", "gpt-oss", {"ffn_moe_gate ffn_moe_up ffn_moe_down": _altered(lambda weight: weight / 2)}, "values-scaled"
     ),
     "sinks not bound": Bug("vllm-project/vllm-metal#550", "gpt-oss", {"kq_soft_max": _without_weights}, "sinks-missing"),
+    "sinks of other heads": Bug(
+        "ekryski/mlx-swift-lm#130", "gpt-oss", {"kq_soft_max": _altered(lambda sinks: np.roll(sinks, 1))}, "sinks-order"
+    ),
     "attention's scale by layer": Bug("TransformerLensOrg/TransformerLens#27", "gpt2", {"kq_soft_max": _scale_by_layer}, "attn-scale"),
     "first norm twice": Bug("ml-explore/mlx#1636", "gpt2", {"ffn_norm": _of_attn_norm}, "norms-exchanged"),
     "residual after the norm": Bug("lbcb-sci/RiNALMo#9", "qwen3", {"ffn_inp": _on_normed}, "residual-after-norm"),

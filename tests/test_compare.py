@@ -113,6 +113,20 @@ def test_operation_is_named_where_its_inputs_are_recorded() -> None:
     assert verdict.next == ""
 
 
+def test_what_inherits_an_error_from_below_the_limit_is_no_wrong_operation() -> None:
+    """The last layer's output is 0.3 of its limit off, the norm after it 3: the fault lies before the former, where the error jumped."""
+    ref = random(DEFAULT, positions=60)
+    ours, direction = noisy(ref), np.random.default_rng(5)
+    for name, error in (("blk.23.l_out", 3e-11), ("output_norm", 3e-10), ("logits", 3e-9)):
+        size = np.float32(np.sqrt(error)) * ref[name].std()
+        ours[name] = ref[name] + size * direction.standard_normal(ref[name].shape).astype(np.float32)
+    verdict = compare(dump(ours), dump(ref), Options(compute="f32", strict=True))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "output_norm"
+    assert "grew from that of blk.23.l_out without a jump, from below the limit" in verdict.operation
+    assert "blk.{11..23}.*" in verdict.next
+
+
 def test_missing_biases_have_three_origins() -> None:
     """Queries, keys and values do not spoil each other: a fault in all three has three origins."""
     ref = random(ALL)

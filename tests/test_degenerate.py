@@ -247,5 +247,14 @@ def test_zeros_and_saturated_values_are_no_other_type() -> None:
         assert not any(wrong.any() for wrong in confusion(each).values())
 
 
+def test_decays_are_no_other_type() -> None:
+    """exp(−exp(x)) in BF16 spans as many powers of two as F16 bits read as BF16 do, and is positive; most rows of the latter are found."""
+    normal = np.random.default_rng(4).standard_normal((2000, 10)).astype(np.float32)
+    decays = _bf16(np.exp(-np.exp(1.5 * normal)))
+    assert not any(wrong.any() for wrong in confusion(decays).values())
+    misread = (normal.astype(np.float16).view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    assert confusion(misread)["F16 bits read as BF16"].mean() > 0.75
+
+
 def _bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)

@@ -89,7 +89,7 @@ def test_nothing_is_written_over_what_a_check_reads(parity: Cli, tmp_path: Path)
             refused(parity("drift", "check", folder, option, folder / name), f"{name} is an input of this command")
     for option in ("--junit", "--summary"):
         refused(parity("drift", "check", folder, option, folder / "ledger.jsonl"), "ledger.jsonl is an input of this command")
-    refused(parity("drift", "check", folder, "--ledger", tmp_path / "notes.txt"), "notes.txt is no ledger of checks")
+    refused(parity("drift", "check", folder, "--ledger", tmp_path / "notes.txt"), "notes.txt is not a ledger of checks")
     refused(parity("drift", "history", folder, "--html", folder / "drift.json"), "drift.json is an input")
     (tmp_path / "torn.jsonl").write_text('{"sch')  # by a check that was killed while it wrote its first line
     refused(parity("drift", "history", folder, "--ledger", tmp_path / "torn.jsonl"), "torn.jsonl has no entry")

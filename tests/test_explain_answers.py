@@ -209,6 +209,26 @@ def test_nan_agrees_with_nothing(stories: Faulty) -> None:
     assert explanation.first.checkpoint == "blk.7.ffn_out"
 
 
+@pytest.mark.slow
+def test_nothing_is_searched_where_all_that_differs_is_nan(stories: Faulty) -> None:
+    """A soft max that overflows in layer 17 leaves NaN everywhere, as one in layer 14 does: the points to record are said at once."""
+    explanation = explain(faulty(stories, "softmax-f16-overflow", layers=(17,)), stories.model, _PATIENT)
+    assert explanation.law.startswith("every recorded element is NaN")
+    assert (names(explanation), explanation.variants, explanation.next) == ([], 0, "blk.{11..23}.l_out")
+
+
+@pytest.mark.slow
+def test_unlikely_formulas_with_the_same_numbers_are_named_beside_a_likely_one(stories: Faulty) -> None:
+    """Gate and up exchanged in one unknown layer: the activation on the wrong operand is the same, and is likely."""
+    tokens = tokens_of(stories.model, 24, seed=1)
+    dump = stories.dump(Planted((("gate-up-swapped", {}, (17,)),)), tokens)
+    explanation = explain(dump, stories.model, replace(_PATIENT, tokens=tokens))
+    assert explanation.remaining is None
+    [cause] = explanation.causes
+    assert cause.named.layers == (17,)
+    assert "gate-up-swapped" in {cause.named.fault, *(other.fault for other in cause.equivalent)}
+
+
 @pytest.mark.parametrize("by", [1, -1])
 def test_the_embeddings_neighbour_is_named(engine: Faulty, by: int) -> None:
     """The row of the id above or below, and not a beginning of the sequence that happens to fit one position."""

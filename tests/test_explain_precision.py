@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, unstated
 from msgspec.structs import replace
-from planted import Faulty, half_sums, tokens_of
+from planted import PATIENT, Faulty, half_sums, tokens_of
 from slow import slow_but
 
 from checkpoints.reading.reader import read
@@ -257,7 +257,7 @@ def test_scores_of_experts_that_are_left_out_are_compared_as_such() -> None:
     assert may_exchange(right, [other], 2).tolist() == [True, False, True]
 
 
-@pytest.mark.usefixtures("computed")
+@pytest.mark.usefixtures("step_clock")
 @pytest.mark.slow
 def test_an_element_that_one_product_reads_wrong_is_said_at_default_points(engine: Faulty) -> None:
     """One element in a product is 1 % too small, which no entry describes: the errors of the layer's output follow it."""
@@ -268,7 +268,7 @@ def test_an_element_that_one_product_reads_wrong_is_said_at_default_points(engin
         return op(x, *inputs[1:], **params)
 
     steps = [replace(step, op=partial(one_smaller, op=step.op)) if step.makes == "blk.0.v" else step for step in engine.right]
-    answer = explain(engine.dump(RIGHT, PROMPT, steps=steps), engine.model, STEPS)
+    answer = explain(engine.dump(RIGHT, PROMPT, steps=steps), engine.model, ExplainOptions(budget=8))
     assert not answer.causes
     # The first position attends to itself alone, so that only its v depends on that element.
     assert answer.law.startswith("the errors follow one number, as if element 3 of blk.0.attn_norm")
@@ -293,23 +293,23 @@ def _with_rounded_biases(engine: Faulty, kind: str) -> list[Step]:
     return rounded(kept, kind, storage=False)
 
 
-@pytest.mark.usefixtures("computed")
+@pytest.mark.usefixtures("step_clock")
 @pytest.mark.parametrize("kind", slow_but(["f16", "bf16"], "bf16"))
 def test_an_engine_that_rounds_large_biases_too_is_right_in_its_arithmetic(biased: Faulty, kind: str) -> None:
     """What it rounds beyond products is of its type as well: our own run with that rounding has its every record."""
     dump = unstated(biased.dump(RIGHT, PROMPT, points="*", steps=_with_rounded_biases(biased, kind)))
-    answer = explain(dump, biased.model, STEPS)
+    answer = explain(dump, biased.model, PATIENT)
     assert answer
     assert answer.precision_only == kind
     assert answer.precision_assumed
     assert (answer.causes, answer.law) == ((), "")
 
 
-@pytest.mark.usefixtures("computed")
+@pytest.mark.usefixtures("step_clock")
 def test_an_engine_whose_large_biases_hide_rounding_is_right_in_its_arithmetic(biased: Faulty) -> None:
     """Queries' errors are next to float32's limit, so that other records show F16 first: no weights and no operation are blamed."""
     dump = unstated(biased.dump(RIGHT, PROMPT, points="*", steps=rounded(biased.right, "f16", storage=False)))
-    answer = explain(dump, biased.model, STEPS)
+    answer = explain(dump, biased.model, PATIENT)
     assert answer
     assert (answer.precision_only, answer.causes, answer.law) == ("f16", (), "")
 
@@ -321,7 +321,7 @@ def test_no_run_begins_after_the_time_is_up(biased: Faulty) -> None:
     assert [is_reproduced(case, "bf16", Budget(seconds)) for seconds in (3600.0, 0.0)] == [True, False]
 
 
-@pytest.mark.usefixtures("computed")
+@pytest.mark.usefixtures("step_clock")
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "factor"), [("f16", 1.005), ("f16", 30.0), ("bf16", 1.005), ("bf16", 1.3)])
 def test_what_rounded_biases_excuse_hides_no_factor(biased: Faulty, kind: str, factor: float) -> None:
@@ -330,5 +330,5 @@ def test_what_rounded_biases_excuse_hides_no_factor(biased: Faulty, kind: str, f
         replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == "blk.1.ffn_out" else step
         for step in _with_rounded_biases(biased, kind)
     ]
-    answer = explain(unstated(biased.dump(RIGHT, PROMPT, points="*", steps=wrong)), biased.model, STEPS)
+    answer = explain(unstated(biased.dump(RIGHT, PROMPT, points="*", steps=wrong)), biased.model, ExplainOptions(budget=2))
     assert not answer

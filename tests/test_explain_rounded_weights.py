@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from explaining import PROMPT, RIGHT, STEPS, unstated
+from explaining import PROMPT, RIGHT, unstated
 from msgspec.structs import replace
 from planted import Faulty
 from slow import slow_but
@@ -15,9 +15,9 @@ from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.precision import is_normed, rounded
 from engine.replay.rounded_weights import with_rounded_weights
-from parity.explain.explain import explain
+from parity.explain.explain import ExplainOptions, explain
 
-pytestmark = pytest.mark.usefixtures("computed")  # steps are the clock: no answer hangs on the machine
+pytestmark = pytest.mark.usefixtures("step_clock")
 
 WANTED: dict[str, Callable[[Step, str], bool]] = {
     "blk.*.attn_norm.weight, blk.*.ffn_norm.weight, output_norm.weight": lambda step, _: is_normed(step),
@@ -29,7 +29,7 @@ NORMS, *_OTHERS = WANTED
 
 
 def _explained(engine: Faulty, steps: list[Step], points: str) -> Explanation:
-    return explain(unstated(engine.dump(RIGHT, PROMPT, points=points, steps=steps)), engine.model, STEPS)
+    return explain(unstated(engine.dump(RIGHT, PROMPT, points=points, steps=steps)), engine.model, ExplainOptions(budget=10))
 
 
 @pytest.mark.parametrize("points", slow_but(["default", "*"], "default"))

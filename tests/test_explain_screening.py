@@ -120,9 +120,11 @@ def test_whole_rows_cost_no_more_derivatives_than_some_of_their_elements(
     """Where whole rows were recorded, derivatives of a few elements are enough to tell the fault's own change from another one."""
     counts: list[int] = []
 
-    def counted(steps: Sequence[Step], point: str, elements: NDArray[np.int64], *others: Any) -> dict[str, Array]:
+    def counted(
+        steps: Sequence[Step], point: str, elements: NDArray[np.int64], *others: Any, **options: bool
+    ) -> dict[str, Array]:
         counts.append(len(elements))
-        return derivatives(steps, point, elements, *others)
+        return derivatives(steps, point, elements, *others, **options)
 
     monkeypatch.setattr("parity.explain.likely.derivatives", counted)
     dump = engine.dump(Planted((("no-gate", {}, (2,)),)), PROMPT, points="embd,output_norm,logits", size=4096)

@@ -114,7 +114,7 @@ def test_a_fault_may_go_on_where_something_is_left_over(layers: tuple[int, ...],
 def test_a_hundred_times_as_far_from_float64_is_wrong(ours: float, said: str) -> None:
     """Up to a hundred times the distance of a right float32 engine nothing is concluded from float64."""
     text = printed(replace(UNEXPLAINED, truth=TruthAt(ours, 1e-13)))
-    assert (f"a right float32 one 1.0e-13{said}" in text, ": yours is" in text) == (True, bool(said))
+    assert (f"a right float32 engine 1.0e-13{said}" in text, ": yours is" in text) == (True, bool(said))
 
 
 def test_lower_arithmetic_is_coarser_and_not_wrong() -> None:

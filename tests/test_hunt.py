@@ -151,6 +151,17 @@ def test_an_engine_that_does_not_repeat_itself_is_told_so(
     assert any("its numbers are not reproducible" in note for note in answer["notes"])
 
 
+def test_points_are_given_by_name(parity: Cli, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """A point that llama.cpp does not list among those of a glob: {points} are names still, which an engine need not expand."""
+    asked, engine = tmp_path / "asked", tmp_path / "engine.py"
+    row = '{"checkpoint": "blk.0.q", "token_idx": 0, "values": [1, 2, 3, 4]}'
+    engine.write_text(f"import sys\nopen(sys.argv[1], 'w').write(sys.argv[2])\nprint({row!r})\n")
+    line = f"{sys.executable} {engine} {asked} {{points}}"
+    points = "blk.{0,1}.{q,concat},blk.1.ffn_g*"
+    parity("run", "--model", synthetic(layers=2), "--tokens", "5,99", "--points", points, "--hunt", "--exec", line)
+    assert asked.read_text().split(",") == ["blk.0.q", "blk.0.concat", "blk.1.q", "blk.1.concat", "blk.1.ffn_gate"]
+
+
 def test_what_it_refuses(parity: Cli) -> None:
     """Without a foreign engine --hunt is refused: there is nothing to run again."""
     refused(parity("run", *ONCE, "--hunt"), "--hunt", "--exec")

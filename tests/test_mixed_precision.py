@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from explaining import STEPS, unstated
+from explaining import unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, half_sums, tokens_of
 
@@ -22,15 +22,16 @@ from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
 from parity.diff.first import BLAMED
-from parity.explain.explain import explain
+from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob
 
-pytestmark = pytest.mark.usefixtures("computed")  # steps are the clock: no answer hangs on the machine
+pytestmark = pytest.mark.usefixtures("step_clock")
 
 Sides = tuple[Faulty, Dump]
+PATIENT = ExplainOptions(budget=20)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_layers_in_a_lower_arithmetic_blame_no_operation(sides: Sides, kind: str
     assert "mixed precision" in verdict.pattern.sentence
     assert f"--compute {kind} allows for it" in verdict.pattern.sentence
     assert BLAMED not in verdict.operation
-    answer = explain(ours, engine.model, STEPS)
+    answer = explain(ours, engine.model, PATIENT)
     assert "mixed precision" in answer.law
     assert not answer.causes
     assert answer.placed is None
@@ -88,7 +89,7 @@ def test_a_large_fault_behind_mixed_precision_is_named(sides: Sides) -> None:
     """Layers in F16 and, behind their first products, a feed-forward 1.3 times too large: the cause beyond what F16 costs is named."""
     engine = sides[0]
     steps = times(from_layer_1(engine.right, "f16"), "blk.1.ffn_out", 1.3)
-    answer = explain(dump_of(sides, steps), engine.model, STEPS)
+    answer = explain(dump_of(sides, steps), engine.model, PATIENT)
     assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
     assert any("blk.1.ffn_out is off by more than F16 arithmetic costs there" in note for note in answer.notes)
 
@@ -106,7 +107,7 @@ def test_a_large_fault_without_a_cause_behind_mixed_precision_is_said(sides: Sid
         replace(step, op=partial(other, op=step.op)) if step.makes == "blk.1.ffn_out" else step
         for step in from_layer_1(engine.right, "f16")
     ]
-    answer = explain(dump_of(sides, steps), engine.model, STEPS)
+    answer = explain(dump_of(sides, steps), engine.model, PATIENT)
     assert not answer.causes
     assert "mixed precision" in answer.law
     assert any(note.startswith("blk.1.ffn_out is off by more than F16 arithmetic costs there") for note in answer.notes)
@@ -121,7 +122,7 @@ def test_a_small_fault_is_not_called_mixed_precision(sides: Sides) -> None:
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.1.q"
     assert BLAMED in verdict.operation
-    answer = explain(ours, engine.model, STEPS)
+    answer = explain(ours, engine.model, PATIENT)
     assert not answer
     assert "mixed precision" not in answer.law
 
@@ -156,7 +157,7 @@ def test_a_part_that_is_kept_in_a_lower_type(sides: Sides, kind: str, first: str
     assert verdict.pattern is not None
     assert verdict.pattern.code == "undecided"
     assert BLAMED not in verdict.operation
-    answer = explain(ours, engine.model, STEPS)
+    answer = explain(ours, engine.model, PATIENT)
     if kind.endswith("vectors"):  # weights are named one by one
         assert [cause.named.fault for cause in answer.causes] == ["weights-rounded"]
         assert answer.remaining is None
@@ -164,7 +165,7 @@ def test_a_part_that_is_kept_in_a_lower_type(sides: Sides, kind: str, first: str
         assert said in answer.law
         assert not answer.causes
     assert answer.placed is None
-    answer = explain(shown(times(lower, "blk.1.ffn_out", 1.05)), engine.model, STEPS)
+    answer = explain(shown(times(lower, "blk.1.ffn_out", 1.05)), engine.model, PATIENT)
     assert not answer
     assert said not in answer.law or any("blk.1.ffn_out" in note for note in answer.notes)
 
@@ -183,11 +184,11 @@ def test_sums_in_f16_in_one_layer(sides: Sides) -> None:
         assert verdict.pattern is not None
         assert verdict.pattern.code == "undecided"
         assert BLAMED not in verdict.operation
-    answer = explain(ours, engine.model, STEPS)
+    answer = explain(ours, engine.model, PATIENT)
     assert "noise in all elements" in answer.law
     assert answer.placed is None
     steps = [replace(step, params={**step.params, "eps": 1e-4}) if step.makes == "blk.1.attn_norm" else step for step in sums]
-    answer = explain(dump_of(sides, steps), engine.model, STEPS)
+    answer = explain(dump_of(sides, steps), engine.model, PATIENT)
     assert [cause.named.fault for cause in answer.causes] == ["norm-epsilon"]
     assert answer.placed is None
     for size in (1.0004, 1.002):
@@ -252,12 +253,12 @@ def test_a_fault_below_the_noise_stands_out_beside_our_own_rounding(
 ) -> None:
     """An engine in one lower arithmetic is right, with a constant rounded to its type, too; a product a little too large is placed."""
     engine, right = sides[0], rounded(sides[0].right, kind, storage=storage)
-    answer = explain(dump_of(sides, right), engine.model, STEPS)
+    answer = explain(dump_of(sides, right), engine.model, PATIENT)
     assert answer
     assert answer.precision_only == kind
     rounded_constant = 1 + 0.9 * 2.0 ** (-9 if kind == "bf16" else -11)
-    assert explain(dump_of(sides, times(right, "blk.1.ffn_out", rounded_constant)), engine.model, STEPS)
-    answer = explain(dump_of(sides, times(right, "blk.1.ffn_out", factor)), engine.model, STEPS)
+    assert explain(dump_of(sides, times(right, "blk.1.ffn_out", rounded_constant)), engine.model, PATIENT)
+    answer = explain(dump_of(sides, times(right, "blk.1.ffn_out", factor)), engine.model, PATIENT)
     assert not answer
     assert answer.law.startswith(f"every element is {factor:g} times the right one")
     assert answer.placed is not None
@@ -270,7 +271,7 @@ def test_a_large_fault_in_a_lower_arithmetic_is_named(sides: Sides, kind: str) -
     """A feed-forward 1.3 times too large, in an engine in one arithmetic everywhere: the factor is named, nothing is called mixed."""
     engine = sides[0]
     steps = times(rounded(engine.right, kind, storage=False), "blk.1.ffn_out", 1.3)
-    answer = explain(dump_of(sides, steps), engine.model, STEPS)
+    answer = explain(dump_of(sides, steps), engine.model, PATIENT)
     assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
     assert "mixed precision" not in answer.law
 
@@ -286,7 +287,7 @@ def test_what_other_experts_cost_is_no_noise(small_model: Callable[..., Path], r
     dump = engine.dump(Planted(()), tokens, points="default", size=10, bare=False, steps=steps)
     assert dump.header is not None
     dump = replace(dump, header=replace(dump.header, compute="", source="an engine"))
-    answer = explain(dump, path, STEPS)
+    answer = explain(dump, path, PATIENT)
     assert "noise in all elements" not in answer.law
     assert answer.placed is not None
     assert "blk.2.ffn_moe_weights_norm" in answer.placed.operations or "blk.3.ffn_moe_weights_norm" in answer.placed.operations
@@ -308,7 +309,7 @@ def test_one_kind_of_operation_in_a_lower_type(sides: Sides, op: Callable[..., n
         ours = replace(ours, points={name: rows for name, rows in ours.points.items() if parse(name).kind == "l_out"})
         verdict = compared_on(ours, ref, Options(), engine.model).verdict
         assert verdict.first_divergence is not None
-        answer = explain(ours, engine.model, STEPS)
+        answer = explain(ours, engine.model, PATIENT)
         assert not answer.causes
         return "" if verdict.pattern is None else verdict.pattern.sentence, answer.law
 
@@ -339,6 +340,6 @@ def test_what_other_experts_cost_excuses_no_factor(
     ]
     tokens = tokens_of(model, 24, seed=1)
     dump = unstated(engine.dump(Planted(()), tokens, points=points, steps=rounded(steps, "bf16", storage=False)))
-    explanation = explain(dump, model, STEPS)
+    explanation = explain(dump, model, PATIENT)
     assert bool(explanation) is (factor == 1.0)
     assert explanation.precision_only == ("bf16" if factor == 1.0 else "")

@@ -47,7 +47,7 @@ def test_experts(parity: Cli, small_model: Callable[..., Path]) -> None:
     assert kinds["0"]["attention"]["attention_sinks"] == "attn_sinks.weight"
     assert kinds["0"]["experts"]["gating"] == "softmax over the chosen"
     assert kinds["0"]["activation"] == "SWIGLU_OAI (α 1.702, limit 7) of 96"
-    assert "YaRN from 128 positions" in kinds["0"]["rope"]
+    assert "YaRN from 128 positions, mix 1, β 32 and 1, cos and sin times 1.34657" in kinds["0"]["rope"]
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) 
     assert kinds["0–1"]["states"]["recurrence"] == "SSM_SCAN"
     assert "attention" not in kinds["0–1"]
     _, kinds = layers(parity, small_model("phi3-longrope", layers=1))
-    assert "magnitude 1.19, frequency factors rope_factors_long.weight" in kinds["0"]["rope"]
+    assert "cos and sin times 1.19, frequency factors rope_factors_long.weight" in kinds["0"]["rope"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A factor below lower arithmetic's noise is found by what all positions share: rounding is scattered."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from planted import Faulty
 
 from checkpoints.answers.diff import Verdict
+from checkpoints.points import parse
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.faults.edits import Then
@@ -19,6 +22,8 @@ from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
 from parity.diff.one_factor import Allowed, shared_factor, shared_summand
 from parity.explain.on_model import compared_on
+from reference.client import Reference
+from reference.jobs import DumpJob
 
 PROMPT, PLACE = (1, 17, 40, 99, 5, 80), "blk.1.ffn_up"
 
@@ -88,6 +93,74 @@ def test_digits_that_are_cut_off_are_no_factor(engine: Faulty) -> None:
         assert bool(compare(ours, right, Options(compute="bf16"))) is (change is cut)
 
 
+def test_a_factor_below_1_is_no_digits_cut_off(engine: Faulty) -> None:
+    """0.997 in F16 is three spacings of its numbers: cut digits leave noise of their own beside that, and products before it round."""
+    right, stated = right_of(engine), Options(compute="f16")
+    for storage in (False, True):
+        found = compare(in_f16(engine, times(0.997), storage=storage), right, stated)
+        assert not found
+        assert f"{PLACE} one-factor: {PLACE}: 0.99" in sentence(found)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_an_engine_may_cut_digits_off_in_some_operations(engine: Faulty, kind: str) -> None:
+    """Products that round, and results of some other operations cut off to F16 or BF16: right, at every point."""
+    bits = {"f16": 13, "bf16": 16}[kind]
+
+    def cut(x: Array) -> Array:
+        mask = np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)
+        return np.asarray((np.ascontiguousarray(x).view(np.uint32) & mask).view(np.float32))
+
+    right = right_of(engine)
+    for kinds in (
+        ("l_out", "ffn_inp"),
+        ("attn_norm", "ffn_norm"),
+        ("v", "kqv_out", "attn_out"),
+        ("ffn_gate", "ffn_up", "ffn_swiglu"),
+    ):
+        steps = [
+            replace(step, op=Then(step.op, cut)) if parse(step.makes).kind in kinds else step
+            for step in rounded(engine.right, kind, storage=False)
+        ]
+        ours = unstated(engine.dump(RIGHT, PROMPT, points="all", size=4096, steps=steps))
+        assert compare(ours, right, Options(compute=kind)), kinds
+
+
+def test_noise_tells_cut_digits_from_a_factor() -> None:
+    """As much smaller as cutting makes values is a factor beside the noise of rounding once, and none beside that of cutting as often."""
+    random = np.random.default_rng(3)
+    right: NDArray[np.float64] = random.normal(size=(6, 256))
+    spacing, size = 2.0**-10, np.exp2(np.floor(np.log2(np.abs(right))))
+
+    def lost(times: int) -> NDArray[np.float64]:
+        return -np.sign(right) * size * spacing * np.asarray(random.uniform(size=(times, *right.shape)).sum(axis=0))
+
+    cut = lost(9)
+    assert shared_factor(cut, right, Allowed.of("f16", 1)) is None
+    smaller = float((cut * right).sum() / (right * right).sum())
+    once = lost(1) + 0.5 * np.sign(right) * size * spacing
+    found = shared_factor(once + smaller * right, right, Allowed.of("f16", 1))
+    assert found is not None
+    assert abs(found.factor - 1 - smaller) < 4 * found.error
+
+
+def test_digits_cut_off_beyond_the_limit_are_undecided() -> None:
+    """The table's limit is one for all models: an engine that cuts digits off may be over it, and no operation is blamed."""
+    random = np.random.default_rng(3)
+    right = random.normal(size=(6, 64)).astype(np.float32)
+    size = np.exp2(np.floor(np.log2(np.abs(right)))) * 2.0**-10
+    cut = -np.sign(right) * size * random.uniform(size=(12, *right.shape)).sum(axis=0)
+    for errors, undecided in ((cut, True), (-0.004 * right, False)):
+        points = {"embd": right, "blk.0.l_out": (right + errors).astype(np.float32)}
+        found = compare(dumped(points), dumped({**points, "blk.0.l_out": right}), Options(compute="f16"))
+        assert not found
+        assert ("undecided" in sentence(found)) is undecided
+    cut[-1] *= 0.3  # a position that is below the limit
+    points = {"embd": right, "blk.0.l_out": (right + cut).astype(np.float32)}
+    found = compare(dumped(points), dumped({**points, "blk.0.l_out": right}), Options(compute="f16"))
+    assert "undecided" in sentence(found)
+
+
 @pytest.mark.slow
 def test_what_stands_out_of_our_own_rounding_is_a_divergence(engine: Faulty) -> None:
     """An eighth of a row is 1.001 times too large, below F16's own error of each value; with the model, our run in F16 shows it."""
@@ -150,6 +223,20 @@ def test_a_channel_that_dwarfs_a_row_is_one_number() -> None:
     found = shared_factor(errors + 0.01 * right, right, Allowed.of("bf16", 1))
     assert found is not None
     assert abs(found.factor - 1.01) < 4 * found.error
+
+
+def test_a_constant_in_bf16_beside_f16_is_undecided(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """Embeddings times the root of 1152, which BF16 has as 34, have the factor that a fault of 1.0017 would leave: both are said."""
+    engine, out = Faulty(model := small_model("gemma"), reference.graph(model)), tmp_path / "ref.jsonl"
+    reference.dump(DumpJob(model, out, PROMPT, points="all", slice_size=4096))
+    steps = [
+        replace(step, op=Then(step.op, times(float(34 / np.sqrt(1152))))) if step.makes == "embd" else step
+        for step in rounded(engine.right, "f16", storage=True)
+    ]
+    ours = unstated(engine.dump(RIGHT, PROMPT, points="all", size=4096, steps=steps))
+    assert "embd undecided: embd: 1.0017" in sentence(compare(ours, read(out), Options(compute="f16")))
 
 
 def test_eight_bits_beside_constants_in_bf16() -> None:

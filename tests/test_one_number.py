@@ -71,7 +71,8 @@ def test_numbers_are_asked_for_at_the_first_wrong_rows_together(engine: Faulty, 
     monkeypatch.setattr(Case, "make", counted)
     found, complete = followed(case, entry, errors, np.isfinite(errors), Budget(60))
     best = max(found, key=lambda number: number.along)
-    assert (complete, best.kind, best.shifted, best.change) == (True, "ffn_out", False, pytest.approx(1e-3, rel=0.05))
+    assert best.kind in ("ffn_up", "ffn_swiglu", "ffn_out")  # a factor of any of them is the same; rounding decides
+    assert (complete, best.shifted, best.change) == (True, False, pytest.approx(1e-3, rel=0.05))
     assert 1 <= rows.count(len(PROMPT)) <= 10
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cli import Cli
 from dumps import DIFFERENCE_KEYS, VERDICT_KEYS
+from foreign import numpy_engine
 from slow import slow_but
 
 from checkpoints.reading.reader import read
@@ -188,3 +189,13 @@ def test_json_is_one_object_and_nothing_else(parity: Cli) -> None:
     answer = json.loads(ran.out)
     assert {"schema", *VERDICT_KEYS} <= set(answer)
     assert set(answer["worst"]) >= DIFFERENCE_KEYS
+
+
+@pytest.mark.slow
+def test_parity_on_the_twin_says_that_dequantisers_did_not_run(parity: Cli) -> None:
+    """An engine that was given the F32 copy of a quantised file is told once how to run its own dequantisers; in native mode, not."""
+    run = ("run", "--tokens", "1,403,407", "--exec", numpy_engine(), "--compute", "f32", "--points", "default")
+    for mode, times in (("exact", 1), ("native", 0)):
+        code, answer = parity.json(*run, "--mode", mode)
+        assert code == 0
+        assert sum("dequantisers did not run" in note for note in answer["notes"]) == times

@@ -162,7 +162,7 @@ STRANGE = {"Ωmega": -0.7, "日本語日本語": -0.9, "zzyzx": -2.0, "qqq": -3.
 @pytest.mark.parametrize(
     ("fixed", "message", "advice"),
     [
-        pytest.param(FEW, "gives 2 candidates a position, not the 5 asked for", "--server-top 2", marks=pytest.mark.slow),
+        pytest.param(FEW, "gives 2 candidates per position, not the 5 asked for", "--server-top 2", marks=pytest.mark.slow),
         (STRANGE, "candidates are not tokens of this model", "Is it the model that the server runs?"),
         pytest.param({}, "nothing was predicted that could be scored", "longer text", marks=pytest.mark.slow),
     ],

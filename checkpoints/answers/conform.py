@@ -15,6 +15,7 @@ REFUSED = "refused"
 CRASHED = "crashed"
 TIMED_OUT = "timed out"
 UNUSABLE = "unusable"  # a dump that cannot be read or believed, or has no logits
+UNDECIDED = "undecided"  # the noise of its arithmetic is as large as the model's values
 NO_REFERENCE = "no reference"  # llama.cpp itself has no such model, or cannot run it
 CHANGED = "changed"  # the key of a result of which nobody knows by which build of the engine it was made
 WRONG = (DIVERGENCE, CRASHED, TIMED_OUT, UNUSABLE)
@@ -41,7 +42,7 @@ class CellResult(Struct, frozen=True):
     """The result of one cell.
 
     Attributes:
-        verdict: PARITY, LOWER + an arithmetic, DIVERGENCE, REFUSED, CRASHED, TIMED_OUT, UNUSABLE or NO_REFERENCE.
+        verdict: PARITY, LOWER + an arithmetic, DIVERGENCE, REFUSED, CRASHED, TIMED_OUT, UNUSABLE, UNDECIDED or NO_REFERENCE.
         reason: the side's own words if the verdict is neither parity nor divergence.
         checkpoint, token_idx: the first divergence.
         cause: a short explanation, identical for cells that share a cause: a fault's name and place, or the operation.

@@ -9,13 +9,14 @@ from msgspec import Struct, field
 
 PARITY = "parity"
 DIVERGENCE = "divergence"
-INCOMPLETE = "incomplete"  # what was compared agrees, but the result that was asked for was not
+INCOMPLETE = "incomplete"  # what was compared agrees, but the result was not compared, or cannot be judged
 
 AGREES = "agrees"
 FRESH = "fresh"  # the error jumps here
 INHERITED = "inherited"  # wrong, but no more than the error of its inputs explains
 GROWN = "grown"  # over the limit without a jump anywhere before it
 OTHERWISE = "recorded otherwise"  # the operation is right, but the record shows another value
+UNJUDGED = "cannot be judged"  # agrees only by a limit that refuses nothing
 
 
 class Difference(Struct, frozen=True):
@@ -181,6 +182,20 @@ class Uncompared(Struct, frozen=True):
         return bool(self.points or self.positions)
 
 
+class Unjudged(Struct, frozen=True):
+    """Records that agree only because their measured limit refuses nothing: a row of zeros would pass. False if there are none.
+
+    `points` are theirs, in dataflow order. `result`: whether the last compared point is one of them.
+    """
+
+    records: int = 0
+    points: tuple[str, ...] = ()
+    result: bool = False
+
+    def __bool__(self) -> bool:
+        return self.records > 0
+
+
 class Choices(Struct, frozen=True):
     """The next token as each side would choose it.
 
@@ -219,8 +234,8 @@ class Limits(Struct, frozen=True):
 class Verdict(Struct, frozen=True):
     """The answer to "do these two dumps agree?"; true for parity.
 
-    `verdict` is INCOMPLETE if an engine was asked for its result and did not print it, although all that was compared agrees. `uncompared`
-    is what of the other side's records, or of what an engine was asked for, was never compared.
+    `verdict` is INCOMPLETE if an engine was asked for its result and did not print it, or if no limit can judge the result, although all
+    that was compared agrees. `uncompared` is what of the other side's records, or of what an engine was asked for, was never compared.
     `next` is a `--points` value, empty if the records already identify the operation (then `operation` names it).
     `left_out` counts records after the position at which the token sequences diverge. `next_slice` is how many leading values the next
     run has to record if too little of the rows was seen. `excused` records are over the table's limit and agree by an assumption about
@@ -245,6 +260,7 @@ class Verdict(Struct, frozen=True):
     missing_ours: Missing = field(default_factory=Missing)
     missing_ref: Missing = field(default_factory=Missing)
     uncompared: Uncompared = field(default_factory=Uncompared)
+    unjudged: Unjudged = field(default_factory=Unjudged)
     choices: Choices | None = None
     left_out: int = 0
     excused: int = 0

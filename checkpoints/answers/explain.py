@@ -86,7 +86,7 @@ class SuspectRecord(Struct, frozen=True):
 
 
 class Explanation(Struct, frozen=True):
-    """The answer. True if there is no fault: nothing differs, or only by precision.
+    """The answer. True if there is no fault: nothing differs, or only by precision that can be judged.
 
     Attributes:
         first: where the dump first differs; None if it does not.
@@ -102,6 +102,8 @@ class Explanation(Struct, frozen=True):
         seen: how much of each point's rows the dump shows.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
         precision_assumed: whether nothing says that the dump was computed in that arithmetic: a fault as small would look alike.
+        unjudged: points, the last one among them, whose values lower arithmetic moves as far as they are large: whether there is a fault
+            cannot be said.
         precision_alike: other arithmetics that fit as well as `precision_only` or `looks_like`, so that they cannot be told apart.
         next: points to record now, as a `--points` value.
         complete: False if the search ran out of time.
@@ -115,6 +117,7 @@ class Explanation(Struct, frozen=True):
     leads: tuple[Lead, ...] = ()
     precision_only: str = ""
     precision_assumed: bool = False
+    unjudged: tuple[str, ...] = ()
     law: str = ""
     placed: PossibleOperations | None = None
     suspects: tuple[SuspectRecord, ...] = ()
@@ -133,4 +136,4 @@ class Explanation(Struct, frozen=True):
     seen: tuple[Seen, ...] = ()
 
     def __bool__(self) -> bool:
-        return self.first is None or bool(self.precision_only)
+        return (self.first is None or bool(self.precision_only)) and not self.unjudged

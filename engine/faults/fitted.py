@@ -12,12 +12,13 @@ from .. import ops
 from ..backend import Array
 from ..graph import Step
 from .attention import FAULTS as ATTENTION
-from .base import AT, Fault, Parameters, Steps, kinds_of
-from .edits import HandsOn
+from .base import AT, Fault, Parameters, Steps, kind_of, kinds_of
+from .edits import HandsOn, ggml, number
 from .head_norms import unlisted
 from .logits import FAULTS as LOGITS
 from .norms import FAULTS as NORMS
 from .norms import epsilon_of, kinds_with_epsilon, with_epsilon
+from .number_words import as_root, near_scale, number_in_words, type_of_constant
 from .rope import FAULTS as ROPE
 from .rotation import both_then_each, is_rotation, rotary
 from .windows import soft_capped
@@ -75,9 +76,12 @@ class Fitted(Struct, frozen=True, kw_only=True):
         """Remarks on a fitted value: the right value, and the nearest one of other models."""
         wanted = self.wanted(right, parameters)
         notes = [f"{value:.4g}{as_root(value)}"] if self.parameter == "scale" and as_root(value) else []
-        notes += [] if wanted is None else [f"this model wants {_number(wanted, self.parameter)}"]
+        notes += [] if wanted is None else [f"this model wants {number_in_words(wanted, self.parameter)}"]
+        constant, other = (wanted, value) if wanted else self._multiplied(value, right, parameters)
+        if kept := type_of_constant(other, constant):
+            notes.append(f"it is {constant:g} rounded to {kept}: a constant that is kept in that type")
         if self.parameter == "scale" and wanted:
-            notes += _near_scale(value, wanted, right)
+            notes += near_scale(value, wanted, right)
         if self.known and value > 0:
             near = min(self.known, key=lambda usual: abs(log10(usual) - log10(value)))
             if wanted is None or near != np.float32(wanted):
@@ -86,34 +90,13 @@ class Fitted(Struct, frozen=True, kw_only=True):
                 notes.append(f"values {(wanted / value) ** 0.5:.4g} times as large in front of the norm do the same")
         return ", ".join(notes)
 
-
-def _near_scale(value: float, wanted: float, right: Steps) -> list[str]:
-    """The formula, with a size that other engines use by mistake, whose attention scale is close to a fitted one; nothing if there is
-    none."""
-    heads = next((int(step.params["heads"]) for step in right.values() if step.op is ops.attention_scores), 1)
-    others = {
-        1.0: "no scale",
-        wanted**2: "the scale applied twice",
-        1 / wanted: "its inverse",
-        wanted * heads**-0.5: "by the width of all heads",
-        wanted * 2**0.5: "by half the head size",
-        wanted * 0.5**0.5: "by twice the head size",
-    }
-    near = min(others, key=lambda other: abs(log10(other) - log10(value)))
-    return [f"it is {others[near]}"] if abs(value - near) < 1e-3 * near else []
-
-
-def _number(value: float, parameter: str) -> str:
-    """A number as text; an attention scale also as one over a root."""
-    if parameter != "scale":
-        return f"{float(np.float32(value)):g}"
-    return f"{value:.4g}{as_root(value)}"
-
-
-def as_root(value: float) -> str:
-    """ " = 1/√n" if a number is one over the root of a whole n, else ""."""
-    n = value**-2 if value > 0 else 0.0
-    return f" = 1/√{round(n)}" if n >= 1 and abs(n - round(n)) < 1e-3 * n else ""
+    def _multiplied(self, value: float, right: Steps, parameters: Parameters) -> tuple[float, float]:
+        """The constant by which this model multiplies where a factor is wrong, and what it is with that factor; 0 if there is none."""
+        if self.parameter != "by":
+            return 0.0, 0.0
+        scales = (step for step in right.values() if kind_of(step) in parameters.get(AT, ()) and ggml(step, "SCALE"))
+        constant = next((number(step, 0) for step in scales), 0.0)
+        return constant, constant * value
 
 
 def parameter_wanted(name: str, *kinds: str) -> Callable[[Steps, Parameters], float | None]:

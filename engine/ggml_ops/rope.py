@@ -6,6 +6,7 @@ Parameters: int 1 how many elements are rotated, 2 the mode, 4 the original cont
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,21 @@ def rope_back(x: Array, positions: Array, factors: Array | None = None, *, param
     return _rotated(x, positions, factors, params, -1.0)
 
 
-def _rotated(x: Array, positions: Array, factors: Array | None, params: OpParams, sign: float) -> Array:
+def rope_by_table(
+    x: Array, positions: Array, factors: Array | None = None, *, params: OpParams, keep: Callable[[Array], Array]
+) -> Array:
+    """The rotation of an engine that keeps its cosines and sines in another type, which `keep` rounds them to: as `rope`."""
+    return _rotated(x, positions, factors, params, 1.0, keep)
+
+
+def _rotated(
+    x: Array,
+    positions: Array,
+    factors: Array | None,
+    params: OpParams,
+    sign: float,
+    keep: Callable[[Array], Array] = lambda table: table,
+) -> Array:
     xp = module_of(x)
     (x,) = as_floats(x)
     mode = params.int(2)
@@ -38,8 +53,8 @@ def _rotated(x: Array, positions: Array, factors: Array | None, params: OpParams
     host_positions = on_host(positions).reshape(-1)
     host_factors = None if factors is None else on_host(factors).reshape(-1).astype(np.float32)
     cos, sin = cosine_and_sine(host_positions, host_factors, pairs, x.shape[1], params)
-    cos = xp.asarray(cos.astype(x.dtype))[None, :, None, :]
-    sin = xp.asarray((sign * sin).astype(x.dtype))[None, :, None, :]
+    cos = keep(xp.asarray(cos.astype(x.dtype)))[None, :, None, :]
+    sin = keep(xp.asarray((sign * sin).astype(x.dtype)))[None, :, None, :]
     start = 0 if mode == VISION else params.int(15)
     if mode == 0:
         first, second = slice(start, start + dims, 2), slice(start + 1, start + dims, 2)

@@ -11,12 +11,22 @@ import numpy as np
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import History, Step, WeightSource, weight_of_step
+from .batched import compute_elementwise, elementwise
 
+# Of an element, in proportion: in float64 the difference then has some ten digits, and what is beyond first order is one part in 10^10.
+_DIFFERENCE = 1e-5
 _Back = Callable[[Step, Array, Sequence[Array], Sequence[Any], int], Sequence["Array | None"]]
 
 
 def derivatives(
-    steps: Sequence[Step], point: str, elements: Any, row: int, values: Mapping[str, Array], weights: WeightSource
+    steps: Sequence[Step],
+    point: str,
+    elements: Any,
+    row: int,
+    values: Mapping[str, Array],
+    weights: WeightSource,
+    *,
+    partial: bool = False,
 ) -> dict[str, Array]:
     """The derivatives of some elements of a row of `point` with respect to the same row of each value that it is made from: [k, n] by
     name.
@@ -25,6 +35,7 @@ def derivatives(
     Args:
         steps: those that lead to `point`, of operations that `can_batch` takes. elements: [k], which of the row.
         values: of the right run, over the rows up to that one at least.
+        partial: what goes through other operations, such as experts, is left out; what residuals hand on past them is most of it.
 
     Raises:
         KeyError: a step is of another operation, or reads parts of values.
@@ -37,14 +48,17 @@ def derivatives(
     for step in reversed(steps):
         if step.makes not in by_name:
             continue
-        if not all(isinstance(read, str | History) for read in step.reads):
+        carry = _elementwise if elementwise(step) else _BACK.get(step.op)
+        if carry is None or not all(isinstance(read, str | History) for read in step.reads):
+            if partial:
+                continue
             raise KeyError(step.makes)  # halves of a fused product, say
         back, names = by_name[step.makes], step.names
         if back.ndim > 2:
             del by_name[step.makes]  # of scores: [k, heads, S] in every layer
         inputs = [values[name] for name in names]
         arrays = [weight_of_step(weight, weights) for weight in step.weights]
-        for name, part in zip(names, _BACK[step.op](step, back, inputs, arrays, row), strict=False):
+        for name, part in zip(names, carry(step, back, inputs, arrays, row), strict=False):
             if part is not None:
                 by_name[name] = by_name[name] + part if name in by_name else part
     return by_name
@@ -94,6 +108,19 @@ def _swiglu(_step: Step, back: Array, inputs: Sequence[Array], _weights: Sequenc
     gate, up = inputs[0][row], inputs[1][row]
     part = 1 / (1 + np.exp(-gate))
     return [back * up * part * (1 + gate * (1 - part)), back * gate * part]
+
+
+def _elementwise(step: Step, back: Array, inputs: Sequence[Array], _weights: Sequence[Any], row: int) -> Sequence[Array]:
+    """By differences in float64, in which ggml's operations take nothing from their tables."""
+    rows = [(x[row] if x.ndim == 2 else x[:, row]).astype(np.float64) for x in inputs]
+    parts = []
+    for number, x in enumerate(rows):
+        step_of = _DIFFERENCE * (1 + abs(x))
+        up, down = (
+            compute_elementwise(step, [*rows[:number], moved, *rows[number + 1 :]]) for moved in (x + step_of, x - step_of)
+        )
+        parts.append(back * ((up - down) / (2 * step_of)).astype(back.dtype))
+    return parts
 
 
 def _weighted_values(step: Step, back: Array, inputs: Sequence[Array], _weights: Sequence[Any], row: int) -> Sequence[Array]:

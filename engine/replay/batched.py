@@ -1,29 +1,92 @@
 """One step on many versions of its inputs at once: those of different faults, each over the same few positions.
 
 A step that works row by row does not care whose rows they are: the versions are stacked, as if they were
-one long sequence. In attention they lie side by side, as if they were more heads.
+one long sequence; so does one that works element by element. In attention they lie side by side, as if they were more heads.
 """
 
 from collections.abc import Sequence
+from math import prod
+
+from checkpoints.graph import Size
 
 from .. import ops
 from ..backend import Array
-from ..graph import PASSES, History, Step, WeightSource, compute
+from ..graph import PASSES, History, Read, Step, View, WeightSource, compute
+from ..lift.node import GgmlOperation
 
-_ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu)
+_ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu, ops.part)
+_ELEMENTWISE = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "SQR", "SQRT", "UNARY", "GLU"})  # of ggml's operations
+# Those that take a row to a row, if positions are what they read in rows: those of routing and experts.
+_OF_ROWS = _ELEMENTWISE | {"SOFT_MAX", "ARGSORT", "TOP_K", "GET_ROWS", "SUM_ROWS", "MUL_MAT_ID"}
+_POSITIONS = Size(0, 1)
+_PLAIN = {
+    "params",
+    "operands",
+    "shape",
+    "result_shape",
+}  # what steps of these operations have, unless something else depends on the length
 _ATTENTION = (ops.attention_scores, ops.causal_soft_max, ops.weighted_values)
 
 
 def by_rows(step: Step) -> bool:
     """Whether each row of a step's value depends on the same row of what it reads alone."""
-    return step.op in _ROW_BY_ROW and can_batch(step) and not any(isinstance(read, History) for read in step.reads)
+    plain = step.op in _ROW_BY_ROW and can_batch(step) and not any(isinstance(read, History) for read in step.reads)
+    return plain or (step.axis == 0 and elementwise(step)) or _takes_rows(step)
+
+
+def _takes_rows(step: Step) -> bool:
+    """Whether an operation of ggml's makes each row of its value of the same row of what it reads: sizes say what a row is."""
+    if not isinstance(step.op, GgmlOperation) or step.op.name not in _OF_ROWS or step.axis != 0:
+        return False
+    operands = step.params["operands"]
+    moving = [operand for operand in operands if operand is not None and operand.variable]
+    plain = len(moving) == len(step.reads) and step.params.keys() <= _PLAIN and _in_rows(step.params["result_shape"])
+    whole = all(isinstance(read, View) or _in_rows(operand.whole) for read, operand in zip(step.reads, moving, strict=False))
+    return plain and whole and all(map(_is_of_rows, step.reads))
+
+
+def _in_rows(sizes: Sequence[Size]) -> bool:
+    """Whether a shape is a row for each position."""
+    return sizes[0] == _POSITIONS and all(size.constant for size in sizes[1:])
+
+
+def _is_of_rows(read: Read) -> bool:
+    """Whether a step reads a value, or the same part of each of its rows."""
+    if not isinstance(read, View):
+        return isinstance(read, str)
+    row = Size(prod(size.fixed for size in read.whole[1:]))
+    along = [stride for size, stride in zip(read.shape, read.strides, strict=True) if not size.constant]
+    rest = (*(size for size in read.shape if size != _POSITIONS), *read.strides, read.offset)
+    return isinstance(read.of, str) and _in_rows(read.whole) and along == [row] and all(size.constant for size in rest)
+
+
+def elementwise(step: Step) -> bool:
+    """Whether an operation of ggml's makes each element of its value of the same element of values of its shape, and of nothing else."""
+    if not isinstance(step.op, GgmlOperation) or step.op.name not in _ELEMENTWISE or step.weights:
+        return False
+    shape, of_operands = step.params["shape"], step.params["operands"]
+    alike = all(operand is not None and operand.shape == shape for operand in of_operands)
+    read = len(of_operands) == len(step.reads) and all(isinstance(read, str) for read in step.reads)
+    return alike and read and step.params.keys() <= _PLAIN
+
+
+def compute_elementwise(step: Step, inputs: Sequence[Array]) -> Array:
+    """The value of an `elementwise` step for inputs of any one shape."""
+    flat = [x.reshape(1, 1, 1, -1) for x in inputs]
+    value: Array = step.op.compute(*flat, params=step.params["params"], shape=flat[0].shape).reshape(inputs[0].shape)  # type: ignore[attr-defined]
+    return value
 
 
 def can_batch(step: Step) -> bool:
     """Whether `compute_batch` can combine versions of this step's inputs."""
+    if elementwise(step) or _takes_rows(step):
+        return True
+    if PASSES in step.names:
+        return False
+    if step.op in _ROW_BY_ROW:
+        return all(isinstance(read, History) or _is_of_rows(read) for read in step.reads)
     by_head = step.op is ops.causal_soft_max and (step.weights or "max_bias" in step.params)  # sinks, ALiBi
-    plain = all(isinstance(read, str | History) for read in step.reads) and not by_head
-    return plain and step.op in (*_ROW_BY_ROW, *_ATTENTION) and PASSES not in step.names
+    return step.op in _ATTENTION and not by_head and all(isinstance(read, str | History) for read in step.reads)
 
 
 def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
@@ -36,7 +99,10 @@ def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: Weigh
     Returns:
         [M, R, n] or [M, H, R, R].
     """
-    stacked = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
+    if elementwise(step):
+        stacked = compute_elementwise(step, inputs)
+    else:
+        stacked = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
     return stacked.reshape(many, stacked.shape[0] // many, *stacked.shape[1:])
 
 

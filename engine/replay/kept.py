@@ -8,7 +8,10 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
+from ..ggml_ops import OpParams
+from ..ggml_ops.rope import rope_by_table
 from ..graph import POSITIONS, History, Read, Step, View
+from ..lift.node import GgmlOperation
 from .precision import ROUNDINGS, each, multiplies
 
 CACHE, VECTORS, ANGLES = "cache", "vectors", "angles"
@@ -61,6 +64,23 @@ class _Rope(Struct, frozen=True):
         return ops.rotate(x, cos.astype(x.dtype), sin.astype(x.dtype), heads=heads, dims=dims, pairs=pairs)
 
 
+class _GgmlRope(GgmlOperation, frozen=True):
+    """The same for ggml's own operation."""
+
+    kind: str
+
+    def compute(self, *arguments: Any, params: OpParams, shape: tuple[int, ...]) -> Array:
+        """The rotation, in ggml's four dimensions."""
+        return rope_by_table(*arguments, params=params, keep=ROUNDINGS[self.kind])
+
+
+def _by_kept_angles(step: Step, kind: str) -> Step:
+    if step.op is ops.rope:
+        return replace(step, op=_Rope(kind))
+    ggml = isinstance(step.op, GgmlOperation) and step.op.name == "ROPE"
+    return replace(step, op=_GgmlRope("ROPE", kind)) if ggml else step
+
+
 def kept(steps: Sequence[Step], kind: str) -> list[Step]:
     """The steps of a right engine that computes in float32 and keeps a part in a lower type: `kind` is one of `KEPT`.
 
@@ -68,7 +88,7 @@ def kept(steps: Sequence[Step], kind: str) -> list[Step]:
     """
     what = KEPT[kind]
     if what.part == ANGLES:
-        return [replace(step, op=_Rope(what.type)) if step.op is ops.rope else step for step in steps]
+        return [_by_kept_angles(step, what.type) for step in steps]
     places_of = _histories if what.part == CACHE else _vectors
     return [replace(step, op=_Inputs(step.op, what.type, places)) if (places := places_of(step)) else step for step in steps]
 

@@ -18,25 +18,33 @@ from ..backend import Array
 from ..ggml_ops import OpParams
 from ..graph import Altered, Step, name_of
 from ..lift.node import GgmlOperation
-from ..weights.rounding import F16, F32, round_activations
+from ..weights.rounding import BF16, F16, F32, Q8_0, round_activations
 from .kept import reads_cache
+from .precision import q8
 from .products import blocks_of, mul_mat, mul_mat_id, product
 
 
+def _rounded(x: Array, kind: int) -> Array:
+    return q8(x) if kind == Q8_0 else round_activations(x, kind)
+
+
 def _scores(q: Array, k: Array, *, kv_kind: int, **heads: Any) -> Array:
-    rounded = round_activations(q, kv_kind)
+    rounded = _rounded(q, kv_kind)
     return ops.attention_scores(rounded.astype(np.float64), k.astype(np.float64), **heads).astype(np.float32)
 
 
 def _mixed(weights: Array, v: Array, *, kv_kind: int, kv_heads: int) -> Array:
-    rounded = round_activations(weights, kv_kind)
+    rounded = (
+        weights if kv_kind == Q8_0 else round_activations(weights, kv_kind)
+    )  # flash attention multiplies those of Q8_0 itself
     return ops.weighted_values(rounded.astype(np.float64), v.astype(np.float64), kv_heads=kv_heads).astype(np.float32)
 
 
 def _stored(history: Array, *, kv_kind: int) -> Array:
-    return round_activations(history, kv_kind)
+    return _rounded(history, kv_kind)
 
 
+HELD = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}  # the types of a cache whose rounding is known
 _SHOWN = ("k_read", "v_read")  # points that show the cache
 
 
@@ -50,7 +58,7 @@ class _Product(GgmlOperation, frozen=True):
         """The product, in ggml's four dimensions."""
         if self.name == "MUL_MAT_ID":
             return mul_mat_id(*arguments, params=params, shape=shape, native=self.native)
-        rounds = self.native or self.kind != F32
+        rounds = self.native or self.kind in (F16, BF16)
         return mul_mat(*arguments, params=params, shape=shape, native=rounds, kind=self.kind)
 
 
@@ -62,7 +70,7 @@ class _FromCache(Struct, frozen=True):
     kind: int
 
     def __call__(self, *inputs: Array, **params: Any) -> Array:
-        rounded = [round_activations(x, self.kind) if place in self.places else x for place, x in enumerate(inputs)]
+        rounded = [_rounded(x, self.kind) if place in self.places else x for place, x in enumerate(inputs)]
         return self.op(*rounded, **params)
 
 
@@ -70,10 +78,10 @@ def proof_steps(steps: Sequence[Step], *, native: bool, kv_type: str = "f32") ->
     """The steps with each product replaced by one of `products`, and nothing else changed.
 
     Args:
-        kv_type: the cache's type, "f32" or "f16". A cache of F16 rounds queries and attention weights, too: they are
-            the activations of a product whose weights are the cache.
+        kv_type: the cache's type, one of `HELD`. A cache of F16 or BF16 rounds queries and attention weights, too: they are
+            the activations of a product whose weights are the cache; one of Q8_0 rounds queries.
     """
-    kind = F16 if kv_type == "f16" else F32
+    kind = HELD[kv_type]
     return [_proof(step, native=native, kind=kind) for step in steps]
 
 

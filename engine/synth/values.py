@@ -34,6 +34,9 @@ def values(
     if re.search(r"\.ssm_a(\.|$)", name):  # A = -exp(A_log): a decay
         decay: NDArray[np.float32] = np.exp(np.float32(0.5) * normal)
         return -decay
+    if re.search(r"\.ssm_dt\.bias$", name):  # softplus⁻¹ of time steps between 1e-3 and 0.1, as Mamba is initialised
+        step = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), dims))
+        return (step + np.log(-np.expm1(-step))).astype(np.float32)
     if re.search(r"\.ssm_d(\.|$)", name):
         return np.float32(1) + np.float32(0.1) * normal
     if _NORM.search(name):

@@ -105,6 +105,7 @@ def _to_itself(x: Array) -> Array:
 def _to_bf16(x: Array) -> Array:
     """ggml_cpu_fp32_to_bf16: the upper half, rounded to nearest even; NaN stays NaN."""
     xp = module_of(x)
+    x = x.astype(np.float32, copy=False)
     bits = xp.ascontiguousarray(x).view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     rounded = np.where(np.isnan(x), bits | np.uint32(1 << 22), rounded)

@@ -41,12 +41,12 @@ def ours(given: o.Given, context: typer.Context, out: OutOption) -> None:
     """Run a prompt through our engine and write the computed values."""
     if given["points"] != "default":
         o.refuse_unused(context, "layers", "chooses among the default points", "Leave --points out, or name layers there.")
-    from ..run import session
+    from ..run import one_side
     from ..run.request import Request
     from .output import progress_bar, written
 
     with progress_bar(o.Format.TEXT) as progress:
-        session.dump_ours(Request(**given), out, progress)
+        one_side.dump_ours(Request(**given), out, progress)
     written(out, *_beside(out, given))
 
 
@@ -83,7 +83,7 @@ def ref(
     """Run a prompt through llama.cpp and write the computed values; works for any architecture that llama.cpp has."""
     from checkpoints.formats import load
 
-    from ..run import session
+    from ..run import one_side
     from ..run.prompt import given_prompt
     from ..run.request import Request
     from .output import notes, written
@@ -102,7 +102,7 @@ def ref(
     followed = load(follow, mapping) if follow is not None else None
     if followed is not None and followed.tokens:
         o.refuse_unused(context, "generate", "is what --follow takes from that dump")
-    result = session.dump_reference(Request(**given), out, followed)
+    result = one_side.dump_reference(Request(**given), out, followed)
     left = [name for name in followed.points if name not in result.points] if followed is not None else []
     if followed is not None:
         notes(followed)
@@ -136,7 +136,7 @@ def hf(
     llama.cpp's, and a note says whether transformers' tokenizer disagrees; for a folder they are transformers' own.
     """
     from ..models.embedded import path as embedded
-    from ..run.session import dump_hugging_face
+    from ..run.one_side import dump_hugging_face
     from .output import progress_bar, written
 
     with progress_bar(o.Format.TEXT) as progress:

@@ -15,11 +15,12 @@ from checkpoints.answers.conform import (
     PARITY,
     REFUSED,
     TIMED_OUT,
+    UNDECIDED,
     UNUSABLE,
     Cell,
     CellResult,
 )
-from checkpoints.answers.diff import Verdict
+from checkpoints.answers.diff import INCOMPLETE, Verdict
 from checkpoints.answers.explain import Explanation
 from checkpoints.errors import DISK, MEMORY, OUTPUT, DumpError, ParityError
 from checkpoints.points import LOGITS, parse
@@ -30,7 +31,7 @@ from reports import explanation as answers
 from reports.findings import finding
 from reports.html import write_html
 from reports.report import Report
-from reports.sentences import uncompared
+from reports.sentences import headline, uncompared
 
 from ..diff.compare import Comparison
 from ..run import command as engines
@@ -224,6 +225,8 @@ class Bench:
         )
         if verdict and LOGITS in verdict.uncompared.points:
             return replace(result, verdict=UNUSABLE, reason=f"{uncompared(verdict.uncompared)}: {LOGITS} never came")
+        if verdict.verdict == INCOMPLETE:
+            return replace(result, verdict=UNDECIDED, reason=headline(verdict))
         if verdict:
             return result
         first = verdict.first_divergence

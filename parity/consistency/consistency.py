@@ -4,16 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.answers.consistency import Check, Consistency
 from checkpoints.answers.diff import Verdict
-from checkpoints.errors import DumpError, InputError
-from checkpoints.formats import load
+from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
-from checkpoints.record import Dump, Header
+from checkpoints.record import Dump
 from engine.engine import Engine, whole_input
 from engine.graph import sees_later
 from engine.transformer import Transformer
@@ -29,10 +27,10 @@ from ..run.command import PORTIONS, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt
 from ..run.sides import OURS, ExternalEngine, OurEngine, Side, recorded, side_of
-from .suspects import MASK, MORE_POINTS, first_to_differ, suspected
-from .ways import WAYS, described_whole, other_ways, portions_text, possible_ways, starts_of, way_of, why_not, with_another_last
+from .suspects import MASK, first_to_differ, suspected
+from .two_dumps import HOW_TO_STEP, passes_of, stated, two_dumps
+from .ways import WAYS, described_whole, other_ways, possible_ways, starts_of, way_of, why_not, with_another_last
 
-_HOW_TO_STEP = 'Record the number of the pass: "step" in a line, parity_pass in C.'
 _DECODER = "dec.output_norm.weight"  # a tensor of every encoder–decoder
 
 
@@ -52,7 +50,7 @@ def consistency(request: ConsistencyRequest) -> Consistency:
         ParityError: whatever is wrong with the request, the model or the dumps, in one line.
     """
     if request.dumps is not None:
-        return two_dumps(request, *request.dumps)
+        return two_dumps(request.run, *request.dumps)
     if request.chunk < 1:
         raise InputError(f"--chunk must be at least 1, not {request.chunk}.", "Use 1 or more.", code="chunk")
     run = request.run
@@ -87,7 +85,7 @@ def of_side(side: Side, prompt: Prompt, request: ConsistencyRequest, vocabulary:
         def dumped(prompt: Prompt) -> Dump:
             out = Path(folder) / "dump.jsonl"
             side.dump(prompt, out)
-            return _stated(recorded(side, out, prompt, run.mapping), run.compute)
+            return stated(recorded(side, out, prompt, run.mapping), run.compute)
 
         whole = dumped(prompt)
         checks, refused = _in_other_ways(side, dumped, whole, prompt, other_ways(ways, prompt, request.chunk), options)
@@ -126,20 +124,13 @@ def _in_other_ways(
             not_checked.append(f"{name}: {error.message}")
             continue
         foreign = isinstance(side, ExternalEngine) and bool(verdict)
-        unconfirmed = unconfirmed or (foreign and bool(way.portions) and _passes(dump) != list(way.portions))
+        unconfirmed = unconfirmed or (foreign and bool(way.portions) and passes_of(dump) != list(way.portions))
         suspect, reason = suspected(verdict, starts_of(way.portions or (way.saved, len(prompt.ids))), way=way_of(way))
         title = f"{description} against {described_whole(prompt)}"
         checks.append(Check(name, title, verdict, suspect, reason, first_to_differ(verdict)))
     if unconfirmed:
-        not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {_HOW_TO_STEP}")
+        not_checked.append(f"whether {side.name} takes {PORTIONS}: its dumps show other passes. {HOW_TO_STEP}")
     return checks, not_checked
-
-
-def _stated(dump: Dump, compute: str | None) -> Dump:
-    """The dump with what --compute says of its engine: both dumps are of the same one."""
-    if compute is None:
-        return dump
-    return replace(dump, header=replace(dump.header or Header(""), compute=compute))
 
 
 def _after(saved: int, verdict: Verdict) -> Verdict:
@@ -186,40 +177,3 @@ def _before(dump: Dump, stop: int, ids: Sequence[int]) -> Dump:
     points = {name: rows for name, rows in points.items() if len(rows)}
     header = None if dump.header is None else replace(dump.header, tokens=tuple(ids), pieces=())
     return replace(dump, header=header, points=points)
-
-
-def two_dumps(request: ConsistencyRequest, left: Path, right: Path) -> Consistency:
-    """Two dumps of an external engine over the same tokens, computed in different portions.
-
-    Raises:
-        DumpError: a dump cannot be read, or both were computed in the same portions.
-    """
-    a, b = (_stated(load(path, request.run.mapping), request.run.compute) for path in (left, right))
-    passes = [_passes(dump) for dump in (a, b)]
-    if passes[0] == passes[1]:
-        raise DumpError(
-            f"{left.name} and {right.name} were computed in the same portions ({portions_text(passes[0])}).",
-            f"Dump once with the prompt in one pass and once with decode steps or chunks. {_HOW_TO_STEP}",
-            code="portions",
-        )
-    verdict = compare(a, b, comparison_options(request.run))
-    finer = max(passes, key=len)
-    suspect, reason = suspected(verdict, starts_of(finer), MORE_POINTS)
-    source = next((dump.header.source for dump in (a, b) if dump.header is not None and dump.header.source), "")
-    check = Check(
-        "two dumps",
-        f"{left.name} ({portions_text(passes[0])}) against {right.name} ({portions_text(passes[1])})",
-        verdict,
-        suspect,
-        reason,
-        first_to_differ(verdict),
-    )
-    return Consistency(
-        source or "a foreign engine", (check,), ("padding and batches: dump these and compare them with `parity diff`",)
-    )
-
-
-def _passes(dump: Dump) -> list[int]:
-    """How many positions each forward pass had, in order: from the point with the most records."""
-    rows = max(dump.points.values(), key=len)
-    return [int(n) for n in np.unique(rows.step, return_counts=True)[1]]

@@ -1,5 +1,7 @@
 """What to suspect where an engine gives other values for the same positions computed in other portions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +54,17 @@ def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_PO
         return BATCH, f"{_WORDS[BATCH]} ({at})"
     later = "cache, positions or mask"
     return later, f"right within the first portion, wrong after it ({at}): {advice}"
+
+
+def among_others(verdict: Verdict, agreeing: Sequence[int]) -> tuple[str, str]:
+    """What to suspect of a sequence that differs and was computed with others, some of which may agree; and a sentence."""
+    first = verdict.first_divergence
+    at = "" if first is None else f" (first at {first.checkpoint}, position {first.token_idx})"
+    if not agreeing:
+        return OTHERS, f"{_WORDS[OTHERS]}{at}"
+    named = ", ".join(map(str, agreeing[:4])) + (", …" if len(agreeing) > 4 else "")
+    which = f"sequence{'s' * (len(agreeing) > 1)} {named} agree{'s' * (len(agreeing) == 1)}"
+    return OTHERS, f"{which}: other sequences' keys, values or padding are seen, or positions are counted across sequences{at}"
 
 
 def first_to_differ(verdict: Verdict) -> str:

@@ -56,8 +56,8 @@ class Held(Struct, frozen=True):
         if not number:
             return self
         note = (
-            f"noise: records of few numbers, {number} of them, are over the usual limit, but no more off than where these numbers are "
-            "larger, and what is made from them agrees: sums that all but cancel"
+            f"noise: {number} records of few numbers are over the usual limit, but no further off than where these numbers are larger, "
+            "and everything computed from them agrees: sums that all but cancel"
         )
         limit, of_limit = self.limit / share, self.of_limit * share
         return replace(

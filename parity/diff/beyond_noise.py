@@ -15,6 +15,7 @@ from checkpoints.record import Rows
 from reports.sentences import ARITHMETIC
 
 from .align import Pair
+from .cut_digits import Cuts
 from .dataflow import upstream
 from .judge import judge
 from .limits import EXACT_FLOOR, JUMP, NATIVE
@@ -30,6 +31,8 @@ ONE_FACTOR = "one-factor"  # a pattern's code
 _WHOLE = "the whole row is "  # what a sketch shows
 _DOMINANT = 0.5  # of a row's length, as one element of it: a quarter of the sum of squares
 _TYPED = 16  # values that show a type; any has F16's bits by chance once in 8,192 draws
+_FINER = ("f16", "tf32")  # arithmetics beside which a constant in BF16 shows
+_STANDARD_ERRORS = 3.0
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 
 
@@ -56,7 +59,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
-    found: dict[int, _Found] = {}
+    found, cuts = dict[int, _Found](), Cuts(records.flow)
     for number, pair in enumerate(records.pairs):
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
@@ -66,10 +69,16 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         errors = records.measures.nmse[records.point == number][here]
         fewest = 1 if tabled and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
         typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
-        allowed = Allowed.of(arithmetic, _layers(records, pair.point)) if arithmetic else NOTHING
-        part = _part(pair, here, allowed, head, noise, fewest) or (_typed(pair, here) if typed else None)
+        allowed = NOTHING
+        if arithmetic:
+            layers = _layers(records, pair.point)
+            allowed = cuts.narrowed(Allowed.of(arithmetic, layers), pair.point, layers)
+        constant = _of_constants(records, pair.point) if arithmetic in _FINER else 0.0
+        part = _part(pair, here, allowed, head, noise, fewest, constant) or (_typed(pair, here) if typed else None)
         if part is not None and not (exact and truth is not None and _true(truth, pair, here)):
             found[number] = part
+        if arithmetic:
+            cuts.add(pair.point, allowed, [(errors, right) for which, errors, right in _views(pair, here, 0)])
     if not found:
         return records, verdict
     judged, divergent = failing_at(records, {number: part.beyond for number, part in found.items()})
@@ -127,13 +136,27 @@ def _in_float32(records: Records) -> Floats:
     return np.array(of_points)[records.point]
 
 
-def _part(pair: Pair, chosen: Bools, allowed: Allowed, head: int, noise: str, fewest: int) -> _Found | None:
-    """The part that a point's errors share in the chosen rows, of all elements or of one head's; None if there is none."""
+def _of_constants(records: Records, name: str) -> float:
+    """How far off a constant may be that is kept in BF16 and by which values are multiplied between a point and those it is made from."""
+    stretch = records.flow.between(name)
+    return STEP["bf16"] if stretch is not None and "SCALE" in records.flow.operations(stretch.nodes) else 0.0
+
+
+def _part(
+    pair: Pair, chosen: Bools, allowed: Allowed, head: int, noise: str, fewest: int, constant: float = 0.0
+) -> _Found | None:
+    """The part that a point's errors share in the chosen rows, of all elements or of one head's; None if there is none.
+
+    Nothing tells a factor as near to 1 as `constant` from a constant that is rounded to BF16.
+    """
     for which, errors, right in _views(pair, chosen, head):
         part = shared_factor(errors, right, allowed, fewest=fewest)
         if part is None and which != _WHOLE:
             part = shared_summand(errors, right, allowed)
         if part is not None:
+            if part.factor and abs(part.factor - 1) <= constant + _STANDARD_ERRORS * part.error:
+                words = f"{which}{part.words} beside the noise of {noise}: a factor, or a constant that is kept in BF16"
+                return _Found("undecided", words, part.beyond)
             sentence = f"{which}{part.words} beside the noise of {noise}, and rounding, which is scattered, has no such part"
             return _Found(ONE_FACTOR, sentence, part.beyond)
     return None

@@ -10,7 +10,7 @@ from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
 from checkpoints.points import EMBD
 
 from .dataflow import Stretch
-from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING
+from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .moments import Others, reading
 from .next_points import listed, next_points
 from .operations import ELEMENTWISE, noun
@@ -63,16 +63,11 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
             "layout, moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
             "were not chosen)"
         )
-    elif (
-        settled
-        and stretch is not None
-        and not divergence.fresh
-        and stretch.inputs
-        and records.limits.operations > EXACT_FLOOR.operations
-    ):
-        operation = (
-            f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, as lower precision does"
-        )
+    elif settled and stretch is not None and not divergence.fresh and stretch.inputs:
+        lower = records.limits.operations > EXACT_FLOOR.operations
+        grown = "as lower precision does" if lower else "from below the limit: what is wrong lies before, or is small"
+        operation = f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, {grown}"
+        advice = "" if lower else _towards_the_jump(records, first)
     elif settled and stretch is not None:
         later = twin.later if twin is not None else ""
         operation = (
@@ -85,6 +80,19 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     ):
         operation = ""  # a table that is stored in a lower type, or another token, is neither another table nor another row
     return First(divergence, agreement, advice, wider, operation, pattern)
+
+
+def _towards_the_jump(records: Records, first: int) -> str:
+    """The points to record before the last one at which the error of record `first`, which it inherits, jumped; empty if all are."""
+    above = records.flow.ancestors(records.names[records.point[first]])
+    here = (records.seq == records.seq[first]) & (records.token_idx <= records.token_idx[first]) & ~records.otherwise
+    jumped = here & (records.jump() > JUMP) & (records.measures.nmse * JUMP >= records.measures.nmse[first])
+    for at in np.flatnonzero(jumped)[::-1].tolist():
+        name = records.names[records.point[at]]
+        if name in above:
+            before = _last_agreement(records, at)
+            return next_points(name, before.checkpoint if before else None, records.flow.between(name), records.names)
+    return ""
 
 
 def _operation(name: str, stretch: Stretch) -> str:
@@ -194,6 +202,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             alike=_alike(records, here, failing),
             gradual=_gradual(records, here),
             zero=zero,
+            stated=records.stated,
         )
     )
 

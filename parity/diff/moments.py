@@ -11,6 +11,7 @@ from checkpoints.points import LOGITS, order, parse
 from checkpoints.record import Rows
 
 from .layouts import other_length, reordered
+from .limits import EXACT_FLOOR
 from .readings import (
     MOMENT,
     NAME,
@@ -143,6 +144,8 @@ def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as a multiple by a constant factor, or as the value after an activation."""
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
+    if len(ours) == 1 and float(allowed.nmse[0]) > EXACT_FLOOR.logits:
+        return None  # a number of that row, which lower arithmetic rounds where terms all but cancel, is such a factor too
     if width < TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     for name, function in _ACTIVATIONS.items():

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Pattern
 from checkpoints.distinct import distinct
 from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
+from reports.sentences import ARITHMETIC
 
 from .dataflow import Flow, Stretch
 from .operations import CHOICES, recurrent, suspects
@@ -26,8 +27,8 @@ class Evidence(Struct, frozen=True):
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything that this point is made from was recorded and agrees; `embedded`: the embedding was recorded and agrees.
     `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None if
-    that is not known; `alike`: the error has the same size at all positions, right ones included; `gradual`: it grows over the limit, and
-    the positions before are nearly as wrong.
+    that is not known; `stated`: our side's arithmetic, if that is stated; `alike`: the error has the same size at all positions, right ones
+    included; `gradual`: it grows over the limit, and the positions before are nearly as wrong.
     """
 
     point: str
@@ -47,6 +48,7 @@ class Evidence(Struct, frozen=True):
     alike: bool = False
     gradual: bool = False
     zero: bool = False
+    stated: str = ""
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
@@ -65,13 +67,20 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if (pattern := _decode_only(seen) or _all_but_last(seen)) is not None:
         return pattern
     if seen.drifted:
-        return Pattern("drift", "the error grew without a jump: precision rather than one wrong operation")
+        return Pattern("drift", f"the error grew without a jump{_of_drift(seen.stated)}")
     shape = _shape(seen)
     from_one_on = shape is None or shape.code.startswith("from-position")
     if seen.settled and (from_one_on or not _attends(seen)):
         likely = suspects(seen.flow, seen.stretch.nodes) if seen.stretch is not None else ""
         return Pattern("operation", f"{_where(seen)}, and its inputs agree" + (f": {likely}" if likely else ""))
     return _after_the_layers(seen, shape)
+
+
+def _of_drift(stated: str) -> str:
+    """What an error may be that grew over its limit slowly, if an arithmetic is `stated`, which the limit allows for, or none."""
+    if not stated or stated not in ARITHMETIC:
+        return ": precision rather than one wrong operation"
+    return f", beyond what {ARITHMETIC[stated]} arithmetic costs: small faults, here or before, or another arithmetic than is stated"
 
 
 def _without_numbers(seen: Evidence) -> Pattern | None:

@@ -111,6 +111,8 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
                 left_open |= here
                 if here.any():
                     orders.append(pair.point)
+    others, ties = _of_other_rows(measured, held, model, ref)
+    left_open, flips = left_open | others, [*flips, *ties]
     notes = [*flips[:_SHOWN]]
     if flips:
         more = f"and {len(flips) - _SHOWN} more near ties; " if len(flips) > _SHOWN else ""
@@ -120,6 +122,24 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
     if orders:
         notes.append(f"{orders[0]}{' and others' if len(set(orders)) > 1 else ''}: the same experts in another order")
     return Routed(left_open & held.failed, tuple(notes))
+
+
+def _of_other_rows(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> tuple[Bools, list[str]]:
+    """The failing records of rows that are chosen by scores which nearly tie (of groups of experts), and a sentence for each."""
+    other, ties = np.zeros(len(measured.point), dtype=np.bool_), list[str]()
+    for record in np.flatnonzero(held.failed).tolist():
+        name = measured.names[measured.point[record]]
+        how = model.whole.computations.get(name)
+        if how is None or how.op != "GET_ROWS" or len(how.reads) != 2 or names_experts(how.reads[1]):
+            continue
+        seq, position = int(measured.seq[record]), int(measured.token_idx[record])
+        scores = _scores(ref, how.reads[1], seq, position)
+        limit = _limit_of_scores(measured, held, np.flatnonzero(_of(measured, {how.reads[1]})), seq, position)
+        margin = None if scores is None or (scores == np.rint(scores)).all() else nearest(scores, limit)  # no ids
+        if margin is not None:
+            other[record] = True
+            ties.append(f"{name}, position {position}: its rows are chosen by {how.reads[1]}: a near tie ({margin:.1e} apart)")
+    return other, ties
 
 
 def in_order_of_experts(model: Flow, pairs: Sequence[Pair]) -> set[str]:

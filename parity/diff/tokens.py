@@ -98,8 +98,8 @@ def other_settings(dump: Dump, path: Path) -> tuple[str, ...]:
     if not known or known == contents(path).settings:
         return ()
     return (
-        f"{dump.path} was made with a file whose metadata differ from {path.name}'s (an epsilon, RoPE's base, …): what it is held to is "
-        f"what {path.name} says",
+        f"{dump.path} was made with a file whose metadata differ from {path.name}'s (an epsilon, RoPE's base, …): it is judged by "
+        f"{path.name}",
     )
 
 

@@ -12,12 +12,13 @@ from checkpoints.answers.diff import Pattern, Verdict
 from .against_limits import GROWN
 from .eight_bits import is_noise
 from .first import BLAMED
-from .limits import EXACT_FLOOR, LARGEST_ROUNDING, limits
+from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING, limits
 from .noise import BEYOND
+from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
 from .records import Records
 from .routing import may_have_flipped
-from .scatter import SIMILAR, spares_elements
+from .scatter import SIMILAR, is_scatter, spares_elements
 from .slices import prepare
 from .truth import AMPLIFIED, FEW, share_of_few
 
@@ -30,8 +31,8 @@ Bools = NDArray[np.bool_]
 _AS_LARGE = 2.0
 
 _CANCELLED = (
-    "no larger an error than is made or allowed at positions where the values are larger: rounding of a sum that all but cancels "
-    "there, or a small fault (--model M.gguf decides)"
+    "the error is no larger than at positions where the values are larger: rounding of a sum that all but cancels here, or a small "
+    "fault (--model M.gguf decides)"
 )
 
 # A recurrence or a norm that amplifies rounding does so at one position in this many at most: a choice, since faults are wrong at most
@@ -70,7 +71,8 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         beyond = [records.names[number] for number in points if number not in cancelled]
         further = f"; {beyond[0]} differs by more" if beyond else ""
         return replace(verdict, pattern=Pattern("undecided", f"{_CANCELLED}{further}"), operation="")
-    if verdict.pattern is not None and verdict.pattern.code not in _OF_POSITIONS:
+    leaks = bool((records.measures.future_mass[records.failed] > FUTURE_MASS).any())
+    if code and code not in _OF_POSITIONS and (code != "causal-mask" or leaks):
         return verdict
     name = first.checkpoint
     sentence = _rounding(records, name) or _flipped(records) or _amplified(records, name) or _product_alone(records, name)
@@ -91,12 +93,24 @@ def _rounding(records: Records, name: str) -> str:
     if records.limits.operations <= EXACT_FLOOR.operations or over > GROWN:
         return ""
     few = _few(records, np.flatnonzero(origins & here))
-    if not few and not (errors[here].min() > EXACT_FLOOR.operations and is_noise(records, number)):
+    cut = not few and not is_noise(records, number)
+    if not few and (errors[here].min() <= EXACT_FLOOR.operations or (cut and not _digits_cut_off(records, number))):
         return ""
+    noise = f"noise at every position{', of values that are smaller, as by digits that are cut off' if cut else ''}"
     return (
-        f"{'rows of few numbers' if few else 'noise at every position'}, {over:.1f} × over a limit that is one for all models: a fault, or "
+        f"{'rows of few numbers' if few else noise}, {over:.1f} × over a limit that is one for all models: a fault, or "
         "the cost of lower arithmetic in this model (--model M.gguf measures it)"
     )
+
+
+def _digits_cut_off(records: Records, number: int) -> bool:
+    """Whether a point's values are all smaller by what digits cut off explain, and the rest of their errors is noise."""
+    values = prepare(records.pairs[number])
+    ours, right = (side.astype(np.float64) for side in (values.a, values.b))
+    if values.index is not None or not (np.isfinite(ours).all() and np.isfinite(right).all()):
+        return False
+    left = beside_cut_digits(ours - right, right, "bf16" if records.limits.assumed else records.stated)
+    return left is not None and is_scatter(right + left, right)
 
 
 def _at_few_positions(records: Records, origins: Bools) -> bool:

@@ -109,7 +109,7 @@ def read(path: Path) -> tuple[list[Entry], int]:
         except (ValueError, TypeError, KeyError, AttributeError):  # jsonlines' errors of a line are ValueErrors
             skipped += 1
     if skipped and not entries and not any(line.startswith(_BEGIN) or (line and _BEGIN.startswith(line)) for line in lines):
-        raise InputError(f"{path} is no ledger of checks: none of its lines is an entry.", _ADVICE, code="ledger")
+        raise InputError(f"{path} is not a ledger of checks: none of its lines is an entry.", _ADVICE, code="ledger")
     return entries, skipped
 
 

@@ -1,4 +1,4 @@
-"""What would distinguish faults that give the same numbers here: other points, another prompt, another model."""
+"""Finds what would distinguish faults that give the same numbers here: other points, another prompt, another model."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

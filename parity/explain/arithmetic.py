@@ -14,7 +14,7 @@ from engine.replay.precision import is_normed, rounded
 from reports.sentences import ARITHMETIC
 
 from ..diff.align import Pair
-from ..diff.beyond_noise import ONE_FACTOR, failing_at
+from ..diff.beyond_noise import ONE_FACTOR
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT_FLOOR
 from ..diff.operations import MIXING
@@ -25,8 +25,20 @@ from .case import Case
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
-from .own_rounding import outstanding
-from .precision import KINDS, LOWER, OURS, REPRODUCED, PrecisionFloor, best, cosine, is_reproduced, mean_cost, mismatch, typical
+from .own_rounding import held_to_own_run
+from .precision import (
+    KINDS,
+    LOWER,
+    OURS,
+    REPRODUCED,
+    PrecisionFloor,
+    best,
+    cosine,
+    is_reproduced,
+    mean_cost,
+    mismatch,
+    typical,
+)
 from .records import Expected, Floats
 from .spared import spares_records
 from .systematic import SECONDS, systematic
@@ -35,7 +47,7 @@ from .systematic import SECONDS, systematic
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
     """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic.
 
-    After `seconds` no further number is tried that the errors might follow.
+    After `seconds`, no further number that the errors might follow is tried.
     """
     exact = comparison(ours, ref, replace(options, compute="f32"))
     as_float32 = _with(exact, "f32", "")
@@ -75,32 +87,17 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if ranked:
         found = fitting[ranked[0]]
         compared = _with(found.compared, ranked[0], first.checkpoint, ranked[1:])
-        return _beside_own_rounding(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
+        return held_to_own_run(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, known.case, seconds, shown=bool(before))
 
 
-def _beside_own_rounding(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
-    """The comparison of an engine that rounds as ours does: a divergence if an operation has, by a law, other numbers than our own run."""
-    case, cost = known.beside_ours(ours) if compared.verdict else None, known.floor(kind)
-    if case is None or cost is None or known.case is None:
-        return compared
-    costs = dict(zip((entry.point for entry in known.case.entries), map(float, cost.cost()), strict=True))
-    found = outstanding(case, kind, costs)
-    if found is None or found.entry.point not in compared.records.names:
-        return compared
-    worst = float((found.errors / found.entry.limit).max())
-    records, verdict = failing_at(compared.records, {compared.records.names.index(found.entry.point): worst})
-    verdict = replace(verdict, pattern=Pattern("own-rounding", f"{found.entry.point}: {found.law}"), operation="")
-    return replace(compared, records=records, verdict=replace(verdict, precision=compared.verdict.precision))
-
-
 def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:
     """The comparison of an encoder–decoder by the table's limits, or as float32 where the errors of the first place are no rounding.
 
-    They are none if they spare elements, follow one number, or are the same at every position or along each position's own values; unless
-    they are those of our own rounding.
+    Errors are no rounding if they spare elements, follow one number, or are the same at every position or along each position's own
+    values, unless they are those of our own rounding.
     """
     first = as_float32.verdict.first_divergence
     assert first is not None
@@ -125,7 +122,7 @@ def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: Know
 
 
 def _plain(pair: Pair) -> Pair:
-    """The records of a point of the encoder by the name that it has in the encoder's own case."""
+    """The records of an encoder's point, under the name that it has in the encoder's own case."""
     ours, ref = (replace(rows, point=rows.point.removeprefix(ENCODER)) for rows in (pair.ours, pair.ref))
     return replace(pair, point=ref.point, ours=ours, ref=ref)
 
@@ -226,7 +223,7 @@ def _entry(case: Case, point: str) -> Expected | None:
 
 
 def _untouched(case: Case, kind: str, point: str) -> bool:
-    """Whether products in an arithmetic leave a point as float32 does: blocks of 8 bits hold an IQ4_NL embedding exactly, say."""
+    """Whether products in an arithmetic leave a point as float32 does: for example, blocks of 8 bits hold an IQ4_NL embedding exactly."""
     entry = _entry(case, point)
     if entry is None:
         return False
@@ -290,7 +287,7 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
 
 
 def _computed_before(compared: Comparison, first: str) -> str:
-    """A product with weights that agrees as float32 does before the first difference, "" without one.
+    """A product with weights before the first difference that agrees as float32 does; "" if there is none.
 
     Then the arithmetic is float32, or one in which this product is exact (`_untouched`).
     """

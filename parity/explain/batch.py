@@ -74,7 +74,7 @@ class BatchScreening(AtFirstPlace):
         """The first rows of each step that some candidates change: its name, and its value by candidate, None where it is the right one.
 
         Each is computed as if the candidate changed this step alone, and up to a value that is `known`, if only one is made of it.
-        What faults change that look ahead is computed of all rows.
+        Steps that faults with a view of later positions change are computed for all rows.
         """
         by_step: dict[tuple[int, bool], dict[int, tuple[Sequence[Step], list[int]]]] = {}
         for number, edit in edits.items():
@@ -90,7 +90,7 @@ class BatchScreening(AtFirstPlace):
             yield name, {number: value for value, numbers in values for number in numbers}
 
     def _until_known(self, at: int, known: Callable[[str], bool]) -> tuple[str, list[Step]]:
-        """The first known value that is made of a step's alone, and the steps after it that lead there; the step's own without one."""
+        """The first known value that is made only of a step's value, and the steps that lead there; without one, the step's own value."""
         own = name = self._state.steps[at].makes
         after: list[Step] = []
         while not known(name):
@@ -175,7 +175,8 @@ class BatchScreening(AtFirstPlace):
     def _run(
         self, edits: Sequence[Edits], used: int, rows: int, end: int, watched: frozenset[str]
     ) -> Sequence[Mapping[str, Array] | None]:
-        """`Replay.run_batch` over the rows that the changed steps need; what works row by row after them is computed for the first rows."""
+        """`Replay.run_batch` over the rows that the changed steps need; steps after them that work row by row are computed for the
+        first rows only."""
         stop = self._screening.budget.over
         replay = self._screening.replay(self._state, used)
         mixing = max((number for number in range(end) if not by_rows(self._state.steps[number])), default=0)

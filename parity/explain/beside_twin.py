@@ -1,7 +1,7 @@
 """A comparison with a native llama.cpp that diverges by the table's limits: what native types cost on this model is measured.
 
-llama.cpp's run on the F32 twin is the measure: how far its native run is from that one is what its types cost here. A table can't know it:
-where attention's scores are not scaled, 8-bit activations alone make other weights of attention.
+llama.cpp's run on the F32 twin is the measure: the distance of its native run from that one is what its types cost here. A general
+table cannot know this: where attention's scores are not scaled, 8-bit activations alone change attention's weights.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from reports.numbers import count
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import EXACT, NATIVE, measured_by_point
 from ..diff.truth import COARSE_MULTIPLE
+from ..run.one_side import dump_reference
 from ..run.request import Request
-from ..run.session import dump_reference
 
 _LLAMA_CPP = "llama.cpp"
 Exactly = Callable[[Dump, Dump, Options], Comparison]
@@ -30,9 +30,9 @@ Exactly = Callable[[Dump, Dump, Options], Comparison]
 def beside_twin(compared: Comparison, ours: Dump, ref: Dump, options: Options, model: Path, exactly: Exactly) -> Comparison:
     """The comparison, judged once more if it is a divergence that the cost of the reference's native types may explain.
 
-    Parity if OURS agrees with llama.cpp on the F32 twin as a float32 engine does: then all that differs is what native types cost
-    llama.cpp. Otherwise a limit that is wide enough for that cost would let faults pass, so that the answer is undecided. An error
-    beyond `COARSE_MULTIPLE` times the cost stays a divergence.
+    Parity if OURS agrees with llama.cpp on the F32 twin as a float32 engine does: then the whole difference is what native types cost
+    llama.cpp. Otherwise a limit that is wide enough for that cost would let faults pass, so the answer is undecided. An error of more
+    than `COARSE_MULTIPLE` times the cost remains a divergence.
 
     Args:
         exactly: compares a dump with one of the twin, by limits of float32.

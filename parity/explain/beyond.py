@@ -1,4 +1,4 @@
-"""What is looked for beyond an arithmetic, or a part kept in a lower type, that explains the first place and not everything behind it."""
+"""If an arithmetic, or a part kept in a lower type, explains the first place but not everything after it: the search for the rest."""
 
 from collections.abc import Callable
 
@@ -24,11 +24,11 @@ NOTHING: Beyond = ((), None)
 
 
 def beyond(case: Case, state: SearchState, again: Again) -> Beyond:
-    """What differs by more than the arithmetic or the kept part costs that explains a state's first place.
+    """Look for what differs by more than is explained by the arithmetic or kept part at a state's first place.
 
     Returns:
-        A sentence on that, if anything does; and what `again` finds beyond it: beyond an arithmetic the faults that reproduce everything,
-        beside a part that is kept in a lower type whatever is no arithmetic.
+        A sentence on it, if there is anything, and what `again` finds: beyond an arithmetic only faults that reproduce everything,
+        beside a kept part anything that is not an arithmetic.
     """
     kinds = (kind,) if (kind := type_of_rows(state)) else kinds_of_rounding(case, state)
     if kinds and kinds[0] in KEPT:

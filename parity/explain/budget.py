@@ -11,8 +11,8 @@ _PATIENCE = (
 class Budget:
     """A deadline, checked between any two replays and within replays of many candidates at once.
 
-    `seconds` are those that pass. None: a minute of this process's own processor time, so that a cause that an idle machine finds is
-    found on a busy one, too, and at most five minutes that pass.
+    `seconds` are wall-clock time. None: a minute of this process's own processor time, so that a busy machine finds the same causes as
+    an idle one, but at most five minutes of wall-clock time.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -33,7 +33,7 @@ class Budget:
         return self._spent() >= self._seconds
 
     def over(self) -> bool:
-        """`late`, asked before something that is left untried if it is: `complete` is then False."""
+        """`late`, asked before a further attempt: if it is true, that is left out, and `complete` becomes False."""
         self.complete = self.complete and not self.late
         return not self.complete
 

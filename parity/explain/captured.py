@@ -1,4 +1,4 @@
-"""Records that are the right values, rounded to a lower type by whoever recorded them: what the engine goes on with was not rounded."""
+"""Records that are the right values rounded to a lower type by the recorder: the values that the engine continues with were not rounded."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,7 +18,7 @@ _RELU = 6  # enum ggml_unary_op
 
 
 def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[list[Expected], tuple[str, ...]]:
-    """The records with limits that such rounding stays within, and a note on it.
+    """The records, with limits that allow for such rounding, and a note on it.
 
     A point counts if its values are the right ones rounded, and what is recorded next of what is computed from it agrees, or is the right
     value rounded, too: an engine that computes in that type has errors there. Copies of rounded values are rounded whoever did it, and so

@@ -55,7 +55,7 @@ class ExplainOptions(Struct, frozen=True):
 
 
 class Half(Struct, frozen=True):
-    """A model by itself, or one half of an encoder–decoder by the names of one.
+    """A model by itself, or one half of an encoder–decoder, with the names of a model by itself.
 
     `given` are the values that its steps read and none of them makes; `truth` gives those of another variant, `rounded` those
     of a lower arithmetic, with the activations rounded or the products alone. `coarse` are the given values that ggml computes coarsely.
@@ -132,7 +132,7 @@ class Case:
         self.notes = (*self.notes, *captured)
 
     def _count_from(self, first: int, prompt: int) -> None:
-        """Make the right engine's replay with the first token at this position."""
+        """Make the right engine's replay, with the first token at this position."""
         self.positions: Ints = np.arange(len(self.tokens), dtype=np.int64) + first
         self.passes = _passes(self.dump, self.positions, prompt)
         self.replay = self.make(self.transformer.steps, len(self.tokens))

@@ -1,5 +1,4 @@
-"""If one operation is wrong: is it the right operation with its weight changed, as a wrong file or loader changes one?
-
+"""If one operation is wrong: is it the right operation with a changed weight, as from a wrong file or loader?
 No pass is needed: the operation is computed again from the values of the run, with the changed weight.
 """
 
@@ -171,7 +170,7 @@ def _sentences(place: _Place, at: int) -> Iterator[str]:
 
 
 def _given(place: _Place, at: int, some: Iterator[Changed]) -> Iterator[str]:
-    """What is said of the changes that give the recorded rows."""
+    """The sentences on those changes that give the recorded rows."""
     recorded, size = place.entry.values.shape[1], place.rows_of(at)
     seen = f" ({recorded} of {size} elements recorded)" if recorded < size else ""
     return (changed.sentence + (seen if changed.rows else "") for changed in some if place.gives(at, changed))

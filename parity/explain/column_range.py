@@ -1,4 +1,5 @@
-"""Which elements of a matrix's rows account for the error of a product, if they are neighbours and off by one factor: a block, a shard."""
+"""Which elements of a matrix's rows account for the error of a product, if they are neighbours and off by a common factor: a block, a
+shard."""
 
 import numpy as np
 

@@ -28,7 +28,7 @@ class Cone(Struct, frozen=True):
 
     @property
     def layers(self) -> range:
-        """The layers that the steps lie in; empty if they lie outside of all layers."""
+        """The layers of the steps; empty if they lie outside all layers."""
         layers = {layer for name in self.steps if (layer := parse(name).layer) is not None}
         return range(min(layers), max(layers) + 1) if layers else range(0)
 
@@ -65,7 +65,7 @@ def cone(entries: Sequence[Expected], state: SearchState) -> Cone:
 
 
 def _agrees(entry: Expected, state: SearchState, at: int, row: int) -> bool | None:
-    """Whether an agreeing point was seen whole, at every position up to a row; None if it does not agree or has none of these."""
+    """Whether an agreeing point was seen whole, at every position up to a row; None if it does not agree or has no such records."""
     here = entry.rows <= row
     if not here.any() or bool((state.nmse[at] > entry.limit)[here].any()):
         return None

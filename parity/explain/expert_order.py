@@ -1,4 +1,4 @@
-"""A dump's chosen experts in the order of their scores: which of them comes first is no fault, as long as each keeps its own weight."""
+"""A dump's chosen experts in the order of their scores: any order is right, as long as each expert keeps its own weight."""
 
 from collections.abc import Mapping
 

@@ -171,9 +171,10 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
     lawless = not sentence or sentence.endswith(WRONG)
-    if not case.states_f32 and (
-        rounding := law_of_rounding(case, best) or (law_of_noise(case, best, values) if lawless else "")
-    ):
+    rounding = law_of_rounding(case, best) if (lawless and not budget.late) or not case.states_f32 else ""
+    if not (rounding or case.states_f32) and lawless:
+        rounding = law_of_noise(case, best, values)
+    if rounding:
         return replace(answer, law=rounding, next="")
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:

@@ -1,4 +1,4 @@
-"""What every search at a state's first place that differs begins with."""
+"""The data with which every search at a state's first differing place begins."""
 
 from .screening import Screening
 from .state import Layers, SearchState

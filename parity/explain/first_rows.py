@@ -1,7 +1,7 @@
-"""Which of many small changes of a model may be what a point's errors follow, by the first rows alone and computed together.
+"""Which of many small changes of a model a point's errors may follow, judged by the first rows alone, for all changes together.
 
-A change that explains nearly all of the errors leaves little of those of the first rows, too, and moves no row before them. A change of
-another direction does not; to see that costs one pass over few rows for all changes, where each over all rows costs a pass of its own.
+A change that explains nearly all of the errors also explains those of the first rows, and moves no row before them. A change in another
+direction does not. Seeing that takes one pass over few rows for all changes together, instead of one pass over all rows for each.
 """
 
 from collections.abc import Sequence

@@ -78,7 +78,8 @@ class Fitting(AtFirstPlace):
     def __init__(self, screening: Screening, state: SearchState, layers: Layers, fits: Sequence[Fitted] = FITTED) -> None:
         super().__init__(screening, state, layers)
         self._fits = fits
-        self._rows = screening.enough(self._first.row + 2)
+        looks_ahead = any(candidate.fault.whole for candidate in state.faults)
+        self._rows = screening.rows if looks_ahead else screening.enough(self._first.row + 2)
 
     def states(self) -> Iterator[SearchState]:
         """States that get beyond the first place by a fitted number; each fault once, with as few digits as suffice."""

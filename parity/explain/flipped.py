@@ -1,4 +1,5 @@
-"""Experts that lower arithmetic chooses otherwise: scores nearer to each other than its rounding fall either way, which is no fault.
+"""Experts that lower arithmetic chooses otherwise: scores that are closer together than its rounding may fall either way, which is no
+fault.
 
 What such a choice leads to differs by far more than rounding. An engine whose other errors are our own rounding's is not judged by it.
 Where the dump has the choice itself, it says whether it is another one.
@@ -31,11 +32,11 @@ CHOSEN_OTHERWISE = (
 
 
 def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
-    """The records, with the mere cost of the arithmetic as the error of those that a choice which it may flip leads to.
+    """The records; those that depend on a choice that the arithmetic may flip get its plain cost as their error.
 
     All as they are where the dump's errors are not our own rounding's, or too many would be left out.
     """
-    led = _led(case, measured)
+    led = led_to(case, measured)
     costs = [np.maximum(*cost) for cost in zip(measured.products, measured.storage, strict=True)]
     far = [here & (entry.base > TOGETHER * cost) for entry, here, cost in zip(case.entries, led, costs, strict=True)]
     if not any(some.any() for some in far) or not _few(case, far):
@@ -47,9 +48,9 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 
 
 def chosen_otherwise(case: Case, measured: PrecisionFloor) -> bool:
-    """Whether the only records over their limits, which hold a stated arithmetic's noise, lie behind choices that it may flip."""
+    """Whether all records over their limits, which allow for a stated arithmetic's noise, depend on choices that it may flip."""
     over = [entry.base > entry.limit for entry in case.entries]
-    led = _led(case, measured)
+    led = led_to(case, measured)
     return _few(case, over) and not any((some & ~here).any() for some, here in zip(over, led, strict=True))
 
 
@@ -58,8 +59,9 @@ def _few(case: Case, some: Sequence[NDArray[np.bool_]]) -> bool:
     return sum(int(here.sum()) for here in some) <= _MOST * sum(len(entry.rows) for entry in case.entries)
 
 
-def _led(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
-    """The records of each point that a choice which the arithmetic may flip leads to, [R]; none if the errors are not our rounding's."""
+def led_to(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
+    """The records of each point, [R], that depend on a choice that the arithmetic may flip; none if the errors are not those of our
+    rounding."""
     flips = _possible_flips(case, measured.kind) if measured.alike >= OURS else []
     led = []
     for entry in case.entries:

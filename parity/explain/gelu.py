@@ -1,6 +1,6 @@
-"""GELU, which ggml takes from a table of float16: engines with the function itself, and faults smaller than what the table costs.
-
-After the table a record's limit is raised, so that no such fault differs. One that then reproduces everything is found all the same.
+"""GELU, which ggml reads from a table of float16: engines that compute the function itself, and faults smaller than the table's cost.
+Behind the table limits are raised, so that such faults stay below them. A fault that reproduces everything without the raised limits is
+found nevertheless.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,7 +113,7 @@ def _beyond_other_entries(case: Case, entries: Sequence[Expected]) -> list[Expec
 def _acts_by_itself(case: Case, state: SearchState, exact: Sequence[Step]) -> bool:
     """Whether a fault makes errors of the dump's size without any table.
 
-    Another entry of the table may be met by any small change: what is no fault at all would be explained by such a one.
+    Any small change may lead to another entry of the table, and so would seem to explain what is no fault at all.
     """
     steps = list(exact)
     try:

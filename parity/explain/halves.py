@@ -210,7 +210,7 @@ def _of_decoder(answer: Explanation, last: str) -> Explanation:
 
 
 def _in_half(answer: Explanation, where: str) -> Explanation:
-    """The answer whose causes and leads say in which half they are."""
+    """The answer, with causes and leads that say in which half they are."""
     causes = tuple(
         replace(
             cause,

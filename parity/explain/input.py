@@ -17,7 +17,7 @@ from .records import right_rows
 
 
 def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The given token ids, or those that llama.cpp makes of the given text; None if neither was given."""
+    """The given token ids, or llama.cpp's ids of the given text; None if neither was given."""
     if prompt is None:
         return tokens
     from reference.client import Reference

@@ -1,6 +1,6 @@
-"""A model whose file is at hand, asked about a dump: what float64 gives, what a lower arithmetic costs.
-
-What computes is imported when it is asked for: two sides that agree ask nothing, and importing it would take longer than comparing them.
+"""A model whose file is available, to be asked about a dump: the values in float64, the cost of a lower arithmetic.
+Modules that compute are imported when first needed: two sides that agree need none, and importing would take longer than comparing
+them.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ class KnownModel(Struct, frozen=True, dict=True):
             return None
 
     def beside_ours(self, ours: Dump) -> "Case | None":
-        """The right engine beside our dump, over the reference's tokens; None if that has other records than can be placed."""
+        """The right engine beside our dump, over the reference's tokens; None if the dump has records that do not fit these."""
         from .case import Case, ExplainOptions, Half
 
         if self.transformer is None or self.ref.header is None:
@@ -113,7 +113,7 @@ class KnownModel(Struct, frozen=True, dict=True):
 
     @property
     def started(self) -> bool:
-        """Whether float64 has been asked for anything so far."""
+        """Whether anything was computed in float64 so far."""
         return "truth" in self.__dict__ and self.truth is not None and self.truth.started
 
     def distances(self, points: Mapping[str, Rows]) -> dict[str, NDArray[np.float64]]:

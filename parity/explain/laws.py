@@ -1,4 +1,4 @@
-"""What the numbers say by themselves: one sentence on how the recorded elements derive from the right ones, if it holds for all."""
+"""Laws of the numbers themselves: one sentence on how the recorded elements derive from the right ones, if it holds for all of them."""
 
 from collections.abc import Callable, Iterator
 
@@ -51,7 +51,7 @@ def law(compared: Beside) -> str:
 
 
 def _differing(compared: Beside) -> Bools:
-    """The elements [k] that alone have a larger error, in any record, than the whole record may have."""
+    """The elements [k] whose error alone, in any record, exceeds what the whole record may have."""
     with np.errstate(over="ignore"):
         return np.asarray(((compared.dumped - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
 

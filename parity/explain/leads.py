@@ -1,4 +1,4 @@
-"""What can be said when no known fault reproduces the numbers: which operation it is, what the numbers say, partial candidates."""
+"""What can be said if no known fault reproduces the numbers: the operation, laws of the numbers, partial candidates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,6 +12,7 @@ from engine.backend import Array
 from engine.graph import History, Step
 from engine.graph import State as PassState
 
+from ..diff.limits import EXACT_FLOOR, JUMP
 from .beside import beside
 from .case import Case
 from .changed_weight import changed_weight
@@ -45,7 +46,7 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
 
     A cause reproduces the whole point at which the difference began, with numbers that carry information, and nowhere makes more
     records wrong than right. Faults that do so only together must reproduce most of all records: two are enough to give one layer's
-    numbers by chance. The last cause is none if it is a number that only the recorded part of a row follows (`_of_a_part`).
+    numbers by chance. The last cause does not count if it is a number that only the recorded part of a row follows (`_of_a_part`).
     """
     state = accepted = start
     apart = 0
@@ -166,10 +167,14 @@ def _heads_of_scores(right: Mapping[str, object], point: str) -> int | None:
 
 
 def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations | None:
-    """Which operations are in question at a state's first place."""
+    """Which operations are in question at a state's first place; None if errors below the limit before it have only grown there."""
     if state.first is None:
         return None
     cone = search.screening.cone(state)
+    before = [errors.max() for entry, errors in zip(case.entries, state.nmse, strict=True) if entry.point in cone.agreeing]
+    in_float32 = case.entries[state.first.point].limit.max() <= EXACT_FLOOR.logits  # wider limits are far above what is before
+    if in_float32 and state.nmse[state.first.point].max() <= JUMP * max(before, default=0.0):
+        return None
     order = state.order
     names = tuple(sorted(cone.steps, key=lambda name: order.get(name, 0)))
     seen: tuple[int, int] | None = None
@@ -296,7 +301,7 @@ def _attends(acting: Sequence[Step]) -> bool:
 
 
 def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
-    """What acts on every position alike, as the end of a sentence."""
+    """The operations that act on every position alike, as the end of a sentence."""
     if not acting:
         return ""
     if parse(entry.point).layer is None:
@@ -305,7 +310,7 @@ def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
 
 
 def _from_earlier(acting: Sequence[Step]) -> str:
-    """What lets a position depend on earlier ones, as the end of a sentence."""
+    """The operations through which a position depends on earlier ones, as the end of a sentence."""
     acts = ["queries, keys, RoPE, scale, mask or cache"] if _attends(acting) else []
     if any(isinstance(read, PassState) for step in acting for read in step.reads):
         acts.append("the state that earlier positions leave (a recurrence, a convolution, a token shift)")

@@ -1,4 +1,5 @@
-"""Which candidates in an unknown layer are likely, before they are carried to the first place: how that place answers to small changes.
+"""Which candidates in an unknown layer are likely, before they are carried to the first place: by how that place responds to small
+changes.
 
 The derivatives of its recorded elements by each layer's output cost less than a pass. Of 1,825 faults planted one by one in layers 5 to 20
 of four 24-layer models, 99.3 % changed the dump up to 18 layers later with a cosine of 0.5 or more to what the derivatives say of their
@@ -65,11 +66,11 @@ class Likely:
         self._derivatives = self._answers() if self.able else {}
 
     def knows(self, name: str) -> bool:
-        """Whether it is known what changes of a value do to the place."""
+        """Whether the effect of a value's changes on the place is known."""
         return name in self._derivatives
 
     def effects(self, name: str, values: Mapping[int, Array]) -> dict[int, Floats]:
-        """What the first row of each version of a value does to the recorded elements of a place in the first row: [k] by number.
+        """The effect of each version of a value, in its first row, on the recorded elements of a place: [k] by number.
 
         Empty if that is not known.
         """
@@ -82,7 +83,7 @@ class Likely:
         return dict(zip(values, effects, strict=True))
 
     def likely_effects(self, effects: Mapping[int, Floats]) -> set[int]:
-        """The numbers of the effects on the recorded elements that may be the error there."""
+        """The numbers of the effects that may be the error of the recorded elements."""
         effects = {number: effect for number, effect in effects.items() if effect.any()}
         if not effects:
             return set()
@@ -122,7 +123,8 @@ class Likely:
             return {}
         replay = self._screening.replay(self._state, self._screening.enough(self._row + 1))
         with np.errstate(all="ignore"):
-            return derivatives(steps, self._point, self._index[self._chosen], self._row, replay.values, replay.weights)
+            elements = self._index[self._chosen]
+            return derivatives(steps, self._point, elements, self._row, replay.values, replay.weights, partial=True)
 
     def _change(self, replay: Replay) -> Floats:
         """The error of the recorded elements of the place: [k]."""

@@ -1,4 +1,4 @@
-"""Which lower arithmetics a dump's differences look like, all of them together."""
+"""Which lower arithmetics explain a dump's differences, taken together."""
 
 from msgspec import Struct
 
@@ -15,7 +15,7 @@ from .state import SearchState
 
 
 class Looks(Struct, frozen=True):
-    """Which arithmetics the differences look like, the best first, and whether they are all that there is.
+    """The arithmetics that the differences look like, the best first, and whether they explain everything.
 
     `is_noise`: nothing else is looked for. `excused`: they explain everything only without records behind experts chosen otherwise.
     """
@@ -58,7 +58,7 @@ def reproducing(case: Case, budget: Budget) -> Looks:
 
 
 def floor_of(case: Case, kind: str) -> PrecisionFloor:
-    """What an arithmetic costs at every record of the case."""
+    """The cost of an arithmetic at every record of the case."""
     return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions, case.rounded)
 
 

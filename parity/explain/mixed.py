@@ -1,4 +1,5 @@
-"""Mixed precision: an engine of which one operation is rounded as lower arithmetic rounds it, while those before it are as in float32.
+"""Mixed precision: an engine in which one operation is rounded as a lower arithmetic rounds it, while those before it are as in
+float32.
 
 Our own rounding of that operation's steps, from its right inputs, then gives the engine's errors, element by element, as no fault does.
 """
@@ -50,7 +51,7 @@ _SEVERAL = 3  # operations that are not recorded: a single one shows its own rou
 def rounded_here(
     case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
 ) -> tuple[str, ...]:
-    """The arithmetics in which a point's own operations make these errors; those that give the same are all there, the nearest first.
+    """All arithmetics in which a point's own operations make these errors, the nearest first.
 
     Args:
         errors: of the dump's records against the right engine, [R, k], in the entry's shape; `known` where they are.
@@ -125,7 +126,7 @@ def _made_by(
     known: NDArray[np.bool_],
     ways: Iterable[tuple[str, list[int], Callable[[Sequence[Step]], list[Step]]]],
 ) -> Iterator[Rounding]:
-    """What the steps of these numbers make of a point in each of these ways."""
+    """A point's value if the steps of these numbers are computed in each of these ways."""
     right = entry.taken(case.replay.on_host[entry.point], case.positions)
     for kind, places, lower in ways:
         values = rounded_value(case, places, lower, entry.point)
@@ -164,9 +165,10 @@ def as_large_as_rounding(
 
 
 def law_of_rounding(case: Case, state: SearchState) -> str:
-    """That the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; "" if they are not."""
+    """A sentence if the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; otherwise
+    "". Where float32 is stated, an operation is not called rounded, but what it reads may be kept in a lower type."""
     kinds = kinds_of_rounding(case, state)
-    if not kinds:
+    if not kinds or (case.states_f32 and kinds[0] not in KEPT):
         return ""
     mixed = kinds[0] in KEPT or _spared_before(case, state, kinds[0])
     return f"every element is the right one {in_words(kinds, mixed=mixed)}"
@@ -195,7 +197,7 @@ def _spared_before(case: Case, state: SearchState, kind: str) -> bool:
 
 
 def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
-    """That the errors which no fault explains may be a lower arithmetic's; "" if they are not of that kind.
+    """A sentence if errors that no fault explains may be a lower arithmetic's; otherwise "".
 
     `values` are those of the state's steps, on the host.
     """
@@ -211,9 +213,7 @@ def first_errors(
     """A state's first place, its errors against these values, [R, k], where they are known, and the points that agree before it."""
     assert state.first is not None
     entry = case.entries[state.first.point]
-    right = entry.taken(values[entry.point], case.positions)
-    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
-    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    errors, known = entry.errors_beside(values[entry.point], case.positions)
     return entry, errors, known, {other.point for other in case.entries[: state.first.point]}
 
 
@@ -228,7 +228,7 @@ def in_words(kinds: Sequence[str], *, mixed: bool = True) -> str:
 
 
 def noise_in_words(kind: str) -> str:
-    """What is to be said of an operation whose errors are noise of the size that an arithmetic, or a cache's type, makes."""
+    """A sentence on an operation whose errors are noise of the size that an arithmetic, or a cache's type, makes."""
     kind = KEPT[kind].type if kind in KEPT else kind
     return (
         f"noise in all elements, of the size that {ARITHMETIC[kind]} arithmetic makes there, while what it is computed from is in float32: "

@@ -1,4 +1,4 @@
-"""Records at which float32's own rounding is amplified over the table's limit: the arbiter decides, or without it a rule of thumb."""
+"""Records at which float32's own rounding exceeds the table's limit: the arbiter decides or, without it, a rule of thumb."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -19,7 +19,7 @@ EXPLAINED = 1e3  # a record's error must fall by this factor for a fault whose r
 def allowed(
     entries: Sequence[Expected], right: Replay, positions: Ints, truth: Truth, arbiter: str
 ) -> tuple[list[Expected], tuple[str, ...]]:
-    """The records with the limits that apply to them, and notes on what that lets pass.
+    """The records with the limits that apply to them, and notes on what passes because of these.
 
     The reference whose distance from the truth counts is our right engine in float32.
     """

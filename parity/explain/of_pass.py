@@ -1,4 +1,4 @@
-"""Values that depend on where a pass begins and ends, not only on the tokens: lightning attention counts its decay from there."""
+"""Values that depend on where a pass begins and ends, not only on the tokens: lightning attention counts its decay from the pass's ends."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def without_values_of_passes(dump: Dump, steps: Sequence[Step], passes: Sequence
 
 
 def _depending(steps: Sequence[Step]) -> frozenset[str]:
-    """What is made from a decay. The part of earlier passes and that of the own pass depend on it, their sum does not."""
+    """The values made from a decay. The parts of earlier passes and of the pass itself depend on it, but their sum does not."""
     depending: set[str] = set()
     for step in steps:
         parts = sum(name in depending for name in step.names)

@@ -1,4 +1,4 @@
-"""A comparison with the model at hand: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
+"""A comparison if the model is available: the cost of an arithmetic is measured on it, and float64 decides where rounding is amplified."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from reports.sentences import ARITHMETIC
 
 from ..diff.align import as_wide
 from ..diff.compare import Comparison, Options, comparison
-from ..diff.limits import NATIVE, common_mode
+from ..diff.limits import NATIVE, common_mode, limits
 from ..diff.truth import ALL, AUTO, OFF
 from .known_model import KnownModel
 
@@ -46,6 +46,8 @@ def compared_on(
         compared = _beside_twin(compared, ours, ref, options, model, arbiter)
     if not compared.verdict:
         compared = replace(compared, verdict=replace(compared.verdict, ignored=known.ignored))
+    else:
+        compared = _without_unjudged(compared, ours, ref, options)
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.started))):
         return compared
@@ -54,6 +56,18 @@ def compared_on(
     from ..arbiter.third_side import with_truth
 
     return with_truth(compared, known.truth, everywhere=arbiter == ALL)
+
+
+def _without_unjudged(compared: Comparison, ours: Dump, ref: Dump, options: Options) -> Comparison:
+    """The comparison without the records that measured limits, if it was made by such, cannot judge."""
+    if not compared.verdict.limits.points:
+        return compared
+    from ..diff.unjudged import without_unjudged
+
+    precision = compared.verdict.precision
+    return without_unjudged(
+        compared, limits(ours.header, ref.header, compute=options.compute or (precision.arithmetic if precision else None))
+    )
 
 
 def _beside_twin(compared: Comparison, ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str) -> Comparison:

@@ -1,7 +1,7 @@
 """Errors of the size of lower arithmetic that follow one element, one head or one part of a value: rounding changes all of them.
 
-To first order such an error moves what is recorded along one column of its derivatives. Those of a sequence's first row are exact, as it
-depends on no other.
+To first order such an error moves the recorded elements along one column of their derivatives. Those of a sequence's first row are
+exact, as it depends on no other.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from checkpoints.points import parse
 from engine import ops
 from engine.graph import TOKENS, Step, sees_later, weight_of_step
 from engine.replay.adjoint import derivatives
+from engine.replay.batched import elementwise
 
 from .case import Case
 from .records import Expected, Floats
@@ -52,6 +53,8 @@ def one_element(case: Case, entry: Expected, errors: Floats, known: NDArray[np.b
     end = next(number for number, step in enumerate(steps) if step.makes == entry.point)
     replay = case.make(steps[: end + 1], 1)
     after_tokens = [step for step in steps[: end + 1] if TOKENS not in step.names]
+    if any(elementwise(step) for step in after_tokens):
+        return ""  # what the rounding of right engines looks like there was not measured
     try:
         answers = derivatives(after_tokens, entry.point, elements, 0, replay.values, replay.weights)
     except KeyError:  # an operation whose derivatives are not known
@@ -123,7 +126,7 @@ def _directions(
 
 
 def _as_the_whole(scaled: Floats, parts: Floats) -> NDArray[np.bool_]:
-    """Which parts move the recorded elements as the whole value does: those that no recorded element tells from it."""
+    """Which parts move the recorded elements as the whole value does, so that no recorded element distinguishes them from it."""
     whole = scaled.sum(axis=1)
     energy = np.einsum("kn,kn->n", parts, parts)
     return np.asarray((whole @ parts) ** 2 > _ALONG * energy * (whole @ whole))

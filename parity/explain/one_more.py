@@ -34,7 +34,8 @@ def all_explained(states: Sequence[SearchState]) -> bool:
 def spoils(entries: Sequence[Expected], before: SearchState, after: SearchState) -> bool:
     """Whether a further fault makes records wrong, by far, that agreed: the engine does not have it, unless another one undoes it there.
 
-    Two faults of which the second undoes what the first one spoils are no better than none: what differs in between was recorded otherwise.
+    Two faults, the second of which undoes what the first spoils, are no better than none: the points in between were recorded
+    otherwise.
     """
     return any(
         bool(((old <= entry.limit) & (new > _SPOILT * entry.limit)).any())
@@ -104,9 +105,13 @@ class OneMore:
                 waiting = {scope: waiting[scope]}
             if self.screening.budget.over():
                 break
-        if not all_explained(better) and choose is not None:
-            found, _ = self._in_first_layer(state, sweep.in_turn({scope: sweep.postponed[scope] for scope in waiting}, None))
-            better += found
+        if choose is not None:
+            # Where something explains everything, a formula that was not likely may still give the same numbers.
+            formulas = all_explained(better)
+            left = {
+                scope: [c for c in sweep.postponed[scope] if not (formulas and c.fault.group in WEIGHTS)] for scope in waiting
+            }
+            better += self._in_first_layer(state, sweep.in_turn(left, None))[0]
         return better + self._in_all_layers(state, better)
 
     def _in_first_layer(

@@ -1,4 +1,4 @@
-"""One wrong number that reproduces every record: the first difference says which (`systematic`), and it is planted before any search.
+"""One wrong number that reproduces every record: the first difference shows which (`systematic`), and it is planted before any search.
 
 A search fits numbers at the places that its entries list, one after the other, and may run out of time before it comes to them.
 """
@@ -37,9 +37,7 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
     entry = case.entries[start.first.point]
     if float(np.max(entry.base)) > _SMALL:
         return None
-    right = entry.taken(case.replay.on_host[entry.point], case.positions)
-    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
-    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    errors, known = entry.errors_beside(case.replay.on_host[entry.point], case.positions)
     numbers, _ = followed(case, entry, errors, known, budget.part(_OF_BUDGET), asked_about(search, start))
     best = max((number.along for number in numbers), default=0.0)
     if any(not number.kind and number.along >= best - _AS_WELL for number in numbers):
@@ -52,8 +50,8 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
 
 
 def asked_about(search: Search, start: SearchState) -> frozenset[str]:
-    """The steps in question, without those of results that layers before them have as well, which agree, if they are too many layers
-    for each to be asked about by itself: a number of all layers would show in those before, too.
+    """The steps in question. If they lie in too many layers for each to be asked about by itself, kinds of results that also occur in
+    the agreeing layers before them are left out: a number wrong in all layers would show there, too.
     """
     steps, layers = search.screening.cone(start).steps, search.screening.suspects(start)
     if len(layers) <= IN_QUESTION:

@@ -1,4 +1,4 @@
-"""Records that raised limits let pass, held against what their operation makes of its own inputs: no earlier error counts then."""
+"""Records that pass only by raised limits, compared with what their operation makes of its own inputs, so that no earlier error counts."""
 
 import numpy as np
 from msgspec.structs import replace
@@ -30,8 +30,9 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
     """The answer that nothing differs, unless a record is not what its operation makes of its own inputs, which were recorded whole, or
     which agree with the right engine's in whole rows.
 
-    Only records over the usual limit are asked. Of an operation that ggml computes from a table another engine's own values differ, and one
-    that is off by our own rounding to a lower arithmetic, where nothing states float32, is that arithmetic's.
+    Only records over the usual limit are checked. Operations that ggml reads from a table are left out, since another engine's own
+    values differ there. If nothing states float32, a record that is off by our own rounding to a lower arithmetic counts as that
+    arithmetic's.
     """
     entries = {entry.point: entry for entry in case.entries}
     lower: tuple[str, ...] = ()
@@ -78,8 +79,7 @@ def _arithmetics(
 ) -> tuple[str, ...]:
     """The lower arithmetics whose rounding of an operation's factors, or of its result too, makes its errors beside `value`, best first."""
     right = entry.taken(value, case.positions)
-    known = entry.present & np.isfinite(entry.values) & np.isfinite(right)
-    errors = np.where(known, entry.values, 0.0) - np.where(known, right, 0.0)
+    errors, known = entry.errors_beside(value, case.positions)
     near: dict[str, float] = {}
     for kind in KINDS:
         for storage in (False, True):
@@ -124,7 +124,7 @@ def _made_of_agreeing_inputs(case: Case, step: Step, entry: Expected, entries: d
 
 
 def _disturbed(value: NDArray[np.float32], error: float, draw: np.random.Generator) -> NDArray[np.float32]:
-    """A value with noise of this NMSE in all elements, of float32's rounding at least; ids, which are whole numbers, stay."""
+    """A value with noise of this NMSE, or at least of float32's rounding, in all elements; ids, which are whole numbers, stay."""
     if bool((value == np.rint(value)).all()):
         return value
     size = np.sqrt(max(error, ELEMENT**2) * np.mean(np.square(value, dtype=np.float64), axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""A fault below the noise of lower arithmetic, in an engine that rounds as ours does: beside our rounded run it stands out.
+"""A fault below the noise of lower arithmetic, in an engine that rounds as ours does, stands out beside our rounded run.
 
 Such an engine has the very numbers of our run in that arithmetic, but where a value falls to the other side of a tie. The first
 operation that has other ones, and by a law, is wrong, however small its error is beside what the arithmetic costs: another way of
@@ -11,17 +11,22 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from checkpoints.answers.diff import Pattern
 from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
+from checkpoints.record import Dump
 from engine.replay.precision import rounded
 from engine.replay.replay import Replay
 from reports.sentences import ARITHMETIC
 
+from ..diff.beyond_noise import failing_at
+from ..diff.compare import Comparison
 from .beside import ROOM, beside
 from .case import Case
-from .flipped import has_choices
+from .flipped import CHOSEN_OTHERWISE, has_choices, led_to
+from .known_model import KnownModel
 from .laws import WRONG, law
 from .looks_like import floor_of
-from .precision import OURS, of_ids
+from .precision import OURS, TOGETHER, PrecisionFloor, mean_cost, of_ids
 from .records import Expected, Floats
 from .reproduced import THE_SAME, usual_cost
 
@@ -39,8 +44,39 @@ class Outstanding(Struct, frozen=True):
     law: str
 
 
+def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
+    """The comparison of an engine that rounds as ours does: a divergence if an operation has, by a law, other numbers than our own run.
+
+    Where experts are chosen, it is one as well if a point is further off than in such engines (`_beyond_choices`).
+    """
+    case, cost = known.beside_ours(ours), known.floor(kind)
+    if case is None or cost is None or known.case is None:
+        return compared
+    if not compared.verdict:
+        return _of_other_experts(compared, case, kind)
+    costs = usual_costs(known.case, cost)
+    found = outstanding(case, kind, costs)
+    if found is not None:
+        point, times = found.entry.point, float((found.errors / found.entry.limit).max())
+        pattern = Pattern("own-rounding", f"{point}: {found.law}")
+    elif has_choices(case) and (beyond := _beyond_choices(case, floor_of(case, kind))) is not None:
+        point, times, same = beyond
+        sentence = (
+            f"{point}: {TOGETHER * times:.0f} times as far off as {ARITHMETIC[kind]} arithmetic makes it, in an engine that begins with "
+            f"our own rounding: a fault, or {'an operation in a lower arithmetic still' if same else 'other experts at most positions'}"
+        )
+        pattern = Pattern("undecided", sentence)
+    else:
+        return compared
+    if point not in compared.records.names:
+        return compared
+    records, verdict = failing_at(compared.records, {compared.records.names.index(point): times})
+    verdict = replace(verdict, pattern=pattern, operation="")
+    return replace(compared, records=records, verdict=replace(verdict, precision=compared.verdict.precision))
+
+
 def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstanding | None:
-    """What stands out of an engine that rounds as ours does; None if nothing does that follows a law.
+    """The first outstanding operation of an engine that rounds as ours does; None if nothing that follows a law stands out.
 
     Args:
         costs: the NMSE that the arithmetic costs each point.
@@ -59,6 +95,51 @@ def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstandin
     return None
 
 
+def usual_costs(case: Case, cost: PrecisionFloor) -> dict[str, float]:
+    """What an arithmetic costs each point of a case, NMSE: the larger of both ways of rounding (`usual_cost`)."""
+    chosen = has_choices(case)
+    return {
+        entry.point: max(usual_cost(costs, cost.kind, chosen) for costs in both)
+        for entry, *both in zip(case.entries, cost.products, cost.storage, strict=True)
+    }
+
+
+def _of_other_experts(compared: Comparison, case: Case, kind: str) -> Comparison:
+    """A divergence, which blames no operation if every record that differs lies behind choices of experts that may be others'."""
+    if not has_choices(case):
+        return compared
+    records, led = compared.records, set[tuple[str, int]]()
+    for entry, here in zip(case.entries, led_to(case, floor_of(case, kind)), strict=True):
+        led |= {(entry.point, int(position)) for position in case.positions[entry.rows[here]]}
+    failed = np.flatnonzero(records.failed)
+    if not all((records.names[records.point[at]], int(records.token_idx[at])) in led for at in failed):
+        return compared
+    pattern = Pattern("undecided", CHOSEN_OTHERWISE)
+    return replace(compared, verdict=replace(compared.verdict, pattern=pattern, operation=""))
+
+
+def _beyond_choices(case: Case, measured: PrecisionFloor) -> tuple[str, float, bool] | None:
+    """The first point that is further off than in right engines that begin with our own rounding, how many times, and whether no other
+    experts can be the reason; None without one.
+
+    Those are half a row off, which would excuse any fault: of a point's records those count to which no choice leads that the arithmetic
+    may make otherwise or, where all may be led to, the usual one.
+    """
+    for entry, led, *both in zip(case.entries, led_to(case, measured), measured.products, measured.storage, strict=True):
+        if of_ids(entry):
+            continue
+        error, *costs = (_middle(each) if led.all() else mean_cost(each[~led]) for each in (entry.base, *both))
+        most = TOGETHER * max(float(entry.limit.max()), *costs)
+        if error > most:
+            return entry.point, error / most, not led.all()
+    return None
+
+
+def _middle(errors: Floats) -> float:
+    known = errors[np.isfinite(errors)]
+    return float(np.median(known)) if len(known) else 0.0
+
+
 def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Explanation:
     """The answer that arithmetics explain everything, unless an operation's values differ from our own run in the first by a law.
 
@@ -66,12 +147,7 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
     """
     if not kinds or (cost := floor_of(case, kinds[0])).alike < OURS:
         return answer
-    chosen = has_choices(case)
-    costs = {
-        entry.point: max(usual_cost(costs, kinds[0], chosen) for costs in both)
-        for entry, *both in zip(case.entries, cost.products, cost.storage, strict=True)
-    }
-    found = outstanding(case, kinds[0], costs)
+    found = outstanding(case, kinds[0], usual_costs(case, cost))
     if found is None:
         return answer
     entry, errors = found.entry, found.errors
@@ -93,7 +169,8 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
 
 
 def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[Expected, Floats] | None:
-    """The first point whose recorded values are not this run's, with what is the same to this arithmetic as its limit, and the errors."""
+    """The first point whose recorded values are not this run's, with the difference that counts as none in this arithmetic as its
+    limit, and the errors."""
     for entry in case.entries:
         if entry.point not in costs:
             continue

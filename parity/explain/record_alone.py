@@ -79,7 +79,7 @@ def _if_it_were_so(
     value = replay.on_host[entry.point].copy()
     if scaled:
         right = entry.taken(value, positions)
-        known = entry.present & np.isfinite(right) & np.isfinite(entry.values)
+        _, known = entry.errors_beside(value, positions)
         products, squares = (np.where(known, right * other, 0.0).sum(axis=1) for other in (entry.values, right))
         for record in np.flatnonzero(wrong & (squares > 0)):
             value[..., entry.rows[record], :] *= value.dtype.type(products[record] / squares[record])

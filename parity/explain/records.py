@@ -124,6 +124,12 @@ class Expected(Struct, frozen=True):
         """The recorded elements of another tensor of this point, of the records in its rows: [R, k]."""
         return self._slice(tensor, positions, self.rows < len(positions))
 
+    def errors_beside(self, tensor: NDArray[np.float32], positions: Ints) -> tuple[Floats, NDArray[np.bool_]]:
+        """The recorded elements minus those of a tensor of all rows, 0 where either is no number, and where both are: [R, k]."""
+        right = self.taken(tensor, positions)
+        known = self.present & np.isfinite(self.values) & np.isfinite(right)
+        return np.where(known, self.values, 0.0) - np.where(known, right, 0.0), known
+
     def at(self, tensor: NDArray[np.float32], positions: Ints, row: int) -> Floats:
         """The recorded elements of one row of a tensor of the first rows: [k]; absent ones are 0."""
         here = self.rows == row

@@ -1,7 +1,7 @@
 """A dump whose every record is that of our own run in a lower arithmetic: nothing is left that a fault could have made.
 
-Sizes of errors leave room for a fault; values do not. What an engine rounds besides products and results (a norm's row before
-its weight, the parameters that the file has in float32) is asked of the first place, where it costs one operation.
+Sizes of errors leave room for a fault; values do not. Whether an engine also rounds something besides products and results (a norm's
+row before its weight, the file's float32 parameters) is tried at the first place, where it costs one operation.
 """
 
 from collections.abc import Callable, Iterator, Sequence

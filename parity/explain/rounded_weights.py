@@ -1,4 +1,4 @@
-"""Weights that an engine keeps in a lower type than the file, while it computes in float32: asked before any search.
+"""Weights that an engine keeps in a lower type than the file, while it computes in float32. This is tried before any search.
 
 Checkpoints are BF16, and an engine that reads them itself rounds nothing; one that reads a GGUF, whose norms and biases are float32, may.
 The first place says which weights: its operations are computed again with some of them rounded.
@@ -34,7 +34,7 @@ _Wanted = Callable[[Step, str], bool]
 def with_weights_rounded(case: Case, search: Search, start: SearchState, budget: Budget) -> SearchState:
     """The state with those weights of all layers rounded to one type that the first places show; the start without such weights.
 
-    What it does not explain is looked for beyond it.
+    The search continues with whatever this does not explain.
     """
     if start.first is None or not float(np.max(case.entries[start.first.point].base)) <= _SMALL:
         return start

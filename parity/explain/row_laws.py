@@ -1,4 +1,4 @@
-"""What became of whole rows: a ring of positions, sums over positions, limits of values, lost signs, a mean that was taken off."""
+"""Laws of whole rows: a ring of positions, sums over positions, limits of values, lost signs, a subtracted mean."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ def _limited(compared: Beside) -> Iterator[str]:
 
 
 def _of_a_ring(compared: Beside, whole: Floats) -> Iterator[str]:
-    """Every wrong position holds what stood so many positions before it."""
+    """Every wrong position holds the values of a position before it, at the same distance for all."""
     first = int(compared.rows.min())
     wrong = np.unique(compared.rows)
     to_the_end = np.array_equal(wrong, np.arange(first, len(whole)))

@@ -45,7 +45,7 @@ def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator
 
 
 def long(candidates: Sequence[Candidate]) -> frozenset[str]:
-    """The faults that rebuild matrices in so many ways that all others would wait for them."""
+    """The faults that rebuild matrices in so many ways that they would delay all others."""
     variants = Counter(candidate.fault.name for candidate in candidates if candidate.fault.group in WEIGHTS)
     return frozenset(name for name, count in variants.items() if count >= _MANY)
 

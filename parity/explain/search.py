@@ -18,6 +18,7 @@ from .scopes import ranges
 from .screening import Screening
 from .state import Candidate, Layers, SearchState, key, worst
 from .together import Together
+from .with_a_number import with_a_number
 
 _AT_ONCE = 3  # most faults that are tried together
 _SAME = 12  # combinations with the same numbers at the first place that are checked everywhere
@@ -182,6 +183,13 @@ class Search:
                         break
                 if better or self.screening.budget.over():
                     return sorted(better, key=self.rank)
+            each = [effect.alike[0] for effect in together.effects]
+            for chosen in with_a_number(self.screening, state, layers, each) if depth > 1 else ():
+                better += self._all_of(state, chosen)
+                if all_explained(better):
+                    break
+            if better:
+                return sorted(better, key=self.rank)
         return []
 
     def _all_of(self, state: SearchState, chosen: Sequence[Candidate]) -> Iterator[SearchState]:

@@ -1,4 +1,5 @@
-"""What lower arithmetic spares: nothing. Where some records, or some elements of all, are exactly right, errors are not its rounding."""
+"""Lower arithmetic spares nothing: where some records, or some elements of all records, are exactly right, the errors are not its
+rounding."""
 
 from .records import Floats
 

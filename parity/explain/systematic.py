@@ -68,7 +68,7 @@ class Followed(Struct, frozen=True):
 def systematic(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], seconds: float = SECONDS) -> str | None:
     """What the errors of a point follow, as words: "blk.*.ffn_out were multiplied by 1.0013", "element 5 of blk.0.v were off".
 
-    Empty if nothing; None if they follow nothing that was tried before the time was up.
+    Empty if they follow nothing; None if they follow nothing that was tried before the time was up.
 
     Args:
         errors: [R, k], the recorded elements minus the right ones, where they are known: bool [R, k].

@@ -58,7 +58,7 @@ def near_ties(case: RightEngine, steps: Sequence[Step]) -> Iterator[tuple[int, i
 
 
 def resolved(case: RightEngine) -> tuple[str, ...]:
-    """Let the right engine choose as the dump did at each near tie that explains a difference; sentences on where it did.
+    """Let the right engine choose as the dump did at each near tie that explains a difference; returns sentences on where.
 
     Changes the case: its steps, replay and records become those of the right engine that chose so.
     """

@@ -1,6 +1,6 @@
-"""In which arithmetic a foreign engine computes, if it does not say: what its products with weights show together.
-
-Every engine is judged in float32 first. Lower arithmetic is granted only if products are off everywhere, and only as far as they are off.
+"""The arithmetic in which a foreign engine computes, if it does not say: its products with weights show it together.
+Every engine is judged in float32 first. A lower arithmetic is granted only if products are off everywhere, and only as far as they are
+off.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -60,7 +60,7 @@ class Judge(Protocol):
     """Judges the operations of a dump."""
 
     def __call__(self, limit: float, lower: Sequence[str] = ()) -> Judgement:
-        """By a limit, NMSE; products may also compute in one of these lower arithmetics."""
+        """Judge by a limit, NMSE; products may also compute in one of these lower arithmetics."""
 
 
 def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: str) -> Judgement:
@@ -201,7 +201,7 @@ def _in_lower(judgement: Judgement, again: Judgement) -> dict[str, str]:
 
 
 def _rounding_of(operation: Operation, record: Record, multiplies: bool) -> str:
-    """What is to be said of an operation that is right in a lower arithmetic and wrong in float32; empty if it is not."""
+    """A sentence on an operation that is right in a lower arithmetic and wrong in float32; empty for any other."""
     if operation.status == PROVEN and record.arithmetics:
         kind = next(iter(record.arithmetics))
         if kind in KEPT:

@@ -83,7 +83,7 @@ class AttentionChecks(Struct):
             yield name, value
 
     def settle(self, proven: Collection[str], unknown: Collection[str] = ()) -> None:
-        """Take back what points that are proven right show: their inputs are degenerate, and no operation is wrong.
+        """Take back findings at points that are proven right: there the inputs are degenerate, and no operation is wrong.
 
         Args:
             unknown: points of which nothing is known: their inputs were not finite, or they were recorded wrong.

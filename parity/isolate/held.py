@@ -1,4 +1,4 @@
-"""An operation's recorded value beside the one that follows from its inputs, and which of several definitions is meant by it."""
+"""An operation's recorded value beside the one that follows from its inputs, by the nearest of several definitions."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _NEARER = 10.0
 
 
 def without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.bool_]:
-    """Which rows of a result nothing can be said of, bool [rows]: an input has NaN there, or somewhere that any row may read."""
+    """The rows of a result of which nothing can be said, bool [rows]: an input has NaN there, or at a place that any row may read."""
     unknown = np.zeros(rows, dtype=np.bool_)
     for given in inputs:
         undefined = np.isnan(given) if given.dtype.kind == "f" else np.zeros(given.shape, dtype=np.bool_)
@@ -27,7 +27,7 @@ def without_numbers(inputs: Sequence[NDArray[np.float32]], rows: int) -> NDArray
 
 
 def nearer(errors: NDArray[np.float64], others: NDArray[np.float64], limit: float, *, lower: bool = False) -> bool:
-    """Whether a definition with these errors of rows is nearer than an earlier one; of two that are as far off the first is meant.
+    """Whether a definition with these errors of rows is nearer than an earlier one; if both are equally far off, the first counts.
 
     `lower`: it is one of a lower arithmetic, whose rounding may hide a fault of its own size.
     """
@@ -68,7 +68,8 @@ class Held(Struct, frozen=True):
         return (dumped[off], right[off]) if dumped.size else (dumped, right)
 
     def of_other_positions(self, limit: float) -> str:
-        """That the wrong rows are the right ones of other positions, and how far away if that is the same for all; "" if they are not."""
+        """A sentence if the wrong rows are the right ones of other positions, with the distance if it is the same for all; otherwise
+        ""."""
         wrong, _ = self.wrong_rows(limit)
         if not len(wrong) or len(self.positions) != len(self.dumped) or not np.isfinite(wrong).all():
             return ""

@@ -1,7 +1,7 @@
 """The inputs of a step in one forward pass: recorded values, and unrecorded ones that follow from them.
 
-Values between points (masks, the parts of a recurrent state) are computed from the nearest recorded ones. Histories are put together
-from earlier passes, states are what the last pass left.
+Values between points (masks, the parts of a recurrent state) are computed from the nearest recorded ones. Histories are joined from
+earlier passes; states are those that the last pass left.
 """
 
 from collections import Counter, defaultdict

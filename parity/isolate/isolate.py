@@ -1,4 +1,4 @@
-"""`parity isolate`: where the values come from, and how they become an answer."""
+"""`parity isolate`: gets the values and turns them into an answer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -34,14 +34,14 @@ from .arithmetic import Judgement, in_its_arithmetic
 from .bench import IsolationBench
 from .judged_layers import eliminated, graft, judged_layers
 from .standards import Define, foreign_standard, reference_standard
-from .suspicions import as_eight_bits, in_order
+from .suspicions import as_eight_bits, in_order, of_cache, of_stated_cache
 from .unrecorded import pass_over
 from .values import RecordedValue, WholeValues
 
 # Measured: llama.cpp's CPU backend, 24 layers, 28 tokens, caches of F32 and F16; the worst operation of F32, F16, BF16, Q8_0,
 # Q4_0, Q4_1, Q5_0, Q5_1, Q2_K … Q6_K, IQ4_NL and IQ4_XS lies at 3e-13 at most.
 LIMIT = 1e-10
-LIMIT_SOURCE = "one operation with ggml's rounding: 1e-12 measured in every type"
+LIMIT_SOURCE = "right operations were off by 1e-12 at most, in every type"
 # An operation is not called wrong under this many times the worst one of the embedded model on this machine.
 _FLOOR_FACTOR = 10.0
 _CALIBRATION = tuple(range(1, 9))  # any eight tokens will do: operations are judged one by one
@@ -232,7 +232,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             "--rows needs whole logits, which the dump does not have.",
             "Record them: `parity dump ours --full`, or all values of each record.",
         )
-    kv_type = "f16" if "f16" in header.kv_type.lower() and "bf16" not in header.kv_type.lower() else "f32"
+    kv_type = header.kv_type or "f32"
     mode = request.mode or header.mode or "exact"
     # The limit of operations in F32, whatever the file's types: their rounding is part of the definitions.
     measured = limits(
@@ -266,10 +266,11 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
             bench.transformer.check([*tokens.tolist(), *later.tolist()], 0)
             if values.unshaped:
                 values.with_shapes(dict(reference().describe(request.model).points))
-            values.two_sided = ("",) if in_one_pass(bench.isolator.steps) else (ENCODER,)
+            values.two_sided = ("",) if in_one_pass(bench.isolator.definitions[0].several) else (ENCODER,)
             lacking = pass_over(bench, values, mode, kv_type)
             passes = _feed_dump(values, bench, tokens, later)
-            return Judgement(bench, in_order([*bench.operations(), *lacking], bench.steps), passes, limit)
+            operations = of_stated_cache(bench.operations(), bench.isolators, header.kv_type)
+            return Judgement(bench, in_order([*operations, *lacking], bench.steps), passes, limit)
 
         judgement = in_its_arithmetic(judged_at, measured, LIMIT, LIMIT_SOURCE)
         bench, operations = judgement.bench, judgement.operations
@@ -282,7 +283,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
                 values,
                 operations,
                 mode,
-                judgement.of_layers,
+                max(judgement.of_layers, of_cache(header.kv_type)),  # llama.cpp's own layer has a cache of F32
                 bench.isolator.suspects(),
                 bench.rounding,
             )

@@ -1,4 +1,4 @@
-"""What judging operations begins with, and what it knows so far: the right definitions, the records, the memory of earlier passes."""
+"""The data with which operations are judged: the right definitions, the records so far, the memory of earlier passes."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a wrong operation looks like, in words: which other operation would give its values."""
+"""Describes a wrong operation in words: which other operation would give its values."""
 
 from collections.abc import Sequence
 from typing import Any

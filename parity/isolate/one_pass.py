@@ -1,4 +1,4 @@
-"""One forward pass: each operation is computed from the inputs that it really had, and compared with what came out of it."""
+"""One forward pass: each operation is computed from the inputs that it really had, and the result is compared with the recorded one."""
 
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ _NORMS = (ops.rms_norm, ops.layer_norm)
 
 
 class JudgedPass:
-    """One forward pass as it goes through the judging."""
+    """One forward pass while it is being judged."""
 
     def __init__(self, judging: Judging, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         self._judging, self._weights, self._memory = judging, judging.weights, judging.memory
@@ -155,7 +155,8 @@ class JudgedPass:
         return held
 
     def _weighed(self, step: Step, held: Held, others: Mapping[str, RecordedValue]) -> Held:
-        """A step that agrees with the records of its inputs; what that says of them is noted: nothing, if it agrees with others, too."""
+        """A step that agrees with the records of its inputs. This is noted as evidence for them, unless it agrees with other values as
+        well."""
         choices = [name for name in others if name in self._program.routing and not self._judging.records[name].wrong]
         for name in choices:
             self._judging.records[name].read_by[step.makes] = None

@@ -84,7 +84,7 @@ class Isolator(Judging, dict=True):
         )
 
     def _verdict(self, name: str, record: Record) -> tuple[str, str]:
-        """Whether an operation is right, and what is to be said of it."""
+        """Whether an operation is right, and a sentence on it."""
         denied = listed_readers(record.denied_by)
         if record.wrong:
             return WRONG, self._together(name, record)

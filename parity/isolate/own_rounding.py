@@ -1,4 +1,4 @@
-"""What float32 itself costs an operation: where the terms of its sums cancel, rounding is most of what is left of them."""
+"""What float32 itself costs an operation: where the terms of a sum cancel, what remains is mostly rounding."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def within_own_rounding(
     """Errors of rows, float64 [R], scaled down where they are over the limit and `ours` is itself as far from float64.
 
     A row's limit is then `BOTH` times our own distance, as two right engines may be twice as far from each other as each is from the truth.
-    What is looked up in a table of float16 has no such distance, and none beyond `NO_ROUNDING` is float32's.
+    Values looked up in a table of float16 have no such distance, and distances beyond `NO_ROUNDING` are not float32's.
 
     Args:
         way: the operation and what leads to it from recorded values, its own first.

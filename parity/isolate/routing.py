@@ -95,8 +95,8 @@ def routing_error(
 
 
 def other_order(used: int, ours: NDArray[Any], dumped: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A right choice in the order in which its readers may have had it, if they had another one than the recorded: that of ours, or,
-    where the recorded order is that, the reverse. Arguments as in `routing_error`; shaped like `dumped`.
+    """A right choice in another order than the recorded one, in which its readers may have had it: in our order or, if that is the
+    recorded one, in reverse. Arguments as in `routing_error`; shaped like `dumped`.
     """
     rows = len(dumped)
     ordered, right = dumped.reshape(rows, -1), np.asarray(ours).reshape(rows, -1)

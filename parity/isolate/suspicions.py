@@ -4,15 +4,20 @@ from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
-from checkpoints.answers.isolate import NOT_OBSERVABLE, WRONG, Operation
+from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
+from checkpoints.record import Header
 from engine.graph import Step
+from engine.replay.kept import reads_cache
 
-from ..diff.limits import EXACT_FLOOR, limits
+from ..diff.limits import EXACT_FLOOR, family, limits
 from .judged_layers import LAYER
+from .operation import Isolator
 
 # Errors of 8-bit products have similar sizes. In right engines with 8-bit activations the largest NMSE of a product was at most 44 times
 # the smallest: small models of 24 architectures (44 in rwkv6, elsewhere at most 16), 12 in the embedded model. Twice that, rounded up.
 _ALIKE = 100.0
+# NMSE of an operation that reads a cache of 4-bit numbers in blocks of 32, three small models: 1.4e-2 at most; about twice that.
+_FEW_BITS = 0.03
 _REASON = "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 allows for it"
 
 
@@ -36,6 +41,40 @@ def as_eight_bits(operations: Sequence[Operation], scaled: Collection[str] = ())
         return list(operations)
     return [
         replace(operation, status=NOT_OBSERVABLE, reason=_REASON) if operation in wrong else operation
+        for operation in operations
+    ]
+
+
+def of_cache(kv_type: str) -> float:
+    """What a cache of this type costs, NMSE; "" is F32."""
+    return limits(None, Header(source="", mode="exact", compute="f32", kv_type=kv_type), compute="f32").operations
+
+
+def of_stated_cache(operations: Sequence[Operation], isolators: Sequence[Isolator], kv_type: str) -> list[Operation]:
+    """The operations. If a cache is stated to be quantised, those that read it are not blamed for noise of the size that this costs, unless
+    some follow exactly: in which blocks an engine rounds, and by which scales, is its own affair.
+    """
+    if not kv_type or family(kv_type) != "quantised":
+        return list(operations)
+    reading = {
+        step.makes
+        for isolator in isolators
+        for program in isolator.definitions[0].programs
+        for step in program.judged
+        if any(reads_cache(read) for way in program.way(step.makes) for read in way.reads)
+    }
+    if any(operation.status == PROVEN for operation in operations if operation.name in reading):
+        return list(operations)
+    most = of_cache(kv_type) if "8" in kv_type else _FEW_BITS
+    records = {name: record for isolator in isolators for name, record in isolator.records.items()}
+    reason = f"off by noise of the size that a cache of {kv_type} makes: how this engine rounds to that type is not known"
+    return [
+        replace(operation, status=NOT_OBSERVABLE, reason=reason)
+        if operation.status == WRONG
+        and operation.name in reading
+        and records[operation.name].nmse <= most
+        and not records[operation.name].scaled
+        else operation
         for operation in operations
     ]
 

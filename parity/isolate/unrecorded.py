@@ -1,4 +1,4 @@
-"""Points that a dump lacks are passed over: what is made from them is judged from the nearest recorded values before them.
+"""Points that a dump lacks are passed over: operations that read them are judged from the nearest recorded values before them.
 
 Attention can be judged without scores: queries, keys and values at all positions determine its result.
 """
@@ -92,13 +92,13 @@ def stretches(steps: Sequence[Step], names: Collection[str]) -> dict[str, tuple[
 
 def pass_over(bench: IsolationBench, values: WholeValues, mode: str, kv_type: str) -> list[Operation]:
     """Let points that the dump lacks be computed where that is sound; returns the verdicts on their operations."""
-    if kv_type != "f32":  # a cache of F16 rounds attention's weights: a computed value is rounded differently here and there
-        return []
     recorded = {name for step in values.passes for name in values.points(step)}
     passed = []
     for isolator in bench.isolators:
         steps = isolator.definitions[0].several
         names = passed_over(steps, recorded, rounds=mode == "native")
+        if kv_type != "f32":  # it rounds attention's weights as well: a computed value is rounded differently here and there
+            names = frozenset(name for name in names if parse(name).kind in ATTENTION)
         isolator.definitions = [without(definition, names) for definition in isolator.definitions]
         isolator.stretches = stretches(steps, names)
         judged = {name: to for to, through in isolator.stretches.items() if to in recorded for name in through}

@@ -130,15 +130,15 @@ def _is_normed(row: Floats, last: Floats | None, weight: Floats, normed: Floats)
 
 
 def _same_as(row: Floats, last: Floats | None) -> bool:
-    """Whether these are the last layer's values, if they were recorded."""
-    return last is None or (len(last) == len(row) and np.allclose(row, last, rtol=1e-6, atol=0))
+    """Whether these are the last layer's values, if they were recorded: the same memory is the same to the bit."""
+    return last is None or np.array_equal(row, last)
 
 
 def _is_another(row: Floats, last: Floats | None, weight: Floats, normal: NDArray[np.float64]) -> bool:
     """Whether the last layer's output was recorded as another vector, of which `normal` is the norm as well: where the last layers add
     next to nothing, the outputs before them have nearly the same direction.
     """
-    if last is None or len(last) != len(row) or np.allclose(row, last, rtol=1e-6, atol=0):
+    if last is None or len(last) != len(row) or _same_as(row, last):
         return False
     width = len(normal)
     return _cosine(last[:width].astype(np.float64) * weight[:width], normal) > _SAME_NORM

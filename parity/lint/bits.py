@@ -55,10 +55,16 @@ def _plausible(rows: NDArray[np.floating]) -> Bools:
     return plausible_rows
 
 
+def _signed(rows: NDArray[np.floating]) -> Bools:
+    """[R]: whether values of both signs are among them. Decays, exp(−exp(x)), span as many powers of two as garbage and are positive."""
+    signed: Bools = np.any(rows > 0, axis=1) & np.any(rows < 0, axis=1)
+    return signed
+
+
 def _narrow(rows: NDArray[np.floating]) -> Bools:
     size = np.abs(rows.astype(np.float64))
-    both = (rows > 0).any(axis=1) & (rows < 0).any(axis=1)
-    narrow: Bools = both & np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    narrow: Bools = np.isfinite(size).all(axis=1) & (size.min(axis=1) >= _TOO_NARROW * size.max(axis=1))
+    narrow &= _signed(rows)
     narrow &= size.max(axis=1) > 1
     return narrow
 
@@ -82,10 +88,12 @@ def confusion(rows: NDArray[np.float32]) -> dict[str, Bools]:
     wide = _wide(rows)
     pairs = np.stack([low, high], axis=2).reshape(len(rows), -1)
     every_second = "every second value is the lower half of a float"
-    even = _where(is_bf16, lambda members: _wide(rows[members, 0::2]))
+    even = _where(is_bf16, lambda members: _wide(rows[members, 0::2]) & _signed(rows[members, 0::2]))
     small: Bools = np.abs(_bf16(low)).max(axis=1) < _LARGEST  # next to no random bits are
     candidates = {
-        "F16 bits read as BF16": _where(is_bf16 & wide, lambda members: _plausible(high[members].view(np.float16))),
+        "F16 bits read as BF16": _where(
+            is_bf16 & wide & _signed(rows), lambda members: _plausible(high[members].view(np.float16))
+        ),
         f"F32 bits read as BF16 ({every_second})": _where(even, lambda members: _plausible(rows[members, 1::2])),
         "BF16 bits read as F16": _where(is_f16, lambda members: _narrow(rows[members]) & _plausible(_bf16(words[members]))),
         "pairs of F16 read as F32": _where(~is_bf16 & wide, lambda members: _plausible(pairs[members].view(np.float16))),

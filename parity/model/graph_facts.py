@@ -7,6 +7,7 @@ architectures; a number that stands in the metadata and is not used is not said.
 import struct
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from math import log
 from typing import Any
 
 from checkpoints.graph import CACHE, NODE, VIEWS, WEIGHT, Graph, RecordedGraph, Tensor
@@ -130,13 +131,15 @@ class _Read:
                 parts.append(f"{kind} {', '.join(map(str, tensor.params[11:15]))}")
             else:
                 parts.insert(0, pairs)
-            if (scale := _float(tensor, 6)) != 1:
+            scale, mix, magnitude = (_float(tensor, place) for place in (6, 7, 8))
+            if scale != 1:
                 parts.append(f"positions times {scale:g}")
-            if (mix := _float(tensor, 7)) != 0:
+            if mix != 0:
                 fast, slow = _float(tensor, 9), _float(tensor, 10)
                 parts.append(f"YaRN from {tensor.params[4]} positions, mix {mix:g}, β {fast:g} and {slow:g}")
-            if (magnitude := _float(tensor, 8)) != 1:
-                parts.append(f"magnitude {magnitude:g}")
+                magnitude *= 1 + 0.1 * log(1 / scale)  # rope_yarn of ggml does so, whatever magnitude it is given
+            if f"{magnitude:g}" != "1":
+                parts.append(f"cos and sin times {magnitude:g}")
             factors = [self._tensors[i].name for i in tensor.sources[2:3] if i is not None]
             parts += [f"frequency factors {parse(name).kind}" for name in factors]
             lines.append(", ".join(parts))

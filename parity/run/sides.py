@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from checkpoints.errors import InputError
 from checkpoints.mapping import Mapping
-from checkpoints.points import layer_outputs, select
+from checkpoints.points import expand, layer_outputs, select
 from checkpoints.record import Dump
 from engine.engine import Engine
 from engine.opened import open_engine
@@ -18,7 +18,7 @@ from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 from reference.jobs import Description, DumpJob, DumpResult
 
-from .command import POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
+from .command import MODEL, POINTS, PORTIONS, SEQUENCES, STATE, UBATCH, Command
 from .ours import OursJob, chosen_points, dump
 from .request import Progress, Prompt, Request
 from .state import loaded, resumed
@@ -161,6 +161,16 @@ class ExternalEngine:
             return self._model
         return self._reference.twin(self._request.model, joined=True) if self._request.mode == "exact" else self._request.model
 
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """A sentence on the part of it that did not run, since it was given an F32 copy of the file."""
+        if not self._command.takes(MODEL) or self.model == self._request.model:
+            return ()
+        return (
+            "your engine read the F32 twin, so its own dequantisers did not run: --mode native runs them, "
+            "parity weights --theirs checks them",
+        )
+
     def dump(self, prompt: Prompt, out: Path, progress: Progress | None = None) -> None:
         """Run it, so that it writes `out`. Raises EngineError if it does not."""
         tokens = (*prompt.ids, *prompt.generated)
@@ -189,7 +199,14 @@ class ExternalEngine:
             return ""
         if self._known_names is not None:
             return self._known_names
-        return ",".join(self.requested) or self.points
+        return ",".join(self.requested or dict.fromkeys(name for part in expand(self.points) for name in self._named(part)))
+
+    def _named(self, part: str) -> list[str]:
+        """The known points that a part of the request without braces names, or the part itself, which only the engine may know."""
+        try:
+            return select(part, self.known, self._described.n_layers)
+        except InputError:
+            return [part]
 
     @cached_property
     def known(self) -> tuple[str, ...]:

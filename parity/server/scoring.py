@@ -124,7 +124,7 @@ class ServerPredictions:
         wanted = min(self._wanted.top, len(self._vocabulary.pieces))
         if placed and self._most < wanted:
             raise ServerError(
-                f"the server gives {self._most} candidates a position, not the {wanted} asked for.",
+                f"the server gives {self._most} candidates per position, not the {wanted} asked for.",
                 f"Use --server-top {self._most}.",
             )
         self._placed = [item for item in placed if any(self._vocabulary.ids(candidate) for candidate in item.candidates)]

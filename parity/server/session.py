@@ -19,9 +19,10 @@ from checkpoints.whole_file import put
 from reference.client import Reference
 from reference.jobs import Tokens
 
+from ..run.one_side import dump_reference
 from ..run.request import Prompt, Request
 from ..run.results import dumps_of
-from ..run.session import REF_FILE, dump_reference, resolve_prompt, run_folder
+from ..run.session import REF_FILE, resolve_prompt, run_folder
 from ..score.measures import largest, log_sum
 from . import choices
 from .ask import PlacedPrediction, Progress, ServerReply, ask_server
@@ -39,7 +40,7 @@ SERVER_FILE = "server.json"
 
 
 class ServerRequest(Struct, frozen=True):
-    """How the server is asked: `top` candidates a position, `extra` members of every request's JSON, `model` its name there."""
+    """How the server is asked: `top` candidates per position, `extra` members of every request's JSON, `model` its name there."""
 
     connection: Connection
     api: str = AUTO
@@ -221,7 +222,7 @@ def _fewer(reply: ServerReply, next_choice: int | None, special: Tokens, vocabul
         yield f"the server chose {chosen} of the {reply.wanted} tokens that it was asked for{why}{then}"
     most = max((len(placed.candidates) for placed in reply.placed), default=top)
     if most < top:
-        yield f"the server gives {most} candidates a position, not the {top} that it was asked for"
+        yield f"the server gives {most} candidates per position, not the {top} that it was asked for"
 
 
 def _predicted(placed: PlacedPrediction, row: Row, reply: ServerReply, vocabulary: Vocabulary, limit: float) -> Predicted:

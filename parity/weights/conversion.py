@@ -92,7 +92,7 @@ def check_conversion(path: Path, folder: Path, progress: Progress | None = None)
 
 
 def _check(model: GgufModel, info: TensorInfo, folder: Folder, source: TensorSource | None, arch: str) -> TensorCheck:
-    """One tensor of the GGUF against what it is made of."""
+    """One tensor of the GGUF against its source."""
     factors = rope_factors(info.name, folder) if info.name in DERIVED_TENSORS else None
     if factors is not None:
         return _factors(model, info, factors)

@@ -1,4 +1,5 @@
-"""What a tensor is that is not its source: another tensor, its source in another order, turned, scaled, or nothing but zeros."""
+"""Guesses what a tensor is if it does not equal its source: another tensor, or its source in another order, transposed, scaled, or all
+zeros."""
 
 import numpy as np
 

@@ -1,0 +1,84 @@
+"""ggml's operations that work element by element or row by row, computed for several versions at once, and their derivatives."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted import TOKENS, Faulty, tokens_of
+from slow import slow_but
+
+from engine.graph import POSITIONS, History, compute
+from engine.lift.node import GgmlOperation
+from engine.replay.adjoint import derivatives
+from engine.replay.batched import by_rows, can_batch, compute_batch, elementwise
+from engine.replay.replay import Replay
+from engine.replay.wide import Variant, values_of
+from reference.client import Reference
+
+# GELU from a table, and scaled embeddings; GELU without a gate; tanh of scores, which are [H, T, S]; a squared ReLU.
+RECIPES = ("gemma3", "starcoder2", "gemma2", "nemotron")
+_ROW, _ELEMENTS = len(TOKENS) - 1, np.array([0, 5, 70])
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def lifted(request: pytest.FixtureRequest, reference: Reference, small_model: Callable[..., Path]) -> Faulty:
+    """A small model whose steps are read from llama.cpp's graph."""
+    path = small_model(request.param)
+    return Faulty(path, reference.graph(path))
+
+
+def test_versions_together_are_each_by_itself(lifted: Faulty) -> None:
+    """To the bit, for every such step of a model, tables of float16 included."""
+    computed = lifted.transformer.weights, lifted.transformer.backend
+    right = Replay(lifted.right, TOKENS, range(len(TOKENS)), [0] * len(TOKENS), *computed)
+    steps = [step for step in lifted.right if elementwise(step)]
+    assert {"GLU", "UNARY"} & {step.op.name for step in steps if isinstance(step.op, GgmlOperation)}
+    for step in steps:
+        versions = [[right.values[name] * np.float32(factor) for name in step.names] for factor in (1, -0.7, 3)]
+        together = compute_batch(step, [np.concatenate(each) for each in zip(*versions, strict=True)], 3, computed[0])
+        alone = [compute(step, inputs, computed[0]) for inputs in versions]
+        np.testing.assert_array_equal(together.reshape(3, *alone[0].shape), np.stack(alone), err_msg=step.makes)
+
+
+def test_derivatives_are_the_slopes_of_small_steps(lifted: Faulty) -> None:
+    """Of a layer's output by the layer's before it, in float64: what a small step along some direction changes there, to four digits."""
+    names = [step.makes for step in lifted.right]
+    begin, point = names.index("blk.1.l_out") + 1, "blk.2.l_out"
+    steps = lifted.right[begin : names.index(point) + 1]
+    computed = lifted.transformer.weights, lifted.transformer.backend
+    numbers = range(len(TOKENS)), [0] * len(TOKENS)
+    wide = values_of(Variant.WIDE, lifted.right, TOKENS, *numbers, *computed, wanted=frozenset(names))
+    wide[POSITIONS] = np.arange(len(TOKENS))
+    answers = derivatives(steps, point, _ELEMENTS, _ROW, wide, computed[0])["blk.1.l_out"]
+    direction = np.random.default_rng(1).standard_normal(answers.shape[1]) * np.abs(wide["blk.1.l_out"][_ROW]).mean()
+    ends = []
+    for sign in (1e-5, -1e-5):
+        moved = wide["blk.1.l_out"].copy()
+        moved[_ROW] += sign * direction
+        end = values_of(Variant.WIDE, steps, TOKENS, *numbers, *computed, {point}, {"blk.1.l_out": moved})[point]
+        ends.append(end[_ROW, _ELEMENTS])
+    np.testing.assert_allclose(answers @ direction, (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "recipe", slow_but(["qwen3moe", "deepseek2", "gpt-oss", "llama4", "phi3", "qwen2moe", "mamba2"], "qwen3moe")
+)
+def test_rows_of_several_runs_together_are_those_of_each(
+    recipe: str, reference: Reference, small_model: Callable[..., Path]
+) -> None:
+    """Routing, experts, parts of rows: every step that works row by row on three prompts at once gives what it gives for each of them."""
+    path = small_model(recipe)
+    engine = Faulty(path, reference.graph(path))
+    computed = engine.transformer.weights, engine.transformer.backend
+    prompts = [tokens_of(path, len(TOKENS), seed=seed) for seed in (1, 2, 3)]
+    runs = [Replay(engine.right, prompt, range(len(prompt)), [0] * len(prompt), *computed) for prompt in prompts]
+    steps = [step for step in engine.right if by_rows(step) and not any(isinstance(read, History) for read in step.reads)]
+    assert all(can_batch(step) for step in steps)
+    assert recipe in ("phi3", "mamba2") or {"MUL_MAT_ID", "SUM_ROWS"} & {getattr(step.op, "name", "") for step in steps}
+    for step in steps:
+        stacked = [np.concatenate([run.values[name] for run in runs]) for name in step.names]
+        together = compute_batch(step, stacked, len(runs), computed[0])
+        alone = np.stack([run.values[step.makes] for run in runs])
+        # A product over more rows may be added up in another order.
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * float(np.abs(alone).max()), err_msg=step.makes)

@@ -1,0 +1,74 @@
+"""`parity diff --model` of a mixture that begins with our own rounding: other experts excuse no fault, and are none."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from explaining import RIGHT, unstated
+from msgspec.structs import replace
+from planted import Faulty, tokens_of
+
+from checkpoints.reading.reader import read
+from checkpoints.record import Dump
+from engine.backend import Array
+from engine.faults.edits import Then
+from engine.replay.precision import rounded
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
+from parity.diff.compare import Options
+from parity.explain.on_model import compared_on
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
+from reference.jobs import DumpJob
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A qwen3moe which BF16 lets choose other experts at one of 24 positions: half a row, and 30 times that is no limit."""
+    model, recipe = tmp_path_factory.mktemp("mixture") / "m.gguf", RECIPES["qwen3moe"]
+    make_by_recipe(model, recipe, shape_of(recipe), {}, kind="f32", seed=71, tokenizer=stories, running=reference)
+    return Faulty(model, reference.graph(model))
+
+
+@pytest.fixture(scope="module")
+def right(engine: Faulty, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    """What llama.cpp computes."""
+    out = tmp_path_factory.mktemp("right") / "ref.jsonl"
+    reference.dump(DumpJob(engine.model, out, tokens_of(engine.model, 24, 71)))
+    return read(out)
+
+
+def _last_row(x: Array) -> Array:
+    changed = x.copy()
+    changed[-1] *= np.float32(1.2)
+    return changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [False, True])
+@pytest.mark.parametrize(
+    ("place", "change", "says"),
+    [
+        ("", None, ""),
+        ("blk.2.ffn_moe_out", lambda x: x * np.float32(1.1), "undecided: blk.3.l_out"),
+        ("logits", lambda x: x * np.float32(1.03), "own-rounding: logits: every element is 1.03 times the right one"),
+        ("logits", _last_row, "own-rounding: logits: every element is 1.2 times the right one"),
+    ],
+)
+def test_other_experts_excuse_no_fault(
+    engine: Faulty, right: Dump, place: str, change: Callable[[Array], Array] | None, says: str, storage: bool
+) -> None:
+    """A tenth of a layer's experts, 3 % of the logits, a fifth of one row of them: none is as large as what other experts cost."""
+    steps = [
+        replace(step, op=Then(step.op, change)) if change is not None and step.makes == place else step
+        for step in rounded(engine.right, "bf16", storage=storage)
+    ]
+    ours = replace(unstated(engine.dump(RIGHT, tokens_of(engine.model, 24, 71), steps=steps)), header=None)
+    verdict = compared_on(ours, right, Options(), engine.model).verdict
+    assert bool(verdict) is (not place)
+    assert verdict.precision is not None
+    assert verdict.precision.arithmetic == "bf16"
+    if place:
+        assert verdict.pattern is not None
+        assert says in f"{verdict.pattern.code}: {verdict.pattern.sentence}"

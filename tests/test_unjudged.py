@@ -1,0 +1,102 @@
+"""Where lower arithmetic moves a model's values as far as they are large, agreement says nothing: no answer calls it parity."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dumps import DEFAULT, dump, random, spoiled
+from explaining import RIGHT, unstated
+from msgspec.structs import replace
+from planted import Faulty, tokens_of
+
+from checkpoints.answers.diff import INCOMPLETE, PARITY, UNJUDGED, Limits, Verdict
+from checkpoints.record import Dump
+from engine.replay.precision import rounded
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import recipe
+from parity.diff.compare import Options, comparison
+from parity.diff.limits import limits
+from parity.diff.unjudged import without_unjudged
+from parity.explain.explain import ExplainOptions, explain
+from parity.explain.on_model import compared_on
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
+from reports.as_json import verdict_as_json
+from reports.explanation import lines
+from reports.sentences import answer, headline, remarks
+
+
+def judged(error: float, allowed: float, points: tuple[str, ...]) -> Verdict:
+    """The verdict on dumps that differ by an NMSE at `points`, which have a limit of their own."""
+    right = random()
+    ours = spoiled(right, points, slice(None), float(np.sqrt(error)))
+    measured = Limits(allowed, 1e-2, "measured", points=dict.fromkeys(points, allowed))
+    compared = comparison(dump(ours), dump(right), Options(compute="bf16", limits=measured))
+    return without_unjudged(compared, limits(None, None, compute="bf16")).verdict
+
+
+def test_a_result_that_zeros_would_pass_is_no_parity() -> None:
+    """The logits' limit is above 1, the NMSE of zeros: the answer is incomplete, counts what agrees, and says what would help."""
+    verdict = judged(0.5, 7.0, DEFAULT[4:])
+    assert not verdict
+    assert verdict.verdict == INCOMPLETE
+    assert headline(verdict) == "incomplete (the result cannot be judged)"
+    assert "48 of 84 records agree, 36 cannot be judged" in answer(verdict)
+    assert "parity isolate" in dict(remarks(verdict))["no verdict"]
+    assert [point.status for point in verdict.points][-3:] == [UNJUDGED] * 3
+    assert verdict_as_json(verdict)["unjudged"] == {"records": 36, "points": list(DEFAULT[4:]), "result": True}
+
+
+def test_a_result_that_is_judged_stands_beside_points_that_are_not() -> None:
+    """Layers whose limit refuses nothing are counted apart, and the logits decide."""
+    verdict = judged(0.5, 7.0, DEFAULT[1:3])
+    assert verdict.verdict == PARITY
+    assert "60 of 84 records agree, 24 cannot be judged" in answer(verdict)
+
+
+def test_a_limit_below_the_error_of_zeros_judges() -> None:
+    """With a limit of 0.9 the same records agree; and what agrees by the table's limits agrees by any."""
+    assert judged(0.3, 0.9, DEFAULT[4:]).verdict == PARITY
+    exact = judged(1e-5, 7.0, DEFAULT[4:])
+    assert (exact.verdict, exact.unjudged.records) == (PARITY, 0)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, stories: Path, reference: Reference) -> Faulty:
+    """A hybrid of linear attention and experts in random weights, to which BF16 does much."""
+    path, chosen = tmp_path_factory.mktemp("unjudged") / "noisy.gguf", recipe("qwen3next")
+    make_by_recipe(path, chosen, shape_of(chosen), {}, kind="f16", seed=38, tokenizer=stories)
+    return Faulty(path, reference.graph(path))
+
+
+@pytest.fixture(scope="module")
+def tokens(engine: Faulty) -> tuple[int, ...]:
+    """A prompt of eight ids."""
+    return tokens_of(engine.model, 8, 38)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stated", ["bf16", ""])
+@pytest.mark.parametrize("kinds", [(), ("q_rope", "k_rope")])
+def test_diff_and_explain_decide_nothing_where_noise_is_as_large_as_the_values(
+    engine: Faulty, tokens: tuple[int, ...], stated: str, kinds: tuple[str, ...]
+) -> None:
+    """Right, and without RoPE, the engine has errors of one size in BF16: neither is called parity, and nothing is blamed."""
+    steps = [
+        replace(step, op=lambda x, *_, **__: x.copy()) if step.makes.rpartition(".")[2] in kinds else step
+        for step in rounded(engine.right, "bf16", storage=True)
+    ]
+    ours = _stating(engine.dump(RIGHT, tokens, steps=steps), stated)
+    right = _stating(engine.dump(RIGHT, tokens), "f32")
+    verdict = compared_on(ours, right, Options(), engine.model, third_side=False).verdict
+    assert verdict.unjudged.result
+    assert verdict.verdict == INCOMPLETE
+    explained = explain(ours, engine.model, ExplainOptions(budget=10))
+    assert not explained
+    assert not explained.causes
+    assert next(iter(lines(explained, 100))).plain.startswith("undecided")
+
+
+def _stating(made: Dump, compute: str) -> Dump:
+    assert made.header is not None
+    return replace(unstated(made), header=replace(made.header, compute=compute))
