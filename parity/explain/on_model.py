@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from engine.transformer import Transformer
 
 
+_REPRODUCED = 20.0  # seconds for our own runs where limits cannot judge: some dozen, each at most as long as the floor's
+
+
 def compared_on(
     ours: Dump,
     ref: Dump,
@@ -47,7 +50,7 @@ def compared_on(
     if not compared.verdict:
         compared = replace(compared, verdict=replace(compared.verdict, ignored=known.ignored))
     else:
-        compared = _without_unjudged(compared, ours, ref, options)
+        compared = _without_unjudged(compared, ours, options, known)
     native = common_mode(ours.header, ref.header) == NATIVE
     if arbiter == OFF or not third_side or (arbiter == AUTO and (native or (compared.verdict and not known.started))):
         return compared
@@ -58,16 +61,24 @@ def compared_on(
     return with_truth(compared, known.truth, everywhere=arbiter == ALL)
 
 
-def _without_unjudged(compared: Comparison, ours: Dump, ref: Dump, options: Options) -> Comparison:
-    """The comparison without the records that measured limits, if it was made by such, cannot judge."""
+def _without_unjudged(compared: Comparison, ours: Dump, options: Options, known: KnownModel) -> Comparison:
+    """The comparison without the records that measured limits, if it was made by such, cannot judge.
+
+    An engine whose every record is that of our own run in its arithmetic is right, however wide those limits are.
+    """
     if not compared.verdict.limits.points:
         return compared
     from ..diff.unjudged import without_unjudged
 
     precision = compared.verdict.precision
-    return without_unjudged(
-        compared, limits(ours.header, ref.header, compute=options.compute or (precision.arithmetic if precision else None))
-    )
+    kind = options.compute or (precision.arithmetic if precision is not None else "")
+    judged = without_unjudged(compared, limits(ours.header, known.ref.header, compute=kind or None))
+    if not judged.verdict.unjudged or (case := known.beside_ours(ours)) is None:
+        return judged
+    from .budget import Budget
+    from .reproduced import is_reproduced
+
+    return compared if is_reproduced(case, kind, Budget(_REPRODUCED)) else judged
 
 
 def _beside_twin(compared: Comparison, ours: Dump, ref: Dump, options: Options, model: Path, arbiter: str) -> Comparison:
