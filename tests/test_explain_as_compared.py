@@ -66,3 +66,19 @@ def test_rounded_embeddings_alone_are_still_a_cause(engine: Faulty) -> None:
     answer = explain_dump(dump, engine.model, ExplainOptions(budget=10))
     assert [cause.named.fault for cause in answer.causes] == ["weights-rounded"]
     assert answer.remaining is None
+
+
+def test_an_error_that_has_grown_from_just_below_the_limit_blames_no_operation(engine: Faulty) -> None:
+    """The last layer's output is at nine tenths of its limit, the norm's at one and two tenths: the norm made nothing wrong."""
+    dump = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20, bare=False)
+    random, points = np.random.default_rng(5), dict(dump.points)
+    for name, error in (("blk.3.l_out", 0.9e-10), ("output_norm", 1.2e-10)):
+        rows = points[name]
+        noise = random.normal(size=rows.values.shape)
+        size = np.linalg.norm(rows.values, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+        values = (rows.values + np.sqrt(error) * size * noise).astype(np.float32)
+        points[name] = replace(rows, values=values, stats={}, sketch=None)
+    answer = explain_dump(replace(dump, points=points), engine.model, ExplainOptions(compute="f32", budget=10))
+    assert answer.first is not None
+    assert answer.first.checkpoint == "output_norm"
+    assert answer.placed is None

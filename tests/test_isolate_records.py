@@ -10,10 +10,11 @@ import pytest
 from changed_files import File
 from isolated_engine import Foreign
 from msgspec.structs import replace
-from planted import tokens_of
+from planted import Faulty, Planted, tokens_of
 from safetensors.numpy import load_file, save_file
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, Isolation
+from checkpoints.jsonl import write
 from parity.diff.rounding import beyond_rounding, type_of
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import other_order
@@ -111,6 +112,26 @@ def test_nan_in_a_record_alone_blames_no_operation(kind: str, experts: Foreign, 
     others = statuses(isolation, 1)
     del others[kind]
     assert set(others.values()) == {PROVEN}
+
+
+@pytest.mark.parametrize("kind", ["k_read", "v_read"])
+def test_a_record_of_the_cache_that_contradicts_a_later_one(
+    kind: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """One element of what the cache gave an earlier position, which the last position's record has, too: that record is suspect, alone."""
+    model = small_model("qwen3", kind="f32")
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 6, seed=1)
+    dump = engine.dump(Planted(()), tokens, points="all", size=1 << 20, bare=False)
+    assert dump.header is not None
+    rows = dump.points[f"blk.1.{kind}"]
+    values = rows.values.copy()
+    values[2, 5] *= np.float32(1.01)
+    header = replace(dump.header, source="an engine", compute="f32", mode="exact")
+    edited = replace(rows, values=values, stats={}, sketch=None)
+    write(replace(dump, header=header, points={**dump.points, rows.point: edited}), tmp_path / "ours.jsonl", header)
+    isolation = isolate(IsolateRequest(model, tokens=tokens, dump=tmp_path / "ours.jsonl"), reference)
+    assert [item.name for item in isolation.wrong] == [f"blk.1.{kind}"]
+    assert isolation.wrong[0].reason.startswith("the record is suspect, not the operation")
 
 
 @pytest.mark.parametrize("kind", ["q", "attn_norm", "ffn_moe_up"])

@@ -12,6 +12,7 @@ from engine.backend import Array
 from engine.graph import History, Step
 from engine.graph import State as PassState
 
+from ..diff.limits import EXACT_FLOOR, JUMP
 from .beside import beside
 from .case import Case
 from .changed_weight import changed_weight
@@ -166,10 +167,14 @@ def _heads_of_scores(right: Mapping[str, object], point: str) -> int | None:
 
 
 def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations | None:
-    """Which operations are in question at a state's first place."""
+    """Which operations are in question at a state's first place; None if errors below the limit before it have only grown there."""
     if state.first is None:
         return None
     cone = search.screening.cone(state)
+    before = [errors.max() for entry, errors in zip(case.entries, state.nmse, strict=True) if entry.point in cone.agreeing]
+    in_float32 = case.entries[state.first.point].limit.max() <= EXACT_FLOOR.logits  # wider limits are far above what is before
+    if in_float32 and state.nmse[state.first.point].max() <= JUMP * max(before, default=0.0):
+        return None
     order = state.order
     names = tuple(sorted(cone.steps, key=lambda name: order.get(name, 0)))
     seen: tuple[int, int] | None = None

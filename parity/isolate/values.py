@@ -241,13 +241,23 @@ class WholeValues:
         return RecordedValue(data, positions)
 
 
+def _as_all_show(rows: Rows) -> NDArray[np.float32]:
+    """What a cache gave the last of these positions; where an earlier one's record has another number, that one, so that it is judged."""
+    last = rows.values[-1, : int(rows.counts[-1])]
+    shown = last.copy()
+    for values, count in zip(rows.values[:-1], rows.counts[:-1].tolist(), strict=True):
+        size = min(count, len(last))
+        np.copyto(shown[:size], values[:size], where=values[:size] != last[:size])
+    return shown
+
+
 def _from_rows(name: str, rows: Rows, length: int) -> RecordedValue:
     """The value of records that contain all of their values, as one array; scores have at least this length."""
     rows = rows.take(np.argsort(rows.token_idx, kind="stable"))
     kind = parse(name).kind
     if kind in CACHED:  # the last position's record holds all rows
         count = rows.shapes[-1][0] if len(rows.shapes[-1]) > 1 else 1
-        return RecordedValue(rows.values[-1, : int(rows.counts[-1])].reshape(count, -1), rows.token_idx)
+        return RecordedValue(_as_all_show(rows).reshape(count, -1), rows.token_idx)
     if of_scores(name):
         one_head = len(rows.shapes[-1]) == 1  # scores by which sparse attention chooses its keys
         heads, seen = 1 if one_head else rows.shapes[-1][0], max(length, *(shape[-1] for shape in rows.shapes))
