@@ -1,7 +1,7 @@
 """Faults that no entry of the catalogue describes, one edited operation each: is one acquitted, or given a wrong cause?
 
 Run as `PYTHONPATH=tests:benchmarks python benchmarks/edits.py [-n 200] [--from 0] [--budget 20] [--arch NAME,…]`, with `--further`,
-`--rare` or `--tiles`.
+`--rare`, `--tiles` or `--structural`.
 Every case is drawn by its seed: an architecture of `ARCHITECTURES` or a qwen2 or llama of random shape; a random prompt; one operation,
 edited in one layer, from one layer on, or in all; the dump: 10, 16 or all values per row, with or without a sketch, the default points or
 all, F32 stated or not.
@@ -13,7 +13,8 @@ often it exchanges two heads, gives an expert the weights of another, halves a b
 With `--further` it is one of `FURTHER`: elements of two heads exchanged, one position stale, a product summed in F16 in blocks of 32, a
 clamp, absolute values, everything behind an element one place on, a head of zeros, the mean over positions subtracted, powers of 2 for
 exp, the first position's values at all, a value of the layer before, a bias added twice. With `--rare` it is one of `RARE`
-(`benchmarks/rare_edits.py`): a part of an operand, a weight, a table; with `--tiles` one of `TILES` (`benchmarks/tile_edits.py`).
+(`benchmarks/rare_edits.py`): a part of an operand, a weight, a table; with `--tiles` one of `TILES` (`benchmarks/tile_edits.py`); with
+`--structural` one of `STRUCTURAL` (`benchmarks/structural_edits.py`): another group, another layer's value, another axis, one term less.
 
 `acquitted`: the answer is "no fault" though a recorded value differs. `wrong cause`: it names a fault that does not reproduce the engine's
 numbers, in whole rows, at every recorded point (up to the place that the answer leaves unexplained, if it leaves one). `located`: the
@@ -38,6 +39,7 @@ from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 from random_edits import FAULTS, FURTHER, PARTS, WAYS, Edit, drawn, replay
 from rare_edits import RARE
+from structural_edits import STRUCTURAL
 from tile_edits import TILES
 
 from checkpoints.answers.explain import Explanation, Named
@@ -176,7 +178,7 @@ def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     lines = [f"| edit | {' | '.join(words)} |", f"|---|{'---|' * len(words)}"]
     lines += [
         f"| {row} | {' | '.join(str(counts[row][word]) for word in words)} |"
-        for row in (*WAYS, *PARTS, *FURTHER, *RARE, *TILES, *list(counts))
+        for row in (*WAYS, *PARTS, *FURTHER, *RARE, *TILES, *STRUCTURAL, *list(counts))
         if row in counts
     ]
     times = sorted(spent for *_, spent in measured)
@@ -194,6 +196,7 @@ def main() -> None:
     kinds.add_argument("--further", dest="ways", action="store_const", const=FURTHER)
     kinds.add_argument("--rare", dest="ways", action="store_const", const=RARE, default=())
     kinds.add_argument("--tiles", dest="ways", action="store_const", const=TILES)
+    kinds.add_argument("--structural", dest="ways", action="store_const", const=STRUCTURAL)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Reference() as reference:
         models = Models(Path(folder), reference, tuple(options.arch.split(",")))

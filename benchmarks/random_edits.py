@@ -9,6 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from planted import Faulty, half_sums
 from rare_edits import RARE, rare
+from structural_edits import STRUCTURAL, structural
 from tile_edits import TILES, tiled
 
 from checkpoints.points import parse
@@ -149,6 +150,8 @@ def _edited(
         return rare(step, how, draw)
     if how in TILES:
         return tiled(step, how, draw)
+    if how in STRUCTURAL:
+        return structural(step, how, draw, right)
     if how in FURTHER:
         return _further_edited(step, how, draw, right)
     if how in PARTS:
@@ -217,7 +220,7 @@ def _part_edited(step: Step, how: str, right: dict[str, Step]) -> Step | None:
 
 def _plain(step: Step, kind: str, how: str) -> bool:
     """Whether a usual edit of this step makes what an engine could compute: no row behind a mask, no history, is moved."""
-    if how in RARE or how in TILES:
+    if how in RARE or how in TILES or how in STRUCTURAL:
         return True
     inside = kind in _INSIDE and (how in ("rolled", "permuted", "zeroed", "exchanged", "negated", "shifted") or how in _RESULTS)
     return step.axis == 0 and not inside and not any(isinstance(read, History) for read in step.reads)

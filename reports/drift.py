@@ -9,8 +9,8 @@ from checkpoints.answers.drift import Drift, Margin
 
 from .as_json import SCHEMA, plain, verdict_as_json
 from .layout import columns, labelled
+from .limits import assumed
 from .numbers import clean, count, error, of_limit
-from .sentences import assumed
 from .terminal import explanation
 
 _ROWS = 24  # points that are listed; of more, those nearest to their limits

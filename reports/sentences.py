@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from math import isclose, isfinite, isinf
+from math import isfinite, isinf
 
 from checkpoints.answers.diff import (
     DIVERGENCE,
@@ -17,6 +17,7 @@ from checkpoints.answers.diff import (
 )
 from checkpoints.points import EMBD, LOGITS, parse
 
+from .limits import assumed, hidden_by_rounding, limits_of_their_own
 from .numbers import clean, count, error, limit, ranges, token
 
 
@@ -114,13 +115,6 @@ def answer(verdict: Verdict) -> str:
     else:
         outcome = "records are missing"
     return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {held}"
-
-
-def limits_of_their_own(verdict: Verdict) -> dict[str, float]:
-    """Points whose worst record was judged by a limit other than the printed one, to which its "of limit" refers."""
-    printed = {LOGITS: verdict.limits.logits}
-    limits = {point.checkpoint: point.worst.limit for point in verdict.points if point.worst.of_limit}
-    return {name: value for name, value in limits.items() if not isclose(value, printed.get(name, verdict.limits.operations))}
 
 
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
@@ -234,6 +228,8 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield from ((MAP_LINE, line) for line in mapping)
     if seen := rows_seen(verdict.seen):
         yield "seen", seen
+    if verdict and (passing := hidden_by_rounding(verdict)):
+        yield "noise", passing
     choices = verdict.choices
     if choices is not None and choices.differs_at is not None:
         seen = f"after position {choices.differs_at} ours chooses {choices.ours_id}, the reference {choices.ref_id}"
@@ -244,15 +240,6 @@ def remarks(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "float64", seen
     for note in verdict.notes:
         yield "note", clean(note)
-
-
-def assumed(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """What would be a divergence in float32, or that nothing says which limit applies."""
-    precision = verdict.precision
-    if precision is not None and precision.in_float32:
-        yield "float32", f"in float32 {clean(precision.in_float32)} would be a divergence; --compute f32 applies that limit"
-    elif verdict.limit_assumed:
-        yield "limit", verdict.limits.source
 
 
 MAP_LINE = "names.toml"  # names a remark that is a line to be copied

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dumps import DEFAULT, dump, random, spoiled
+from dumps import DEFAULT, dump, noisy, random, spoiled
 from explaining import RIGHT, unstated
 from msgspec.structs import replace
 from planted import Faulty, tokens_of
@@ -59,6 +59,16 @@ def test_a_limit_below_the_error_of_zeros_judges() -> None:
     assert judged(0.3, 0.9, DEFAULT[4:]).verdict == PARITY
     exact = judged(1e-5, 7.0, DEFAULT[4:])
     assert (exact.verdict, exact.unjudged.records) == (PARITY, 0)
+
+
+def test_an_answer_says_how_large_a_fault_its_limits_let_pass() -> None:
+    """A limit is the square of an error in proportion to a row; under float32's limits nothing needs to be said."""
+    right = random()
+    ours, ref = dump(noisy(right)), dump(right)
+    wide = comparison(ours, ref, Options(limits=Limits(4e-4, 1e-2, "measured"))).verdict
+    wide = replace(wide, precision=None)
+    assert dict(remarks(wide))["noise"].startswith("scattered errors of up to 2 % of a row (logits: 10 %) pass for rounding")
+    assert "noise" not in dict(remarks(comparison(ours, ref).verdict))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from .. import ops
 from ..backend import Array, Backend
 from ..capture.device import DeviceStage
 from ..capture.staged import CACHED, CAUSAL, LAST, PART_DOUBLES, PLAIN, StagedRows
-from ..device import kernel
+from ..device import kernel, launch_behind
 from ..weights.packing import BF16, F16, F32
 from .weights import FastWeights
 
@@ -34,7 +34,7 @@ _ALIGNED = 64  # floats, as CuPy aligns what it allocates by itself
 # Bytes of a piece of weights, and cycles to the next, on a device whose memory gives fewer bytes per second than that; near.cuh has
 # those of faster ones. Measured (docs/benchmarks-log.md): an H100 (3.35 TB/s) takes 0.426 ms a step in F16 at 225 and 240, 0.434 at
 # 255 and 0.447 at 270.
-_SLOWER_MEMORY, _SLOWER_PACE = 4e12, {"PIECE": 2048, "PACE": 225}
+_SLOWER_MEMORY, _SLOWER_PACE = 4e12, {"PIECE": 2048, "PACE": 225, "LATER": 0}
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # cudaDevAttrMemoryClockRate (kHz), cudaDevAttrGlobalMemoryBusWidth (bits)
 # Elements that a warp records at a time: the smallest number with which no block has two chunks, or the largest.
 _CHUNKS = (128, 256, 512, 1024)
@@ -216,7 +216,7 @@ class DecodeStep:
         wanted, hp = self._wanted[names, size], self._hp
         records = stage.staging(wanted.places) if stage is not None and wanted.parts else np.uint64(0)
         step = (self._model[1], np.float32(hp.eps), np.float32(hp.head_size**-0.5), *wanted.arguments, records)
-        self._kernel((self.blocks,), (_THREADS,), step, shared_mem=self._shared)
+        launch_behind(self._kernel, self.blocks, _THREADS, step, self._shared)
         if stage is not None and wanted.parts:
             stage.staged(wanted.parts)
 

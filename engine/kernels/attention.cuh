@@ -121,6 +121,12 @@ __device__ void merge(Shared& s, const Layer& l, int splits, unsigned step) {
         const int head = e / HEAD;
         float peak = -INFINITY, total = 0.f;
         float2 value = make_float2(0.f, 0.f);
+        if (splits == 1) {
+            const Word *sums = l.words + SUMS_WORDS + head * SPLITS * 2, *mixed = l.words + MIXED_WORDS + head * SPLITS * HEAD + e % HEAD;
+            float2 heard[2];
+            hear_pairs([&](int i) -> const Word* { return i ? mixed : sums; }, step, heard);
+            peak = heard[0].x; total = heard[0].y; value = heard[1];
+        } else
         #pragma unroll 1
         for (int from = 0; from < splits; from += TOGETHER) {   // the running sums are rescaled where the peak grows
             const Word *sums = l.words + SUMS_WORDS + (head * SPLITS + from) * 2,

@@ -14,19 +14,32 @@
 // Logits of this block's rows and the largest of them; if they are recorded, the warp that does it gets them by way of shared memory.
 __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
     constexpr int R = LOGITS_ROUND / WARPS;
-    const int first = first_of(VOCAB), last = last_of(VOCAB), warp = this_thread() >> 5, lane = this_thread() & 31;
+    const int warp = this_thread() >> 5, lane = this_thread() & 31;
     float best = -INFINITY;
     int best_at = 0x7fffffff;
     static_assert(R == 4, "rows at once");
     const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
     Rows<D, 32, R, LOGIT_TYPES> ahead;
-    for (int r = first + warp * R; r < last; r += LOGITS_ROUND) {
+    const auto find = [&](int (&rows)[R], int round) {
+        #pragma unroll
+        for (int i = 0; i < R; i++) rows[i] = min(logits_start(round) + warp * R + i, VOCAB - 1);
+    };
+    {
+        int rows[R];
+        find(rows, 0);
+        ahead.load(four, rows, lane);
+    }
+    #pragma unroll 1
+    for (int round = 0; logits_start(round) + warp * R < VOCAB; round++) {
         int rows[R];
         float sum[R];
-        #pragma unroll
-        for (int i = 0; i < R; i++) rows[i] = min(r + i, last - 1);
-        ahead.load(four, rows, lane);
+        find(rows, round);
         ahead.dot(four, rows, lane, s.x, sum);
+        if (logits_start(round + 1) + warp * R < VOCAB) {      // on its way beside what follows
+            int next[R];
+            find(next, round + 1);
+            ahead.load(four, next, lane);
+        }
         #pragma unroll
         for (int far = 16; far; far >>= 1)
             #pragma unroll
@@ -35,11 +48,11 @@ __device__ void logits(Shared& s, const Model& m, float scale, bool recorded, un
             float y = sum[i] * scale + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
             if (lane == 0) {
                 m.logits[rows[i]] = y;
-                if (recorded) near_logits(s)[rows[i] - first] = y;
+                if (recorded) near_logits(s)[round * LOGITS_ROUND + warp * R + i] = y;
             }
             if (y > best || (y == best && rows[i] < best_at)) { best = y; best_at = rows[i]; }
         }
-        if (recorded && lane == 0) leave(s.round_made + (r - first) / LOGITS_ROUND);
+        if (recorded && lane == 0) leave(s.round_made + round);
     }
     if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
     block_sync();
@@ -91,18 +104,21 @@ __device__ __forceinline__ void keep_layer(Shared& s, int i, long long word) {
     if (i < LAYERS && this_thread() < sizeof(Layer) / 8) ((long long*)(s.layer + (i & 1)))[this_thread()] = word;
 }
 
+// Steps are launched one behind the other (`engine.device.launch_behind`): a block of the next step starts where one of this step has ended,
+// brings its first weights, and waits until all of this step is done and its memory can be read.
+__device__ __forceinline__ void next_step_may_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void await_last_step() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         const Model* model, float eps, float scale, const Point* work, int count, int size, int slice, int bytes, int logits_at,
         double* chunks, unsigned* counters, char* records) {
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& s = *(Shared*)memory;
     const Model& m = *model;     // a copy in shared memory was slower: 0.588 instead of 0.556 ms a step
-    const State now = *m.state;
-    const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
-    const unsigned step = now.step + 1;   // words begin as zeros: the first step is 1
     const Wanted wanted = {work, count, size, slice, bytes, logits_at, chunks, counters, records};
     [[maybe_unused]] int mark = 0;
 
+    next_step_may_start();
     if (this_thread() == 0) s.lines_taken = 0;
     if (STAGED) {
         if (this_thread() == 0) {
@@ -115,9 +131,14 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
     }
     prepare_rounds(s);
     __syncthreads();
+    if (STAGED && this_thread() == THREADS) produce(s, m);       // weights are the same in every step
+    await_last_step();
+    const State now = *m.state;
+    const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
+    const unsigned step = now.step + 1;   // words begin as zeros: the first step is 1
     if (this_thread() >= THREADS) {
         const bool brings = this_thread() < THREADS + 32;
-        if (STAGED && this_thread() == THREADS) produce(s, m);
+        if (!brings) Norm::find_scales(s, eps, seen, splits);
         __syncwarp();
         await_block_settled();
         if (brings) tell_settled(m);
@@ -142,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
         norm.run(s, i ? nullptr : m.embd, next.words + OUT_WORDS, step);   // `next` still is the layer before
         MARK
-        qkv.run(s, l, eps, now.position, step);
+        qkv.run(s, l, now.position, step);
         norm.keep(s.scale, l.attn_norm_out);
         MARK
         if (this_thread() == 32 && !STAGED) { prefetch_mine(l.gate, FF, D); prefetch_mine(l.up, FF, D); }
@@ -168,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         norm.run(s, nullptr, l.words + INP_WORDS, step);
         if (STAGED) await(&s.full[0], i & 1);
         MARK
-        gate_up.run(s, l, eps, step);
+        gate_up.run(s, l, step);
         norm.keep(s.scale, l.ffn_norm_out);
         MARK
         Down<DOWN_TYPES, DOWN_BY_COLUMNS> down;
@@ -178,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
             if (this_thread() / 32 == 2) prefetch_qkv(next);
             if (this_thread() == 96) prefetch_mine(next.o, D, QW);
             if (this_thread() == 128) prefetch_words(next);
-        } else if (!STAGED && this_thread() == 32) prefetch_rows(m.output, first_of(VOCAB), OUTPUT_AHEAD, D);
+        }
         down.take(s, l, step);
         if (STAGED) await(&s.full[1], i & 1);
         MARK
@@ -189,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         MARK
     }
     norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
-    const float last_scale = Norm::scale(s, eps);
+    sync_scale();
+    const float last_scale = s.scale;
     norm.keep(last_scale, m.output_norm);
     settle();
     logits(s, m, last_scale, logits_at >= 0, step);

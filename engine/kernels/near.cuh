@@ -75,7 +75,10 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
 #define PIECE 4096
 #endif
 #ifndef PACE
-#define PACE 420                 // cycles from one piece to the next; to ask for one takes some 220, whatever its size (docs/benchmarks-log.md)
+#define PACE 370                 // cycles from one piece to the next; to ask for one takes some 220, whatever its size (docs/benchmarks-log.md)
+#endif
+#ifndef LATER
+#define LATER 1200               // cycles until a layer's first piece: then the blocks hand over the feed-forward's activations
 #endif
 struct Producer {
     long long next;
@@ -111,7 +114,7 @@ __device__ __noinline__ void produce(Shared& s, const Model& m) {
         const Matrix* two[2] = {&gate, &up};
         const Matrix* one[1] = {&down};
         unsigned offset = 0;
-        if (i) await(&s.used[0], (i - 1) & 1);
+        if (i) { await(&s.used[0], (i - 1) & 1); producer.next = clock64() + LATER; }
         s.near_gate = near_matrix(gate, s.weights, gate_first, gate_rows, D, offset);   // read by those who have awaited the copies
         s.near_up = near_matrix(up, s.weights, gate_first, gate_rows, D, offset);
         producer.bring(&s.full[0], s.weights, two, 2, gate_first, gate_rows, D);
@@ -119,11 +122,5 @@ __device__ __noinline__ void produce(Shared& s, const Model& m) {
         offset = 0;
         s.near_down = near_matrix(down, s.weights + GATE_BYTES, down_first, down_rows, FF, offset);
         producer.bring(&s.full[1], s.weights + GATE_BYTES, one, 1, down_first, down_rows, FF);
-    }
-    constexpr int ROWS = 4;      // of the output matrix, which is multiplied from the L2 cache: an instruction asks for so many
-    for (int row = 0; row < OUTPUT_AHEAD; row += ROWS) {
-        while (clock64() < producer.next) __nanosleep(40);
-        producer.next += ROWS * OUTPUT_PACE;
-        prefetch_rows(m.output, first_of(VOCAB) + row, min(ROWS, OUTPUT_AHEAD - row), D);
     }
 }

@@ -2,6 +2,23 @@
 
 #include "step.cuh"
 
+// The earlier keys and values of this block's shares of heads, on their way to the L2 cache: a step's weights have evicted them from there.
+__device__ __noinline__ void ask_for_cache(const Layer& l, int seen, int splits) {
+    #pragma unroll 1
+    for (int u = this_block(); u < HEADS * splits; u += BLOCKS) {
+        const int head = u / splits, split = u % splits, from = seen * split / splits, to = seen * (split + 1) / splits;
+        #pragma unroll 1
+        for (int p = from + (int)(this_thread() % 32); p < to; p += 32) {
+            const long long at = (long long)p * KW + head / GROUP * HEAD;
+            #pragma unroll
+            for (int e = 0; e < HEAD; e += 32) {
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(l.k_cache + at + e));
+                asm volatile("prefetch.global.L2 [%0];" :: "l"(l.v_cache + at + e));
+            }
+        }
+    }
+}
+
 // A norm whose scale is applied last: x = values · weight, padded, in shared memory, and the squares of the values. The products
 // with x start from that; their sums are multiplied by 1 / sqrt(mean(values²) + eps) at the end, so that the products hide the
 // latency of the sum of squares (in float64 as in ggml).
@@ -46,21 +63,28 @@ struct Norm {
             if (element_of(i) < D) s.x.put<PER, D % (32 * PER) == 0>(element_of(i), x[i]);
         }
         s.squares[this_thread()] = squares;
-        block_sync();
+        sync_squares();
     }
-    // By whole warps.
-    static __device__ __forceinline__ float scale(const Shared& s, float eps) {
-        double sum = 0;
-        #pragma unroll 4
-        for (int i = 0; i < WARPS; i++) sum += s.squares[(this_thread() & 31) + 32 * i];
-        for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
-        return rsqrtf((float)(sum * (1. / D)) + eps);
-    }
-    // The last warp, which has the fewest rows, finds the scale beside the products of the others.
-    static __device__ __forceinline__ void find_scale(Shared& s, float eps) {
-        if (this_thread() < THREADS - 32) return;
-        const float found = scale(s, eps);
-        if (this_thread() == THREADS - 1) s.scale = found;
+    // By a warp beside those that compute, while they multiply: the scale of each of a step's norms. Then it asks for what attention will read.
+    static __device__ __forceinline__ void find_scales(Shared& s, float eps, int seen, int splits) {
+        static_assert(WARPS == 16, "four levels");
+        #pragma unroll 1
+        for (int norm = 0; norm <= 2 * LAYERS; norm++) {
+            sync_squares();
+            double sums[WARPS];
+            #pragma unroll
+            for (int i = 0; i < WARPS; i++) sums[i] = s.squares[(this_thread() & 31) + 32 * i];
+            #pragma unroll
+            for (int i = 0; i < 8; i++) sums[i] += sums[i + 8];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) sums[i] += sums[i + 4];
+            double sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+            for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
+            const float scale = rsqrtf((float)(sum * (1. / D)) + eps);
+            if (this_thread() % 32 == 0) s.scale = scale;
+            sync_scale();
+            if (norm % 2 && norm + 1 < 2 * LAYERS) ask_for_cache(s.layer[(norm + 1) / 2 & 1], seen, splits);   // for the next layer
+        }
     }
     // The normalised values, to be recorded: stored by one block, after what the others wait for.
     __device__ __forceinline__ void keep(float scale, float* out) const {

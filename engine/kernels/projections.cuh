@@ -27,6 +27,36 @@ __device__ __forceinline__ void leave_sums(Shared& s, float (&sum)[R], int unit,
         if (lane == 0) s.part[unit * GROUPS + group_lane / 32] = sum[0];
     }
 }
+// The sums over a warp's lanes of N values, N a power of two: lane j ends with that of value j / (2 * FAR / N).
+template <int N, int FAR = 16> __device__ __forceinline__ float sums_over_lanes(const float (&values)[N], int lane) {
+    if constexpr (N == 1) {
+        float sum = values[0];
+        #pragma unroll
+        for (int far = FAR; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
+        return sum;
+    } else {
+        float half[N / 2];
+        const bool upper = lane & FAR;
+        #pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            half[i] = (upper ? values[i + N / 2] : values[i]) + __shfl_xor_sync(~0u, upper ? values[i] : values[i + N / 2], FAR);
+        return sums_over_lanes<N / 2, FAR / 2>(half, lane);
+    }
+}
+// Those of ROUNDS pairs of rows, number `unit` and each `step` later, below `end`: four pairs take nine shuffles together, one by one twenty.
+template <int GROUPS, int ROUNDS, int FROM = 0>
+__device__ __forceinline__ void leave_all_sums(Shared& s, const float (&sums)[ROUNDS][2], int unit, int step, int end, int group_lane) {
+    if constexpr (FROM < ROUNDS) {
+        constexpr int N = ROUNDS - FROM >= 4 ? 4 : ROUNDS - FROM >= 2 ? 2 : 1, LANES = 16 / N;
+        const int lane = this_thread() & 31, value = lane / LANES, at = unit + (FROM + value / 2) * step;
+        float values[2 * N];
+        #pragma unroll
+        for (int i = 0; i < 2 * N; i++) values[i] = sums[FROM + i / 2][i % 2];
+        const float sum = sums_over_lanes<2 * N>(values, lane);
+        if (lane % LANES == 0 && at < end) s.part[(at * 2 + value % 2) * GROUPS + group_lane / 32] = sum;
+        leave_all_sums<GROUPS, ROUNDS, FROM + N>(s, sums, unit, step, end, group_lane);
+    }
+}
 template <int GROUPS>
 __device__ __forceinline__ float sum_of(const Shared& s, int index) {
     float sum = 0.f;
@@ -82,14 +112,23 @@ struct Projection {
         const int two[2] = {r.x, r.y};
         rows.load(both, two, lane);
     }
-    __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, int position, unsigned step) {
-        float2 bias = make_float2(0.f, 0.f);                   // of the pair whose sums this thread will finish: it arrives beside the products
-        if (first + this_thread() < last) {
-            int2 r;
-            const Matrix& w = qkv_matrix(l, first + this_thread(), r);
-            if (w.bias) bias = make_float2(__ldg(w.bias + r.x), __ldg(w.bias + r.y));
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, int position, unsigned step) {
+        // Of the pair whose sums this thread will finish: its rows, biases and angle, and where the results go.
+        static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
+        const int u = finisher(), pair = first + u;
+        const bool finishes = pair < last, query = pair < QW / 2, value = pair >= (QW + KW) / 2;
+        int2 at = make_int2(0, 0);
+        float2 bias = make_float2(0.f, 0.f), angle = bias;
+        float *before = nullptr, *after = nullptr;
+        Word* words = nullptr;
+        if (finishes) {
+            const Matrix& w = qkv_matrix(l, pair, at);
+            if (w.bias) bias = make_float2(__ldg(w.bias + at.x), __ldg(w.bias + at.y));
+            angle = s.angle[u];
+            before = query ? l.q_out : value ? l.v_out : l.k_out;
+            after = query ? l.q_rope : (value ? l.v_cache : l.k_cache) + (long long)position * KW;
+            words = l.words + (query ? Q_WORDS : value ? V_WORDS : K_WORDS);
         }
-        Norm::find_scale(s, eps);
         constexpr bool ONE_ROUND = SHARE(PAIRS) <= UNITS;      // known to the compiler, which then keeps nothing for a next one
         #pragma unroll 1
         for (int p = mine; p < last; p += ONE_ROUND ? PAIRS : UNITS) {
@@ -102,32 +141,16 @@ struct Projection {
             if (!ONE_ROUND && p + UNITS < last) fetch(l, p + UNITS);
             leave_sums<QKV_WARPS, 2>(s, sum, p - first, lane);
         }
-        block_sync();
-        static_assert(SHARE(PAIRS) <= THREADS, "a thread finishes one pair");
-        const int u = this_thread(), p = first + u;
-        if (p >= last) return;
-        int2 r;
-        qkv_matrix(l, p, r);
+        sync_scale();
+        if (!finishes) return;
         const float scale = s.scale;
         const float a = sum_of<QKV_WARPS>(s, 2 * u) * scale + bias.x, b = sum_of<QKV_WARPS>(s, 2 * u + 1) * scale + bias.y;
-        if (p >= (QW + KW) / 2) {
-            tell(l.words + V_WORDS + r.x, a, step);
-            tell(l.words + V_WORDS + r.y, b, step);
-            l.v_out[r.x] = a; l.v_out[r.y] = b;
-            float* v = l.v_cache + (long long)position * KW;
-            v[r.x] = a; v[r.y] = b;
-            return;
-        }
-        const float2 angle = s.angle[u];
-        const bool query = p < QW / 2, turned = (query ? p : p - QW / 2) % (HEAD / 2) < ROPE / 2;
-        float* before = query ? l.q_out : l.k_out;
-        float* after = query ? l.q_rope : l.k_cache + (long long)position * KW;
-        Word* words = l.words + (query ? Q_WORDS : K_WORDS);
+        const bool turned = !value && (query ? pair : pair - QW / 2) % (HEAD / 2) < ROPE / 2;
         const float c = turned ? a * angle.x - b * angle.y : a, d = turned ? a * angle.y + b * angle.x : b;
-        tell(words + r.x, c, step);
-        tell(words + r.y, d, step);
-        before[r.x] = a; before[r.y] = b;
-        after[r.x] = c; after[r.y] = d;
+        tell(words + at.x, c, step);
+        tell(words + at.y, d, step);
+        before[at.x] = a; before[at.y] = b;
+        after[at.x] = c; after[at.y] = d;
     }
 };
 
@@ -191,7 +214,7 @@ template <int COLS, int SHARED_BY, int R, unsigned long long TYPE_MASK, bool NEA
         if (mine < last) fetch(w, mine);
     }
     __device__ __forceinline__ void run(Shared& s, const Matrix& w, float* made, float* summed, Word* words, unsigned step) {
-        const int finished = first + this_thread();            // the row whose sum this thread will finish
+        const int finished = first + finisher();               // the row whose sum this thread will finish
         const float bias = finished < last && w.bias ? __ldg(w.bias + finished) : 0.f;
         #pragma unroll 1
         for (int r = mine; r < last; r += AT_ONCE) {
@@ -224,37 +247,46 @@ struct GateUp {
         first = first_of(FF); last = last_of(FF); lane = this_thread() % LANES; mine = first + this_thread() / LANES;
         if (mine < last) fetch(l, mine);
     }
-    __device__ __forceinline__ void run(Shared& s, const Layer& l, float eps, unsigned step) {
+    __device__ __forceinline__ void run(Shared& s, const Layer& l, unsigned step) {
         const Matrix &g = STAGED ? s.near_gate : l.gate, &u = STAGED ? s.near_up : l.up;
         const Matrix* both[2] = {&g, &u};
         const bool alike = one_type(GATE_TYPES) || type_of(l.gate) == type_of(l.up);
-        Norm::find_scale(s, eps);
-        rows.hold(s.x, lane);
-        #pragma unroll 1
-        for (int r = mine; r < last; r += UNITS) {
-            float sum[2];
-            if constexpr (decltype(rows)::HOLDS) {
-                const int two[2] = {r, r};
-                rows.dot_held(both, two, lane, sum);
-            } else if (alike) {
-                const int two[2] = {r, r};
-                rows.dot(both, two, lane, s.x, sum);
-                if (r + UNITS < last) fetch(l, r + UNITS);
-            } else if constexpr (!one_type(GATE_TYPES)) {
-                const Matrix *gate[1] = {&g}, *up[1] = {&u};
-                const int row[1] = {r};
-                float one[1];
-                Rows<D, LANES, 1, GATE_TYPES, STAGED> single;
-                single.dot(gate, row, lane, s.x, one);
-                sum[0] = one[0];
-                single.dot(up, row, lane, s.x, one);
-                sum[1] = one[0];
+        if constexpr (decltype(rows)::HOLDS) {
+            constexpr int ROUNDS = (SHARE(FF) + UNITS - 1) / UNITS;   // all but the last are whole in every block
+            if (first < last) {                                       // a block without a row has none of its bytes
+                float sums[ROUNDS][2];
+                rows.hold(s.x, lane);
+                #pragma unroll
+                for (int i = 0; i < ROUNDS; i++) {
+                    const int r = mine + i * UNITS, row = i + 1 < ROUNDS ? r : min(r, last - 1), two[2] = {row, row};
+                    rows.dot_held(both, two, lane, sums[i]);
+                }
+                leave_all_sums<GATE_WARPS, ROUNDS>(s, sums, mine - first, UNITS, last - first, lane);
             }
-            leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
-        }
-        block_sync();
+        } else
+            #pragma unroll 1
+            for (int r = mine; r < last; r += UNITS) {
+                float sum[2];
+                if (alike) {
+                    const int two[2] = {r, r};
+                    rows.dot(both, two, lane, s.x, sum);
+                    if (r + UNITS < last) fetch(l, r + UNITS);
+                } else if constexpr (!one_type(GATE_TYPES)) {
+                    const Matrix *gate[1] = {&g}, *up[1] = {&u};
+                    const int row[1] = {r};
+                    float one[1];
+                    Rows<D, LANES, 1, GATE_TYPES, STAGED> single;
+                    single.dot(gate, row, lane, s.x, one);
+                    sum[0] = one[0];
+                    single.dot(up, row, lane, s.x, one);
+                    sum[1] = one[0];
+                }
+                leave_sums<GATE_WARPS, 2>(s, sum, r - first, lane);
+            }
+        sync_scale();
         const float scale = s.scale;
-        for (int r = first + this_thread(); r < last; r += THREADS) {
+        #pragma unroll 1                                       // once, if no block has more rows than threads
+        for (int r = first + this_thread(); r < last; r += SHARE(FF) <= THREADS ? FF : THREADS) {
             float a = sum_of<GATE_WARPS>(s, 2 * (r - first)) * scale, b = sum_of<GATE_WARPS>(s, 2 * (r - first) + 1) * scale;
             if (l.gate.bias) a += l.gate.bias[r];
             if (l.up.bias) b += l.up.bias[r];

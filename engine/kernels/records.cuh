@@ -119,25 +119,25 @@ __device__ __noinline__ void make_records(Shared& s, const Model& m, const Wante
 __device__ __forceinline__ float* near_logits(Shared& s) { return LOGITS_FIT ? (float*)s.weights : s.made; }
 // A round's barrier waits for as many warps as have rows in it.
 __device__ __forceinline__ void prepare_rounds(Shared& s) {
-    const int round = threadIdx.x, left = last_of(VOCAB) - first_of(VOCAB) - round * LOGITS_ROUND, rows = LOGITS_ROUND / WARPS;
+    const int round = threadIdx.x, left = VOCAB - logits_start(round), rows = LOGITS_ROUND / WARPS;
     if (round >= LOGIT_ROUNDS || left <= 0) return;
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(near_address(s.round_made + round)), "r"(min(WARPS, (left + rows - 1) / rows)));
 }
 // They are taken while the other warps make them: the block's part of the sums, and the elements in the slice.
 __device__ __noinline__ void record_logits(Shared& s, const Wanted& wanted) {
-    const int lane = threadIdx.x & 31, first = first_of(VOCAB), last = last_of(VOCAB);
+    const int lane = threadIdx.x & 31;
     constexpr int EACH = LOGITS_ROUND / 32;
     float* values = record_of(wanted.records, wanted.bytes, wanted.logits)->values;
     Gathered gathered;
     #pragma unroll 1
-    for (int start = first; start < last; start += LOGITS_ROUND) {
-        await(s.round_made + (start - first) / LOGITS_ROUND, 0);
+    for (int round = 0, start; (start = logits_start(round)) < VOCAB; round++) {
+        await(s.round_made + round, 0);
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int e = start + 32 * i + lane;
-            const float raw = e < last ? near_logits(s)[e - first] : 0.f;
-            if (e < last && e < wanted.slice) values[e] = raw;
-            gathered.take(raw, e, last);
+            const float raw = e < VOCAB ? near_logits(s)[round * LOGITS_ROUND + 32 * i + lane] : 0.f;
+            if (e < VOCAB && e < wanted.slice) values[e] = raw;
+            gathered.take(raw, e, VOCAB);
         }
     }
     gathered.put((double*)record_of(wanted.records, wanted.bytes, wanted.logits + 1) + blockIdx.x * PART);

@@ -51,12 +51,19 @@ template <int COLS, int LANES, int R, unsigned long long TYPE_MASK, bool NEAR = 
     // This lane's activations, for all the rows it will take; only if they are few and of one type.
     static const bool HOLDS = ONE && NEAR && COLS % Format<ONLY, false>::E == 0 && Of<ONLY>::rounds * sizeof(Operand<ONLY>) <= 128;
     static const int HELD_ROUNDS = HOLDS ? Of<ONLY>::rounds : 1;
+    static const bool ZEROED = FLOAT_TYPES >> ONLY & 1;      // activations beyond a row's end are zeros, so that no sum has to be masked
     Operand<ONLY> operands[HELD_ROUNDS];
     static __device__ __forceinline__ int held_piece(int lane, int i) { return min(lane + i * LANES, Of<ONLY>::pieces - 1); }
     __device__ __forceinline__ void hold(const Activations& x, int lane) {
         if constexpr (HOLDS)
             #pragma unroll
-            for (int i = 0; i < HELD_ROUNDS; i++) x.take(held_piece(lane, i), operands[i]);
+            for (int i = 0; i < HELD_ROUNDS; i++) {
+                x.take(held_piece(lane, i), operands[i]);
+                if constexpr (ZEROED)
+                    #pragma unroll
+                    for (int k = 0; k < (int)(sizeof(operands[i]) / sizeof(float4)); k++)
+                        if (lane + i * LANES >= Of<ONLY>::pieces) operands[i].x[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+            }
     }
     __device__ __forceinline__ void dot_held(const Matrix* const (&m)[R], const int (&rows)[R], int lane, float (&sum)[R]) const {
         #pragma unroll
@@ -72,7 +79,7 @@ template <int COLS, int LANES, int R, unsigned long long TYPE_MASK, bool NEAR = 
                 #pragma unroll
                 for (int r = 0; r < R; r++) {
                     const float more = piece[i][r].dot(operands[i]);
-                    sum[r] += lane + i * LANES < Of<ONLY>::pieces ? more : 0.f;
+                    sum[r] += ZEROED || lane + i * LANES < Of<ONLY>::pieces ? more : 0.f;
                 }
         }
     }

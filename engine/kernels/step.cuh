@@ -3,16 +3,13 @@
 #include "activations.cuh"
 #include "messages.cuh"
 
-#define THREADS 512              // that compute; two more warps bring weights near and record
+#define THREADS 512              // that compute; two more warps bring weights near, find norms' scales and record
 #define ALL_THREADS (THREADS + 64)
 #define WARPS (THREADS / 32)
 #define QW (HEADS * HEAD)
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
-// Rows of the output matrix that a block asks for during the last layer, and cycles from one to the next (docs/benchmarks-log.md).
-#define OUTPUT_AHEAD (VOCAB / BLOCKS < 192 ? VOCAB / BLOCKS : 192)
-#define OUTPUT_PACE 80
-#define LOGITS_ROUND (4 * WARPS) // rows of it that a block's warps take at a time
+#define LOGITS_ROUND (4 * WARPS) // rows of the output matrix that a block's warps take at a time
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 64            // positions that a block attends to before a head is split over several blocks
 #endif
@@ -32,6 +29,12 @@ __device__ __forceinline__ unsigned this_block() {
 
 // A barrier of the computing warps only.
 __device__ __forceinline__ void block_sync() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
+// Barriers of these and the warp beside that finds a norm's scale: the squares are there; the scale is, and nobody waited for it until then.
+__device__ __forceinline__ void sync_squares() { asm volatile("bar.sync 3, %0;" :: "n"(THREADS + 32) : "memory"); }
+__device__ __forceinline__ void sync_scale() { asm volatile("bar.sync 4, %0;" :: "n"(THREADS + 32) : "memory"); }
+// Which of the values that a block's threads finish behind a barrier this thread finishes: the first ones by a warp that has few rows, which
+// finds out meanwhile where they go.
+__device__ __forceinline__ int finisher() { return (THREADS - 33 - (int)this_thread()) & (THREADS - 1); }
 
 struct Layer {
     Matrix q, k, v, o, gate, up, down;
@@ -110,8 +113,8 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int PARTS = most(most(SHARE(PAIRS) * 2 * QKV_WARPS, SHARE(FF) * 2 * GATE_WARPS),
                            most((SHARE(D) + 1) * most(OUT_WARPS, DOWN_WARPS), 2 * WARPS));
 
-constexpr int LOGIT_ROUNDS = SHARE(VOCAB) / LOGITS_ROUND + 1;
-constexpr bool LOGITS_FIT = GATE_BYTES + DOWN_BYTES >= 4 * SHARE(VOCAB);   // where the weights of the last layer were
+constexpr int LOGIT_ROUNDS = (VOCAB - 1) / (BLOCKS * LOGITS_ROUND) + 1;
+constexpr bool LOGITS_FIT = GATE_BYTES + DOWN_BYTES >= 4 * LOGIT_ROUNDS * LOGITS_ROUND;   // where the weights of the last layer were
 
 using Activations = ActivationsOf<most(most(FF, D), QW)>;
 struct Shared {
@@ -130,7 +133,7 @@ struct Shared {
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     unsigned long long round_made[LOGIT_ROUNDS];   // barriers of the logits, which the recording warp takes as they are made
-    float made[LOGITS_FIT ? 1 : SHARE(VOCAB)];
+    float made[LOGITS_FIT ? 1 : LOGIT_ROUNDS * LOGITS_ROUND];
     Matrix near_gate, near_up, near_down;
     __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];
 };
@@ -140,6 +143,8 @@ struct Shared {
 // This block's share of `count` items, as [first, last).
 __device__ __forceinline__ int first_of(int count) { return (unsigned)count * this_block() / BLOCKS; }
 __device__ __forceinline__ int last_of(int count) { return (unsigned)count * (this_block() + 1) / BLOCKS; }
+// The first row of the output matrix that this block takes in a round: all blocks take neighbouring ones, which the memory gives faster.
+__device__ __forceinline__ int logits_start(int round) { return (round * BLOCKS + (int)this_block()) * LOGITS_ROUND; }
 
 #ifdef PROFILE                   // clock reads between the phases
 __device__ long long marks[BLOCKS][1024];
