@@ -193,6 +193,8 @@ def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: boo
     answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if not answer.causes and any(sentence in answer.law for sentence in _OF_ROUNDING):
         answers["explain"] = f"suspected: {answer.law}"
+    elif answer.unjudged:
+        answers["explain"] = f"suspected: {answer.unjudged[0]} and what follows cannot be judged"
     elif answer.causes or not answer:
         causes = [(cause.named.fault, cause.named.layers) for cause in answer.causes]
         answers["explain"] = f"accused: {causes} {answer.first} {answer.law} {answer.looks_like} {answer.placed}"

@@ -17,7 +17,7 @@ from engine.replay.proof import proof_steps
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.judging import Definition, Record
 from parity.isolate.operation import Isolator
-from parity.isolate.suspicions import of_stated_cache
+from parity.isolate.suspicions import of_stated_cache, proven_within
 from reference.client import Reference
 
 _SHOWN = ("k_read", "v_read")  # what the cache gave: most engines cannot record it
@@ -84,3 +84,9 @@ def test_a_cache_whose_rounding_is_not_known(kind: str) -> None:
     assert said(1e-13, PROVEN) == [WRONG, WRONG, PROVEN]
     assert said(0.1, WRONG) == [NOT_OBSERVABLE, WRONG, WRONG]
     assert said(1e-4, WRONG, scaled=True) == [WRONG, WRONG, WRONG]
+
+
+def test_a_layer_is_not_proven_by_the_room_of_a_cache() -> None:
+    """Beside llama.cpp's cache of F32 a layer that is off by what a cache of 8 bits costs is undecided; one within the limit is proven."""
+    layers = [Operation("layer", 0, PROVEN, 1e-3), Operation("layer", 1, PROVEN, 1e-12), Operation("layer", 2, WRONG, 0.1)]
+    assert [item.status for item in proven_within(layers, 1e-10, "q8_0")] == [NOT_OBSERVABLE, PROVEN, WRONG]

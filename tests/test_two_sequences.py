@@ -1,5 +1,6 @@
 """Two dumps of an engine that computes several prompts at once, step by step: each sequence is compared by itself."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -94,3 +95,26 @@ def test_sequences_of_a_batch_step_by_step(
         f"what whole.jsonl has here, steps.jsonl has of sequence {other}: they are numbered differently" for other in (1, 0)
     ]
     assert "same portions (6)" in parity("consistency", whole, whole).err
+
+
+def test_a_batch_against_the_same_prompts_one_by_one(
+    recorder: ModuleType, parity: Cli, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Prompts in one batch are compared with the same ones in a pass each, or with one of them alone, though each has the same portion."""
+    model = synthetic(layers=2)
+    right = [values(model, tmp_path / "x.jsonl", number) for number in (0, 1)]
+    shared = [right[0], values(model, tmp_path / "x.jsonl", 1, Shared)]
+    alone = recorded(recorder, tmp_path / "alone.jsonl", right[:1], (6,))
+    lines = list(map(json.loads, recorded(recorder, tmp_path / "x.jsonl", right, (6,)).read_text().splitlines()))
+    one_by_one = tmp_path / "one_by_one.jsonl"
+    one_by_one.write_text("".join(json.dumps(line | {"step": line.get("seq", 0)}) + "\n" for line in lines))
+
+    def said(sequences: Sequence[Values], other: Path) -> tuple[int, list[str], str, list[str]]:
+        code, answer = parity.json("consistency", recorded(recorder, tmp_path / "batch.jsonl", sequences, (6,)), other)
+        return code, [check["suspect"] for check in answer["checks"]], answer["checks"][0]["what"], answer["not_checked"]
+
+    title = "batch.jsonl (12) against one_by_one.jsonl (2 × 6)"
+    assert said(right, one_by_one) == (0, ["", ""], title, [])
+    assert said(shared, one_by_one) == (1, ["", "sequences"], title, [])
+    code, suspects, _, not_checked = said(right, alone)
+    assert (code, suspects, not_checked[0]) == (0, [""], "sequence 1: only one of the dumps has it")

@@ -107,6 +107,20 @@ def test_diff_and_explain_decide_nothing_where_noise_is_as_large_as_the_values(
 
 
 @pytest.mark.slow
+def test_no_cause_is_named_where_any_change_explains_the_error(tmp_path: Path, stories: Path, reference: Reference) -> None:
+    """A right mixture in BF16, in which other experts leave seven times the values' size; an epsilon that chose others was the cause."""
+    path, chosen = tmp_path / "mixture.gguf", recipe("rnd1")
+    make_by_recipe(path, chosen, shape_of(chosen), {}, kind="f16", seed=65061, tokenizer=stories)
+    engine = Faulty(path, reference.graph(path))
+    tokens = tokens_of(path, 6, 65061)
+    ours = engine.dump(RIGHT, tokens, points="all", steps=rounded(engine.right, "bf16", storage=False))
+    explained = explain(ours, path, ExplainOptions(budget=20, compute="bf16", tokens=tokens))
+    assert explained.unjudged
+    assert not explained.causes
+    assert not explained.law
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [False, True])
 def test_an_engine_that_rounds_as_ours_does_is_right_however_wide_the_limits(
     engine: Faulty, tokens: tuple[int, ...], storage: bool

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from checkpoints.answers.consistency import Check, Consistency
 from checkpoints.errors import DumpError
 from checkpoints.formats import load
-from checkpoints.record import Dump, Header
+from checkpoints.record import Dump, Header, Rows
 
 from ..diff.compare import compare
 from ..run.request import Request
@@ -27,7 +27,8 @@ def two_dumps(run: Request, left: Path, right: Path) -> Consistency:
     """
     a, b = (stated(load(path, run.mapping), run.compute) for path in (left, right))
     in_left, in_right = (_portions(dump) for dump in (a, b))
-    if in_left == in_right:
+    of_all = [_together(dump) for dump in (a, b)]  # sequences one by one or in one batch: of each the portions are the same
+    if in_left == in_right and of_all[0] == of_all[1]:
         each = " and ".join(dict.fromkeys(map(portions_text, in_left.values())))
         raise DumpError(
             f"{left.name} and {right.name} were computed in the same portions ({each}).",
@@ -50,14 +51,15 @@ def two_dumps(run: Request, left: Path, right: Path) -> Consistency:
         if exchanged:
             suspect = OTHERS
             reason = f"what {left.name} has here, {right.name} has of sequence {exchanged[0]}: they are numbered differently"
-        elif suspect and others and (agreeing or suspect == BATCH):
+        elif suspect and (before == after or (others and (agreeing or suspect == BATCH))):
             suspect, reason = among_others(verdict, agreeing)
-        title = f"{left.name} ({portions_text(before)}) against {right.name} ({portions_text(after)})"
+        shown = [portions_text(portions) for portions in (of_all if before == after else (before, after))]
+        title = f"{left.name} ({shown[0]}) against {right.name} ({shown[1]})"
         name = f"sequence {number}" if others else "two dumps"
         checks.append(Check(name, title, verdict, suspect, reason, first_to_differ(verdict)))
     source = next((dump.header.source for dump in (a, b) if dump.header is not None and dump.header.source), "")
     alone = sorted(in_left.keys() ^ in_right.keys())
-    not_checked = [f"sequence {number}: only one of the dumps has it" for number in alone if len(both) > 1]
+    not_checked = [f"sequence {number}: only one of the dumps has it" for number in alone]
     if len(both) < 2:
         not_checked.append("padding and batches: dump these and compare them with `parity diff`")
     return Consistency(source or "a foreign engine", tuple(checks), tuple(not_checked))
@@ -77,11 +79,20 @@ def passes_of(dump: Dump) -> list[int]:
 
 def _portions(dump: Dump) -> dict[int, list[int]]:
     """How many positions each forward pass had, in order, by sequence: from the point with the most records."""
-    rows = max(dump.points.values(), key=len)
+    rows = _longest(dump)
     return {
         int(number): [int(n) for n in np.unique(rows.step[rows.seq == number], return_counts=True)[1]]
         for number in np.unique(rows.seq)
     }
+
+
+def _together(dump: Dump) -> list[int]:
+    """How many positions of all sequences each forward pass had, in order."""
+    return [int(n) for n in np.unique(_longest(dump).step, return_counts=True)[1]]
+
+
+def _longest(dump: Dump) -> Rows:
+    return max(dump.points.values(), key=len)
 
 
 def _of(dump: Dump, number: int, called: int | None = None) -> Dump:

@@ -43,6 +43,7 @@ from .rows import garbage
 from .scopes import as_far_as_shown
 from .search import Search
 from .state import Candidate, RecordKey, SearchState
+from .unjudged import unjudged
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
@@ -85,6 +86,21 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     return (answer, best) if further else (replace(further, suspects=(*answer.suspects, *further.suspects)), state)
 
 
+def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, Search, PrecisionFloor | None]:
+    """The case with the limits that apply to it, a search in it, and what its arithmetic costs if that is stated (`noise`)."""
+
+    def search_in(of_case: Case) -> Search:
+        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _known(of_case, search, state))
+        return search
+
+    if not noise:
+        case, sharper = sharpened(case, search_in)
+        return case, sharper or search_in(case), None
+    stated = floor_of(case, noise)
+    case.entries = with_noise(stated, case.entries, most)
+    return case, search_in(case), stated
+
+
 def _of_all_records(
     case: Case, options: ExplainOptions, budget: Budget, most: float = UPPER
 ) -> tuple[Explanation, SearchState]:
@@ -93,20 +109,10 @@ def _of_all_records(
     `most`: times what a stated arithmetic costs a point, up to which a record is noise.
     """
     noise = "" if options.compute in (None, "f32") else str(options.compute)
-    sharper: Search | None = None
-    stated: PrecisionFloor | None = None
-
-    def search_in(of_case: Case) -> Search:
-        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _known(of_case, search, state))
-        return search
-
-    if not noise:
-        case, sharper = sharpened(case, search_in)
-    else:
-        stated = floor_of(case, noise)
-        case.entries = with_noise(stated, case.entries, most)
-    search = sharper or search_in(case)
+    case, search, stated = _begun(case, noise, most, budget)
     start = search.screening.start()
+    if stated is not None and (points := unjudged(case.entries, start)):
+        return replace(_answer(case, search, start, start), unjudged=points, next=""), start
     kinds = tuple[str, ...]()
     found = reproducing(case, budget)
     best = begin = start if found.is_noise else with_weights_rounded(case, search, start, budget)

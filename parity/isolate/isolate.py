@@ -34,7 +34,7 @@ from .arithmetic import Judgement, in_its_arithmetic
 from .bench import IsolationBench
 from .judged_layers import eliminated, graft, judged_layers
 from .standards import Define, foreign_standard, reference_standard
-from .suspicions import as_eight_bits, in_order, of_cache, of_stated_cache
+from .suspicions import as_eight_bits, in_order, of_cache, of_stated_cache, proven_within
 from .unrecorded import pass_over
 from .values import RecordedValue, WholeValues
 
@@ -288,7 +288,7 @@ def _foreign(request: IsolateRequest, values: WholeValues, running: Reference | 
                 bench.rounding,
             )
             operations = bench.isolator.unless_of(suspects, operations)
-            layers = eliminated(operations, layers, suspects)
+            layers = proven_within(eliminated(operations, layers, suspects), judgement.of_layers, header.kv_type)
             build = reference().versions()
         if measured.assumed:
             judged = as_eight_bits([*operations, *layers], judgement.scaled)

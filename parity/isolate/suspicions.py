@@ -52,6 +52,17 @@ def of_cache(kv_type: str) -> float:
     return limits(None, Header(source="", mode="exact", compute="f32", kv_type=kv_type), compute="f32").operations
 
 
+def proven_within(layers: Sequence[Operation], limit: float, kv_type: str) -> list[Operation]:
+    """The layers beside llama.cpp's own, whose cache is F32; one over the limit is not proven by what the stated cache would cost."""
+    reason = f"off by no more than a cache of {kv_type} costs beside one of F32: a fault as small in what was not recorded would pass"
+    return [
+        replace(layer, status=NOT_OBSERVABLE, reason=reason)
+        if layer.status == PROVEN and layer.nmse is not None and layer.nmse > limit
+        else layer
+        for layer in layers
+    ]
+
+
 def of_stated_cache(operations: Sequence[Operation], isolators: Sequence[Isolator], kv_type: str) -> list[Operation]:
     """The operations. If a cache is stated to be quantised, those that read it are not blamed for noise of the size that this costs, unless
     some follow exactly: in which blocks an engine rounds, and by which scales, is its own affair.
