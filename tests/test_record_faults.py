@@ -83,7 +83,9 @@ def test_one_row_after_an_activation_is_told_in_lower_arithmetic(kind: str) -> N
     """A prompt of one token: lower arithmetic may leave one row a factor of its own, but makes no SiLU of it."""
     engine = Faulty(path())
     alone = engine.dump(Planted(()), TOKENS[:1], points="blk.0.ffn_*", size=4096)
-    lower = engine.dump(Planted(()), TOKENS[:1], points="blk.0.ffn_*", size=4096, steps=rounded(engine.right, kind, storage=True))
+    lower = engine.dump(
+        Planted(()), TOKENS[:1], points="blk.0.ffn_*", size=4096, steps=rounded(engine.right, kind, storage=True)
+    )
     ours = changed(lower, lambda x: x / (1 + np.exp(-x)), kinds("ffn_gate"), None)
     verdict = compare(replace(ours, header=None), alone, Options(compute=kind))
     assert verdict, verdict.operation
