@@ -9,7 +9,7 @@ from explaining import RIGHT, unstated
 from msgspec.structs import replace
 from planted import Faulty, tokens_of
 
-from checkpoints.answers.diff import INCOMPLETE, PARITY, UNJUDGED, Limits, Verdict
+from checkpoints.answers.diff import DIVERGENCE, INCOMPLETE, PARITY, UNJUDGED, Limits, Verdict
 from checkpoints.record import Dump
 from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
@@ -118,6 +118,24 @@ def test_no_cause_is_named_where_any_change_explains_the_error(tmp_path: Path, s
     assert explained.unjudged
     assert not explained.causes
     assert not explained.law
+
+
+@pytest.mark.slow
+def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(engine: Faulty, tokens: tuple[int, ...]) -> None:
+    """Logits a thousand times as large from position 4 on are no rounding: the place is named, as by diff, and no cause."""
+    made = engine.dump(RIGHT, tokens, steps=rounded(engine.right, "bf16", storage=True))
+    rows = made.points["logits"]
+    values = rows.values * np.where(rows.token_idx < 4, 1, 1000)[:, None].astype(np.float32)
+    large = replace(rows, values=values, stats={}, sketch=None)
+    ours = _stating(replace(made, points={**made.points, "logits": large}), "bf16")
+    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute="bf16"))
+    assert not explained
+    assert not explained.causes
+    assert not explained.unjudged
+    assert explained.first is not None
+    assert (explained.first.checkpoint, explained.first.token_idx) == ("logits", 4)
+    right = _stating(engine.dump(RIGHT, tokens), "f32")
+    assert compared_on(ours, right, Options(), engine.model, third_side=False).verdict.verdict == DIVERGENCE
 
 
 @pytest.mark.slow

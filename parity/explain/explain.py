@@ -43,7 +43,7 @@ from .rows import garbage
 from .scopes import as_far_as_shown
 from .search import Search
 from .state import Candidate, RecordKey, SearchState
-from .unjudged import unjudged
+from .unjudged import is_far, unjudged
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
@@ -112,7 +112,9 @@ def _of_all_records(
     case, search, stated = _begun(case, noise, most, budget)
     start = search.screening.start()
     if stated is not None and (points := unjudged(case.entries, start)):
-        return replace(_answer(case, search, start, start), unjudged=points, next=""), start
+        return replace(
+            _answer(case, search, start, start), unjudged=() if is_far(case.entries, start) else points, next=""
+        ), start
     kinds = tuple[str, ...]()
     found = reproducing(case, budget)
     best = begin = start if found.is_noise else with_weights_rounded(case, search, start, budget)
