@@ -35,11 +35,11 @@ def diverging() -> Report:
     return _compared(0.03)
 
 
-def recorded_otherwise() -> Report:
-    """`passing`, but that the record of blk.0.l_out is not what it says."""
+def recorded_otherwise(status: str = OTHERWISE) -> Report:
+    """`passing`, but that the record of blk.0.l_out is not what it says, or has another status that leaves it unjudged."""
     report = passing()
     points = tuple(
-        replace(point, status=OTHERWISE) if point.checkpoint == "blk.0.l_out" else point for point in report.verdict.points
+        replace(point, status=status) if point.checkpoint == "blk.0.l_out" else point for point in report.verdict.points
     )
     return replace(report, verdict=replace(report.verdict, points=points))
 

@@ -17,7 +17,9 @@ from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
-from parity.diff.compare import compare
+from engine.replay.precision import rounded
+from parity.diff.compare import Options, compare
+from parity.models.embedded import path
 from reference.client import Reference
 from reference.jobs import DumpJob
 
@@ -74,6 +76,20 @@ def test_other_layouts_and_moments(right: Dump, ref: Dump, kind: str, change: Ch
     assert verdict, verdict.operation
     assert {name for name, _ in faults(verdict)} == {kind}
     assert all(message in fault.sentence for fault in verdict.record_faults)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_one_row_after_an_activation_is_told_in_lower_arithmetic(kind: str) -> None:
+    """A prompt of one token: lower arithmetic may leave one row a factor of its own, but makes no SiLU of it."""
+    engine = Faulty(path())
+    alone = engine.dump(Planted(()), TOKENS[:1], points="blk.0.ffn_*", size=4096)
+    lower = engine.dump(
+        Planted(()), TOKENS[:1], points="blk.0.ffn_*", size=4096, steps=rounded(engine.right, kind, storage=True)
+    )
+    ours = changed(lower, lambda x: x / (1 + np.exp(-x)), kinds("ffn_gate"), None)
+    verdict = compare(replace(ours, header=None), alone, Options(compute=kind))
+    assert verdict, verdict.operation
+    assert faults(verdict) == {("ffn_gate", "moment")}
 
 
 def changed_reference(right: Dump, ref: Dump) -> Dump:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -12,7 +13,7 @@ from dumps import dump, noisy, random, spoiled
 from msgspec.structs import replace
 from pictures import EVIL, diverging, hostile, huge, passing, recorded_otherwise
 
-from checkpoints.answers.diff import Pattern
+from checkpoints.answers.diff import AGREES, FRESH, GROWN, INHERITED, OTHERWISE, UNJUDGED, Pattern
 from checkpoints.answers.drift import Change, Checked, Drift, Entry, Margin
 from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named
 from checkpoints.errors import InputError
@@ -82,9 +83,19 @@ def test_html_begins_with_what_is_compared() -> None:
 
 
 def test_a_legend_for_what_is_not_judged() -> None:
-    """Grey is explained where a point was recorded otherwise, and nowhere else."""
-    assert "grey was" in html(recorded_otherwise())
-    assert "grey was" not in html(passing())
+    """Grey is explained where a point was recorded otherwise or cannot be judged, and nowhere else."""
+    assert "grey is not judged" in html(recorded_otherwise())
+    assert "grey is not judged" in html(recorded_otherwise(UNJUDGED))
+    assert "grey is not judged" not in html(passing())
+
+
+def test_every_status_has_a_colour_and_a_symbol() -> None:
+    """A point whose status a chart does not know would not be drawn."""
+    script = files("reports").joinpath("templates", "report.js").read_text("utf-8")
+    for table in ("inks", "symbols"):
+        known = re.search(rf"const {table} = {{(.*)}};", script)
+        assert known
+        assert set(re.findall(r'"?\b([a-z ]+)"?: "', known[1])) == {AGREES, FRESH, INHERITED, GROWN, OTHERWISE, UNJUDGED}
 
 
 @pytest.mark.parametrize("make", [passing, diverging, hostile, huge])

@@ -144,8 +144,6 @@ def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as a multiple by a constant factor, or as the value after an activation."""
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
-    if len(ours) == 1 and float(allowed.nmse[0]) > EXACT_FLOOR.logits:
-        return None  # a number of that row, which lower arithmetic rounds where terms all but cancel, is such a factor too
     if width < TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     for name, function in _ACTIVATIONS.items():
@@ -156,6 +154,8 @@ def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
         return None
     if not a.any():
         return Reading(MOMENT, "zeros: captured before it was written, or after it was cleared", own=False)
+    if len(ours) == 1 and float(allowed.nmse[0]) > EXACT_FLOOR.logits:
+        return None  # a number of that row, which lower arithmetic rounds where terms all but cancel, is such a factor too
     factors = np.sum(a * b, axis=1) / energy
     factor = float(np.median(factors))
     if abs(factor) < 1e-6 or abs(factor - 1) < 1e-2 or np.abs(factors - factor).max() > 1e-5 * abs(factor):

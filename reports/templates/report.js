@@ -47,14 +47,14 @@
   }
 
   // ---- the heat map
-  const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600", "recorded otherwise": "#7a7a7a" };
+  const inks = { agrees: "#3a78b5", fresh: "#d62718", inherited: "#e07b1f", grown: "#a98600", "recorded otherwise": "#7a7a7a", "cannot be judged": "#7a7a7a" };
   const extent = d3.extent(ofLimit.filter((x) => x > 0 && x < Infinity));
   const reach = Math.max(10, extent[1] || 0, 1 / (extent[0] || 1)); // decades to both sides of the limit
   const span = Math.min(reach, 1e12);
   const colour = { type: "diverging-log", pivot: 1, domain: [1 / span, span], scheme: "BuRd", reverse: false, clamp: true, label: "error ÷ limit", tickFormat: decade };
   const smallest = Math.max(extent[0] || 1e-3, 1 / span); // no error at all is drawn as the smallest there is
-  // What was recorded otherwise is not judged: neither blue nor red.
-  const otherwise = (row) => points[row].status === "recorded otherwise";
+  // What was recorded otherwise, or what no limit can judge, is neither blue nor red.
+  const otherwise = (row) => ["recorded otherwise", "cannot be judged"].includes(points[row].status);
   const cells = ofLimit.map((x, i) => (Number.isNaN(x) || otherwise(Math.floor(i / columns)) ? NaN : Math.min(Math.max(x, smallest), span)));
   const named = rows <= 40;
   let map = null, at = mark || [0, 0];
@@ -108,7 +108,7 @@
     at = [r, c];
     box("here", at, "currentColor");
     const i = r * columns + c;
-    const figures = Number.isNaN(nmse[i]) ? "not compared" : otherwise(r) ? `NMSE ${power(nmse[i])} · recorded otherwise` : `NMSE ${power(nmse[i])} · ${proportion(ofLimit[i])} of the limit ${decade(grid.limits[r])} · largest |Δ| ${power(maxAbs[i])}`;
+    const figures = Number.isNaN(nmse[i]) ? "not compared" : otherwise(r) ? `NMSE ${power(nmse[i])} · ${points[r].status}` : `NMSE ${power(nmse[i])} · ${proportion(ofLimit[i])} of the limit ${decade(grid.limits[r])} · largest |Δ| ${power(maxAbs[i])}`;
     const first = mark && mark[0] === r && mark[1] === c ? " · first divergence" : "";
     document.getElementById("readout").textContent = `${grid.points[r]}, ${where(c)}: ${figures}${first}`;
   }
@@ -146,7 +146,7 @@
   const known = points.map((p, i) => ({ ...p, i, name: grid.points[i] })).filter((p) => p.nmse !== null);
   const least = d3.min(known.flatMap((p) => [p.nmse, ...(p.truth || [])]), (x) => x || undefined) || 1e-16;
   const words = { fresh: "jumps", grown: "grown slowly" };
-  const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square", "recorded otherwise": "diamond" };
+  const symbols = { agrees: "circle", fresh: "star", inherited: "triangle", grown: "square", "recorded otherwise": "diamond", "cannot be judged": "cross" };
   function drawAlong() {
     if (!known.length) return;
     const statuses = Object.keys(symbols).filter((status) => known.some((p) => p.status === status));
