@@ -18,6 +18,7 @@ from engine import ops
 from engine.backend import choose
 from engine.faults import CATALOGUE, FITTED, Fault, Planting, plant
 from engine.faults.base import layer_near
+from engine.faults.edits import Then
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.opened import open_plain
@@ -63,6 +64,18 @@ def test_faults_apply_or_say_that_they_do_not(name: str, tmp_path: Path) -> None
     for layers in (None, (0,)):
         assert sum(_run(right, steps, (variant,), layers) for variant in every) > len(every) // 3
         assert sum(_run(right, steps, (draw.choice(every), draw.choice(every)), layers) for _ in range(150)) > 10
+
+
+def test_a_value_layout_is_not_changed_twice(tmp_path: Path) -> None:
+    """Below another fault of the same operation, too: the second one would read the cache without the passes that the first needs."""
+    shape, kind = MODELS["one layer"]
+    synthesize(tmp_path / "model.gguf", shape, weight_type=kind, seed=3)
+    engine = Transformer(GgufModel(tmp_path / "model.gguf"), choose("numpy"))
+    fault = CATALOGUE["v-layout"]
+    once = Planting(list(engine.steps)).of(fault, None, {"layout": "transposed"})
+    again = [replace(step, op=Then(step.op, np.negative)) if step.makes.endswith("kqv_out") else step for step in once]
+    with pytest.raises(NotApplicable, match="already"):
+        Planting(again).of(fault, None, {"layout": "head by head"})
 
 
 def test_a_rotation_halved_until_no_pair_is_left_does_not_apply(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
     layout, kv_heads = parameters["layout"], parameter_of(sibling(step, right, "kq"), "kv_heads")
     if kind_of(step) == "v_read":
         return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})
-    if step.op is _mixed:
+    if PASSES in step.reads:  # by this change, or one below another
         raise NotApplicable(f"{step.makes}: the layout has been changed already")
     mix = partial(step.op, **step.params)
     written = read_of(sibling(step, right, "v_read"), 0)
