@@ -170,14 +170,23 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
 
 def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[Expected, Floats] | None:
     """The first point whose recorded values are not this run's, with the difference that counts as none in this arithmetic as its
-    limit, and the errors."""
+    limit, and the errors.
+
+    From the first position on at which the dump lists other experts than the run, or in another order, both compute with other rows.
+    """
+    parted = np.inf
     for entry in case.entries:
         if entry.point not in costs:
             continue
         same = np.full(len(entry.rows), max(THE_SAME * costs[entry.point], float(entry.limit.max())))
         errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions))
-        if not of_ids(entry) and float(errors.mean()) > same[0]:
-            return replace(entry, limit=same), errors
+        positions = case.positions[entry.rows]
+        if of_ids(entry):
+            parted = min(parted, positions[errors > 0].min(initial=np.iinfo(positions.dtype).max))
+            continue
+        alike = positions < parted
+        if alike.any() and float(errors[alike].mean()) > same[0]:
+            return replace(entry, limit=same), np.where(alike, errors, 0.0)
     return None
 
 
