@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from explaining import RIGHT, unstated
 from planted import TOKENS, Faulty, tokens_of
 from slow import slow_but
 
@@ -12,8 +13,14 @@ from engine.graph import POSITIONS, History, compute
 from engine.lift.node import GgmlOperation
 from engine.replay.adjoint import derivatives
 from engine.replay.batched import by_rows, can_batch, compute_batch, elementwise
+from engine.replay.precision import rounded
 from engine.replay.replay import Replay
 from engine.replay.wide import Variant, values_of
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import recipe
+from parity.diff.compare import Options
+from parity.explain.on_model import compared_on
+from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 
 # GELU from a table, and scaled embeddings; GELU without a gate; tanh of scores, which are [H, T, S]; a squared ReLU.
@@ -62,23 +69,35 @@ def test_derivatives_are_the_slopes_of_small_steps(lifted: Faulty) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", slow_but(["qwen3moe", "deepseek2", "gpt-oss", "llama4", "phi3", "qwen2moe", "mamba2"], "qwen3moe")
+    "name", slow_but(["qwen3moe", "deepseek2", "gpt-oss", "llama4", "phi3", "qwen2moe", "mamba2"], "qwen3moe")
 )
 def test_rows_of_several_runs_together_are_those_of_each(
-    recipe: str, reference: Reference, small_model: Callable[..., Path]
+    name: str, reference: Reference, small_model: Callable[..., Path]
 ) -> None:
     """Routing, experts, parts of rows: every step that works row by row on three prompts at once gives what it gives for each of them."""
-    path = small_model(recipe)
+    path = small_model(name)
     engine = Faulty(path, reference.graph(path))
     computed = engine.transformer.weights, engine.transformer.backend
     prompts = [tokens_of(path, len(TOKENS), seed=seed) for seed in (1, 2, 3)]
     runs = [Replay(engine.right, prompt, range(len(prompt)), [0] * len(prompt), *computed) for prompt in prompts]
     steps = [step for step in engine.right if by_rows(step) and not any(isinstance(read, History) for read in step.reads)]
     assert all(can_batch(step) for step in steps)
-    assert recipe in ("phi3", "mamba2") or {"MUL_MAT_ID", "SUM_ROWS"} & {getattr(step.op, "name", "") for step in steps}
+    assert name in ("phi3", "mamba2") or {"MUL_MAT_ID", "SUM_ROWS"} & {getattr(step.op, "name", "") for step in steps}
     for step in steps:
         stacked = [np.concatenate([run.values[name] for run in runs]) for name in step.names]
         together = compute_batch(step, stacked, len(runs), computed[0])
         alone = np.stack([run.values[step.makes] for run in runs])
         # A product over more rows may be added up in another order.
         np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * float(np.abs(alone).max()), err_msg=step.makes)
+
+
+@pytest.mark.slow
+def test_an_edit_that_leaves_other_axes_is_computed_by_itself(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """MiniMax-01's decay of a number per head: an edited scale has an axis less, and goes beside versions that have it."""
+    path, chosen = tmp_path / "small.gguf", recipe("minimax-01")
+    make_by_recipe(path, chosen, shape_of(chosen), {}, kind="q4_0", seed=65024, tokenizer=stories)
+    engine = Faulty(path, reference.graph(path))
+    prompt = tokens_of(path, 5, 65024)
+    ours = unstated(engine.dump(RIGHT, prompt, steps=rounded(engine.right, "tf32", storage=False)))
+    right = engine.dump(RIGHT, prompt)
+    assert compared_on(ours, right, Options(), path, third_side=False).verdict.compared

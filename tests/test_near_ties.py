@@ -101,3 +101,24 @@ def test_scores_of_other_groups_of_experts_are_not_compared(tmp_path: Path, refe
         assert any(
             "blk.2.get_rows.2, position 8: its rows are chosen by blk.2.sum_rows: a near tie" in note for note in verdict.notes
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.1, 3.0])
+def test_a_near_tie_of_groups_excuses_no_other_values(tmp_path: Path, reference: Reference, factor: float) -> None:
+    """One token whose groups nearly tie, and scores too large: they are no other group's."""
+    path, out, recipe = tmp_path / "model.gguf", tmp_path / "ref.jsonl", RECIPES["bailingmoe2"]
+    make_by_recipe(path, recipe, shape_of(recipe), {}, kind="f16", seed=91021, tokenizer=embedded(), running=reference)
+    engine, tokens = Faulty(path, reference.graph(path)), tokens_of(path, 1, seed=91021)
+    reference.dump(DumpJob(path, out, tokens, points="all", slice_size=None))
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(factor))
+        if step.makes == "blk.1.get_rows.2"
+        else step
+        for step in rounded(engine.right, "bf16", storage=False)
+    ]
+    dump = engine.dump(Planted(()), tokens, points="all", size=1 << 20, bare=False, steps=steps)
+    assert dump.header is not None
+    verdict = compare(replace(dump, header=replace(dump.header, compute="bf16", dataflow=None)), read(out))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.1.get_rows.2"

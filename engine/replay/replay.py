@@ -265,9 +265,9 @@ class Replay:
         alone = set(owners)
         same = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
         same = [pair for pair in same if not pair[1].keys().isdisjoint(step.names)]
-        if not can_batch(step):
-            alone.update(version for version, _ in same)
-            same = []
+        together = [pair for pair in same if can_batch(step) and self._shaped_alike(step, pair[1])]
+        alone.update({version for version, _ in same} - {version for version, _ in together})
+        same = together
         for version in alone:
             values = changed[version]
             if values is None:
@@ -291,6 +291,10 @@ class Replay:
         for (_, values), new, other in zip(same, batch, differs, strict=True):
             if other:
                 values[step.makes] = new
+
+    def _shaped_alike(self, step: Step, values: Values) -> bool:
+        """Whether a version's values that a step reads have the right ones' shapes: an edit may leave a value with other axes."""
+        return all(values[name].shape == self.values[name].shape for name in step.names if name in values)
 
     def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
         """Names by the number of the last step that reads them."""

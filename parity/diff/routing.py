@@ -125,7 +125,7 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
 
 
 def _of_other_rows(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> tuple[Bools, list[str]]:
-    """The failing records of rows that are chosen by scores which nearly tie (of groups of experts), and a sentence for each."""
+    """The failing records that show other rows, chosen by scores which nearly tie (of groups of experts), and a sentence for each."""
     other, ties = np.zeros(len(measured.point), dtype=np.bool_), list[str]()
     for record in np.flatnonzero(held.failed).tolist():
         name = measured.names[measured.point[record]]
@@ -136,10 +136,30 @@ def _of_other_rows(measured: Measured, held: Held, model: Flow, ref: Mapping[str
         scores = _scores(ref, how.reads[1], seq, position)
         limit = _limit_of_scores(measured, held, np.flatnonzero(_of(measured, {how.reads[1]})), seq, position)
         margin = None if scores is None or (scores == np.rint(scores)).all() else nearest(scores, limit)  # no ids
-        if margin is not None:
+        pair, rows = measured.pairs[measured.point[record]], _scores(ref, how.reads[0], seq, position)
+        if (
+            margin is not None
+            and scores is not None
+            and _are_rows_of(pair.ours, int(measured.row[record]), rows, len(scores), held.limit[record])
+        ):
             other[record] = True
             ties.append(f"{name}, position {position}: its rows are chosen by {how.reads[1]}: a near tie ({margin:.1e} apart)")
     return other, ties
+
+
+def _are_rows_of(ours: Rows, r: int, whole: Floats | None, number: int, limit: float) -> bool:
+    """Whether record `r` of ours is made of rows, within the limit, of the `number` that the reference has at this position, in `whole`."""
+    values = ours.values[r, : int(ours.counts[r])].astype(np.float64)
+    if whole is None or ours.indices is not None or not np.isfinite(values).all() or not len(whole) or len(whole) % number:
+        return False
+    error, energy, every = 0.0, 0.0, whole.reshape(number, -1)
+    width = every.shape[1]
+    for start in range(0, len(values), width):
+        part = values[start : start + width]
+        apart = ((every[:, : len(part)] - part) ** 2).sum(axis=1)
+        nearest_one = int(np.argmin(apart))
+        error, energy = error + float(apart[nearest_one]), energy + float((every[nearest_one, : len(part)] ** 2).sum())
+    return error <= limit * energy
 
 
 def in_order_of_experts(model: Flow, pairs: Sequence[Pair]) -> set[str]:
