@@ -1,6 +1,7 @@
 """`parity explain` neither acquits the guilty nor accuses the innocent: cases that once got a misleading answer, with the right one."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from engine.faults.fitted import FITTED
 from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import recipe
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
@@ -24,6 +27,8 @@ from parity.explain.leads import believed
 from parity.explain.search import Search
 from parity.explain.state import Candidate
 from parity.models import embedded
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
 from reports.explanation import as_json, lines
 
 _PATIENT = ExplainOptions(budget=300.0)
@@ -330,3 +335,17 @@ def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:
     assert not any(
         "of the rows" in line.plain for line in lines(explain(engine.dump(RIGHT, PROMPT, size=4096), engine.model), 200)
     )
+
+
+@pytest.mark.slow
+def test_a_late_capture_that_shows_a_state_is_no_candidate(tmp_path: Path, reference: Reference) -> None:
+    """After the logits comes the state that a recurrence leaves, which has no rows: the search passes it by."""
+    path, chosen = tmp_path / "mamba.gguf", recipe("mamba")
+    make_by_recipe(path, chosen, shape_of(chosen), {}, kind="f32", seed=3, tokenizer=embedded.path())
+    engine = Faulty(path, reference.graph(path))
+    made = engine.dump(RIGHT, tokens_of(path, 4, 3))
+    rows = made.points["logits"]
+    mixed = replace(rows, values=np.sin(7 * rows.values), stats={}, sketch=None)
+    answer = explain(replace(made, points={**made.points, "logits": mixed}), path, ExplainOptions(budget=10))
+    assert answer.first is not None
+    assert answer.first.checkpoint == "logits"

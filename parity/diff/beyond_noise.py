@@ -20,6 +20,7 @@ from .dataflow import upstream
 from .judge import judge
 from .limits import EXACT_FLOOR, JUMP, NATIVE
 from .one_factor import NOTHING, POSITIONS, STEP, Allowed, shared_factor, shared_summand
+from .operations import recurrent
 from .readings import head_size_of
 from .records import Bools, Floats, Records
 from .rounding import type_of
@@ -60,6 +61,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
     headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
     head = head_size_of(records.ref.points, headers) or 0
     found, cuts = dict[int, _Found](), Cuts(records.flow)
+    scans = any(recurrent(how.op) for how in records.flow.whole.computations.values())
     for number, pair in enumerate(records.pairs):
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
@@ -72,7 +74,9 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         allowed = NOTHING
         if arithmetic:
             layers = _layers(records, pair.point)
-            allowed = cuts.narrowed(Allowed.of(arithmetic, layers), pair.point, layers)
+            # A time step's bias that is kept in a lower type is a factor of a whole head after the scan: no noise comes with that.
+            usual = Allowed.of(arithmetic, layers)
+            allowed = cuts.narrowed(replace(usual, spacing=0.0) if scans else usual, pair.point, layers)
         constant = _of_constants(records, pair.point) if arithmetic in _FINER else 0.0
         part = _part(pair, here, allowed, head, noise, fewest, constant) or (_typed(pair, here) if typed else None)
         if part is not None and not (exact and truth is not None and _true(truth, pair, here)):

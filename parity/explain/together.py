@@ -183,7 +183,10 @@ class Together(AtFirstPlace):
             changed = replay.run(needed, lambda _name, _value: True, begin)
         except NotApplicable:
             return None
-        return changed.get(self._shown(steps))
+        value = changed.get(self._shown(steps))
+        return (
+            None if value is None or value.ndim < 2 else value
+        )  # a late capture may show the state after a pass, which has no rows
 
     def _recorded(self, value: Array) -> Floats:
         """The recorded elements of a value at the first place: [k]."""
