@@ -177,10 +177,7 @@ for make in (Transformer, FastTransformer):
 print("all passes made")
 """
 # Racecheck does not follow the barriers (mbarrier) by which `produce` in near.cuh learns that a place may be filled again: it
-# takes every refill for a race with the reads before it. In some norms of a hundred it also reports a norm's squares, which
-# `Norm::run` leaves behind barrier 3 for the warp of `find_scales`, which has no part in the barriers between two norms. Each other
-# pair of accesses counts.
-_MISTAKEN = re.compile(r"[Pp]roduce|^Norm::run\S+ and Norm::find_scales")
+# takes every refill for a race with the reads before it. Each other pair of accesses counts.
 _RACE = re.compile(r"Race reported between \w+ access at (\S+).*?and \w+ access at (\S+)", re.DOTALL)
 
 
@@ -201,4 +198,4 @@ def test_the_sanitizer_finds_nothing(tmp_path: Path, tool: str) -> None:
     if tool == "memcheck":
         assert done.returncode == 0, printed
     else:
-        assert [pair for pair in _RACE.findall(done.stdout) if not _MISTAKEN.search(" and ".join(pair))] == []
+        assert [pair for pair in _RACE.findall(done.stdout) if not any("produce" in place.lower() for place in pair)] == []

@@ -17,6 +17,7 @@ __device__ __noinline__ void ask_for_cache(const Layer& l, int seen, int splits)
             }
         }
     }
+    __syncwarp();   // the lanes leave the loop apart, and the next barrier counts a warp once
 }
 
 // A norm whose scale is applied last: x = values · weight, padded, in shared memory, and the squares of the values. The products
