@@ -68,8 +68,12 @@ def load(path: Path) -> Mapping[str, Floats]:
         flat = {name: _numbers(path, name, values).astype(np.float32).reshape(-1) for name, values in weights.items()}
     except (DumpError, ModelError):
         raise
+    except OSError as error:
+        raise DumpError(
+            f"cannot read the weights of {path}: {error.strerror or error}.", "Check the path.", code="theirs"
+        ) from error
     except Exception as error:  # each library has its own errors for a damaged file
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise DumpError(
             f"cannot read the weights of {path}: {reason}.",
             _USE,
