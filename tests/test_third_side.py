@@ -174,7 +174,7 @@ def test_a_side_that_may_be_in_lower_arithmetic_is_not_called_wrong(
     reference: Reference, small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A right engine in F16 that does not say so, beside two in float32, in a model whose scan amplifies rounding."""
-    model, out = small_model("mamba2"), tmp_path / "ref.jsonl"
+    model, out = small_model("falcon-h1"), tmp_path / "ref.jsonl"
     engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 8, 70014)
     reference.dump(DumpJob(model, out, tokens, points="all", slice_size=None))
     half, ours = (

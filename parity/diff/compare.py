@@ -121,7 +121,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
         and common_mode(ours.header, ref.header) != NATIVE
         and allowed.operations > EXACT_FLOOR.operations
     )
-    lower = lower and not options.strict
+    lower = lower and not options.strict and options.tolerance is None
     held, routing = _held(errors, allowed, model, options, ref, lower=lower)
     verdicts = Judged(np.zeros(len(errors.point), dtype=np.bool_))
     if held.failed.any() and not options.strict:

@@ -137,9 +137,10 @@ def _of_all_records(
         answer = _left_over(case, search, best, answer, budget)
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     settled = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
+    settled_by_cause = answer.causes and not type_of_rows(best)
     said, further = (
         NOTHING
-        if (answer.causes and not type_of_rows(best)) or answer.remaining is None or noise or is_noise or case.states_f32
+        if budget.late or settled_by_cause or answer.remaining is None or noise or is_noise or case.states_f32
         else beyond(case, best, lambda other, kind, most: _of_all_records(other, replace(options, compute=kind), budget, most))
     )
     if further is not None:
@@ -179,7 +180,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if agreeing and answer.remaining is not None:
         return replace(answer, law=sentence, suspects=(SuspectRecord(answer.remaining.checkpoint, agreeing),), next="")
     lawless = not sentence or sentence.endswith(WRONG)
-    rounding = law_of_rounding(case, best) if (lawless and not budget.late) or not case.states_f32 else ""
+    rounding = law_of_rounding(case, best, budget.over) if lawless or not case.states_f32 else ""
     if not (rounding or case.states_f32) and lawless:
         rounding = law_of_noise(case, best, values)
     if rounding:

@@ -49,7 +49,12 @@ _SEVERAL = 3  # operations that are not recorded: a single one shows its own rou
 
 
 def rounded_here(
-    case: Case, entry: Expected, errors: Floats, known: NDArray[np.bool_], recorded: Collection[str]
+    case: Case,
+    entry: Expected,
+    errors: Floats,
+    known: NDArray[np.bool_],
+    recorded: Collection[str],
+    over: Callable[[], bool] = lambda: False,
 ) -> tuple[str, ...]:
     """All arithmetics in which a point's own operations make these errors, the nearest first.
 
@@ -60,6 +65,8 @@ def rounded_here(
     for some in (_roundings, _roundings_of_one_kind):
         near: dict[str, float] = {}
         for kind, found, rounding in some(case, entry, errors, known, recorded):
+            if over():
+                return ()
             if alike := likeness(found, rounding):
                 near[kind] = max(alike, near.get(kind, 0.0))
         if near:
@@ -164,21 +171,24 @@ def as_large_as_rounding(
     return " to ".join(case.transformer.steps[number].makes for number in (places[0], places[-1]))
 
 
-def law_of_rounding(case: Case, state: SearchState) -> str:
+def law_of_rounding(case: Case, state: SearchState, over: Callable[[], bool] = lambda: False) -> str:
     """A sentence if the first place's own operations are rounded as a lower arithmetic rounds them, from inputs that agree; otherwise
     "". Where float32 is stated, an operation is not called rounded, but what it reads may be kept in a lower type."""
-    kinds = kinds_of_rounding(case, state)
+    kinds = kinds_of_rounding(case, state, over)
     if not kinds or (case.states_f32 and kinds[0] not in KEPT):
         return ""
     mixed = kinds[0] in KEPT or _spared_before(case, state, kinds[0])
     return f"every element is the right one {in_words(kinds, mixed=mixed)}"
 
 
-def kinds_of_rounding(case: Case, state: SearchState) -> tuple[str, ...]:
-    """The arithmetics as which the first place's own operations are rounded, from inputs that agree, the nearest first."""
-    if state.first is None or state.faults:
+def kinds_of_rounding(case: Case, state: SearchState, over: Callable[[], bool] = lambda: False) -> tuple[str, ...]:
+    """The arithmetics as which the first place's own operations are rounded, from inputs that agree, the nearest first.
+
+    None if the time is `over` before all were tried.
+    """
+    if state.first is None or state.faults or over():
         return ()
-    return rounded_here(case, *first_errors(case, state, case.replay.on_host))
+    return rounded_here(case, *first_errors(case, state, case.replay.on_host), over)
 
 
 def _spared_before(case: Case, state: SearchState, kind: str) -> bool:
