@@ -1,4 +1,4 @@
-"""What `parity diff` holds against a dump in which no fault was found: the two commands never contradict each other.
+"""What `parity diff` holds against a dump in which no fault was found, so that the two commands do not contradict each other.
 
 `explain` knows an arithmetic by the sizes of its errors; `diff` also asks for what such noise never has, a factor of all positions, say.
 """

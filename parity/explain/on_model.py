@@ -73,10 +73,15 @@ def _without_unjudged(compared: Comparison, ours: Dump, options: Options, known:
     precision = compared.verdict.precision
     kind = options.compute or (precision.arithmetic if precision is not None else "")
     judged = without_unjudged(compared, limits(ours.header, known.ref.header, compute=kind or None))
-    if not judged.verdict.unjudged or (case := known.beside_ours(ours)) is None:
+    if not judged.verdict.unjudged:
         return judged
     from .budget import Budget
+    from .precision import KINDS
     from .reproduced import is_reproduced
+
+    # Limits that were measured for a file's own types are those of no arithmetic in which our engine could be run.
+    if kind not in KINDS or (case := known.beside_ours(ours)) is None:
+        return judged
 
     return compared if is_reproduced(case, kind, Budget(_REPRODUCED)) else judged
 
