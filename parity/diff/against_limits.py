@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
-from checkpoints.points import LOGITS, OUTPUT_NORM, parse
+from checkpoints.points import OUTPUT_NORM, parse
 
 from .dataflow import Flow, upstream
 from .known_tables import after_known_tables, compared_part, joined, known_at, shares
@@ -270,20 +270,14 @@ def _limit_of_each(measured: Measured, allowed: Limits, *, lower_arithmetic: boo
     compared with the loosest arithmetic. The loosest arithmetic's limit holds before the first whole layer, and is never exceeded.
     A lower arithmetic that is stated allows for its own noise, but not behind whole layers that show float32's.
     """
-    chosen = np.array(
-        [
-            allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations)
-            for pair in measured.pairs
-        ]
-    )
+    chosen = np.array([allowed.at(pair.point) for pair in measured.pairs])
     if (allowed.assumed or lower_arithmetic) and len(measured.measures):
         noise = 0.0
         starts = np.searchsorted(measured.point, np.arange(len(measured.pairs)))
         worst = np.maximum.reduceat(measured.measures.nmse, starts)
         for number, pair in enumerate(measured.pairs):
             if noise:
-                floor = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
-                chosen[number] = min(chosen[number], max(floor, ASSUMED_JUMP * noise))
+                chosen[number] = min(chosen[number], max(EXACT_FLOOR.at(pair.point), ASSUMED_JUMP * noise))
             if (parse(pair.point).kind == "l_out" or pair.point == OUTPUT_NORM) and worst[number] <= chosen[number]:
                 noise = max(noise, float(worst[number]))
                 if not allowed.assumed and noise > EXACT_FLOOR.operations:

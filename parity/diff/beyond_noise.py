@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
-from checkpoints.points import EMBD, LOGITS, parse
+from checkpoints.points import EMBD, parse
 from checkpoints.record import Rows
 from reports.sentences import ARITHMETIC
 
@@ -123,9 +123,8 @@ def _of_inputs(records: Records, name: str) -> float:
 
 def _true(truth: Truth, pair: Pair, chosen: Bools) -> bool:
     """Whether the chosen rows of ours are as near to the truth as float32 is."""
-    limit = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
     distance = truth.distances({pair.point: pair.ours}).get(pair.point)
-    return distance is not None and bool((distance[chosen] <= limit).all())
+    return distance is not None and bool((distance[chosen] <= EXACT_FLOOR.at(pair.point)).all())
 
 
 def _looked_up(records: Records, name: str) -> bool:
@@ -136,8 +135,7 @@ def _looked_up(records: Records, name: str) -> bool:
 
 def _in_float32(records: Records) -> Floats:
     """The limit of each record in float32, NMSE [R], if nothing raises it."""
-    of_points = [EXACT_FLOOR.logits if name == LOGITS else EXACT_FLOOR.operations for name in records.names]
-    return np.array(of_points)[records.point]
+    return np.array([EXACT_FLOOR.at(name) for name in records.names])[records.point]
 
 
 def _of_constants(records: Records, name: str) -> float:

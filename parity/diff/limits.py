@@ -30,6 +30,10 @@ class Floor(Struct, frozen=True):
     logits: float
     source: str
 
+    def at(self, point: str) -> float:
+        """What is allowed at a point."""
+        return self.logits if point == LOGITS else self.operations
+
 
 # Measured: a float32 engine in NumPy against llama.cpp's CPU backend, 24 layers, 36 tokens, F32 weights and KV cache:
 # 1e-14 … 7e-13 at every point, logits 2e-13 (a trained model) … 1.2e-11 (0.5 B shape with outlier channels). 512 tokens of text
@@ -170,6 +174,6 @@ def family(name: str) -> str:
 
 def measured_by_point(points: Mapping[str, float], usual: Limits, source: str) -> Limits:
     """Limits measured for each point, none below the usual ones; points that were not measured have the largest of the others."""
-    least = {name: max(limit, usual.logits if name == LOGITS else usual.operations) for name, limit in points.items()}
+    least = {name: max(limit, usual.at(name)) for name, limit in points.items()}
     others = [limit for name, limit in least.items() if name != LOGITS]
     return Limits(max(others, default=usual.operations), least.get(LOGITS, usual.logits), f"measured: {source}", points=least)

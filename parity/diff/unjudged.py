@@ -4,7 +4,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.answers.diff import AGREES, INCOMPLETE, UNJUDGED, Limits, Unjudged
-from checkpoints.points import LOGITS
 
 from .compare import Comparison
 
@@ -22,7 +21,7 @@ def without_unjudged(compared: Comparison, usual: Limits) -> Comparison:
     records, verdict = compared.records, compared.verdict
     if not verdict or not verdict.limits.points:
         return compared
-    within = np.array([usual.logits if name == LOGITS else usual.operations for name in records.names])[records.point]
+    within = np.array([usual.at(name) for name in records.names])[records.point]
     open_ = (records.limit >= ZEROS) & (records.measures.nmse > within) & ~(records.otherwise | records.open)
     if not open_.any():
         return compared

@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.points import LOGITS, of_scores, parse
+from checkpoints.points import of_scores, parse
 from engine.backend import Array
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
@@ -159,10 +159,7 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
         return None
     base = np.concatenate([entry.base for entry in entries])
     # The table's limits: this arithmetic shows even where limits are raised (amplified rounding, a table of F16).
-    each = [
-        np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations) for entry in entries
-    ]
-    limit = np.concatenate(each)
+    limit = np.concatenate([np.full(len(entry.rows), EXACT_FLOOR.at(entry.point)) for entry in entries])
     products = np.concatenate([multiplied for multiplied, _ in costs])
     storage = np.maximum(products, np.concatenate([stored for _, stored in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():

@@ -258,7 +258,6 @@ def _expected(pair: Pair, positions: Ints) -> Expected:
     count, n = present.sum(axis=1), sizes(pair.ref)
     wanted = np.where(present & np.isfinite(values), values, 0.0)
     floor = SLICE_FLOOR * count / n * pair.ref.stats["l2"] ** 2
-    floors = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
     return Expected(
         pair=pair,
         rows=rows,
@@ -268,5 +267,5 @@ def _expected(pair: Pair, positions: Ints) -> Expected:
         quantum=np.zeros(values.shape) if pair.ours.quantum is None else pair.ours.quantum / 2,
         energy=np.fmax(np.einsum("ij,ij->i", wanted, wanted), floor),
         base=np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf),
-        limit=np.full(len(rows), floors),
+        limit=np.full(len(rows), EXACT_FLOOR.at(pair.point)),
     )
