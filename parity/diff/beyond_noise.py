@@ -58,8 +58,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
     elif precision is not None:
         arithmetic = "bf16" if precision.source == "assumed" else precision.arithmetic
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
-    headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    head = head_size_of(records.ref.points, headers) or 0
+    head = head_size_of(records.ref, records.ours) or 0
     found, cuts = dict[int, _Found](), Cuts(records.flow)
     scans = any(recurrent(how.op) for how in records.flow.whole.computations.values())
     for number, pair in enumerate(records.pairs):

@@ -74,8 +74,7 @@ class _Consumers:
         self._others = Others(ref.points)
         self._right_elsewhere = dict(elsewhere)
         self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
-        headers = [dump.header for dump in (ref, ours) if dump.header is not None]
-        self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
+        self._head_size = head_size_of(ref, ours)
 
     def judged(self, known: Sequence[RecordFault]) -> Judged:
         """All record faults, in dataflow order."""

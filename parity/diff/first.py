@@ -167,8 +167,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             f"{name} is the reference's rounded to {type_name}: it is stored or computed in that type (--compute {_COMPUTE[type_name]})",
         )
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
-    headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    layout = reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref.points, headers))
+    layout = reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref, records.ours))
     after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
     zero = len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all())
     if layout is not None and layout.relation in _SHIFTED and stretch is not None and not stretch.inputs and after:

@@ -1,6 +1,5 @@
 """What a wrong record may show in place of its point, and the comparison that all such readings share."""
 
-from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -8,7 +7,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
-from checkpoints.record import Rows
+from checkpoints.record import Dump, Rows
 
 from .whole_rows import sizes
 
@@ -99,17 +98,17 @@ def whole(ours: Rows, ref: Rows) -> bool:
     return bool((ours.full().all() or bare(ours)) and ref.full().all())
 
 
-def head_size_of(points: Mapping[str, Rows], hparams: Sequence[Mapping[str, object] | None]) -> int | None:
-    """The size of attention's heads: from a header's hyperparameters, or from the shapes of scores and their values."""
-    for known in hparams:
+def head_size_of(ref: Dump, ours: Dump) -> int | None:
+    """The size of attention's heads: from a header's hyperparameters, or from the shapes of the reference's scores and their values."""
+    for header in (ref.header, ours.header):
         for name in ("head_size", "head_dim", "key_length"):
-            value = (known or {}).get(name)
+            value = ((header.hparams if header is not None else None) or {}).get(name)
             if isinstance(value, int) and value > 0:
                 return value
-    for name, rows in points.items():
+    for name, rows in ref.points.items():
         if parse(name).kind in ("kq", "kq_soft_max") and rows.shapes and len(rows.shapes[0]) == 2:
             layer = parse(name).layer
-            queries = points.get(f"blk.{layer}.q") or points.get(f"blk.{layer}.kqv_out")
+            queries = ref.points.get(f"blk.{layer}.q") or ref.points.get(f"blk.{layer}.kqv_out")
             if queries is not None and queries.shapes and queries.shapes[0]:
                 return prod(queries.shapes[0]) // max(rows.shapes[0][0], 1)
     return None
