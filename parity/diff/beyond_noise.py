@@ -16,7 +16,6 @@ from reports.sentences import ARITHMETIC
 
 from .align import Pair
 from .cut_digits import Cuts
-from .dataflow import upstream
 from .judge import judge
 from .limits import EXACT_FLOOR, JUMP, NATIVE
 from .one_factor import NOTHING, POSITIONS, STEP, Allowed, shared_factor, shared_summand
@@ -52,7 +51,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
     precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
     if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
         return records, verdict
-    chosen, arithmetic, noise = ~(records.open | records.otherwise), "", "float32, or of the reference's table of float16"
+    chosen, arithmetic, noise = records.trusted, "", "float32, or of the reference's table of float16"
     if exact:
         chosen &= records.measures.nmse > _in_float32(records)
     elif precision is not None:
@@ -94,14 +93,12 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
 def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, Verdict]:
     """The records and their verdict if the records of some points fail: number of the point -> how many times what is allowed."""
     of_point: Floats = np.array([beyond.get(number, 0.0) for number in range(len(records.names))])
-    failing = (of_point[records.point] > 0) & (records.measures.nmse > 0) & ~(records.open | records.otherwise)
+    failing = (of_point[records.point] > 0) & (records.measures.nmse > 0) & records.trusted
     failed = records.failed | failing
-    trusted = np.where(records.otherwise | records.open, 0.0, records.measures.nmse)
     judged = replace(
         records,
         failed=failed,
         of_limit=np.where(failing, np.fmax(records.of_limit, of_point[records.point]), records.of_limit),
-        upstream=upstream(records.flow, records.point, records.seq, records.token_idx, trusted, failed),
     )
     return judged, judge(judged)
 

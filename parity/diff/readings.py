@@ -1,5 +1,6 @@
 """What a wrong record may show in place of its point, and the comparison that all such readings share."""
 
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
@@ -17,6 +18,8 @@ Ints = NDArray[np.int64]
 LAYOUT, NAME, MOMENT, TYPE, LENGTH = "layout", "name", "moment", "type", "length"
 TELLING = 8  # elements that have to be compared before a reading is believed
 CLEAR = 100.0  # a reading has to reduce the error by this factor
+
+_NEAR = 0.5  # relative: two records are looked at more closely if their first values are no further apart
 
 
 class Reading(Struct, frozen=True):
@@ -72,6 +75,35 @@ def agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) ->
     delta = np.maximum(np.abs(a - b) - allowed.step, 0.0)
     energy = np.sum(b * b, axis=1)
     return bool((np.sum(delta**2, axis=1) <= allowed.nmse * energy).all() and energy.all())
+
+
+class Others:
+    """All records of the reference's points; `points` by name."""
+
+    def __init__(self, points: Mapping[str, Rows]) -> None:
+        self.points = points
+        self._beginnings: dict[tuple[int, int], tuple[list[str], Floats]] = {}
+
+    def beginning_like(self, ours: Rows, allowed: Allowed) -> list[str]:
+        """The points whose record of the same position has two first values near those of our first record: few of all."""
+        key = int(ours.seq[0]), int(ours.token_idx[0])
+        if key not in self._beginnings:
+            self._beginnings[key] = self._at(*key)
+        names, others = self._beginnings[key]
+        own = wide(ours.values[0, :2])
+        if len(own) < 2:
+            return []
+        far = np.abs(others - own) > _NEAR * np.maximum(np.abs(others), np.abs(own)) + allowed.step
+        return [names[number] for number in np.flatnonzero(~far.any(axis=1)).tolist()]
+
+    def _at(self, seq: int, position: int) -> tuple[list[str], Floats]:
+        names, values = list[str](), list[NDArray[np.float32]]()
+        for name, rows in self.points.items():
+            at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
+            if len(at) and rows.values.shape[1] > 1:
+                names.append(name)
+                values.append(rows.values[at[0], :2])
+        return names, wide(np.array(values, dtype=np.float32).reshape(-1, 2))
 
 
 def bare(rows: Rows) -> bool:

@@ -22,7 +22,7 @@ def without_unjudged(compared: Comparison, usual: Limits) -> Comparison:
     if not verdict or not verdict.limits.points:
         return compared
     within = np.array([usual.at(name) for name in records.names])[records.point]
-    open_ = (records.limit >= ZEROS) & (records.measures.nmse > within) & ~(records.otherwise | records.open)
+    open_ = (records.limit >= ZEROS) & (records.measures.nmse > within) & records.trusted
     if not open_.any():
         return compared
     numbers = set(records.point[open_].tolist())
