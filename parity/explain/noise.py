@@ -24,8 +24,8 @@ def allowed(
 
     The reference whose distance from the truth counts is our right engine in float32.
     """
-    over = [bool((entry.base > entry.limit).any()) for entry in entries]
-    near = any(bool(((entry.base > entry.limit) & (entry.base <= no_rounding(entry, truth.coarse))).any()) for entry in entries)
+    over = [bool(entry.over.any()) for entry in entries]
+    near = any(bool((entry.over & (entry.base <= no_rounding(entry, truth.coarse))).any()) for entry in entries)
     if not any(over) or (arbiter == AUTO and not near):
         return list(entries), ()
     if arbiter == OFF:

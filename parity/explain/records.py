@@ -1,6 +1,6 @@
 """A dump's records beside the values of the right engine, in a form with which many candidates are compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -52,6 +52,11 @@ class Expected(Struct, frozen=True):
     def point(self) -> str:
         """The point's name."""
         return self.pair.point
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """Which records differ from the right engine's, [R]."""
+        return np.asarray(self.base > self.limit)
 
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
@@ -222,6 +227,11 @@ def _of_another_length(rows: Rows, replay: Replay) -> bool:
         return False
     size = int(np.size(replay.on_host[rows.point])) // replay.rows
     return bool(((rows.sizes >= 0) & (rows.sizes != size)).all())
+
+
+def first_over(entries: Iterable[Expected]) -> Expected | None:
+    """The first point of which a record differs from the right engine's; None if none does."""
+    return next((entry for entry in entries if entry.over.any()), None)
 
 
 def columns(entries: Sequence[Expected]) -> tuple[Ints, Ints, Ints]:
