@@ -89,6 +89,18 @@ def test_what_is_lost_of_a_block_with_parallel_branches(faulty: Callable[[str], 
     assert (cause.named.fault, cause.named.layers) == (name, (2,))
 
 
+@pytest.mark.slow
+def test_causes_beside_the_records_of_attentions_weights(faulty: Callable[[str], Faulty]) -> None:
+    """Where scores and weights [heads, T, T] are recorded, a fault that changes them is named, and causes come in the model's order."""
+    engine = faulty("gpt-oss")
+    tokens = tokens_of(engine.model, 9, seed=5)
+    faults = (("experts-weighted-before-choice", {}, (2,)), ("sinks-order", {"order": "head 0"}, None))
+    dump = engine.dump(Planted(faults), tokens, points="*")
+    explanation = explain(dump, engine.model, replace(PATIENT, tokens=tokens))
+    assert [cause.named.fault for cause in explanation.causes] == ["sinks-order", "experts-weighted-before-choice"]
+    assert explanation.remaining is None
+
+
 def test_parts_of_a_product_that_were_recorded_as_they_were_taken(faulty: Callable[[str], Faulty]) -> None:
     """GLM-4's gate and up are halves of one product: an engine that takes them in the other order, and records them so, has one fault."""
     engine = faulty("glm4")
