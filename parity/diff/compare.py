@@ -19,6 +19,7 @@ from .align import Pair, align
 from .dataflow import Flow, dataflow_of, flow, upstream, without_mask
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
+from .masked_values import masked_as_ours
 from .measure import Measured, Measures, measured
 from .offsets import AlignedDump, elsewhere, place
 from .picture import picture
@@ -111,6 +112,8 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     tokens = parted or compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
+    if allowed.operations > EXACT_FLOOR.operations:
+        alignment = replace(alignment, pairs=masked_as_ours(alignment.pairs))
     errors = as_sets(measured(alignment, ours, ref))
     unmasked = without_mask(ref.points)  # ours may lack a mask by mistake, or record masked columns
     unmasked = without_mask(ours.points) if unmasked is None else unmasked
@@ -137,7 +140,7 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
             held, routing = _held(errors, allowed, model, options, ref, lower=lower)
             verdicts = judged(errors, held, model, ours, ref, shown, verdicts.elsewhere)
     if verdicts.share is not None:
-        held = held.beside_the_largest(verdicts.share)
+        held = held.with_noise(verdicts.share)
     failed = held.failed & ~verdicts.otherwise
     trusted = np.where(verdicts.otherwise | routing.open, 0.0, errors.measures.nmse)
     agreeing = np.bincount(errors.point, weights=~failed, minlength=len(errors.pairs))
