@@ -8,11 +8,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..ggml_ops.activations import sigmoid
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
-from .base import Fault, Parameters, Steps, read_of, sibling
+from .base import Fault, Parameters, Steps, kind_of, read_of, sibling
 from .edits import Then, WithInput, ggml, maker, only, require
 from .expert_counts import OTHER_COUNTS
 from .index import of_operation
@@ -83,6 +83,30 @@ def _fewer(step: Step, right: Steps, parameters: Parameters) -> Step:
         ggml(other, "SOFT_MAX") and step.makes in other.names for name, other in right.items() if name.startswith(prefix)
     )
     return replace(chosen, op=Then(chosen.op, _WithoutLast(-np.inf if soft else 0.0, parameters["count"])))
+
+
+def _of_all(scores: Array, chosen: Array) -> Array:
+    """The chosen experts' weights [T, k] of a soft max over all of them: scores [T, E], ids [T, k]."""
+    rows = scores.reshape(chosen.shape[0], -1)
+    taken: Array = module_of(rows).take_along_axis(_soft_max(rows), chosen.reshape(len(rows), -1).astype(np.int64), axis=1)
+    return taken
+
+
+def _each_alone(scores: Array, chosen: Array) -> Array:
+    """The chosen experts' weights [T, k], each the sigmoid of its score."""
+    rows = scores.reshape(chosen.shape[0], -1)
+    taken: Array = module_of(rows).take_along_axis(sigmoid(rows), chosen.reshape(len(rows), -1).astype(np.int64), axis=1)
+    return taken
+
+
+_BEFORE_CHOICE = {"a softmax over all experts, before the choice": _of_all, "the sigmoid of each score": _each_alone}
+
+
+def _weighted_before(step: Step, right: Steps, parameters: Parameters) -> Step:
+    taken = right.get(step.names[0]) if ggml(step, "SOFT_MAX") else None
+    if taken is None or kind_of(taken) not in _WEIGHTS or not ggml(taken, "GET_ROWS") or len(taken.reads) != 2:
+        return step  # attention's, or one over all experts
+    return replace(step, op=_BEFORE_CHOICE[parameters["by"]], reads=taken.reads, params={})
 
 
 def _reversed(weights: Array) -> Array:
@@ -198,6 +222,14 @@ FAULTS = (
         "a second softmax runs over the chosen experts' weights", _RIGHT_LOGITS,
         "softmax over all experts, then choose; or choose by logits, then softmax over the chosen: not both",
         "kernels that expect logits, called with probabilities",
+    ),
+    replace(
+        _new(
+            "experts-weighted-before-choice", ("SOFT_MAX",), _weighted_before,
+            "the chosen experts' weights are {by}, where this model takes the softmax of the chosen ones' scores", _RIGHT_LOGITS,
+            "choose by the scores, then softmax over the chosen alone", "Qwen2-MoE, OLMoE or DeepSeek code that loads gpt-oss",
+        ),
+        parameters={"by": tuple(_BEFORE_CHOICE)},
     ),
     _new(
         "experts-scale-missing", ("ffn_moe_weights_scaled",), _unscaled,

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
 
-from .against_limits import GROWN
 from .eight_bits import is_noise
+from .few_numbers import FEW, share_of_few
 from .first import BLAMED
-from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING, limits
+from .limits import EXACT_FLOOR, FUTURE_MASS, GROWTH, LARGEST_ROUNDING, limits
 from .noise import BEYOND
 from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
@@ -20,7 +20,7 @@ from .records import Records
 from .routing import may_have_flipped
 from .scatter import SIMILAR, is_scatter, spares_elements
 from .slices import prepare
-from .truth import AMPLIFIED, FEW, share_of_few
+from .truth import AMPLIFIED
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -85,7 +85,11 @@ def _unlike_what_follows(records: Records, name: str) -> str:
     """A sentence if in a lower arithmetic a point differs by no more than rounding may, and nothing that is made from it does; otherwise
     empty."""
     errors = records.measures.nmse[records.failed & (records.point == records.names.index(name))]
-    if records.limits.operations <= EXACT_FLOOR.operations or name not in records.undecided or errors.max() > LARGEST_ROUNDING:
+    if (
+        records.limits.operations <= EXACT_FLOOR.operations
+        or name not in records.unconfirmed
+        or errors.max() > LARGEST_ROUNDING
+    ):
         return ""
     return (
         "over a limit that is one for all models, but what is computed from it agrees: the cost of lower arithmetic in this model, or a "
@@ -104,7 +108,7 @@ def _rounding(records: Records, name: str) -> str:
             f"{over:.1f} × over the limit: a small fault, or float32's rounding, amplified by this model (--model M.gguf lets float64 "
             "decide)"
         )
-    if records.limits.operations <= EXACT_FLOOR.operations or over > GROWN:
+    if records.limits.operations <= EXACT_FLOOR.operations or over > GROWTH:
         return ""
     few = _few(records, np.flatnonzero(origins & here))
     cut = not few and not is_noise(records, number)
@@ -188,7 +192,7 @@ def _flipped(records: Records) -> str:
     if records.limits.operations <= EXACT_FLOOR.operations:
         return ""
     # Where nothing states the arithmetic, it may be 8 bits.
-    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWN * records.limits.operations
+    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWTH * records.limits.operations
     origins = np.flatnonzero(records.failed & ~records.upstream.failed & (records.measures.nmse > most))
     choices = [
         may_have_flipped(

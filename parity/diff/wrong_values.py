@@ -5,12 +5,12 @@ from numpy.typing import NDArray
 
 from checkpoints.record import Rows
 
-from .against_limits import TABLE, Held
+from .against_limits import Held
 from .align import Pair
-from .limits import LARGEST_ROUNDING
+from .few_numbers import share_of_few
+from .limits import LARGEST_ROUNDING, TABLE
 from .measure import Measured
 from .readings import Allowed, agree, wide
-from .truth import share_of_few
 from .whole_rows import sizes
 
 Floats = NDArray[np.float64]
@@ -103,6 +103,9 @@ def share_of_noise(pair: Pair, wrong: NDArray[np.int64], nmse: Floats, held: Hel
     That is the energy in proportion to the point's largest row, where rows of few numbers are what is left of sums that all but cancel. In
     a lower arithmetic, whose limits are one for all models, it is the limit in proportion to the largest error that is rounding. None where
     the errors are larger, or not in the values.
+
+    Args:
+        held: those rows' limits.
     """
     share = share_of_few(pair.ref)[wrong]
     limit, of_limit = held.limit, held.of_limit
