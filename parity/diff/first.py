@@ -12,7 +12,7 @@ from checkpoints.record import Rows
 
 from .dataflow import Stretch
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
-from .next_points import listed, next_points
+from .next_points import next_points, points_value
 from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
 from .readings import LAYOUT, Allowed, Others, head_size_of
@@ -54,7 +54,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     operation = ""
     if settled and stretch is not None and unseen and not (twin is not None and twin.idle):
         parents = [parent for item in unseen for parent in records.flow.parents[item.checkpoint]]
-        advice = listed(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
+        advice = points_value(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
         every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
