@@ -12,7 +12,7 @@ from planted import Faulty, tokens_of
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array
-from engine.faults.edits import Then
+from engine.faults.edits import Then, ggml
 from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
@@ -140,3 +140,26 @@ def test_an_arithmetic_that_is_stated_hides_no_factor(
     if not agrees:
         assert verdict.first_divergence is not None
         assert verdict.first_divergence.checkpoint == "blk.1.attn_out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "agrees"), [(1 + 0.9 * 2.0**-8, True), (1 + 1.2 * 2.0**-8, False)])
+def test_a_constant_may_be_kept_in_bf16(
+    reference: Reference, stories: Path, tmp_path: Path, factor: float, agrees: bool
+) -> None:
+    """A granite multiplies by constants, which BF16 moves by half a step at most; a product has none."""
+    model, recipe = tmp_path / "m.gguf", RECIPES["granite"]
+    make_by_recipe(model, recipe, shape_of(recipe), {}, kind="f32", seed=3, tokenizer=stories, running=reference)
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 9, 3)
+    place = next(step.makes for step in engine.right if ggml(step, "SCALE"))
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
+        for step in rounded(engine.right, "bf16", storage=False)
+    ]
+    right, ours = (
+        unstated(engine.dump(RIGHT, tokens, points="all", size=1 << 20, steps=some)) for some in (engine.right, steps)
+    )
+    assert right.header is not None
+    right = replace(right, header=replace(right.header, compute="f32"))
+    ours = replace(ours, header=replace(right.header, compute="bf16"))
+    assert bool(compared_on(ours, right, Options(), model).verdict) is agrees

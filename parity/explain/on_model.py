@@ -149,21 +149,14 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
     if stated not in ("", "f32") and (measured := known.limits(ours, stated)) is not None:
-        return _beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
+        from .own_rounding import beside_own_run
+
+        return beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)
     from .arithmetic import of_unknown_arithmetic
 
     return of_unknown_arithmetic(ours, ref, options, known)
-
-
-def _beside_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
-    """A comparison by limits that were measured for the stated arithmetic; of an engine that rounds as ours does also its numbers."""
-    if not compared.verdict or (case := known.beside_ours(ours, compared)) is None:
-        return compared
-    from .own_rounding import held_to_own_run, rounds_as_ours
-
-    return held_to_own_run(compared, ours, known, kind) if rounds_as_ours(case, kind) else compared
 
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:

@@ -27,7 +27,7 @@ from .beside import ROOM, Bools, beside
 from .case import Case
 from .flipped import CHOSEN_OTHERWISE, has_choices, led_to
 from .known_model import KnownModel
-from .laws import WRONG, law
+from .laws import SAME_ERROR, WRONG, alike_rows, law
 from .looks_like import floor_of
 from .mixed import own_steps
 from .precision import OURS, TOGETHER, PrecisionFloor, alike_at, mean_cost, of_ids
@@ -66,7 +66,7 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
     if found is not None:
         point, times = found.entry.point, found.times
         pattern = Pattern("own-rounding", f"{point}: {found.law}")
-    elif has_choices(case) and (beyond := _beyond_choices(case, floor_of(case, kind))) is not None:
+    elif has_choices(case) and (beyond := _beyond_choices(case, kind)) is not None:
         point, times, same = beyond
         sentence = (
             f"{point}: {TOGETHER * times:.0f} times as far off as {ARITHMETIC[kind]} arithmetic makes it, in an engine that begins with "
@@ -80,6 +80,12 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
     records, verdict = failing_at(compared.records, {compared.records.names.index(point): times})
     verdict = replace(verdict, pattern=pattern, operation="")
     return replace(compared, records=records, verdict=replace(verdict, precision=compared.verdict.precision))
+
+
+def beside_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
+    """`held_to_own_run` of a comparison that ends in parity, if the engine rounds as ours does."""
+    case = known.beside_ours(ours, compared) if compared.verdict else None
+    return held_to_own_run(compared, ours, known, kind) if case is not None and rounds_as_ours(case, kind) else compared
 
 
 def rounds_as_ours(case: Case, kind: str) -> bool:
@@ -145,13 +151,16 @@ def _of_other_experts(compared: Comparison, case: Case, kind: str) -> Comparison
     return replace(compared, verdict=replace(compared.verdict, pattern=pattern, operation=""))
 
 
-def _beyond_choices(case: Case, measured: PrecisionFloor) -> tuple[str, float, bool] | None:
+def _beyond_choices(case: Case, kind: str) -> tuple[str, float, bool] | None:
     """The first point that is further off than in right engines that begin with our own rounding, how many times, and whether no other
     experts can be the reason; None without one.
 
     Those are half a row off, which would excuse any fault: of a point's records those count to which no choice leads that the arithmetic
     may make otherwise or, where all may be led to, the usual one.
     """
+    measured = floor_of(case, kind)
+    if measured.alike < OURS:
+        return None  # nothing is known of its choices
     for entry, led, *both in zip(case.entries, led_to(case, measured), measured.products, measured.storage, strict=True):
         if of_ids(entry):
             continue
@@ -233,13 +242,15 @@ def _in_common(case: Case, run: Replay, entry: Expected, alike: Bools, kind: str
     columns = known[alike].all(axis=0)  # rows of a cache, or of scores, grow with the position
     errors, right = errors[alike][:, columns], values[alike][:, columns]
     # A product's result has no constant of its own; approximations of exp and the like are off by far less than F16's half step.
+    if not right.size or alike_rows(right):  # one row, and not as many as there are positions
+        return None
     constant = _HALF_STEP[kind if "SCALE" in names else "f16"]
     spacing = SPACING.get(kind, SPACING["bf16"])  # digits may be cut off where a cache, say, is written
     factor = shared_factor(errors, right, Allowed(constant, np.inf, spacing, constant))
     if factor is not None:
         return replace(factor, beyond=abs(factor.factor - 1) / constant)
     summand = shared_summand(errors, right, Allowed(constant, constant))
-    least = _HALF_STEP["f16"] * float(np.sqrt(np.mean(right * right))) if right.size else 0.0
+    least = _HALF_STEP["f16"] * float(np.sqrt(np.mean(right * right)))
     return replace(summand, beyond=abs(summand.summand) / least) if summand and abs(summand.summand) > least else None
 
 
@@ -256,4 +267,4 @@ def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, half_s
     if abs(factor - 1) <= half_step and compared.holds(compared.right * factor):
         return ""
     sentence = law(compared)
-    return "" if sentence.endswith(WRONG) or "not recorded" in sentence else sentence
+    return "" if sentence.endswith(WRONG) or "not recorded" in sentence or SAME_ERROR in sentence else sentence
