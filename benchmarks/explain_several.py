@@ -6,7 +6,7 @@ not apply to the model, and those that leave no trace beside the others, are dra
 sixteen values. The budget is in seconds of CPU time, so that other work on the machine does not spend it.
 
 `--ranks` prints instead, for pairs of faults in layer 0, the rank of the right pair among the likely ones:
-`explain_together.MOST` comes from it.
+`parity.explain.together.MOST` comes from it.
 """
 
 import argparse

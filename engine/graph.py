@@ -151,6 +151,15 @@ class Step(Struct, frozen=True, dict=True):
         return tuple([source.of for source in sources if isinstance(source, History)])
 
 
+def made_from(name: str, steps: Iterable[Step]) -> frozenset[str]:
+    """All values that are made from one, directly or through others."""
+    made = set[str]()
+    for step in steps:
+        if name in step.names or not made.isdisjoint(step.names):
+            made.add(step.makes)
+    return frozenset(made)
+
+
 def sees_later(steps: Sequence["Step"]) -> bool:
     """Whether a position attends to later ones, as an encoder's do."""
     return any(step.params.get("window") in ("all", "symmetric") for step in steps)

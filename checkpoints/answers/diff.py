@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct, field
 
+from ..points import LOGITS
+
 PARITY = "parity"
 DIVERGENCE = "divergence"
 INCOMPLETE = "incomplete"  # what was compared agrees, but the result was not compared, or cannot be judged
@@ -229,6 +231,10 @@ class Limits(Struct, frozen=True):
     source: str
     assumed: bool = False
     points: Mapping[str, float] = field(default_factory=dict)
+
+    def at(self, point: str) -> float:
+        """The limit of a point: its own if it was measured, else that of the logits or of all other points."""
+        return self.points.get(point, self.logits if point == LOGITS else self.operations)
 
 
 class Verdict(Struct, frozen=True):

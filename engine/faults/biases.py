@@ -1,5 +1,7 @@
 """Faults of the biases: of Q, K and V, of other products, of experts."""
 
+from collections.abc import Callable
+
 import numpy as np
 from msgspec.structs import replace
 
@@ -8,7 +10,7 @@ from ..backend import Array
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets, weight_of
-from .edits import ggml, only
+from .edits import WithInput, ggml, only
 
 _QKV = ("q", "k", "v")
 # Other products that may have a bias; the router's scores are called by what is made of them where no other step is between.
@@ -73,6 +75,25 @@ def _bias_of(step: Step, right: Steps, parameters: Parameters) -> Step:
     return replace(step, weights=(weight_of(step, 0), repeated))
 
 
+_EXPERT: dict[str, Callable[[Array], Array]] = {
+    "expert 0": lambda chosen: chosen * 0,
+    "the expert that was chosen first": lambda chosen: chosen * 0 + chosen[..., :1],
+    "the expert that was chosen last": lambda chosen: chosen * 0 + chosen[..., -1:],
+}
+
+
+def _of_one_expert(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if not ggml(step, "ADD_ID") or len(step.reads) != 2:
+        raise NotApplicable(f"{step.makes} adds no biases of experts")
+    return replace(step, op=WithInput(step.op, 1, _EXPERT[parameters["expert"]]))
+
+
+def _of_experts(right: Steps) -> Values:
+    """The kinds of sums with an expert's bias: all together, then each alone."""
+    kinds = tuple(dict.fromkeys(kind_of(step) for step in right.values() if ggml(step, "ADD_ID")))
+    return subsets(*(kinds or _EXPERTS))
+
+
 FAULTS = (
     Fault(
         name="no-qkv-bias",
@@ -123,5 +144,15 @@ FAULTS = (
         fix="each projection has its own bias",
         seen="one offset for a fused bias",
         parameters={"of": ("k", "v", "q"), AT: (("q",), ("k",), ("v",), _QKV)},
+    ),
+    Fault(
+        name="bias-of-other-expert",
+        kinds=(*_EXPERTS, "ADD_ID"),
+        change=_of_one_expert,
+        what="all chosen experts take the bias of {expert}, in {at}",
+        symptom="the experts' combined result is wrong, the router's scores are right",
+        fix="each chosen expert has its own row of ffn_*_exps.bias",
+        seen="biases that a kernel adds without the expert's offset; one row for a whole group of tokens",
+        parameters={"expert": tuple(_EXPERT), AT: _of_experts},
     ),
 )

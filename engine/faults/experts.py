@@ -8,11 +8,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..ggml_ops.activations import sigmoid
 from ..graph import Step, name_of
 from ..inapplicable import NotApplicable
-from .base import Fault, Parameters, Steps, read_of, sibling
+from .base import Fault, Parameters, Steps, kind_of, read_of, sibling
 from .edits import Then, WithInput, ggml, maker, only, require
 from .expert_counts import OTHER_COUNTS
 from .index import of_operation
@@ -33,6 +33,18 @@ def _normalised(step: Step, right: Steps, _parameters: Parameters) -> Step:
     if step.makes.replace("ffn_moe_weights", "ffn_moe_weights_norm") in right:
         raise NotApplicable(f"{step.makes} is normalised anyway")
     return replace(require(step, "GET_ROWS"), op=Then(step.op, _rows_to_one))
+
+
+def _by_all(weights: Array, probabilities: Array) -> Array:
+    """The chosen experts' weights divided by the sum over all experts: [T, k], [T, E]."""
+    total = probabilities.reshape(weights.shape[0], -1).sum(axis=1, keepdims=True)
+    divided: Array = (weights.reshape(weights.shape[0], -1) / total).reshape(weights.shape)
+    return divided
+
+
+def _normalised_by_all(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    taken = require(maker(require(step, "DIV"), right), "GET_ROWS")
+    return replace(step, op=_by_all, reads=(taken.makes, taken.reads[0]), params={})
 
 
 def _unscaled(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -83,6 +95,30 @@ def _fewer(step: Step, right: Steps, parameters: Parameters) -> Step:
         ggml(other, "SOFT_MAX") and step.makes in other.names for name, other in right.items() if name.startswith(prefix)
     )
     return replace(chosen, op=Then(chosen.op, _WithoutLast(-np.inf if soft else 0.0, parameters["count"])))
+
+
+def _of_all(scores: Array, chosen: Array) -> Array:
+    """The chosen experts' weights [T, k] of a soft max over all of them: scores [T, E], ids [T, k]."""
+    rows = scores.reshape(chosen.shape[0], -1)
+    taken: Array = module_of(rows).take_along_axis(_soft_max(rows), chosen.reshape(len(rows), -1).astype(np.int64), axis=1)
+    return taken
+
+
+def _each_alone(scores: Array, chosen: Array) -> Array:
+    """The chosen experts' weights [T, k], each the sigmoid of its score."""
+    rows = scores.reshape(chosen.shape[0], -1)
+    taken: Array = module_of(rows).take_along_axis(sigmoid(rows), chosen.reshape(len(rows), -1).astype(np.int64), axis=1)
+    return taken
+
+
+_BEFORE_CHOICE = {"a softmax over all experts, before the choice": _of_all, "the sigmoid of each score": _each_alone}
+
+
+def _weighted_before(step: Step, right: Steps, parameters: Parameters) -> Step:
+    taken = right.get(step.names[0]) if ggml(step, "SOFT_MAX") else None
+    if taken is None or kind_of(taken) not in _WEIGHTS or not ggml(taken, "GET_ROWS") or len(taken.reads) != 2:
+        return step  # attention's, or one over all experts
+    return replace(step, op=_BEFORE_CHOICE[parameters["by"]], reads=taken.reads, params={})
 
 
 def _reversed(weights: Array) -> Array:
@@ -194,10 +230,23 @@ FAULTS = (
         "softmax over all experts, then choose, and leave the weights as they are", "Mixtral code that loads Qwen2-MoE or OLMoE",
     ),
     _new(
+        "experts-normalised-by-all", _NORMS, _normalised_by_all,
+        "the chosen experts' weights are divided by the sum over all experts, not by their own", _RIGHT_LOGITS,
+        "choose first, then divide by the sum of the chosen weights", "routers that normalise before top-k, with a sigmoid as well",
+    ),
+    _new(
         "experts-softmax-again", _WEIGHTS, _on_weights(_soft_max_of_rows),
         "a second softmax runs over the chosen experts' weights", _RIGHT_LOGITS,
         "softmax over all experts, then choose; or choose by logits, then softmax over the chosen: not both",
         "kernels that expect logits, called with probabilities",
+    ),
+    replace(
+        _new(
+            "experts-weighted-before-choice", ("SOFT_MAX",), _weighted_before,
+            "the chosen experts' weights are {by}, where this model takes the softmax of the chosen ones' scores", _RIGHT_LOGITS,
+            "choose by the scores, then softmax over the chosen alone", "Qwen2-MoE, OLMoE or DeepSeek code that loads gpt-oss",
+        ),
+        parameters={"by": tuple(_BEFORE_CHOICE)},
     ),
     _new(
         "experts-scale-missing", ("ffn_moe_weights_scaled",), _unscaled,

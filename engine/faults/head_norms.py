@@ -40,15 +40,24 @@ def _not_in_decode(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_FirstPassOnly(step.op), reads=(*step.reads, PASSES))
 
 
-def _whole(x: Array, weight: Array, *, eps: float, heads: int) -> Array:
-    """All heads normalised by one root mean square, each multiplied by the weight of a head."""
-    return ops.rms_norm(x, module_of(x).tile(weight, heads), eps=eps)
+class _Whole(Struct, frozen=True):
+    """All heads normalised by one root mean square, each multiplied by the weight of a head, or by none."""
+
+    weighted: bool
+
+    def __call__(self, x: Array, weight: Array, *, eps: float, heads: int) -> Array:
+        """[T, H · d], [d] -> [T, H · d]."""
+        xp = module_of(x)
+        return ops.rms_norm(x, xp.tile(weight if self.weighted else xp.ones_like(weight), heads), eps=eps)
 
 
-def _whole_width(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+_WEIGHTED, _UNWEIGHTED = "the weight of a head", "no weight"
+
+
+def _whole_width(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.rms_norm or step.params.get("heads", 1) == 1:
         raise NotApplicable(f"{step.makes} does not normalise heads")
-    return replace(step, op=_whole)
+    return replace(step, op=_Whole(parameters["weight"] == _WEIGHTED))
 
 
 def _over_heads(x: Array, weight: Array, *, eps: float, heads: int) -> Array:
@@ -189,17 +198,22 @@ FAULTS = (
     _new(
         "head-norm-missing", _HEADS, _missing,
         "queries or keys are not normalised, in {at}", "position 0 is right, all later ones are wrong",
-        "normalise each head before RoPE: attn_q_norm, attn_k_norm", "Qwen2 code that loads Qwen3, Gemma 2 code that loads Gemma 3",
+        "attn_q_norm and attn_k_norm before RoPE: of each head, or of the whole row where the weight is as wide",
+        "Qwen2 code that loads Qwen3, Gemma 2 code that loads Gemma 3",
     ),
     _new(
         "head-norm-not-in-decode", _HEADS, _not_in_decode,
         "queries or keys are not normalised in the passes after the first, in {at}", "prefill right, decode wrong",
-        "normalise each head before RoPE in decode as well", "a decode path of its own that was written for Qwen2",
+        "attn_q_norm and attn_k_norm before RoPE in decode as well", "a decode path of its own that was written for Qwen2",
     ),
-    _new(
-        "head-norm-whole-width", _HEADS, _whole_width,
-        "all heads are normalised together, not each on its own, in {at}", "position 0 is right, later ones are slightly wrong",
-        "reshape to [T, heads, head size] before the norm", "norm kernels that are given [T, width]",
+    replace(
+        _new(
+            "head-norm-whole-width", _HEADS, _whole_width,
+            "all heads are normalised together, not each on its own, with {weight}, in {at}",
+            "position 0 is right, later ones are slightly wrong",
+            "reshape to [T, heads, head size] before the norm", "norm kernels that are given [T, width]; OLMo 2 code that loads Qwen3",
+        ),
+        parameters={"weight": (_WEIGHTED, _UNWEIGHTED), AT: _where(_HEADS)},
     ),
     _new(
         "head-norm-across-heads", _HEADS, _across_heads,

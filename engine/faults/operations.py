@@ -4,19 +4,19 @@ its two operands left out; an operation with a point whose result was never writ
 
 import re
 from collections.abc import Callable
+from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.points import parse
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..ggml_ops.activations import UNARY_KINDS
-from ..graph import Step
+from ..graph import Read, Step, View
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of
-from .edits import Then, ggml, integer, left_out, with_values
+from .edits import HandsOn, Then, ggml, integer, left_out, with_values
 
 _FUNCTIONS = {
     "nothing": None,
@@ -63,14 +63,23 @@ def _of_one(step: Step, right: Steps) -> str:
 
 def _of_two(step: Step, right: Steps) -> str:
     """A name for the sum or product of two values, from the weights behind both; "" for any other operation."""
-    plain = len(step.reads) == 2 and not step.weights and all(isinstance(read, str) for read in step.reads)
-    if not plain or not (step.op is ops.add or ggml(step, *_OF_TWO)) or step.inner or kind_of(step) in _KNOWN:
+    if len(step.reads) != 2 or step.weights or not all(isinstance(read, str | View) for read in step.reads):
+        return ""
+    if not (step.op is ops.add or ggml(step, *_OF_TWO)) or step.inner or kind_of(step) in _KNOWN:
         return ""
     if step.op is ops.add and any(parse(name).layer != parse(step.makes).layer for name in step.names):
         return ""  # a residual
     sign = " · " if ggml(step, "MUL") else " − " if ggml(step, "SUB") else " + "
-    origins = [_origin(name, right) for name in step.names]
+    origins = [_part_of(read, _origin(name, right)) for read, name in zip(step.reads, step.names, strict=True)]
     return "" if any(origin.startswith("state.") for origin in origins) else sign.join(origins)
+
+
+def _part_of(read: Read, origin: str) -> str:
+    """A name for what is read of a value: which of its elements, if it is one part of each row."""
+    if not isinstance(read, View) or not (read.shape[-1].constant and read.offset.constant and read.whole[-1].constant):
+        return origin
+    width, begin = read.shape[-1].fixed, read.offset.fixed
+    return f"{origin}[{begin}…{begin + width - 1}]" if begin + width <= read.whole[-1].fixed != width else origin
 
 
 def _each(named: Callable[[Step, Steps], str]) -> Callable[[Steps], Values]:
@@ -91,23 +100,33 @@ def _other_function(step: Step, right: Steps, parameters: Parameters) -> Step:
     return with_values(step, {0: number})
 
 
-class _Handed(Struct, frozen=True):
-    """One of two operands, which must be as large as the other."""
+class _Without(HandsOn, frozen=True):
+    """A sum, difference or product of two operands that takes a number in place of one of them: 0, or 1 in a product.
+    The one that is left must be as large as the other.
+    """
 
-    place: int
+    left: int
+    number: float
 
-    def __call__(self, x: Array, y: Array) -> Array:
+    def __call__(self, *operands: Array, **params: Any) -> Array:
         """[T, n], [T, m] -> [T, n] or [T, m]."""
-        kept, other = (x, y) if self.place == 0 else (y, x)
-        if kept.size < other.size:
+        if operands[self.left].size < operands[1 - self.left].size:
             raise NotApplicable("the operand is smaller than the result")
-        return kept.copy()
+        kept = list(operands)
+        kept[1 - self.left] = module_of(operands[0]).full_like(operands[1 - self.left], self.number)
+        return self.op(*kept, **params)
 
 
 def _one_operand(step: Step, right: Steps, parameters: Parameters) -> Step:
     if _of_two(step, right) != parameters["operation"]:
         return step
-    return replace(step, op=_Handed(("second", "first").index(parameters["operand"])), params={})
+    left = ("second", "first").index(parameters["operand"])
+    without = _Without(step.op, left, 1.0 if ggml(step, "MUL") else 0.0)
+    return replace(step, op=Then(without, _negated) if left == 1 and ggml(step, "SUB") else without)
+
+
+def _negated(value: Array) -> Array:
+    return -value
 
 
 def _unwritten(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -1,17 +1,18 @@
 """Faults of recurrent layers: convolutions, decays, gates, the state from pass to pass."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, module_of
 from ..ggml_ops.activations import silu, softplus
 from ..graph import Altered, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
-from .edits import Then, WithInput, ggml, integer, left_out, maker, only, require
+from .edits import HandsOn, Then, WithInput, ggml, integer, left_out, maker, only, require
 
 _CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
 _SCAN_C = 4  # of the values that a scan reads, A aside, which is a weight
@@ -27,6 +28,31 @@ def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
         return taps[..., ::-1] if by == 0 else np.roll(taps, by, axis=-1)
 
     return replace(require(step, "SSM_CONV"), op=WithInput(step.op, -1, moved))
+
+
+def _late(columns: Array) -> Array:
+    """The columns that a convolution reads [.., T + taps − 1], each one place later; what comes first is zero."""
+    moved = module_of(columns).zeros_like(columns)
+    moved[..., 1:] = columns[..., :-1]
+    return moved
+
+
+def _one_late(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(require(step, "SSM_CONV"), op=WithInput(step.op, 0, _late))
+
+
+class _FromEdge(HandsOn, frozen=True):
+    """A convolution that reads the first position's values before the first position, where a sequence begins with zeros."""
+
+    def __call__(self, columns: Array, taps: Array, *rest: Any, **params: Any) -> Array:
+        """Columns [.., T + taps − 1], taps [channels, taps]."""
+        before, padded = taps.shape[-1] - 1, columns.copy()
+        padded[..., :before] = columns[..., before : before + 1]
+        return self.op(padded, taps, *rest, **params)
+
+
+def _padded(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    return replace(require(step, "SSM_CONV"), op=_FromEdge(step.op))
 
 
 def _activated(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -126,6 +152,24 @@ FAULTS = (
         seen="kernels stored in reverse order; a state that is one position late",
         parameters={"by": (1, -1, 0)},
         says={1: "one place late", -1: "one place early", 0: "back to front"},
+    ),
+    Fault(
+        name="convolution-late",
+        kinds=("SSM_CONV",),
+        change=_one_late,
+        what="the convolution is one position late: a position does not see itself",
+        symptom="wrong from position 0 on; position t has what belongs to t − 1",
+        fix="write a position's values into the convolution's state before it is read",
+        seen="states that are shifted after the convolution, not before it",
+    ),
+    Fault(
+        name="convolution-padding",
+        kinds=("SSM_CONV",),
+        change=_padded,
+        what="the convolution begins with the first position's values, not with zeros",
+        symptom="the first positions are wrong, as many as there are taps less one; in the layer after it all that read them",
+        fix="before the first position of a sequence the convolution's state is zero",
+        seen="padding in the mode of the edge; states that are filled with the first row",
     ),
     Fault(
         name="convolution-activated",

@@ -1,14 +1,13 @@
-"""Faults of features that only some models' attention has: windows, soft caps, sinks, a scale of the queries."""
+"""Faults of features that only some models' attention has: windows, soft caps, a scale of the queries."""
 
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
 from ..ggml_ops.soft_max import alibi_slopes
-from ..graph import Altered, Step, WeightSource
+from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, parameter_of, read_of, sibling, subsets, with_parameters
 from .edits import ggml, integer, maker, number, only, require, with_values
@@ -122,10 +121,6 @@ def _uncapped(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return only(step, read_of(cap_of(step, right)[0], 0))
 
 
-def _zero(source: WeightSource, name: str) -> Array:
-    return source.get(name) * 0
-
-
 def recapped(step: Step, right: Steps, cap: float) -> Step:
     """The step with another cap: of scores [H, T, S] or logits [T, V]."""
     return replace(step, op=soft_capped, reads=(read_of(cap_of(step, right)[0], 0),), params={"cap": cap})
@@ -136,53 +131,6 @@ def soft_capped(x: Array, *, cap: float) -> Array:
     number = x.dtype.type(cap)
     capped: Array = number * module_of(x).tanh(x / number)
     return capped
-
-
-def _one_more(scores: Array, positions: Array, key_positions: Array, **params: Any) -> Array:
-    """exp(x) / (1 + Σ exp(x)): [H, T, S] -> [H, T, S]."""
-    sinks = module_of(scores).zeros(scores.shape[0], scores.dtype)
-    return ops.causal_soft_max(scores, positions, key_positions, sinks, **params)
-
-
-def _plus_one(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    if step.op is not ops.causal_soft_max or step.weights:
-        raise NotApplicable(f"{step.makes} is no softmax without sinks")
-    return replace(step, op=_one_more)
-
-
-def _no_sinks(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    sinks = [weight for weight in step.weights if isinstance(weight, str)]
-    if not sinks:
-        return step
-    if parameters["sinks"] != "left out":
-        return replace(step, weights=(Altered(sinks[0], _zero),))
-    if "operands" not in step.params:
-        return replace(step, weights=())
-    # Of ggml's own operation the sinks are an operand, which is left out as ggml leaves one out.
-    operands = tuple(None if part is not None and part.index >= len(step.reads) else part for part in step.params["operands"])
-    return replace(step, weights=(), params={**step.params, "operands": operands})
-
-
-class _OfOtherHeads(Struct, frozen=True):
-    """Sinks [H] of the head so many places before; of the heads from the last one on if that is 0."""
-
-    by: int
-
-    def __call__(self, weights: WeightSource, name: str) -> Array:
-        """[H]"""
-        sinks = weights.get(name)
-        moved: Array = module_of(sinks).roll(sinks, self.by) if self.by else sinks[::-1].copy()
-        return moved
-
-
-_ORDERS = {"the head before": 1, "the next head": -1, "the heads from the last one on": 0}
-
-
-def _sinks_of_other_heads(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    sinks = [weight for weight in step.weights if isinstance(weight, str)]
-    if not sinks:
-        raise NotApplicable(f"{step.makes} has no sinks")
-    return replace(step, weights=(Altered(sinks[0], _OfOtherHeads(_ORDERS[parameters["order"]])),))
 
 
 def _query_scale(step: Step, right: Steps, parameters: Parameters) -> Step:
@@ -295,35 +243,6 @@ FAULTS = (
         parameters={
             "bias": ("left out", "one step too steep", "one series for all heads", "those of half of the heads, twice")
         },
-    ),
-    Fault(
-        name="sinks-missing",
-        kinds=_SOFT,
-        change=_no_sinks,
-        what="attention's sinks are {sinks}",
-        symptom="wrong from position 0 on, attention too strong",
-        fix="add one score per head (attn_sinks) to the softmax and drop its weight",
-        seen="Llama code that loads gpt-oss; a buffer of sinks that was never filled",
-        parameters={"sinks": ("left out", "zero")},
-    ),
-    Fault(
-        name="sinks-order",
-        kinds=_SOFT,
-        change=_sinks_of_other_heads,
-        what="each head has the sink of {order}",
-        symptom="wrong from position 0 on, attention too strong in some heads and too weak in others",
-        fix="attn_sinks has one number for each query head, in the order of the heads",
-        seen="kernels that go through the heads group by group, or begin at another head in each block",
-        parameters={"order": tuple(_ORDERS)},
-    ),
-    Fault(
-        name="softmax-plus-one",
-        kinds=_SOFT,
-        change=_plus_one,
-        what="the softmax has 1 more in its denominator, or a sink of 0",
-        symptom="wrong from position 0 on, attention too weak",
-        fix="weights of a row sum to 1: add sinks only where the file has them",
-        seen='"attention is off by one" experiments; sinks of gpt-oss left at 0 for models that have none',
     ),
     Fault(
         name="query-scale",

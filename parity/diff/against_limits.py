@@ -6,35 +6,18 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
-from checkpoints.points import LOGITS, OUTPUT_NORM, parse
+from checkpoints.points import OUTPUT_NORM, parse
 
+from .by_truth import limits_by_truth
 from .dataflow import Flow, upstream
-from .known_tables import after_known_tables, compared_part, joined, known_at, shares
-from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
+from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, GROWTH, JUMP, TABLE
 from .measure import Measured
 from .noise import excused
 from .operations import ELEMENTWISE
-from .truth import (
-    AMPLIFIED,
-    BOTH,
-    MULTIPLE,
-    NO_COARSE_ROUNDING,
-    NO_ROUNDING,
-    Above,
-    Truth,
-    raised,
-)
+from .truth import NO_COARSE_ROUNDING, Truth
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-# NMSE after ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at the
-# operation (parity/diff/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six prompts each of 4
-# to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
-# divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
-TABLE = 1e-6
-# The factor by which lower arithmetic's error may grow over the table's limit: twice what was measured (`_grown`).
-GROWN = 25.0
 
 
 class Held(Struct, frozen=True):
@@ -50,8 +33,7 @@ class Held(Struct, frozen=True):
     excused: int = 0
 
     def beside_the_largest(self, share: Floats) -> "Held":
-        """`proportion`, with records of few numbers, whose share [R] is below 1, judged in proportion to the largest record of their
-        point."""
+        """The same with records of few numbers, whose share [R] is below 1, judged in proportion to their point's largest record."""
         number = int((share < 1).sum())
         if not number:
             return self
@@ -96,7 +78,7 @@ def hold(
     notes: tuple[str, ...] = ()
     assumed = tabled
     if excuse_noise and allowed.operations == EXACT_FLOOR.operations:
-        higher = None if truth is None else _by_truth(measured, limit, truth, model)
+        higher = None if truth is None else limits_by_truth(measured, limit, truth, model)
         if higher is not None:
             limit, notes = higher
         else:
@@ -168,17 +150,15 @@ def _after_a_table(measured: Measured, model: Flow, limit: Floats) -> Bools:
 def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> tuple[Floats, tuple[str, ...]]:
     """Every record's limit, raised where a lower arithmetic's error grew over the table's from layer to layer, and the note on it.
 
-    The table is the same for all models: right engines with rounded products and activations were up to 3.1 times over it at inner points
-    of six layers of random weights, and up to 11.4 times where ten values of a row were recorded (benchmarks/right_engines.py), though
-    nothing jumped.
+    The table is the same for all models (`limits.GROWTH`).
     """
     nmse = measured.measures.nmse
     above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
     with np.errstate(invalid="ignore"):
-        grown = (of_limit > 1) & (of_limit <= GROWN) & (nmse <= JUMP * above.worst)
+        grown = (of_limit > 1) & (of_limit <= GROWTH) & (nmse <= JUMP * above.worst)
     if not grown.any():
         return limit, ()
-    return np.where(grown, GROWN * limit, limit), (
+    return np.where(grown, GROWTH * limit, limit), (
         f"precision: {int(grown.sum())} records are up to {of_limit[grown].max():.1f} × over the table's limit, and nothing jumps: "
         "taken as the cost of lower arithmetic in this model (an assumption: --model measures it)",
     )
@@ -192,68 +172,6 @@ def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) 
     nmse = measured.measures.nmse
     above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
     return np.where(above.failed, limit, np.fmax(limit, above.worst))
-
-
-def _by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow) -> tuple[Floats, tuple[str, ...]] | None:
-    """Every record's limit, raised where the reference itself is far from float64, and the note on it; None if that is not known.
-
-    Nothing is computed if no error is small enough to be rounding.
-    """
-    nmse = measured.measures.nmse
-    if not (nmse > limit).any():
-        return limit, ()
-    share = shares(measured)
-    if not ((nmse > limit) & (nmse * share <= LARGEST_ROUNDING)).any():  # the larger of the two bounds
-        return limit, ()
-    coarse = np.array([pair.point in truth.coarse for pair in measured.pairs])[measured.point]
-    near = (nmse > limit) & (nmse * share <= np.where(coarse, LARGEST_ROUNDING, AMPLIFIED))
-    if not near.any():
-        return limit, ()
-    distances = truth.distances({pair.point: pair.ref for pair in measured.pairs})
-    if not distances:
-        return None
-    distance = joined(measured, distances)
-    keys, above = (measured.point, measured.seq, measured.token_idx), Above.of(model.names, model.parents)
-    higher = raised(nmse, limit, distance, *keys, np.zeros(len(nmse), dtype=np.bool_), share=share, above=above)
-    if (near & coarse).any():
-        higher = np.where(coarse, after_known_tables(measured, limit, distance, near & coarse, truth, model), higher)
-    higher = _spread(measured, higher, truth)
-    passed = near & (nmse <= higher)
-    if not passed.any():
-        return higher, ()
-    worst = int(np.argmax(np.where(passed, nmse, 0)))
-    where = f"{measured.names[measured.point[worst]]}, position {measured.token_idx[worst]}"
-    return higher, (
-        f"noise: {int(passed.sum())} records are over the usual limit where {_reason(bool(coarse[worst]))}: at {where} the sides are "
-        f"{nmse[worst]:.1e} apart, and the reference is {distance[worst]:.1e} from float64",
-    )
-
-
-def _spread(measured: Measured, limit: Floats, truth: Truth) -> Floats:
-    """Limits, [R], raised where rounding is amplified more than the reference's own distance shows, which may be small by luck.
-
-    That happens where the terms of a sum cancel at one position, as in a scan. It is computed only if an error may be rounding.
-    """
-    nmse, share = measured.measures.nmse, shares(measured)
-    may_be_rounding = (nmse > limit) & (nmse * share <= AMPLIFIED)
-    if not may_be_rounding.any():
-        return limit
-    # Of the values that are compared, which may be those of one head of many.
-    by_noise = BOTH * known_at(measured, may_be_rounding, truth.spread, compared_part)
-    limit = np.where(may_be_rounding, np.fmax(limit, np.minimum(by_noise, NO_ROUNDING / share)), limit)
-    may_be_rounding &= nmse > limit
-    if not may_be_rounding.any():
-        return limit
-    # Float32 itself is as far from the truth where two nearly equal scores follow another such pair: noise rarely hits both.
-    own = known_at(measured, may_be_rounding, truth.own_rounding, compared_part)
-    limit = np.where(may_be_rounding, np.fmax(limit, np.minimum(BOTH * own, NO_ROUNDING / share)), limit)
-    amplified = np.minimum(np.minimum(by_noise, MULTIPLE * own), AMPLIFIED / share)
-    return np.where(may_be_rounding & (nmse <= by_noise), np.fmax(limit, amplified), limit)
-
-
-def _reason(coarse: bool) -> str:
-    """Why the reference itself is far from float64."""
-    return "llama.cpp's GELU is a table of float16" if coarse else "float32's own rounding is amplified"
 
 
 def proportion(nmse: Floats, future_mass: Floats, limit: Floats) -> Floats:
@@ -270,20 +188,14 @@ def _limit_of_each(measured: Measured, allowed: Limits, *, lower_arithmetic: boo
     compared with the loosest arithmetic. The loosest arithmetic's limit holds before the first whole layer, and is never exceeded.
     A lower arithmetic that is stated allows for its own noise, but not behind whole layers that show float32's.
     """
-    chosen = np.array(
-        [
-            allowed.points.get(pair.point, allowed.logits if pair.point == LOGITS else allowed.operations)
-            for pair in measured.pairs
-        ]
-    )
+    chosen = np.array([allowed.at(pair.point) for pair in measured.pairs])
     if (allowed.assumed or lower_arithmetic) and len(measured.measures):
         noise = 0.0
         starts = np.searchsorted(measured.point, np.arange(len(measured.pairs)))
         worst = np.maximum.reduceat(measured.measures.nmse, starts)
         for number, pair in enumerate(measured.pairs):
             if noise:
-                floor = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
-                chosen[number] = min(chosen[number], max(floor, ASSUMED_JUMP * noise))
+                chosen[number] = min(chosen[number], max(EXACT_FLOOR.at(pair.point), ASSUMED_JUMP * noise))
             if (parse(pair.point).kind == "l_out" or pair.point == OUTPUT_NORM) and worst[number] <= chosen[number]:
                 noise = max(noise, float(worst[number]))
                 if not allowed.assumed and noise > EXACT_FLOOR.operations:

@@ -10,13 +10,12 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
-from checkpoints.points import EMBD, LOGITS, parse
+from checkpoints.points import EMBD, parse
 from checkpoints.record import Rows
 from reports.sentences import ARITHMETIC
 
 from .align import Pair
 from .cut_digits import Cuts
-from .dataflow import upstream
 from .judge import judge
 from .limits import EXACT_FLOOR, JUMP, NATIVE
 from .one_factor import NOTHING, POSITIONS, STEP, Allowed, shared_factor, shared_summand
@@ -52,14 +51,13 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
     precision, exact = verdict.precision, records.limits.operations <= EXACT_FLOOR.operations
     if not verdict or records.mode == NATIVE or not (exact or (precision is not None and precision.arithmetic in STEP)):
         return records, verdict
-    chosen, arithmetic, noise = ~(records.open | records.otherwise), "", "float32, or of the reference's table of float16"
+    chosen, arithmetic, noise = records.trusted, "", "float32, or of the reference's table of float16"
     if exact:
         chosen &= records.measures.nmse > _in_float32(records)
     elif precision is not None:
         arithmetic = "bf16" if precision.source == "assumed" else precision.arithmetic
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
-    headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    head = head_size_of(records.ref.points, headers) or 0
+    head = head_size_of(records.ref, records.ours) or 0
     found, cuts = dict[int, _Found](), Cuts(records.flow)
     scans = any(recurrent(how.op) for how in records.flow.whole.computations.values())
     for number, pair in enumerate(records.pairs):
@@ -95,14 +93,12 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
 def failing_at(records: Records, beyond: Mapping[int, float]) -> tuple[Records, Verdict]:
     """The records and their verdict if the records of some points fail: number of the point -> how many times what is allowed."""
     of_point: Floats = np.array([beyond.get(number, 0.0) for number in range(len(records.names))])
-    failing = (of_point[records.point] > 0) & (records.measures.nmse > 0) & ~(records.open | records.otherwise)
+    failing = (of_point[records.point] > 0) & (records.measures.nmse > 0) & records.trusted
     failed = records.failed | failing
-    trusted = np.where(records.otherwise | records.open, 0.0, records.measures.nmse)
     judged = replace(
         records,
         failed=failed,
         of_limit=np.where(failing, np.fmax(records.of_limit, of_point[records.point]), records.of_limit),
-        upstream=upstream(records.flow, records.point, records.seq, records.token_idx, trusted, failed),
     )
     return judged, judge(judged)
 
@@ -123,9 +119,8 @@ def _of_inputs(records: Records, name: str) -> float:
 
 def _true(truth: Truth, pair: Pair, chosen: Bools) -> bool:
     """Whether the chosen rows of ours are as near to the truth as float32 is."""
-    limit = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
     distance = truth.distances({pair.point: pair.ours}).get(pair.point)
-    return distance is not None and bool((distance[chosen] <= limit).all())
+    return distance is not None and bool((distance[chosen] <= EXACT_FLOOR.at(pair.point)).all())
 
 
 def _looked_up(records: Records, name: str) -> bool:
@@ -136,8 +131,7 @@ def _looked_up(records: Records, name: str) -> bool:
 
 def _in_float32(records: Records) -> Floats:
     """The limit of each record in float32, NMSE [R], if nothing raises it."""
-    of_points = [EXACT_FLOOR.logits if name == LOGITS else EXACT_FLOOR.operations for name in records.names]
-    return np.array(of_points)[records.point]
+    return np.array([EXACT_FLOOR.at(name) for name in records.names])[records.point]
 
 
 def _of_constants(records: Records, name: str) -> float:

@@ -16,14 +16,14 @@ from .against_limits import Held
 from .dataflow import Flow
 from .lost_numbers import LostNumbers
 from .measure import Measured
-from .moments import Others, reading
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
-from .readings import MOMENT, NAME, Allowed, Reading, head_size_of
+from .readings import MOMENT, NAME, Allowed, Others, Reading, head_size_of
 from .record_faults import in_order, record_fault
 from .records import Judged
 from .rounded_records import RoundedRecords
 from .routing import chosen_by, ids
 from .same_vector import alike
+from .shown import shown_by
 from .wrong_values import at_bounds, energies, removed_by_a_norm, share_of_largest
 
 Floats = NDArray[np.float64]
@@ -74,21 +74,20 @@ class _Consumers:
         self._others = Others(ref.points)
         self._right_elsewhere = dict(elsewhere)
         self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
-        headers = [dump.header for dump in (ref, ours) if dump.header is not None]
-        self._head_size = head_size_of(ref.points, [header.hparams for header in headers])
+        self._head_size = head_size_of(ref, ours)
 
     def judged(self, known: Sequence[RecordFault]) -> Judged:
         """All record faults, in dataflow order."""
         shown: dict[str, Reading | None] = {}
-        undecided: set[str] = set()
-        while self._judge_once(shown, undecided):
+        unconfirmed: set[str] = set()
+        while self._judge_once(shown, unconfirmed):
             pass  # what one layer shows may be known from another one
         wrong = {name: self._wrong(name) for name in self._measured.names if name in shown}
         faults = [*known, *(self._fault(name, wrong[name], shown[name]) for name in wrong)]
         return Judged(
             self._otherwise,
             in_order(faults, self._measured.names, self._model),
-            frozenset(undecided),
+            frozenset(unconfirmed),
             frozenset(self._blind),
             self._right_elsewhere,
             self._share,
@@ -98,11 +97,11 @@ class _Consumers:
         rows = self._rows[self._place[name]]
         return np.asarray(rows[self._held.failed[rows] & (self._share[rows] == 1)])
 
-    def _judge_once(self, shown: dict[str, Reading | None], undecided: set[str]) -> bool:
+    def _judge_once(self, shown: dict[str, Reading | None], unconfirmed: set[str]) -> bool:
         """Judge the points that are not yet acquitted; returns whether any of them is now."""
         known = {(parse(name).kind, read.same) for name, read in shown.items() if read is not None}
         before = len(shown)
-        undecided.clear()
+        unconfirmed.clear()
         for name in reversed(self._measured.names):
             wrong = self._wrong(name)
             if name in shown or not len(wrong):
@@ -131,7 +130,7 @@ class _Consumers:
                 self._otherwise[wrong] = True
                 shown[name] = Reading(NAME, f"another value than its name says: its own is recorded as {elsewhere}", own=False)
             elif decided is not None and (any(decided) or name in self._hidden):
-                undecided.add(name)
+                unconfirmed.add(name)
         return len(shown) > before
 
     def _elsewhere(self, name: str, wrong: Ints) -> str:
@@ -178,7 +177,7 @@ class _Consumers:
             return None
         ours, ref = self._wrong_records(name)
         allowed = Allowed.of(self._held.limit[wrong], self._measured.measures.nmse[wrong], ours, ref)
-        layout = reading(ours, ref, allowed, self._others, self._head_size)
+        layout = shown_by(ours, ref, allowed, self._others, self._head_size)
         if layout is None and (others := alike(name, ours, self._ours.points)):
             here, there = parse(name), parse(others[0])
             away = "" if here.layer is None or there.layer is None else str(there.layer - here.layer)

@@ -11,14 +11,14 @@ from checkpoints.points import EMBD
 
 from .dataflow import Stretch
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
-from .moments import Others, reading
 from .next_points import listed, next_points
 from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
-from .readings import LAYOUT, Allowed, head_size_of
+from .readings import LAYOUT, Allowed, Others, head_size_of
 from .records import Records
 from .rounding import rounded_to
 from .same_vector import SameVector, same_vector
+from .shown import shown_by
 from .wrong_values import scaled_part
 
 Ints = NDArray[np.int64]
@@ -57,7 +57,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
-    elif name in records.undecided:
+    elif name in records.unconfirmed:
         operation = (
             f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another "
             "layout, moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
@@ -73,7 +73,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         operation = (
             f"{name} shows {later}, which is computed later: its own value was not seen" if later else _operation(name, stretch)
         )
-    pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.undecided, twin)
+    pattern = _pattern(records, first, stretch, settled and not unseen and name not in records.unconfirmed, twin)
     looked_up = stretch is not None and not stretch.inputs
     if pattern is not None and (
         pattern.code == "reference-nonfinite" or (pattern.code in ("rounded", "tokens-shifted") and looked_up)
@@ -128,7 +128,7 @@ def _seen_by_others(records: Records, first: int, name: str) -> bool:
         if child == wrong or not records.flow.mixes(name, child):
             continue
         here = (records.point == records.names.index(child)) & (records.seq == seq) & (records.token_idx == position)
-        if here.any() and not (records.failed | records.otherwise | records.open)[here].any():
+        if here.any() and not (records.failed | ~records.trusted)[here].any():
             return True
     return False
 
@@ -167,8 +167,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             f"{name} is the reference's rounded to {type_name}: it is stored or computed in that type (--compute {_COMPUTE[type_name]})",
         )
     allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
-    headers = [dump.header.hparams for dump in (records.ref, records.ours) if dump.header is not None]
-    layout = reading(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref.points, headers))
+    layout = shown_by(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref, records.ours))
     after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
     zero = len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all())
     if layout is not None and layout.relation in _SHIFTED and stretch is not None and not stretch.inputs and after:
@@ -181,7 +180,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             else layout.sentence
         )
         return Pattern("order" if layout.kind == LAYOUT else "other-record", f"{name}: {sentence}")
-    if name in records.undecided and (part := scaled_part(ours, ref, allowed)):
+    if name in records.unconfirmed and (part := scaled_part(ours, ref, allowed)):
         return Pattern("other-record", f"{name}: {part}: a fault whose effect a norm removes, or another moment")
     return diagnose(
         Evidence(
@@ -193,7 +192,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             step=records.step[here],
             decode=records.decode[here],
             nonfinite=bool(np.any(measures.nonfinite_ours[failing] > measures.nonfinite_ref[failing])),
-            unjudged=_unjudged(records, failing),
+            reference_broken=_reference_broken(records, failing),
             leak=bool(np.any(measures.future_mass[failing] > FUTURE_MASS)),
             drifted=not records.fresh()[failing].any(),
             settled=settled,
@@ -207,7 +206,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
     )
 
 
-def _unjudged(records: Records, failing: Ints) -> bool:
+def _reference_broken(records: Records, failing: Ints) -> bool:
     """Whether all failing values are NaN or infinite only in the reference, or NaN in both."""
     measures = records.measures
     broken_ref = measures.nonfinite_ref[failing] > 0

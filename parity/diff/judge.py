@@ -49,7 +49,7 @@ def judge(records: Records) -> Verdict:
     failed = divergence is not None or bool(records.failed.any()) or (records.strict and missing > 0)
     if records.strict and missing:
         notes.append(f"--strict: {missing} records are missing on one side")
-    trusted = np.flatnonzero(~(records.otherwise | records.open))
+    trusted = np.flatnonzero(records.trusted)
     return Verdict(
         verdict=DIVERGENCE if failed else PARITY,
         compared=len(records) - int(records.open.sum()),
@@ -81,7 +81,7 @@ def _precision(records: Records) -> Precision | None:
     """The arithmetic in which the sides were judged; if nothing states it, the most precise one that the errors allow."""
     if records.mode == NATIVE or not len(records):
         return None
-    trusted = ~(records.otherwise | records.open)
+    trusted = records.trusted
     logits = np.array([name == LOGITS for name in records.names])[records.point] & trusted
     nmse = records.measures.nmse
     worst, worst_logits = (float(nmse[rows].max(initial=0.0)) for rows in (trusted & ~logits, logits))

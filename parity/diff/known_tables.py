@@ -1,18 +1,14 @@
 """Limits by float64 for records behind the reference's tables of float16."""
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.record import Rows
-
-from .align import Pair, as_wide
 from .dataflow import Flow, upstream
+from .few_numbers import shares
 from .limits import JUMP
 from .measure import Measured
-from .truth import Above, Truth, of_few, of_table, raised, share_of_few
+from .truth import Above, Truth, of_table, raised
+from .truth_columns import compared_part, joined, known_at
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -30,7 +26,7 @@ def after_known_tables(measured: Measured, limit: Floats, distance: Floats, near
     Args:
         distance: NMSE of the reference's records from the truth. near: the records that are asked about.
     """
-    keys, share = (measured.point, measured.seq, measured.token_idx), shares(measured)
+    keys, share = (measured.point, measured.seq, measured.token_idx), shares(pair.ref for pair in measured.pairs)
     nmse, above = measured.measures.nmse, Above.of(model.names, model.parents)
     concerned = measured.names_of(near)
     ours = {pair.point: pair.ours for pair in measured.pairs if pair.point in concerned}
@@ -81,33 +77,3 @@ def _one_entry(measured: Measured, limit: Floats, truth: Truth) -> Floats:
     if not of_few.any():
         return limit
     return np.where(of_few, np.fmax(limit, known_at(measured, of_few, truth.one_entry)), limit)
-
-
-def known_at(
-    measured: Measured,
-    chosen: Bools,
-    known: Callable[[Mapping[str, Rows]], Mapping[str, Floats]],
-    part: Callable[[Pair], Rows] = lambda pair: pair.ref,
-) -> Floats:
-    """A known quantity of each record, [R], or of a part of it, at the points of the `chosen` records; 0 elsewhere."""
-    concerned = measured.names_of(chosen)
-    answers = known({pair.point: part(pair) for pair in measured.pairs if pair.point in concerned})
-    return np.concatenate([answers.get(pair.point, np.zeros(len(pair.ref))) for pair in measured.pairs])
-
-
-def joined(measured: Measured, answers: Mapping[str, Floats]) -> Floats:
-    """The distances of all records, [R]; NaN where none is known."""
-    none = (np.full(len(pair.ref), np.nan) for pair in measured.pairs)
-    known = [of_few(answers.get(pair.point, far), pair.ref) for pair, far in zip(measured.pairs, none, strict=True)]
-    return np.concatenate(known)
-
-
-def shares(measured: Measured) -> Floats:
-    """See `share_of_few`, for all records, [R]."""
-    return np.concatenate([share_of_few(pair.ref) for pair in measured.pairs])
-
-
-def compared_part(pair: Pair) -> Rows:
-    """The reference's records, reduced to what ours shows: as many leading values, and no sketch if ours has none."""
-    ref = as_wide(pair.ref, pair.ours)
-    return ref if pair.ours.sketch is not None else replace(ref, sketch=None)

@@ -30,6 +30,10 @@ class Floor(Struct, frozen=True):
     logits: float
     source: str
 
+    def at(self, point: str) -> float:
+        """What is allowed at a point."""
+        return self.logits if point == LOGITS else self.operations
+
 
 # Measured: a float32 engine in NumPy against llama.cpp's CPU backend, 24 layers, 36 tokens, F32 weights and KV cache:
 # 1e-14 … 7e-13 at every point, logits 2e-13 (a trained model) … 1.2e-11 (0.5 B shape with outlier channels). 512 tokens of text
@@ -82,6 +86,15 @@ JUMP = 20.0
 # NMSE: 8-bit activations cost up to 5e-3 end to end, at the first products of right engines 8e-3 at most (benchmarks/right_engines.py):
 # above twice that, in round numbers, nothing is rounding.
 LARGEST_ROUNDING = 0.02
+# NMSE after ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at the
+# operation (parity/diff/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six prompts each of 4
+# to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
+# divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
+TABLE = 1e-6
+# The factor by which lower arithmetic's error may grow over the table of limits from layer to layer. Right engines with rounded products
+# and activations were up to 3.1 times over it at inner points of six layers of random weights, and up to 11.4 times where ten values of a
+# row were recorded (benchmarks/right_engines.py), though nothing jumped: twice the latter, in round numbers.
+GROWTH = 25.0
 # Where the arithmetic is unknown, the noise of the points before is the measure: more than this times it is no noise.
 # A right float32 run spans a factor of 70 from its first computed point to its last (1e-14 … 7e-13).
 ASSUMED_JUMP = 1000.0
@@ -170,6 +183,6 @@ def family(name: str) -> str:
 
 def measured_by_point(points: Mapping[str, float], usual: Limits, source: str) -> Limits:
     """Limits measured for each point, none below the usual ones; points that were not measured have the largest of the others."""
-    least = {name: max(limit, usual.logits if name == LOGITS else usual.operations) for name, limit in points.items()}
+    least = {name: max(limit, usual.at(name)) for name, limit in points.items()}
     others = [limit for name, limit in least.items() if name != LOGITS]
     return Limits(max(others, default=usual.operations), least.get(LOGITS, usual.logits), f"measured: {source}", points=least)

@@ -1,7 +1,7 @@
 """The other point, position, moment or type under which records equal the reference's."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from checkpoints.points import LOGITS, order, parse
 from checkpoints.record import Rows
 
-from .layouts import other_length, reordered
 from .limits import EXACT_FLOOR
 from .readings import (
     MOMENT,
@@ -20,6 +19,7 @@ from .readings import (
     Allowed,
     Floats,
     Ints,
+    Others,
     Reading,
     agree,
     bare,
@@ -28,68 +28,12 @@ from .readings import (
 )
 from .rounding import rounded_to
 
-_NEAR = 0.5  # relative: two records are looked at more closely if their first values are no further apart
-_ENOUGH = 64  # most records that are looked at
 _LISTED = 6  # positions that a sentence names
 _LIKELIHOODS = 1e-3  # relative: how far the sum of a row's probabilities may be from 1, added up in float32
 
 
-class Others:
-    """All records of the reference's points; `points` by name."""
-
-    def __init__(self, points: Mapping[str, Rows]) -> None:
-        self.points = points
-        self._beginnings: dict[tuple[int, int], tuple[list[str], Floats]] = {}
-
-    def beginning_like(self, ours: Rows, allowed: Allowed) -> list[str]:
-        """The points whose record of the same position has two first values near those of our first record: few of all."""
-        key = int(ours.seq[0]), int(ours.token_idx[0])
-        if key not in self._beginnings:
-            self._beginnings[key] = self._at(*key)
-        names, others = self._beginnings[key]
-        own = wide(ours.values[0, :2])
-        if len(own) < 2:
-            return []
-        far = np.abs(others - own) > _NEAR * np.maximum(np.abs(others), np.abs(own)) + allowed.step
-        return [names[number] for number in np.flatnonzero(~far.any(axis=1)).tolist()]
-
-    def _at(self, seq: int, position: int) -> tuple[list[str], Floats]:
-        names, values = list[str](), list[NDArray[np.float32]]()
-        for name, rows in self.points.items():
-            at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
-            if len(at) and rows.values.shape[1] > 1:
-                names.append(name)
-                values.append(rows.values[at[0], :2])
-        return names, wide(np.array(values, dtype=np.float32).reshape(-1, 2))
-
-
-def reading(ours: Rows, ref: Rows, allowed: Allowed, others: Others, head_size: int | None) -> Reading | None:
-    """The first reading under which our records agree with the reference's; None if there is none.
-
-    Args:
-        ours, ref: records of one point, row i of one belongs to row i of the other; all of ours are wrong.
-        allowed: how far off each may be.
-        others: all records of the reference's points.
-        head_size: the size of the model's attention heads, if it is known.
-    """
-    if len(ours) > _ENOUGH:
-        spread = np.linspace(0, len(ours) - 1, _ENOUGH).astype(np.int64)
-        ours, ref, allowed = ours.take(spread), ref.take(spread), allowed.take(spread)
-    if ours.indices is not None or ref.indices is not None:
-        return None
-    same = others.points.get(ours.point)
-    return (
-        reordered(ours, ref, allowed, head_size)
-        or other_length(ours, ref, allowed, head_size)
-        or _renamed(ours, allowed, others)
-        or _scaled(ours, ref, allowed)
-        or (_other_position(ours, allowed, same) if same is not None else None)
-        or _other_type(ours, ref, allowed)
-        or (_likelihoods(ours, ref) if ours.point == LOGITS else None)
-    )
-
-
-def _renamed(ours: Rows, allowed: Allowed, others: Others) -> Reading | None:
+def renamed(ours: Rows, allowed: Allowed, others: Others) -> Reading | None:
+    """The reading as the reference's records of another point."""
     for name in others.beginning_like(ours, allowed):
         rows = others.points[name]
         if name == ours.point or not _first_alike(ours, rows, allowed):
@@ -140,7 +84,7 @@ def _together(ours: Rows, rows: Rows) -> tuple[Floats, Floats] | None:
     return wide(ours.values[:, :width]), wide(rows.values[counterparts, :width])
 
 
-def _scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
+def scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as a multiple by a constant factor, or as the value after an activation."""
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
@@ -172,7 +116,7 @@ _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
 }
 
 
-def _other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
+def other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
     """The reading as the reference's records of other positions of the same point."""
     shown = _positions_shown(ours, allowed, rows)
     known = shown >= 0
@@ -239,7 +183,7 @@ def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
     return shown
 
 
-def _other_type(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
+def other_type(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as the reference's values rounded to a type, or as their bits taken for another type's."""
     rounded = rounded_to(ours, ref)
     if rounded:
@@ -288,7 +232,7 @@ _MISREAD: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
 }
 
 
-def _likelihoods(ours: Rows, ref: Rows) -> Reading | None:
+def likelihoods(ours: Rows, ref: Rows) -> Reading | None:
     """The reading of logits as probabilities or their logarithms. Only whole rows say so: of a part, the sum is not known."""
     if not (ours.full().all() and ref.full().all()) or any(prod(shape) < 2 for shape in ref.shapes):
         return None

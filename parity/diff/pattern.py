@@ -22,8 +22,8 @@ Bools = NDArray[np.bool_]
 class Evidence(Struct, frozen=True):
     """The first diverging point's records of one sequence that nothing upstream explains, by position, [P].
 
-    `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference does not have; `unjudged`: the
-    reference has some, and ours has none, or the same.
+    `step` and `decode` are our side's. `nonfinite`: our side has NaN or infinities there that the reference does not have;
+    `reference_broken`: the reference has some, and ours has none, or the same.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything that this point is made from was recorded and agrees; `embedded`: the embedding was recorded and agrees.
     `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None if
@@ -39,7 +39,7 @@ class Evidence(Struct, frozen=True):
     step: Ints
     decode: Bools
     nonfinite: bool = False
-    unjudged: bool = False
+    reference_broken: bool = False
     leak: bool = False
     drifted: bool = False
     settled: bool = False
@@ -85,7 +85,7 @@ def _of_drift(stated: str) -> str:
 
 def _without_numbers(seen: Evidence) -> Pattern | None:
     """The pattern of values that are not finite, or all 0: nothing can be measured on them."""
-    if seen.unjudged:
+    if seen.reference_broken:
         places = _positions(seen)
         sentence = f"the reference is not finite here, at {places}: nothing can be judged at this point or after it"
         return Pattern("reference-nonfinite", sentence)

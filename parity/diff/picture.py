@@ -35,8 +35,8 @@ def grid(records: Records) -> Grid:
         ("max_abs", records.measures.max_abs),
         (
             "of_limit",
-            np.where(records.otherwise | records.open, 0.0, records.of_limit),
-        ),  # such an error says nothing about the engine
+            np.where(records.trusted, records.of_limit, 0.0),
+        ),
         ("limit", records.limit),
     ):
         layers[name][at] = values

@@ -1,6 +1,6 @@
 """What a wrong record may show in place of its point, and the comparison that all such readings share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
@@ -8,7 +8,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.points import parse
-from checkpoints.record import Rows
+from checkpoints.record import Dump, Rows
 
 from .whole_rows import sizes
 
@@ -18,6 +18,8 @@ Ints = NDArray[np.int64]
 LAYOUT, NAME, MOMENT, TYPE, LENGTH = "layout", "name", "moment", "type", "length"
 TELLING = 8  # elements that have to be compared before a reading is believed
 CLEAR = 100.0  # a reading has to reduce the error by this factor
+
+_NEAR = 0.5  # relative: two records are looked at more closely if their first values are no further apart
 
 
 class Reading(Struct, frozen=True):
@@ -75,6 +77,35 @@ def agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) ->
     return bool((np.sum(delta**2, axis=1) <= allowed.nmse * energy).all() and energy.all())
 
 
+class Others:
+    """All records of the reference's points; `points` by name."""
+
+    def __init__(self, points: Mapping[str, Rows]) -> None:
+        self.points = points
+        self._beginnings: dict[tuple[int, int], tuple[list[str], Floats]] = {}
+
+    def beginning_like(self, ours: Rows, allowed: Allowed) -> list[str]:
+        """The points whose record of the same position has two first values near those of our first record: few of all."""
+        key = int(ours.seq[0]), int(ours.token_idx[0])
+        if key not in self._beginnings:
+            self._beginnings[key] = self._at(*key)
+        names, others = self._beginnings[key]
+        own = wide(ours.values[0, :2])
+        if len(own) < 2:
+            return []
+        far = np.abs(others - own) > _NEAR * np.maximum(np.abs(others), np.abs(own)) + allowed.step
+        return [names[number] for number in np.flatnonzero(~far.any(axis=1)).tolist()]
+
+    def _at(self, seq: int, position: int) -> tuple[list[str], Floats]:
+        names, values = list[str](), list[NDArray[np.float32]]()
+        for name, rows in self.points.items():
+            at = np.flatnonzero((rows.seq == seq) & (rows.token_idx == position))
+            if len(at) and rows.values.shape[1] > 1:
+                names.append(name)
+                values.append(rows.values[at[0], :2])
+        return names, wide(np.array(values, dtype=np.float32).reshape(-1, 2))
+
+
 def bare(rows: Rows) -> bool:
     """Whether nothing says how long the rows are."""
     return not any(rows.shapes) and "n" not in rows.stats
@@ -99,17 +130,17 @@ def whole(ours: Rows, ref: Rows) -> bool:
     return bool((ours.full().all() or bare(ours)) and ref.full().all())
 
 
-def head_size_of(points: Mapping[str, Rows], hparams: Sequence[Mapping[str, object] | None]) -> int | None:
-    """The size of attention's heads: from a header's hyperparameters, or from the shapes of scores and their values."""
-    for known in hparams:
+def head_size_of(ref: Dump, ours: Dump) -> int | None:
+    """The size of attention's heads: from a header's hyperparameters, or from the shapes of the reference's scores and their values."""
+    for header in (ref.header, ours.header):
         for name in ("head_size", "head_dim", "key_length"):
-            value = (known or {}).get(name)
+            value = ((header.hparams if header is not None else None) or {}).get(name)
             if isinstance(value, int) and value > 0:
                 return value
-    for name, rows in points.items():
+    for name, rows in ref.points.items():
         if parse(name).kind in ("kq", "kq_soft_max") and rows.shapes and len(rows.shapes[0]) == 2:
             layer = parse(name).layer
-            queries = points.get(f"blk.{layer}.q") or points.get(f"blk.{layer}.kqv_out")
+            queries = ref.points.get(f"blk.{layer}.q") or ref.points.get(f"blk.{layer}.kqv_out")
             if queries is not None and queries.shapes and queries.shapes[0]:
                 return prod(queries.shapes[0]) // max(rows.shapes[0][0], 1)
     return None

@@ -12,7 +12,7 @@ from checkpoints.points import ENCODER, parse
 from checkpoints.record import DECODE, PREFILL, Dump
 
 from .align import Pair
-from .dataflow import Flow, Upstream
+from .dataflow import Flow, Upstream, upstream
 from .limits import FUTURE_MASS, JUMP
 from .measure import Measures
 from .tokens import TokenComparison
@@ -29,7 +29,7 @@ class Judged(Struct, frozen=True):
 
     otherwise: Bools
     faults: tuple[RecordFault, ...] = ()
-    undecided: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
+    unconfirmed: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
     blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
     elsewhere: Mapping[str, str] = {}  # points whose right values stand under another point's name, and that name
     # The energy of each record in proportion to its point's largest, where it is judged by that one; else 1.
@@ -47,8 +47,7 @@ class Records(Struct, frozen=True, dict=True):
             for those that are `otherwise`: they show something other than the point they are named after.
         open: records that cannot be compared: after a near tie, other experts computed them than the reference's.
         stated: the arithmetic of ours, if a header or the caller states it.
-        undecided: points that differ although nothing that is made from them does.
-        upstream: errors of what each record depends on, by `flow`.
+        unconfirmed: points that differ although nothing that is made from them does.
         left_out: records that the token sequences left out.
     """
 
@@ -67,7 +66,6 @@ class Records(Struct, frozen=True, dict=True):
     failed: Bools
     otherwise: Bools
     open: Bools
-    upstream: Upstream
     flow: Flow
     limits: Limits
     mode: str
@@ -82,7 +80,18 @@ class Records(Struct, frozen=True, dict=True):
     notes: tuple[str, ...]
     excused: int = 0
     record_faults: tuple[RecordFault, ...] = ()
-    undecided: frozenset[str] = frozenset()
+    unconfirmed: frozenset[str] = frozenset()
+
+    @cached_property
+    def trusted(self) -> Bools:
+        """[R]: records whose error says something of the engine: they show their own point, computed by the reference's experts."""
+        return ~(self.otherwise | self.open)
+
+    @cached_property
+    def upstream(self) -> Upstream:
+        """The errors of what each record depends on, by `flow`."""
+        nmse = np.where(self.trusted, self.measures.nmse, 0.0)
+        return upstream(self.flow, self.point, self.seq, self.token_idx, nmse, self.failed)
 
     def text_of(self, name: str, position: int) -> str | None:
         """The text of a point's token; None if it is not known: a decoder's positions, after an encoder, have tokens of their own."""

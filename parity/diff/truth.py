@@ -77,9 +77,6 @@ BOTH = 4.0
 # Rounding alone reaches no more than this (benchmarks/noise.py: 2e-10): beyond it a right engine is as far from the reference as
 # the reference from the truth, and not a hundred times as far.
 ROUNDING = 1e-8
-# Rows with at most this many elements may cancel as a whole: a gate of one number is a product of a whole row. `isolate` uses the same
-# number (`parity.isolate.one_pass`).
-FEW = 16
 
 
 class Above(Struct, frozen=True):
@@ -96,34 +93,6 @@ class Above(Struct, frozen=True):
         numbers = {name: number for number, name in enumerate(names)}
         encoder = frozenset(number for name, number in numbers.items() if name.startswith(ENCODER))
         return cls(tuple(tuple(numbers[other] for other in parents[name]) for name in names), encoder)
-
-
-def share_of_few(rows: Rows) -> Floats:
-    """The energy of each record, [R], in proportion to the largest of its point if its rows have few elements; 1 for other rows.
-
-    An error of rounding is about the same at every position of such a point: in proportion to its own row it is larger by this number
-    than in proportion to the largest, and so is each bound on what rounding can reach.
-    """
-    n, l2 = rows.stats.get("n"), rows.stats.get("l2")
-    if n is None or l2 is None or not len(rows) or not (n <= FEW).all():
-        return np.ones(len(rows))
-    energy = np.where(np.isfinite(l2), l2, 0.0) ** 2
-    return np.where(energy > 0, energy / max(energy.max(), np.finfo(np.float64).tiny), 1.0)
-
-
-def of_few(distance: Floats, rows: Rows) -> Floats:
-    """The distances of a point's records, [R], adjusted if its rows have few elements; those of other points unchanged.
-
-    Such a row is large at one position and almost nothing at another, depending on how its terms cancel, while the rounding error is
-    about the same everywhere: the largest error counts at all positions.
-    """
-    n, l2 = rows.stats.get("n"), rows.stats.get("l2")
-    if n is None or l2 is None or not len(rows) or not (n <= FEW).all():
-        return distance
-    energy = l2**2
-    left = np.where(np.isfinite(distance), distance * energy, 0.0).max()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.fmax(distance, np.where(energy > 0, left / energy, 0.0))
 
 
 def raised(
@@ -146,7 +115,7 @@ def raised(
         point, seq, token_idx: int64 [R]; the number of each record's point in dataflow order, its sequence and position.
         coarse: whether the reference computes the record's point coarsely.
         rounding: NMSE up to which `MULTIPLE` times the distance counts as rounding; beyond it, `COARSE_MULTIPLE` times.
-        share: of each record, as `share_of_few` gives it.
+        share: of each record, as `few_numbers.share_of_few` gives it.
         above: what each point is made from; without it, all points before it.
     """
     worst = _so_far(distance, point, seq, token_idx, above)

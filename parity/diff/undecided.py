@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
 
-from .against_limits import GROWN
 from .eight_bits import is_noise
+from .few_numbers import FEW, share_of_few
 from .first import BLAMED
-from .limits import EXACT_FLOOR, FUTURE_MASS, LARGEST_ROUNDING, limits
+from .limits import EXACT_FLOOR, FUTURE_MASS, GROWTH, LARGEST_ROUNDING, limits
 from .noise import BEYOND
 from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
@@ -20,7 +20,7 @@ from .records import Records
 from .routing import may_have_flipped
 from .scatter import SIMILAR, is_scatter, spares_elements
 from .slices import prepare
-from .truth import AMPLIFIED, FEW, share_of_few
+from .truth import AMPLIFIED
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -90,7 +90,7 @@ def _rounding(records: Records, name: str) -> str:
             f"{over:.1f} × over the limit: a small fault, or float32's rounding, amplified by this model (--model M.gguf lets float64 "
             "decide)"
         )
-    if records.limits.operations <= EXACT_FLOOR.operations or over > GROWN:
+    if records.limits.operations <= EXACT_FLOOR.operations or over > GROWTH:
         return ""
     few = _few(records, np.flatnonzero(origins & here))
     cut = not few and not is_noise(records, number)
@@ -174,7 +174,7 @@ def _flipped(records: Records) -> str:
     if records.limits.operations <= EXACT_FLOOR.operations:
         return ""
     # Where nothing states the arithmetic, it may be 8 bits.
-    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWN * records.limits.operations
+    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWTH * records.limits.operations
     origins = np.flatnonzero(records.failed & ~records.upstream.failed & (records.measures.nmse > most))
     choices = [
         may_have_flipped(

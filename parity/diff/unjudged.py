@@ -4,7 +4,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.answers.diff import AGREES, INCOMPLETE, UNJUDGED, Limits, Unjudged
-from checkpoints.points import LOGITS
 
 from .compare import Comparison
 
@@ -22,8 +21,8 @@ def without_unjudged(compared: Comparison, usual: Limits) -> Comparison:
     records, verdict = compared.records, compared.verdict
     if not verdict or not verdict.limits.points:
         return compared
-    within = np.array([usual.logits if name == LOGITS else usual.operations for name in records.names])[records.point]
-    open_ = (records.limit >= ZEROS) & (records.measures.nmse > within) & ~(records.otherwise | records.open)
+    within = np.array([usual.at(name) for name in records.names])[records.point]
+    open_ = (records.limit >= ZEROS) & (records.measures.nmse > within) & records.trusted
     if not open_.any():
         return compared
     numbers = set(records.point[open_].tolist())

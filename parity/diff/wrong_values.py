@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 from checkpoints.record import Rows
 
 from .align import Pair
+from .few_numbers import share_of_few
 from .measure import Measured
 from .readings import Allowed, agree, wide
-from .truth import share_of_few
 from .whole_rows import sizes
 
 Floats = NDArray[np.float64]

@@ -51,7 +51,7 @@ def beyond(case: Case, state: SearchState, again: Again) -> Beyond:
 def _beside_kept(case: Case, kind: str, again: Again) -> Beyond:
     steps, part = kept(case.transformer.steps, kind), KEPT[kind]
     keeping = case.with_steps(steps, case.compared(steps))
-    if not any((entry.base > entry.limit).any() for entry in keeping.entries):
+    if not any(entry.over.any() for entry in keeping.entries):
         return NOTHING
     answer, found = again(keeping, None, UPPER)
     note = f"{kept_in(part.part, part.type)}: what differs beside that is looked for"

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from checkpoints.printable import first_names
 from engine import ops
 from engine.faults.edits import ggml, integer
-from engine.graph import Step
+from engine.graph import Step, made_from
 
 from ..diff.rounding import rounded_to
 from .records import Expected
@@ -26,13 +26,13 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     recorded by the same recorder.
     """
     kinds = {
-        entry.point: kind for entry in entries if _differs(entry) and (kind := rounded_to(entry.pair.ours, entry.pair.ref))
+        entry.point: kind for entry in entries if entry.over.any() and (kind := rounded_to(entry.pair.ours, entry.pair.ref))
     }
     if not kinds:
         return list(entries), ()
-    agreeing = {entry.point for entry in entries if not _differs(entry)}
+    agreeing = {entry.point for entry in entries if not entry.over.any()}
     recorded = frozenset(entry.point for entry in entries)
-    after = {name: _made_from(name, steps) & recorded for name in kinds}
+    after = {name: made_from(name, steps) & recorded for name in kinds}
     single = all(int(entry.rows.max(initial=0)) == 0 for entry in entries)
     shown = {name for name in kinds if _computed_next(name, steps, recorded, single) & {*agreeing, *kinds}}
     captured = shown | {name for name in kinds if not after[name]}
@@ -50,21 +50,8 @@ def as_captured(entries: Sequence[Expected], steps: Sequence[Step]) -> tuple[lis
     return [_within(entry) if entry.point in captured else entry for entry in entries], (note,)
 
 
-def _differs(entry: Expected) -> bool:
-    return bool((entry.base > entry.limit).any())
-
-
 def _within(entry: Expected) -> Expected:
     return replace(entry, limit=np.maximum(entry.limit, entry.base))
-
-
-def _made_from(name: str, steps: Sequence[Step]) -> frozenset[str]:
-    """All values that are made from one, directly or through others."""
-    reached = {name}
-    for step in steps:
-        if not reached.isdisjoint(step.names):
-            reached.add(step.makes)
-    return frozenset(reached - {name})
 
 
 def _computed_next(name: str, steps: Sequence[Step], recorded: Collection[str], single: bool) -> set[str]:

@@ -146,7 +146,7 @@ class Case:
         self.dump = replace(shifted(self.dump, -first), notes=self.dump.notes)
         self._count_from(0, prompt)
         self.entries, _ = expected(self.dump, self.replay, self.positions, self.header())
-        before, now = (sum(int((entry.base > entry.limit).sum()) for entry in of) for of in (entries, self.entries))
+        before, now = (sum(int(entry.over.sum()) for entry in of) for of in (entries, self.entries))
         if now < before:
             records = f"{before - now:,} more record{'s' * (before - now != 1)}"
             return (

@@ -1,55 +1,49 @@
 """`parity explain`: which known fault of an engine reproduces the numbers of its dump."""
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 from msgspec.structs import replace
 
-from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named, SuspectRecord, TruthAt
+from checkpoints.answers.explain import Explanation, SuspectRecord, TruthAt
 from checkpoints.answers.lint import ERROR
-from checkpoints.points import in_layer, parse
+from checkpoints.points import parse
 from checkpoints.record import Dump
 from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
-from ..diff.seen import seen
 from ..diff.truth import ALL, AUTO
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
 from . import halves
-from .apart import apart
+from .answer import answer_of
 from .as_compared import as_diff_says
 from .beyond import NOTHING, beyond
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
-from .fits import remarks as remarks_on_number
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened
 from .laws import WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
-from .looks_like import floor_of, looks, looks_like, reproducing
+from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
 from .own_inputs import contradicted
 from .own_rounding import standing_out
 from .precision import UPPER, PrecisionFloor, with_noise
-from .records import Expected, right_rows
+from .records import right_rows
 from .rounded_weights import type_of_rows, with_weights_rounded
 from .rows import garbage
 from .scopes import as_far_as_shown
 from .search import Search
-from .state import Candidate, RecordKey, SearchState
+from .state import SearchState
 from .unjudged import is_far, unjudged
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
 # rest is for the search that continues from there.
 _FIRST, _OTHERS = 0.6, 0.7
-_NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
 __all__ = ["Case", "ExplainOptions", "explain"]
 
 
@@ -113,24 +107,12 @@ def _of_all_records(
     start = search.screening.start()
     if stated is not None and (points := unjudged(case.entries, start)):
         return replace(
-            _answer(case, search, start, start), unjudged=() if is_far(case.entries, start) else points, next=""
+            answer_of(case, search, start, start), unjudged=() if is_far(case.entries, start) else points, next=""
         ), start
-    kinds = tuple[str, ...]()
-    found = reproducing(case, budget)
-    best = begin = start if found.is_noise else with_weights_rounded(case, search, start, budget)
-    if start.first is None:
-        kinds = (noise,) if noise and any((entry.base > EXACT).any() for entry in case.entries) else ()
-    elif begin is start and not found.is_noise and (number := of_one_number(case, search, start, budget)) is not None:
-        best = number
-    elif begin.first is not None:
-        found = looks(case, search, start, budget) if begin is start and not found.is_noise else found
-        kinds = found.kinds if found.is_noise and not found.excused else ()
-        if not found.is_noise and may_have_cause(case.entries, start):
-            best = _needed(search, _around(case, search, search.explain(begin, options.max_faults), options.max_faults, budget))
-            best = believed(case.entries, search, start, best)
-            best = best if law_at(case, search, best) else as_far_as_shown(search.screening, best)
+    best, found = _best(case, search, start, noise, options.max_faults, budget)
     likes, is_noise, excused = found.kinds, found.is_noise, found.excused
-    answer = _answer(case, search, start, best)
+    kinds = likes if is_noise and not excused else ()
+    answer = answer_of(case, search, start, best)
     if stated is not None and start.first is not None and not answer.causes:
         excused = chosen_otherwise(case, stated)
     if not is_noise and not excused and best.first is not None:
@@ -163,6 +145,28 @@ def _of_all_records(
     )
     answer = standing_out(case, answer, kinds)
     return contradicted(case, answer) if start.first is None and not noise else answer, best
+
+
+def _best(
+    case: Case, search: Search, start: SearchState, noise: str, max_faults: int, budget: Budget
+) -> tuple[SearchState, Looks]:
+    """The state that explains most, and the arithmetics that the differences look like; the start where they explain everything."""
+    if start.first is None:
+        within = bool(noise) and any((entry.base > EXACT).any() for entry in case.entries)
+        return start, Looks((noise,), is_noise=True) if within else Looks()
+    found = reproducing(case, budget)
+    if found.is_noise:
+        return start, found
+    begin = with_weights_rounded(case, search, start, budget)
+    if begin is start:
+        if (number := of_one_number(case, search, start, budget)) is not None:
+            return number, found
+        found = looks(case, search, start, budget)
+    if begin.first is None or found.is_noise or not may_have_cause(case.entries, start):
+        return begin, found
+    best = _needed(search, _around(case, search, search.explain(begin, max_faults), max_faults, budget))
+    best = believed(case.entries, search, start, best)
+    return best if law_at(case, search, best) else as_far_as_shown(search.screening, best), found
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
@@ -253,98 +257,3 @@ def _needed(search: Search, best: SearchState) -> SearchState:
         if state is not None and search.rank(state) < search.rank(best):
             best = state
     return best
-
-
-def _answer(case: Case, search: Search, start: SearchState, best: SearchState) -> Explanation:
-    differing = _count(case.entries, start)
-    where = partial(_where, case)
-    causes = _causes(case, search, start, best, differing)
-    return Explanation(
-        records=sum(len(entry.rows) for entry in case.entries),
-        differing=differing,
-        first=where(start),
-        last_agreement=_last_agreement(case.entries, start.first),
-        causes=tuple(causes),
-        remaining=where(best),
-        next=_next(case, search, best),
-        faults=len(search.tried.faults),
-        variants=search.tried.variants,
-        nearest=search.tried.nearest if np.isfinite(search.tried.nearest) else None,
-        complete=search.screening.budget.complete,
-        notes=case.notes,
-        seen=tuple(seen(entry.pair) for entry in case.entries),
-    )
-
-
-def _causes(case: Case, search: Search, start: SearchState, best: SearchState, differing: int) -> list[Cause]:
-    causes: list[Cause] = []
-    state = start
-    for number, candidate in enumerate(best.faults):
-        after = search.screening.reached(state, candidate)
-        if after is None:
-            break
-        fixed = differing - _count(case.entries, after)
-        reproduced = [
-            float(now[(entry.base > entry.limit) & (now <= entry.limit)].max(initial=0.0))
-            for entry, now in zip(case.entries, after.nmse, strict=True)
-        ]
-        others = search.equal(best, number)
-        causes.append(
-            Cause(
-                named=_named(candidate, state),
-                explained=fixed / differing if differing else 0.0,
-                records=fixed,
-                nmse=max(reproduced, default=0.0),
-                symptom=candidate.fault.symptom,
-                fix=candidate.fault.fix,
-                seen=candidate.fault.seen,
-                equivalent=tuple(_named(other, state) for other in others),
-                apart=apart(case, state, candidate, others, search.screening.budget),
-            )
-        )
-        state = after
-    return causes
-
-
-def _named(candidate: Candidate, state: SearchState) -> Named:
-    number = remarks_on_number(candidate, state.planting.right)
-    sentence = candidate.fault.sentence(candidate.parameters)
-    return Named(
-        candidate.fault.name,
-        dict(candidate.parameters),
-        candidate.layers,
-        f"{sentence}; {number}" if number else sentence,
-    )
-
-
-def _count(entries: Sequence[Expected], state: SearchState) -> int:
-    return sum(int((errors > entry.limit).sum()) for entry, errors in zip(entries, state.nmse, strict=True))
-
-
-def _where(case: Case, state: SearchState) -> DivergentPlace | None:
-    if state.first is None:
-        return None
-    entry = case.entries[state.first.point]
-    at = entry.rows == state.first.row
-    worst = state.nmse[state.first.point][at]
-    return DivergentPlace(entry.point, int(case.positions[state.first.row]), float(worst.max()), float(entry.limit[at].max()))
-
-
-def _last_agreement(entries: Sequence[Expected], first: RecordKey | None) -> str | None:
-    if first is None or first.point == 0:
-        return None
-    return entries[first.point - 1].point
-
-
-def _next(case: Case, search: Search, best: SearchState) -> str:
-    """The points to record next if something is left unexplained; "" if only one operation is left."""
-    if best.first is None:
-        return ""
-    layers = search.screening.suspects(best)
-    if not layers:
-        return ""
-    if len(layers) > 1:
-        return f"blk.{{{layers[0]}..{layers[-1]}}}.l_out"
-    known = {entry.point for entry in case.entries}
-    wanted = [name for kind in _NEXT if (name := in_layer(layers[0], kind)) in case.replay.values and name not in known]
-    return ",".join(wanted)

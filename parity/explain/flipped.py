@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from checkpoints.points import parse
 from engine.faults.routing_ties import scores_of
+from engine.graph import made_from
 from engine.replay.precision import rounded
 from engine.replay.replay import Replay
 
@@ -49,7 +50,7 @@ def without_flipped(case: Case, measured: PrecisionFloor) -> list[Expected]:
 
 def chosen_otherwise(case: Case, measured: PrecisionFloor) -> bool:
     """Whether all records over their limits, which allow for a stated arithmetic's noise, depend on choices that it may flip."""
-    over = [entry.base > entry.limit for entry in case.entries]
+    over = [entry.over for entry in case.entries]
     led = led_to(case, measured)
     return _few(case, over) and not any((some & ~here).any() for some, here in zip(over, led, strict=True))
 
@@ -101,7 +102,7 @@ def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str
         near = may_exchange(_rows(case.replay, scores), [_rows(other, scores) for other in others], count) & ~_as_ours(
             case, name
         )
-        after = _after(case, name) if near.any() else frozenset()
+        after = made_from(name, case.transformer.steps) | {name} if near.any() else frozenset()
         flips += [(-1 if layer is None else layer, row, after) for row in np.flatnonzero(near).tolist()]
     return flips
 
@@ -134,12 +135,3 @@ def _as_ours(case: Case, name: str) -> NDArray[np.bool_]:
             right = entry.taken(case.replay.on_host[name], case.positions)
             same[entry.rows] = entry.present.all(axis=1) & (entry.values == right).all(axis=1)
     return same
-
-
-def _after(case: Case, name: str) -> frozenset[str]:
-    """The values that are computed from this one."""
-    after = {name}
-    for step in case.transformer.steps:
-        if after.intersection(step.names):
-            after.add(step.makes)
-    return frozenset(after)

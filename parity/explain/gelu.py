@@ -44,7 +44,7 @@ def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Se
     steps = case.transformer.steps
     coarse = coarse_points(steps)
     with_table = case.beside(steps) if coarse else []
-    over = [entry.base[entry.base > entry.limit] for entry in with_table]
+    over = [entry.base[entry.over] for entry in with_table]
     first = next((number for number, errors in enumerate(over) if len(errors)), None)
     if first is None or with_table[first].point not in coarse:
         return case, None
@@ -88,7 +88,7 @@ def _eased(case: Case, state: SearchState) -> list[Expected] | None:
     """
     left = case.beside(state.steps)
     most = case.arbiter.largest_entry({entry.point: entry.pair.ref for entry in case.entries})
-    over = [entry.base > entry.limit for entry in case.entries]
+    over = [entry.over for entry in case.entries]
     if not np.mean(next((some for some in over if some.any()), np.zeros(1))) > _MOSTLY:
         return None
     eased = []
@@ -123,7 +123,7 @@ def _acts_by_itself(case: Case, state: SearchState, exact: Sequence[Step]) -> bo
         return False
     rows = len(case.positions)
     faulty, right = (case.make(as_recorded(some), rows).on_host for some in (steps, exact))
-    first = next(entry for entry in case.entries if (entry.base > entry.limit).any())  # after it other entries add up
+    first = next(entry for entry in case.entries if entry.over.any())  # after it other entries add up
     over = first.base > first.limit
     moved = first.between(faulty[first.point], right[first.point], case.positions)[over]
     return len(moved) >= _LEAST and bool(np.median(moved / first.base[over]) >= _OWN)

@@ -238,7 +238,7 @@ def _removed(entries: Sequence[Expected], search: Search, state: SearchState, ca
 
 
 def _observations(entry: Expected, values: Values, positions: Ints, acting: Sequence[Step]) -> Iterator[str]:
-    wrong = entry.base > entry.limit
+    wrong = entry.over
     dumped = np.where(entry.present, entry.values, 0.0)[wrong]
     if not np.isfinite(dumped).all():
         share = 1 - np.isfinite(dumped).mean()

@@ -9,8 +9,9 @@ from engine.graph import Step
 from engine.replay.replay import Replay
 
 from ..diff.dataflow import flow
+from ..diff.few_numbers import share_of_few, shares, worst_of_few
 from ..diff.noise import excused
-from ..diff.truth import AUTO, NO_COARSE_ROUNDING, NO_ROUNDING, OFF, Truth, of_few, raised, share_of_few
+from ..diff.truth import AUTO, NO_COARSE_ROUNDING, NO_ROUNDING, OFF, Truth, raised
 from .records import Expected, Floats, Ints, columns, right_rows, with_limits
 
 EXPLAINED = 1e3  # a record's error must fall by this factor for a fault whose remaining error is its own noise
@@ -23,8 +24,8 @@ def allowed(
 
     The reference whose distance from the truth counts is our right engine in float32.
     """
-    over = [bool((entry.base > entry.limit).any()) for entry in entries]
-    near = any(bool(((entry.base > entry.limit) & (entry.base <= no_rounding(entry, truth.coarse))).any()) for entry in entries)
+    over = [bool(entry.over.any()) for entry in entries]
+    near = any(bool((entry.over & (entry.base <= no_rounding(entry, truth.coarse))).any()) for entry in entries)
     if not any(over) or (arbiter == AUTO and not near):
         return list(entries), ()
     if arbiter == OFF:
@@ -37,18 +38,13 @@ def no_rounding(entry: Expected, coarse: Collection[str]) -> Floats:
     return (NO_COARSE_ROUNDING if entry.point in coarse else NO_ROUNDING) / share_of_few(entry.pair.ref)
 
 
-def _shares(entries: Sequence[Expected]) -> Floats:
-    """See `share_of_few`: [R], one point after the other."""
-    return np.concatenate([share_of_few(entry.pair.ref) for entry in entries])
-
-
 def own_distance(entries: Sequence[Expected], values: Replay, positions: Ints, truth: Truth) -> Floats:
     """How far our own float32 values are from the truth at the recorded elements: NMSE [R], one point after the other."""
     rows = right_rows(values, positions, {entry.point: entry.pair.ours for entry in entries})
     index = {entry.point: entry.rows for entry in entries}
     taken = {name: recorded.take(index[name]) for name, recorded in rows.items()}
     distances = truth.distances(taken)
-    return np.concatenate([of_few(distances[entry.point], taken[entry.point]) for entry in entries])
+    return np.concatenate([worst_of_few(distances[entry.point], taken[entry.point]) for entry in entries])
 
 
 def _by_truth(
@@ -58,7 +54,8 @@ def _by_truth(
     nmse, limit = (np.concatenate([getattr(entry, name) for entry in entries]) for name in ("base", "limit"))
     distance = own_distance(entries, right, positions, truth)
     coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
-    higher = raised(nmse, limit, distance, point, seq, token_idx, coarse, share=_shares(entries))
+    share = shares(entry.pair.ref for entry in entries)
+    higher = raised(nmse, limit, distance, point, seq, token_idx, coarse, share=share)
     passed = (nmse > limit) & (nmse <= higher)
     notes: tuple[str, ...] = ()
     if passed.any():
@@ -101,7 +98,8 @@ def without_own_noise(
     distance = own_distance(entries, make(plain, len(positions)), positions, truth)
     point, seq, token_idx = columns(entries)
     coarse = np.array([entry.point in truth.coarse for entry in entries])[point]
-    own = almost_right & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING, _shares(entries)))
+    share = shares(entry.pair.ref for entry in entries)
+    own = almost_right & (new <= raised(new, limit, distance, point, seq, token_idx, coarse, NO_ROUNDING, share))
     ends = np.cumsum([len(entry.rows) for entry in entries])[:-1]
     return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from checkpoints.points import parse
+from engine import ops
 from engine.backend import Array
 from engine.faults.fitted import number_at
 
@@ -43,7 +44,7 @@ def of_one_number(case: Case, search: Search, start: SearchState, budget: Budget
     if any(not number.kind and number.along >= best - _AS_WELL for number in numbers):
         return None
     nearest = sorted((number for number in numbers if number.kind), key=lambda number: -number.along)[:_TRIED]
-    if any(_is_scaled(start, number.kind) for number in nearest if not number.shifted):
+    if any(_is_of_scores(start, number.kind) for number in nearest if not number.shifted):
         return None
     states = [state for number in nearest for state in _fitted(search, start, number) if state.first is None]
     return search.of_candidates(start, states) if states else None
@@ -70,10 +71,12 @@ def law_of_one_number(case: Case, state: SearchState, values: Mapping[str, Array
     return f"the errors follow one number, as if {words}" if words else ""
 
 
-def _is_scaled(start: SearchState, kind: str) -> bool:
-    """Whether a step that makes or reads a result multiplies it by a scale of its own: that has an entry, which says more."""
+def _is_of_scores(start: SearchState, kind: str) -> bool:
+    """Whether a result is rotated or is attention's scores: a factor of it is one of the scores, which have a scale with an entry of its
+    own, which says more.
+    """
     return any(
-        "scale" in step.params and kind in {parse(name).kind for name in (step.makes, *step.names)}
+        step.op in (ops.rope, ops.causal_soft_max) and kind in {parse(name).kind for name in (step.makes, *step.names)}
         for step in start.planting.right.values()
     )
 

@@ -5,7 +5,6 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
-from checkpoints.points import LOGITS
 from engine.graph import PASSES, POSITIONS, TOKENS, History, State, Step, compute, inputs_of
 from engine.inapplicable import NotApplicable
 from engine.replay.disturbed import ELEMENT
@@ -40,9 +39,7 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
         entry = entries.get(step.makes)
         if entry is None or is_looked_up(step) or _rounded(entry):
             continue
-        usual = replace(
-            entry, limit=np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations)
-        )
+        usual = replace(entry, limit=np.full(len(entry.rows), EXACT_FLOOR.at(entry.point)))
         if not (usual.base > usual.limit).any():
             continue
         value = _made_of_own_inputs(case, step, entries)

@@ -6,14 +6,14 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.points import LOGITS, of_scores, parse
+from checkpoints.points import of_scores, parse
 from engine.backend import Array
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.replay import Replay
 
 from ..diff.limits import EXACT_FLOOR
-from .records import Expected, Floats, Ints
+from .records import Expected, Floats, Ints, first_over
 from .spared import VISIBLE, spares_records
 
 KINDS = tuple(ROUNDINGS)
@@ -91,7 +91,7 @@ def is_proof(measured: PrecisionFloor) -> bool:
 
 def may_be_noise(entries: Sequence[Expected]) -> bool:
     """Whether lower arithmetic can be the reason at all: no layer before the first place agrees to float32's last digits."""
-    first = next((number for number, entry in enumerate(entries) if (entry.base > entry.limit).any()), None)
+    first = next((number for number, entry in enumerate(entries) if entry.over.any()), None)
     if first is None:
         return True
     layer = parse(entries[first].point).layer
@@ -115,7 +115,7 @@ def floor(
     """
     costs: list[tuple[Floats, ...]] = []
     concentrated = {entry.point: two for entry in entries if (two := _concentrated(entry)) is not None}
-    first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
+    first = first_over(entries)
     alike = 0.0
     for storage in (False, True):
         other = make(rounded(steps, kind, storage=storage), len(positions), None, given(kind, storage))
@@ -159,15 +159,12 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
         return None
     base = np.concatenate([entry.base for entry in entries])
     # The table's limits: this arithmetic shows even where limits are raised (amplified rounding, a table of F16).
-    each = [
-        np.full(len(entry.rows), EXACT_FLOOR.logits if entry.point == LOGITS else EXACT_FLOOR.operations) for entry in entries
-    ]
-    limit = np.concatenate(each)
+    limit = np.concatenate([np.full(len(entry.rows), EXACT_FLOOR.at(entry.point)) for entry in entries])
     products = np.concatenate([multiplied for multiplied, _ in costs])
     storage = np.maximum(products, np.concatenate([stored for _, stored in costs]))
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
-    first = next((entry for entry in entries if (entry.base > entry.limit).any()), None)
+    first = first_over(entries)
     if measured.concentrated or (first is not None and _parallel(first)):
         return None
     if measured.alike >= OURS and any(is_beyond(entry, *cost) for entry, cost in zip(entries, costs, strict=True)):
@@ -237,7 +234,7 @@ def _concentrated(entry: Expected) -> Ints | None:
         return None
     columns = _by_element(entry, entry.values, right)
     two = np.argsort(columns)[-2:]
-    over = bool((entry.base > entry.limit).any())
+    over = bool(entry.over.any())
     return two if over and columns[two].sum() > 0.9 * columns.sum() else None
 
 
@@ -259,7 +256,7 @@ def _in_these_too(entry: Expected, two: Ints, own: Floats) -> bool:
 def _parallel(entry: Expected) -> bool:
     """Whether a point's errors are multiples of one vector at all positions, though the right rows are not: rounding does not do that."""
     right = entry.pair.ref.values.astype(np.float64)
-    over = entry.base > entry.limit
+    over = entry.over
     if right.shape != entry.values.shape or over.sum() < _PARALLEL_ROWS or right.shape[1] < _PARALLEL_ROWS:
         return False
     errors = np.where(entry.present & np.isfinite(entry.values), entry.values - right, 0.0)[over]

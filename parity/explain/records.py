@@ -1,6 +1,6 @@
 """A dump's records beside the values of the right engine, in a form with which many candidates are compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -52,6 +52,11 @@ class Expected(Struct, frozen=True):
     def point(self) -> str:
         """The point's name."""
         return self.pair.point
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """Which records differ from the right engine's, [R]."""
+        return np.asarray(self.base > self.limit)
 
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
@@ -224,6 +229,11 @@ def _of_another_length(rows: Rows, replay: Replay) -> bool:
     return bool(((rows.sizes >= 0) & (rows.sizes != size)).all())
 
 
+def first_over(entries: Iterable[Expected]) -> Expected | None:
+    """The first point of which a record differs from the right engine's; None if none does."""
+    return next((entry for entry in entries if entry.over.any()), None)
+
+
 def columns(entries: Sequence[Expected]) -> tuple[Ints, Ints, Ints]:
     """Each record's point (as a number), sequence and position, one point after the other: int64 [R] each."""
     point = np.repeat(np.arange(len(entries)), [len(entry.rows) for entry in entries])
@@ -258,7 +268,6 @@ def _expected(pair: Pair, positions: Ints) -> Expected:
     count, n = present.sum(axis=1), sizes(pair.ref)
     wanted = np.where(present & np.isfinite(values), values, 0.0)
     floor = SLICE_FLOOR * count / n * pair.ref.stats["l2"] ** 2
-    floors = EXACT_FLOOR.logits if pair.point == LOGITS else EXACT_FLOOR.operations
     return Expected(
         pair=pair,
         rows=rows,
@@ -268,5 +277,5 @@ def _expected(pair: Pair, positions: Ints) -> Expected:
         quantum=np.zeros(values.shape) if pair.ours.quantum is None else pair.ours.quantum / 2,
         energy=np.fmax(np.einsum("ij,ij->i", wanted, wanted), floor),
         base=np.nan_to_num(measure([pair]).nmse, nan=0.0, posinf=np.inf),
-        limit=np.full(len(rows), floors),
+        limit=np.full(len(rows), EXACT_FLOOR.at(pair.point)),
     )

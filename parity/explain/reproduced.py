@@ -23,7 +23,7 @@ from .case import Case
 from .flipped import has_choices
 from .mixed import own_steps, rounded_value
 from .precision import mean_cost, of_ids
-from .records import Expected, Floats
+from .records import Expected, Floats, first_over
 
 # The part of what an arithmetic costs a point up to which our own run's numbers are the dump's: right engines' were 0 to 0.01 of it,
 # from values that lie next to a tie. And the same for a single record, in which one such value may be most of the error.
@@ -75,7 +75,7 @@ def is_reproduced(case: Case, kind: str, budget: Budget) -> bool:
 
     False if there was no time to tell: a first place that is an embedding shows little, and each way that it leaves costs a run.
     """
-    first = next((entry for entry in case.entries if (entry.base > entry.limit).any()), None)
+    first = first_over(case.entries)
     if first is None:
         return False
     steps, chosen = case.transformer.steps, has_choices(case)

@@ -3,6 +3,7 @@
 from ..diff.scatter import spares_elements
 from .case import Case
 from .precision import REPRODUCED, PrecisionFloor
+from .records import first_over
 from .systematic import systematic
 
 
@@ -11,7 +12,7 @@ def scattered(case: Case, cost: PrecisionFloor) -> bool:
 
     If they follow a number, the case's notes get a sentence on it.
     """
-    first = next((entry for entry in case.entries if (entry.base > entry.limit).any()), None)
+    first = first_over(case.entries)
     if first is None or cost.alike >= REPRODUCED:
         return True
     right = case.replay.on_host[first.point]

@@ -37,7 +37,7 @@ class RightEngine(Protocol):
 def _first(entries: Sequence[Expected]) -> tuple[int, int] | None:
     """The number of the first point that differs, and its first row that does."""
     for number, entry in enumerate(entries):
-        wrong = entry.base > entry.limit
+        wrong = entry.over
         if wrong.any():
             return number, int(entry.rows[wrong].min())
     return None

@@ -17,8 +17,7 @@ from engine.replay.kept import KEPT
 from engine.replay.wide import coarse_points
 from reports.sentences import ARITHMETIC, kept_in
 
-from ..diff.against_limits import TABLE
-from ..diff.limits import limits
+from ..diff.limits import TABLE, limits
 from .bench import IsolationBench
 from .judging import Record
 

@@ -7,10 +7,9 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import Limits
 from checkpoints.answers.references import Moved, MovedPoint, References
 from checkpoints.errors import ParityError
-from checkpoints.points import LOGITS, parse
+from checkpoints.points import parse
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump, Header
 from reference.builds import Build
@@ -142,7 +141,7 @@ def _judged(
 ) -> tuple[Outcome, References]:
     """Judge our side once more if it exceeds a limit that the references exceed, or nearly so, among themselves."""
     usual = outcome.verdict.limits
-    raised = {name: TIMES * value for name, value in spread.items() if TIMES * value > _usual(usual, name)}
+    raised = {name: TIMES * value for name, value in spread.items() if TIMES * value > usual.at(name)}
     if outcome.verdict or not raised:
         return outcome, References(moved)
     points = {**usual.points, **raised}
@@ -153,7 +152,3 @@ def _judged(
     notes = (f"the limit of {count(len(raised), 'point')} is {TIMES:g} times the difference between the references there",)
     verdict = replace(judged.verdict, notes=(*notes, *judged.verdict.notes))
     return replace(outcome, verdict=verdict, picture=judged.picture), References(moved, bool(verdict), TIMES)
-
-
-def _usual(allowed: Limits, name: str) -> float:
-    return allowed.points.get(name, allowed.logits if name == LOGITS else allowed.operations)
