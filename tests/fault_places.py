@@ -106,6 +106,8 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "function-of-other": ("qwen3next", {"function": "sigmoid", "operation": "silu(attn_gate)"}, BOTH),
     "row-norm-by-head": ("olmo2", {}, BOTH),
     "experts-weighted-before-choice": ("gpt-oss", {}, BOTH),
+    "experts-normalised-by-all": ("deepseek2", {}, ALL),
+    "latent-norm-whole": ("deepseek2", {}, BOTH),
     "bias-of-other-expert": ("gpt-oss", {}, BOTH),
     "convolution-late": ("lfm2", {}, BOTH),
     "convolution-padding": ("mamba", {}, BOTH),

@@ -52,6 +52,12 @@ def _every_third(file: File) -> None:
     file.add("attention.sliding_window_pattern", 3)
 
 
+def _twice_as_many_heads(file: File) -> None:
+    """Eight heads and four for keys and values, half as wide, where there are four and two."""
+    for count in ("head_count", "head_count_kv"):
+        further(f"attention.{count}", 4 if count == "head_count" else 2)(file)
+
+
 _EPS, _EPS_OF_LAYER_NORM = number("attention.layer_norm_rms_epsilon", 1e-4), number("attention.layer_norm_epsilon", 1e-4)
 _SHOWN = (
     _Named("gemma3", Case("ε 1e-4 for 1e-6, after a table of float16", _EPS, ("norm-epsilon",))),
@@ -80,6 +86,9 @@ _SHOWN = (
             ("norms-exchanged",),
         ),
     ),
+    _Named("glm4", Case("query biases × 1.005", each("attn_q.bias", by=lambda bias: bias * np.float32(1.005)), ("bias-multiplier",))),
+    _Named("mamba2", Case("decays × 1.1", each("ssm_a", by=lambda decay: decay * np.float32(1.1)), ("decay-multiplier",))),
+    _Named("glm4", Case("twice as many heads", _twice_as_many_heads, ("head-count",))),
     _Named("gemma3", Case("every third layer without a window", _every_third, ("window-pattern",))),
 )  # fmt: skip
 

@@ -25,6 +25,7 @@ from . import (
     fitted_numbers,
     flow,
     fused,
+    head_counts,
     head_norms,
     key_counts,
     latent,
@@ -46,6 +47,7 @@ from . import (
     rwkv,
     sinks,
     tokens,
+    weight_numbers,
     weights,
     windows,
 )  # fmt: skip
@@ -63,6 +65,7 @@ _GROUPS = {  # the first of several faults with the same numbers is named: a for
         *attention.FAULTS,
         *masks.FAULTS,
         *key_counts.FAULTS,
+        *head_counts.FAULTS,
         *windows.FAULTS,
         *sinks.FAULTS,
         *layer_pattern.FAULTS,
@@ -82,8 +85,9 @@ _GROUPS = {  # the first of several faults with the same numbers is named: a for
     "dequantisation": (*dequantisation.FAULTS, *block_scales.FAULTS),
     "capture": capture.FAULTS,
 }
-# Numbers of one head or expert: there are many of them, so that they are fitted only where no other number explains everything.
-FITTED_PARTS = parts.FITTED
+# Numbers of one head or expert, or of one part of an operation: there are many, so that they are fitted only where no other number
+# explains everything.
+FITTED_PARTS = (*weight_numbers.FITTED, *parts.FITTED)
 FITTED = (*fitted_numbers.FITTED, *fitted.FITTED)  # a number of the metadata before a factor that is not in the file
 CATALOGUE: Mapping[str, Fault] = {
     fault.name: replace(fault, group=group) for group, faults in _GROUPS.items() for fault in faults

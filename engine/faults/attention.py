@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
@@ -10,7 +11,7 @@ from ..backend import Array, module_of
 from ..graph import PASSES, History, Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, kind_of, layer_of, parameter_of, sibling, with_parameters
-from .edits import ggml, with_values
+from .edits import Then, ggml, with_values
 from .value_layout import value_layout
 
 _SOFT = ("kq_soft_max",)
@@ -111,9 +112,20 @@ def _overflow(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=_without_maximum)
 
 
-def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Array:
-    right = ops.weighted_values(weights, v, kv_heads=kv_heads)
-    t, heads = right.shape[0], weights.shape[0]
+class _InOrder(Struct, frozen=True):
+    """The heads' results [T, H · d] put side by side in another order."""
+
+    heads: int
+    kv_heads: int
+    order: str
+
+    def __call__(self, right: Array) -> Array:
+        """[T, H · d] -> [T, H · d]."""
+        return _side_by_side(right, self.heads, self.kv_heads, self.order)
+
+
+def _side_by_side(right: Array, heads: int, kv_heads: int, order: str) -> Array:
+    t = right.shape[0]
     split = right.reshape(t, heads, -1)
     if order == "interleaved":
         return split.transpose(0, 2, 1).reshape(t, -1)
@@ -124,8 +136,9 @@ def _concatenated(weights: Array, v: Array, *, kv_heads: int, order: str) -> Arr
     return split.reshape(t, kv_heads, heads // kv_heads, -1).transpose(0, 2, 1, 3).reshape(t, -1)
 
 
-def _concatenate(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_concatenated, params={**step.params, "order": parameters["order"]})
+def _concatenate(step: Step, right: Steps, parameters: Parameters) -> Step:
+    heads, kv_heads = (int(parameter_of(sibling(step, right, "kq"), name)) for name in ("heads", "kv_heads"))
+    return replace(step, op=Then(step.op, _InOrder(heads, kv_heads, parameters["order"])))
 
 
 def _rows_moved(history: Array, *, by: int) -> Array:

@@ -35,6 +35,18 @@ def _normalised(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return replace(require(step, "GET_ROWS"), op=Then(step.op, _rows_to_one))
 
 
+def _by_all(weights: Array, probabilities: Array) -> Array:
+    """The chosen experts' weights divided by the sum over all experts: [T, k], [T, E]."""
+    total = probabilities.reshape(weights.shape[0], -1).sum(axis=1, keepdims=True)
+    divided: Array = (weights.reshape(weights.shape[0], -1) / total).reshape(weights.shape)
+    return divided
+
+
+def _normalised_by_all(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    taken = require(maker(require(step, "DIV"), right), "GET_ROWS")
+    return replace(step, op=_by_all, reads=(taken.makes, taken.reads[0]), params={})
+
+
 def _unscaled(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(require(step, "SCALE"), read_of(step, 0))
 
@@ -216,6 +228,11 @@ FAULTS = (
         "experts-normalised", _WEIGHTS, _normalised,
         "the chosen experts' weights are divided by their sum, which this model does not do", _RIGHT_LOGITS,
         "softmax over all experts, then choose, and leave the weights as they are", "Mixtral code that loads Qwen2-MoE or OLMoE",
+    ),
+    _new(
+        "experts-normalised-by-all", _NORMS, _normalised_by_all,
+        "the chosen experts' weights are divided by the sum over all experts, not by their own", _RIGHT_LOGITS,
+        "choose first, then divide by the sum of the chosen weights", "routers that normalise before top-k, with a sigmoid as well",
     ),
     _new(
         "experts-softmax-again", _WEIGHTS, _on_weights(_soft_max_of_rows),

@@ -10,7 +10,10 @@ from ..backend import Array
 from ..ggml_ops.activations import sigmoid
 from ..ggml_ops.error_function import erf
 from ..graph import Step
-from .base import Fault, Parameters, Steps, sibling
+from ..inapplicable import NotApplicable
+from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets
+
+_GATED = ("ffn_swiglu", "ffn_swiglu_shexp", "ffn_moe_swiglu")
 
 
 def _gelu_exact(x: Array) -> Array:
@@ -39,7 +42,15 @@ def _activated(gate: Array, up: Array, *, activation: str) -> Array:
     return _ACTIVATIONS[activation](gate) * up
 
 
+def _gated(right: Steps) -> Values:
+    """The kinds of a model's products of SiLU(gate) and up: all together (of routed and shared experts as well), then each alone."""
+    kinds = tuple(dict.fromkeys(kind_of(step) for step in right.values() if step.op is ops.swiglu))
+    return subsets(*(tuple(kind for kind in kinds if kind.startswith("ffn")) or _GATED))
+
+
 def _activation(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.swiglu:
+        raise NotApplicable(f"{step.makes} is no SiLU(gate) · up")
     return replace(step, op=_activated, params={"activation": parameters["activation"]})
 
 
@@ -102,13 +113,13 @@ FAULTS = (
     ),
     Fault(
         name="activation",
-        kinds=("ffn_swiglu",),
+        kinds=_GATED,
         change=_activation,
-        what="the feed-forward's activation is {activation}, not SiLU",
+        what="the feed-forward's activation is {activation}, not SiLU, in {at}",
         symptom="a difference of some percent from layer 0 on",
         fix="SiLU(x) = x / (1 + exp(-x))",
         seen="GPT-2's and Gemma's GELU carried over",
-        parameters={"activation": tuple(_ACTIVATIONS)},
+        parameters={"activation": tuple(_ACTIVATIONS), AT: _gated},
     ),
     Fault(
         name="activation-on-wrong-operand",

@@ -15,6 +15,9 @@ _QKV = ("q", "k", "v")
 _OTHERS = {"K, Q, V": ("k", "q", "v"), "Q, V, K": ("q", "v", "k"), "V, K, Q": ("v", "k", "q"), "K, V, Q": ("k", "v", "q")}
 
 
+_INSTEAD = {"V where K lies": {"v": "k"}, "K where V lies": {"k": "v"}, "K and V where Q begins": {"k": "q", "v": "q"}}
+
+
 def _fused(step: Step, right: Steps) -> dict[str, View]:
     """The parts of one product that the layer's q, k and v read.
 
@@ -44,8 +47,9 @@ def _in_order(step: Step, right: Steps, parameters: Parameters) -> Step:
     """The part read from where it would lie if the product's rows were in another order."""
     parts = _fused(step, right)
     widths, kind, offset = _widths(parts), kind_of(step), 0
-    for other in _OTHERS[parameters["order"]]:
-        if other == kind:
+    own_place = _INSTEAD.get(parameters["order"], {}).get(kind, kind)
+    for other in _OTHERS.get(parameters["order"], _QKV):
+        if other == own_place:
             break
         offset += widths[other]
     own = parts[kind]
@@ -134,7 +138,7 @@ FAULTS = (
         symptom=_WRONG,
         fix="fused QKV is all of Q, then all of K, then all of V",
         seen="fused weights split in the wrong order",
-        parameters={"order": tuple(_OTHERS)},
+        parameters={"order": (*_OTHERS, *_INSTEAD)},
     ),
     Fault(
         name="fused-qkv-by-group",

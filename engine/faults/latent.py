@@ -1,16 +1,18 @@
 """Faults of multi-head latent attention: norms of the latents, the place of the rotated part, the matrices of the heads."""
 
 from collections.abc import Callable
+from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from checkpoints.graph import Size
 
 from .. import ops
-from ..backend import Array
-from ..graph import Step, View
+from ..backend import Array, module_of
+from ..graph import Step, View, name_of
 from ..inapplicable import NotApplicable
-from .base import AT, Fault, Parameters, Steps, layer_of, read_of, weight_of
+from .base import AT, Fault, Parameters, Steps, layer_of, read_of, sibling, weight_of
 from .edits import Then, only, require
 from .weights import altered, each_transposed
 
@@ -25,6 +27,35 @@ def _norm_missing(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.op is not ops.rms_norm:
         raise NotApplicable(f"{step.makes} is not a plain norm")
     return only(step, read_of(step, 0))
+
+
+class _OfWhole(Struct, frozen=True):
+    """An operation on a part of a row that was normalised as a whole: `begin` and `end` of the part."""
+
+    op: Callable[..., Array]
+    begin: int
+    end: int
+    eps: float
+
+    def __call__(self, whole: Array, *inputs: Any, **params: Any) -> Array:
+        """[T, n], … -> [T, m]."""
+        normed = ops.rms_norm(whole, module_of(whole).ones(whole.shape[1], dtype=whole.dtype), eps=self.eps)
+        return self.op(module_of(whole).ascontiguousarray(normed[:, self.begin : self.end]), *inputs, **params)
+
+
+def _times(part: Array, weight: Array, **_params: Any) -> Array:
+    return part * weight
+
+
+def _norm_of_whole(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    read, latent = read_of(step, 0), sibling(step, right, "kv_cmpr")
+    if not isinstance(read, View) or step.op not in (ops.rms_norm, ops.rope) or latent.op is not ops.rms_norm:
+        raise NotApplicable(f"{step.makes} reads no part of the latent's product")
+    if not (read.offset.constant and read.shape[-1].constant):
+        raise NotApplicable(f"{step.makes}: the part's place depends on the length")
+    begin = read.offset.fixed
+    op = _OfWhole(_times if step is latent else step.op, begin, begin + read.shape[-1].fixed, float(latent.params["eps"]))
+    return replace(step, op=op, reads=(name_of(read), *step.reads[1:]))
 
 
 def _parts(step: Step, right: Steps) -> list[View]:
@@ -98,6 +129,16 @@ FAULTS = (
         fix="RMS norm of the compressed keys and values (attn_kv_a_norm), and of the queries' latent (attn_q_a_norm)",
         seen="plain low-rank projections taken for MLA",
         parameters={"norm": (_LATENT_NORMS, *((name,) for name in _LATENT_NORMS))},
+    ),
+    Fault(
+        name="latent-norm-whole",
+        kinds=("kv_cmpr", "k_pe"),
+        change=_norm_of_whole,
+        what="the latent's norm covers the part for RoPE as well, whose result {at} are",
+        symptom="attention is wrong from position 0 on",
+        fix="split the product first, then normalise the latent alone (attn_kv_a_norm)",
+        seen="MLA ports that normalise the whole result of attn_kv_a_mqa",
+        parameters={AT: (("kv_cmpr", "k_pe"), ("kv_cmpr",))},
     ),
     Fault(
         name="latent-rope-part",

@@ -18,12 +18,13 @@ from engine.replay.proof import is_weighed
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
+from ..diff.tokens import too_few_tokens
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
 from .judging import Definition, Record
 from .operation import Isolator
 from .standards import Standard
-from .values import RecordedValue
+from .values import RecordedValue, WholeValues
 
 Arriving = Iterable[tuple[str, RecordedValue]]
 
@@ -137,6 +138,24 @@ class IsolationBench(Struct):
         for isolator in self.isolators:
             self.attention.settle(isolator.proven(), isolator.unknown() | isolator.suspects())
         return [operation for isolator in self.isolators for operation in isolator.operations()]
+
+
+def feed(bench: IsolationBench, values: WholeValues, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
+    """Judge every pass of a dump on a bench; returns the number of passes."""
+    computed = [step.makes for step in bench.steps]
+    if bench.encoder is not None:
+        bench.encode(prompt, values.arriving(values.passes[0], computed, encoder=True))
+    tokens = bench.decoded(prompt, generated)
+    first = values.first
+    bench.attention.first = first
+    for step in values.passes:
+        positions = values.positions(step)
+        if not len(positions):
+            continue  # of an encoder's pass alone
+        if int(positions.max()) - first >= len(tokens):
+            raise too_few_tokens(values.path, int(positions.max()), len(tokens), decoder=bench.encoder is not None)
+        bench.run(tokens[positions - first], positions, values.arriving(step, computed))
+    return len(values.passes)
 
 
 def _lower(steps: Sequence[Step], kind: str) -> list[Step]:
