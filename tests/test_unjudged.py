@@ -122,14 +122,17 @@ def test_no_cause_is_named_where_any_change_explains_the_error(tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(engine: Faulty, tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("compute", ["bf16", None])
+def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(
+    engine: Faulty, tokens: tuple[int, ...], compute: str | None
+) -> None:
     """Logits a thousand times as large from position 4 on are no rounding: the place is named, as by diff, and no cause."""
     made = engine.dump(RIGHT, tokens, steps=rounded(engine.right, "bf16", storage=True))
     rows = made.points["logits"]
     values = rows.values * np.where(rows.token_idx < 4, 1, 1000)[:, None].astype(np.float32)
     large = replace(rows, values=values, stats={}, sketch=None)
     ours = _stating(replace(made, points={**made.points, "logits": large}), "bf16")
-    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute="bf16"))
+    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute=compute))  # else the header states it
     assert not explained
     assert not explained.causes
     assert not explained.unjudged
