@@ -11,6 +11,7 @@ from planted import Faulty, tokens_of
 
 from checkpoints.answers.diff import DIVERGENCE, INCOMPLETE, PARITY, UNJUDGED, Limits, Verdict
 from checkpoints.record import Dump
+from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import recipe
@@ -136,6 +137,28 @@ def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(engine: Faulty
     assert (explained.first.checkpoint, explained.first.token_idx) == ("logits", 4)
     right = _stating(engine.dump(RIGHT, tokens), "f32")
     assert compared_on(ours, right, Options(), engine.model, third_side=False).verdict.verdict == DIVERGENCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stated", ["bf16", ""])
+@pytest.mark.parametrize(("place", "factor", "agrees"), [("blk.3.ffn_out", 50, False), ("blk.3.l_out", 1000, True)])
+def test_other_experts_make_no_row_ten_times_as_large(
+    engine: Faulty, tokens: tuple[int, ...], place: str, factor: float, agrees: bool, stated: str
+) -> None:
+    """Fifty times what experts add is a divergence, though others may have been chosen; a norm divides a whole residual's factor away."""
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
+        for step in rounded(engine.right, "bf16", storage=True)
+    ]
+    ours = _stating(engine.dump(RIGHT, tokens, points="all", steps=steps), stated)
+    right = _stating(engine.dump(RIGHT, tokens, points="all"), "f32")
+    verdict = compared_on(ours, right, Options(), engine.model, third_side=False).verdict
+    assert bool(verdict) is agrees
+    assert [fault.checkpoint for fault in verdict.record_faults] == ([place] if agrees else [])
+    if not agrees:
+        assert verdict.verdict == DIVERGENCE
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.checkpoint == place
 
 
 @pytest.mark.slow
