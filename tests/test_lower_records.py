@@ -5,11 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from recorded import F32
+from recorded import F32, only
 
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
+from parity.diff.rounding import cut_to, rounded_to
 
 F16 = Options(compute="f16")
 
@@ -84,3 +85,21 @@ def test_masks_are_infinite_in_lower_types(right: Dump, ref: Dump) -> None:
         assert verdict.first_divergence is not None
         assert verdict.first_divergence.checkpoint == "logits"
         assert verdict.pattern is None or verdict.pattern.code != "reference-nonfinite"
+
+
+def cut_to_f16(values: np.ndarray) -> np.ndarray:
+    """The values without the digits that F16 has not: rounded towards zero."""
+    half = values.astype(np.float16)
+    return np.where(np.abs(half) > np.abs(values), np.nextafter(half, np.float16(0)), half).astype(np.float32)
+
+
+def test_an_embedding_whose_digits_are_cut_off_is_no_other_table(right: Dump, ref: Dump) -> None:
+    """Embeddings cut off to F16 are said to be that, in float32 a divergence that blames no table; 1.002 times as large they are wrong."""
+    assert cut_to(with_rows(right, "embd", cut_to_f16).points["embd"], ref.points["embd"]).startswith("F16")
+    assert rounded_to(with_rows(right, "embd", cut_to_f16).points["embd"], ref.points["embd"]) == ""
+    verdict = compare(only(with_rows(right, "embd", cut_to_f16), "embd"), ref, F32)
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "rounded"
+    assert "cut off" in verdict.pattern.sentence
+    scaled = compare(only(with_rows(right, "embd", lambda values: cut_to_f16(values * np.float32(1.002))), "embd"), ref, F32)
+    assert scaled.pattern is None or scaled.pattern.code != "rounded"

@@ -17,7 +17,7 @@ from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
 from .readings import LAYOUT, Allowed, Others, head_size_of
 from .records import Records
-from .rounding import rounded_to
+from .rounding import cut_to, rounded_to
 from .same_vector import SameVector, same_vector
 from .shown import shown_by
 from .wrong_values import scaled_part
@@ -197,6 +197,12 @@ def _of_values(
         return Pattern(
             "rounded",
             f"{name} is the reference's rounded to {type_name}: it is stored or computed in that type (--compute {_COMPUTE[type_name]})",
+        )
+    if type_name := cut_to(ours, ref):
+        return Pattern(
+            "rounded",
+            f"{name} is the reference's with the digits beyond {type_name} cut off, not rounded: it is stored or computed in that type "
+            f"(--compute {_COMPUTE[type_name.split(' ')[0]]})",
         )
     allowed = Allowed.of(records.limit[failing], records.measures.nmse[failing], ours, ref)
     layout = shown_by(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref, records.ours))

@@ -197,6 +197,6 @@ def _of_encoder_decoder(ref: Dump, transformer: "Transformer | None") -> "Encode
     if ref.header is None or not ref.header.tokens or transformer is None or transformer.encoder is None:
         return None
     from ..arbiter.encoder_decoder import EncoderDecoderArbiter
-    from .case import generated_of
+    from .comparable import generated_of
 
     return EncoderDecoderArbiter(transformer, ref.header.tokens, generated_of(ref))
