@@ -21,6 +21,7 @@ from .regular import read_text
 
 _LARGEST = 1 << 22  # bytes of a mapping file: 40,000 names
 _LONGEST = 200  # characters of a point's name
+_MOST_LAYERS = 100_000  # as many as a header may claim
 _MOST_PARTS = 1000  # dots in a line, but for those in strings and comments
 # TOML's comments and strings, closed or not, so that no text is searched twice.
 _TEXTS = re.compile(r'''#[^\n]*|"""(?s:\\?.)*?(?:"""|\Z)|\'{3}(?s:.)*?(?:\'{3}|\Z)|"(?:\\.|[^"\\\n])*"?|\'[^\'\n]*\'?''')
@@ -76,13 +77,14 @@ def read_mapping(path: Path) -> Mapping:
     import tomllib
 
     try:
-        text = read_text(path, _LARGEST)
+        text = read_text(path, _LARGEST).removeprefix("\ufeff")
         if any(line.count(".") > _MOST_PARTS for line in _TEXTS.sub("", text).splitlines()):
             raise RecursionError  # noqa: TRY301  # tomllib takes a minute for a key with 20,000 parts
         table = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else reason
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error
     unknown = set(table) - {"names", "layer_offset", "position_offset"}
     if unknown:
@@ -93,6 +95,8 @@ def read_mapping(path: Path) -> Mapping:
     layers, positions = table.get("layer_offset", 0), table.get("position_offset")
     if not _is_number(layers) or not (positions is None or _is_number(positions)):
         raise InputError(f"{path}: offsets must be whole numbers.", code="map")
+    if abs(layers) > _MOST_LAYERS:
+        raise InputError(f"{path}: a layer_offset of {layers} is larger than any number of layers.", code="map")
     entries = tuple(_entry(path, str(engine_name), ours) for engine_name, ours in names.items())
     return Mapping(entries, layers, positions, str(path))
 

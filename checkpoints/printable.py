@@ -1,6 +1,6 @@
 """Text from outside (files, models, engines, arguments), made safe to print: one function for every printer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 LONGEST = 300  # characters of one name or value: more is not useful to anybody
@@ -25,3 +25,8 @@ def no_command(line: str) -> str:
 def first_names(names: Collection[str], most: int = 4) -> str:
     """The first of some names, and "…" if there are more: "a, b, c, d, …"."""
     return ", ".join([*islice(names, most), *["…"] * (len(names) > most)])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)

@@ -134,7 +134,9 @@ def make_folders(folder: Path) -> tuple[Path, ...]:
     """
     missing = tuple(above for above in (folder, *folder.parents) if not above.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for above in reversed(missing):  # mkdir(parents=True) goes up by recursion
+            above.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError:
         remove_empty(missing)
         raise

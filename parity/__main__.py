@@ -52,6 +52,9 @@ def _prepare_output() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
+        # Under PYTHONUNBUFFERED nothing tells a text stream that a full disk took only a part of what it wrote.
+        if isinstance(raw := sys.stdout.buffer, io.FileIO):
+            sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, line_buffering=True)
         sys.stdout.reconfigure(errors="replace")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from checkpoints.graph import Size
 from engine import ops
 from engine.backend import Array
 from engine.graph import POSITIONS, History, Step, View, compute
@@ -74,11 +75,24 @@ def test_derivatives_are_the_slopes_of_small_steps() -> None:
     np.testing.assert_allclose(answer, slopes, rtol=1e-5, atol=1e-6 * np.abs(slopes).max())
 
 
-def test_steps_that_read_parts_of_values_are_refused() -> None:
-    """A gate and its factor that are halves of one product: KeyError, which callers know, and no error of shapes."""
+def test_of_a_part_of_each_row_only_its_elements_answer() -> None:
+    """The second half of a row, read as a view: the derivatives by the whole row are those of its second half."""
     weights = _Weights()
     values = dict(_values(np.random.default_rng(2).standard_normal((_ROWS, _WIDTH)), weights))
-    halves = Step("half", ops.swiglu, (View("sum", (), (), ()), View("sum", (), (), ())), (), {})
-    values["half"] = values["sum"][:, : _WIDTH // 2]
-    with pytest.raises(KeyError, match="half"):
-        derivatives((*_STEPS, halves), "half", np.array([0]), _ROW, values, weights)  # type: ignore[arg-type]
+    values["half"] = values["sum"][:, _WIDTH // 2 :]
+    width = Size(_WIDTH)
+    read = View("sum", (Size(0, 1), width), (Size(0, 1), Size(_WIDTH // 2)), (width, Size(1)), Size(_WIDTH // 2))
+    half = Step("half", ops.part, (read,), (), {})
+    answers = derivatives((half,), "half", np.array([0, 3]), _ROW, values, weights)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(answers["sum"], np.eye(_WIDTH)[[_WIDTH // 2, _WIDTH // 2 + 3]])
+
+
+def test_steps_that_mix_the_rows_of_a_value_are_refused() -> None:
+    """A value read with its rows and columns exchanged: KeyError, which callers know, and no error of shapes."""
+    weights = _Weights()
+    values = dict(_values(np.random.default_rng(2).standard_normal((_ROWS, _WIDTH)), weights))
+    values["turned"] = values["sum"]
+    turned = View("sum", (Size(0, 1), Size(_WIDTH)), (Size(_WIDTH), Size(0, 1)), (Size(1), Size(_WIDTH)))
+    step = Step("turned", ops.part, (turned,), (), {})
+    with pytest.raises(KeyError, match="turned"):
+        derivatives((*_STEPS, step), "turned", np.array([0]), _ROW, values, weights)  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 
 # GELU from a table, and scaled embeddings; GELU without a gate; tanh of scores, which are [H, T, S]; a squared ReLU.
-RECIPES = ("gemma3", "starcoder2", "gemma2", "nemotron")
+# Rotations by ggml's own operation: of parts of a fused product, with frequency factors; and by positions of several sections.
+RECIPES = ("gemma3", "starcoder2", "gemma2", "nemotron", "phi3-longrope", "qwen2vl")
 _ROW, _ELEMENTS = len(TOKENS) - 1, np.array([0, 5, 70])
 
 
@@ -40,7 +41,7 @@ def test_versions_together_are_each_by_itself(lifted: Faulty) -> None:
     computed = lifted.transformer.weights, lifted.transformer.backend
     right = Replay(lifted.right, TOKENS, range(len(TOKENS)), [0] * len(TOKENS), *computed)
     steps = [step for step in lifted.right if elementwise(step)]
-    assert {"GLU", "UNARY"} & {step.op.name for step in steps if isinstance(step.op, GgmlOperation)}
+    assert steps or any(step.op == GgmlOperation("ROPE") for step in lifted.right)
     for step in steps:
         versions = [[right.values[name] * np.float32(factor) for name in step.names] for factor in (1, -0.7, 3)]
         together = compute_batch(step, [np.concatenate(each) for each in zip(*versions, strict=True)], 3, computed[0])
@@ -59,22 +60,28 @@ def test_derivatives_are_the_slopes_of_small_steps(lifted: Faulty) -> None:
     wide[POSITIONS] = np.arange(len(TOKENS))
     answers = derivatives(steps, point, _ELEMENTS, _ROW, wide, computed[0])["blk.1.l_out"]
     direction = np.random.default_rng(1).standard_normal(answers.shape[1]) * np.abs(wide["blk.1.l_out"][_ROW]).mean()
+    given = {name: wide[name] for step in steps for name in step.names if name.startswith("input.")}
     ends = []
     for sign in (1e-5, -1e-5):
         moved = wide["blk.1.l_out"].copy()
         moved[_ROW] += sign * direction
-        end = values_of(Variant.WIDE, steps, TOKENS, *numbers, *computed, {point}, {"blk.1.l_out": moved})[point]
+        end = values_of(Variant.WIDE, steps, TOKENS, *numbers, *computed, {point}, given | {"blk.1.l_out": moved})[point]
         ends.append(end[_ROW, _ELEMENTS])
     np.testing.assert_allclose(answers @ direction, (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(["qwen3moe", "deepseek2", "gpt-oss", "llama4", "phi3", "qwen2moe", "mamba2"], "qwen3moe")
+    "name",
+    slow_but(
+        ["qwen3moe", "deepseek2", "gpt-oss", "llama4", "phi3-longrope", "qwen2moe", "mamba2", "qwen2vl", "minicpm3", "mpt"],
+        "qwen3moe",
+        "qwen2vl",
+    ),
 )
 def test_rows_of_several_runs_together_are_those_of_each(
     name: str, reference: Reference, small_model: Callable[..., Path]
 ) -> None:
-    """Routing, experts, parts of rows: every step that works row by row on three prompts at once gives what it gives for each of them."""
+    """Rotations, routing, experts, parts of rows: each step that works row by row gives for three prompts what it gives for each."""
     path = small_model(name)
     engine = Faulty(path, reference.graph(path))
     computed = engine.transformer.weights, engine.transformer.backend
@@ -82,7 +89,7 @@ def test_rows_of_several_runs_together_are_those_of_each(
     runs = [Replay(engine.right, prompt, range(len(prompt)), [0] * len(prompt), *computed) for prompt in prompts]
     steps = [step for step in engine.right if by_rows(step) and not any(isinstance(read, History) for read in step.reads)]
     assert all(can_batch(step) for step in steps)
-    assert name in ("phi3", "mamba2") or {"MUL_MAT_ID", "SUM_ROWS"} & {getattr(step.op, "name", "") for step in steps}
+    assert name == "mamba2" or {"MUL_MAT_ID", "SUM_ROWS", "ROPE", "CONT"} & {getattr(step.op, "name", "") for step in steps}
     for step in steps:
         stacked = [np.concatenate([run.values[name] for run in runs]) for name in step.names]
         together = compute_batch(step, stacked, len(runs), computed[0])

@@ -12,7 +12,7 @@ from planted import Faulty, tokens_of
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from engine.backend import Array
-from engine.faults.edits import Then
+from engine.faults.edits import Then, ggml
 from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
@@ -90,3 +90,76 @@ def test_experts_in_another_order_are_no_other_numbers(
     ]
     ours = replace(unstated(mixture.dump(RIGHT, tokens, points="all", size=1 << 20, steps=steps)), header=None)
     assert bool(compared_on(ours, read(out), Options(), model).verdict) is agrees
+
+
+@pytest.fixture(scope="module")
+def dense(reference: Reference, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small gpt2."""
+    model, recipe = tmp_path_factory.mktemp("dense") / "m.gguf", RECIPES["gpt2"]
+    make_by_recipe(model, recipe, shape_of(recipe), {}, kind="f32", seed=1, tokenizer=stories, running=reference)
+    return Faulty(model, reference.graph(model))
+
+
+def _of_dense(dense: Faulty, kind: str, change: Callable[[Array], Array], compute: str = "") -> Dump:
+    """The whole dump of an arithmetic, with one result changed."""
+    steps = [
+        replace(step, op=Then(step.op, change)) if step.makes == "blk.1.attn_out" else step
+        for step in (rounded(dense.right, kind, storage=False) if compute else dense.right)
+    ]
+    made = dense.dump(RIGHT, tokens_of(dense.model, 9, 1), points="all", size=1 << 20, steps=steps)
+    assert made.header is not None
+    return replace(unstated(made), header=replace(made.header, compute=compute or "f32"))
+
+
+def _in_half_steps(x: Array) -> Array:
+    """Each element times a weight that is kept in BF16."""
+    weight = np.linspace(1, 2, x.shape[-1], dtype=np.float32)
+    kept = ((weight.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.asarray(x * (kept / weight))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "q8"])
+@pytest.mark.parametrize(
+    ("change", "agrees"),
+    [
+        (lambda x: x, True),
+        (_in_half_steps, True),
+        (lambda x: x * np.float32(1.002), False),
+        (lambda x: x + np.float32(0.01) * np.sqrt(np.mean(x * x)), False),
+    ],
+    ids=["right", "weights in BF16", "times 1.002", "plus 0.01"],
+)
+def test_an_arithmetic_that_is_stated_hides_no_factor(
+    dense: Faulty, kind: str, change: Callable[[Array], Array], agrees: bool
+) -> None:
+    """An engine that rounds as ours does is held beside our own run where it states its arithmetic, too; limits allow for far more."""
+    right = _of_dense(dense, "f32", lambda x: x)
+    verdict = compared_on(_of_dense(dense, kind, change, kind), right, Options(), dense.model).verdict
+    assert bool(verdict) is agrees
+    if not agrees:
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.checkpoint == "blk.1.attn_out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "agrees"), [(1 + 0.9 * 2.0**-8, True), (1 + 1.2 * 2.0**-8, False)])
+def test_a_constant_may_be_kept_in_bf16(
+    reference: Reference, stories: Path, tmp_path: Path, factor: float, agrees: bool
+) -> None:
+    """A granite multiplies by constants, which BF16 moves by half a step at most; a product has none."""
+    model, recipe = tmp_path / "m.gguf", RECIPES["granite"]
+    make_by_recipe(model, recipe, shape_of(recipe), {}, kind="f32", seed=3, tokenizer=stories, running=reference)
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 9, 3)
+    place = next(step.makes for step in engine.right if ggml(step, "SCALE"))
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
+        for step in rounded(engine.right, "bf16", storage=False)
+    ]
+    right, ours = (
+        unstated(engine.dump(RIGHT, tokens, points="all", size=1 << 20, steps=some)) for some in (engine.right, steps)
+    )
+    assert right.header is not None
+    right = replace(right, header=replace(right.header, compute="f32"))
+    ours = replace(ours, header=replace(right.header, compute="bf16"))
+    assert bool(compared_on(ours, right, Options(), model).verdict) is agrees

@@ -140,6 +140,16 @@ def test_a_dump_that_is_no_file_is_refused(what: str, body: str, tmp_path: Path)
     assert what in str(error)
 
 
+def test_a_script_with_line_ends_of_windows_is_said_to_be_there(tmp_path: Path) -> None:
+    """The system looks for an interpreter of the name "/bin/sh\\r": the line does not say that the script is missing."""
+    script = tmp_path / "engine.sh"
+    script.write_bytes(b"#!/bin/sh\r\nexit 0\r\n")
+    script.chmod(0o755)
+    error = failure(f"{script} {{out}}", tmp_path / "o")
+    assert "engine.sh: No such file" in error.message
+    assert "carriage return" in error.advice
+
+
 def test_a_dump_without_end_is_stopped(tmp_path: Path) -> None:
     """An engine that writes without end, to stdout or {out}, is stopped."""
     for line in (

@@ -14,7 +14,7 @@ from slow import slow_but
 
 from engine.backend import Array
 from engine.faults import CATALOGUE, Planting, plant
-from engine.graph import Step
+from engine.graph import POSITIONS, Step
 from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
 from parity.explain.budget import Budget
@@ -38,9 +38,9 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     shape = (len(PROMPT), engine.transformer.hp.n_embd)
     outputs = [weights.array(rng.standard_normal(shape).astype(np.float32)) for _ in range(3)]
     positions = weights.array(case.positions)
-    together = carry(steps, "blk.1.l_out", outputs, positions, weights)
+    together = carry(steps, "blk.1.l_out", outputs, {POSITIONS: positions}, weights)
     for single, many in zip(outputs, together, strict=True):
-        alone = next(carry(steps, "blk.1.l_out", [single], positions, weights))
+        alone = next(carry(steps, "blk.1.l_out", [single], {POSITIONS: positions}, weights))
         assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
 
 

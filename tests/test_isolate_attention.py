@@ -174,3 +174,22 @@ def test_elimination_names_attention() -> None:
     )
     assert eliminated([*inside, operation("ffn_out", WRONG)], [layer])[0].reason == "something else"
     assert eliminated(inside, [replace(layer, status=PROVEN)])[0].reason == "something else"
+
+
+@pytest.mark.slow
+def test_scores_made_of_unrecorded_ones_have_no_later_positions(
+    faulty: Callable[[str], Faulty], reference: Reference, tmp_path: Path
+) -> None:
+    """gemma2's soft cap is made of scores that were not recorded, whose later positions no dump has: a right one is not wrong there, one
+    1.001 times too large is.
+    """
+    engine = faulty("gemma2")
+    kinds = (*KINDS, "scale", "k_read", "v_read", "kq_scaled_1", "kq_tanh", "kq_scaled_2", "kq_soft_max")
+    assert not judged(engine, reference, tmp_path, kinds=kinds).wrong
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(1.001))
+        if step.makes == "blk.1.kq_scaled_1"
+        else step
+        for step in engine.right
+    ]
+    assert [item.name for item in judged(engine, reference, tmp_path, steps=steps, kinds=kinds).wrong] == ["blk.1.kq_scaled_1"]

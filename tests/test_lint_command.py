@@ -1,5 +1,6 @@
 """`parity lint` and the lint before a diff: what they refuse, print and exit with."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,22 @@ def test_an_engine_that_counts_anew_in_each_pass_is_told_so(tmp_path: Path) -> N
     assert not report.usable
     assert [f.rule for f in report.findings] == ["doubled"]
     assert "token's position" in report.findings[0].advice
+
+
+@pytest.mark.parametrize(("off", "rules"), [(3e-7, []), (1e-4, ["doubled"])])
+def test_a_prompt_that_is_computed_again_for_each_token_is_no_contradiction(
+    off: float, rules: list[str], tmp_path: Path
+) -> None:
+    """Bare lines of an engine without a cache differ from pass to pass by float32's rounding; what differs by more contradicts."""
+    path, rng = tmp_path / "bare.jsonl", np.random.default_rng(1)
+    row = rng.normal(size=(5, 10))
+    lines = [
+        json.dumps({"checkpoint": "layer_5", "token_idx": t, "values": list(row[t] * (1 + off * rng.normal(size=10)))})
+        for length in (3, 4, 5)
+        for t in range(length)
+    ]
+    path.write_text("\n".join(lines))
+    assert [finding.rule for finding in lint(read(path)).findings if finding.rule == "doubled"] == rules
 
 
 def test_an_end_that_counts_more_records_than_there_are(right: Dump, tmp_path: Path) -> None:

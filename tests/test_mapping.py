@@ -65,6 +65,7 @@ def test_a_mapping_file_says_what_names_mean(tmp_path: Path) -> None:
         *NO_POINTS,
         "[names",
         "x = 1",
+        f"layer_offset = {1 << 62}",
         'names = "x"',
         "[names]\na = 1",
         '[names]\na = {point = "q", rope_pairs = "x"}',
@@ -136,6 +137,16 @@ def test_what_a_slice_cannot_tell_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             mapped(entry)
+
+
+def test_a_mapping_of_another_editor_is_read_or_said_to_be_of_another_encoding(tmp_path: Path) -> None:
+    """A byte order mark and Windows' line ends are no names; UTF-16 is named as what it is not."""
+    path, text = tmp_path / "names.toml", "[names]\r\nwte = 'embd'\r\n"
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    assert read_mapping(path).entry("wte")[0] == "embd"
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(InputError, match="it is not UTF-8"):
+        read_mapping(path)
 
 
 def test_two_names_of_one_point_are_no_wrong_positions(parity: Cli, tmp_path: Path) -> None:

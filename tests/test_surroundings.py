@@ -56,6 +56,14 @@ def test_an_answer_that_cannot_be_written_is_said(stories_run: Path) -> None:
     assert ran.returncode == 2, "1 would be a divergence"
 
 
+def test_an_answer_of_which_the_disk_takes_a_part_is_said_to_be_cut(tmp_path: Path) -> None:
+    """PYTHONUNBUFFERED, which containers set, loses nothing without a word: a header that is cut off is exit 2, as with a buffer."""
+    for unbuffered in ("", "1"):
+        ran = shell('ulimit -f 8; parity emit c > "$1"', tmp_path / "dump.h", PYTHONUNBUFFERED=unbuffered)
+        assert ran.returncode == 2
+        one_line(ran.stderr, "cannot be written or read: File too large")
+
+
 @pytest.mark.slow
 def test_a_terminal_without_unicode_is_served(stories_run: Path) -> None:
     """In a locale without UTF-8 the prompt's bytes are taken as UTF-8 and what cannot be printed is a question mark."""

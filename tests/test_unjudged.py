@@ -11,6 +11,7 @@ from planted import Faulty, tokens_of
 
 from checkpoints.answers.diff import DIVERGENCE, INCOMPLETE, PARITY, UNJUDGED, Limits, Verdict
 from checkpoints.record import Dump
+from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import recipe
@@ -18,7 +19,8 @@ from parity.diff.compare import Options, comparison
 from parity.diff.limits import limits
 from parity.diff.unjudged import without_unjudged
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.on_model import compared_on
+from parity.explain.known_model import KnownModel
+from parity.explain.on_model import _without_unjudged, compared_on
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reports.as_json import verdict_as_json
@@ -121,14 +123,17 @@ def test_no_cause_is_named_where_any_change_explains_the_error(tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(engine: Faulty, tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("compute", ["bf16", None])
+def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(
+    engine: Faulty, tokens: tuple[int, ...], compute: str | None
+) -> None:
     """Logits a thousand times as large from position 4 on are no rounding: the place is named, as by diff, and no cause."""
     made = engine.dump(RIGHT, tokens, steps=rounded(engine.right, "bf16", storage=True))
     rows = made.points["logits"]
     values = rows.values * np.where(rows.token_idx < 4, 1, 1000)[:, None].astype(np.float32)
     large = replace(rows, values=values, stats={}, sketch=None)
     ours = _stating(replace(made, points={**made.points, "logits": large}), "bf16")
-    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute="bf16"))
+    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute=compute))  # else the header states it
     assert not explained
     assert not explained.causes
     assert not explained.unjudged
@@ -136,6 +141,28 @@ def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(engine: Faulty
     assert (explained.first.checkpoint, explained.first.token_idx) == ("logits", 4)
     right = _stating(engine.dump(RIGHT, tokens), "f32")
     assert compared_on(ours, right, Options(), engine.model, third_side=False).verdict.verdict == DIVERGENCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stated", ["bf16", ""])
+@pytest.mark.parametrize(("place", "factor", "agrees"), [("blk.3.ffn_out", 50, False), ("blk.3.l_out", 1000, True)])
+def test_other_experts_make_no_row_ten_times_as_large(
+    engine: Faulty, tokens: tuple[int, ...], place: str, factor: float, agrees: bool, stated: str
+) -> None:
+    """Fifty times what experts add is a divergence, though others may have been chosen; a norm divides a whole residual's factor away."""
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
+        for step in rounded(engine.right, "bf16", storage=True)
+    ]
+    ours = _stating(engine.dump(RIGHT, tokens, points="all", steps=steps), stated)
+    right = _stating(engine.dump(RIGHT, tokens, points="all"), "f32")
+    verdict = compared_on(ours, right, Options(), engine.model, third_side=False).verdict
+    assert bool(verdict) is agrees
+    assert [fault.checkpoint for fault in verdict.record_faults] == ([place] if agrees else [])
+    if not agrees:
+        assert verdict.verdict == DIVERGENCE
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.checkpoint == place
 
 
 @pytest.mark.slow
@@ -148,6 +175,19 @@ def test_an_engine_that_rounds_as_ours_does_is_right_however_wide_the_limits(
     right = _stating(engine.dump(RIGHT, tokens), "f32")
     assert compared_on(ours, right, Options(), engine.model, third_side=False).verdict
     assert explain(ours, engine.model, ExplainOptions(budget=10))
+
+
+@pytest.mark.slow
+def test_native_limits_that_judge_nothing_leave_the_result_open(engine: Faulty, tokens: tuple[int, ...]) -> None:
+    """In native mode no arithmetic is known in which our engine could be run beside the dump: the result is incomplete, and no error."""
+    bf16 = rounded(engine.right, "bf16", storage=True)
+    ours, ref = (unstated(engine.dump(RIGHT, tokens, steps=steps)) for steps in (bf16, engine.right))
+    ours, ref = (replace(made, header=replace(made.header, mode="native")) for made in (ours, ref) if made.header is not None)
+    allowed = Limits(7.0, 7.0, "measured", points=dict.fromkeys(ref.points, 7.0))
+    compared = comparison(ours, ref, Options(limits=allowed))
+    judged = _without_unjudged(compared, ours, Options(), KnownModel(ref, engine.model)).verdict
+    assert judged.precision is None
+    assert judged.verdict == INCOMPLETE
 
 
 def _stating(made: Dump, compute: str) -> Dump:

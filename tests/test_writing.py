@@ -14,7 +14,7 @@ from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
 from checkpoints.record import Header
 from checkpoints.tensors import TensorWriter
-from checkpoints.whole_file import Replacement, put
+from checkpoints.whole_file import Replacement, make_folders, put, remove_empty
 from parity.models import embedded
 from parity.run.request import Request
 from parity.run.session import run_folder
@@ -111,6 +111,15 @@ def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     put(path, b"page")
     assert path.read_bytes() == b"page"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_folders_are_made_as_deep_as_the_system_takes_them(tmp_path: Path) -> None:
+    """1,500 folders in each other are made one after the other, not by recursion, and removed again."""
+    made = make_folders(tmp_path / Path(*["d"] * 1500))
+    assert len(made) == 1500
+    assert made[0].is_dir()
+    remove_empty(made)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dump_appears_line_by_line_where_nothing_stood(tmp_path: Path) -> None:

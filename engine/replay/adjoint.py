@@ -10,8 +10,9 @@ import numpy as np
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import History, Step, WeightSource, weight_of_step
-from .batched import compute_elementwise, elementwise
+from ..graph import Read, Step, View, WeightSource, name_of, viewed, weight_of_step
+from ..lift.node import GgmlOperation
+from .batched import compute_elementwise, elementwise, same_part_of_rows
 
 # Of an element, in proportion: in float64 the difference then has some ten digits, and what is beyond first order is one part in 10^10.
 _DIFFERENCE = 1e-5
@@ -38,7 +39,7 @@ def derivatives(
         partial: what goes through other operations, such as experts, is left out; what residuals hand on past them is most of it.
 
     Raises:
-        KeyError: a step is of another operation, or reads parts of values.
+        KeyError: a step is of another operation, or reads other parts of values than the same of each row.
     """
     last = values[point]
     xp = module_of(last)
@@ -49,19 +50,36 @@ def derivatives(
         if step.makes not in by_name:
             continue
         carry = _elementwise if elementwise(step) else _BACK.get(step.op)
-        if carry is None or not all(isinstance(read, str | History) for read in step.reads):
+        if carry is None or not all(map(same_part_of_rows, step.reads)):
             if partial:
                 continue
-            raise KeyError(step.makes)  # halves of a fused product, say
+            raise KeyError(step.makes)
         back, names = by_name[step.makes], step.names
         if back.ndim > 2:
             del by_name[step.makes]  # of scores: [k, heads, S] in every layer
-        inputs = [values[name] for name in names]
+        whole = [values[name] for name in names]
+        inputs = [_rows_of(read, value) for read, value in zip(step.reads, whole, strict=True)]
         arrays = [weight_of_step(weight, weights) for weight in step.weights]
-        for name, part in zip(names, carry(step, back, inputs, arrays, row), strict=False):
+        for read, value, part in zip(step.reads, whole, carry(step, back, inputs, arrays, row), strict=False):
             if part is not None:
-                by_name[name] = by_name[name] + part if name in by_name else part
+                name = name_of(read)
+                of_whole = _scattered(read, part, value) if isinstance(read, View) else part
+                by_name[name] = by_name[name] + of_whole if name in by_name else of_whole
     return by_name
+
+
+def _rows_of(read: Read, value: Array) -> Array:
+    """What a step reads of a value, a row for each of the value's rows."""
+    return viewed(read, value).reshape(len(value), -1) if isinstance(read, View) else value
+
+
+def _scattered(read: View, part: Array, value: Array) -> Array:
+    """Derivatives by the elements of a part of each row as those by the whole row: [k, m] -> [k, n]."""
+    xp = module_of(value)
+    columns = _rows_of(read, xp.arange(value.size).reshape(value.shape))[0]
+    whole = xp.zeros((len(part), value.shape[1]), dtype=part.dtype)
+    xp.add.at(whole.T, columns, part.T)
+    return whole
 
 
 def _linear(_step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], _row: int) -> Sequence[Array]:
@@ -94,6 +112,25 @@ def _rope(step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[An
     xp = module_of(back)
     rows = len(back)
     return [ops.rotate(back, xp.repeat(cos, rows, axis=0), -xp.repeat(sin, rows, axis=0), **size), None]
+
+
+def _rotated(step: Step, back: Array, inputs: Sequence[Array], weights: Sequence[Any], row: int) -> Sequence["Array | None"]:
+    """A rotation of ggml's, whose transpose is that by the opposite angles."""
+    xp = module_of(back)
+    _, _, heads, size = (dimension.fixed for dimension in step.params["shape"])
+    rows, positions = len(back), inputs[1].reshape(-1, len(inputs[0]))[:, row]
+    turned = GgmlOperation("ROPE_BACK").compute(
+        back.reshape(1, rows, heads, size),
+        xp.repeat(positions, rows),
+        *weights,
+        params=step.params["params"],
+        shape=(1, rows, heads, size),
+    )
+    return [turned.reshape(back.shape), None]
+
+
+def _part(_step: Step, back: Array, _inputs: Sequence[Array], _weights: Sequence[Any], _row: int) -> Sequence[Array]:
+    return [back]
 
 
 def _cached(_step: Step, back: Array, _inputs: Sequence[Array], _weights: Sequence[Any], _row: int) -> Sequence[Array]:
@@ -156,6 +193,9 @@ _BACK: Mapping[Callable[..., Any], _Back] = {
     ops.layer_norm: _layer_norm,
     ops.linear: _linear,
     ops.rope: _rope,
+    ops.part: _part,
+    GgmlOperation("ROPE"): _rotated,
+    GgmlOperation("CONT"): _part,
     ops.cached: _cached,
     ops.add: _add,
     ops.swiglu: _swiglu,

@@ -10,15 +10,17 @@ from math import prod
 from checkpoints.graph import Size
 
 from .. import ops
-from ..backend import Array
-from ..graph import PASSES, History, Read, Step, View, WeightSource, compute
+from ..backend import Array, module_of
+from ..graph import PASSES, History, Read, Step, View, WeightSource, compute, weight_of_step
 from ..lift.node import GgmlOperation
 
 _ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu, ops.part)
 _ELEMENTWISE = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "SQR", "SQRT", "UNARY", "GLU"})  # of ggml's operations
 # Those that take a row to a row, if positions are what they read in rows: those of routing and experts.
 _OF_ROWS = _ELEMENTWISE | {"SOFT_MAX", "ARGSORT", "TOP_K", "GET_ROWS", "SUM_ROWS", "MUL_MAT_ID"}
-_POSITIONS = Size(0, 1)
+# Those that do where positions are the slowest dimension of all that they read and make: elements keep their order within a row.
+_IN_ORDER = frozenset({"ROPE", "ADD_ID", "CONT", "CONCAT", "REPEAT"})
+_POSITIONS, _OF_SECTIONS = Size(0, 1), (Size(0, 4),)  # M-RoPE's positions: those of every section one after the other
 _PLAIN = {
     "params",
     "operands",
@@ -36,18 +38,37 @@ def by_rows(step: Step) -> bool:
 
 def _takes_rows(step: Step) -> bool:
     """Whether an operation of ggml's makes each row of its value of the same row of what it reads: sizes say what a row is."""
-    if not isinstance(step.op, GgmlOperation) or step.op.name not in _OF_ROWS or step.axis != 0:
+    if not isinstance(step.op, GgmlOperation) or step.op.name not in _OF_ROWS | _IN_ORDER or step.axis != 0:
         return False
     operands = step.params["operands"]
     moving = [operand for operand in operands if operand is not None and operand.variable]
     plain = len(moving) == len(step.reads) and step.params.keys() <= _PLAIN and _in_rows(step.params["result_shape"])
-    whole = all(isinstance(read, View) or _in_rows(operand.whole) for read, operand in zip(step.reads, moving, strict=False))
+    others = moving[:1] if _has_sections(step) else moving
+    if step.op.name in _IN_ORDER:
+        plain = plain and all(map(_slowest, (step.params["shape"], *(operand.shape for operand in others))))
+    whole = all(isinstance(read, View) or _in_rows(operand.whole) for read, operand in zip(step.reads, others, strict=False))
     return plain and whole and all(map(_is_of_rows, step.reads))
+
+
+def _has_sections(step: Step) -> bool:
+    """Whether a rotation has several positions for each row."""
+    operands = step.params.get("operands", ())
+    return step.op == GgmlOperation("ROPE") and operands[1] is not None and operands[1].whole == _OF_SECTIONS
+
+
+def _slowest(shape: Sequence[Size] | None) -> bool:
+    """Whether positions are the slowest dimension of a shape, but for those of one element."""
+    return shape is not None and next((size for size in shape if size != Size(1)), None) == _POSITIONS
 
 
 def _in_rows(sizes: Sequence[Size]) -> bool:
     """Whether a shape is a row for each position."""
     return sizes[0] == _POSITIONS and all(size.constant for size in sizes[1:])
+
+
+def same_part_of_rows(read: Read) -> bool:
+    """Whether a step reads a value or a history, or the same part of each row of a value, row by row."""
+    return isinstance(read, History) or (_is_of_rows(read) and (not isinstance(read, View) or _slowest(read.shape)))
 
 
 def _is_of_rows(read: Read) -> bool:
@@ -85,8 +106,7 @@ def can_batch(step: Step) -> bool:
         return False
     if step.op in _ROW_BY_ROW:
         return all(isinstance(read, History) or _is_of_rows(read) for read in step.reads)
-    by_head = step.op is ops.causal_soft_max and (step.weights or "max_bias" in step.params)  # sinks, ALiBi
-    return step.op in _ATTENTION and not by_head and all(isinstance(read, str | History) for read in step.reads)
+    return step.op in _ATTENTION and all(isinstance(read, str | History) for read in step.reads)
 
 
 def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
@@ -101,20 +121,39 @@ def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: Weigh
     """
     if elementwise(step):
         stacked = compute_elementwise(step, inputs)
+    elif step.op in _ATTENTION:
+        stacked = _attention(step, inputs, many, weights)
     else:
-        stacked = _attention(step, inputs, many) if step.op in _ATTENTION else compute(step, inputs, weights)
+        stacked = compute(step, _by_section(inputs, many) if _has_sections(step) else inputs, weights)
     return stacked.reshape(many, stacked.shape[0] // many, *stacked.shape[1:])
 
 
-def _attention(step: Step, inputs: Sequence[Array], many: int) -> Array:
+def _by_section(inputs: Sequence[Array], many: int) -> Sequence[Array]:
+    """The inputs of a rotation, with the positions of each section in all versions one after the other."""
+    return inputs[0], inputs[1].reshape(many, _OF_SECTIONS[0].tokens, -1).swapaxes(0, 1).reshape(-1)
+
+
+def _attention(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
     if step.op is ops.causal_soft_max:
-        rows = len(inputs[1]) // many
-        return ops.causal_soft_max(inputs[0], inputs[1][:rows], inputs[2][:rows], **step.params)
+        return _soft_max(step, inputs, many, weights)
     heads = {name: count * many for name, count in step.params.items()}  # heads, kv_heads
     if step.op is ops.attention_scores:
         return ops.attention_scores(_beside(inputs[0], many), _beside(inputs[1], many), **heads)
     mixed = ops.weighted_values(inputs[0], _beside(inputs[1], many), **heads)
     return mixed.reshape(len(mixed), many, -1).transpose(1, 0, 2).reshape(len(mixed) * many, -1)
+
+
+def _soft_max(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
+    """Versions as more heads or, where heads differ (sinks, ALiBi), as more queries of each head."""
+    scores, rows = inputs[0], len(inputs[1]) // many
+    positions, keys = inputs[1][:rows], inputs[2][:rows]
+    if not (step.weights or "max_bias" in step.params):
+        return ops.causal_soft_max(scores, positions, keys, **step.params)
+    of_heads = [weight_of_step(weight, weights) for weight in step.weights]
+    queries = scores.reshape(many, -1, *scores.shape[1:]).swapaxes(0, 1)
+    flat = queries.reshape(len(queries), -1, scores.shape[2])
+    seen = ops.causal_soft_max(flat, module_of(scores).tile(positions, many), keys, *of_heads, **step.params)
+    return seen.reshape(queries.shape).swapaxes(0, 1).reshape(scores.shape)
 
 
 def _beside(x: Array, many: int) -> Array:

@@ -82,8 +82,15 @@ def rounded(steps: Sequence[Step], kind: str, *, storage: bool, normed: bool = F
 
     The factors of every matrix product are rounded, sums are float32. With `storage` every activation is kept in that type too, and with
     `normed` a norm's row is rounded before the product with its weight, as transformers' LlamaRMSNorm and vLLM's kernel do.
+    Steps that this does not change are the same objects.
     """
-    return [replace(step, op=_Rounded(step.op, kind, storage, len(step.reads), normed)) for step in steps]
+    every = storage and kind != "q8"
+    return [
+        replace(step, op=_Rounded(step.op, kind, storage, len(step.reads), normed))
+        if every or (multiplies(step) and (kind != "q8" or step.op not in _ATTENTION)) or (normed and step.op in _NORMS)
+        else step
+        for step in steps
+    ]
 
 
 class _Stored(Struct, frozen=True):

@@ -23,7 +23,8 @@ Bools = NDArray[np.bool_]
 class Held(Struct, frozen=True):
     """For each record, [R]: its NMSE limit, its error in proportion to the limit, and whether that is above 1.
 
-    `excused` records are over the table's limit and pass by an assumption about rounding.
+    `excused` records are over the table's limit and pass by an assumption about rounding. `lower_arithmetic`: the limits are the table's
+    for an arithmetic below float32.
     """
 
     limit: Floats
@@ -31,15 +32,20 @@ class Held(Struct, frozen=True):
     failed: Bools
     notes: tuple[str, ...] = ()
     excused: int = 0
+    lower_arithmetic: bool = False
 
-    def beside_the_largest(self, share: Floats) -> "Held":
-        """The same with records of few numbers, whose share [R] is below 1, judged in proportion to their point's largest record."""
+    def take(self, chosen: NDArray[np.int64]) -> "Held":
+        """The same for some of the records."""
+        return replace(self, limit=self.limit[chosen], of_limit=self.of_limit[chosen], failed=self.failed[chosen])
+
+    def with_noise(self, share: Floats) -> "Held":
+        """The same, with the errors of records that may be noise multiplied by their share [R], which is below 1 for those."""
         number = int((share < 1).sum())
         if not number:
             return self
         note = (
-            f"noise: {number} records of few numbers are over the usual limit, but no further off than where these numbers are larger, "
-            "and everything computed from them agrees: sums that all but cancel"
+            f"noise: {number} records are over the usual limit, but no further off than rounding makes sums that all but cancel, and "
+            "everything computed from them agrees (an assumption: with --model the model's own rounding decides)"
         )
         limit, of_limit = self.limit / share, self.of_limit * share
         return replace(
@@ -95,7 +101,7 @@ def hold(
         of_limit = proportion(measured.measures.nmse, measured.measures.future_mass, limit)
     failed = of_limit > 1
     notes = (*_of_the_table(measured.measures.nmse, tabled, failed, after_table), *notes)
-    return Held(limit, of_limit, failed, notes, int((assumed & ~failed).sum()))
+    return Held(limit, of_limit, failed, notes, int((assumed & ~failed).sum()), lower_arithmetic)
 
 
 def _of_the_table(nmse: Floats, passed: Bools, failed: Bools, after_table: Bools) -> list[str]:

@@ -15,14 +15,13 @@ from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.nearest import unknown_names
 from checkpoints.record import Dump, Rows
+from checkpoints.repeated import same_values
 
 from .dataflow import ordered
 from .tokens import SAME, TokenComparison
 from .uncompared import uncompared
 
 _POSITION_BITS = 40  # the reader accepts positions below 2^40
-# Two records of one key count as the same if they differ by no more than two right float32 runs (the limit of exact mode).
-_SAME = 1e-10
 
 
 class Pair(Struct, frozen=True):
@@ -177,26 +176,11 @@ def _unique(rows: Rows, path: str, step: int | None, doubled: dict[str, dict[str
         return rows.take(by_key)
     head = heads[np.cumsum(starts) - 1]  # the first record of each record's key
     others = by_key[~starts]
-    same = _same(rows, head[~starts], others)
+    same = same_values(rows, head[~starts], others)
     if not same.all():
         heads = _select(rows, path, step, by_key, starts, others[~same])
     doubled.setdefault(path, {})[rows.point] = len(others)
     return rows.take(heads)
-
-
-def _same(rows: Rows, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool [len(a)]: records a[i] and b[i] agree in their values."""
-    left, right = rows.values[a].astype(np.float64), rows.values[b].astype(np.float64)
-    nonfinite = ~(np.isfinite(left) & np.isfinite(right))
-    with np.errstate(invalid="ignore"):
-        delta = np.where(nonfinite, 0.0, left - right)
-    if rows.quantum is not None:
-        delta[np.abs(delta) <= np.maximum(rows.quantum[a], rows.quantum[b])] = 0.0
-    equal_odd = np.all(~nonfinite | (left == right) | (np.isnan(left) & np.isnan(right)), axis=1)
-    energy = np.sum(np.where(nonfinite, 0.0, right) ** 2, axis=1)
-    near = np.sum(delta**2, axis=1) <= _SAME * energy
-    equal: NDArray[np.bool_] = (rows.counts[a] == rows.counts[b]) & equal_odd & near
-    return equal
 
 
 def _select(

@@ -18,6 +18,7 @@ from .align import align
 from .dataflow import Flow, dataflow_of, flow, without_mask
 from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
+from .masked_values import masked_as_ours
 from .measure import Measured, measured
 from .notes import notes_on
 from .offsets import AlignedDump, elsewhere, place
@@ -121,6 +122,8 @@ def _comparison(ours: Dump, ref: Dump, options: Options, parted: TokenComparison
     tokens = parted or compare_tokens(ours, ref)
     whole, damaged = dataflow_of(ours, ref)
     alignment = align(ours, ref, options.step, tokens, whole)
+    if allowed.operations > EXACT_FLOOR.operations:
+        alignment = replace(alignment, pairs=masked_as_ours(alignment.pairs))
     errors = as_sets(measured(alignment, ours, ref))
     against = _Against(ours, ref, allowed, options, whole)
     errors, model, held, routing, verdicts = against.judged(errors)
@@ -195,7 +198,7 @@ class _Against(Struct, frozen=True):
             model, held, routing = self._held(errors)
             verdicts = judged(errors, held, model, self.ours, self.ref, shown, verdicts.elsewhere)
         if verdicts.share is not None:
-            held = held.beside_the_largest(verdicts.share)
+            held = held.with_noise(verdicts.share)
         return errors, model, held, routing, verdicts
 
     def _held(self, errors: Measured) -> tuple[Flow, Held, Routed]:

@@ -24,7 +24,7 @@ from .rounded_records import RoundedRecords
 from .routing import chosen_by, ids
 from .same_vector import alike
 from .shown import shown_by
-from .wrong_values import at_bounds, energies, removed_by_a_norm, share_of_largest
+from .wrong_values import at_bounds, energies, removed_by_a_norm, share_of_noise
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -118,7 +118,7 @@ class _Consumers:
                 decided = self._decisions(name, wrong, choices=False)
             acquitted = self._acquitted(name, decided, read)
             pair, rows = self._measured.pairs[self._place[name]], self._measured.row[wrong]
-            share = share_of_largest(pair, rows, self._held.of_limit[wrong])
+            share = share_of_noise(pair, rows, self._measured.measures.nmse[wrong], self._held.take(wrong))
             if acquitted and read is None and share is not None:
                 self._share[wrong] = share
             elif acquitted or (read is not None and (read.proof or read.same in alike or self._rounded.alone(name))):
@@ -234,7 +234,7 @@ class _Consumers:
                 unclear = True
             elif other is None:
                 decided = False
-            elif self._otherwise[other]:
+            elif self._otherwise[other] or self._share[other] != 1:
                 consumed = True  # judged in turn by what is made from it
             elif self._held.failed[other]:
                 failing = True

@@ -8,15 +8,16 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
 from checkpoints.points import EMBD
+from checkpoints.record import Rows
 
 from .dataflow import Stretch
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
-from .next_points import listed, next_points
+from .next_points import next_points, points_value
 from .operations import ELEMENTWISE, noun
 from .pattern import Evidence, diagnose
 from .readings import LAYOUT, Allowed, Others, head_size_of
 from .records import Records
-from .rounding import rounded_to
+from .rounding import cut_to, rounded_to
 from .same_vector import SameVector, same_vector
 from .shown import shown_by
 from .wrong_values import scaled_part
@@ -53,7 +54,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     operation = ""
     if settled and stretch is not None and unseen and not (twin is not None and twin.idle):
         parents = [parent for item in unseen for parent in records.flow.parents[item.checkpoint]]
-        advice = listed(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
+        advice = points_value(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
         every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
@@ -150,41 +151,22 @@ def _last_agreement(records: Records, first: int) -> Agreement | None:
 
 def _pattern(records: Records, first: int, stretch: Stretch | None, settled: bool, twin: SameVector | None) -> Pattern | None:
     """The pattern that the point's values show, otherwise the pattern of the positions at which it is wrong."""
-    name = records.names[records.point[first]]
+    if twin is not None:
+        operation = noun(records.flow, stretch, twin.input) if stretch is not None else ""
+        return Pattern("no-op" if twin.idle else "same-vector", twin.sentence(operation))
     here = np.flatnonzero(
         (records.point == records.point[first]) & (records.seq == records.seq[first]) & ~records.upstream.failed
     )
     failing = here[records.failed[here]]
-    measures = records.measures
-    if twin is not None:
-        operation = noun(records.flow, stretch, twin.input) if stretch is not None else ""
-        return Pattern("no-op" if twin.idle else "same-vector", twin.sentence(operation))
     pair = records.pairs[records.point[first]]
     ours, ref = (side.take(records.row[failing]) for side in (pair.ours, pair.ref))
-    if type_name := rounded_to(ours, ref):
-        return Pattern(
-            "rounded",
-            f"{name} is the reference's rounded to {type_name}: it is stored or computed in that type (--compute {_COMPUTE[type_name]})",
-        )
-    allowed = Allowed.of(records.limit[failing], measures.nmse[failing], ours, ref)
-    layout = shown_by(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref, records.ours))
-    after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
     zero = len(failing) > 0 and not ours.values.any() and bool(ref.values.any(axis=1).all())
-    if layout is not None and layout.relation in _SHIFTED and stretch is not None and not stretch.inputs and after:
-        sentence = f"{name}: position t holds the reference's {layout.relation}, and what follows is computed from that"
-        return Pattern("tokens-shifted", f"{sentence}: {_SHIFTED[layout.relation]}")
-    if layout is not None and not (zero and after):  # zeros that are used were computed
-        sentence = (
-            f"{layout.sentence}; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too"
-            if after
-            else layout.sentence
-        )
-        return Pattern("order" if layout.kind == LAYOUT else "other-record", f"{name}: {sentence}")
-    if name in records.unconfirmed and (part := scaled_part(ours, ref, allowed)):
-        return Pattern("other-record", f"{name}: {part}: a fault whose effect a norm removes, or another moment")
+    if (pattern := _of_values(records, failing, ours, ref, stretch, zero=zero)) is not None:
+        return pattern
+    measures = records.measures
     return diagnose(
         Evidence(
-            point=name,
+            point=pair.point,
             flow=records.flow,
             stretch=stretch,
             position=records.token_idx[here],
@@ -197,13 +179,43 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             drifted=not records.fresh()[failing].any(),
             settled=settled,
             embedded=EMBD in records.names,
-            token=records.text_of(name, int(records.token_idx[first])),
+            token=records.text_of(pair.point, int(records.token_idx[first])),
             alike=_alike(records, here, failing),
             gradual=_gradual(records, here),
             zero=zero,
             stated=records.stated,
         )
     )
+
+
+def _of_values(
+    records: Records, failing: Ints, ours: Rows, ref: Rows, stretch: Stretch | None, *, zero: bool
+) -> Pattern | None:
+    """The pattern of values that are the reference's in another type, layout or place; None if they are not. `zero`: they are all 0."""
+    name = ref.point
+    if type_name := rounded_to(ours, ref):
+        return Pattern(
+            "rounded",
+            f"{name} is the reference's rounded to {type_name}: it is stored or computed in that type (--compute {_COMPUTE[type_name]})",
+        )
+    if type_name := cut_to(ours, ref):
+        return Pattern(
+            "rounded",
+            f"{name} is the reference's with the digits beyond {type_name} cut off, not rounded: it is stored or computed in that type "
+            f"(--compute {_COMPUTE[type_name.split(' ')[0]]})",
+        )
+    allowed = Allowed.of(records.limit[failing], records.measures.nmse[failing], ours, ref)
+    layout = shown_by(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref, records.ours))
+    after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
+    if layout is not None and layout.relation in _SHIFTED and stretch is not None and not stretch.inputs and after:
+        sentence = f"{name}: position t holds the reference's {layout.relation}, and what follows is computed from that"
+        return Pattern("tokens-shifted", f"{sentence}: {_SHIFTED[layout.relation]}")
+    if layout is not None and not (zero and after):  # zeros that are used were computed
+        too = f"; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too" if after else ""
+        return Pattern("order" if layout.kind == LAYOUT else "other-record", f"{name}: {layout.sentence}{too}")
+    if name in records.unconfirmed and (part := scaled_part(ours, ref, allowed)):
+        return Pattern("other-record", f"{name}: {part}: a fault whose effect a norm removes, or another moment")
+    return None
 
 
 def _reference_broken(records: Records, failing: Ints) -> bool:

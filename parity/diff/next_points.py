@@ -29,7 +29,7 @@ def next_points(name: str, last: str | None, stretch: Stretch | None, compared: 
     every = [*stretch.inputs, *stretch.unrecorded, name]
     begun = {point.layer for point in map(parse, compared) if point.layer is not None and point.kind != "l_out"}
     if layers and (set(layers) <= begun or len(stretch.unrecorded) <= _FEW):
-        return listed(every)
+        return points_value(every)
     outside = [other for other in every if parse(other).layer not in layers]
     if not layers:
         return ",".join(sorted(set(outside), key=outside.index))
@@ -38,8 +38,8 @@ def next_points(name: str, last: str | None, stretch: Stretch | None, compared: 
     return ",".join([*dict.fromkeys(outside), _glob(layers[0], layers[-1])])
 
 
-def listed(names: Sequence[str]) -> str:
-    """These points, those of one layer in braces."""
+def points_value(names: Sequence[str]) -> str:
+    """These points as a `--points` value, those of one layer in braces."""
     kinds: dict[int | None, list[str]] = {}
     for name in dict.fromkeys(names):
         point = parse(name)

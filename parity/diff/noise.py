@@ -63,10 +63,10 @@ def excused(
     if not failed.any():
         return limit, ()
     noisy = outliers(point, nmse, of_limit, upstream(model, point, seq, token_idx, nmse, failed))
-    return np.where(noisy, BEYOND * limit, limit), _limits_text(point, noisy, model.names, of_limit)
+    return np.where(noisy, BEYOND * limit, limit), _note(point, noisy, model.names, of_limit)
 
 
-def _limits_text(point: NDArray[np.int64], noisy: Bools, names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
+def _note(point: NDArray[np.int64], noisy: Bools, names: Sequence[str], of_limit: Floats) -> tuple[str, ...]:
     """The note on noisy records: how many, at which points, how far over their limit; empty if there are none."""
     if not noisy.any():
         return ()

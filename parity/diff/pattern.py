@@ -180,7 +180,14 @@ def _embedding(seen: Evidence) -> Pattern:
     if seen.failed.all() and len(seen.failed) > 1:
         return Pattern("embedding", f"the embedding is wrong at every position: {suspects(seen.flow, (EMBD,)) or 'the table'}")
     token = f" of token {seen.token!r}" if seen.token is not None else ""
-    return Pattern("embedding-row", f"{_where(seen)}: the embedding row{token}, or another token id")
+    return Pattern("embedding-row", f"{_where(seen)}: the embedding row{token}, or another token id{_of_position(seen)}")
+
+
+def _of_position(seen: Evidence) -> str:
+    """A remark on the table of positions, if the model adds a row of one to the embedding."""
+    tables = (weight for how in seen.flow.whole.computations.values() for weight in how.weights if "position_embd" in weight)
+    table = next(tables, "")
+    return f", or row {int(seen.position[seen.failed][0])} of {table}" if table else ""
 
 
 def _decode_only(seen: Evidence) -> Pattern | None:
@@ -229,7 +236,9 @@ def _shape(seen: Evidence) -> Pattern | None:
         sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is below the limit elsewhere"
         return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
     token = f" ({seen.token!r})" if seen.token is not None else ""
-    return Pattern("single-positions", f"{where}: the embedding row of that token{token}, or another token id")
+    return Pattern(
+        "single-positions", f"{where}: the embedding row of that token{token}, or another token id{_of_position(seen)}"
+    )
 
 
 def _tail(seen: Evidence, first: int, where: str) -> Pattern:
@@ -264,6 +273,9 @@ def _at_every_position(seen: Evidence, first: int) -> str:
         return "a projection, the recurrence (its state, its convolution or its decay), a norm or weight"
     if seen.flow.sees_later(seen.point):
         return f"{_UNMASKED}, the output projection, FFN, a norm or weight"
+    if nodes and not _attends(seen):
+        experts = "the choice of experts, their weights or products, " if CHOICES & seen.flow.operations(nodes) else ""
+        return f"{experts}a product, an activation, a norm or weight: no attention lies between"
     return "V, the output projection, FFN, a norm or weight, or no causal mask"
 
 

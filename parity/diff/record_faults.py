@@ -8,15 +8,11 @@ from msgspec.structs import replace
 
 from checkpoints.answers.diff import RecordFault
 from checkpoints.points import parse
+from checkpoints.printable import listed
 from checkpoints.record import Rows
 
 from .dataflow import Flow, ordered
 from .readings import Reading
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a sentence: "a", "a and b", "a, b and c"."""
-    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)
 
 
 def record_fault(wrong: Rows, read: Reading | None, agreeing: Sequence[str], *, nonfinite: bool) -> RecordFault:

@@ -32,7 +32,7 @@ class Judged(Struct, frozen=True):
     unconfirmed: frozenset[str] = frozenset()  # points that differ although nothing that is made from them does
     blind: frozenset[str] = frozenset()  # points that show something else, as in other layers, and may be wrong besides
     elsewhere: Mapping[str, str] = {}  # points whose right values stand under another point's name, and that name
-    # The energy of each record in proportion to its point's largest, where it is judged by that one; else 1.
+    # By what the errors of records that may be noise are multiplied (`wrong_values.share_of_noise`); 1 for others.
     share: Floats | None = None
 
 

@@ -26,20 +26,39 @@ def rounded_to(ours: Rows, ref: Rows) -> str:
 
     Only leading values count; if the slice ends inside a block, that block is left out.
     """
-    if ours.indices is not None or ref.indices is not None or not len(ours):
+    values = _compared(ours, ref)
+    if values is None:
         return ""
+    if fitting := _fitting(*values, _types()):
+        return fitting
+    least = int(np.minimum(ours.counts, ref.counts).min())
+    return "8 bits per block" if _steps(values[0][:, :least], values[1][:, :least]) else ""
+
+
+def cut_to(ours: Rows, ref: Rows) -> str:
+    """The same for the types to which the reference's further digits are cut off: "F16", "BF16", "TF32"."""
+    values = _compared(ours, ref)
+    return "" if values is None else _fitting(*values, _cutting())
+
+
+def _compared(ours: Rows, ref: Rows) -> tuple[Floats, Floats, int] | None:
+    """The leading values of both sides and how many they are; None if they show no type."""
+    if ours.indices is not None or ref.indices is not None or not len(ours):
+        return None
     counts = np.minimum(ours.counts, ref.counts)
     width = int(counts.max())
     inside = np.arange(width) < counts[:, None]
     # Rows of attention's scores grow with the position: what a shorter one lacks counts as 0, which every type has.
     a, b = (np.where(inside, side.values[:, :width], np.float32(0)) for side in (ours, ref))
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or _too_simple(a) or np.array_equal(a, b):
-        return ""
+        return None
+    return a, b, int(counts.sum())
+
+
+def _fitting(a: Floats, b: Floats, number: int, types: Iterator[tuple[str, Callable[[Floats], Floats]]]) -> str:
+    """The types of which `a` is `b`."""
     with np.errstate(over="ignore"):  # what F16 cannot hold becomes infinite, and fits nothing
-        fitting = [name for name, rounding in _types() if _rounds(a, b, rounding, int(counts.sum()))]
-    if fitting:
-        return " or ".join(fitting)
-    return "8 bits per block" if _steps(a[:, : counts.min()], b[:, : counts.min()]) else ""
+        return " or ".join(name for name, rounding in types if _rounds(a, b, rounding, number))
 
 
 def is_rounding(values: NDArray[Any], right: NDArray[Any]) -> bool:
@@ -85,6 +104,23 @@ def _types() -> Iterator[tuple[str, Callable[[Floats], Floats]]]:
     yield "F16", lambda x: x.astype(np.float16).astype(np.float32)
     yield "BF16", lambda x: _mantissa(x, 16)
     yield "TF32", lambda x: _mantissa(x, 13)
+
+
+def _cutting() -> Iterator[tuple[str, Callable[[Floats], Floats]]]:
+    yield "F16", _cut_to_f16
+    yield "BF16", lambda x: _without_digits(x, 16)
+    yield "TF32", lambda x: _without_digits(x, 13)
+
+
+def _cut_to_f16(x: Floats) -> Floats:
+    half = x.astype(np.float16)
+    beyond = np.abs(half.astype(np.float32)) > np.abs(x)
+    return np.where(beyond, np.nextafter(half, np.float16(0)), half).astype(np.float32)
+
+
+def _without_digits(x: Floats, dropped: int) -> Floats:
+    """The values without so many bits of mantissa."""
+    return (np.ascontiguousarray(x).view(np.uint32) >> np.uint32(dropped) << np.uint32(dropped)).view(np.float32)
 
 
 def _mantissa(x: Floats, dropped: int) -> Floats:

@@ -75,8 +75,26 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
     if code and code not in _OF_POSITIONS and (code != "causal-mask" or leaks):
         return verdict
     name = first.checkpoint
+    if sentence := _unlike_what_follows(records, name):
+        return replace(verdict, pattern=Pattern("undecided", sentence))
     sentence = _rounding(records, name) or _flipped(records) or _amplified(records, name) or _product_alone(records, name)
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+
+
+def _unlike_what_follows(records: Records, name: str) -> str:
+    """A sentence if in a lower arithmetic a point differs by no more than rounding may, and nothing that is made from it does; otherwise
+    empty."""
+    errors = records.measures.nmse[records.failed & (records.point == records.names.index(name))]
+    if (
+        records.limits.operations <= EXACT_FLOOR.operations
+        or name not in records.unconfirmed
+        or errors.max() > LARGEST_ROUNDING
+    ):
+        return ""
+    return (
+        "over a limit that is one for all models, but what is computed from it agrees: the cost of lower arithmetic in this model, or a "
+        "fault whose effect is hidden there (--model M.gguf measures it)"
+    )
 
 
 def _rounding(records: Records, name: str) -> str:

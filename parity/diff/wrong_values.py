@@ -5,8 +5,10 @@ from numpy.typing import NDArray
 
 from checkpoints.record import Rows
 
+from .against_limits import Held
 from .align import Pair
 from .few_numbers import share_of_few
+from .limits import LARGEST_ROUNDING, TABLE
 from .measure import Measured
 from .readings import Allowed, agree, wide
 from .whole_rows import sizes
@@ -95,13 +97,23 @@ def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
     return f"elements {part.start} to {part.stop - 1} are {factor:.6g} times the reference's, and the others equal"
 
 
-def share_of_largest(pair: Pair, wrong: NDArray[np.int64], of_limit: Floats) -> Floats | None:
-    """The energy of a point's wrong rows, [len(wrong)], in proportion to its largest: what is left of sums that all but cancel.
+def share_of_noise(pair: Pair, wrong: NDArray[np.int64], nmse: Floats, held: Held) -> Floats | None:
+    """By what the errors of a point's wrong rows, [len(wrong)], are multiplied if they may be noise, as what is made from them agrees.
 
-    None where the rows have many numbers, where more than half of all are wrong, or one is more off than the largest may be.
+    That is the energy in proportion to the point's largest row, where rows of few numbers are what is left of sums that all but cancel. In
+    a lower arithmetic, whose limits are one for all models, it is the limit in proportion to the largest error that is rounding. None where
+    the errors are larger, or not in the values.
+
+    Args:
+        held: those rows' limits.
     """
     share = share_of_few(pair.ref)[wrong]
-    return share if 2 * len(wrong) <= len(pair.ref) and bool((of_limit * share <= 1).all()) else None
+    limit, of_limit = held.limit, held.of_limit
+    if 2 * len(wrong) <= len(pair.ref) and bool((of_limit * share <= 1).all()):
+        return share
+    if not held.lower_arithmetic or not ((limit > TABLE) & (limit < nmse) & (nmse <= LARGEST_ROUNDING)).all():
+        return None
+    return limit / LARGEST_ROUNDING
 
 
 def energies(measured: Measured) -> Floats:

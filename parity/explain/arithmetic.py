@@ -25,7 +25,7 @@ from .case import Case
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
-from .own_rounding import held_to_own_run
+from .own_rounding import beside_own_run, held_to_own_run
 from .precision import (
     KINDS,
     LOWER,
@@ -87,7 +87,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if ranked:
         found = fitting[ranked[0]]
         compared = _with(found.compared, ranked[0], first.checkpoint, ranked[1:])
-        return held_to_own_run(compared, ours, known, ranked[0]) if found.alike >= OURS else compared
+        held = held_to_own_run if found.alike >= OURS else beside_own_run
+        return held(compared, ours, known, ranked[0])
     if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, known.case, seconds, shown=bool(before))

@@ -24,7 +24,17 @@ def steps_between(state: SearchState, layer: int, point: str) -> list[Step]:
     steps = list(state.steps[start + 1 : state.order[point] + 1])
     known = parse(point).known
     plain = known is not None and "t+1" not in known.row
-    return steps if plain and all(can_batch(step) for step in steps) else []
+    return steps if plain and all(can_batch(step) for step in steps) and _of_one_value(state, start, steps) else []
+
+
+def _of_one_value(state: SearchState, start: int, steps: Sequence[Step]) -> bool:
+    """Whether the steps after number `start` read nothing but its value, what they make, and numbers of positions."""
+    made = {state.steps[start].makes, *state.of_positions}
+    for step in steps:
+        if not made.issuperset(step.names):
+            return False
+        made.add(step.makes)
+    return True
 
 
 def distinct(outputs: Mapping[int, Array]) -> list[tuple[Array, list[int]]]:
@@ -48,7 +58,7 @@ def carry_together(
         values = [*values, *outputs[layer]]
         steps = steps_between(state, layer, point if following is None else in_layer(following, "l_out"))
         here = in_layer(layer, "l_out")
-        carried = list(carry(steps, here, values, replay.values[POSITIONS], replay.weights, stop))
+        carried = list(carry(steps, here, values, replay.values, replay.weights, stop))
         if len(carried) < len(values):
             return  # the time is up
         values = carried
@@ -59,22 +69,24 @@ def carry(
     steps: Sequence[Step],
     start: str,
     outputs: Sequence[Array],
-    positions: Array,
+    given: Mapping[str, Array],
     weights: WeightSource,
     stop: Stop = lambda: False,
 ) -> Iterator[Array]:
     """Compute the steps after value `start` for many versions of it: each [R, D] -> each version's last value [R, n].
 
-    `stop` is asked before each step; once it returns True, no more values come.
+    `given` has the positions [R] and what is made of them. `stop` is asked before each step; once it returns True, no more values come.
 
     Raises:
-        KeyError: a step reads something other than `start`, the positions, and values of the steps before it.
+        KeyError: a step reads something other than `start`, what is given, and values of the steps before it.
     """
+    positions = given[POSITIONS]
     xp = module_of(positions)
+    read = {name for step in steps for name in step.names} - {start, *(step.makes for step in steps)}
     size = max(1, _CARRIED // len(positions))
     for begin in range(0, len(outputs), size):
         batch = outputs[begin : begin + size]
-        values = {start: xp.concatenate(batch), POSITIONS: xp.tile(positions, len(batch))}
+        values = {start: xp.concatenate(batch), **{name: xp.concatenate([given[name]] * len(batch)) for name in read}}
         carried = values[start].reshape(len(batch), *batch[0].shape)
         for step in steps:
             if stop():

@@ -11,13 +11,11 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.errors import DumpError, ModelError
+from checkpoints.errors import ModelError
 from checkpoints.formats import shifted
-from checkpoints.points import of_scores
-from checkpoints.printable import first_names
 from checkpoints.record import Dump, Header
 from engine.backend import Array
-from engine.graph import Step, sees_later
+from engine.graph import Step
 from engine.opened import open_plain
 from engine.replay.replay import Replay
 from engine.replay.wide import Variant
@@ -30,6 +28,7 @@ from ..diff.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
 from .captured import as_captured
+from .comparable import first_sequence, of_prompt, passes_of, rows_of_positions, tokens_of
 from .expert_order import by_score
 from .noise import allowed
 from .of_pass import without_values_of_passes
@@ -97,17 +96,17 @@ class Case:
                 "Each is a case of its own.",
                 code="encoder-decoder",
             )
-        self.dump = _first_sequence(dump)
+        self.dump = first_sequence(dump)
         self._compute = options.compute or ""
         self.transformer = half.transformer
         self.given = half.given
         self._truth = half.truth
         self._coarse = half.coarse
         self.rounded = half.rounded
-        self.dump, left_out = _rows_of_positions(self.dump, self.transformer.steps)
-        tokens = _tokens(self.dump, options.tokens)
+        self.dump, left_out = rows_of_positions(self.dump, self.transformer.steps)
+        tokens = tokens_of(self.dump, options.tokens)
         if options.tokens is not None:
-            self.dump = _of_prompt(self.dump, tokens)
+            self.dump = of_prompt(self.dump, tokens)
         self.transformer.check(tokens, 0)
         self.transformer.expect(len(tokens))
         last = max(int(rows.token_idx.max()) for rows in self.dump.points.values())
@@ -134,7 +133,7 @@ class Case:
     def _count_from(self, first: int, prompt: int) -> None:
         """Make the right engine's replay, with the first token at this position."""
         self.positions: Ints = np.arange(len(self.tokens), dtype=np.int64) + first
-        self.passes = _passes(self.dump, self.positions, prompt)
+        self.passes = passes_of(self.dump, self.positions, prompt)
         self.replay = self.make(self.transformer.steps, len(self.tokens))
         self.dump, of_passes = without_values_of_passes(self.dump, self.transformer.steps, self.passes)
         self.dump, reordered = by_score(self.dump, self.replay, self.positions)
@@ -253,98 +252,3 @@ class Case:
             budget,
             self.truth_of,
         )
-
-
-def _rows_of_positions(dump: Dump, steps: Sequence[Step]) -> tuple[Dump, tuple[str, ...]]:
-    """The dump without points that the replay has in another form: states after a pass (the replay is one pass), an encoder's scores;
-    and a note that names them.
-
-    Also without masks and the like, whose rows are the second of three dimensions although they are not scores, and without nodes of
-    llama.cpp's that are no points of ours: of a choice of keys, say, what follows the keys that a position sees may be anything.
-    """
-    whole = sees_later(steps)
-    once = {
-        step.makes
-        for step in steps
-        if step.inner or step.axis is None or (step.axis == 1 and (whole or not of_scores(step.makes)))
-    }
-    if dump.points.keys() <= once:
-        raise DumpError(
-            f"{dump.path} has only states after passes.", "Record points that have a row for each position.", code="points"
-        )
-    left_out = [name for name in dump.points if name in once]
-    note = f"left out, because explain compares rows of positions, of one pass: {first_names(left_out)} (parity diff compares them)"
-    kept = {name: rows for name, rows in dump.points.items() if name not in once}
-    return replace(dump, points=kept), (note,) if left_out else ()
-
-
-def _first_sequence(dump: Dump) -> Dump:
-    points = {name: rows.take(rows.seq == 0) for name, rows in dump.points.items()}
-    kept = {name: rows for name, rows in points.items() if len(rows)}
-    if not kept:
-        raise DumpError(f"{dump.path} has no record of sequence 0.", "explain looks at one sequence.", code="sequence")
-    return replace(dump, points=kept)
-
-
-def _of_prompt(dump: Dump, tokens: tuple[int, ...]) -> Dump:
-    """A dump beside the prompt that was given: without records after that prompt, if its header lists more tokens, as when its engine
-    doubled BOS or went on by itself; and with a note of the first token that is another one.
-
-    The records of a dump that lists no more tokens are left, since tokens are missing then.
-    """
-    if dump.header is None or not dump.header.tokens:
-        return dump  # generated tokens alone do not say where they begin
-    listed = (*dump.header.tokens, *generated_of(dump))
-    pairs = enumerate(zip(listed, tokens, strict=False))
-    others = [
-        f"token {at} is {own} in the dump, {wanted} in the prompt that was given"
-        for at, (own, wanted) in pairs
-        if own != wanted
-    ]
-    dump = replace(dump, notes=(*dump.notes, *others[:1]))
-    count = len(tokens)
-    if len(listed) <= count:
-        return dump
-    points = {name: rows.take(rows.token_idx < count) for name, rows in dump.points.items()}
-    kept = {name: rows for name, rows in points.items() if len(rows)}
-    left = sum(map(len, dump.points.values())) - sum(map(len, kept.values()))
-    if not kept or not left:
-        return dump
-    note = f"{left:,} records after the prompt's {count} tokens are left out: the dump lists more tokens"
-    return replace(dump, points=kept, notes=(*dump.notes, note))
-
-
-def _tokens(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
-    return given if given is not None else (*prompt_of(dump, given), *generated_of(dump))
-
-
-def prompt_of(dump: Dump, given: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The ids that were given, or those that a dump's header says.
-
-    Raises:
-        DumpError: neither.
-    """
-    if given is not None:
-        return given
-    if dump.header is None or not dump.header.tokens:
-        raise DumpError(
-            f"{dump.path} does not say which tokens it was recorded for.",
-            "Give them: --tokens 1,2,3, or --prompt.",
-            code="tokens",
-        )
-    return dump.header.tokens
-
-
-def generated_of(dump: Dump) -> tuple[int, ...]:
-    """The ids that a dump says were generated, in order."""
-    return tuple(number for _, number in sorted((token.token_idx, token.id) for token in dump.tokens if token.seq == 0))
-
-
-def _passes(dump: Dump, positions: Ints, prompt: int) -> list[int]:
-    """The number of the forward pass of each position: from the records, else 0 for the prompt, then one more for each token."""
-    passes = [max(0, row - prompt + 1) for row in range(len(positions))]
-    for rows in dump.points.values():
-        for token_idx, step in zip(rows.token_idx.tolist(), rows.step.tolist(), strict=True):
-            if 0 <= token_idx - int(positions[0]) < len(passes) and step:
-                passes[token_idx - int(positions[0])] = step
-    return passes

@@ -26,7 +26,8 @@ from engine.replay.replay import Replay
 from engine.transformer import Transformer
 
 from ..arbiter.arbiter import Arbiter
-from .case import Case, ExplainOptions, Half, generated_of, prompt_of
+from .case import Case, ExplainOptions, Half
+from .comparable import generated_of, prompt_of
 from .own_inputs import whole
 from .state import SearchState
 

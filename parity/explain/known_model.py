@@ -17,6 +17,7 @@ from checkpoints.answers.diff import Limits
 from checkpoints.errors import ParityError
 from checkpoints.record import Dump, Rows
 
+from ..diff.compare import Comparison
 from ..diff.limits import limits, measured_by_point
 
 if TYPE_CHECKING:
@@ -69,14 +70,17 @@ class KnownModel(Struct, frozen=True, dict=True):
         except ParityError:
             return None
 
-    def beside_ours(self, ours: Dump) -> "Case | None":
-        """The right engine beside our dump, over the reference's tokens; None if the dump has records that do not fit these."""
+    def beside_ours(self, ours: Dump, compared: Comparison) -> "Case | None":
+        """The right engine beside our dump, over the reference's tokens; None if the dump has records that do not fit these.
+
+        Without points whose records were `compared` and show something other than their names say.
+        """
         from .case import Case, ExplainOptions, Half
 
         if self.transformer is None or self.ref.header is None:
             return None
         try:
-            return Case(ours, Half(self.transformer), ExplainOptions(tokens=self.ref.header.tokens))
+            return Case(_as_named(ours, compared), Half(self.transformer), ExplainOptions(tokens=self.ref.header.tokens))
         except ParityError:
             return None
 
@@ -149,14 +153,18 @@ class KnownModel(Struct, frozen=True, dict=True):
         """The points that the reference itself computes coarsely."""
         return frozenset() if self.truth is None else self.truth.coarse
 
+    @cached_property
+    def _floors(self) -> "dict[str, PrecisionFloor]":
+        return {}
+
     def floor(self, kind: str) -> "PrecisionFloor | None":
         """The error that an arithmetic costs our right engine at each record of the reference."""
         case = self.case
-        if case is None:
-            return None
-        from .precision import floor
+        if case is not None and kind not in self._floors:
+            from .precision import floor
 
-        return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+            self._floors[kind] = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+        return self._floors.get(kind)
 
     def limits(self, ours: Dump, kind: str, cost: "PrecisionFloor | None" = None) -> Limits | None:
         """Limits by point for a side in that arithmetic: `UPPER` times the measured cost, never below what the files' own types allow."""
@@ -177,11 +185,18 @@ class KnownModel(Struct, frozen=True, dict=True):
         return measured_by_point(costs, types, source)
 
 
+def _as_named(ours: Dump, compared: Comparison) -> Dump:
+    """Our dump without the points that show another layout or moment than their names say, though what is made from them agrees."""
+    records = compared.records
+    others = {records.names[number] for number in set(records.point[records.otherwise].tolist())}
+    return replace(ours, points={name: rows for name, rows in ours.points.items() if name not in others}) if others else ours
+
+
 def _of_encoder_decoder(ref: Dump, transformer: "Transformer | None") -> "EncoderDecoderArbiter | None":
     """The truth about the reference's prompt and generated tokens, if the model is an encoder–decoder."""
     if ref.header is None or not ref.header.tokens or transformer is None or transformer.encoder is None:
         return None
     from ..arbiter.encoder_decoder import EncoderDecoderArbiter
-    from .case import generated_of
+    from .comparable import generated_of
 
     return EncoderDecoderArbiter(transformer, ref.header.tokens, generated_of(ref))

@@ -10,6 +10,7 @@ from .records import Floats, Ints
 from .row_laws import of_rows
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
+SAME_ERROR = "the same error at every position, as the rows are alike"
 ZERO = "every element is 0"
 _ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
 _SCALES = ": a norm's weight, or scales of channels"
@@ -139,10 +140,15 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
         for values, sentence in laws
         if compared.holds_at(some, values, LEFT_OF_MANY)
     ]
-    if len(held) > 1 and float(np.ptp(right, axis=0).max()) <= _ALIKE * float(np.abs(right).max()):
-        yield f"{have} the same error at every position, as the rows are alike: a vector that is added, or factors of elements"
+    if len(held) > 1 and alike_rows(right):
+        yield f"{have} {SAME_ERROR}: a vector that is added, or factors of elements"
     elif held:
         yield min(held)[1]
+
+
+def alike_rows(right: Floats) -> bool:
+    """Whether right rows [R, k] are all the same, as where a cache's first row is read at every position."""
+    return bool(float(np.ptp(right, axis=0).max()) <= _ALIKE * float(np.abs(right).max()))
 
 
 def _factor(dumped: Floats, right: Floats) -> float | None:

@@ -142,7 +142,7 @@ class Likely:
         """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""
         if not self._after:
             return rows
-        outputs = carry(self._after, self._last, [row[None] for row in rows], positions[:1], weights)
+        outputs = carry(self._after, self._last, [row[None] for row in rows], {POSITIONS: positions[:1]}, weights)
         return module_of(rows).concatenate(list(outputs))
 
 

@@ -80,7 +80,7 @@ def _without_unjudged(compared: Comparison, ours: Dump, options: Options, known:
     from .reproduced import is_reproduced
 
     # Limits that were measured for a file's own types are those of no arithmetic in which our engine could be run.
-    if kind not in KINDS or (case := known.beside_ours(ours)) is None:
+    if kind not in KINDS or (case := known.beside_ours(ours, compared)) is None:
         return judged
 
     return compared if is_reproduced(case, kind, Budget(_REPRODUCED)) else judged
@@ -149,7 +149,9 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
     if stated not in ("", "f32") and (measured := known.limits(ours, stated)) is not None:
-        return comparison(ours, ref, replace(options, limits=measured))
+        from .own_rounding import beside_own_run
+
+        return beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)
     from .arithmetic import of_unknown_arithmetic

@@ -14,34 +14,41 @@ from msgspec.structs import replace
 from checkpoints.answers.diff import Pattern
 from checkpoints.answers.explain import DivergentPlace, Explanation, PossibleOperations
 from checkpoints.record import Dump
+from engine.lift.node import GgmlOperation
 from engine.replay.precision import rounded
 from engine.replay.replay import Replay
 from reports.sentences import ARITHMETIC
 
 from ..diff.beyond_noise import failing_at
 from ..diff.compare import Comparison
-from .beside import ROOM, beside
+from ..diff.one_factor import SPACING, Allowed, Part, shared_factor, shared_summand
+from ..diff.operations import recurrent
+from .beside import ROOM, Bools, beside
 from .case import Case
 from .flipped import CHOSEN_OTHERWISE, has_choices, led_to
 from .known_model import KnownModel
-from .laws import WRONG, law
+from .laws import SAME_ERROR, WRONG, alike_rows, law
 from .looks_like import floor_of
-from .precision import OURS, TOGETHER, PrecisionFloor, mean_cost, of_ids
+from .mixed import own_steps
+from .precision import OURS, TOGETHER, PrecisionFloor, alike_at, mean_cost, of_ids
 from .records import Expected, Floats
 from .reproduced import THE_SAME, usual_cost
 
-# The most by which rounding to nearest moves a constant, as a part of it: an engine may keep one (the root of the width by which it
-# scales embeddings, say) in the type in which it computes.
-_OF_A_CONSTANT = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-9}
+# The most by which rounding to nearest moves a number, as a part of it: an engine may keep constants (the root of the width by which it
+# scales embeddings, say), weights and numbers of each row in the type in which it computes; beside 8-bit activations in BF16.
+_HALF_STEP = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-8, "q8": 2.0**-8}
 _ENOUGH = 12  # recorded values: a number fitted to fewer may follow noise
 
 
 class Outstanding(Struct, frozen=True):
-    """The first operation whose values are not those of our own run in an arithmetic, NMSE [R] each, and the law that they follow."""
+    """The first operation whose values are not those of our own run in an arithmetic, NMSE [R] each, the law that they follow, and how
+    many times what is allowed they are off.
+    """
 
     entry: Expected
     errors: Floats
     law: str
+    times: float
 
 
 def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
@@ -49,7 +56,7 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
 
     Where experts are chosen, it is one as well if a point is further off than in such engines (`_beyond_choices`).
     """
-    case, cost = known.beside_ours(ours), known.floor(kind)
+    case, cost = known.beside_ours(ours, compared), known.floor(kind)
     if case is None or cost is None or known.case is None:
         return compared
     if not compared.verdict:
@@ -57,9 +64,9 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
     costs = usual_costs(known.case, cost)
     found = outstanding(case, kind, costs)
     if found is not None:
-        point, times = found.entry.point, float((found.errors / found.entry.limit).max())
+        point, times = found.entry.point, found.times
         pattern = Pattern("own-rounding", f"{point}: {found.law}")
-    elif has_choices(case) and (beyond := _beyond_choices(case, floor_of(case, kind))) is not None:
+    elif has_choices(case) and (beyond := _beyond_choices(case, kind)) is not None:
         point, times, same = beyond
         sentence = (
             f"{point}: {TOGETHER * times:.0f} times as far off as {ARITHMETIC[kind]} arithmetic makes it, in an engine that begins with "
@@ -75,6 +82,27 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
     return replace(compared, records=records, verdict=replace(verdict, precision=compared.verdict.precision))
 
 
+def beside_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
+    """`held_to_own_run` of a comparison that ends in parity, if the engine rounds as ours does."""
+    case = known.beside_ours(ours, compared) if compared.verdict else None
+    return held_to_own_run(compared, ours, known, kind) if case is not None and rounds_as_ours(case, kind) else compared
+
+
+def rounds_as_ours(case: Case, kind: str) -> bool:
+    """Whether the errors of any point of a dump are those of our own rounding in an arithmetic: the first may be of a fault besides."""
+    right, count = case.replay.on_host, len(case.positions)
+    for storage in (False, True):
+        run = case.make(
+            rounded(case.transformer.steps, kind, storage=storage), count, None, case.rounded(kind, storage)
+        ).on_host
+        for entry in case.entries:
+            if (entry.base > entry.limit).any():
+                rows = (entry.taken(values[entry.point], case.positions) for values in (run, right))
+                if alike_at(entry, *rows) >= OURS:
+                    return True
+    return False
+
+
 def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstanding | None:
     """The first outstanding operation of an engine that rounds as ours does; None if nothing that follows a law stands out.
 
@@ -84,14 +112,19 @@ def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstandin
     for storage in (False, True):
         lower = rounded(case.transformer.steps, kind, storage=storage)
         run = case.make(lower, len(case.positions), None, case.rounded(kind, storage))
-        found = _first_other(case, run, costs)
+        found = _first_other(case, run, costs, kind)
         if found is None:
             return None
-        entry, errors = found
-        sentence = _law_beside(case, run, entry, errors, _OF_A_CONSTANT.get(kind, 0.0))
+        entry, errors, part = found
+        if part is not None:
+            sentence = _law_beside(case, run, entry, errors, 0.0) or f"every element is {part.words}"
+            times = part.beyond
+        else:
+            sentence = _law_beside(case, run, entry, errors, _HALF_STEP[kind])
+            times = float((errors / entry.limit).max())
         if sentence:
             words = f"{sentence}, beside our own run in {ARITHMETIC[kind]} arithmetic, which has all numbers before it"
-            return Outstanding(entry, errors, words)
+            return Outstanding(entry, errors, words, times)
     return None
 
 
@@ -118,13 +151,16 @@ def _of_other_experts(compared: Comparison, case: Case, kind: str) -> Comparison
     return replace(compared, verdict=replace(compared.verdict, pattern=pattern, operation=""))
 
 
-def _beyond_choices(case: Case, measured: PrecisionFloor) -> tuple[str, float, bool] | None:
+def _beyond_choices(case: Case, kind: str) -> tuple[str, float, bool] | None:
     """The first point that is further off than in right engines that begin with our own rounding, how many times, and whether no other
     experts can be the reason; None without one.
 
     Those are half a row off, which would excuse any fault: of a point's records those count to which no choice leads that the arithmetic
     may make otherwise or, where all may be led to, the usual one.
     """
+    measured = floor_of(case, kind)
+    if measured.alike < OURS:
+        return None  # nothing is known of its choices
     for entry, led, *both in zip(case.entries, led_to(case, measured), measured.products, measured.storage, strict=True):
         if of_ids(entry):
             continue
@@ -168,9 +204,9 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
     )
 
 
-def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[Expected, Floats] | None:
+def _first_other(case: Case, run: Replay, costs: Mapping[str, float], kind: str) -> tuple[Expected, Floats, Part | None] | None:
     """The first point whose recorded values are not this run's, with the difference that counts as none in this arithmetic as its
-    limit, and the errors.
+    limit, the errors, and the factor or summand that all positions share if the errors are below that limit.
 
     From the first position on at which the dump lists other experts than the run, or in another order, both compute with other rows.
     """
@@ -185,19 +221,50 @@ def _first_other(case: Case, run: Replay, costs: Mapping[str, float]) -> tuple[E
             parted = min(parted, positions[errors > 0].min(initial=np.iinfo(positions.dtype).max))
             continue
         alike = positions < parted
+        if (part := _in_common(case, run, entry, alike, kind)) is not None:
+            return entry, np.where(alike, errors, 0.0), part
         if alike.any() and float(errors[alike].mean()) > same[0]:
-            return replace(entry, limit=same), np.where(alike, errors, 0.0)
+            return replace(entry, limit=same), np.where(alike, errors, 0.0), None
     return None
 
 
-def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, of_a_constant: float) -> str:
-    """The law that the wrong records follow; "" without one, or if a constant that is rounded to the type explains them."""
+def _in_common(case: Case, run: Replay, entry: Expected, alike: Bools, kind: str) -> Part | None:
+    """The factor or summand that some records, bool [R], of a point share beside our own run's values; None if they share none.
+
+    Values next to a tie, which fall to its other side, have none. A time step's bias in a lower type is a factor of a whole head.
+    """
+    numbers = own_steps(case.transformer.steps, entry.point, {other.point for other in case.entries})
+    names = {step.op.name for number in numbers if isinstance((step := case.transformer.steps[number]).op, GgmlOperation)}
+    if any(map(recurrent, names)):
+        return None
+    values = entry.taken(run.on_host[entry.point], case.positions)
+    errors, known = entry.errors_beside(run.on_host[entry.point], case.positions)
+    columns = known[alike].all(axis=0)  # rows of a cache, or of scores, grow with the position
+    errors, right = errors[alike][:, columns], values[alike][:, columns]
+    # A product's result has no constant of its own; approximations of exp and the like are off by far less than F16's half step.
+    if not right.size or alike_rows(right):  # one row, and not as many as there are positions
+        return None
+    constant = _HALF_STEP[kind if "SCALE" in names else "f16"]
+    spacing = SPACING.get(kind, SPACING["bf16"])  # digits may be cut off where a cache, say, is written
+    factor = shared_factor(errors, right, Allowed(constant, np.inf, spacing, constant))
+    if factor is not None:
+        return replace(factor, beyond=abs(factor.factor - 1) / constant)
+    summand = shared_summand(errors, right, Allowed(constant, constant))
+    least = _HALF_STEP["f16"] * float(np.sqrt(np.mean(right * right)))
+    return replace(summand, beyond=abs(summand.summand) / least) if summand and abs(summand.summand) > least else None
+
+
+def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, half_step: float) -> str:
+    """The law that the wrong records follow; "" without one, or if numbers of theirs that are rounded to the type explain them."""
     compared = beside(replace(entry, limit=entry.limit / ROOM), errors, run.on_host, case.positions)
     if compared is None or compared.dumped.size < _ENOUGH:
         return ""
+    size = np.fmax(np.abs(compared.right), np.sqrt(np.mean(compared.right**2, axis=1, keepdims=True)))
+    if bool((np.abs(compared.dumped - compared.right) <= half_step * size).all()):
+        return ""
     energy = float((compared.right**2).sum())
     factor = float((compared.dumped * compared.right).sum()) / energy if energy > 0 else 1.0
-    if abs(factor - 1) <= of_a_constant and compared.holds(compared.right * factor):
+    if abs(factor - 1) <= half_step and compared.holds(compared.right * factor):
         return ""
     sentence = law(compared)
-    return "" if sentence.endswith(WRONG) or "not recorded" in sentence else sentence
+    return "" if sentence.endswith(WRONG) or "not recorded" in sentence or SAME_ERROR in sentence else sentence

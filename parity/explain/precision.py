@@ -121,7 +121,7 @@ def floor(
         other = make(rounded(steps, kind, storage=storage), len(positions), None, given(kind, storage))
         if first is not None:
             rows = (first.taken(values.on_host[first.point], positions) for values in (other, right))
-            alike = max(alike, _alike(first, *rows))
+            alike = max(alike, alike_at(first, *rows))
         costs.append(
             tuple(entry.between(other.on_host[entry.point], right.on_host[entry.point], positions) for entry in entries)
         )
@@ -133,7 +133,7 @@ def floor(
     return PrecisionFloor(kind, costs[0], costs[1], alike, tuple(concentrated))
 
 
-def _alike(entry: Expected, rounded_rows: Floats, right: Floats) -> float:
+def alike_at(entry: Expected, rounded_rows: Floats, right: Floats) -> float:
     """The mean cosine of a point's errors to those of rounded rows [R, k]."""
     return cosine(*(np.where(entry.present & np.isfinite(rows), rows - right, 0.0) for rows in (entry.values, rounded_rows)))
 

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct, field
 
 from engine.faults import SEEN, Fault, Planting
-from engine.graph import Step, sees_later
+from engine.graph import POSITIONS, Step, sees_later
 from engine.replay.replay import same_start
 
 from .records import Floats
@@ -64,6 +64,13 @@ class SearchState(Struct, frozen=True, dict=True):
     def order(self) -> Mapping[str, int]:
         """The number of each step."""
         return self.planting.order
+
+    @cached_property
+    def of_positions(self) -> frozenset[str]:
+        """The positions, and what is made of nothing else."""
+        names = {POSITIONS}
+        names.update(step.makes for step in self.steps if step.names and names.issuperset(step.names))
+        return frozenset(names)
 
     @cached_property
     def shown(self) -> frozenset[str]:

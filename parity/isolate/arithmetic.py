@@ -169,10 +169,8 @@ def _held_to_rounding(judgement: Judgement, in_float32: Judgement, again: Judgem
     }
     operations = [scaled.get(operation.name, operation) for operation in judgement.operations]
     judgement = replace(judgement, operations=operations, scaled=frozenset(scaled))
-    eight_bits = [name for name in off & reasons.keys() if _EIGHT_BITS in records[name].arithmetics]
-    if 2 * len(eight_bits) < len(off):
-        return judgement
-    return _spared(judgement, {name: reasons[name] for name in eight_bits})
+    eight_bits = {name: reason for name, reason in reasons.items() if _EIGHT_BITS in records[name].arithmetics}
+    return judgement if 2 * len(off & eight_bits.keys()) < len(off) else _spared(judgement, eight_bits)
 
 
 def _spared(judgement: Judgement, reasons: Mapping[str, str]) -> Judgement:

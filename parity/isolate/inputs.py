@@ -15,10 +15,10 @@ from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from checkpoints.points import of_scores, parse
+from checkpoints.printable import listed
 from engine import ops
 from engine.graph import ENCODED, POSITIONS, TOKENS, History, Read, State, Step, View, WeightSource, compute, name_of
 
-from ..diff.record_faults import listed
 from .routing import Routing, routings
 from .values import CACHED, RecordedValue, rows_at
 

@@ -65,15 +65,18 @@ def row_errors(
 ) -> Floats:
     """NMSE of each row (position), with max(the row's energy, 1 % of the mean, the row's `least`) as divisor: float64 [rows].
 
-    In `kq` only scores of positions up to the row's own are compared: masked scores are ignored.
+    In `kq` only scores of positions up to the row's own are compared: masked scores are ignored. So they are in what is made of it before
+    the soft max, if the dump has none there.
 
     Raises:
         ModelError: the shapes differ.
     """
     kind = parse(name).kind
     if of_scores(name):
-        if kind == "kq" and ours.shape == dumped.shape:
-            ours, dumped = seen_scores(ours, positions), seen_scores(dumped, positions)
+        if ours.shape == dumped.shape and not kind.startswith("kq_soft_max"):
+            seen = seen_scores(dumped, positions)
+            if kind == "kq" or np.array_equal(seen, dumped):
+                ours, dumped = seen_scores(ours, positions), seen
         ours, dumped = ours.transpose(1, 0, 2), dumped.transpose(1, 0, 2)
     if ours.shape[0] != dumped.shape[0] or ours.size != dumped.size:
         raise ModelError(f"{kind} has shape {list(dumped.shape)}, the model's is {list(ours.shape)}.", "Is it of this model?")

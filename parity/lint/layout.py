@@ -10,6 +10,7 @@ import numpy as np
 from checkpoints.answers.lint import WARNING
 from checkpoints.points import LOGITS, OUTPUT_NORM, parse
 from checkpoints.record import Rows
+from checkpoints.repeated import same_values
 from reports.numbers import ranges
 
 from .model_facts import ModelFacts
@@ -179,21 +180,23 @@ def positions(subject: Subject) -> Iterator[Hit]:
 
 
 def doubled(subject: Subject) -> Iterator[Hit]:
-    """Two records of one position and pass with different values; points in which it is the same are reported together."""
+    """Two records of one position and pass with different values; points in which it is the same are reported together.
+
+    An engine without a cache computes the prompt again for each token: what differs by float32's rounding is one value.
+    """
     alike: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, rows in subject.points.items():
         if (np.diff(rows.token_idx) > 0).all() or len(set(rows.token_idx.tolist())) == len(rows):
             continue
-        seen: dict[tuple[int, int, int], int] = {}
-        bad: list[int] = []
-        for r, place in enumerate(zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)):
-            other = seen.setdefault(place, r)
-            if other != r and not np.array_equal(rows.values[other], rows.values[r], equal_nan=True):
-                bad.append(r)
+        places = zip(rows.seq.tolist(), rows.token_idx.tolist(), rows.step.tolist(), strict=True)
+        first: dict[tuple[int, int, int], int] = {}
+        heads = np.array([first.setdefault(place, r) for r, place in enumerate(places)])
+        again = np.flatnonzero(heads != np.arange(len(rows)))
+        bad = again[~same_values(rows, heads[again], again)].tolist()
         if bad:
             alike[len(bad), positions_of(rows, bad)].append(name)
-    for (contradicting, places), names in alike.items():
-        evidence = f"{_together(names)}: {contradicting + 1} records contradict others of their position and pass, {places}"
+    for (contradicting, where), names in alike.items():
+        evidence = f"{_together(names)}: {contradicting + 1} records contradict others of their position and pass, {where}"
         yield Hit(names[0], int(subject.points[names[0]].token_idx.min()), evidence)
 
 

@@ -88,7 +88,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "doubled", ERROR, layout.doubled,
-        "token_idx does not count positions, but the tokens of a pass or the generated ones",
+        "token_idx does not count positions, but the tokens of a pass or the generated ones; or several prompts follow each other",
         "print the token's position in the sequence, counted from 0, and number passes in step",
     ),
     Rule(

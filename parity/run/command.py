@@ -213,6 +213,10 @@ class Command(Struct, frozen=True):
             advice = f"Check {self.option}."
             if error.errno == errno.E2BIG:
                 advice = "The token ids are more than a command line holds: use a shorter prompt."
+            if error.errno == errno.ENOENT and Path(what).is_file():
+                advice = (
+                    "The file is there; the program that its first line names is not, or that line ends in a carriage return."
+                )
             raise EngineError(f"cannot run {what}: {error.strerror}.", advice, how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:

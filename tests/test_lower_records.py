@@ -1,0 +1,105 @@
+"""Records in a lower arithmetic that nothing made from them contradicts: noise, and masks that its type cannot hold."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from recorded import F32, only
+
+from checkpoints.record import Dump, Rows
+from checkpoints.summary import summarise
+from parity.diff.compare import Options, compare
+from parity.diff.rounding import cut_to, rounded_to
+
+F16 = Options(compute="f16")
+
+
+def with_rows(dump: Dump, name: str, change: Callable[[np.ndarray], np.ndarray], compute: str = "f32") -> Dump:
+    """A dump of this arithmetic with other values of one point, whole rows."""
+    assert dump.header is not None
+    rows = dump.points[name]
+    made: Rows = summarise(name, change(rows.values.copy()), rows.token_idx, slice_size=None)
+    return replace(dump, header=replace(dump.header, compute=compute), points={**dump.points, name: made})
+
+
+def noise(size: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Noise of this NMSE in the row of position 2."""
+
+    def change(values: np.ndarray) -> np.ndarray:
+        rms = np.sqrt(np.mean(values[2] ** 2) * size)
+        values[2] += np.random.default_rng(1).standard_normal(values.shape[1], dtype=np.float32) * rms
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(("compute", "size", "right_record"), [("f16", 1e-3, True), ("f16", 0.1, False), ("f32", 1e-3, False)])
+def test_noise_that_nothing_made_of_it_has_is_no_other_record(
+    right: Dump, ref: Dump, compute: str, size: float, right_record: bool
+) -> None:
+    """In a stated F16 a row that is off by what rounding can be, and of which all that is made agrees, is no other value than its name
+    says; larger errors are, and all in float32.
+    """
+    ours = with_rows(right, "blk.0.attn_norm", noise(size), compute)
+    verdict = compare(ours, ref, Options(compute=compute))
+    assert verdict
+    assert right_record == (not verdict.record_faults)
+    assert right_record == any(note.startswith("noise: 1 records") for note in verdict.notes)
+
+
+def masked(values: np.ndarray) -> np.ndarray:
+    """Rows whose first elements are float32's smallest number: ids that are never chosen."""
+    values[:, :5] = np.finfo(np.float32).min
+    return values
+
+
+def infinite(values: np.ndarray) -> np.ndarray:
+    """The same as a lower type holds it."""
+    values[:, :5] = -np.inf
+    return values
+
+
+def one_more(values: np.ndarray) -> np.ndarray:
+    """An infinity that the reference has not."""
+    values = infinite(values)
+    values[1, 7] = -np.inf
+    return values
+
+
+def not_a_number(values: np.ndarray) -> np.ndarray:
+    """NaN in place of a mask."""
+    values = infinite(values)
+    values[1, 3] = np.nan
+    return values
+
+
+def test_masks_are_infinite_in_lower_types(right: Dump, ref: Dump) -> None:
+    """Where the reference has float32's smallest number as a mask, a type of fewer bits has minus infinity: in stated F16 both agree; in
+    float32 they do not, nor does one infinity more, or NaN.
+    """
+    ref = with_rows(ref, "logits", masked)
+    assert compare(with_rows(right, "logits", infinite, "f16"), ref, F16)
+    for change, options in ((infinite, F32), (one_more, F16), (not_a_number, F16)):
+        verdict = compare(with_rows(right, "logits", change, options.compute or ""), ref, options)
+        assert verdict.first_divergence is not None
+        assert verdict.first_divergence.checkpoint == "logits"
+        assert verdict.pattern is None or verdict.pattern.code != "reference-nonfinite"
+
+
+def cut_to_f16(values: np.ndarray) -> np.ndarray:
+    """The values without the digits that F16 has not: rounded towards zero."""
+    half = values.astype(np.float16)
+    return np.where(np.abs(half) > np.abs(values), np.nextafter(half, np.float16(0)), half).astype(np.float32)
+
+
+def test_an_embedding_whose_digits_are_cut_off_is_no_other_table(right: Dump, ref: Dump) -> None:
+    """Embeddings cut off to F16 are said to be that, in float32 a divergence that blames no table; 1.002 times as large they are wrong."""
+    assert cut_to(with_rows(right, "embd", cut_to_f16).points["embd"], ref.points["embd"]).startswith("F16")
+    assert rounded_to(with_rows(right, "embd", cut_to_f16).points["embd"], ref.points["embd"]) == ""
+    verdict = compare(only(with_rows(right, "embd", cut_to_f16), "embd"), ref, F32)
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == "rounded"
+    assert "cut off" in verdict.pattern.sentence
+    scaled = compare(only(with_rows(right, "embd", lambda values: cut_to_f16(values * np.float32(1.002))), "embd"), ref, F32)
+    assert scaled.pattern is None or scaled.pattern.code != "rounded"
