@@ -105,12 +105,11 @@ class OneMore:
                 waiting = {scope: waiting[scope]}
             if self.screening.budget.over():
                 break
-        if choose is not None:
-            # Where something explains everything, a formula that was not likely may still give the same numbers.
-            formulas = all_explained(better)
-            left = {
-                scope: [c for c in sweep.postponed[scope] if not (formulas and c.fault.group in WEIGHTS)] for scope in waiting
-            }
+        # Where something explains everything, a formula that was not likely may still give the same numbers.
+        for rebuilding in (False, True) if choose is not None else ():
+            if rebuilding and all_explained(better):
+                break
+            left = {scope: [c for c in sweep.postponed[scope] if (c.fault.group in WEIGHTS) is rebuilding] for scope in waiting}
             better += self._in_first_layer(state, sweep.in_turn(left, None))[0]
         return better + self._in_all_layers(state, better)
 
