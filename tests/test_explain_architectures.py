@@ -9,8 +9,9 @@ from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.points import parse
-from engine.faults import CATALOGUE
+from engine.faults import CATALOGUE, plant
 from engine.faults.base import kind_of
+from engine.replay.wide import without_tables
 from parity.explain.case import Case
 from parity.explain.explain import explain
 from reference.client import Reference
@@ -87,6 +88,34 @@ def test_what_is_lost_of_a_block_with_parallel_branches(faulty: Callable[[str], 
     dump = engine.dump(Planted(()), tokens, steps=steps)
     [cause] = explain(dump, engine.model, replace(PATIENT, tokens=tokens)).causes
     assert (cause.named.fault, cause.named.layers) == (name, (2,))
+
+
+@pytest.mark.slow
+def test_causes_beside_the_records_of_attentions_weights(faulty: Callable[[str], Faulty]) -> None:
+    """Where scores and weights [heads, T, T] are recorded, a fault that changes them is named, and causes come in the model's order."""
+    engine = faulty("gpt-oss")
+    tokens = tokens_of(engine.model, 9, seed=5)
+    faults = (("experts-weighted-before-choice", {}, (2,)), ("sinks-order", {"order": "head 0"}, None))
+    dump = engine.dump(Planted(faults), tokens, points="*")
+    explanation = explain(dump, engine.model, replace(PATIENT, tokens=tokens))
+    assert [cause.named.fault for cause in explanation.causes] == ["sinks-order", "experts-weighted-before-choice"]
+    assert explanation.remaining is None
+
+
+@pytest.mark.slow
+def test_a_gross_fault_of_an_engine_whose_gelu_is_no_table(faulty: Callable[[str], Faulty]) -> None:
+    """GELU of up instead of gate, computed by the function itself: what ggml's table costs at other arguments is no second fault."""
+    engine = faulty("gemma3")
+    tokens = tokens_of(engine.model, 8, seed=5)
+    name, parameters = "gate-up-split", {"split": "in the other order", "seen": "in the activation alone"}
+    steps = plant(without_tables(engine.right), CATALOGUE[name], None, **parameters)
+    explanation = explain(
+        engine.dump(Planted(()), tokens, points="*", steps=steps), engine.model, replace(PATIENT, tokens=tokens)
+    )
+    [cause] = explanation.causes
+    assert (cause.named.fault, explanation.remaining) == (name, None)
+    assert explanation.variants
+    assert any("compared with the function itself" in note for note in explanation.notes)
 
 
 def test_parts_of_a_product_that_were_recorded_as_they_were_taken(faulty: Callable[[str], Faulty]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from further_public_bugs import FURTHER
+from latest_public_bugs import LATEST
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 from public_bugs import BUGS
@@ -14,7 +15,7 @@ from parity.explain.explain import explain
 from reference.client import Reference
 
 _QUICK = ("RoPE in BERT",)
-_ALL = {**BUGS, **FURTHER}
+_ALL = {**BUGS, **FURTHER, **LATEST}
 
 
 @pytest.fixture(scope="module")

@@ -153,11 +153,11 @@ def test_a_step_with_a_tap_of_the_host_is_refused_before_it_runs(stories: Path) 
 _SHORT_RUN = """
 import sys
 import cupy
-import engine.device
+import engine.device as sources
 def module(name, device, defines=()):
     options = ("-std=c++17", "-lineinfo", *(f"-D{define}" for define in defines))
-    return cupy.RawModule(code=engine.device.source(f"{name}.cu"), options=options)
-engine.device.module = module  # places are named by the function that they were written in
+    return cupy.RawModule(code=sources.source(f"{name}.cu"), options=options)
+sources.module = module  # places are named by the function that they were written in
 from pathlib import Path
 from engine.backend import choose
 from engine.capture.device import DeviceStage

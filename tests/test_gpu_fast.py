@@ -52,7 +52,7 @@ def lambda_tap(captured: dict[str, np.ndarray], wanted: str):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_run_is_within_the_measured_limits_of_exact_mode(quantized: Callable[[str], Path], kind: str) -> None:
-    """Logits of a prompt and of 70 decode steps, over a split of attention, agree with the plain engine on the same device."""
+    """Logits of a prompt and of 70 decode steps agree with the plain engine on the same device."""
     model, backend = GgufModel(quantized(kind)), choose("cupy")
     plain, fast = Transformer(model, backend), FastTransformer(model, backend, positions=128)
     left, other = plain.start(), fast.start()
@@ -82,7 +82,7 @@ def test_decode_alone_rounds_little_but_sums(
     backend = choose("cupy")
     plain, fast = Transformer(GgufModel(path), backend), FastTransformer(GgufModel(path), backend, positions=256)
     left, other = plain.start(), fast.start()
-    for token in range(150):  # one by one: a prefill rounds to half precision
+    for token in range(200):  # one by one: a prefill rounds to half precision; from position 180 on a head is split
         assert nmse(fast.forward([token], other), plain.forward([token], left)) < 1e-10
 
 

@@ -19,7 +19,8 @@ from parity.diff.compare import Options, comparison
 from parity.diff.limits import limits
 from parity.diff.unjudged import without_unjudged
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.on_model import compared_on
+from parity.explain.known_model import KnownModel
+from parity.explain.on_model import _without_unjudged, compared_on
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reports.as_json import verdict_as_json
@@ -122,14 +123,17 @@ def test_no_cause_is_named_where_any_change_explains_the_error(tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(engine: Faulty, tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("compute", ["bf16", None])
+def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(
+    engine: Faulty, tokens: tuple[int, ...], compute: str | None
+) -> None:
     """Logits a thousand times as large from position 4 on are no rounding: the place is named, as by diff, and no cause."""
     made = engine.dump(RIGHT, tokens, steps=rounded(engine.right, "bf16", storage=True))
     rows = made.points["logits"]
     values = rows.values * np.where(rows.token_idx < 4, 1, 1000)[:, None].astype(np.float32)
     large = replace(rows, values=values, stats={}, sketch=None)
     ours = _stating(replace(made, points={**made.points, "logits": large}), "bf16")
-    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute="bf16"))
+    explained = explain(ours, engine.model, ExplainOptions(budget=10, compute=compute))  # else the header states it
     assert not explained
     assert not explained.causes
     assert not explained.unjudged
@@ -171,6 +175,19 @@ def test_an_engine_that_rounds_as_ours_does_is_right_however_wide_the_limits(
     right = _stating(engine.dump(RIGHT, tokens), "f32")
     assert compared_on(ours, right, Options(), engine.model, third_side=False).verdict
     assert explain(ours, engine.model, ExplainOptions(budget=10))
+
+
+@pytest.mark.slow
+def test_native_limits_that_judge_nothing_leave_the_result_open(engine: Faulty, tokens: tuple[int, ...]) -> None:
+    """In native mode no arithmetic is known in which our engine could be run beside the dump: the result is incomplete, and no error."""
+    bf16 = rounded(engine.right, "bf16", storage=True)
+    ours, ref = (unstated(engine.dump(RIGHT, tokens, steps=steps)) for steps in (bf16, engine.right))
+    ours, ref = (replace(made, header=replace(made.header, mode="native")) for made in (ours, ref) if made.header is not None)
+    allowed = Limits(7.0, 7.0, "measured", points=dict.fromkeys(ref.points, 7.0))
+    compared = comparison(ours, ref, Options(limits=allowed))
+    judged = _without_unjudged(compared, ours, Options(), KnownModel(ref, engine.model)).verdict
+    assert judged.precision is None
+    assert judged.verdict == INCOMPLETE
 
 
 def _stating(made: Dump, compute: str) -> Dump:

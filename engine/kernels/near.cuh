@@ -78,7 +78,7 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
 #define PACE 370                 // cycles from one piece to the next; to ask for one takes some 220, whatever its size (docs/benchmarks-log.md)
 #endif
 #ifndef LATER
-#define LATER 1200               // cycles until a layer's first piece: then the blocks hand over the feed-forward's activations
+#define LATER 800                // cycles until a layer's first piece: then the blocks hand over the feed-forward's activations
 #endif
 struct Producer {
     long long next;

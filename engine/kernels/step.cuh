@@ -11,7 +11,7 @@
 #define GROUP (HEADS / KV_HEADS)
 #define LOGITS_ROUND (4 * WARPS) // rows of the output matrix that a block's warps take at a time
 #ifndef SPLIT_ROWS
-#define SPLIT_ROWS 64            // positions that a block attends to before a head is split over several blocks
+#define SPLIT_ROWS 180           // positions that a block attends to before a head is split over several blocks
 #endif
 
 // The thread's and the block's number, read anew: what a phase computes from them is not kept in registers through the others. Registers

@@ -31,6 +31,9 @@ ONE_FACTOR = "one-factor"  # a pattern's code
 _WHOLE = "the whole row is "  # what a sketch shows
 _DOMINANT = 0.5  # of a row's length, as one element of it: a quarter of the sum of squares
 _TYPED = 16  # values that show a type; any has F16's bits by chance once in 8,192 draws
+# A time step's bias that is kept in a lower type is a factor of a whole head after the scan, without noise: of a small step, exp(bias), by
+# as much as the bias moves, between 4 and 8 four times as far as at 1 (plamo2 of random weights in BF16: 0.985 to 1.0057).
+_OF_TIME_STEPS = 4.0
 _FINER = ("f16", "tf32")  # arithmetics beside which a constant in BF16 shows
 _STANDARD_ERRORS = 3.0
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
@@ -72,9 +75,10 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         allowed = NOTHING
         if arithmetic:
             layers = _layers(records, pair.point)
-            # A time step's bias that is kept in a lower type is a factor of a whole head after the scan: no noise comes with that.
             usual = Allowed.of(arithmetic, layers)
-            allowed = cuts.narrowed(replace(usual, spacing=0.0) if scans else usual, pair.point, layers)
+            if scans:
+                usual = replace(usual, above=_OF_TIME_STEPS * usual.above, spacing=0.0)
+            allowed = cuts.narrowed(usual, pair.point, layers)
         constant = _of_constants(records, pair.point) if arithmetic in _FINER else 0.0
         part = _part(pair, here, allowed, head, noise, fewest, constant) or (_typed(pair, here) if typed else None)
         if part is not None and not (exact and truth is not None and _true(truth, pair, here)):

@@ -5,31 +5,28 @@ from functools import partial
 
 import numpy as np
 
-from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named
+from checkpoints.answers.explain import DivergentPlace, Explanation
 from checkpoints.points import in_layer
 
 from ..diff.seen import seen
-from .apart import apart
 from .case import Case
-from .fits import remarks as remarks_on_number
+from .causes import causes_of, count_over
 from .records import Expected
 from .search import Search
-from .state import Candidate, RecordKey, SearchState
+from .state import RecordKey, SearchState
 
 _NEXT = ("attn_norm", "q", "k", "v", "q_rope", "k_rope", "kqv_out", "attn_out", "ffn_inp", "ffn_norm", "ffn_swiglu", "l_out")
 
 
 def answer_of(case: Case, search: Search, start: SearchState, best: SearchState) -> Explanation:
     """What the best state explains of the differences of the start, and what it leaves."""
-    differing = _count(case.entries, start)
     where = partial(_where, case)
-    causes = _causes(case, search, start, best, differing)
     return Explanation(
         records=sum(len(entry.rows) for entry in case.entries),
-        differing=differing,
+        differing=count_over(case.entries, start),
         first=where(start),
         last_agreement=_last_agreement(case.entries, start.first),
-        causes=tuple(causes),
+        causes=tuple(causes_of(case, search, start, best)),
         remaining=where(best),
         next=_next(case, search, best),
         faults=len(search.tried.faults),
@@ -39,51 +36,6 @@ def answer_of(case: Case, search: Search, start: SearchState, best: SearchState)
         notes=case.notes,
         seen=tuple(seen(entry.pair) for entry in case.entries),
     )
-
-
-def _causes(case: Case, search: Search, start: SearchState, best: SearchState, differing: int) -> list[Cause]:
-    causes: list[Cause] = []
-    state = start
-    for number, candidate in enumerate(best.faults):
-        after = search.screening.reached(state, candidate)
-        if after is None:
-            break
-        fixed = differing - _count(case.entries, after)
-        reproduced = [
-            float(now[entry.over & (now <= entry.limit)].max(initial=0.0))
-            for entry, now in zip(case.entries, after.nmse, strict=True)
-        ]
-        others = search.equal(best, number)
-        causes.append(
-            Cause(
-                named=_named(candidate, state),
-                explained=fixed / differing if differing else 0.0,
-                records=fixed,
-                nmse=max(reproduced, default=0.0),
-                symptom=candidate.fault.symptom,
-                fix=candidate.fault.fix,
-                seen=candidate.fault.seen,
-                equivalent=tuple(_named(other, state) for other in others),
-                apart=apart(case, state, candidate, others, search.screening.budget),
-            )
-        )
-        state = after
-    return causes
-
-
-def _named(candidate: Candidate, state: SearchState) -> Named:
-    number = remarks_on_number(candidate, state.planting.right)
-    sentence = candidate.fault.sentence(candidate.parameters)
-    return Named(
-        candidate.fault.name,
-        dict(candidate.parameters),
-        candidate.layers,
-        f"{sentence}; {number}" if number else sentence,
-    )
-
-
-def _count(entries: Sequence[Expected], state: SearchState) -> int:
-    return sum(int((errors > entry.limit).sum()) for entry, errors in zip(entries, state.nmse, strict=True))
 
 
 def _where(case: Case, state: SearchState) -> DivergentPlace | None:

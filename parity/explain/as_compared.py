@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
-from checkpoints.answers.diff import Verdict
+from checkpoints.answers.diff import AGREES, Verdict
 from checkpoints.answers.explain import DivergentPlace, Explanation
 from checkpoints.errors import ParityError
 from checkpoints.record import Dump
@@ -19,17 +19,22 @@ from ..run.graphs import dataflow_of
 from .budget import Budget
 from .case import Case, ExplainOptions
 from .looks_like import reproducing
+from .mixed import noise_in_words
 from .on_model import compared_on
+from .precision import KINDS
 from .records import right_rows
 
 _LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recorded elements come from the right ones
 
 
 def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Explanation:
-    """The answer that there is no fault, unless a comparison with the right engine's records ends in a divergence, or cannot judge them."""
+    """The answer that there is no fault, unless a comparison with the right engine's records ends in a divergence, or cannot judge them.
+
+    An answer without a cause, at a place that agrees in the arithmetic that the dump states, gets the place of that divergence.
+    """
     noisy = any(bool((entry.base > EXACT_FLOOR.operations).any()) for entry in case.entries)
     known = case.dump.header
-    if not answer or not noisy or (known is not None and known.mode == NATIVE):
+    if not noisy or (known is not None and known.mode == NATIVE) or not (answer or _in_stated_noise(case, answer, options)):
         return answer
     ours = replace(case.dump, points={entry.point: case.dump.points[entry.point] for entry in case.entries})
     compared = compared_on(
@@ -41,12 +46,14 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         third_side=False,
         opened=case.transformer,
     )
+    if not answer and not _agrees(compared.verdict, answer):
+        return answer
     if compared.verdict.unjudged.result:
         return replace(answer, unjudged=compared.verdict.unjudged.points, next="")
     first, pattern = compared.verdict.first_divergence, compared.verdict.pattern
     follows_a_law = pattern is not None and pattern.code in _LAWS
     # Our own run with what an engine rounds besides (its biases, say), which diff does not try, may have the dump's every record.
-    if first is None or (not follows_a_law and reproducing(case, Budget(options.budget)).is_noise):
+    if first is None or (answer and not follows_a_law and reproducing(case, Budget(options.budget)).is_noise):
         return answer
     if pattern is not None and pattern.code == "nonfinite":
         return answer  # F16 has no mask's -3e38: infinities that our own run in F16 makes, too, are excused
@@ -60,12 +67,29 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         last_agreement=None if agreed is None else agreed.checkpoint,
         differing=int(compared.records.failed.sum()),
         law=law,
+        placed=answer.placed if answer else None,
         notes=(*answer.notes, *note),
         next=compared.verdict.next,
         precision_only="",
         precision_alike=(),
         precision_assumed=False,
     )
+
+
+def _in_stated_noise(case: Case, answer: Explanation, options: ExplainOptions) -> bool:
+    """Whether nothing explains the first place that differs, and the dump's header states an arithmetic that may make it differ."""
+    stated = case.dump.header.compute if case.dump.header is not None else ""
+    law = answer.law and answer.law not in map(noise_in_words, KINDS)
+    found = answer.causes or answer.leads or law or answer.suspects
+    return options.compute is None and stated in KINDS and answer.first is not None and not found
+
+
+def _agrees(verdict: Verdict, answer: Explanation) -> bool:
+    """Whether the first place of an answer agrees by the limits of a comparison, and another does not."""
+    here = (
+        point.status for point in verdict.points if answer.first is not None and point.checkpoint == answer.first.checkpoint
+    )
+    return verdict.first_divergence is not None and AGREES in here
 
 
 def _said(verdict: Verdict, point: str) -> tuple[str, tuple[str, ...]]:

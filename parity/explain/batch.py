@@ -167,10 +167,16 @@ class BatchScreening(AtFirstPlace):
                     if values is None:
                         ended.add(number)
                     elif name in values:
-                        value = values[name][: rows if self._causal(values[name]) else None]
-                        if used == rows or len(value) > rows or not all_equal(value, right[name]):
+                        cut = used > rows and self._causal(values[name])
+                        value = self._first_rows(name, values[name], rows) if cut else values[name]
+                        if used == rows or not cut or not all_equal(value, right[name]):
                             value_of[number] = value
         return value_of, ended
+
+    def _first_rows(self, name: str, value: Array, rows: int) -> Array:
+        """The first rows of a value: [T, …] or, of attention's scores and weights, [H, T, T]."""
+        first: Array = value[:, :rows, :rows] if self._state.steps[self._state.order[name]].axis == 1 else value[:rows]
+        return first
 
     def _run(
         self, edits: Sequence[Edits], used: int, rows: int, end: int, watched: frozenset[str]
@@ -187,7 +193,9 @@ class BatchScreening(AtFirstPlace):
         result: list[Mapping[str, Array] | None] = list(mixed)
         handed_on = {
             version: {
-                self._state.order[name]: (_given(self._state.steps[self._state.order[name]], value[:rows]),)
+                self._state.order[name]: (
+                    _given(self._state.steps[self._state.order[name]], self._first_rows(name, value, rows)),
+                )
                 for name, value in values.items()
             }
             for version, values in enumerate(mixed)

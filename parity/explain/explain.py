@@ -23,7 +23,7 @@ from .beyond import NOTHING, beyond
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
-from .gelu import sharpened
+from .gelu import sharpened, without_table
 from .laws import WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
@@ -110,6 +110,10 @@ def _of_all_records(
             answer_of(case, search, start, start), unjudged=() if is_far(case.entries, start) else points, next=""
         ), start
     best, found = _best(case, search, start, noise, options.max_faults, budget)
+    if not noise and not found.is_noise and not budget.late:
+        beside = without_table(case, lambda of_case: Search(of_case.screening(of_case.entries, budget)), search, best)
+        case, search, best = beside or (case, search, best)
+        start = search.screening.start() if beside is not None else start
     likes, is_noise, excused = found.kinds, found.is_noise, found.excused
     kinds = likes if is_noise and not excused else ()
     answer = answer_of(case, search, start, best)
