@@ -10,6 +10,7 @@ from recorded import F32, only
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
+from parity.diff.masked_values import without_infinite_masks
 from parity.diff.rounding import cut_to, rounded_to
 
 F16 = Options(compute="f16")
@@ -103,3 +104,14 @@ def test_an_embedding_whose_digits_are_cut_off_is_no_other_table(right: Dump, re
     assert "cut off" in verdict.pattern.sentence
     scaled = compare(only(with_rows(right, "embd", lambda values: cut_to_f16(values * np.float32(1.002))), "embd"), ref, F32)
     assert scaled.pattern is None or scaled.pattern.code != "rounded"
+
+
+def test_isolate_takes_infinite_masks_for_masks_in_a_lower_arithmetic_alone() -> None:
+    """Under a limit wider than float32's an infinity in place of a mask of its sign is left out; others, and all in float32, are not."""
+    smallest = np.finfo(np.float32).min
+    right = np.array([[1.0, smallest, 2.0, smallest]], np.float32)
+    values = np.array([[1.0, -np.inf, -np.inf, np.inf]], np.float32)
+    ours, given = without_infinite_masks(right, values, 1e-5)
+    assert ours.tolist() == [[1.0, 0.0, 2.0, smallest]]
+    assert given.tolist() == [[1.0, 0.0, -np.inf, np.inf]]
+    assert all(a is b for a, b in zip(without_infinite_masks(right, values, 1e-10), (right, values), strict=True))

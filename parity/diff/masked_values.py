@@ -8,6 +8,7 @@ from checkpoints.record import Rows
 from checkpoints.summary import summarise
 
 from .align import Pair
+from .limits import TABLE
 
 # From here on a float32 rounds to infinity in BF16, and in F16 all the more. Infinities of smaller values are an overflow of F16.
 _BEYOND_BF16 = (2 - 2.0**-8) * 2.0**127
@@ -16,6 +17,19 @@ _BEYOND_BF16 = (2 - 2.0**-8) * 2.0**127
 def masked_as_ours(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
     """The pairs; in rows where ours has infinities in place of all that mask, the reference has them, too."""
     return tuple(_as_ours(pair) for pair in pairs)
+
+
+def without_infinite_masks(
+    right: NDArray[np.float32], values: NDArray[np.float32], limit: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Both with 0 where the right one masks and the other has the infinity of its sign, if the limit is one of a lower arithmetic."""
+    if limit <= TABLE or right.size != values.size:
+        return right, values
+    other = values.reshape(right.shape)
+    masks = np.isinf(other) & (np.abs(right) >= _BEYOND_BF16) & (np.signbit(right) == np.signbit(other))
+    if not masks.any():
+        return right, values
+    return np.where(masks, np.float32(0), right), np.where(masks, np.float32(0), other).reshape(values.shape)
 
 
 def _as_ours(pair: Pair) -> Pair:
