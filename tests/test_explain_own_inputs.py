@@ -14,6 +14,7 @@ from checkpoints.points import LOGITS, OUTPUT_NORM
 from engine import ops
 from engine.backend import Array
 from engine.faults.edits import Then
+from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
 from parity.explain.case import Case
@@ -115,3 +116,35 @@ def test_an_operation_whose_inputs_agree_is_held_against_them(engine: Faulty, wr
     assert answer.placed is not None
     assert answer.placed.operations == (place,)
     assert answer.law == "every element is 1.02 times the right one"
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(1e-7, False), (1e-3, True)])
+def test_a_sum_that_all_but_cancels_is_judged_by_the_largest_row(
+    reference: Reference, small_model: Callable[..., Path], error: float, wrong: bool
+) -> None:
+    """A router's row of almost nothing may be off by what float32 rounds its terms to, but not by a thousandth of a large row."""
+    place = "blk.1.ffn_moe_logits"
+
+    def cancelled(x: Array) -> Array:
+        out = x.copy()
+        out[2] *= np.float32(1e-4)
+        return out
+
+    def off(x: Array) -> Array:
+        out = cancelled(x)
+        out[2] += np.float32(error * np.abs(x).max())
+        return out
+
+    model = small_model("qwen2moe")
+    engine = Faulty(model, reference.graph(model))
+
+    def ending_in(change: Callable[[Array], Array]) -> list[Step]:
+        return [replace(step, op=Then(step.op, change)) if step.makes == place else step for step in engine.right]
+
+    points = f"blk.1.ffn_norm,{place}"
+    dump = engine.dump(RIGHT, tokens_of(engine.model, 5, seed=3), points=points, size=1 << 20, steps=ending_in(off))
+    case = Case(dump, engine.model, PATIENT)
+    right = ending_in(cancelled)
+    case.take(right, case.beside(right))
+    nothing = Explanation(records=1, differing=0, first=None, last_agreement=None)
+    assert (contradicted(case, nothing) is not nothing) == wrong

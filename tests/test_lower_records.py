@@ -10,7 +10,7 @@ from recorded import F32, only
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
-from parity.diff.masked_values import without_infinite_masks
+from parity.diff.masked_values import without_masks
 from parity.diff.rounding import cut_to, rounded_to
 
 F16 = Options(compute="f16")
@@ -88,6 +88,27 @@ def test_masks_are_infinite_in_lower_types(right: Dump, ref: Dump) -> None:
         assert verdict.pattern is None or verdict.pattern.code != "reference-nonfinite"
 
 
+@pytest.mark.parametrize("size", [8, None])
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_masks_do_not_hide_the_values_beside_them(right: Dump, ref: Dump, size: int | None, factor: float) -> None:
+    """Next to values that mask on both sides, logits 1.001 times as large are found at their row, in few or all values."""
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        values[1] *= np.float32(factor)
+        return masked(values)
+
+    def shortened(dump: Dump) -> Dump:
+        rows = dump.points["logits"]
+        return replace(
+            dump, points={**dump.points, "logits": summarise("logits", rows.values, rows.token_idx, slice_size=size)}
+        )
+
+    whole = replace(ref, points={**ref.points, "logits": right.points["logits"]})
+    verdict = compare(shortened(with_rows(right, "logits", scaled)), shortened(with_rows(whole, "logits", masked)), F32)
+    assert bool(verdict) == (factor == 1.0)
+    assert verdict or (verdict.first_divergence is not None and verdict.first_divergence.token_idx == 1)
+
+
 def cut_to_f16(values: np.ndarray) -> np.ndarray:
     """The values without the digits that F16 has not: rounded towards zero."""
     half = values.astype(np.float16)
@@ -111,7 +132,9 @@ def test_isolate_takes_infinite_masks_for_masks_in_a_lower_arithmetic_alone() ->
     smallest = np.finfo(np.float32).min
     right = np.array([[1.0, smallest, 2.0, smallest]], np.float32)
     values = np.array([[1.0, -np.inf, -np.inf, np.inf]], np.float32)
-    ours, given = without_infinite_masks(right, values, 1e-5)
+    ours, given = without_masks(right, values, 1e-5)
     assert ours.tolist() == [[1.0, 0.0, 2.0, smallest]]
     assert given.tolist() == [[1.0, 0.0, -np.inf, np.inf]]
-    assert all(a is b for a, b in zip(without_infinite_masks(right, values, 1e-10), (right, values), strict=True))
+    assert all(a is b for a, b in zip(without_masks(right, values, 1e-10), (right, values), strict=True))
+    ours, given = without_masks(right, right * np.array([1.0, 1.0, 1.5, 1.0], np.float32), 1e-10)
+    assert [ours.tolist(), given.tolist()] == [[[1.0, 0.0, 2.0, 0.0]], [[1.0, 0.0, 3.0, 0.0]]]

@@ -266,3 +266,21 @@ def test_a_time_step_s_bias_in_bf16_is_a_factor_of_a_head(
     steps = [replace(step, op=Then(step.op, times(factor))) if step.makes.endswith("mamba_y_view") else step for step in kept]
     ours = replace(unstated(mamba.dump(RIGHT, tokens, points="all", size=1 << 20, steps=steps)), header=None)
     assert bool(compare(ours, read(out), Options())) is agrees
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.006, False)])
+def test_before_a_scan_no_time_step_excuses_a_factor(
+    reference: Reference, stories: Path, tmp_path: Path, factor: float, agrees: bool
+) -> None:
+    """A mamba in BF16 whose embedding is 1.006 times too large: no time step's bias lies before it."""
+    model, out, recipe = tmp_path / "m.gguf", tmp_path / "ref.jsonl", RECIPES["mamba"]
+    make_by_recipe(model, recipe, shape_of(recipe), {}, kind="bf16", seed=1, tokenizer=stories, running=reference)
+    mamba, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 9, 1)
+    reference.dump(DumpJob(model, out, tokens))
+    steps = [
+        replace(step, op=Then(step.op, times(factor))) if step.makes == "embd" else step
+        for step in rounded(mamba.right, "bf16", storage=True)
+    ]
+    ours = replace(unstated(mamba.dump(RIGHT, tokens, steps=steps)), header=None)
+    assert bool(compare(ours, read(out), Options())) is agrees

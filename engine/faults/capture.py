@@ -4,13 +4,15 @@ from collections.abc import Callable
 from itertools import count, takewhile
 
 import numpy as np
+from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
 from ..graph import PASSES, Step, name_of
-from .base import AT, SEEN, Fault, Parameters, Steps, read_of, subsets, unchanged
+from .base import AT, SEEN, Fault, Parameters, Steps, read_of, unchanged
 from .edits import copied
 from .flow import branch_and_stream
+from .rotation import ROTATED, both_then_each, is_rotation, not_rotated
 
 
 def _show(point: str, other: str, right: Steps) -> Step | None:
@@ -69,6 +71,10 @@ def _before_residual(point: str, right: Steps, parameters: Parameters) -> Step |
         return None
     branch, stream = branch_and_stream(step, right)
     return _show(point, name_of(branch if parameters["shown"] == "the branch alone" else stream), right)
+
+
+def _before_rope(point: str, right: Steps, _parameters: Parameters) -> Step | None:
+    return replace(not_rotated(right[point]), makes=SEEN + point) if is_rotation(right[point]) else None
 
 
 def _input(point: str, right: Steps, _parameters: Parameters) -> Step | None:
@@ -155,14 +161,14 @@ FAULTS = (
     ),
     Fault(
         name="capture-before-rope",
-        kinds=("q_rope", "k_rope"),
+        kinds=ROTATED,
         change=unchanged,
         what="{at} shows the values before RoPE",
         symptom="position 0 and all that follows are right",
         fix="capture after the rotation",
         seen="RoPE fused into attention's kernel",
-        parameters={AT: subsets("q_rope", "k_rope")},
-        shows=_input,
+        parameters={AT: both_then_each},
+        shows=_before_rope,
     ),
     Fault(
         name="capture-normed",

@@ -62,7 +62,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     head = head_size_of(records.ref, records.ours) or 0
     found, cuts = dict[int, _Found](), Cuts(records.flow)
-    scans = any(recurrent(how.op) for how in records.flow.whole.computations.values())
+    after_scans = records.flow.whole.downstream(lambda _, how: recurrent(how.op))
     for number, pair in enumerate(records.pairs):
         here = chosen[records.point == number]
         if not here.any() or is_routing(pair):
@@ -76,7 +76,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         if arithmetic:
             layers = _layers(records, pair.point)
             usual = Allowed.of(arithmetic, layers)
-            if scans:
+            if pair.point in after_scans:
                 usual = replace(usual, above=_OF_TIME_STEPS * usual.above, spacing=0.0)
             allowed = cuts.narrowed(usual, pair.point, layers)
         constant = _of_constants(records, pair.point) if arithmetic in _FINER else 0.0

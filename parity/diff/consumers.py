@@ -215,7 +215,7 @@ class _Consumers:
         if decided is None:
             return False
         if read is not None:
-            return any(decided)
+            return all(decided) if read.weak else any(decided)
         # Without a reading the proof must be complete: all positions, and no consumer after a soft max, which may hide the error.
         children = self._model.children[name]
         after_soft_max = any(self._model.hidden(name, child) for child in children)

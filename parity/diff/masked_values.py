@@ -1,4 +1,10 @@
-"""Values that mask (float32's largest, as of ids that a model never chooses), where one side's lower type made them infinite."""
+"""Values that mask: float32's largest, as the logits of ids that a model never chooses.
+
+Where both sides have them, they say nothing of the other values, next to which they are the whole energy of a row. A lower type
+makes them infinite.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -9,9 +15,32 @@ from checkpoints.summary import summarise
 
 from .align import Pair
 from .limits import TABLE
+from .whole_rows import column
 
 # From here on a float32 rounds to infinity in BF16, and in F16 all the more. Infinities of smaller values are an overflow of F16.
 _BEYOND_BF16 = (2 - 2.0**-8) * 2.0**127
+
+
+def masked_alike(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where both have a finite value that masks, of the same sign; of any one shape."""
+    masks = (np.abs(a) >= _BEYOND_BF16) & (np.abs(b) >= _BEYOND_BF16) & np.isfinite(a) & np.isfinite(b)
+    return np.asarray(masks & (np.signbit(a) == np.signbit(b)))
+
+
+def may_mask(values: NDArray[np.float32]) -> bool:
+    """Whether any of the values masks; NaN does not."""
+    return bool(
+        np.fmax.reduce(values, axis=None, initial=0) >= _BEYOND_BF16
+        or np.fmin.reduce(values, axis=None, initial=0) <= -_BEYOND_BF16
+    )
+
+
+def both_mask(pairs: Sequence[Pair]) -> NDArray[np.bool_]:
+    """Whether the whole rows of both sides hold values that mask, by their statistics: bool [R], False where one side has none."""
+    ours, ref = (
+        (column(pairs, side, "min") <= -_BEYOND_BF16) | (column(pairs, side, "max") >= _BEYOND_BF16) for side in ("ours", "ref")
+    )
+    return np.asarray(ours & ref)
 
 
 def masked_as_ours(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
@@ -19,14 +48,16 @@ def masked_as_ours(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
     return tuple(_as_ours(pair) for pair in pairs)
 
 
-def without_infinite_masks(
+def without_masks(
     right: NDArray[np.float32], values: NDArray[np.float32], limit: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Both with 0 where the right one masks and the other has the infinity of its sign, if the limit is one of a lower arithmetic."""
-    if limit <= TABLE or right.size != values.size:
+    """Both with 0 where both mask alike; under a lower arithmetic's limit also where the other has the infinity of the mask's sign."""
+    if right.size != values.size:
         return right, values
     other = values.reshape(right.shape)
-    masks = np.isinf(other) & (np.abs(right) >= _BEYOND_BF16) & (np.signbit(right) == np.signbit(other))
+    masks = masked_alike(right, other)
+    if limit > TABLE:
+        masks |= np.isinf(other) & (np.abs(right) >= _BEYOND_BF16) & (np.signbit(right) == np.signbit(other))
     if not masks.any():
         return right, values
     return np.where(masks, np.float32(0), right), np.where(masks, np.float32(0), other).reshape(values.shape)

@@ -16,6 +16,7 @@ from checkpoints.record import Dump
 from checkpoints.short_rows import reduced
 
 from .align import Alignment, Pair, picked
+from .masked_values import both_mask, masked_alike, may_mask
 from .slices import Values, elements, largest, prepare, present_in, slice_errors
 from .whole_rows import column, joined, pass_sums, sizes, whole_rows
 
@@ -188,11 +189,17 @@ def _measure(pairs: list[Pair], values: list[Values]) -> Measures:
     n = joined([np.where(np.isnan(sizes(p.ref)), sizes(p.ours), sizes(p.ref)) for p in pairs], 0)
     l2 = column(pairs, "ref", "l2")
     finite = np.isfinite(ours) & np.isfinite(ref)
+    hidden = both_mask(pairs)  # rows whose statistics and sketch are those of the values that mask
+    if may_mask(ref):
+        masked = masked_alike(ours, ref)
+        hidden |= reduced(np.logical_or, masked)
+        ours, ref = np.where(masked, np.float32(0), ours), np.where(masked, np.float32(0), ref)
+    l2 = np.where(hidden, np.nan, l2)
     part = slice_errors(values, ours, ref, present, present & finite, n, l2)
     full = joined([_whole(p) for p in pairs], 0) > 0
     exact_text = joined([np.full(len(p.ours), p.ours.quantum is None and p.ref.quantum is None) for p in pairs], 0) > 0
     nmse_row, bound = whole_rows(pairs, n, l2)
-    nmse_row = np.where(full, part.nmse, np.where(exact_text, nmse_row, np.nan))
+    nmse_row = np.where(full, part.nmse, np.where(exact_text & ~hidden, nmse_row, np.nan))
     nonfinite = _nonfinite(pairs, values, ours, ref, present, finite)
     return Measures(
         nmse=np.where(nonfinite.one_sided | nonfinite.nothing, np.inf, np.fmax(part.nmse, nmse_row)),

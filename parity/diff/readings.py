@@ -27,7 +27,8 @@ class Reading(Struct, frozen=True):
 
     `kind` is one of the above, `sentence` says it, `mapping` is the `--map` line that settles it, for this point. `relation` is equal
     for points of several layers that show the same; `proof`: no wrong operation makes such a record; `own`: the values are the point's
-    own, and right, so that they say of the point what a right record would. `shows` is the other point whose values these are.
+    own, and right, so that they say of the point what a right record would. `shows` is the other point whose values these are. `weak`:
+    wrong operations make such records, too, so that what is made from every one of them has to agree.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Reading(Struct, frozen=True):
     proof: bool = False
     own: bool = True
     shows: str = ""
+    weak: bool = False
 
     @property
     def same(self) -> str:

@@ -131,7 +131,8 @@ def _of_no_expert(measured: Measured) -> Bools:
     energy = energies(measured)
     largest = np.zeros(len(measured.pairs))
     np.maximum.at(largest, measured.point, energy)
-    return np.asarray(measured.measures.nmse * energy > _LARGER * largest[measured.point])
+    with np.errstate(invalid="ignore"):  # beside a row of zeros any error is infinite in proportion
+        return np.asarray(measured.measures.nmse * energy > _LARGER * largest[measured.point])
 
 
 def _of_other_rows(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> tuple[Bools, list[str]]:

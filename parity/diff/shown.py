@@ -8,6 +8,7 @@ from checkpoints.record import Rows
 from .layouts import other_length, reordered
 from .moments import likelihoods, other_position, other_type, renamed, scaled
 from .readings import Allowed, Others, Reading
+from .rotated import before_rope
 
 _ENOUGH = 64  # most records that are looked at
 
@@ -33,6 +34,7 @@ def shown_by(ours: Rows, ref: Rows, allowed: Allowed, others: Others, head_size:
         or renamed(ours, allowed, others)
         or scaled(ours, ref, allowed)
         or (other_position(ours, allowed, same) if same is not None else None)
+        or (before_rope(ours, ref, allowed, same) if same is not None else None)
         or other_type(ours, ref, allowed)
         or (likelihoods(ours, ref) if ours.point == LOGITS else None)
     )

@@ -11,6 +11,7 @@ from engine.replay.disturbed import ELEMENT
 from engine.replay.precision import rounded
 from engine.replay.wide import is_looked_up
 
+from ..diff.few_numbers import share_of_few
 from ..diff.limits import EXACT_FLOOR
 from .beside import ROOM, beside
 from .case import Case
@@ -50,7 +51,8 @@ def contradicted(case: Case, answer: Explanation) -> Explanation:
             value, errors = case.replay.on_host[step.makes], usual.base
         else:
             errors, allowed = usual.nmse(value, case.positions), np.zeros(len(entry.rows))
-        wrong = errors > np.maximum(ROOM * usual.limit, allowed)
+        # A sum of few numbers that all but cancels is off by what float32 rounds its terms to: in proportion to the point's largest row.
+        wrong = errors > np.maximum(ROOM * usual.limit / share_of_few(entry.pair.ref), allowed)
         if wrong.any():
             if not case.states_f32 and (kinds := _arithmetics(case, step, entry, entries, value)):
                 lower = lower or kinds

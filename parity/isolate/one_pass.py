@@ -15,7 +15,7 @@ from engine import ops
 from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
 from engine.replay.proof import rounds_activations
 
-from ..diff.masked_values import without_infinite_masks
+from ..diff.masked_values import without_masks
 from ..diff.rounding import beyond_rounding, is_rounding, type_of
 from ..diff.scatter import is_scaled, is_scatter
 from .elements import least_energy, sampled_error
@@ -203,7 +203,7 @@ class JudgedPass:
                 ordered: NDArray[np.float32] = viewed(routing.ordering.reads[0], source.of(routing.ordering, positions)[0])
                 errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
-                errors = row_errors(step.makes, *without_infinite_masks(ours, dumped, limit), positions, least)
+                errors = row_errors(step.makes, *without_masks(ours, dumped, limit), positions, least)
                 if not definition_of.arithmetic:
                     wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
                     errors = within_own_rounding(way, ours, wide, positions, errors, limit, least)
