@@ -24,8 +24,9 @@ def other_operand(case: Case, state: SearchState, entry: Expected, errors: Float
     """
     step = state.planting.right.get(entry.point)
     wrong = errors > entry.limit
-    if step is None or not wrong.any():
-        return ""
+    known = {own.makes for own in case.transformer.steps}
+    if step is None or not wrong.any() or any(name in state.order and name not in known for name in step.names):
+        return ""  # it reads what a fault alone makes, which the right run does not have
     rows = rows_enough(case.transformer.steps, int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
     first = case.make(case.transformer.steps, rows, case.replay)
     for other, sentence in _changed(case, state, step):
@@ -37,7 +38,7 @@ def other_operand(case: Case, state: SearchState, entry: Expected, errors: Float
 def _changed(case: Case, state: SearchState, step: Step) -> Iterator[tuple[Step, str]]:
     """The step with one operand or weight replaced, and the sentence on it."""
     values = case.replay.values
-    before = [name for name, number in state.order.items() if number < state.order[step.makes]]
+    before = [name for name, number in state.order.items() if number < state.order[step.makes] and name in values]
     for at, read in enumerate(step.reads):
         if not isinstance(read, str) or read not in state.order:
             continue
