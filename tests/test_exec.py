@@ -150,6 +150,17 @@ def test_a_script_with_line_ends_of_windows_is_said_to_be_there(tmp_path: Path) 
     assert "carriage return" in error.advice
 
 
+def test_a_file_that_path_does_not_name_is_said_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare name is looked for in PATH, not in this folder: nothing is said of the script's first line."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "an-engine"
+    script.write_bytes(b"#!/bin/sh\nexit 0\n")
+    script.chmod(0o755)
+    error = failure("an-engine {out}", tmp_path / "o")
+    assert "./an-engine" in error.advice
+    assert "first line" not in error.advice
+
+
 def test_a_dump_without_end_is_stopped(tmp_path: Path) -> None:
     """An engine that writes without end, to stdout or {out}, is stopped."""
     for line in (

@@ -214,9 +214,7 @@ class Command(Struct, frozen=True):
             if error.errno == errno.E2BIG:
                 advice = "The token ids are more than a command line holds: use a shorter prompt."
             if error.errno == errno.ENOENT and Path(what).is_file():
-                advice = (
-                    "The file is there; the program that its first line names is not, or that line ends in a carriage return."
-                )
+                advice = _why_not_found(what)
             raise EngineError(f"cannot run {what}: {error.strerror}.", advice, how=NOT_STARTED) from error
 
     def _wait(self, process: "subprocess.Popen[bytes]", out: Path) -> EngineError | None:
@@ -293,6 +291,16 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
         lambda match: values.get(match[0], match[0]),
         text,
     )
+
+
+def _why_not_found(program: str) -> str:
+    """Why the system finds no program of this name, although there is a file of it."""
+    if os.sep not in program:  # looked for in PATH, where this folder is not
+        return f"The file is there, but not in PATH: write ./{program}."
+    with suppress(OSError), Path(program).open("rb") as file:
+        if file.read(2) != b"#!":
+            return "The file is there; the loader that it names is not: it was built for another system."
+    return "The file is there; the program that its first line names is not, or that line ends in a carriage return."
 
 
 def _remove(out: Path) -> None:
