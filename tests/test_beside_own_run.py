@@ -11,9 +11,10 @@ from planted import Faulty, tokens_of
 
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from engine import ops
 from engine.backend import Array
 from engine.faults.edits import Then, ggml
-from engine.replay.precision import rounded
+from engine.replay.precision import ROUNDINGS, rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options
@@ -163,3 +164,16 @@ def test_a_constant_may_be_kept_in_bf16(
     right = replace(right, header=replace(right.header, compute="f32"))
     ours = replace(ours, header=replace(right.header, compute="bf16"))
     assert bool(compared_on(ours, right, Options(), model).verdict) is agrees
+
+
+@pytest.mark.slow
+def test_noise_of_one_row_is_no_other_order(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """A gemma2 in 8 bits whose scores are in F16: each of 16 logits of one row is near some of the right row's 2,048."""
+    model, recipe, out = tmp_path / "m.gguf", RECIPES["gemma2"], tmp_path / "ref.jsonl"
+    make_by_recipe(model, recipe, shape_of(recipe), {}, kind="q8_0", seed=95052, tokenizer=stories, running=reference)
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 4, 95052)
+    reference.dump(DumpJob(model, out, tokens, points="all", slice_size=None))
+    scores = [step.makes for step in engine.right if step.op is ops.attention_scores]
+    kept = [replace(step, op=Then(step.op, ROUNDINGS["f16"])) if step.makes in scores else step for step in engine.right]
+    ours = unstated(engine.dump(RIGHT, tokens, steps=rounded(kept, "q8", storage=False)))
+    assert compared_on(ours, read(out), Options(compute="q8"), model).verdict

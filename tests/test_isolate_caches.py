@@ -13,6 +13,7 @@ from checkpoints.jsonl import write
 from checkpoints.points import parse
 from engine.graph import History, Step
 from engine.replay.kept import kept
+from engine.replay.precision import rounded
 from engine.replay.proof import proof_steps
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.judging import Definition, Record
@@ -60,6 +61,29 @@ def test_a_cache_of_a_stated_type(
         assert {item.status for item in answer.operations if item.operation in ("kq", "kqv_out")} == {PROVEN}
         answer = judged(engine, reference, tmp_path / "ours.jsonl", scaled(list(steps), "blk.1.kq"), kind, shown=shown)
         assert {item.name for item in answer.wrong} - {"blk.1.layer"} == {"blk.1.kq"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["qwen3", "deepseek2"])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_cache_that_nothing_states_beside_stated_float32(
+    recipe: str, shown: bool, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """A cache of F16 or BF16 is neither wrong nor proven; scores 0.1 % too large, and a norm that is rounded to F16, are wrong, alone."""
+    model = small_model(recipe, kind="f32")
+    engine = Faulty(model, reference.graph(model))
+    ways = [kept(engine.right, "f16 cache"), kept(engine.right, "bf16 cache")]
+    as_ggml = [proof_steps(engine.right, native=False, kv_type="f16")] if recipe == "qwen3" else []  # an engine that runs so
+    for steps in (*ways, *as_ggml):
+        answer = judged(engine, reference, tmp_path / "ours.jsonl", list(steps), "", shown=shown)
+        assert not answer.wrong
+        assert any("the cache keeps keys and values in" in item.reason for item in answer.operations)
+    answer = judged(engine, reference, tmp_path / "ours.jsonl", scaled(ways[0], "blk.1.kq"), "", shown=shown)
+    assert {item.name for item in answer.wrong} == {"blk.1.kq"}
+    half = rounded(engine.right, "f16", storage=True)
+    steps = [low if step.makes == "blk.1.ffn_norm" else step for step, low in zip(ways[0], half, strict=True)]
+    answer = judged(engine, reference, tmp_path / "ours.jsonl", steps, "", shown=shown)
+    assert {item.name for item in answer.wrong} - {"blk.1.layer"} == {"blk.1.ffn_norm"}
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "int8"])

@@ -26,6 +26,7 @@ def test_windows_bases_and_caps(parity: Cli, small_model: Callable[..., Path]) -
     assert kinds["5"]["attention"]["sees"] == "all earlier positions"
     assert "base 10000" in kinds["0–4, 6"]["rope"]
     assert "base 1e+06" in kinds["5"]["rope"]
+    assert kinds["5"]["after_rope"] == "q_rope, k_rope"
     assert "attn_q_norm over 48" in kinds["5"]["norms"]["RMS, ε 1e-06"]
     assert kinds["5"]["activation"] == "GEGLU of 192"
     assert facts["scales_outside_layers"] == ["embd × 11.3137"]
@@ -36,9 +37,11 @@ def test_windows_bases_and_caps(parity: Cli, small_model: Callable[..., Path]) -
 
 @pytest.mark.slow
 def test_experts(parity: Cli, small_model: Callable[..., Path]) -> None:
-    """deepseek2: one dense layer, then experts with sigmoid gating, a selection bias, a scale and a shared one; gpt-oss: sinks."""
+    """deepseek2: one dense layer, then experts with sigmoid gating, a selection bias, a scale and a shared one; only parts of queries and
+    keys are rotated; gpt-oss: sinks."""
     _, kinds = layers(parity, small_model("deepseek2", layers=2))
     assert "experts" not in kinds["0"]
+    assert kinds["0"]["after_rope"] == "q_pe, k_pe"
     assert kinds["1"]["experts"] == {
         "used": 2, "gating": "sigmoid", "experts": 8, "weights_normalised": True, "weights_scale": 1.5, "selection_bias": True,
         "shared_expert": "without a gate",

@@ -118,6 +118,17 @@ def test_with_the_model_what_agrees_with_neither_gelu_is_wrong(recipe: str, exac
             assert not verdict or verdict.record_faults, only
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.003])
+def test_the_last_logits_under_another_number_are_right_behind_the_table(factor: float, sides: Callable[[str], Sides]) -> None:
+    """They may be off by as much as what they are made from, at their own position, and by no more."""
+    both = sides("gemma3")
+    ours = both.bare(16, without_tables(both.faulty.right))
+    last = ours.points["logits"].take([len(both.tokens) - 1])
+    first = replace(last, token_idx=np.zeros(1, np.int64), values=last.values * np.float32(factor))
+    ours = replace(ours, points={**ours.points, "logits": first})
+    assert bool(compared_on(ours, both.ref, Options(compute="f32"), both.model).verdict) == (factor == 1)
+
+
 @pytest.mark.slow
 def test_a_fault_after_the_table_is_seen(sides: Callable[[str], Sides]) -> None:
     """A final norm that is scaled by 1.0003 jumps out of what the table leaves, whole rows given; the activation itself is not excused."""

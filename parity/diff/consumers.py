@@ -12,7 +12,7 @@ from checkpoints.answers.diff import RecordFault
 from checkpoints.points import parse
 from checkpoints.record import Dump, Rows
 
-from .against_limits import Held
+from .against_limits import Held, limit_at_last
 from .dataflow import Flow
 from .lost_numbers import LostNumbers
 from .measure import Measured
@@ -176,7 +176,8 @@ class _Consumers:
         if not np.isfinite(self._measured.measures.nmse[wrong]).all():
             return None
         ours, ref = self._wrong_records(name)
-        allowed = Allowed.of(self._held.limit[wrong], self._measured.measures.nmse[wrong], ours, ref)
+        last = limit_at_last(self._held, self._measured, wrong, self._model.parents[name])
+        allowed = Allowed.of(self._held.limit[wrong], self._measured.measures.nmse[wrong], ours, ref, last=last)
         layout = shown_by(ours, ref, allowed, self._others, self._head_size)
         if layout is None and (others := alike(name, ours, self._ours.points)):
             here, there = parse(name), parse(others[0])

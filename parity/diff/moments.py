@@ -118,7 +118,8 @@ _ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
 
 def other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
     """The reading as the reference's records of other positions of the same point."""
-    shown = _positions_shown(ours, allowed, rows)
+    single_logits = len(ours) == 1 and ours.point == LOGITS
+    shown = _positions_shown(ours, allowed.at_last() if single_logits else allowed, rows)
     known = shown >= 0
     if known.sum() < min(len(ours), 3) or (~known).sum() > 1:
         return None
@@ -126,7 +127,7 @@ def other_position(ours: Rows, allowed: Allowed, rows: Rows) -> Reading | None:
     if away == {0}:
         return None  # what differs was not recorded
     last = int(rows.token_idx.max())
-    if len(ours) == 1 and (ours.point != LOGITS or shown[0] != last):
+    if len(ours) == 1 and not (single_logits and shown[0] == last):
         return None
     if len(ours) == 1:
         return Reading(MOMENT, f"it is the reference's at position {last}, the last: only its number is wrong", proof=True)

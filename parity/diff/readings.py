@@ -47,20 +47,29 @@ class Reading(Struct, frozen=True):
 
 
 class Allowed(Struct, frozen=True):
-    """How far a reading may be off: NMSE [R], and half a step of the printed decimals."""
+    """How far a reading may be off: NMSE [R], and half a step of the printed decimals.
+
+    `last`: how far off a record of the last position may be by what it is made from, if none of the records is of that position.
+    """
 
     nmse: Floats
     step: float = 0.0
+    last: float = 0.0
 
     @classmethod
-    def of(cls, limit: Floats, error: Floats, *sides: Rows) -> "Allowed":
+    def of(cls, limit: Floats, error: Floats, *sides: Rows, last: float = 0.0) -> "Allowed":
         """The limit of the records, but always far below their error without a reading."""
         step = sum(float(rows.quantum.max(initial=0.0)) / 2 for rows in sides if rows.quantum is not None)
-        return cls(np.minimum(limit, np.nan_to_num(error, posinf=1.0) / CLEAR), step)
+        far = np.nan_to_num(error, posinf=1.0) / CLEAR
+        return cls(np.minimum(limit, far), step, min(last, float(far.min(initial=1.0))))
 
     def take(self, rows: Ints) -> "Allowed":
         """The same for some of the records."""
-        return Allowed(self.nmse[rows], self.step)
+        return Allowed(self.nmse[rows], self.step, self.last)
+
+    def at_last(self) -> "Allowed":
+        """The same for records that may be of the last position."""
+        return Allowed(np.maximum(self.nmse, self.last), self.step, self.last)
 
 
 def wide(values: NDArray[np.floating]) -> Floats:

@@ -1,6 +1,6 @@
 """What can be said if no known fault reproduces the numbers: the operation, laws of the numbers, partial candidates."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -175,6 +175,8 @@ def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations
     in_float32 = case.entries[state.first.point].limit.max() <= EXACT_FLOOR.logits  # wider limits are far above what is before
     if in_float32 and state.nmse[state.first.point].max() <= JUMP * max(before, default=0.0):
         return None
+    if not in_float32 and _inherited(case, state, cone.agreeing):
+        return None
     order = state.order
     names = tuple(sorted(cone.steps, key=lambda name: order.get(name, 0)))
     seen: tuple[int, int] | None = None
@@ -185,6 +187,21 @@ def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations
         if not entry.whole_rows and width and (seen is None or entry.values.shape[1] * seen[1] < seen[0] * width):
             seen = int(entry.present.sum(axis=1).min()), width
     return PossibleOperations(names, cone.agreeing, cone.sure, seen)
+
+
+def _inherited(case: Case, state: SearchState, agreeing: Collection[str]) -> bool:
+    """Whether at each position that is wrong at a state's first place, more than half of the error is that of what the place is made from,
+    just below its own limit: errors that do not depend on each other add up.
+    """
+    assert state.first is not None
+    entry, errors = case.entries[state.first.point], state.nmse[state.first.point]
+    before: dict[int, float] = {}
+    for other, passed in zip(case.entries, state.nmse, strict=True):
+        if other.point in agreeing:
+            for row, error in zip(other.rows.tolist(), passed.tolist(), strict=True):
+                before[row] = max(before.get(row, 0.0), error)
+    wrong = np.flatnonzero(errors > entry.limit)
+    return all(errors[record] < 2 * before.get(int(entry.rows[record]), 0.0) for record in wrong)
 
 
 def leads(entries: Sequence[Expected], state: SearchState, search: Search, positions: Ints, *, single: bool) -> list[Lead]:

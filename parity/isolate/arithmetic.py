@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from checkpoints.answers.diff import Limits
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, WRONG, Operation
 from checkpoints.record import Header, ModelInfo
-from engine.replay.kept import KEPT
+from engine.replay.kept import CACHE, KEPT
 from engine.replay.wide import coarse_points
 from reports.sentences import ARITHMETIC, kept_in
 
@@ -33,6 +33,7 @@ _REASON = (
 _MIXED = "while others are in float32: mixed precision, which nothing states (--compute {} allows for it everywhere)"
 # Factors rounded to eight bits show in most products; floating point may be that of single ones.
 _KINDS = ("f16", "bf16", "tf32", *KEPT)
+_CACHES = tuple(name for name, what in KEPT.items() if what.part == CACHE)
 _EIGHT_BITS = "q8"
 _TYPES = {"F16": "f16", "BF16": "bf16", "TF32": "tf32"}
 _F16 = limits(None, Header(source="", model=ModelInfo(), compute="f32"), compute="f16").operations
@@ -43,7 +44,8 @@ class Judgement(Struct, frozen=True):
     """Operations judged by a limit.
 
     `source` says where the limit is from; `of_layers` is that of a whole layer beside llama.cpp's.
-    `scaled` are the wrong operations that are the right value times a factor.
+    `scaled` are the wrong operations that are the right value times a factor. `cache` is the type in which the engine keeps keys and
+    values, if the operations show it and nothing states it.
     """
 
     bench: IsolationBench
@@ -53,16 +55,17 @@ class Judgement(Struct, frozen=True):
     source: str = ""
     of_layers: float = 0.0
     scaled: frozenset[str] = frozenset()
+    cache: str = ""
 
 
 class Judge(Protocol):
     """Judges the operations of a dump."""
 
-    def __call__(self, limit: float, lower: Sequence[str] = ()) -> Judgement:
-        """Judge by a limit, NMSE; products may also compute in one of these lower arithmetics."""
+    def __call__(self, limit: float, lower: Sequence[str] = (), *, open_cache: bool = False) -> Judgement:
+        """Judge by a limit, NMSE; products may also compute in one of these lower arithmetics, and a cache may be F16 (`open_cache`)."""
 
 
-def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: str) -> Judgement:
+def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: str, *, open_cache: bool = False) -> Judgement:
     """The operations, judged in float32, or in the lower arithmetic that their products show.
 
     If they do not show any, wrong ones that lower arithmetic may explain are not observable.
@@ -70,6 +73,7 @@ def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: s
     Args:
         judged_at: judges them. allowed: the limits of the arithmetic that is stated, else of the lowest that is granted.
         exact, source: the limit of one operation in float32, and where it is from.
+        open_cache: nothing states the type of the cache, which need not be that of the arithmetic.
     """
     most = allowed.operations
     if most > _MOST and not allowed.assumed:  # eight bits are stated: which products agree shows nothing
@@ -80,6 +84,8 @@ def in_its_arithmetic(judged_at: Judge, allowed: Limits, exact: float, source: s
     if shown == exact and (allowed.assumed or most <= exact):
         if allowed.assumed and (mixed := _mixed(judgement, judged_at, exact)) is not None:
             return replace(mixed, source=source, of_layers=most)
+        if open_cache and not allowed.assumed and (kept := _by_cache(judgement, judged_at, exact)) is not None:
+            judgement = kept
         of_layers = max(exact, TABLE) if coarse_points(bench.steps) else exact
         return replace(judgement, source=source, of_layers=of_layers)
     if shown is None and allowed.assumed:
@@ -142,14 +148,37 @@ def _mixed(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement | 
         return None
     again = judged_at(exact, _KINDS)
     reasons = _in_lower(judgement, again)
-    if not reasons:
+    return _undecided_for(again, reasons) if reasons else None
+
+
+def _by_cache(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement | None:
+    """The judgement of an engine that states float32 and not the type of its cache, if some of what reads a cache is wrong and right where
+    the cache keeps a lower type; else None.
+    """
+    wrong = {operation.name for operation in judgement.operations if operation.status == WRONG}
+    if not wrong:
         return None
+    again = judged_at(exact, _CACHES, open_cache=True)
+    kinds: dict[str, str] = {}
+    for operation in again.operations:
+        record = again.bench.records.get(operation.name)
+        if operation.name in wrong and operation.status == PROVEN and record is not None:
+            # What is right without one of these arithmetics is so by ggml's product with a cache of F16.
+            kinds[operation.name] = KEPT[next(iter(record.arithmetics))].type if record.arithmetics else "f16"
+    if not kinds:
+        return None
+    reasons = {name: f"right where {kept_in(CACHE, kind)}" for name, kind in kinds.items()}
+    return replace(_undecided_for(again, reasons), cache=next(iter(kinds.values())))
+
+
+def _undecided_for(judgement: Judgement, reasons: Mapping[str, str]) -> Judgement:
+    """The judgement with these operations not observable, each for its reason."""
     operations = [
         replace(operation, status=NOT_OBSERVABLE, reason=reasons[operation.name]) if operation.name in reasons else operation
-        for operation in again.operations
+        for operation in judgement.operations
     ]
-    again.bench.attention.settle((), reasons)
-    return replace(again, operations=operations)
+    judgement.bench.attention.settle((), reasons)
+    return replace(judgement, operations=operations)
 
 
 def _held_to_rounding(judgement: Judgement, in_float32: Judgement, again: Judgement) -> Judgement:

@@ -95,10 +95,10 @@ class _Run(Struct, dict=True):
         prompt = resolve_prompt(self.reference, self.request.model, self.request.prompt, self.request.tokens)
         return np.array(prompt.ids, dtype=np.int64), np.zeros(0, dtype=np.int64)
 
-    def judged_at(self, limit: float, lower: Sequence[str] = ()) -> Judgement:
+    def judged_at(self, limit: float, lower: Sequence[str] = (), *, open_cache: bool = False) -> Judgement:
         """Every operation, by its own inputs."""
         request, values, (tokens, generated) = self.request, self.values, self.tokens
-        cache_type = "" if self.allowed.assumed and not self.header.kv_type else self.kv_type
+        cache_type = "" if open_cache or (self.allowed.assumed and not self.header.kv_type) else self.kv_type
         standard = foreign_standard(native=self.mode == "native", kv_type=cache_type)
         expected = len(tokens) + len(generated)
         bench = IsolationBench.of(request.model, lambda: self.graph, standard, limit, expected, request.rows, lower)
@@ -115,6 +115,7 @@ class _Run(Struct, dict=True):
     def with_layers(self, judgement: Judgement) -> tuple[list[Operation], list[Operation]]:
         """The operations and, where some cannot be observed, the layers that they are in, judged by llama.cpp's own."""
         bench, operations, request = judgement.bench, judgement.operations, self.request
+        cache = judgement.cache or self.header.kv_type
         layers: list[Operation] = []
         if request.windows and any(item.status == NOT_OBSERVABLE and item.layer is not None for item in operations):
             layers, suspects = judged_layers(
@@ -123,12 +124,12 @@ class _Run(Struct, dict=True):
                 self.values,
                 operations,
                 self.mode,
-                max(judgement.of_layers, of_cache(self.header.kv_type)),  # llama.cpp's own layer has a cache of F32
+                max(judgement.of_layers, of_cache(cache)),  # llama.cpp's own layer has a cache of F32
                 bench.isolator.suspects(),
                 bench.rounding,
             )
             operations = bench.isolator.unless_of(suspects, operations)
-            layers = proven_within(eliminated(operations, layers, suspects), judgement.of_layers, self.header.kv_type)
+            layers = proven_within(eliminated(operations, layers, suspects), judgement.of_layers, cache)
         if self.allowed.assumed:
             judged = as_eight_bits([*operations, *layers], judgement.scaled)
             operations, layers = judged[: len(operations)], judged[len(operations) :]
@@ -153,7 +154,7 @@ def _judged(request: IsolateRequest, values: WholeValues, running: Reference | N
     with ExitStack() as stack:
         run = _Run(request, values, stack, running)
         tokens, generated = run.tokens
-        judgement = in_its_arithmetic(run.judged_at, run.allowed, LIMIT, LIMIT_SOURCE)
+        judgement = in_its_arithmetic(run.judged_at, run.allowed, LIMIT, LIMIT_SOURCE, open_cache=not run.header.kv_type)
         bench = judgement.bench
         operations, layers = run.with_layers(judgement)
         build = run.reference.versions() if layers else {}

@@ -122,7 +122,9 @@ class _Read:
 
     def _rope(self, inside: list[int]) -> Facts:
         lines: list[str] = []
+        rotated: list[str] = []
         for tensor in self._of(inside, "ROPE"):
+            rotated.append(parse(tensor.point).kind)
             mode = tensor.params[2]
             pairs = "NEOX (x[i] with x[i + d/2])" if mode & _NEOX else "NORM (x[2i] with x[2i + 1])"
             parts = [f"{tensor.params[1]} of {tensor.ne[0].fixed} dimensions", f"base {_float(tensor, 5):g}"]
@@ -143,7 +145,7 @@ class _Read:
             factors = [self._tensors[i].name for i in tensor.sources[2:3] if i is not None]
             parts += [f"frequency factors {parse(name).kind}" for name in factors]
             lines.append(", ".join(parts))
-        return {"rope": " · ".join(dict.fromkeys(lines))} if lines else {}
+        return {"rope": " · ".join(dict.fromkeys(lines)), "after_rope": ", ".join(dict.fromkeys(rotated))} if lines else {}
 
     def _attention(self, inside: list[int]) -> Facts:
         facts: Facts = {}
