@@ -47,6 +47,8 @@ def value_layout(step: Step, right: Steps, parameters: Parameters) -> Step:
         return replace(step, op=_LAYOUTS[layout], params={"kv_heads": kv_heads})
     if PASSES in step.reads:  # by this change, or one below another
         raise NotApplicable(f"{step.makes}: the layout has been changed already")
+    if len(step.reads) != 2:  # weights and values: another fault made it read queries and keys as well
+        raise NotApplicable(f"{step.makes} is more than a sum of weighted values")
     mix = partial(step.op, **step.params)
     written = read_of(sibling(step, right, "v_read"), 0)
     return replace(
