@@ -193,6 +193,8 @@ def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: boo
     answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     if not answer.causes and any(sentence in answer.law for sentence in _OF_ROUNDING):
         answers["explain"] = f"suspected: {answer.law}"
+    elif answer.left_open:
+        answers["explain"] = f"suspected: {answer.left_open}"
     elif answer.unjudged:
         answers["explain"] = f"suspected: {answer.unjudged[0]} and what follows cannot be judged"
     elif answer.causes or not answer:

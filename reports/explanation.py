@@ -46,7 +46,8 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     if explanation and (seen := rows_seen(explanation.seen)):
         yield from _lines([("seen", f"{seen}: the rest of the rows is unknown")], width)
     if explanation.truth is not None:
-        yield from _lines([("truth", _truth(explanation.truth, right=bool(explanation)))], width)
+        coarse = bool(explanation) or bool(explanation.left_open)
+        yield from _lines([("truth", _truth(explanation.truth, coarse=coarse))], width)
     if explanation.variants:
         nearest = (
             f"; the nearest other one leaves NMSE {error(explanation.nearest)}"
@@ -144,6 +145,8 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
         rows = [("no cause", f"no operation is to blame for what differs first, {where}")]
     elif explanation.causes:
         rows = [("left over", f"the causes above do not reproduce {where}")]
+    elif explanation.left_open:
+        rows = [("undecided", f"{where}: {explanation.left_open}")]
     else:
         rows = [("no cause", f"no known fault reproduces what differs first, {where}")]
     if explanation.law:
@@ -220,13 +223,13 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
     return [("wrong", f"{which}: {agreeing} {agree} as whole rows")]
 
 
-def _truth(truth: TruthAt, *, right: bool) -> str:
-    """How far both are from float64; an engine that is right in its lower arithmetic is not called wrong by it."""
+def _truth(truth: TruthAt, *, coarse: bool) -> str:
+    """How far both are from float64; an engine that is right in a lower arithmetic, or may be, is not called wrong by it."""
     sentence = f"at the first place yours is {error(truth.ours)} from the same steps in float64, "
     sentence += f"a right float32 engine {error(truth.right)}"
     if truth.ours <= 100 * truth.right:
         return sentence
-    return f"{sentence}: yours is {'coarser' if right else 'wrong'}"
+    return f"{sentence}: yours is {'coarser' if coarse else 'wrong'}"
 
 
 def _lead(lead: Lead) -> str:
@@ -236,7 +239,7 @@ def _lead(lead: Lead) -> str:
 
 
 def _verdict(explanation: Explanation) -> str:
-    if explanation.unjudged:
+    if explanation.unjudged or explanation.left_open:
         return "undecided"
     return "no fault" if explanation else ("explained" if explanation.remaining is None else "unexplained")
 
@@ -259,6 +262,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "precision_only": explanation.precision_only or None,
         "precision_assumed": explanation.precision_assumed,
         "unjudged": list(explanation.unjudged),
+        "left_open": explanation.left_open or None,
         "precision_alike": list(explanation.precision_alike),
         "looks_like": explanation.looks_like or None,
         "f32_stated": explanation.f32_stated or None,

@@ -117,6 +117,16 @@ def test_a_hundred_times_as_far_from_float64_is_wrong(ours: float, said: str) ->
     assert (f"a right float32 engine 1.0e-13{said}" in text, ": yours is" in text) == (True, bool(said))
 
 
+def test_what_is_left_open_is_neither_wrong_nor_without_a_cause() -> None:
+    """A place that a fault or another arithmetic may have made is undecided, in words and in JSON, and float64 calls it coarser."""
+    left = replace(UNEXPLAINED, left_open="a fault, or an arithmetic that rounds in another way", truth=TruthAt(1e-6, 1e-13))
+    text = printed(left)
+    assert "undecided" in text
+    assert "a fault, or an arithmetic that rounds in another way" in text
+    assert "yours is coarser" in text
+    assert ("no cause" in text, as_json(left)["verdict"], bool(left)) == (False, "undecided", False)
+
+
 def test_lower_arithmetic_is_coarser_and_not_wrong() -> None:
     """An engine that is right in its own arithmetic is further from float64, which is no fault."""
     lower = replace(UNEXPLAINED, remaining=None, precision_only="f16", truth=TruthAt(1e-6, 1e-13))

@@ -104,6 +104,8 @@ class Explanation(Struct, frozen=True):
         precision_assumed: whether nothing says that the dump was computed in that arithmetic: a fault as small would look alike.
         unjudged: points, the last one among them, whose values lower arithmetic moves as far as they are large: whether there is a fault
             cannot be said.
+        left_open: a sentence on the first place, if a comparison leaves open whether it shows a fault or an arithmetic that rounds in
+            another way; or "".
         precision_alike: other arithmetics that fit as well as `precision_only` or `looks_like`, so that they cannot be told apart.
         next: points to record now, as a `--points` value.
         complete: False if the search ran out of time.
@@ -118,6 +120,7 @@ class Explanation(Struct, frozen=True):
     precision_only: str = ""
     precision_assumed: bool = False
     unjudged: tuple[str, ...] = ()
+    left_open: str = ""
     law: str = ""
     placed: PossibleOperations | None = None
     suspects: tuple[SuspectRecord, ...] = ()

@@ -59,7 +59,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         return answer  # F16 has no mask's -3e38: infinities that our own run in F16 makes, too, are excused
     place = DivergentPlace(first.checkpoint, first.token_idx, float("inf") if first.nmse is None else first.nmse, first.limit)
     agreed = compared.verdict.last_agreement
-    law, note = _said(compared.verdict, first.checkpoint)
+    law, left_open, note = _said(compared.verdict, first.checkpoint)
     return replace(
         answer,
         first=place,
@@ -67,6 +67,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         last_agreement=None if agreed is None else agreed.checkpoint,
         differing=int(compared.records.failed.sum()),
         law=law,
+        left_open=left_open,
         placed=answer.placed if answer else None,
         notes=(*answer.notes, *note),
         next=compared.verdict.next,
@@ -92,12 +93,16 @@ def _agrees(verdict: Verdict, answer: Explanation) -> bool:
     return verdict.first_divergence is not None and AGREES in here
 
 
-def _said(verdict: Verdict, point: str) -> tuple[str, tuple[str, ...]]:
-    """What a divergence says of its first point: a law, or else a note."""
+def _said(verdict: Verdict, point: str) -> tuple[str, str, tuple[str, ...]]:
+    """What a divergence says of its first point: a law, or what it leaves open, or else a note."""
     if verdict.pattern is None:
-        return "", ()
-    sentence = verdict.pattern.sentence.removeprefix(f"{point}: ")
-    return (sentence, ()) if verdict.pattern.code in _LAWS else ("", (f"parity diff: {verdict.pattern.sentence}",))
+        return "", "", ()
+    code, sentence = verdict.pattern.code, verdict.pattern.sentence
+    if code in _LAWS:
+        return sentence.removeprefix(f"{point}: "), "", ()
+    if code == "undecided":
+        return "", sentence.removeprefix(f"{point}: ").replace("`parity explain` and more", "more"), ()
+    return "", "", (f"parity diff: {sentence}",)
 
 
 def _right(case: Case, ours: Dump) -> Dump:
