@@ -78,6 +78,20 @@ def test_a_value_layout_is_not_changed_twice(tmp_path: Path) -> None:
         Planting(again).of(fault, None, {"layout": "head by head"})
 
 
+def test_a_value_layout_does_not_apply_to_attention_of_other_head_counts(tmp_path: Path) -> None:
+    """Below another number of heads, attention reads queries and keys as well, which were taken for weights: an IndexError."""
+    synthesize(tmp_path / "model.gguf", Shape("llama", 1, 64, 4, 2, 0, 48, 50, biases=False), weight_type="f32", seed=3)
+    engine = Transformer(GgufModel(tmp_path / "model.gguf"), choose("numpy"))
+    right = Replay(engine.steps, range(4), range(4), [0] * 4, engine.weights, engine.backend)
+    counts, layout = CATALOGUE["head-count"], CATALOGUE["v-layout"]
+    planting = Planting(list(engine.steps)).right
+    below = [(counts, chosen) for chosen in counts.variants(planting)]
+    assert any(_run(right, list(engine.steps), (chosen,), None) for chosen in below)
+    for first in below:
+        for chosen in layout.variants(planting):
+            assert not _run(right, list(engine.steps), (first, (layout, chosen)), None)
+
+
 def test_a_rotation_halved_until_no_pair_is_left_does_not_apply(tmp_path: Path) -> None:
     """Of four rotated dimensions, half of the half and a quarter are no pair; neither is a rotation of 0 that another cause plants.
 
