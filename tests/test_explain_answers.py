@@ -10,7 +10,6 @@ from explaining import PROMPT, RIGHT, STEPS, edited, names, unstated
 from msgspec.structs import replace
 from planted import Faulty, Planted, tokens_of
 
-from checkpoints.answers.explain import DivergentPlace, Explanation, TruthAt
 from checkpoints.record import Dump
 from engine.backend import Array
 from engine.faults import plant
@@ -315,15 +314,6 @@ def test_the_truth_is_told_beside_both_sides(engine: Faulty) -> None:
     assert explanation.truth.right < 1e-12
     assert explanation.truth.ours > 1e-10
     assert explain(dump, engine.model, replace(_PATIENT, arbiter="off")).truth is None
-
-
-def test_a_right_engine_in_lower_arithmetic_is_coarser_not_wrong(engine: Faulty) -> None:
-    """The sentence on float64 agrees with the verdict: where precision explains all, it says coarser, where a fault is left, wrong."""
-    rounding = Explanation(1, 1, None, None, precision_only="f16", truth=TruthAt(4.5e-8, 1e-14))
-    assert "yours is coarser" in " ".join(line.plain for line in lines(rounding, 200))
-    place = DivergentPlace("blk.0.attn_norm", 0, 4.5e-8, 1e-10)
-    left = replace(rounding, first=place, precision_only="", remaining=place)
-    assert "yours is wrong" in " ".join(line.plain for line in lines(left, 200))
 
 
 def test_what_was_not_seen_is_not_acquitted(engine: Faulty) -> None:

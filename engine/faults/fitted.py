@@ -12,7 +12,7 @@ from .. import ops
 from ..backend import Array
 from ..graph import Step
 from .attention import FAULTS as ATTENTION
-from .base import AT, Fault, Parameters, Steps, kind_of, kinds_of
+from .base import AT, Change, Fault, Parameters, Steps, kind_of, kinds_of
 from .edits import HandsOn, ggml, number
 from .head_norms import unlisted
 from .logits import FAULTS as LOGITS
@@ -136,6 +136,34 @@ def _multiplied(how: str) -> Callable[[Step, Steps, Parameters], Step]:
         return replace(step, op=_Changed(step.op, parameters["by"], how, product))
 
     return change
+
+
+def without_a_right_value(
+    name: str,
+    kinds: tuple[str, ...],
+    change: Change,
+    what: str,
+    parameters: dict[str, Any],
+    *texts: str,
+    starts: tuple[float, ...],
+    positive: bool = False,
+) -> Fitted:
+    """A fitted number that a right engine does not have. `parameters` begins with it; `texts`: the symptom, the fix, where it was seen."""
+    symptom, fix, seen = texts
+    fault = Fault(
+        name=name,
+        kinds=kinds,
+        change=change,
+        what=what,
+        symptom=symptom,
+        fix=fix,
+        seen=seen,
+        parameters=parameters,
+        group="fitted",
+    )
+    return Fitted(
+        fault=fault, parameter=next(iter(parameters)), wanted=lambda *_: None, starts=lambda _wanted: starts, positive=positive
+    )
 
 
 _EVERY: dict[str, Any] = {"part": ("the result",), AT: tuple((kind,) for kind in (*_SCALED, *_ONCE))}

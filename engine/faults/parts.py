@@ -9,9 +9,9 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
-from .base import AT, Change, Fault, Parameters, Steps, Values, kind_of, sibling
+from .base import AT, Change, Parameters, Steps, Values, kind_of, sibling
 from .edits import HandsOn, ggml
-from .fitted import Fitted
+from .fitted import Fitted, without_a_right_value
 
 _MOST = 64  # parts of one kind that are tried: each is some three passes up to the first place
 
@@ -86,7 +86,7 @@ def _experts(right: Steps) -> Values:
     return tuple(range(max(sizes))) if sizes and max(sizes) <= _MOST else ()
 
 
-class _OtherNumbers(Struct, frozen=True):
+class OtherNumbers(Struct, frozen=True):
     """A weight that is multiplied by a number, or to which it is added."""
 
     by: float
@@ -105,7 +105,7 @@ def _sinks(how: str) -> Change:
         names = [weight for weight in step.weights if isinstance(weight, str)]
         if len(names) != 1:
             raise NotApplicable(f"{step.makes} has no sinks")
-        return replace(step, weights=(Altered(names[0], _OtherNumbers(parameters["by"], how)),))
+        return replace(step, weights=(Altered(names[0], OtherNumbers(parameters["by"], how)),))
 
     return change
 
@@ -113,20 +113,8 @@ def _sinks(how: str) -> Change:
 def _new(
     name: str, change: Change, what: str, where: dict[str, Any], *texts: str, starts: tuple[float, ...] = (1.01, 0.0)
 ) -> Fitted:
-    symptom, fix, seen = texts
     kinds = tuple(dict.fromkeys(kind for chosen in where[AT] for kind in chosen))
-    fault = Fault(
-        name=name,
-        kinds=kinds,
-        change=change,
-        what=what,
-        symptom=symptom,
-        fix=fix,
-        seen=seen,
-        parameters={"by": (), **where},
-        group="fitted",
-    )
-    return Fitted(fault=fault, parameter="by", wanted=lambda *_: None, starts=lambda _wanted: starts, positive=False)
+    return without_a_right_value(name, kinds, change, what, {"by": (), **where}, *texts, starts=starts)
 
 
 def _each(*kinds: str) -> tuple[tuple[str, ...], ...]:

@@ -1,18 +1,18 @@
 """Fitted numbers inside an operation: of its bias, of a term of a sum, of a decay in a scan, of a softmax's denominator."""
 
 from collections.abc import Callable
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import Altered, Step, WeightSource
+from ..graph import Altered, Step
 from ..inapplicable import NotApplicable
-from .base import AT, Change, Fault, Parameters, Steps, Values, kind_of
+from .base import AT, Parameters, Steps, Values, kind_of
 from .edits import Then, WithInput, ggml
-from .fitted import Fitted
+from .fitted import without_a_right_value
+from .parts import OtherNumbers
 
 _QKV = ("q", "k", "v")
 _NONE = (("no such step",),)
@@ -20,14 +20,13 @@ _DECAYS = ("ssm_a",)
 
 
 class _Times(Struct, frozen=True):
-    """A weight, or a value, that is multiplied by a number."""
+    """A value that is multiplied by a number."""
 
     by: float
 
-    def __call__(self, value: Array | WeightSource, name: str = "") -> Array:
+    def __call__(self, value: Array) -> Array:
         """The product."""
-        array: Any = value.get(name) if name else value
-        changed: Array = array * array.dtype.type(self.by)
+        changed: Array = value * value.dtype.type(self.by)
         return changed
 
 
@@ -42,7 +41,7 @@ def _bias(step: Step, _right: Steps, parameters: Parameters) -> Step:
     number = _bias_of(step)
     if number is None:
         return step
-    changed = Altered(str(step.weights[number]), _Times(parameters["by"]))
+    changed = Altered(str(step.weights[number]), OtherNumbers(parameters["by"], "times"))
     return replace(step, weights=(*step.weights[:number], changed, *step.weights[number + 1 :]))
 
 
@@ -73,7 +72,9 @@ def _term(step: Step, _right: Steps, parameters: Parameters) -> Step:
 def _decay(step: Step, _right: Steps, parameters: Parameters) -> Step:
     """The step with another factor of A."""
     weights = tuple(
-        Altered(weight, _Times(parameters["by"])) if isinstance(weight, str) and weight.endswith(_DECAYS) else weight
+        Altered(weight, OtherNumbers(parameters["by"], "times"))
+        if isinstance(weight, str) and weight.endswith(_DECAYS)
+        else weight
         for weight in step.weights
     )
     return replace(step, weights=weights)
@@ -106,52 +107,33 @@ def _denominator(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=Then(step.op, _WithMore(parameters["more"])))
 
 
-def _fit(
-    name: str, kinds: tuple[str, ...], change: Change, what: str, parameters: dict[str, Any], *texts: str, **fit: Any
-) -> Fitted:
-    symptom, fix, seen = texts
-    parameter = next(iter(parameters))
-    fault = Fault(
-        name=name,
-        kinds=kinds,
-        change=change,
-        what=what,
-        symptom=symptom,
-        fix=fix,
-        seen=seen,
-        parameters=parameters,
-        group="fitted",
-    )
-    return Fitted(fault=fault, parameter=parameter, wanted=lambda *_: None, **fit)
-
-
 FITTED = (
-    _fit(
+    without_a_right_value(
         "bias-multiplier", ("MUL_MAT", "ADD", "ADD_ID", "NORM", *_QKV), _bias,
         "the bias of {at} is {by} times as large as in this model", {"by": (), AT: _biased},
         "wrong from the first layer and position on, by the same vector everywhere",
         "add the bias as it is in the file", "a bias that is scaled with the product, or twice by a residual multiplier",
-        starts=lambda _wanted: (1.01,), positive=False,
+        starts=(1.01,),
     ),
-    _fit(
+    without_a_right_value(
         "term-multiplier", ("SUM",), _term,
         "the {term} term of {at} is multiplied by {by}, which this model does not do",
         {"by": (), "term": _TERMS, AT: lambda right: _groups(right, _is_sum)[1:] or _NONE},
         "what is added is right, the sum is not", "add both terms as they are",
         "the routed experts' scale on the shared expert too; residual multipliers of Granite or MiniCPM",
-        starts=lambda _wanted: (1.01, 2.0), positive=False,
+        starts=(1.01, 2.0),
     ),
-    _fit(
+    without_a_right_value(
         "decay-multiplier", ("SSM_SCAN", "MUL"), _decay,
         "the decay A is {by} times as large as in this model, in {at}", {"by": (), AT: _decaying},
         "right at position 0, then wrong by little", "use ssm_a as it is in the file", "decays kept in a lower type; a factor of log 2",
-        starts=lambda _wanted: (1.01,), positive=False,
+        starts=(1.01,),
     ),
-    _fit(
+    without_a_right_value(
         "softmax-denominator", ("kq_soft_max",), _denominator,
         "{more} is added to the softmax's sum, after the largest score is subtracted", {"more": ()},
         "attention a little too weak, also at position 0", "divide by the sum alone",
         "constants against a division by zero; normalisations of other attention kernels",
-        starts=lambda _wanted: (1e-3,),
+        starts=(1e-3,), positive=True,
     ),
 )  # fmt: skip

@@ -208,7 +208,7 @@ def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Ver
         return replace(verdict, pattern=Pattern("one-number", sentence), operation="")
     sentence = (
         f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
-        f"another way (--compute {kinds[0]} allows for it; `parity explain` and more points and values tell)"
+        f"another way (--compute {kinds[0]} allows for it; more points and values tell)"
     )
     return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 

@@ -101,7 +101,7 @@ def _said(verdict: Verdict, point: str) -> tuple[str, str, tuple[str, ...]]:
     if code in _LAWS:
         return sentence.removeprefix(f"{point}: "), "", ()
     if code == "undecided":
-        return "", sentence.removeprefix(f"{point}: ").replace("`parity explain` and more", "more"), ()
+        return "", sentence.removeprefix(f"{point}: "), ()
     return "", "", (f"parity diff: {sentence}",)
 
 

@@ -17,9 +17,8 @@ from .records import Expected
 from .search import Search
 from .state import Candidate, SearchState
 
-_SMALLER = (
-    1e-3  # an ε so many times as large is tried, to see whether the one that was found is only the largest of those that fit
-)
+# An ε so many times as large is tried, to see whether the fitted one is only the largest of those that fit.
+_SMALLER = 1e-3
 
 
 def causes_of(case: Case, search: Search, start: SearchState, best: SearchState) -> list[Cause]:

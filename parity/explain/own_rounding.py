@@ -97,7 +97,7 @@ def rounds_as_ours(case: Case, kind: str) -> bool:
             rounded(case.transformer.steps, kind, storage=storage), count, None, case.rounded(kind, storage)
         ).on_host
         for entry in case.entries:
-            if (entry.base > entry.limit).any():
+            if entry.over.any():
                 rows = (entry.taken(values[entry.point], case.positions) for values in (run, right))
                 if alike_at(entry, *rows) >= OURS:
                     return True
@@ -268,8 +268,7 @@ def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, half_s
     if abs(factor - 1) <= half_step and compared.holds(compared.right * factor):
         return ""
     sentence = law(compared)
+    # Within an arithmetic's noise any value of a row or two is near that of another element: one in 80 of 2,048 was.
     if sentence.startswith(OTHER_ORDER) and len(compared.rows) < POSITIONS:
-        return (
-            ""  # within an arithmetic's noise any value of a row or two is near that of another element: one in 80 of 2,048 was
-        )
+        return ""
     return "" if sentence.endswith(WRONG) or "not recorded" in sentence or SAME_ERROR in sentence else sentence
