@@ -18,7 +18,7 @@ from .align import Pair
 from .dataflow import Flow
 from .measure import Measured
 from .operations import CHOICES, MIXING
-from .wrong_values import energies
+from .wrong_values import energies, error_energies
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -128,11 +128,9 @@ def routed(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows])
 
 def _of_no_expert(measured: Measured) -> Bools:
     """The records, bool [R], whose error is far larger than any of the reference's rows of their point: no other expert makes that."""
-    energy = energies(measured)
     largest = np.zeros(len(measured.pairs))
-    np.maximum.at(largest, measured.point, energy)
-    with np.errstate(invalid="ignore"):  # beside a row of zeros any error is infinite in proportion
-        return np.asarray(measured.measures.nmse * energy > _LARGER * largest[measured.point])
+    np.maximum.at(largest, measured.point, energies(measured))
+    return np.asarray(error_energies(measured) > _LARGER * largest[measured.point])
 
 
 def _of_other_rows(measured: Measured, held: Held, model: Flow, ref: Mapping[str, Rows]) -> tuple[Bools, list[str]]:

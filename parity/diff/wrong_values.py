@@ -11,6 +11,7 @@ from .few_numbers import share_of_few
 from .limits import LARGEST_ROUNDING, TABLE
 from .measure import Measured
 from .readings import Allowed, agree, wide
+from .slices import prepare
 from .whole_rows import sizes
 
 Floats = NDArray[np.float64]
@@ -125,3 +126,26 @@ def energies(measured: Measured) -> Floats:
         l2 = pair.ref.stats.get("l2")
         of_points.append(sliced if l2 is None else np.where(np.isnan(l2), sliced, l2**2))
     return np.concatenate(of_points) if of_points else np.zeros(0)
+
+
+def error_energies(measured: Measured) -> Floats:
+    """‖a − b‖² of whole rows, [R]: by NMSE or, where a row shows leading values alone or is zero, by those in proportion to its length.
+
+    The NMSE of a slice is in proportion to values that may be next to nothing (`slices.SLICE_FLOOR`), and not to its row.
+    """
+    energy, measures = energies(measured), measured.measures
+    with np.errstate(invalid="ignore", over="ignore"):
+        whole, seen = measures.nmse * energy, np.concatenate([_of_leading(pair) for pair in measured.pairs])
+    whole = np.where(energy > 0, whole, np.where(np.isfinite(measures.nmse), 0.0, np.inf))
+    return np.where(np.isnan(measures.nmse_row) | (energy == 0), np.fmin(whole, seen), whole)
+
+
+def _of_leading(pair: Pair) -> Floats:
+    """‖a − b‖² of the values that both sides have, [R], times the length of the row over their number where the row's energy is known."""
+    values = prepare(pair)
+    difference = values.a.astype(np.float64) - values.b
+    shown = np.isfinite(difference)
+    error = np.sum(np.where(shown, difference, 0.0) ** 2, axis=1)
+    whole = pair.ref.stats.get("l2", np.full(len(error), np.nan))
+    times = sizes(pair.ref) / np.fmax(shown.sum(axis=1), 1)
+    return np.asarray(error * np.where(np.isnan(whole) | np.isnan(times), 1.0, times))
