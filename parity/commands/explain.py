@@ -36,7 +36,8 @@ def explain(
     """Find the known fault (wrong RoPE pairs, a missing bias, …) that reproduces the numbers of your engine.
 
     Replays each fault of the catalogue in our engine until one gives the numbers of your dump. The prompt is the dump's
-    own, unless you give another. Exits 0 if there is no fault, 1 if there is one, whether its cause is found or not.
+    own, unless you give another. Exits 0 if there is no fault, 1 if there is one, whether its cause is found or not, or if that stays
+    undecided.
     """
     from reports import explanation
 

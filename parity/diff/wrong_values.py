@@ -12,7 +12,7 @@ from .limits import LARGEST_ROUNDING, TABLE
 from .measure import Measured
 from .readings import Allowed, agree, wide
 from .slices import prepare
-from .whole_rows import sizes
+from .whole_rows import joined, sizes
 
 Floats = NDArray[np.float64]
 
@@ -135,7 +135,7 @@ def error_energies(measured: Measured) -> Floats:
     """
     energy, measures = energies(measured), measured.measures
     with np.errstate(invalid="ignore", over="ignore"):
-        whole, seen = measures.nmse * energy, np.concatenate([_of_leading(pair) for pair in measured.pairs])
+        whole, seen = measures.nmse * energy, joined([_of_leading(pair) for pair in measured.pairs], 0)
     whole = np.where(energy > 0, whole, np.where(np.isfinite(measures.nmse), 0.0, np.inf))
     return np.where(np.isnan(measures.nmse_row) | (energy == 0), np.fmin(whole, seen), whole)
 
