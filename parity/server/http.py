@@ -19,6 +19,7 @@ from urllib3.util.retry import Retry
 
 from checkpoints.errors import InputError
 from checkpoints.printable import printable
+from parity.server.shallow_json import shallow_json
 from reports.numbers import count
 
 KEY_VARIABLE = "PARITY_API_KEY"
@@ -254,8 +255,8 @@ class Connection(Struct):
 
     def _object(self, data: bytes, path: str) -> dict[str, Any]:
         try:
-            answer = json.loads(data)
-        except (ValueError, RecursionError):
+            answer = shallow_json(data)
+        except ValueError:
             start = data[:_SHOWN].lstrip().lower()
             if start.startswith((b"data:", b"event:")):
                 raise ServerError(
@@ -302,10 +303,10 @@ def _words(data: bytes) -> str:
     """The server's message on an error: OpenAI's `error.message`, FastAPI's `detail`, else the beginning of the text."""
     text: Any
     try:
-        body = json.loads(data)
+        body = shallow_json(data)
         error = body.get("error", body)
         text = error if isinstance(error, str) else error.get("message") or error.get("detail") or ""
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         text = data[: 4 * _SHOWN].decode("utf-8", "replace")
         if "<html" in text.lower():
             return ""
