@@ -11,7 +11,8 @@ from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
 from parity.diff.masked_values import without_masks
-from parity.diff.rounding import cut_to, rounded_to
+from parity.diff.rounding import cut_to, rounded_to, type_of
+from parity.isolate.held import errors_beyond
 
 F16 = Options(compute="f16")
 
@@ -138,3 +139,30 @@ def test_isolate_takes_infinite_masks_for_masks_in_a_lower_arithmetic_alone() ->
     assert all(a is b for a, b in zip(without_masks(right, values, 1e-10), (right, values), strict=True))
     ours, given = without_masks(right, right * np.array([1.0, 1.0, 1.5, 1.0], np.float32), 1e-10)
     assert [ours.tolist(), given.tolist()] == [[[1.0, 0.0, 2.0, 0.0]], [[1.0, 0.0, 3.0, 0.0]]]
+
+
+def in_bf16(values: np.ndarray) -> np.ndarray:
+    """The values rounded to BF16, in which the masks among them are infinite."""
+    bits = masked(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_masked_logits_in_bf16_are_said_to_be_that(right: Dump, ref: Dump, factor: float) -> None:
+    """Logits that an engine of unknown arithmetic keeps in BF16, masks and all, are the reference's rounded to BF16, not a wrong product;
+    1.01 times as large they are no rounding.
+    """
+    ours = with_rows(right, "logits", lambda values: in_bf16(values * np.float32(factor)), "")
+    verdict = compare(ours, with_rows(ref, "logits", masked))
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code == "rounded") == (factor == 1.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_isolate_takes_masks_in_a_lower_type_for_rounding(factor: float) -> None:
+    """A result kept in BF16 is its right value rounded, with infinities for its masks; 1.02 times as large it is not."""
+    values = np.random.default_rng(3).standard_normal((4, 64), dtype=np.float32)
+    dumped = in_bf16(values * np.float32(factor))
+    assert type_of(dumped) == "BF16"
+    beyond = errors_beyond("BF16", "logits", masked(values), dumped, np.arange(4), None)
+    assert bool((beyond > 1e-10).any()) == (factor != 1.0)

@@ -19,7 +19,7 @@ from .operations import MIXING, recurrent
 from .records import Records
 from .routing import may_have_flipped
 from .scatter import SIMILAR, is_scatter, spares_elements
-from .slices import prepare
+from .slices import prepare, without_infinities
 from .truth import AMPLIFIED
 
 Floats = NDArray[np.float64]
@@ -226,7 +226,7 @@ def _product_alone(records: Records, name: str) -> str:
     if not EXACT_FLOOR.operations < errors.min() <= errors.max() <= min(SIMILAR * errors.min(), _LOWEST.operations):
         return ""
     values = prepare(records.pairs[number])
-    a, b = (side.astype(np.float64) for side in (values.a, values.b))
+    a, b = (side.astype(np.float64) for side in without_infinities(values.a, values.b))
     if not is_noise(records, number) or spares_elements(a - b, b, np.ones(a.shape, dtype=np.bool_)):
         return ""
     return (
