@@ -130,7 +130,9 @@ int main(int argc, char **argv) {
 
 
 @needs_gcc
-@pytest.mark.parametrize(("more", "reason"), [((), "embd: needs a name"), (("x",), "parity_header: a number of tokens, but no tokens")])
+@pytest.mark.parametrize(
+    ("more", "reason"), [((), "embd: needs a name"), (("x",), "parity_header: a number of tokens, but no tokens")]
+)
 def test_a_wrong_count_is_an_error_and_no_crash(more: tuple[str, ...], reason: str, tmp_path: Path) -> None:
     """A negative number of values and a number of tokens without tokens are refused with a reason; no memory is read."""
     (tmp_path / "t.c").write_text(WRONG_CALLS)
