@@ -15,7 +15,7 @@ from .operations import MIXING
 from .records import Records
 from .routing import is_routing
 from .scatter import is_scatter
-from .slices import prepare
+from .slices import prepare, without_infinities
 
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
 # The largest ratio of NMSE between positions of the first computed point: twice that of right engines, 143 with ten values per row
@@ -56,4 +56,5 @@ def suspicion(verdict: Verdict) -> Verdict:
 def is_noise(records: Records, number: int) -> bool:
     """Whether the recorded errors of a point are neither along its values nor the same at every position."""
     values = prepare(records.pairs[number])
-    return values.index is None and is_scatter(values.a.astype(np.float64), values.b.astype(np.float64))
+    a, b = without_infinities(values.a, values.b)
+    return values.index is None and is_scatter(a.astype(np.float64), b.astype(np.float64))

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from checkpoints.record import Rows
 
+from .slices import without_infinities
+
 Floats = NDArray[np.float32]
 
 _BLOCK = 32  # of Q8_0
@@ -49,7 +51,7 @@ def _compared(ours: Rows, ref: Rows) -> tuple[Floats, Floats, int] | None:
     width = int(counts.max())
     inside = np.arange(width) < counts[:, None]
     # Rows of attention's scores grow with the position: what a shorter one lacks counts as 0, which every type has.
-    a, b = (np.where(inside, side.values[:, :width], np.float32(0)) for side in (ours, ref))
+    a, b = without_infinities(*(np.where(inside, side.values[:, :width], np.float32(0)) for side in (ours, ref)))
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or _too_simple(a) or np.array_equal(a, b):
         return None
     return a, b, int(counts.sum())
@@ -75,7 +77,7 @@ def _too_simple(values: Floats) -> bool:
 
 def type_of(values: Floats) -> str:
     """The lowest type ("F16", "BF16", "TF32") that has all of these values exactly; empty if none has, or if they are too few to tell."""
-    if not np.isfinite(values).all() or _too_simple(values):
+    if np.isnan(values).any() or _too_simple(values):
         return ""
     with np.errstate(over="ignore"):
         fitting = [name for name, rounding in _types() if np.array_equal(rounding(values), values)]

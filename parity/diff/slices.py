@@ -55,6 +55,14 @@ def prepare(pair: Pair) -> Values:
     return Values(ours.values[:, :width], ref.values[:, :width], np.minimum(ours.counts, ref.counts), None, None, quantum)
 
 
+def without_infinities(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Both with 0 where they have the same infinity, as masks have in a type that cannot hold them: these have no difference."""
+    same = np.isinf(a) & (a == b)
+    if not same.any():
+        return a, b
+    return np.where(same, np.float32(0), a), np.where(same, np.float32(0), b)
+
+
 def _scattered(ours: Rows, ref: Rows) -> Values:
     """The values of elements that both sides recorded, in our order. Record by record: few dumps scatter their values."""
     width = ours.values.shape[1]

@@ -6,7 +6,10 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from ..diff.masked_values import without_masks
+from ..diff.rounding import beyond_rounding
 from ..diff.scatter import spares_elements
+from .values import row_errors
 
 # Of two definitions by which a value is wrong the later one is meant only if it is so many times nearer.
 _NEARER = 10.0
@@ -33,6 +36,31 @@ def nearer(errors: NDArray[np.float64], others: NDArray[np.float64], limit: floa
     """
     wrong, before = int((errors > limit).sum()), int((others > limit).sum())
     return wrong < before or (wrong == before and bool(errors.max() * (1 if lower else _NEARER) < others.max()))
+
+
+def errors_beside(
+    name: str,
+    right: NDArray[np.float32],
+    dumped: NDArray[np.float32],
+    positions: NDArray[np.int64],
+    least: NDArray[np.float64] | None,
+    limit: float,
+) -> NDArray[np.float64]:
+    """The errors of rows, float64 [R], as `row_errors`, without what masks on both sides: as infinity under a lower arithmetic's limit."""
+    return row_errors(name, *without_masks(right, dumped, limit), positions, least)
+
+
+def errors_beyond(
+    kind: str,
+    name: str,
+    right: NDArray[np.float32],
+    dumped: NDArray[np.float32],
+    positions: NDArray[np.int64],
+    least: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
+    """The errors of rows of a lower type, `kind`, beyond the rounding of the right ones to it: float64 [R], as `row_errors`."""
+    right, rounded = without_masks(right.reshape(dumped.shape), dumped, np.inf)
+    return row_errors(name, beyond_rounding(right, rounded, kind), rounded, positions, least)
 
 
 class Held(Struct, frozen=True):

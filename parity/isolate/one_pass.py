@@ -15,11 +15,10 @@ from engine import ops
 from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
 from engine.replay.proof import rounds_activations
 
-from ..diff.masked_values import without_masks
-from ..diff.rounding import beyond_rounding, is_rounding, type_of
+from ..diff.rounding import is_rounding, type_of
 from ..diff.scatter import is_scaled, is_scatter
 from .elements import least_energy, sampled_error
-from .held import Held, nearer, without_numbers
+from .held import Held, errors_beside, errors_beyond, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, as_subject, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
 from .looks import OF_THE_WEIGHT, look_of, other_epsilon, siblings
@@ -203,7 +202,9 @@ class JudgedPass:
                 ordered: NDArray[np.float32] = viewed(routing.ordering.reads[0], source.of(routing.ordering, positions)[0])
                 errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
-                errors = row_errors(step.makes, *without_masks(ours, dumped, limit), positions, least)
+                errors = errors_beside(
+                    step.makes, ours, dumped, positions, least, np.inf if definition_of.arithmetic else limit
+                )
                 if not definition_of.arithmetic:
                     wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
                     errors = within_own_rounding(way, ours, wide, positions, errors, limit, least)
@@ -219,9 +220,9 @@ class JudgedPass:
                 best = replace(best, arithmetic=definition_of.arithmetic, in_mode=in_mode)
             if best.errors.max() <= limit:
                 return best
-            if in_type is None and stored and ours.size == dumped.size:
-                beyond = beyond_rounding(ours.reshape(dumped.shape), dumped, stored)
-                if np.where(unknown, 0.0, row_errors(step.makes, beyond, dumped, positions, least)).max() <= limit:
+            if in_type is None and stored:
+                beyond = errors_beyond(stored, step.makes, ours, dumped, positions, least)
+                if not (beyond[~unknown] > limit).any():
                     in_type = replace(best, ours=ours, errors=errors, lower=stored, arithmetic=definition_of.arithmetic)
         assert best is not None
         return in_type or best
