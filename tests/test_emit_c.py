@@ -114,6 +114,33 @@ def test_a_ring_has_the_places_that_the_python_recorder_s_has(compiler: str, tmp
     assert {places_of(size) for size, _ in cases} >= {8, 1024}
 
 
+WRONG_CALLS = r"""
+#include "parity_dump.h"
+int main(int argc, char **argv) {
+    float row[4] = {0};
+    int n = -5, tokens[1] = {7};
+    parity_dump *d = parity_open(argv[1]);
+    int failed = argc > 2 ? parity_header(d, "e", "m", 2, NULL, 3, "f32")
+                          : parity_header(d, "e", "m", 2, tokens, 1, "f32") || parity_checkpoint(d, "embd", 0, row, PARITY_F32, n);
+    fputs(parity_error(d), stdout);
+    parity_close(d);
+    return failed ? 3 : 0;
+}
+"""
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("more", "reason"), [((), "embd: needs a name"), (("x",), "parity_header: a number of tokens, but no tokens")]
+)
+def test_a_wrong_count_is_an_error_and_no_crash(more: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    """A negative number of values and a number of tokens without tokens are refused with a reason; no memory is read."""
+    (tmp_path / "t.c").write_text(WRONG_CALLS)
+    program = compiled(tmp_path / "t.c", tmp_path / "t", "-std=gnu99", "-fsanitize=address,undefined", "-g")
+    done = subprocess.run([program, tmp_path / "c.jsonl", *more], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[: len(reason)]) == (3, reason), done.stderr
+
+
 @needs_gcc
 @pytest.mark.parametrize(
     ("compiler", "flags"),

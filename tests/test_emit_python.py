@@ -249,6 +249,12 @@ def test_rows_and_positions_are_as_many(emitted: ModuleType, tmp_path: Path) -> 
     assert read(tmp_path / "d.jsonl").points["blk.3.q"].token_idx.tolist() == [5, 6, 7]
 
 
+def test_complex_numbers_are_refused(emitted: ModuleType, tmp_path: Path) -> None:
+    """An array of complex numbers is an error of the call: its imaginary part is not dropped with a warning."""
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="f32") as tap, pytest.raises(TypeError, match="complex"):
+        tap("blk.3.q", np.ones((2, 8), np.complex64))
+
+
 @pytest.mark.parametrize(
     ("norms", "points"),
     [

@@ -362,6 +362,7 @@ static inline int parity_header(parity_dump *d, const char *engine, const char *
                                 int n_tokens, const char *compute) {
     int i, result;
     if (!d) return -1;
+    if (!tokens && n_tokens > 0) return parity__refuse(d, "parity_header", "a number of tokens, but no tokens");
     parity__lock(d);
     fputs("{\"type\":\"header\",\"format\":1,\"source\":", d->file);
     parity__text(d->file, engine ? engine : "unknown");
@@ -628,7 +629,7 @@ static inline int parity__arguments(parity_dump *d, const char *point, int posit
                                     size_t n) {
     int failed;
     if (!d) return -1;
-    if (!point || !values || !n || position < 0)
+    if (!point || !values || !n || n > (size_t)-1 / 8 || position < 0) /* a negative number of values is a huge size_t */
         return parity__refuse(d, point ? point : "checkpoint", "needs a name, a position from 0, and values");
     if ((int)type < PARITY_F32 || (int)type > PARITY_BF16) return parity__refuse(d, point, "unknown type");
     parity__lock(d);

@@ -24,8 +24,10 @@ def to_host(value: Any) -> NDArray[np.float32]:
     """A copy in host memory, float32: of a NumPy, CuPy, PyTorch or JAX array, or of anything with DLPack.
 
     Raises:
-        TypeError: it is not an array.
+        TypeError: it is not an array, or one of complex numbers, of which a half would be lost.
     """
+    if "complex" in str(getattr(value, "dtype", "")):
+        raise TypeError("a checkpoint is made of real numbers; this array is complex")
     if hasattr(value, "detach") and hasattr(value, "cpu"):  # PyTorch: waits for the stream that computes it
         value = value.detach().float().cpu().numpy()
     elif hasattr(value, "__cuda_array_interface__") and hasattr(value, "get"):  # CuPy

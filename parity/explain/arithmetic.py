@@ -43,6 +43,8 @@ from .records import Expected, Floats
 from .spared import spares_records
 from .systematic import SECONDS, systematic
 
+ONE_NUMBER = "one-number"  # a pattern's code
+
 
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
     """The comparison if nothing says what OURS computes in: float32, unless its first computed point differs as in a lower arithmetic.
@@ -205,7 +207,7 @@ def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Ver
             f"as large as {named} arithmetic makes it, but no rounding, which is scattered: it follows one number as if {followed}: "
             "a fault (`parity explain` and more points tell which)"
         )
-        return replace(verdict, pattern=Pattern("one-number", sentence), operation="")
+        return replace(verdict, pattern=Pattern(ONE_NUMBER, sentence), operation="")
     sentence = (
         f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
         f"another way (--compute {kinds[0]} allows for it; more points and values tell)"

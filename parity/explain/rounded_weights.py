@@ -44,6 +44,18 @@ def with_weights_rounded(case: Case, search: Search, start: SearchState, budget:
     return start if only_looked_up and (looks_like(case, search, start, budget) or _goes_on(case, search, state)) else state
 
 
+def in_kept_weights(case: Case, seconds: float) -> str:
+    """A sentence if weights of all layers that are rounded to one type give every record of a dump; otherwise ""."""
+    budget = Budget(seconds)
+    search = Search(case.screening(case.entries, budget))
+    start = search.screening.start()
+    state = with_weights_rounded(case, search, start, budget)
+    if state is start or state.first is not None:
+        return ""
+    parameters = state.faults[0].parameters
+    return f"all that differs is what {parameters['said']} make that are kept in {parameters['to']}, which nothing states"
+
+
 def type_of_rows(state: SearchState) -> str:
     """The type to which a state's only cause rounds the tables that the tokens look up, "" if its causes are others: an engine that
     computes in that type rounds those, too."""
