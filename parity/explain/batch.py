@@ -36,7 +36,8 @@ class BatchScreening(AtFirstPlace):
 
     def __init__(self, screening: Screening, state: SearchState, layers: Layers) -> None:
         super().__init__(screening, state, layers)
-        after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
+        since = next(iter(screening.suspects(state)), None)
+        after = steps_between(state, layers[0], self._point, since) if layers is not None and len(layers) == 1 else []
         #: The layer whose output is computed, if it can be carried on from there; None: the first place's value itself is.
         self.carried_from = layers[0] if layers and after else None
         self.name = self._point if self.carried_from is None else in_layer(self.carried_from, "l_out")

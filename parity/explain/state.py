@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct, field
 
+from checkpoints.points import parse
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import POSITIONS, Step, sees_later
 from engine.replay.replay import same_start
@@ -71,6 +72,11 @@ class SearchState(Struct, frozen=True, dict=True):
         names = {POSITIONS}
         names.update(step.makes for step in self.steps if step.names and names.issuperset(step.names))
         return frozenset(names)
+
+    @cached_property
+    def layers_begin(self) -> int:
+        """The number of the first step in a layer; -1 if there is none."""
+        return next((number for number, step in enumerate(self.steps) if parse(step.makes).layer is not None), -1)
 
     @cached_property
     def shown(self) -> frozenset[str]:
