@@ -145,5 +145,5 @@ def test_no_room_for_a_model_that_has_no_windows_is_said(small_model: Callable[.
     with Model(library, model_contents.path, vocab_only=True) as vocabulary:
         with pytest.raises(InputError, match=r"no room for an F32 copy of gemma.* GB\).*window by window.*PARITY_CACHE"):
             dump_windows(library, vocabulary, model_contents, job, 1, 0.0)
-        with pytest.raises(InputError, match="^gemma cannot be computed window by window"):
+        with pytest.raises(InputError, match=r"^gemma cannot be computed window by window"):
             dump_windows(library, vocabulary, model_contents, replace(job, window=1), 1, 0.0)
