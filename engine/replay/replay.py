@@ -294,7 +294,7 @@ class Replay:
 
     def _shaped_alike(self, step: Step, values: Values) -> bool:
         """Whether a version's values that a step reads have the right ones' shapes: an edit may leave a value with other axes."""
-        return all([values[name].shape == self.values[name].shape for name in step.names if name in values])
+        return all(values[name].shape == self.values[name].shape for name in step.names if name in values)
 
     def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
         """Names by the number of the last step that reads them."""
