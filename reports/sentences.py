@@ -92,7 +92,8 @@ def answer(verdict: Verdict) -> str:
         sentence = f"{verdict.compared - otherwise - verdict.unjudged.records:,} of {count(verdict.compared, 'record')} agree{open_records}"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
         if verdict.uncompared.points and not verdict.uncompared.after:
-            sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.requested, 'point')} never compared"
+            lacking, asked = len(verdict.uncompared.points), count(verdict.uncompared.requested, "known point")
+            sentence += f", {lacking} of {asked} never compared"
         if verdict.excused:
             sentence += (
                 f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT
 from msgspec.structs import replace
-from planted import Faulty
+from planted import Faulty, half_sums
 
 from checkpoints.answers.explain import Explanation
+from engine import ops
 from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.replay.rounded_weights import with_rounded_weights
@@ -82,3 +83,18 @@ def test_an_error_that_has_grown_from_just_below_the_limit_blames_no_operation(e
     assert answer.first is not None
     assert answer.first.checkpoint == "output_norm"
     assert answer.placed is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["", "f16"])
+def test_sums_in_a_lower_type_are_left_open(engine: Faulty, compute: str) -> None:
+    """An engine that sums its products in F16, as no rounding of ours does, stated or not: where nothing is found, the answer is open, as
+    diff's is, and calls nobody wrong.
+    """
+    steps = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, points="default", size=1 << 20, steps=steps, bare=False)
+    assert dump.header is not None
+    answer = explain_dump(replace(dump, header=replace(dump.header, compute=compute)), engine.model, ExplainOptions(budget=10))
+    assert not answer.causes
+    assert answer or answer.left_open or answer.unjudged
+    assert not any("output projection" in lead.sentence for lead in answer.leads)

@@ -27,7 +27,7 @@ from .beside import ROOM, Bools, beside
 from .case import Case
 from .flipped import CHOSEN_OTHERWISE, has_choices, led_to
 from .known_model import KnownModel
-from .laws import SAME_ERROR, WRONG, alike_rows, law
+from .laws import NOT_RECORDED, SAME_ERROR, WRONG, alike_rows, law
 from .looks_like import floor_of
 from .mixed import own_steps
 from .moved import OTHER_ORDER
@@ -271,4 +271,4 @@ def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, half_s
     # Within an arithmetic's noise any value of a row or two is near that of another element: one in 80 of 2,048 was.
     if sentence.startswith(OTHER_ORDER) and len(compared.rows) < POSITIONS:
         return ""
-    return "" if sentence.endswith(WRONG) or "not recorded" in sentence or SAME_ERROR in sentence else sentence
+    return "" if sentence.endswith(WRONG) or sentence == NOT_RECORDED or SAME_ERROR in sentence else sentence
