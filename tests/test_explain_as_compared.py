@@ -98,3 +98,23 @@ def test_sums_in_a_lower_type_are_left_open(engine: Faulty, compute: str) -> Non
     assert not answer.causes
     assert answer or answer.left_open or answer.unjudged
     assert not any("output projection" in lead.sentence for lead in answer.leads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["", "bf16"])
+def test_digits_that_are_cut_off_are_left_open(engine: Faulty, compute: str) -> None:
+    """Products of factors whose digits are cut off to BF16, where ours rounds, cost no more than that: no operation is named as wrong."""
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        return (np.ascontiguousarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        return ops.linear(cut(x), cut(weight), bias)
+
+    steps = [replace(step, op=product) if step.op is ops.linear else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, points="*", size=10, steps=steps, bare=False)
+    assert dump.header is not None
+    answer = explain_dump(replace(dump, header=replace(dump.header, compute=compute)), engine.model, ExplainOptions(budget=10))
+    assert not answer.causes
+    assert answer or answer.left_open
+    assert answer.placed is None

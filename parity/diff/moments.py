@@ -203,7 +203,7 @@ def other_type(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as the reference's values rounded to a type, or as their bits taken for another type's."""
     rounded = rounded_to(ours, ref)
     if rounded:
-        return Reading(TYPE, f"rounded to {rounded}: captured in that type")
+        return Reading(TYPE, f"rounded to {rounded}: captured in that type, or kept in it")
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = ours.values[:, :width], ref.values[:, :width]
     if width < TELLING or not np.isfinite(b).all() or not b.any(axis=1).all():

@@ -11,6 +11,7 @@ from checkpoints.answers.diff import AGREES, Verdict
 from checkpoints.answers.explain import DivergentPlace, Explanation
 from checkpoints.errors import ParityError
 from checkpoints.record import Dump
+from reports.sentences import ARITHMETIC
 
 from ..diff.beyond_noise import ONE_FACTOR
 from ..diff.compare import Options
@@ -97,6 +98,13 @@ def _in_stated_noise(case: Case, answer: Explanation, options: ExplainOptions) -
 def _left_open(verdict: Verdict, answer: Explanation) -> Explanation:
     """An answer that found nothing, left open if a comparison leaves open whether a fault or another arithmetic made its first place."""
     first, pattern = verdict.first_divergence, verdict.pattern
+    if verdict and verdict.precision is not None and verdict.precision.arithmetic in KINDS:
+        lower = ARITHMETIC[verdict.precision.arithmetic]
+        sentence = (
+            f"no more than {lower} arithmetic costs on this model, but not where our own rounding puts it: a fault, or an arithmetic that "
+            "rounds in another way"
+        )
+        return replace(answer, law="", leads=(), placed=None, left_open=sentence)
     same = first is not None and answer.first is not None and first.checkpoint == answer.first.checkpoint
     if not same or pattern is None or pattern.code not in _OPEN:
         return answer
