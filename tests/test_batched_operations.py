@@ -135,7 +135,9 @@ def test_rows_of_several_runs_together_are_those_of_each(
         np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * float(np.abs(alone).max()), err_msg=step.makes)
 
 
-@pytest.mark.parametrize("name", slow_but(["deepseek2", "t5", "modern-bert", "rwkv7", "olmo", "llama4"], "deepseek2", "t5"))
+@pytest.mark.parametrize(
+    "name", slow_but(["deepseek2", "t5", "modern-bert", "rwkv7", "olmo", "llama4", "deepseek32"], "deepseek2", "deepseek32")
+)
 def test_every_step_that_can_be_computed_for_several_runs_gives_what_it_gives_for_each(
     name: str, reference: Reference, small_model: Callable[..., Path]
 ) -> None:
