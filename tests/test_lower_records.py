@@ -232,3 +232,20 @@ def test_noise_where_attention_has_several_keys_may_be_a_lower_type(right: Dump,
     assert verdict.pattern is not None
     assert verdict.pattern.sentence.startswith("position 0 is right, 1 and later are wrong")
     assert (verdict.pattern.code == "undecided") == open_
+
+
+@pytest.mark.parametrize(("less", "factor", "said"), [(20.0, 1.0, True), (-0.01, 1.0, False), (20.0, 1.01, False)])
+def test_logits_less_a_number_look_like_log_probabilities(
+    right: Dump, ref: Dump, less: float, factor: float, said: bool
+) -> None:
+    """A part of the logits, all less a number, may be log-probabilities: a divergence that says so, and no product. Larger ones, or also
+    scaled ones, are not.
+    """
+    changed = with_rows(right, "logits", lambda values: values * np.float32(factor) - np.float32(less))
+    rows = changed.points["logits"]
+    part = summarise("logits", rows.values, rows.token_idx, slice_size=16)
+    short = replace(part, stats={}, sketch=None, shapes=((),) * len(part))
+    verdict = compare(replace(changed, points={**changed.points, "logits": short}), ref, F32)
+    assert not verdict
+    assert verdict.pattern is not None
+    assert ("log soft max" in verdict.pattern.sentence) == said
