@@ -215,3 +215,20 @@ def test_a_cache_of_a_lower_type_that_nothing_states_blames_no_operation(
     assert verdict.pattern is not None
     assert (verdict.pattern.code == "undecided") == said
     assert ("cache of lower type" in verdict.pattern.sentence) == said
+
+
+@pytest.mark.parametrize(("size", "open_"), [(1e-7, True), (1e-2, False)])
+def test_noise_where_attention_has_several_keys_may_be_a_lower_type(right: Dump, ref: Dump, size: float, open_: bool) -> None:
+    """A layer that is off by noise everywhere but at position 0 may keep scores in a lower type, where nothing states the arithmetic: the
+    answer says so beside the operations in question, unless the noise is larger.
+    """
+
+    def later(values: np.ndarray) -> np.ndarray:
+        noisy = scattered(size)(values)
+        noisy[0] = values[0]
+        return noisy
+
+    verdict = compare(only(with_rows(right, "blk.1.l_out", later, ""), "embd", "blk.0.l_out", "blk.1.l_out"), ref)
+    assert verdict.pattern is not None
+    assert verdict.pattern.sentence.startswith("position 0 is right, 1 and later are wrong")
+    assert (verdict.pattern.code == "undecided") == open_

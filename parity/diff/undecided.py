@@ -90,6 +90,7 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         or _product_alone(records, name)
         or _kept(records, name)
         or _in_cache(records, name)
+        or (_of_several_keys(records, name, verdict.pattern.sentence) if code == "from-position-1" and verdict.pattern else "")
     )
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
@@ -243,15 +244,28 @@ def _product_alone(records: Records, name: str) -> str:
     )
 
 
-def _noise_everywhere(records: Records, number: int, most: float) -> bool:
-    """Whether all records of a point are off by noise of about the same size, at most this NMSE, which spares no elements."""
-    errors = records.measures.nmse[records.point == number]
+def _noise_everywhere(records: Records, number: int, most: float, some: Bools | slice = slice(None)) -> bool:
+    """Whether all records of a point, or `some`, are off by noise of about the same size, at most this NMSE, that spares no elements."""
+    errors, rows = (of[records.point == number][some] for of in (records.measures.nmse, records.row))
     if not EXACT_FLOOR.operations < errors.min() <= errors.max() <= min(SIMILAR * errors.min(), most):
         return False
     values = prepare(records.pairs[number])
     # Every position has read the first rows of a cache: they are one sample.
-    a, b = np.unique(np.stack(without_infinities(values.a, values.b)), axis=1).astype(np.float64)
+    a, b = np.unique(np.stack(without_infinities(values.a[rows], values.b[rows])), axis=1).astype(np.float64)
     return values.index is None and is_scatter(a, b) and not spares_elements(a - b, b, np.ones(a.shape, dtype=np.bool_))
+
+
+def _of_several_keys(records: Records, name: str, pattern: str) -> str:
+    """A sentence if all but position 0, where attention has one key, may be off by a lower type of scores or weights; otherwise empty."""
+    number = records.names.index(name)
+    if not records.limits.assumed or records.stated:
+        return ""
+    if not _noise_everywhere(records, number, _LOWEST.operations, records.failed[records.point == number]):
+        return ""
+    return (
+        f"{pattern}; or these keep scores or weights in a lower type, which nothing states: the errors are noise and of that size (--model "
+        "M.gguf decides)"
+    )
 
 
 def _in_cache(records: Records, name: str) -> str:

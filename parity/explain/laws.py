@@ -11,6 +11,7 @@ from .row_laws import of_rows
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how
 SAME_ERROR = "the same error at every position, as the rows are alike"
+NOT_RECORDED = "every recorded element is right: what differs was not recorded"
 ZERO = "every element is 0"
 _ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
 _SCALES = ": a norm's weight, or scales of channels"
@@ -29,7 +30,7 @@ def law(compared: Beside) -> str:
     if not np.isfinite(compared.dumped).all():
         return _not_finite(compared)
     if (((compared.dumped - compared.right) ** 2).sum(axis=1) <= compared.room / ROOM).all():
-        return "every recorded element is right: what differs was not recorded"
+        return NOT_RECORDED
     every = np.ones(len(compared.index), dtype=np.bool_)
     sentence = next(_by_a_number(compared, every, many=False), "")
     if sentence:

@@ -118,8 +118,11 @@ def _names_here(case: Case, search: Search, state: SearchState, kind: str, known
     # A weight of all layers shows in the first of them.
     names = {name: step for name, step in names.items() if begins[name] >= numbers[0] and name not in known}
     norms = {name for name, step in names.items() if is_normed(step)}
-    biases = {name for name, step in names.items() if name not in norms and name != general(weight_name(step.weights[0]))}
-    for some in dict.fromkeys(map(frozenset, (*({name} for name in names), norms, biases, norms | biases, names))):
+    second = {name for name, step in names.items() if name not in norms and name != general(weight_name(step.weights[0]))}
+    biases = {name for name in names if name.endswith(".bias")}  # those of norms too, and those that are added by themselves
+    for some in dict.fromkeys(
+        map(frozenset, (*({name} for name in names), norms, biases, second, norms | second | biases, names))
+    ):
         if not some:
             continue
         changed = list(state.steps)
