@@ -132,26 +132,27 @@ def _other_repetition(step: Step, right: Steps, _parameters: Parameters) -> Step
     return replace(step, op=Then(step.op, _OtherOrder(prod(heads), size)))
 
 
-def _raw(rule: Step, place: int, right: Steps) -> Step:
-    """The first step, of those without a matrix, on the way from a projection to an operand of the rule."""
-    step = right.get(name_of(read_of(rule, place)), rule)
-    while name_of(read_of(step, 0)) in right and ggml(before := right[name_of(read_of(step, 0))], "MUL", "ADD", "UNARY"):
-        step = before
-    return require(step, "MUL", "ADD", "UNARY")
+def _projection(rule: Step, place: int, right: Steps) -> Step | None:
+    """The step that makes what the rule's gate or β is a function of: a projection, or a part of one."""
+    step = right.get(name_of(read_of(rule, place)))
+    while step is not None and ggml(step, "MUL", "ADD", "UNARY"):
+        step = right.get(name_of(read_of(step, 0)))
+    return step
 
 
 def _projections(step: Step, right: Steps, _parameters: Parameters) -> Step:
     """The gate made from β's projection, and β from the gate's."""
-    rules = of_operation(right, *_RULE)
-    for rule in rules if ggml(step, "ADD", "MUL", "UNARY") else ():
-        if layer_near(rule) != layer_near(step):
+    layer = layer_near(step)
+    for rule in of_operation(right, *_RULE):
+        if layer is None or layer_near(rule) != layer:
             continue
-        gate, beta = (_raw(rule, place, right) for place in (_GATE, _BETA))
-        if step in (gate, beta):
-            other = beta if step is gate else gate
-            if gate.params["operands"][0].whole != beta.params["operands"][0].whole:
-                raise NotApplicable(f"{step.makes}: gate and β have other sizes")
-            return replace(step, reads=(read_of(other, 0), *step.reads[1:]))
+        gate, beta = (_projection(rule, place, right) for place in (_GATE, _BETA))
+        if gate is None or beta is None or step not in (gate, beta):
+            continue
+        if gate.op != beta.op or gate.params.keys() != beta.params.keys() or any(gate.weights[1:]) or any(beta.weights[1:]):
+            raise NotApplicable(f"{step.makes}: gate and β are projected otherwise")
+        other = beta if step is gate else gate
+        return replace(step, reads=other.reads, weights=other.weights)
     return step
 
 
@@ -186,7 +187,7 @@ FAULTS = (
     ),
     Fault(
         name="delta-projections-exchanged",
-        kinds=("ADD", "MUL", "UNARY"),
+        kinds=("MUL_MAT", "CONT"),
         change=_projections,
         what="the projections of the delta rule's gate and β are exchanged",
         symptom="wrong from position 0 on, of plausible size",

@@ -10,7 +10,7 @@ from checkpoints.graph import Size
 
 from .. import ops
 from ..backend import Array
-from ..graph import Read, Step, View, name_of, read_as
+from ..graph import Read, Step, View, read_as
 from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .base import Fault, Parameters, Steps, read_of
@@ -72,8 +72,9 @@ def _before_convolution(read: Read, step: Step, right: Steps) -> View:
     """
     while not ggml(step, "CONCAT"):
         step = maker(step, right)
-    raw = next((part for part in step.reads if isinstance(part, View) and name_of(part) in right), None)
-    if raw is None or len(raw.whole) != 2 or not raw.offset.constant:
+    rows = [part for part in step.reads if isinstance(part, View) and len(part.whole) == 2]  # the other is the state
+    raw = rows[0] if rows else None
+    if raw is None or not raw.offset.constant:
         raise NotApplicable(f"{step.makes} joins no part of a row")
     width, channels = raw.whole[-1], raw.shape[-2]
     if not isinstance(read, View):
