@@ -120,6 +120,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "row-parts-order": ("mamba2", {"order": (1, 0, 2)}, BOTH),
     "attention-gate-layout": ("qwen35", {}, (None, (3,))),
     "rope-last": ("stablelm", {}, BOTH),
+    "bias-of-expert-unweighted": ("gpt-oss", {}, BOTH),
     "operand-left-out": ("rwkv7", {"operation": "time_mix_ln.bias + time_mix_value"}, BOTH),
 }
 

@@ -121,9 +121,7 @@ class _EachRepeated(GgmlOperation, frozen=True):
 def _other_repetition(step: Step, right: Steps, _parameters: Parameters) -> Step:
     if ggml(step, *_RULE):
         keys, values = (_heads(step, place)[0] for place in (_KEYS, _VALUES))
-        if keys in (1, values):
-            raise NotApplicable(f"{step.makes} repeats no heads itself")
-        return replace(step, op=_EachRepeated(_RULE[0]))
+        return step if keys in (1, values) else replace(step, op=_EachRepeated(_RULE[0]))
     rules = of_operation(right, *_RULE)
     read = {name_of(read_of(rule, place)) for rule in rules for place in (_QUERIES, _KEYS)}
     if step.makes not in read:
