@@ -12,7 +12,7 @@ from planted import PATIENT, Faulty, tokens_of
 
 from engine import ops
 from engine.backend import Array
-from engine.faults.base import kind_of
+from engine.faults.base import kinds_of
 from engine.graph import Step
 from parity.explain.explain import explain
 from reference.client import Reference
@@ -38,6 +38,27 @@ def _norm_after(step: Step, right: dict[str, Step]) -> list[Step]:
     return [gated, replace(norm, makes=step.makes, reads=(gated.makes,))]
 
 
+def _each_head_repeated(step: Step, _right: dict[str, Step]) -> list[Step]:
+    """Two key heads for four value heads, each repeated one after the other where ggml repeats them in turn."""
+    values = step.params["operands"][2]
+    operands = (*(replace(values, index=place) for place in (0, 1)), *step.params["operands"][2:])
+
+    def repeated(x: Array) -> Array:
+        return np.repeat(x.reshape(1, -1, 2, 32), 2, axis=2)
+
+    def rule(q: Array, k: Array, *rest: Array, **params: Any) -> Array:
+        return step.op(repeated(q), repeated(k), *rest, **params)
+
+    return [replace(step, op=rule, params={**step.params, "operands": operands})]
+
+
+def _unscaled(step: Step, _right: dict[str, Step]) -> list[Step]:
+    def rule(q: Array, *rest: Array, **params: Any) -> Array:
+        return step.op(q * np.float32(np.sqrt(32)), *rest, **params)
+
+    return [replace(step, op=rule)]
+
+
 def _by(op: Callable[..., Array]) -> Callable[[Step, dict[str, Step]], list[Step]]:
     return lambda step, _right: [replace(step, op=op)]
 
@@ -54,6 +75,8 @@ _AS_IT_IS = _by(lambda x, *_weights, **_params: x.copy())
         ("mamba2", "ssm_norm", _AS_IT_IS, "norm-skipped"),
         ("qwen35", "ssm_norm", _by(_over_the_row), "head-norm-whole-width"),
         ("qwen35", "ssm_norm", _AS_IT_IS, "head-norm-missing"),
+        ("qwen35", "GATED_DELTA_NET", _each_head_repeated, "delta-heads-repeated"),
+        ("qwen35", "GATED_DELTA_NET", _unscaled, "delta-query-scale"),
         ("kimi-linear", "mul", _norm_after, "gate-before-norm"),
     ],
 )
@@ -64,7 +87,7 @@ def test_an_entry_acts_at_its_operation(
     model = small_model(recipe)
     engine = Faulty(model, reference.graph(model))
     right = {step.makes: step for step in engine.right}
-    steps = [new for step in engine.right for new in (change(step, right) if kind_of(step) == kind else [step])]
+    steps = [new for step in engine.right for new in (change(step, right) if kind in kinds_of(step) else [step])]
     tokens = tokens_of(model, 6, seed=5)
     explanation = explain(engine.dump(RIGHT, tokens, points="all", steps=steps), model, replace(PATIENT, tokens=tokens))
     assert [cause.named.fault for cause in explanation.causes] == [name]
