@@ -11,7 +11,7 @@ time (`explain_right.py` has right engines of its own). What commands compute of
 *accused*: lint finds an error, or diff says divergence, or explain names a cause or a place. *called exact*: an answer that says, without
 "assumed", that an engine in lower arithmetic agrees as float32 does. *suspected* (lint's suspicions; a divergence that blames no
 operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model"; explain's sentence on an
-operation of a lower arithmetic) is no accusation and is counted separately.
+operation of a lower arithmetic, or on weights of a lower type where the engine keeps such) is no accusation and is counted separately.
 
 With `--further` they are five of the algorithms and mixed arithmetics of `kinds_of_engine.py`, drawn anew for each model.
 
@@ -50,6 +50,7 @@ from engine import ops
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
+from parity.diff.readings import TYPE
 from parity.explain import budget
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
@@ -163,6 +164,7 @@ def _shown(whole: Dump, kind: Kind) -> Dump:
 def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: bool) -> dict[str, str]:
     """What each command says of a right engine's dump: "right", "accused: …", "called exact" or "suspected: …"."""
     compute = kind.compute if way.bare and way.stated else None
+    mixed = kind.compute == "f32" and not kind.exact  # then values and weights of a lower type are rightly called that
     findings = lint(ours, ModelFacts(model.faulty.transformer.model)).findings
     errors = [finding.rule for finding in findings if finding.severity == ERROR]
     answers = {
@@ -182,7 +184,7 @@ def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: boo
             answers[name] = "suspected"
         elif first is not None:
             answers[name] = f"accused: {first.checkpoint} {first.token_idx} {first.nmse:.1e}"
-        elif verdict.record_faults:
+        elif any(fault.kind != TYPE or not mixed for fault in verdict.record_faults):
             answers[name] = f"accused: {[(fault.checkpoint, fault.kind) for fault in verdict.record_faults[:3]]}"
         elif not kind.exact and precision is not None and precision.arithmetic == "f32" and _visible(verdict):
             answers[name] = "called exact"
@@ -191,8 +193,11 @@ def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: boo
     if not explained:
         return answers
     answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
-    if not answer.causes and any(sentence in answer.law for sentence in _OF_ROUNDING):
+    named = mixed and bool(answer.causes) and all(cause.named.fault == "weights-rounded" for cause in answer.causes)
+    if (named or not answer.causes) and any(sentence in answer.law for sentence in _OF_ROUNDING):
         answers["explain"] = f"suspected: {answer.law}"
+    elif named and answer.remaining is None:
+        answers["explain"] = f"suspected: {answer.causes[0].named.sentence}"
     elif answer.left_open:
         answers["explain"] = f"suspected: {answer.left_open}"
     elif answer.unjudged:

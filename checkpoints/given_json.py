@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from .nesting import parsed
+
 
 def decoded(text: str) -> Any:
     """The value of a JSON text.
@@ -10,10 +12,7 @@ def decoded(text: str) -> Any:
     Raises:
         ValueError: it is not JSON, is nested too deeply, or contains half of a surrogate pair, which no UTF-8 file can hold.
     """
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    value = parsed(json.loads, text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
     return value

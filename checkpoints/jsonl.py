@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from .errors import InputError
 from .lines import checkpoint_lines, end_line, header_line, token_line
 from .record import Dump, Header, Rows, Token
-from .whole_file import Replacement, open_new, unwritable
+from .whole_file import Replacement, destination, open_new, unwritable
 
 _AS_LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 
@@ -45,7 +45,7 @@ class Writer:
 
     def _open(self, whole: bool) -> IO[bytes]:
         if not whole:
-            place = Path(os.path.realpath(self.path))
+            place = destination(self.path)
             place.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 return open_new(place)

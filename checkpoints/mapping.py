@@ -16,6 +16,7 @@ from typing import Any
 from msgspec import Struct
 
 from .errors import InputError
+from .nesting import NestedTooDeeply, parsed
 from .points import parse, resolve
 from .regular import read_text
 
@@ -79,11 +80,10 @@ def read_mapping(path: Path) -> Mapping:
     try:
         text = read_text(path, _LARGEST).removeprefix("\ufeff")
         if any(line.count(".") > _MOST_PARTS for line in _TEXTS.sub("", text).splitlines()):
-            raise RecursionError  # noqa: TRY301  # tomllib takes a minute for a key with 20,000 parts
-        table = tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+            raise NestedTooDeeply  # tomllib takes a minute for a key with 20,000 parts
+        table = parsed(tomllib.loads, text)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else reason
         raise InputError(f"cannot read {path}: {reason}.", "It is TOML: [names], their = our.", code="map") from error
     unknown = set(table) - {"names", "layer_offset", "position_offset"}

@@ -41,7 +41,7 @@ class Replacement:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.realpath(path))
+        self.path = destination(path)
         self._descriptor = -1
         if is_special(self.path):
             self.temporary = self.path
@@ -148,6 +148,11 @@ def remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads, links followed; a pipe or a device is opened by the path given: `/dev/stdout` is a link to no name."""
+    return Path(path) if is_special(Path(path)) else Path(os.path.realpath(path))
 
 
 def is_special(path: Path) -> bool:

@@ -160,6 +160,16 @@ def made_from(name: str, steps: Iterable[Step]) -> frozenset[str]:
     return frozenset(made)
 
 
+def leading_to(names: Iterable[str], steps: Sequence[Step]) -> list[Step]:
+    """The steps from which some values are made, in order, those that make them included."""
+    wanted, needed = set(names), list[Step]()
+    for step in reversed(steps):
+        if step.makes in wanted:
+            wanted.update(step.names)
+            needed.append(step)
+    return needed[::-1]
+
+
 def sees_later(steps: Sequence["Step"]) -> bool:
     """Whether a position attends to later ones, as an encoder's do."""
     return any(step.params.get("window") in ("all", "symmetric") for step in steps)

@@ -252,7 +252,9 @@ class Reference:
             if error.code != "aborted":
                 raise
             # The passes that are recorded are not computed: some models compute although these cannot even be built.
-            advice = "`parity dump ref` and `parity diff` may accept the model; --verbose shows llama.cpp's log."
+            advice = (
+                "--verbose shows llama.cpp's log. If it computes the model, `parity dump ref` and `parity diff` need no graph."
+            )
             raise ReferenceFailed(error.message, advice, code=error.code) from error
 
     def quantize(self, model: Path, ftype: str, out: Path) -> Path:

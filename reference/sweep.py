@@ -67,6 +67,17 @@ def window_size(library: Library, contents: Contents, job: DumpJob, free: int) -
     return min(max(1, (free // _WINDOW_SHARE - rest) // max(layer_size, 1)), contents.layers - 1) or None
 
 
+def _no_room(contents: Contents, refusal: InputError) -> InputError:
+    """The error for who did not ask for windows: they were taken because the whole model has no room."""
+    size = twin.twin_bytes(contents) / 1e9
+    return InputError(
+        f"there is no room for an F32 copy of {contents.path.name} ({size:.2g} GB) in the memory or in the cache "
+        f"{twin_cache.workspace()}, and {refusal.message}",
+        "Free some, or set PARITY_CACHE to another disk; --mode native needs no copy.",
+        code="room",
+    )
+
+
 class _Sweep(Struct, frozen=True):
     """What stays the same in every sweep over the model."""
 
@@ -167,7 +178,10 @@ def dump_windows(
     spans = [(first, min(first + size, contents.layers)) for first in range(0, contents.layers, size)]
     from .window_proof import prove
 
-    proof = prove(library, contents, spans, job.tokens)
+    try:
+        proof = prove(library, contents, spans, job.tokens)
+    except InputError as error:
+        raise error if job.window != "auto" or error.code != "window" else _no_room(contents, error) from error
     sweep = _Sweep(library, contents, job, spans, proof)
     known = [item.point for item in proof.whole.known]
     generates(proof.whole, job, info)

@@ -48,14 +48,16 @@ def _row(check: Check) -> tuple[str, ...]:
 def _answer(consistency: Consistency) -> Text:
     failed = [check for check in consistency.checks if check.verdict is not None and not check.verdict]
     compared = [check for check in consistency.checks if check.verdict is not None]
-    held = f", limit {limit(compared[0].verdict.limits.operations)}" if compared and compared[0].verdict is not None else ""
+    judged_by = (
+        f", limit {limit(compared[0].verdict.limits.operations)}" if compared and compared[0].verdict is not None else ""
+    )
     if failed:
         names = ", ".join(check.name for check in failed)
-        return Text(f"inconsistent: {names} ({len(failed)} of {count(len(compared), 'check')}){held}", style="bold red")
+        return Text(f"inconsistent: {names} ({len(failed)} of {count(len(compared), 'check')}){judged_by}", style="bold red")
     far = next((far for check in compared if check.verdict is not None and (far := as_far_as_it_goes(check.verdict))), "")
     assumed = any(check.verdict is not None and check.verdict.limit_assumed for check in compared)
     far += " (limit assumed: --compute f32 judges exactly)" if assumed else ""
-    return Text(f"consistent{far}: {count(len(compared), 'check')}{held}", style="bold green")
+    return Text(f"consistent{far}: {count(len(compared), 'check')}{judged_by}", style="bold green")
 
 
 def as_json(consistency: Consistency) -> dict[str, Any]:

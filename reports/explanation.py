@@ -138,8 +138,8 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
 
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
-    held = f"limit {limit(place.limit)}" if place.nmse > place.limit else "which alone would be noise"
-    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, {held}"
+    judged_by = f"limit {limit(place.limit)}" if place.nmse > place.limit else "which alone would be noise"
+    where = f"{place.checkpoint}, position {place.token_idx}: NMSE {error(place.nmse)}, {judged_by}"
     suspect = place.checkpoint in {other.checkpoint for other in explanation.suspects}
     if suspect and not explanation.causes:
         rows = [("no cause", f"no operation is to blame for what differs first, {where}")]

@@ -100,7 +100,7 @@ def _explained(answer: Mapping[str, Any], causes: int) -> str:
         return f"no fault: what differs is what {kind} rounds{assumed}" if kind else "no fault: nothing differs"
     if answer.get("verdict") == "undecided":
         return "undecided: in this arithmetic rounding alone moves the values as far as they are large"
-    said = [
+    sentences = [
         f"{count(causes, 'cause')} found that {'reproduces' if causes == 1 else 'reproduce'} these numbers"
         if causes
         else "no known fault reproduces these numbers"
@@ -108,12 +108,12 @@ def _explained(answer: Mapping[str, Any], causes: int) -> str:
     place = answer.get("remaining")
     where = _text(place.get("checkpoint")) if isinstance(place, Mapping) else ""
     if causes and where:
-        said = [f"{count(causes, 'cause')} found; {where} is not explained"]
+        sentences = [f"{count(causes, 'cause')} found; {where} is not explained"]
     if law := _text(answer.get("law")):
-        said.append(f"at {where} {law}" if where else law)
+        sentences.append(f"at {where} {law}" if where else law)
     if looks := _text(answer.get("looks_like")):
-        said.append(f"the numbers look like {looks}")
-    return "; ".join(said)
+        sentences.append(f"the numbers look like {looks}")
+    return "; ".join(sentences)
 
 
 def _layers(value: Any) -> str:

@@ -141,12 +141,12 @@ def _answer(isolation: Isolation) -> Text:
     proven = sum(item.status == PROVEN for item in isolation.operations)
     total = len(isolation.operations)
     floor = f", floor here {error(isolation.floor)}" if isolation.floor is not None else ""
-    held = f"limit {limit(isolation.limit)} ({isolation.limit_source}){floor}"
+    judged_by = f"limit {limit(isolation.limit)} ({isolation.limit_source}){floor}"
     hidden = sum(item.status == NOT_OBSERVABLE for item in isolation.operations)
     sentence = f"{proven} of {count(total, 'operation')} proven" + (f", {hidden} not observable" if hidden else "")
     if isolation:
-        return Text(f"{'right' if not hidden else 'nothing wrong seen'}: {sentence}, {held}", style="bold green")
-    return Text(f"wrong: {_counted(isolation)}; {sentence}, {held}", style="bold red")
+        return Text(f"{'right' if not hidden else 'nothing wrong seen'}: {sentence}, {judged_by}", style="bold green")
+    return Text(f"wrong: {_counted(isolation)}; {sentence}, {judged_by}", style="bold red")
 
 
 def _counted(isolation: Isolation) -> str:

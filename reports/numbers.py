@@ -29,8 +29,8 @@ def of_limit(value: float) -> str:
 
 
 def limit(value: float) -> str:
-    """A limit: "1e-10"."""
-    return f"{value:.0e}" if value == float(f"{value:.0e}") else f"{value:g}"
+    """A limit: "1e-10", or "2.15e-10" where it was measured."""
+    return f"{value:.0e}" if value == float(f"{value:.0e}") else f"{value:.3g}"
 
 
 def values(ours: tuple[float, ...], ref: tuple[float, ...], *others: tuple[float, ...]) -> list[list[str]]:

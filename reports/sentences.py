@@ -71,28 +71,29 @@ def place(difference: Difference) -> str:
 
 def answer(verdict: Verdict) -> str:
     """How many records agree, under which limits."""
-    held = f"{verdict.mode} mode, " if verdict.mode else ""
-    held += f"limit {limit(verdict.limits.operations)}"
+    judged_by = f"{verdict.mode} mode, " if verdict.mode else ""
+    judged_by += f"limit {limit(verdict.limits.operations)}"
     if verdict.limits.logits != verdict.limits.operations:
-        held += f", logits {limit(verdict.limits.logits)}"
+        judged_by += f", logits {limit(verdict.limits.logits)}"
     own = limits_of_their_own(verdict)
     if own:
         low, high = (limit(find(own.values())) for find in (min, max))
-        held += f" ({count(len(own), 'point')} with limits of {low if low == high else f'{low} to {high}'})"
+        judged_by += f" ({count(len(own), 'point')} with limits of {low if low == high else f'{low} to {high}'})"
     otherwise = sum(fault.records for fault in verdict.record_faults)
     precision = verdict.precision
     far = as_far_as_it_goes(verdict)
     open_records = f", {verdict.unjudged.records:,} cannot be judged" if verdict.unjudged else ""
     if verdict.verdict == INCOMPLETE and open_records:
         agreeing = verdict.compared - otherwise - verdict.unjudged.records
-        return f"{headline(verdict)}: {agreeing:,} of {count(verdict.compared, 'record')} agree{open_records}, {held}"
+        return f"{headline(verdict)}: {agreeing:,} of {count(verdict.compared, 'record')} agree{open_records}, {judged_by}"
     if verdict.verdict == INCOMPLETE:
-        return f"{headline(verdict)}: all {count(verdict.compared, 'record')} that came agree, {held}"
+        return f"{headline(verdict)}: all {count(verdict.compared, 'record')} that came agree, {judged_by}"
     if verdict:
         sentence = f"{verdict.compared - otherwise - verdict.unjudged.records:,} of {count(verdict.compared, 'record')} agree{open_records}"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
         if verdict.uncompared.points and not verdict.uncompared.after:
-            sentence += f", {len(verdict.uncompared.points)} of {count(verdict.uncompared.requested, 'point')} never compared"
+            lacking, asked = len(verdict.uncompared.points), count(verdict.uncompared.requested, "known point")
+            sentence += f", {lacking} of {asked} never compared"
         if verdict.excused:
             sentence += (
                 f", {verdict.excused:,} of them only as amplified rounding, which is assumed (--model M.gguf settles it)"
@@ -100,7 +101,7 @@ def answer(verdict: Verdict) -> str:
         if precision is not None and precision.source == "assumed" and precision.arithmetic == "f32":
             return f"parity{far}: {sentence}, as float32 does: worst {error(verdict.worst.nmse if verdict.worst else None)}"
         if precision is None or precision.source == "stated" or precision.arithmetic == "f32":
-            return f"parity{far}: {sentence}, {held}"
+            return f"parity{far}: {sentence}, {judged_by}"
         how = "assumed: your dump does not say" if precision.assumed else "measured on the model"
         at = f", worst {error(verdict.worst.nmse)} at {clean(verdict.worst.checkpoint)}" if verdict.worst is not None else ""
         kinds = " or ".join(ARITHMETIC[kind] for kind in (precision.arithmetic, *precision.alike))
@@ -114,13 +115,14 @@ def answer(verdict: Verdict) -> str:
         outcome = f"{count(verdict.compared, 'record')} before it compared"
     else:
         outcome = "records are missing"
-    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {held}"
+    return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {judged_by}"
 
 
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
 _KEPT = {
     "cache": 'the cache keeps keys and values in {named}, which nothing states ("kv_type": "{stated}" in the header does)',
     "vectors": "norms' weights and biases are kept in {named}, which nothing states",
+    "biases": "biases are kept in {named}, which nothing states",
     "angles": "RoPE's cosines and sines are kept in {named}, which nothing states",
 }
 

@@ -33,6 +33,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "experts-normalised": ("qwen2moe", {}, BOTH),
     "experts-scale-missing": ("deepseek2", {}, BOTH),
     "experts-gating": ("deepseek2", {}, BOTH),
+    "experts-raw-scores": ("qwen2moe", {}, BOTH),
     "experts-bias-as-weight": ("deepseek2", {}, BOTH),
     "experts-bias-ignored": ("deepseek2", {}, BOTH),
     "experts-too-few": ("qwen3moe", {"count": 1}, BOTH),

@@ -93,6 +93,6 @@ def test_steps_that_mix_the_rows_of_a_value_are_refused() -> None:
     values = dict(_values(np.random.default_rng(2).standard_normal((_ROWS, _WIDTH)), weights))
     values["turned"] = values["sum"]
     turned = View("sum", (Size(0, 1), Size(_WIDTH)), (Size(_WIDTH), Size(0, 1)), (Size(1), Size(_WIDTH)))
-    step = Step("turned", ops.part, (turned,), (), {})
+    step = Step("turned", ops.linear, (turned,), ("q.weight", None), {})
     with pytest.raises(KeyError, match="turned"):
         derivatives((*_STEPS, step), "turned", np.array([0]), _ROW, values, weights)  # type: ignore[arg-type]

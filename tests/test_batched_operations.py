@@ -9,7 +9,7 @@ from explaining import RIGHT, unstated
 from planted import TOKENS, Faulty, tokens_of
 from slow import slow_but
 
-from engine.graph import POSITIONS, History, compute
+from engine.graph import POSITIONS, History, compute, leading_to, made_from
 from engine.lift.node import GgmlOperation
 from engine.replay.adjoint import derivatives
 from engine.replay.batched import by_rows, can_batch, compute_batch, elementwise
@@ -51,21 +51,43 @@ def test_versions_together_are_each_by_itself(lifted: Faulty) -> None:
 
 def test_derivatives_are_the_slopes_of_small_steps(lifted: Faulty) -> None:
     """Of a layer's output by the layer's before it, in float64: what a small step along some direction changes there, to four digits."""
-    names = [step.makes for step in lifted.right]
-    begin, point = names.index("blk.1.l_out") + 1, "blk.2.l_out"
-    steps = lifted.right[begin : names.index(point) + 1]
-    computed = lifted.transformer.weights, lifted.transformer.backend
+    _are_the_slopes(lifted, "blk.1.l_out", "blk.2.l_out")
+
+
+# Latent attention, whose values have positions in the middle; chosen experts; norms without weights.
+_WHOLE = {
+    "deepseek2": ("blk.1.l_out", "blk.2.ffn_inp"),
+    "qwen3moe": ("blk.2.ffn_norm", "blk.2.ffn_moe_down"),
+    "olmo": ("blk.1.l_out", "blk.2.l_out"),
+    "talkie": ("blk.1.l_out", "blk.2.l_out"),
+    "rwkv7": ("blk.2.time_mix_key", "blk.2.mul.3"),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(_WHOLE, "deepseek2", "olmo"))
+def test_derivatives_go_through_whole_values(name: str, reference: Reference, small_model: Callable[..., Path]) -> None:
+    """Where positions are not the slowest dimension, and through ggml's products, joins and norms: the same slopes, to four digits."""
+    path = small_model(name)
+    _are_the_slopes(Faulty(path, reference.graph(path)), *_WHOLE[name])
+
+
+def _are_the_slopes(engine: Faulty, start: str, point: str) -> None:
+    names = [step.makes for step in engine.right]
+    steps = leading_to({point}, engine.right[names.index(start) + 1 : names.index(point) + 1])
+    made = made_from(start, steps)
+    steps = [step for step in steps if step.makes in made]
+    computed = engine.transformer.weights, engine.transformer.backend
     numbers = range(len(TOKENS)), [0] * len(TOKENS)
-    wide = values_of(Variant.WIDE, lifted.right, TOKENS, *numbers, *computed, wanted=frozenset(names))
+    wide = values_of(Variant.WIDE, engine.right, TOKENS, *numbers, *computed, wanted=frozenset(names))
     wide[POSITIONS] = np.arange(len(TOKENS))
-    answers = derivatives(steps, point, _ELEMENTS, _ROW, wide, computed[0])["blk.1.l_out"]
-    direction = np.random.default_rng(1).standard_normal(answers.shape[1]) * np.abs(wide["blk.1.l_out"][_ROW]).mean()
-    given = {name: wide[name] for step in steps for name in step.names if name.startswith("input.")}
+    answers = derivatives(steps, point, _ELEMENTS, _ROW, wide, computed[0])[start]
+    direction = np.random.default_rng(1).standard_normal(answers.shape[1]) * np.abs(wide[start][_ROW]).mean()
+    given = {name: wide[name] for step in steps for name in step.names if name not in made}
     ends = []
     for sign in (1e-5, -1e-5):
-        moved = wide["blk.1.l_out"].copy()
+        moved = wide[start].copy()
         moved[_ROW] += sign * direction
-        end = values_of(Variant.WIDE, steps, TOKENS, *numbers, *computed, {point}, given | {"blk.1.l_out": moved})[point]
+        end = values_of(Variant.WIDE, steps, TOKENS, *numbers, *computed, {point}, given | {start: moved})[point]
         ends.append(end[_ROW, _ELEMENTS])
     np.testing.assert_allclose(answers @ direction, (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
 

@@ -14,6 +14,8 @@ from cli import Cli, recorded
 from foreign import numpy_engine
 from processes import comes_true
 
+from parity.run.workers import workers_of
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("distributed") is None, reason="Dask is not installed: pip install parity[test]"),
@@ -100,6 +102,22 @@ def test_a_scheduler_that_goes_away_is_one_line(cluster: Cluster, tmp_path: Path
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["kept"] >= kept > 0
+
+
+def test_a_client_that_closes_late_loses_no_answer(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine Dask's client is not closed in time: what it has computed is there, and no error hides it."""
+    from distributed import Client
+
+    close = Client.close
+
+    def late(client: Client, *_: object, **__: object) -> None:
+        close(client)
+        raise TimeoutError("timed out after 2 s.")
+
+    monkeypatch.setattr(Client, "close", late)
+    cluster.worker()
+    with workers_of(1, cluster.address) as pool:
+        assert pool.submit(abs, -1).result() == 1
 
 
 def test_golden_dumps_are_checked_on_the_cluster(cluster: Cluster, parity: Cli, tmp_path: Path) -> None:

@@ -245,8 +245,12 @@ def test_nothing_in_common_is_an_error() -> None:
         compare(dump({"embd": ref["embd"]}), dump({"logits": ref["logits"]}))
     late = dump(ref)
     late.points.update({name: replace(rows, token_idx=rows.token_idx + 100) for name, rows in late.points.items()})
-    with pytest.raises(DumpError, match="no position in common"):
+    with pytest.raises(DumpError, match=r"no position in common.*--offset -100"):
         compare(late, dump(ref))
+    third = dump(ref)
+    third.points.update({name: replace(rows, seq=rows.seq + 3) for name, rows in third.points.items()})
+    with pytest.raises(DumpError, match=r'of sequence 3, the reference .*"seq" is 0'):
+        compare(third, dump(ref))
 
 
 def test_a_tolerance_is_the_limit_at_every_point() -> None:

@@ -171,8 +171,10 @@ def test_a_fault_of_the_numpy_engine_is_one_cause(parity: Cli, fault: str, cause
     """Wrong RoPE pairs fail in every cell by one cause; seen padding and a state saved wrong fail in their own mode only."""
     words = ("--architectures", "llama", "--types", "F32", "--prompts", "short", "--workers", "1", "--out", "c")
     code, answer = parity.json("conform", "--exec", numpy_engine(*EVERY_WAY, "--fault", fault), *words)
+    verdicts = {cell["mode"]: (cell["verdict"], cell["reason"]) for cell in answer["cells"]}
+    every = ("prefill", "decode", "chunked", "batch", "state")
+    assert verdicts == {mode: ("divergence" if mode in modes else "parity", "") for mode in every}
     assert code == 1
-    assert {cell["mode"] for cell in answer["cells"] if cell["verdict"] == "divergence"} == modes
     assert [cause_found["cause"] for cause_found in answer["causes"]] == [cause]
 
 

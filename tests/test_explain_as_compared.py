@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT
 from msgspec.structs import replace
-from planted import Faulty
+from planted import Faulty, half_sums
 
 from checkpoints.answers.explain import Explanation
+from engine import ops
 from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.replay.rounded_weights import with_rounded_weights
@@ -81,4 +82,39 @@ def test_an_error_that_has_grown_from_just_below_the_limit_blames_no_operation(e
     answer = explain_dump(replace(dump, points=points), engine.model, ExplainOptions(compute="f32", budget=10))
     assert answer.first is not None
     assert answer.first.checkpoint == "output_norm"
+    assert answer.placed is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["", "f16"])
+def test_sums_in_a_lower_type_are_left_open(engine: Faulty, compute: str) -> None:
+    """An engine that sums its products in F16, as no rounding of ours does, stated or not: where nothing is found, the answer is open, as
+    diff's is, and calls nobody wrong.
+    """
+    steps = [replace(step, op=half_sums) if step.op is ops.linear else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, points="default", size=1 << 20, steps=steps, bare=False)
+    assert dump.header is not None
+    answer = explain_dump(replace(dump, header=replace(dump.header, compute=compute)), engine.model, ExplainOptions(budget=10))
+    assert not answer.causes
+    assert answer or answer.left_open or answer.unjudged
+    assert not any("output projection" in lead.sentence for lead in answer.leads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["", "bf16"])
+def test_digits_that_are_cut_off_are_left_open(engine: Faulty, compute: str) -> None:
+    """Products of factors whose digits are cut off to BF16, where ours rounds, cost no more than that: no operation is named as wrong."""
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        return (np.ascontiguousarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        return ops.linear(cut(x), cut(weight), bias)
+
+    steps = [replace(step, op=product) if step.op is ops.linear else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, points="*", size=10, steps=steps, bare=False)
+    assert dump.header is not None
+    answer = explain_dump(replace(dump, header=replace(dump.header, compute=compute)), engine.model, ExplainOptions(budget=10))
+    assert not answer.causes
+    assert answer or answer.left_open
     assert answer.placed is None

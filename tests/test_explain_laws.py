@@ -52,6 +52,12 @@ def _cut(x: Array) -> Array:
 @pytest.mark.parametrize(
     ("point", "change", "law"),
     [
+        ("blk.2.ffn_norm", lambda x: 1.1 * x + np.float32(0.02), "every element is 1.1 times the right one plus 0.02"),
+        (
+            "blk.2.ffn_swiglu",
+            lambda x: x * (np.arange(len(x)) != 2)[:, None].astype(np.float32),
+            "at position 2 alone every element is 0",
+        ),
         ("blk.2.ffn_up", _swapped, "elements 3 and 7 are exchanged; the others are right"),
         ("blk.2.v", lambda x: np.roll(x, 8, axis=1), "heads 0 and 1 are exchanged"),
         ("blk.2.ffn_up", _blocks, "every 32nd element from 0 on is the right one plus 0.5; the others are right"),
@@ -160,7 +166,7 @@ def _not_finite(x: Array) -> Array:
 def test_infinities_are_said_where_they_are(engine: Faulty) -> None:
     """Two infinite elements of one position: the law says which, and that the others are right."""
     explanation = explain(edited(engine, "blk.2.q", _not_finite), engine.model, ExplainOptions(budget=600.0))
-    assert explanation.law.startswith("everything up to element 1 is ∞")
+    assert explanation.law.startswith("at position 3 alone everything up to element 1 is ∞")
     assert explanation.law.endswith("the others are right")
     assert names(explanation) == []
 

@@ -15,7 +15,9 @@ from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.precision import is_normed, rounded
 from engine.replay.rounded_weights import with_rounded_weights
+from parity.diff.compare import Options
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.on_model import compared_on
 
 pytestmark = pytest.mark.usefixtures("step_clock")
 
@@ -76,3 +78,20 @@ def test_a_fault_beside_rounded_norms_is_named_too(engine: Faulty, points: str) 
     answer = _explained(engine, plant(norms, CATALOGUE["residual-missing"], (2,), at=("l_out",)), points)
     assert [cause.named.fault for cause in answer.causes] == ["weights-rounded", "residual-missing"]
     assert answer.causes[1].named.layers == (2,)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_diff_blames_no_operation_for_weights_in_a_lower_type(engine: Faulty, factor: float) -> None:
+    """Where nothing states the arithmetic and norms kept in BF16 give every record, diff leaves it open; with a factor beside
+    them it does not say that they are all.
+    """
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == "blk.2.ffn_out" else step
+        for step in with_rounded_weights(engine.right, "bf16", WANTED[NORMS])
+    ]
+    ours, right = (engine.dump(RIGHT, PROMPT, points="default", steps=of, bare=False) for of in (steps, engine.right))
+    verdict = compared_on(unstated(ours), right, Options(), engine.model).verdict
+    assert not verdict
+    assert verdict.pattern is not None
+    assert ("all that differs" in verdict.pattern.sentence) == (factor == 1.0), verdict.pattern
+    assert factor != 1.0 or verdict.pattern.code == "undecided"

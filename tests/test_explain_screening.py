@@ -18,7 +18,7 @@ from engine.graph import POSITIONS, Step
 from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
 from parity.explain.budget import Budget
-from parity.explain.carry import carry
+from parity.explain.carry import carry, steps_between
 from parity.explain.explain import Case, ExplainOptions, explain
 from parity.explain.leads import mended_share
 from parity.explain.likely import Likely
@@ -42,6 +42,35 @@ def test_single_layers_are_screened_together_as_one_by_one(engine: Faulty) -> No
     for single, many in zip(outputs, together, strict=True):
         alone = next(carry(steps, "blk.1.l_out", [single], {POSITIONS: positions}, weights))
         assert np.abs(alone - many).max() < 1e-5 * np.abs(alone).max()
+
+
+# Latent attention; recurrent layers, in rwkv7 with values of the first one that all others read.
+_CARRIED_FROM = {"rwkv7": [1, 2], "deepseek2": [0, 1, 2], "qwen3next": [0, 1, 2]}
+
+
+@pytest.mark.parametrize("name", slow_but(_CARRIED_FROM, "rwkv7"))
+def test_what_a_layer_changes_is_carried_on_from_its_output_alone(
+    name: str, small_model: Callable[..., Path], reference: Reference
+) -> None:
+    """Also through operations that mix rows; from layers of which later ones read more than the output nothing is carried on."""
+    model = small_model(name)
+    engine = Faulty(model, reference.graph(model))
+    prompt, end = tokens_of(model, 7, seed=1), "blk.3.l_out"
+    case = Case(engine.dump(Planted(()), prompt, points=end), model, ExplainOptions(tokens=prompt))
+    state = case.screening(case.entries, Budget(60)).start()
+    assert [layer for layer in range(3) if steps_between(state, layer, end)] == _CARRIED_FROM[name]
+    for layer in _CARRIED_FROM[name]:
+        steps = plant(state.steps, CATALOGUE["norm-skipped"], (layer,))
+        changed = case.replay.run(steps, lambda _name, _value: True)
+        here = f"blk.{layer}.l_out"
+        steps = steps_between(state, layer, end)
+        [alone] = carry(steps, here, [changed[here]], case.replay.values, case.replay.weights)
+        several = [*carry(steps, here, [changed[here], case.replay.values[here]], case.replay.values, case.replay.weights)]
+        size = np.abs(changed[end]).max()
+        assert np.abs(alone - changed[end]).max() < 1e-5 * size
+        assert np.abs(several[0] - changed[end]).max() < 1e-5 * size
+        assert np.abs(several[1] - case.replay.values[end]).max() < 1e-5 * size
+        assert np.abs(changed[end] - case.replay.values[end]).max() > 1e-3 * size
 
 
 def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:

@@ -109,14 +109,21 @@ def test_operations_of_a_lower_arithmetic_among_those_of_float32(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "moved"), [("bf16 vectors", "blk.1.attn_norm"), ("f16 angles", "blk.1.q_rope")])
+@pytest.mark.parametrize(
+    ("architecture", "kind", "moved"),
+    [
+        ("qwen3", "bf16 vectors", "blk.1.attn_norm"),
+        ("qwen3", "f16 angles", "blk.1.q_rope"),
+        ("stablelm", "f16 biases", "blk.1.attn_norm"),
+    ],
+)
 def test_vectors_or_angles_kept_in_a_lower_type(
-    kind: str, moved: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+    architecture: str, kind: str, moved: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
 ) -> None:
-    """Norms' weights, or RoPE's cosines and sines, rounded in an engine that computes in float32: none is wrong or proven; a product 0.2 %
-    too large, another epsilon and a norm 1.5 times too large beside them are.
+    """Norms' weights, or biases alone, or RoPE's cosines and sines, rounded in an engine that computes in float32: none is wrong or
+    proven; a product 0.2 % too large, another epsilon and a norm 1.5 times too large beside them are.
     """
-    path, out = small_model("qwen3", kind="f32"), tmp_path / "ours.jsonl"
+    path, out = small_model(architecture, kind="f32"), tmp_path / "ours.jsonl"
     engine = Faulty(path, reference.graph(path))
     lower = kept(engine.right, kind)
     wrong, open_ = judged(engine, reference, out, lower)

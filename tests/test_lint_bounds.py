@@ -5,6 +5,7 @@ import pytest
 from dumps import dump, random
 from msgspec.structs import replace
 
+from checkpoints.answers.lint import ERROR, WARNING
 from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.record import Dump, Token
 from parity.lint.lint import lint
@@ -70,13 +71,32 @@ def test_five_findings_of_a_rule_are_listed_and_more_are_counted(layers: int, li
     assert findings[-1].evidence.startswith(rest) is (layers > 6)
 
 
-@pytest.mark.parametrize(("number", "named"), [(np.finfo(np.float32).min, False), (-3.3895314e38, False), (-3.0e38, True)])
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [(np.finfo(np.float32).min, False), (-3.3895314e38, False), (-1e30, False), (-3.0e38, True), (1e30, True)],
+)
 def test_the_lowest_number_hides_a_logit(number: float, named: bool) -> None:
-    """The lowest float32 or bfloat16 is what engines write for −∞, in values and statistics; another number of that size is garbage."""
+    """The lowest float32 or bfloat16 and minus a power of ten are what engines write for −∞, in values and statistics; another number of
+    that size is garbage.
+    """
     logits = random(("logits",), positions=4)["logits"]
     logits[:, 4:40] = number
     found = rules(dump({"logits": logits}, slice_size=16))
     assert ("impossible-size" in found, "statistics" in found) == (named, False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "severity"),
+    [((1, 2e7, 2e13, 4e20), WARNING), ((1, 2e7, 1e6, 4e20), ERROR), ((1, 2, 3, 4e20), ERROR), ((1, 4e20, 4e20, 4e20), ERROR)],
+)
+def test_a_state_that_explodes_is_a_computed_value(sizes: tuple[float, ...], severity: str) -> None:
+    """Sizes that rise from position to position through what no right engine has are a recurrence without decay, which a comparison names
+    as it names any other fault; huge numbers that come at once, or in no order, are another memory's.
+    """
+    scan = random(("blk.0.ssm_scan",), positions=4)["blk.0.ssm_scan"]
+    scan[:, 3] = sizes
+    found = [finding.severity for finding in lint(dump({"blk.0.ssm_scan": scan})).findings if finding.rule == "impossible-size"]
+    assert found == [severity]
 
 
 @pytest.mark.parametrize(("later", "named"), [((3, 2, 1, 0), False), ((2, 1, 0, 0), True), ((1, 0, 0, 0), True)])

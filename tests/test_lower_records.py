@@ -166,3 +166,69 @@ def test_isolate_takes_masks_in_a_lower_type_for_rounding(factor: float) -> None
     assert type_of(dumped) == "BF16"
     beyond = errors_beyond("BF16", "logits", masked(values), dumped, np.arange(4), None)
     assert bool((beyond > 1e-10).any()) == (factor != 1.0)
+
+
+def scattered(size: float, factor: float = 1.0) -> Callable[[np.ndarray], np.ndarray]:
+    """Noise of this NMSE in every row, times a factor."""
+
+    def change(values: np.ndarray) -> np.ndarray:
+        rms = np.sqrt(np.mean(values**2, axis=1, keepdims=True) * np.float32(size))
+        drawn = np.random.default_rng(2).standard_normal(values.shape, dtype=np.float32)
+        return (values + drawn * rms) * np.float32(factor)
+
+    return change
+
+
+@pytest.mark.parametrize(("noise", "factor", "said"), [(1e-8, 1.0, "undecided"), (0.0, 1.0, "rounded"), (1e-8, 1.02, "")])
+def test_values_of_a_lower_type_beside_noise_are_no_wrong_operation(
+    right: Dump, ref: Dump, noise: float, factor: float, said: str
+) -> None:
+    """Logits kept in BF16, with little noise or none, blame no operation where nothing states the arithmetic; 1.02 times as large
+    they do.
+    """
+    ours = with_rows(right, "logits", lambda values: in_bf16(scattered(noise, factor)(values)), "")
+    whole = replace(ref, points={**ref.points, "logits": right.points["logits"]})
+    verdict = compare(ours, with_rows(whole, "logits", masked))
+    assert not verdict
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code if verdict.pattern.code in ("undecided", "rounded") else "") == said
+    assert not (said and verdict.operation)
+
+
+@pytest.mark.parametrize(("size", "kv_type", "said"), [(2e-5, "", True), (2e-5, "f32", False), (2e-2, "", False)])
+def test_a_cache_of_a_lower_type_that_nothing_states_blames_no_operation(
+    right: Dump, ref: Dump, size: float, kv_type: str, said: bool
+) -> None:
+    """Keys that differ as 8 bits make them, though their queries agree, may be a cache's type where nothing states that; a stated type, or
+    a larger error, is none.
+    """
+    rows = right.points["blk.1.k_read"]
+    drawn = np.random.default_rng(4).standard_normal(rows.values.shape[1], dtype=np.float32)
+    values = rows.values + drawn * np.float32(np.sqrt(size * np.mean(np.nan_to_num(rows.values) ** 2)))
+    assert right.header is not None
+    ours = replace(
+        right,
+        header=replace(right.header, compute="", kv_type=kv_type),
+        points={**right.points, "blk.1.k_read": replace(rows, values=values, stats={}, sketch=None)},
+    )
+    verdict = compare(only(ours, "embd", "blk.0.l_out", "blk.1.k_rope", "blk.1.k_read"), ref)
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code == "undecided") == said
+    assert ("cache of lower type" in verdict.pattern.sentence) == said
+
+
+@pytest.mark.parametrize(("size", "open_"), [(1e-7, True), (1e-2, False)])
+def test_noise_where_attention_has_several_keys_may_be_a_lower_type(right: Dump, ref: Dump, size: float, open_: bool) -> None:
+    """A layer that is off by noise everywhere but at position 0 may keep scores in a lower type, where nothing states the arithmetic: the
+    answer says so beside the operations in question, unless the noise is larger.
+    """
+
+    def later(values: np.ndarray) -> np.ndarray:
+        noisy = scattered(size)(values)
+        noisy[0] = values[0]
+        return noisy
+
+    verdict = compare(only(with_rows(right, "blk.1.l_out", later, ""), "embd", "blk.0.l_out", "blk.1.l_out"), ref)
+    assert verdict.pattern is not None
+    assert verdict.pattern.sentence.startswith("position 0 is right, 1 and later are wrong")
+    assert (verdict.pattern.code == "undecided") == open_

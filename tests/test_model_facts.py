@@ -62,7 +62,9 @@ def test_an_activation_that_is_squared_is_said(parity: Cli, small_model: Callabl
 
 @pytest.mark.slow
 def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) -> None:
-    """qwen35: convolutions, states and a layer with attention whose RoPE has sections; mamba has no attention at all; longrope."""
+    """qwen35: convolutions, states and a layer with attention whose RoPE has sections; mamba has no attention at all; longrope;
+    falcon-h1's files have RoPE factors that llama.cpp does not read.
+    """
     _, kinds = layers(parity, small_model("qwen35"))
     assert kinds["0–2"]["states"]["recurrence"] == "GATED_DELTA_NET"
     assert kinds["0–2"]["states"]["convolution"] == "4 positions"
@@ -71,6 +73,7 @@ def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) 
     assert [(key, value) for key, value in facts.items() if key.startswith("rope")] == [("rope", "none")]
     assert kinds["0–1"]["states"]["recurrence"] == "SSM_SCAN"
     assert "attention" not in kinds["0–1"]
+    assert layers(parity, small_model("falcon-h1"))[0]["rope_factors"] is False
     _, kinds = layers(parity, small_model("phi3-longrope", layers=1))
     assert "cos and sin times 1.19, frequency factors rope_factors_long.weight" in kinds["0"]["rope"]
 

@@ -20,7 +20,12 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=300,
+        startup_timeout=300,  # of a kernel: a busy machine may need more than the default, a minute
+        iopub_timeout=300,  # a cell's output may come later than 4 s after its end, and would be missing
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
     printed = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "execute_result"

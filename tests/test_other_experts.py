@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.align import align
-from parity.diff.measure import Measured, measured
+from parity.diff.measure import Measured, energies, measured
 from parity.diff.tokens import compare_tokens
-from parity.diff.wrong_values import energies, error_energies
+from parity.diff.wrong_values import error_energies
 
 POINT, ROWS, WIDTH = "blk.0.ffn_moe_act", 8, 1408
 

@@ -16,7 +16,8 @@ from checkpoints.tensors import TensorReader
 from reference.client import Reference
 from reference.jobs import EXACT, NATIVE, DumpJob
 from reference.library import Library
-from reference.sweep import window_size
+from reference.model import Model
+from reference.sweep import dump_windows, window_size
 from reference.twin_cache import cache_dir, cached, empty_cache
 
 TOKENS = (2047, 430, 457, 258, 403)
@@ -135,3 +136,14 @@ def test_window_size(stories: Path, tmp_path: Path) -> None:
     assert window_size(library, model_contents, replace(job, mode=NATIVE), some) is None
     assert window_size(library, model_contents, replace(job, window="off"), some) is None
     assert window_size(library, model_contents, job, 1) == 1
+
+
+def test_no_room_for_a_model_that_has_no_windows_is_said(small_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Who did not ask for windows reads that memory or cache lack room, and not that --window is to be left out."""
+    library, model_contents = Library(), contents(small_model("gemma"))
+    job = DumpJob(model_contents.path, tmp_path / "out.jsonl", TOKENS)
+    with Model(library, model_contents.path, vocab_only=True) as vocabulary:
+        with pytest.raises(InputError, match=r"no room for an F32 copy of gemma.* GB\).*window by window.*PARITY_CACHE"):
+            dump_windows(library, vocabulary, model_contents, job, 1, 0.0)
+        with pytest.raises(InputError, match=r"^gemma cannot be computed window by window"):
+            dump_windows(library, vocabulary, model_contents, replace(job, window=1), 1, 0.0)

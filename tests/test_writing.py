@@ -150,6 +150,10 @@ def test_pipes_are_written_to_as_they_are(parity: Cli, stories_run: Path, tmp_pa
         assert parity("convert", stories_run / "ours.jsonl", "-o", tmp_path / "pipe").code == 0
         assert reader.stdout is not None
         assert reader.stdout.read() == (stories_run / "ours.jsonl").read_bytes()
+    command = [sys.executable, "-P", "-m", "parity", "convert", stories_run / "ours.jsonl", "-o", "/dev/stdout"]
+    printed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
+    assert printed.stdout == (stories_run / "ours.jsonl").read_bytes()
+    refused(parity("convert", stories_run / "ours.jsonl", "-o", "-"), '"-" is standard input', "/dev/stdout")
     refused(parity("synth", "-o", "/dev/null"), "cannot write a model to /dev/null")
     assert read(stories_run / "ours.jsonl").end is not None
 

@@ -220,10 +220,20 @@ class Choices(Struct, frozen=True):
     differs_margin: float | None = None
 
 
+class RowLimit(Struct, frozen=True):
+    """The limit of a single record, whose row is all but zero."""
+
+    checkpoint: str
+    seq: int
+    token_idx: int
+    limit: float
+
+
 class Limits(Struct, frozen=True):
     """The limits that were applied; `assumed` if the arithmetic of one side is unknown.
 
-    `points` holds the measured limits of single points; `operations` is the largest of them.
+    `points` holds the measured limits of single points; `operations` is the largest of them. `rows` are records with larger ones of
+    their own.
     """
 
     operations: float
@@ -231,6 +241,7 @@ class Limits(Struct, frozen=True):
     source: str
     assumed: bool = False
     points: Mapping[str, float] = field(default_factory=dict)
+    rows: tuple[RowLimit, ...] = ()
 
     def at(self, point: str) -> float:
         """The limit of a point: its own if it was measured, else that of the logits or of all other points."""

@@ -17,6 +17,7 @@ from ..errors import DumpError
 from ..mapped import mapped
 from ..mapping import Mapping
 from ..nearest import unknown_names
+from ..nesting import parsed
 from ..points import parse
 from ..record import Dump, Rows
 from ..regular import require_regular
@@ -180,7 +181,7 @@ def safetensors(file: Path, *, integers: bool = False) -> Iterator[tuple[str, ND
     if size > _HEADER:
         raise ValueError(f"its header has {size:,} bytes, more than {MOST:,} arrays take")
     body = data[8 + size :]
-    header = json.loads(data[8 : 8 + size].tobytes())
+    header = parsed(json.loads, data[8 : 8 + size].tobytes())
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")  # noqa: TRY004  # a file's fault, not a caller's
     if len(header) > MOST:

@@ -14,6 +14,7 @@ from ..columns import KIND, beside
 from ..errors import DumpError
 from ..mapped import renamed
 from ..mapping import Mapping
+from ..nesting import parsed
 from ..reading import fields, lenient
 from ..reading.reader import notes
 from ..record import SKETCH_SIZE, STATISTICS, Dump, End, Header, Rows, Token
@@ -119,7 +120,7 @@ class _Arrays:
             # stays in this process.
             mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
             size = int.from_bytes(mapped[:8].tobytes(), "little")
-            self._header: dict[str, Any] = json.loads(mapped[8 : 8 + size].tobytes())
+            self._header: dict[str, Any] = parsed(json.loads, mapped[8 : 8 + size].tobytes())
             self._data = mapped.view(np.ndarray)[8 + size :]
         except (OSError, ValueError, SafetensorError) as error:
             why = " ".join(str(error).split())[:100]

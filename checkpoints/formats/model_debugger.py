@@ -13,6 +13,7 @@ from ..errors import DumpError
 from ..mapped import mapped
 from ..mapping import MapEntry, Mapping
 from ..nearest import unknown_names
+from ..nesting import parsed
 from ..points import EMBD, in_layer, parse
 from ..record import Dump, Rows
 from ..regular import read_text
@@ -45,8 +46,8 @@ def read(path: Path, mapping: Mapping) -> Dump:
     tree = _tree(path) or path
     try:
         text = read_text(tree, _LARGEST)
-        root = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        root = parsed(json.loads, text)
+    except (OSError, ValueError) as error:
         raise DumpError(f"cannot read {tree}: {error}.", "Run the debugger again.", code="tree") from error
     points: dict[str, Rows] = {}
     notes: list[str] = []

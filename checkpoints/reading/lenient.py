@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 
+from ..nesting import NestedTooDeeply, parsed
+
 # A word for a number that is not finite, and nothing of a longer word or of a text.
 _WORD = r'(?:-?nan(?:\(\w*\))?|[+-]?inf(?:inity)?)(?![\w"])'
 # Words in a row are one match: a substitution for each of millions takes seconds.
@@ -49,10 +51,8 @@ def loads(text: str | bytes) -> Any:
     except orjson.JSONDecodeError:
         pass
     try:
-        return json.loads(mended)  # numbers beyond float64, which orjson refuses, are infinite here
-    except RecursionError:
-        raise ValueError("the line is nested too deeply") from None
-    except json.JSONDecodeError:
+        return parsed(json.loads, mended)  # numbers beyond float64, which orjson refuses, are infinite here
+    except (json.JSONDecodeError, NestedTooDeeply):
         raise
     except ValueError:
         raise ValueError("a whole number has more than 4,300 digits") from None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from . import (
+    alibi,
     attention,
     biases,
     block_scales,
@@ -71,6 +72,7 @@ _GROUPS = {  # the first of several faults with the same numbers is named: a for
         *key_counts.FAULTS,
         *head_counts.FAULTS,
         *windows.FAULTS,
+        *alibi.FAULTS,
         *sinks.FAULTS,
         *layer_pattern.FAULTS,
         *caches.FAULTS,

@@ -70,6 +70,16 @@ def _biased_weights(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return replace(require(step, "GET_ROWS"), reads=(biased.makes, *step.reads[1:]))
 
 
+def _raw_scores(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    before = right.get(step.names[0])
+    if before is None:
+        return step
+    if kind_of(step) in _WEIGHTS and ggml(before, "SOFT_MAX", "UNARY"):
+        return replace(require(step, "GET_ROWS"), reads=(read_of(before, 0), *step.reads[1:]))
+    after_choice = ggml(step, "SOFT_MAX") and kind_of(before) in _WEIGHTS  # others are attention's, or over all experts
+    return only(step, read_of(step, 0)) if after_choice else step
+
+
 def _unbiased(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     return only(require(step, "ADD"), read_of(step, 0))
 
@@ -263,6 +273,11 @@ FAULTS = (
         "experts-bias-as-weight", _WEIGHTS, _biased_weights,
         "the bias for choosing experts is used in their weights as well", _RIGHT_LOGITS,
         "choose by probability + bias, but weight by the probability only", "DeepSeek-V3's exp_probs_b added to the probabilities",
+    ),
+    _new(
+        "experts-raw-scores", (*_WEIGHTS, "SOFT_MAX"), _raw_scores,
+        "the chosen experts are weighted by the router's scores as they are, without softmax or sigmoid", _RIGHT_LOGITS,
+        "weight by the probabilities: the softmax or sigmoid of the router's scores", "sgl-project/sglang#35160",
     ),
     _new(
         "experts-bias-ignored", ("ffn_moe_probs_biased",), _unbiased,

@@ -21,7 +21,6 @@ from .norms import epsilon_of, kinds_with_epsilon, with_epsilon
 from .number_words import as_root, near_scale, number_in_words, type_of_constant
 from .rope import FAULTS as ROPE
 from .rotation import both_then_each, is_rotation, rotary
-from .windows import soft_capped
 
 _SCALED = (
     "attn_norm",
@@ -56,6 +55,7 @@ class Fitted(Struct, frozen=True, kw_only=True):
         starts: the values from which the fit begins, given the right one (0 if there is none).
         positive: whether the number is positive, and fitted on a logarithmic scale.
         whole: whether only the starts themselves are tried.
+        of_row: the name of a parameter that is the position of the first wrong row; "" if there is none. Row 0 then has no such fault.
         known: values that occur in other models, and in which.
     """
 
@@ -65,6 +65,7 @@ class Fitted(Struct, frozen=True, kw_only=True):
     starts: Callable[[float], tuple[float, ...]]
     positive: bool = True
     whole: bool = False
+    of_row: str = ""
     known: Mapping[float, str] | None = None
 
     def variants(self, right: Steps) -> list[dict[str, Any]]:
@@ -191,28 +192,6 @@ def number_at(kind: str, shifted: bool, start: float) -> Fitted:
     )
     fault = replace(_new(name, summary, fix, {"part": ("the result",), AT: ((kind,),)}, how), kinds=(kind,))
     return Fitted(fault=fault, parameter="by", wanted=lambda *_: None, starts=lambda _wanted: (start,), positive=False)
-
-
-def _capped_soft_max(scores: Array, positions: Array, key_positions: Array, *, scale: float, cap: float) -> Array:
-    capped = soft_capped(scores * scores.dtype.type(scale), cap=cap)
-    return ops.causal_soft_max(capped, positions, key_positions, scale=1.0)
-
-
-def _attention_cap(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_capped_soft_max, params={**step.params, "cap": parameters["cap"]})
-
-
-_ATTENTION_CAP = Fault(
-    name="attn-softcap",
-    kinds=("kq_soft_max",),
-    change=_attention_cap,
-    what="attention's scores are capped, {cap} · tanh(x / {cap}), though the model has no cap",
-    symptom="position 0 is right, large scores are too small",
-    fix="only Gemma 2 caps its scores",
-    seen="ports of Gemma code",
-    parameters={"cap": ()},
-    group="fitted",
-)
 
 
 def _epsilon(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -346,13 +325,6 @@ FITTED = (
     ),
     Fitted(
         fault=named(LOGITS, "logits-softcap"),
-        parameter="cap",
-        wanted=lambda *_: None,
-        starts=lambda _wanted: (10.0, 30.0, 100.0),
-        known=CAPS,
-    ),
-    Fitted(
-        fault=_ATTENTION_CAP,
         parameter="cap",
         wanted=lambda *_: None,
         starts=lambda _wanted: (10.0, 30.0, 100.0),

@@ -6,14 +6,18 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from .. import ops
 from ..backend import Array, module_of
 from ..graph import Step
 from ..inapplicable import NotApplicable
+from .alibi import FAULTS as ALIBI
+from .alibi import USUAL
 from .base import AT, Fault, Parameters, Steps, kind_of
 from .edits import WithInput, ggml, number
 from .fitted import CAPS, Fitted, around, named, parameter_wanted
 from .multipliers import FAULTS as MULTIPLIERS
-from .windows import CAPPED, QUERY_SCALES, cap_of, recapped
+from .rotation import ROTATED, at_positions, both_then_each
+from .windows import CAPPED, QUERY_SCALES, cap_of, recapped, soft_capped
 from .windows import FAULTS as WINDOWS
 
 
@@ -111,12 +115,55 @@ _CLAMPED = Fault(
     group="fitted",
 )
 _ALIBI = replace(
-    named(WINDOWS, "alibi"),
+    named(ALIBI, "alibi"),
     what="attention's linear biases (ALiBi) have max_bias {bias}",
     parameters={"bias": ()},
     group="fitted",
 )
+
+
+def _capped_soft_max(scores: Array, *inputs: Array, scale: float, cap: float, **params: Any) -> Array:
+    return ops.causal_soft_max(soft_capped(scores * scores.dtype.type(scale), cap=cap), *inputs, scale=1.0, **params)
+
+
+def _attention_cap(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.causal_soft_max:
+        raise NotApplicable(f"{step.makes} is no plain soft max")
+    return replace(step, op=_capped_soft_max, params={**step.params, "cap": parameters["cap"]})
+
+
+_ATTENTION_CAP = Fault(
+    name="attn-softcap",
+    kinds=("kq_soft_max",),
+    change=_attention_cap,
+    what="attention's scores are capped, {cap} · tanh(x / {cap}), though the model has no cap",
+    symptom="position 0 is right, large scores are too small",
+    fix="only Gemma 2 caps its scores",
+    seen="ports of Gemma code",
+    parameters={"cap": ()},
+    group="fitted",
+)
+
+
+def _from_a_position(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    first, by = parameters["first"], int(parameters["by"])
+    return at_positions(step, lambda positions: positions + (positions >= first) * by)
+
+
+_POSITION = Fault(
+    name="rope-position-from",
+    kinds=ROTATED,
+    change=_from_a_position,
+    what="from position {first} on, RoPE's positions are off by {by}, on {at}",
+    symptom="right up to a position, then wrong",
+    fix="position t of the sequence, from 0, for queries and keys alike, in every chunk and in decode",
+    seen="chunks and decode steps that count padding, or begin at another number",
+    parameters={"by": (), "first": (1,), AT: both_then_each},
+    group="fitted",
+)
+_LINEAR = {USUAL: "MPT, BLOOM"}
 _MULTIPLIER = named(MULTIPLIERS, "multiplier")
+_FAR = 16  # positions by which a rotation may be off from a position on
 _MOST = 8  # kinds of steps that multiply by a number and have no row here
 _MULTIPLIED = {  # the steps that multiply by a number of the metadata, with the values that other models have
     ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 45.25: "Gemma's √2048", 55.43: "Gemma's √3072"},
@@ -149,11 +196,35 @@ FITTED = (
         starts=around(1.1, 2.0, 0.5, 8.0, 0.125),
     ),
     Fitted(
+        fault=named(ALIBI, "alibi-added"),
+        parameter="bias",
+        wanted=lambda *_: None,
+        starts=lambda _wanted: (1.0, 2.0, 4.0, 10.0, 16.0, 32.0),
+        whole=True,  # biases of a large one are so small that they would fit noise
+        known=_LINEAR,
+    ),
+    Fitted(
+        fault=_ATTENTION_CAP,
+        parameter="cap",
+        wanted=lambda *_: None,
+        starts=lambda _wanted: (10.0, 30.0, 100.0),
+        known=CAPS,
+    ),
+    Fitted(
+        fault=_POSITION,
+        parameter="by",
+        wanted=lambda *_: None,
+        starts=lambda _wanted: tuple(float(n) for n in range(-_FAR, _FAR + 1) if n),
+        positive=False,
+        whole=True,
+        of_row="first",
+    ),
+    Fitted(
         fault=_ALIBI,
         parameter="bias",
         wanted=parameter_wanted("max_bias", "kq_soft_max"),
         starts=around(1.05, 2.0, 0.5),
-        known={8.0: "MPT, BLOOM"},
+        known=_LINEAR,
     ),
     *(
         Fitted(

@@ -1,5 +1,6 @@
 """Fitted numbers that are wrong only in a part: in the weights of one head, in one expert, in attention's sinks."""
 
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
@@ -7,7 +8,7 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import Altered, Step, WeightSource
+from ..graph import POSITIONS, Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Change, Parameters, Steps, Values, kind_of, sibling
 from .edits import HandsOn, ggml
@@ -110,6 +111,29 @@ def _sinks(how: str) -> Change:
     return change
 
 
+class _OfRow(Struct, frozen=True):
+    """An operation whose result at one position is multiplied by a number; after its operands it reads the positions."""
+
+    op: Callable[..., Array]
+    reads: int
+    position: int
+    by: float
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        value = self.op(*inputs[: self.reads], *inputs[self.reads + 1 :], **params)
+        here = inputs[self.reads] == self.position
+        changed = module_of(value).array(value, copy=True)
+        changed[here] *= changed.dtype.type(self.by)
+        return changed
+
+
+def _one_row(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.axis != 0:
+        raise NotApplicable(f"{step.makes} has no row for each position")
+    op = _OfRow(step.op, len(step.reads), parameters["position"], parameters["by"])
+    return replace(step, op=op, reads=(*step.reads, POSITIONS))
+
+
 def _new(
     name: str, change: Change, what: str, where: dict[str, Any], *texts: str, starts: tuple[float, ...] = (1.01, 0.0)
 ) -> Fitted:
@@ -158,5 +182,19 @@ FITTED = (
         "one sink a head, whose exponential is added once to the sum",
         "a sink for each of several keys; sinks that count more than once",
         starts=(0.01,),
+    ),
+    replace(
+        _new(
+            "row-multiplier",
+            _one_row,
+            "the row of position {position} in {at} is {by} times as large as in this model",
+            {"position": (1,), AT: _each("q", "k", "v", "kqv_out", "attn_out", "ffn_gate", "ffn_up", "ffn_out")},
+            "right up to a position; later ones are wrong where they attend to it",
+            "ask whether this row is written, and once: a tile's last rows, rows that two blocks add up",
+            "tiles whose last rows are not computed; sums with atomic additions over an uncleared buffer",
+            starts=(0.0, 2.0),
+        ),
+        whole=True,  # a number that is fitted to one row would fit a lower arithmetic's noise in it
+        of_row="position",
     ),
 )

@@ -13,9 +13,8 @@ from ..backend import Array, module_of
 from ..graph import Read, Step, View, WeightSource, name_of, viewed, weight_of_step
 from ..lift.node import GgmlOperation
 from .batched import compute_elementwise, elementwise, same_part_of_rows
+from .transposed import DIFFERENCE, passes, through
 
-# Of an element, in proportion: in float64 the difference then has some ten digits, and what is beyond first order is one part in 10^10.
-_DIFFERENCE = 1e-5
 _Back = Callable[[Step, Array, Sequence[Array], Sequence[Any], int], Sequence["Array | None"]]
 
 
@@ -46,18 +45,27 @@ def derivatives(
     unit = xp.zeros((len(elements), last.shape[-1]), dtype=last.dtype)
     unit[xp.arange(len(elements)), xp.asarray(elements)] = 1
     by_name: dict[str, Array] = {point: unit}
+    axes = {step.makes: step.axis for step in steps}
     for step in reversed(steps):
         if step.makes not in by_name:
             continue
-        carry = _elementwise if elementwise(step) else _BACK.get(step.op)
-        if carry is None or not all(map(same_part_of_rows, step.reads)):
+        carry = (_elementwise if elementwise(step) else _BACK.get(step.op)) if step.axis is not None else None
+        by_rows = carry is not None and all(map(same_part_of_rows, step.reads))
+        if not by_rows and not passes(step):
             if partial:
                 continue
             raise KeyError(step.makes)
         back, names = by_name[step.makes], step.names
         if back.ndim > 2:
-            del by_name[step.makes]  # of scores: [k, heads, S] in every layer
+            del by_name[step.makes]  # of scores, or of whole values: [k, heads, S] in every layer
         whole = [values[name] for name in names]
+        if carry is None or not by_rows:
+            of_value = _of_whole(back, values[step.makes], step.axis, row)
+            for name, part in zip(names, through(step, of_value, values[step.makes], whole, weights), strict=True):
+                if part is not None and (name in axes or values[name].ndim == 2):
+                    of_row = _of_row(part, axes.get(name, 0), row)
+                    by_name[name] = by_name[name] + of_row if name in by_name else of_row
+            continue
         inputs = [_rows_of(read, value) for read, value in zip(step.reads, whole, strict=True)]
         arrays = [weight_of_step(weight, weights) for weight in step.weights]
         for read, value, part in zip(step.reads, whole, carry(step, back, inputs, arrays, row), strict=False):
@@ -66,6 +74,21 @@ def derivatives(
                 of_whole = _scattered(read, part, value) if isinstance(read, View) else part
                 by_name[name] = by_name[name] + of_whole if name in by_name else of_whole
     return by_name
+
+
+def _of_whole(back: Array, value: Array, axis: int | None, row: int) -> Array:
+    """Derivatives by a row of a value as those by the whole value: those by its other rows are 0."""
+    if axis is None:
+        return back
+    whole = module_of(back).zeros((len(back), *value.shape), dtype=back.dtype)
+    whole[(slice(None),) * (1 + axis) + (row,)] = back
+    return whole
+
+
+def _of_row(whole: Array, axis: int | None, row: int) -> Array:
+    """Derivatives by a whole value as those by one of its rows: the others do not change."""
+    part: Array = whole if axis is None else whole[(slice(None),) * (1 + axis) + (row,)]
+    return part
 
 
 def _rows_of(read: Read, value: Array) -> Array:
@@ -152,7 +175,7 @@ def _elementwise(step: Step, back: Array, inputs: Sequence[Array], _weights: Seq
     rows = [(x[row] if x.ndim == 2 else x[:, row]).astype(np.float64) for x in inputs]
     parts = []
     for number, x in enumerate(rows):
-        step_of = _DIFFERENCE * (1 + abs(x))
+        step_of = DIFFERENCE * (1 + abs(x))
         up, down = (
             compute_elementwise(step, [*rows[:number], moved, *rows[number + 1 :]]) for moved in (x + step_of, x - step_of)
         )

@@ -14,19 +14,19 @@ from ..graph import POSITIONS, History, Read, Step, View
 from ..lift.node import GgmlOperation
 from .precision import ROUNDINGS, each, multiplies
 
-CACHE, VECTORS, ANGLES = "cache", "vectors", "angles"
+CACHE, VECTORS, BIASES, ANGLES = "cache", "vectors", "biases", "angles"
 
 
 class Kept(Struct, frozen=True):
     """The part that is kept in a lower type (CACHE: keys and values; VECTORS: norms' weights, biases and other weights that no product
-    takes as its matrix; ANGLES: RoPE's cosines and sines), and that type.
+    takes as its matrix; BIASES: only the biases of these; ANGLES: RoPE's cosines and sines), and that type.
     """
 
     part: str
     type: str
 
 
-KEPT = {f"{kind} {part}": Kept(part, kind) for part in (CACHE, VECTORS, ANGLES) for kind in ("f16", "bf16")}
+KEPT = {f"{kind} {part}": Kept(part, kind) for part in (CACHE, VECTORS, BIASES, ANGLES) for kind in ("f16", "bf16")}
 KEPT["q8 cache"] = Kept(CACHE, "q8")
 
 
@@ -89,7 +89,7 @@ def kept(steps: Sequence[Step], kind: str) -> list[Step]:
     what = KEPT[kind]
     if what.part == ANGLES:
         return [_by_kept_angles(step, what.type) for step in steps]
-    places_of = _histories if what.part == CACHE else _vectors
+    places_of = {CACHE: _histories, VECTORS: _vectors, BIASES: _biases}[what.part]
     return [replace(step, op=_Inputs(step.op, what.type, places)) if (places := places_of(step)) else step for step in steps]
 
 
@@ -104,6 +104,11 @@ def _vectors(step: Step) -> tuple[int, ...]:
         for place, weight in enumerate(step.weights)
         if isinstance(weight, str) and (place or not multiplies(step))
     )
+
+
+def _biases(step: Step) -> tuple[int, ...]:
+    first = len(step.reads)
+    return tuple(place for place in _vectors(step) if str(step.weights[place - first]).endswith(".bias"))
 
 
 def reads_cache(read: Read) -> bool:

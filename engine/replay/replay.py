@@ -263,11 +263,11 @@ class Replay:
         """One step of `run_batch`; `owners` are the versions that have steps of their own in its place."""
         step = self.steps[number]
         alone = set(owners)
-        same = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
-        same = [pair for pair in same if not pair[1].keys().isdisjoint(step.names)]
-        together = [pair for pair in same if can_batch(step) and self._shaped_alike(step, pair[1])]
-        alone.update({version for version, _ in same} - {version for version, _ in together})
-        same = together
+        reading = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
+        reading = [pair for pair in reading if not pair[1].keys().isdisjoint(step.names)]
+        same = [pair for pair in reading if self._shaped_alike(step, pair[1])] if reading and can_batch(step) else []
+        if len(same) < len(reading):
+            alone.update({version for version, _ in reading} - {version for version, _ in same})
         for version in alone:
             values = changed[version]
             if values is None:

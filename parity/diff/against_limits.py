@@ -12,8 +12,9 @@ from checkpoints.points import OUTPUT_NORM, parse
 
 from .by_truth import limits_by_truth
 from .dataflow import Flow, upstream
+from .few_numbers import share_of_usual
 from .limits import ASSUMED_JUMP, EXACT_FLOOR, FUTURE_MASS, GROWTH, JUMP, TABLE
-from .measure import Measured
+from .measure import Measured, energies
 from .noise import excused
 from .operations import ELEMENTWISE
 from .truth import COARSE_MULTIPLE, NO_COARSE_ROUNDING, Truth
@@ -186,9 +187,12 @@ def _grown(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> 
 def _no_worse(measured: Measured, limit: Floats, of_limit: Floats, model: Flow) -> Floats:
     """Every record's limit [R], no lower than the worst error among its inputs, if nothing that it depends on fails.
 
-    Limits are set by point, but a cached row, for instance, is as far off at the point that reads it as where it was made.
+    Limits are set by point, but a cached row, for instance, is as far off at the point that reads it as where it was made. A row that is
+    all but zero may be off by any multiple of itself, which is nothing beside the others.
     """
-    nmse = measured.measures.nmse
+    starts = np.searchsorted(measured.point, np.arange(1, len(measured.pairs)))
+    share = np.concatenate([share_of_usual(rows) for rows in np.split(energies(measured), starts)])
+    nmse = np.where(share > 0, measured.measures.nmse * share, measured.measures.nmse)
     above = upstream(model, measured.point, measured.seq, measured.token_idx, nmse, of_limit > 1)
     return np.where(above.failed, limit, np.fmax(limit, above.worst))
 
@@ -219,4 +223,9 @@ def _limit_of_each(measured: Measured, allowed: Limits, *, lower_arithmetic: boo
                 noise = max(noise, float(worst[number]))
                 if not allowed.assumed and noise > EXACT_FLOOR.operations:
                     break
-    return chosen[measured.point] if len(measured.point) else np.zeros(0)
+    limit = chosen[measured.point] if len(measured.point) else np.zeros(0)
+    for row in allowed.rows:
+        here = (measured.seq == row.seq) & (measured.token_idx == row.token_idx)
+        if row.checkpoint in measured.names:
+            limit[here & (measured.point == measured.names.index(row.checkpoint))] = row.limit
+    return limit

@@ -230,9 +230,14 @@ def _nothing(ours: Dump, ref: Dump) -> DumpError:
             code="nothing-in-common",
         )
     left, right = ours.points[common[0]], ref.points[common[0]]
+    advice = (
+        f"Record the same --positions on both sides, counted from 0, or move ours: --offset {_lowest(right) - _lowest(left):d}."
+    )
+    if not set(left.seq.tolist()) & set(right.seq.tolist()):
+        advice = 'Number the prompts of a batch alike on both sides: "seq" is 0 for the first one, and where there is only one.'
     return DumpError(
         f"the dumps have no position in common: at {common[0]} ours has {_span(left)}, the reference has {_span(right)}.",
-        f"Record the same --positions on both sides, counted from 0, or move ours: --offset {_lowest(right) - _lowest(left):d}.",
+        advice,
         code="nothing-in-common",
     )
 

@@ -61,6 +61,7 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         arithmetic = "bf16" if precision.source == "assumed" else precision.arithmetic
         noise = f"{ARITHMETIC[precision.arithmetic]} arithmetic"
     head = head_size_of(records.ref, records.ours) or 0
+    otherwise = {fault.checkpoint for fault in records.record_faults}
     found, cuts = dict[int, _Found](), Cuts(records.flow)
     after_scans = records.flow.whole.downstream(lambda _, how: recurrent(how.op))
     for number, pair in enumerate(records.pairs):
@@ -71,7 +72,8 @@ def held_to_noise(records: Records, verdict: Verdict, truth: Truth | None = None
         tabled = exact and truth is not None and pair.point in truth.coarse
         errors = records.measures.nmse[records.point == number][here]
         fewest = 1 if tabled and errors.min() > JUMP * _of_inputs(records, pair.point) else POSITIONS
-        typed = exact and not _looked_up(records, pair.point)  # a table of float16 gives such numbers
+        # A table of float16 gives such numbers, and so does a recorder that rounds, as what is made from other records shows.
+        typed = exact and pair.point not in otherwise and not _looked_up(records, pair.point)
         allowed = NOTHING
         if arithmetic:
             layers = _layers(records, pair.point)

@@ -15,7 +15,7 @@ from checkpoints.record import Dump, Rows
 from .against_limits import Held, limit_at_last
 from .dataflow import Flow
 from .lost_numbers import LostNumbers
-from .measure import Measured
+from .measure import Measured, energies
 from .operations import CHOICES, ELEMENTWISE, MIXING, NORMS
 from .readings import MOMENT, NAME, Allowed, Others, Reading, head_size_of
 from .record_faults import in_order, record_fault
@@ -24,7 +24,7 @@ from .rounded_records import RoundedRecords
 from .routing import chosen_by, ids
 from .same_vector import alike
 from .shown import shown_by
-from .wrong_values import at_bounds, energies, removed_by_a_norm, share_of_noise
+from .wrong_values import at_bounds, removed_by_a_norm, share_of_noise
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -33,6 +33,7 @@ Bools = NDArray[np.bool_]
 # A consumer's error has to be this many times below that of the record it is made from, both in proportion to their rows and, if
 # the consumer is a sum, in absolute terms: a residual stream that is much larger than what is added hides its error.
 _BELOW = 100.0
+_UNRELATED = 2.0  # NMSE of unrelated values: however far off a record is, a norm or a product after it shows no more
 
 
 def judged(
@@ -160,8 +161,7 @@ class _Consumers:
 
     def _begins(self, name: str) -> bool:
         """Whether nothing that a point is made from is wrong."""
-        parents = [self._wrong(other) for other in self._model.parents[name]]
-        return all(self._otherwise[rows].all() for rows in parents)
+        return all(self._otherwise[self._wrong(other)].all() for other in self._model.parents[name])
 
     def _reading(self, name: str, wrong: Ints) -> Reading | None:
         if name not in self._readings:
@@ -286,7 +286,7 @@ class _Consumers:
         """Whether an agreeing consumer would differ if the record were wrong: its error is far smaller, and it sees the wrong elements."""
         measures = self._measured.measures
         error, left = float(measures.nmse[record]), float(measures.nmse[other])
-        if not left * _BELOW <= error:
+        if not left * _BELOW <= min(error, _UNRELATED):
             return False
         operations = self._model.operations(self._model.path(name, child))
         if self._chooses(name, child):  # many other scores choose the same experts

@@ -1,7 +1,8 @@
-"""Rows of so few numbers that all of them may cancel: a gate of one number, the scores of the first positions.
+"""Rows of which next to nothing may be left: of so few numbers that all of them may cancel (a gate of one number, the scores of the first
+positions), or all but zero beside the point's other rows.
 
 The rounding error of such a sum is about the same at every position, while what is left of the sum may be large or next to nothing: errors
-are judged in proportion to the point's largest row.
+are judged in proportion to the point's largest row, or its usual one.
 """
 
 from collections.abc import Iterable
@@ -16,6 +17,18 @@ Floats = NDArray[np.float64]
 # Rows with at most this many elements may cancel as a whole: a gate of one number is a product of a whole row. `isolate` uses the same
 # number (`parity.isolate.one_pass`).
 FEW = 16
+
+# A row with this many times less energy than the usual one of its point is all but zero: limits leave as much above a mean cost
+# (`parity.explain.precision.UPPER`), so that it does not matter which larger row an error is compared with.
+_SMALL = 30.0
+
+
+def share_of_usual(energy: Floats) -> Floats:
+    """By what the errors of a point's rows with these energies, [R], are multiplied to be in proportion to its usual row: 1 but for rows
+    that are all but zero.
+    """
+    some = energy[energy > 0]
+    return np.minimum(_SMALL * energy / np.median(some), 1.0) if len(some) else np.ones(len(energy))
 
 
 def share_of_few(rows: Rows) -> Floats:

@@ -4,12 +4,12 @@ All limits are NMSE, Σ(a−b)²/Σb², of an end-to-end run; a record fails abo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 
 from msgspec import Struct
 
-from checkpoints.answers.diff import Limits
+from checkpoints.answers.diff import Limits, RowLimit
 from checkpoints.errors import InputError
 from checkpoints.points import LOGITS
 from checkpoints.record import Header, ModelInfo
@@ -181,8 +181,18 @@ def family(name: str) -> str:
     return "f32" if re.search(r"f32", text) else "quantised"
 
 
-def measured_by_point(points: Mapping[str, float], usual: Limits, source: str) -> Limits:
-    """Limits measured for each point, none below the usual ones; points that were not measured have the largest of the others."""
+def measured_by_point(points: Mapping[str, float], usual: Limits, source: str, rows: Sequence[RowLimit] = ()) -> Limits:
+    """Limits measured for each point, none below the usual ones; points that were not measured have the largest of the others.
+
+    Args:
+        rows: records with limits of their own.
+    """
     least = {name: max(limit, usual.at(name)) for name, limit in points.items()}
     others = [limit for name, limit in least.items() if name != LOGITS]
-    return Limits(max(others, default=usual.operations), least.get(LOGITS, usual.logits), f"measured: {source}", points=least)
+    return Limits(
+        max(others, default=usual.operations),
+        least.get(LOGITS, usual.logits),
+        f"measured: {source}",
+        points=least,
+        rows=tuple(rows),
+    )

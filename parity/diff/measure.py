@@ -142,6 +142,17 @@ def measured(alignment: Alignment, ours: Dump, ref: Dump) -> Measured:
     )
 
 
+def energies(measured: Measured) -> Floats:
+    """‖b‖² of the reference's whole rows, [R]; of the slice if it is not recorded."""
+    of_points: list[Floats] = []
+    for pair in measured.pairs:
+        values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)
+        sliced = np.sum(values**2, axis=1)
+        l2 = pair.ref.stats.get("l2")
+        of_points.append(sliced if l2 is None else np.where(np.isnan(l2), sliced, l2**2))
+    return np.concatenate(of_points) if of_points else np.zeros(0)
+
+
 def _keys(pairs: tuple[Pair, ...], name: str) -> Ints:
     columns = [getattr(pair.ours, name) for pair in pairs]
     return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)

@@ -16,9 +16,9 @@ from checkpoints.record import Rows
 from .against_limits import Held
 from .align import Pair
 from .dataflow import Flow
-from .measure import Measured
+from .measure import Measured, energies
 from .operations import CHOICES, MIXING
-from .wrong_values import energies, error_energies
+from .wrong_values import error_energies
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

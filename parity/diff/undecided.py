@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Pattern, Verdict
 
+from .dataflow import CACHE
 from .eight_bits import is_noise
 from .few_numbers import FEW, share_of_few
 from .first import BLAMED
@@ -17,10 +18,11 @@ from .noise import BEYOND
 from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
 from .records import Records
+from .rounding import beyond_rounding, type_of
 from .routing import may_have_flipped
 from .scatter import SIMILAR, is_scatter, spares_elements
 from .slices import prepare, without_infinities
-from .truth import AMPLIFIED
+from .truth import AMPLIFIED, BOTH
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -62,7 +64,11 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
     if first is None or first.checkpoint not in records.names or records.tokens.divergence is not None:
         return verdict
     code = verdict.pattern.code if verdict.pattern is not None else ""
-    if code == "precision" or (code == "drift" and BLAMED in verdict.operation):
+    if (
+        code == "precision"
+        or (code == "drift" and BLAMED in verdict.operation)
+        or (code == "rounded" and records.limits.assumed)
+    ):
         return replace(verdict, operation="")
     origins = records.failed & ~records.upstream.failed
     points = np.unique(records.point[origins]).tolist()
@@ -77,7 +83,15 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
     name = first.checkpoint
     if sentence := _unlike_what_follows(records, name):
         return replace(verdict, pattern=Pattern("undecided", sentence))
-    sentence = _rounding(records, name) or _flipped(records) or _amplified(records, name) or _product_alone(records, name)
+    sentence = (
+        _rounding(records, name)
+        or _flipped(records)
+        or _amplified(records, name)
+        or _product_alone(records, name)
+        or _kept(records, name)
+        or _in_cache(records, name)
+        or (_of_several_keys(records, name, verdict.pattern.sentence) if code == "from-position-1" and verdict.pattern else "")
+    )
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
 
@@ -219,19 +233,72 @@ def _product_alone(records: Records, name: str) -> str:
     That is mixed precision, if nothing states the arithmetic: F16 logits, sums in F16. Its errors are noise at every element and position.
     """
     number, flow = records.names.index(name), records.flow
-    errors = records.measures.nmse[records.point == number]
     stretch = flow.between(name)
     if not records.limits.assumed or records.stated or stretch is None or not MIXING & flow.operations(stretch.nodes):
         return ""
-    if not EXACT_FLOOR.operations < errors.min() <= errors.max() <= min(SIMILAR * errors.min(), _LOWEST.operations):
-        return ""
-    values = prepare(records.pairs[number])
-    a, b = (side.astype(np.float64) for side in without_infinities(values.a, values.b))
-    if not is_noise(records, number) or spares_elements(a - b, b, np.ones(a.shape, dtype=np.bool_)):
+    if not _noise_everywhere(records, number, _LOWEST.operations):
         return ""
     return (
         "noise at every position, of the size that lower arithmetic makes, while what it is computed from is in float32: mixed precision, "
         "or a small fault (--model M.gguf decides)"
+    )
+
+
+def _noise_everywhere(records: Records, number: int, most: float, some: Bools | slice = slice(None)) -> bool:
+    """Whether all records of a point, or `some`, are off by noise of about the same size, at most this NMSE, that spares no elements."""
+    errors, rows = (of[records.point == number][some] for of in (records.measures.nmse, records.row))
+    if not EXACT_FLOOR.operations < errors.min() <= errors.max() <= min(SIMILAR * errors.min(), most):
+        return False
+    values = prepare(records.pairs[number])
+    # Every position has read the first rows of a cache: they are one sample.
+    a, b = np.unique(np.stack(without_infinities(values.a[rows], values.b[rows])), axis=1).astype(np.float64)
+    return values.index is None and is_scatter(a, b) and not spares_elements(a - b, b, np.ones(a.shape, dtype=np.bool_))
+
+
+def _of_several_keys(records: Records, name: str, pattern: str) -> str:
+    """A sentence if all but position 0, where attention has one key, may be off by a lower type of scores or weights; otherwise empty."""
+    number = records.names.index(name)
+    if not records.limits.assumed or records.stated:
+        return ""
+    if not _noise_everywhere(records, number, _LOWEST.operations, records.failed[records.point == number]):
+        return ""
+    return (
+        f"{pattern}; or these keep scores or weights in a lower type, which nothing states: the errors are noise and of that size (--model "
+        "M.gguf decides)"
+    )
+
+
+def _in_cache(records: Records, name: str) -> str:
+    """A sentence if what was read from a cache may have been kept there in a lower type, which nothing states; otherwise empty."""
+    stretch, header = records.flow.between(name), records.ours.header
+    if stretch is None or records.flow.operations(stretch.nodes) != {CACHE} or (header is not None and header.kv_type):
+        return ""
+    if not _noise_everywhere(records, records.names.index(name), limits(None, None, compute="q8").operations):
+        return ""
+    return (
+        "noise at every position, of the size that a cache of lower type makes, and nothing states the cache's type: 8 bits or fewer, say, "
+        'or a fault of that size ("kv_type" in the header says it; --model M.gguf decides)'
+    )
+
+
+def _kept(records: Records, name: str) -> str:
+    """A sentence if all of a point's values are numbers of a lower type, and no further off than rounding to it makes them beside the
+    errors of what they are made from; otherwise empty.
+    """
+    values, here = prepare(records.pairs[records.names.index(name)]), records.point == records.names.index(name)
+    if not records.limits.assumed or records.stated or values.index is not None:
+        return ""
+    ours, right = (side[records.row[here]] for side in without_infinities(values.a, values.b))
+    kind = type_of(ours)
+    if not kind or type_of(right) or not np.isfinite(right).all():
+        return ""
+    energy = np.square(right.astype(np.float64)).sum(axis=1)
+    beyond = np.square(beyond_rounding(right, ours, kind).astype(np.float64) - ours).sum(axis=1)
+    if (beyond > energy * np.fmax(EXACT_FLOOR.at(name), BOTH * records.upstream.worst[here])).any():
+        return ""
+    return (
+        f"every value is one of {kind}, and no further off than rounding to it makes it: mixed precision, which nothing states, or a fault "
+        "that is smaller still (--model M.gguf decides)"
     )
 
 

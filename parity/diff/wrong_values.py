@@ -9,7 +9,7 @@ from .against_limits import Held
 from .align import Pair
 from .few_numbers import share_of_few
 from .limits import LARGEST_ROUNDING, TABLE
-from .measure import Measured
+from .measure import Measured, energies
 from .readings import Allowed, agree, wide
 from .slices import prepare
 from .whole_rows import joined, sizes
@@ -115,17 +115,6 @@ def share_of_noise(pair: Pair, wrong: NDArray[np.int64], nmse: Floats, held: Hel
     if not held.lower_arithmetic or not ((limit > TABLE) & (limit < nmse) & (nmse <= LARGEST_ROUNDING)).all():
         return None
     return limit / LARGEST_ROUNDING
-
-
-def energies(measured: Measured) -> Floats:
-    """‖b‖² of the reference's whole rows, [R]; of the slice if it is not recorded."""
-    of_points: list[Floats] = []
-    for pair in measured.pairs:
-        values = np.nan_to_num(pair.ref.values.astype(np.float64), posinf=0.0, neginf=0.0)
-        sliced = np.sum(values**2, axis=1)
-        l2 = pair.ref.stats.get("l2")
-        of_points.append(sliced if l2 is None else np.where(np.isnan(l2), sliced, l2**2))
-    return np.concatenate(of_points) if of_points else np.zeros(0)
 
 
 def error_energies(measured: Measured) -> Floats:

@@ -1,6 +1,6 @@
 """Two dumps compared where nothing says in which arithmetic one of them was computed: the one that fits best is found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from msgspec import Struct
@@ -42,6 +42,8 @@ from .precision import (
 from .records import Expected, Floats
 from .spared import spares_records
 from .systematic import SECONDS, systematic
+
+ONE_NUMBER = "one-number"  # a pattern's code
 
 
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
@@ -89,7 +91,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         compared = _with(found.compared, ranked[0], first.checkpoint, ranked[1:])
         held = held_to_own_run if found.alike >= OURS else beside_own_run
         return held(compared, ours, known, ranked[0])
-    if doubtful := [lower.kind for lower in plausible if lower.kind not in fitting]:
+    if doubtful := {lower.kind: mismatch(lower.errors) for lower in plausible if lower.kind not in fitting}:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, known.case, seconds, shown=bool(before))
 
@@ -118,7 +120,7 @@ def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: Know
     rows = recorded.any(axis=1)
     if not followed and is_scatter(right[rows] + errors[rows], right[rows]):
         return assumed
-    kinds = [assumed.verdict.precision.arithmetic]
+    kinds = {assumed.verdict.precision.arithmetic: 0.0}
     return replace(as_float32, verdict=_of_their_size(as_float32.verdict, kinds, followed or ""))
 
 
@@ -197,18 +199,18 @@ def _followed(case: Case, pair: Pair, seconds: float) -> str | None:
     return "" if beside is None else systematic(case, *beside, seconds)
 
 
-def _of_their_size(verdict: Verdict, kinds: Sequence[str], followed: str) -> Verdict:
-    """A divergence as large as lower arithmetics would make it, whose errors are not those of our own rounding."""
+def _of_their_size(verdict: Verdict, kinds: Mapping[str, float], followed: str) -> Verdict:
+    """A divergence as large as lower arithmetics would make it, by their `mismatch`, whose errors are not those of our own rounding."""
     named = " or ".join(ARITHMETIC[kind] for kind in kinds)
     if followed:
         sentence = (
             f"as large as {named} arithmetic makes it, but no rounding, which is scattered: it follows one number as if {followed}: "
             "a fault (`parity explain` and more points tell which)"
         )
-        return replace(verdict, pattern=Pattern("one-number", sentence), operation="")
+        return replace(verdict, pattern=Pattern(ONE_NUMBER, sentence), operation="")
     sentence = (
         f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
-        f"another way (--compute {kinds[0]} allows for it; more points and values tell)"
+        f"another way (--compute {min(kinds, key=kinds.__getitem__)} allows for it; more points and values tell)"
     )
     return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 

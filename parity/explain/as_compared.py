@@ -11,6 +11,7 @@ from checkpoints.answers.diff import AGREES, Verdict
 from checkpoints.answers.explain import DivergentPlace, Explanation
 from checkpoints.errors import ParityError
 from checkpoints.record import Dump
+from reports.sentences import ARITHMETIC
 
 from ..diff.beyond_noise import ONE_FACTOR
 from ..diff.compare import Options
@@ -18,6 +19,7 @@ from ..diff.limits import EXACT_FLOOR, NATIVE
 from ..run.graphs import dataflow_of
 from .budget import Budget
 from .case import Case, ExplainOptions
+from .laws import NOT_RECORDED
 from .looks_like import reproducing
 from .mixed import noise_in_words
 from .on_model import compared_on
@@ -25,16 +27,18 @@ from .precision import KINDS
 from .records import right_rows
 
 _LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recorded elements come from the right ones
+_OPEN = ("undecided", "drift")  # that do not say whether a fault or another arithmetic made them
 
 
 def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Explanation:
     """The answer that there is no fault, unless a comparison with the right engine's records ends in a divergence, or cannot judge them.
 
-    An answer without a cause, at a place that agrees in the arithmetic that the dump states, gets the place of that divergence.
+    An answer without a finding gets the place of that divergence where its own agrees in the arithmetic that the dump states, and is left
+    open where the comparison leaves open whether a fault or another arithmetic made that place.
     """
     noisy = any(bool((entry.base > EXACT_FLOOR.operations).any()) for entry in case.entries)
     known = case.dump.header
-    if not noisy or (known is not None and known.mode == NATIVE) or not (answer or _in_stated_noise(case, answer, options)):
+    if not noisy or (known is not None and known.mode == NATIVE) or not (answer or _nothing_found(case, answer)):
         return answer
     ours = replace(case.dump, points={entry.point: case.dump.points[entry.point] for entry in case.entries})
     compared = compared_on(
@@ -46,8 +50,8 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         third_side=False,
         opened=case.transformer,
     )
-    if not answer and not _agrees(compared.verdict, answer):
-        return answer
+    if not answer and not (_in_stated_noise(case, answer, options) and _agrees(compared.verdict, answer)):
+        return _left_open(compared.verdict, answer)
     if compared.verdict.unjudged.result:
         return replace(answer, unjudged=compared.verdict.unjudged.points, next="")
     first, pattern = compared.verdict.first_divergence, compared.verdict.pattern
@@ -77,12 +81,34 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
     )
 
 
+def _nothing_found(case: Case, answer: Explanation) -> bool:
+    """Whether nothing explains the first place that differs, and the arithmetic, which is not stated to be float32, may make it differ."""
+    law = answer.law and answer.law not in map(noise_in_words, KINDS) and answer.law != NOT_RECORDED
+    leads = any(lead.named is not None for lead in answer.leads)  # the others say which positions are wrong
+    found = answer.causes or leads or law or answer.suspects
+    return not case.states_f32 and answer.first is not None and not found
+
+
 def _in_stated_noise(case: Case, answer: Explanation, options: ExplainOptions) -> bool:
-    """Whether nothing explains the first place that differs, and the dump's header states an arithmetic that may make it differ."""
+    """Whether an answer that found nothing is about an arithmetic that the dump's header states."""
     stated = case.dump.header.compute if case.dump.header is not None else ""
-    law = answer.law and answer.law not in map(noise_in_words, KINDS)
-    found = answer.causes or answer.leads or law or answer.suspects
-    return options.compute is None and stated in KINDS and answer.first is not None and not found
+    return options.compute is None and stated in KINDS and _nothing_found(case, answer)
+
+
+def _left_open(verdict: Verdict, answer: Explanation) -> Explanation:
+    """An answer that found nothing, left open if a comparison leaves open whether a fault or another arithmetic made its first place."""
+    first, pattern = verdict.first_divergence, verdict.pattern
+    if verdict and verdict.precision is not None and verdict.precision.arithmetic in KINDS:
+        lower = ARITHMETIC[verdict.precision.arithmetic]
+        sentence = (
+            f"no more than {lower} arithmetic costs on this model, but not where our own rounding puts it: a fault, or an arithmetic that "
+            "rounds in another way"
+        )
+        return replace(answer, law="", leads=(), placed=None, left_open=sentence)
+    same = first is not None and answer.first is not None and first.checkpoint == answer.first.checkpoint
+    if not same or pattern is None or pattern.code not in _OPEN:
+        return answer
+    return replace(answer, law="", leads=(), left_open=pattern.sentence)
 
 
 def _agrees(verdict: Verdict, answer: Explanation) -> bool:

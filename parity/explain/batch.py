@@ -9,7 +9,6 @@ from checkpoints.points import EMBD, in_layer
 from engine.backend import Array, all_equal, module_of
 from engine.graph import GIVEN, Step
 from engine.inapplicable import NotApplicable
-from engine.replay.batched import by_rows
 from engine.replay.replay import Edits
 
 from ..diff.truth import NO_COARSE_ROUNDING
@@ -36,7 +35,8 @@ class BatchScreening(AtFirstPlace):
 
     def __init__(self, screening: Screening, state: SearchState, layers: Layers) -> None:
         super().__init__(screening, state, layers)
-        after = steps_between(state, layers[0], self._point) if layers is not None and len(layers) == 1 else []
+        since = next(iter(screening.suspects(state)), None)
+        after = steps_between(state, layers[0], self._point, since) if layers is not None and len(layers) == 1 else []
         #: The layer whose output is computed, if it can be carried on from there; None: the first place's value itself is.
         self.carried_from = layers[0] if layers and after else None
         self.name = self._point if self.carried_from is None else in_layer(self.carried_from, "l_out")
@@ -185,7 +185,7 @@ class BatchScreening(AtFirstPlace):
         first rows only."""
         stop = self._screening.budget.over
         replay = self._screening.replay(self._state, used)
-        mixing = max((number for number in range(end) if not by_rows(self._state.steps[number])), default=0)
+        mixing = next((number for number in reversed(self._state.mixing) if number < end), 0)
         pause = 1 + max(mixing, *(number for edit in edits for number in edit))
         if used == rows or pause >= end:
             return replay.run_batch(edits, end, watched, self._agrees, stop)

@@ -98,7 +98,11 @@ class Fitting(AtFirstPlace):
         for fit in self._fits:
             if self._layers is not None and fit.fault.once:
                 continue
-            for parameters in fit.variants(right):
+            first = {fit.of_row: int(self._screening.positions[self._first.row])} if fit.of_row else {}
+            if 0 in first.values():
+                continue
+            for others in fit.variants(right):
+                parameters = {**others, **first}
                 kinds = parameters.get(AT, fit.fault.kinds)
                 if self._layers is not None and not _in_layers(kinds, self._layers, right):
                     continue

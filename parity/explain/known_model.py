@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import Limits
+from checkpoints.answers.diff import Limits, RowLimit
 from checkpoints.errors import ParityError
 from checkpoints.record import Dump, Rows
 
@@ -177,12 +177,15 @@ class KnownModel(Struct, frozen=True, dict=True):
             return None
         header = replace(ours.header, compute="f32") if ours.header is not None else None
         types = limits(header, self.ref.header, compute="f32")
-        costs = {
-            entry.point: 0.0 if of_ids(entry) else UPPER * float(mean)
-            for entry, mean in zip(self.case.entries, cost.cost(), strict=True)
-        }
+        points, rows = dict[str, float](), list[RowLimit]()
+        for entry, limit in zip(self.case.entries, cost.limits(self.case.entries, UPPER), strict=True):
+            points[entry.point] = 0.0 if of_ids(entry) or not len(limit) else float(limit.min())
+            least = max(points[entry.point], types.at(entry.point))
+            for at in np.flatnonzero(limit > least).tolist() if not of_ids(entry) else ():
+                key = int(entry.pair.ours.seq[at]), int(entry.pair.ours.token_idx[at])
+                rows.append(RowLimit(entry.point, *key, float(limit[at])))
         source = f"{UPPER:g} times what {kind} arithmetic costs our engine on this model and prompt, by point"
-        return measured_by_point(costs, types, source)
+        return measured_by_point(points, types, source, rows)
 
 
 def _as_named(ours: Dump, compared: Comparison) -> Dump:

@@ -22,6 +22,7 @@ from .moved import OTHER_ORDER
 from .one_more import spoils
 from .operands import other_operand
 from .records import Expected, Floats, Ints
+from .row_laws import few_positions
 from .search import Search
 from .state import Candidate, SearchState, key
 from .turned import other_positions
@@ -119,7 +120,14 @@ def law_at(case: Case, search: Search, state: SearchState) -> str:
 def _law_at(case: Case, search: Search, state: SearchState) -> str:
     if state.first is None:
         return ""
-    entry = case.entries[state.first.point]
+    sentence = _law_of_all(case, search, state, state.first.point)
+    at = few_positions(case.entries[state.first.point], state.nmse[state.first.point], case.positions)
+    return f"{at}{sentence}" if sentence and "position" not in sentence else sentence
+
+
+def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> str:
+    """The law of all wrong records of a place."""
+    entry = case.entries[place]
     values = search.screening.replay(state, len(case.positions)).on_host
     step = state.planting.right.get(entry.point)
     if step is None:
@@ -127,7 +135,7 @@ def _law_at(case: Case, search: Search, state: SearchState) -> str:
     name = step.weights[1] if len(step.weights) > 1 else None
     bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
-    errors = state.nmse[state.first.point]
+    errors = state.nmse[place]
     compared = beside(entry, errors, values, case.positions, bias, _heads(state, entry.point))
     sentence = "" if compared is None else law(compared)
     if sentence == ZERO and "eps" in step.params:

@@ -48,7 +48,9 @@ class Likely:
         self._row, self._point = state.first.row, entry.point
         # The layer's output at the end of the residual stream, and the steps from it to the place.
         self._last = entry.point if known.kind == "l_out" else f"blk.{screening.n_layers - 1}.l_out"
-        self._after = [] if known.kind == "l_out" else steps_between(state, screening.n_layers - 1, entry.point)
+        after = [] if known.kind == "l_out" else steps_between(state, screening.n_layers - 1, entry.point)
+        alone = {self._last, POSITIONS, *(step.makes for step in after)}
+        self._after = after if alone.issuperset(name for step in after for name in step.names) else []
         here = entry.rows == self._row
         self._before = np.unique(entry.rows[entry.rows < self._row])  # rows of which nothing was recorded may be wrong, too
         present = entry.present[here][0]

@@ -38,7 +38,9 @@ _LOWEST = limits(None, None, compute="bf16")
 # Operations whose results alone an engine may keep in a lower type.
 _SINGLE: tuple[tuple[object, ...], ...] = (
     (ops.attention_scores,),
+    (ops.causal_soft_max,),  # not that of experts' scores
     (ops.causal_soft_max, "SOFT_MAX"),
+    (ops.attention_scores, ops.causal_soft_max, ops.weighted_values),
     (ops.attention_scores, ops.causal_soft_max, "SOFT_MAX", ops.weighted_values),
     (ops.rms_norm, ops.layer_norm, "RMS_NORM", "NORM"),
     (ops.rope, "ROPE"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from checkpoints.answers.diff import Pattern
 from checkpoints.record import Dump
 from reports.sentences import ARITHMETIC
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from engine.transformer import Transformer
 
 
+_FOR_WEIGHTS = 20.0  # seconds for runs with rounded weights, of which a dozen operations are tried first
 _REPRODUCED = 20.0  # seconds for our own runs where limits cannot judge: some dozen, each at most as long as the floor's
 
 
@@ -156,7 +158,23 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
         return comparison(ours, ref, options)
     from .arithmetic import of_unknown_arithmetic
 
-    return of_unknown_arithmetic(ours, ref, options, known)
+    return _unless_weights(of_unknown_arithmetic(ours, ref, options, known), ours, known)
+
+
+def _unless_weights(compared: Comparison, ours: Dump, known: KnownModel) -> Comparison:
+    """A divergence that follows no law, which blames no operation if weights kept in a lower type give every record."""
+    from ..diff.beyond_noise import ONE_FACTOR
+    from .arithmetic import ONE_NUMBER
+
+    verdict = compared.verdict
+    follows_a_law = verdict.pattern is not None and verdict.pattern.code in (ONE_FACTOR, ONE_NUMBER)
+    if verdict or follows_a_law or (case := known.beside_ours(ours, compared)) is None:
+        return compared
+    from .rounded_weights import in_kept_weights
+
+    if not (sentence := in_kept_weights(case, _FOR_WEIGHTS)):
+        return compared
+    return replace(compared, verdict=replace(verdict, pattern=Pattern("undecided", sentence), operation=""))
 
 
 def _as_seen(ref: Dump, ours: Dump) -> Dump:

@@ -12,6 +12,7 @@ from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.replay import Replay
 
+from ..diff.few_numbers import share_of_usual
 from ..diff.limits import EXACT_FLOOR
 from .records import Expected, Floats, Ints, first_over
 from .spared import VISIBLE, spares_records
@@ -61,11 +62,28 @@ class PrecisionFloor(Struct, frozen=True):
         """Mean NMSE of each point with every activation rounded: [P]."""
         return np.array([max(map(mean_cost, costs)) for costs in zip(self.products, self.storage, strict=True)])
 
+    def limits(self, entries: Sequence[Expected], most: float) -> list[Floats]:
+        """Of each point, the limits of its records, [R], that `most` times this arithmetic's cost gives (`_limit_of_each`)."""
+        both = zip(entries, self.products, self.storage, strict=True)
+        return [np.fmax(*(_limit_of_each(cost, entry.energy, most) for cost in costs)) for entry, *costs in both]
+
 
 def mean_cost(cost: Floats) -> float:
     """The mean cost of an arithmetic over a point's records, without rows of zeros, in which any change is infinitely large."""
     known = cost[np.isfinite(cost)]
     return float(known.mean()) if len(known) else 0.0
+
+
+def _limit_of_each(cost: Floats, energy: Floats, most: float) -> Floats:
+    """The limit of each record of a point, [R]: `most` times the mean cost of its usual rows.
+
+    A row that is all but zero costs any multiple of itself: it counts in proportion to the usual row, and has a limit of its own, at most
+    what the mean over all rows would give.
+    """
+    share = share_of_usual(energy)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        usual = most * mean_cost(cost * share)
+        return np.fmax(usual, np.fmin(usual / share, most * mean_cost(cost)))
 
 
 def is_reproduced(kind: str, alike: float, points: Sequence[tuple[float, float, float]]) -> bool:
@@ -324,6 +342,5 @@ def is_beyond(entry: Expected, products: Floats, storage: Floats) -> bool:
 
 def with_noise(measured: PrecisionFloor, entries: Sequence[Expected], most: float = UPPER) -> list[Expected]:
     """The records with limits that this arithmetic does not exceed: `most` times what it costs a point on average."""
-    return [
-        replace(entry, limit=np.maximum(entry.limit, most * cost)) for entry, cost in zip(entries, measured.cost(), strict=True)
-    ]
+    limits = zip(entries, measured.limits(entries, most), strict=True)
+    return [replace(entry, limit=np.maximum(entry.limit, limit)) for entry, limit in limits]

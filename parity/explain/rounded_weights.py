@@ -44,6 +44,18 @@ def with_weights_rounded(case: Case, search: Search, start: SearchState, budget:
     return start if only_looked_up and (looks_like(case, search, start, budget) or _goes_on(case, search, state)) else state
 
 
+def in_kept_weights(case: Case, seconds: float) -> str:
+    """A sentence if weights of all layers that are rounded to one type give every record of a dump; otherwise ""."""
+    budget = Budget(seconds)
+    search = Search(case.screening(case.entries, budget))
+    start = search.screening.start()
+    state = with_weights_rounded(case, search, start, budget)
+    if state is start or state.first is not None:
+        return ""
+    parameters = state.faults[0].parameters
+    return f"all that differs is what {parameters['said']} make that are kept in {parameters['to']}, which nothing states"
+
+
 def type_of_rows(state: SearchState) -> str:
     """The type to which a state's only cause rounds the tables that the tokens look up, "" if its causes are others: an engine that
     computes in that type rounds those, too."""
@@ -106,8 +118,11 @@ def _names_here(case: Case, search: Search, state: SearchState, kind: str, known
     # A weight of all layers shows in the first of them.
     names = {name: step for name, step in names.items() if begins[name] >= numbers[0] and name not in known}
     norms = {name for name, step in names.items() if is_normed(step)}
-    biases = {name for name, step in names.items() if name not in norms and name != general(weight_name(step.weights[0]))}
-    for some in dict.fromkeys(map(frozenset, (*({name} for name in names), norms, biases, norms | biases, names))):
+    second = {name for name, step in names.items() if name not in norms and name != general(weight_name(step.weights[0]))}
+    biases = {name for name in names if name.endswith(".bias")}  # those of norms too, and those that are added by themselves
+    for some in dict.fromkeys(
+        map(frozenset, (*({name} for name in names), norms, biases, second, norms | second | biases, names))
+    ):
         if not some:
             continue
         changed = list(state.steps)

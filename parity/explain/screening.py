@@ -166,9 +166,7 @@ class Screening:
         """
         alone = bool(self.agreeing_after(state))
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
-        layers_begin = (
-            self._layers_begin(state) if layers is not None and state.first is not None and state.first.point > 0 else -1
-        )
+        layers_begin = state.layers_begin if layers is not None and state.first is not None and state.first.point > 0 else -1
         for fault in CATALOGUE.values():
             if alone and fault.shows is None:
                 continue
@@ -179,11 +177,6 @@ class Screening:
                     continue  # it changes the embedding, too, whatever the layer: such a variant is tried in all layers
                 if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):
                     yield Candidate(fault, parameters, layers)
-
-    @staticmethod
-    def _layers_begin(state: SearchState) -> int:
-        """The number of the first step in a layer."""
-        return next((number for number, step in enumerate(state.steps) if parse(step.makes).layer is not None), -1)
 
     def _variants_of(self, fault: Fault, state: SearchState) -> list[dict[str, Any]]:
         """The fault's variants in a state's steps: the same for every layer."""

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from msgspec import Struct, field
 
+from checkpoints.points import parse
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import POSITIONS, Step, sees_later
+from engine.replay.batched import by_rows
 from engine.replay.replay import same_start
 
 from .records import Floats
@@ -71,6 +73,16 @@ class SearchState(Struct, frozen=True, dict=True):
         names = {POSITIONS}
         names.update(step.makes for step in self.steps if step.names and names.issuperset(step.names))
         return frozenset(names)
+
+    @cached_property
+    def layers_begin(self) -> int:
+        """The number of the first step in a layer; -1 if there is none."""
+        return next((number for number, step in enumerate(self.steps) if parse(step.makes).layer is not None), -1)
+
+    @cached_property
+    def mixing(self) -> list[int]:
+        """The numbers of the steps that make a row of more than the same row of what they read."""
+        return [number for number, step in enumerate(self.steps) if not by_rows(step)]
 
     @cached_property
     def shown(self) -> frozenset[str]:

@@ -15,11 +15,15 @@ from .rule import Hit, Subject, by_point, kind, leading, of_ids, positions_of
 
 # The largest activations seen in published models are some 1e4 ("massive activations", Sun et al. 2024), scores before the
 # scale some 1e5; an fp16 engine overflows at 65504. Five orders of magnitude above that, nothing is a computed value.
+_LARGEST_RIGHT = 1e5
 _HUGE = 1e10
 # The values of a right row span some orders of magnitude; garbage from foreign memory spans dozens.
 _SPREAD = 1e10
-# The lowest numbers of float32 and bfloat16, which engines write for −∞: hidden scores, suppressed logits.
-_LOWEST = np.array([0xFF7FFFFF, 0xFF7F0000], np.uint32).view(np.float32)
+# What engines write for −∞ (hidden scores, suppressed logits, those of a padded vocabulary): the lowest numbers of float32 and bfloat16,
+# and minus a power of ten, as source code has it (-1e30f).
+_LOWEST = np.append(
+    np.array([0xFF7FFFFF, 0xFF7F0000], np.uint32).view(np.float32), (-(10.0 ** np.arange(11, 39))).astype(np.float32)
+)
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # Residual stream, projections and logits are sums of many products: an exact zero among them is next to impossible.
 # (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
@@ -115,9 +119,23 @@ def impossible_size(subject: Subject) -> Iterator[Hit]:
         nonzero = np.abs(row[np.isfinite(row) & (row != 0)])
         # A row of only huge values is from an engine that overflows, which a comparison can name.
         scattered = len(nonzero) == 0 or float(np.min(nonzero)) < largest[first] / _SPREAD
+        climbing = _climbs(rows, largest, first)
         shown = ", ".join(f"{x:.3g}" for x in _telling_values(row)) or f"{largest[first]:.3g}"
-        evidence = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}"
-        yield Hit(name, int(rows.token_idx[first]), evidence, None if scattered else WARNING)
+        evidence = f"{name} holds values up to {largest[first]:.1e} ({shown}), {positions_of(rows, bad)}" + (
+            ", and rises to them from position to position, as a state does that grows where it should decay"
+            if climbing
+            else ""
+        )
+        yield Hit(name, int(rows.token_idx[first]), evidence, None if scattered and not climbing else WARNING)
+
+
+def _climbs(rows: Rows, largest: NDArray[np.float64], first: int) -> bool:
+    """Whether each position is larger than the one before, and the last before the first huge one already beyond any right engine's:
+    a recurrence that explodes. Other memory's bytes are huge at once.
+    """
+    before = (rows.seq == rows.seq[first]) & (rows.token_idx < rows.token_idx[first])
+    sizes = largest[before][np.argsort(rows.token_idx[before])]
+    return len(sizes) > 1 and bool(sizes[-1] > _LARGEST_RIGHT and (np.diff(sizes) > 0).all())
 
 
 def _shown(values: NDArray[Any]) -> NDArray[Any]:

@@ -18,8 +18,8 @@ from urllib3.response import BaseHTTPResponse
 from urllib3.util.retry import Retry
 
 from checkpoints.errors import InputError
+from checkpoints.nesting import parsed
 from checkpoints.printable import printable
-from parity.server.shallow_json import shallow_json
 from reports.numbers import count
 
 KEY_VARIABLE = "PARITY_API_KEY"
@@ -255,7 +255,7 @@ class Connection(Struct):
 
     def _object(self, data: bytes, path: str) -> dict[str, Any]:
         try:
-            answer = shallow_json(data)
+            answer = _json(data)
         except ValueError:
             start = data[:_SHOWN].lstrip().lower()
             if start.startswith((b"data:", b"event:")):
@@ -299,11 +299,16 @@ def _broken(error: BaseException) -> str:
     return printable(str(error), _SHOWN) or type(error).__name__
 
 
+def _json(data: bytes) -> Any:
+    """An answer's JSON, in UTF-8; raises ValueError if it is none."""
+    return parsed(json.loads, data.decode("utf-8-sig"))
+
+
 def _words(data: bytes) -> str:
     """The server's message on an error: OpenAI's `error.message`, FastAPI's `detail`, else the beginning of the text."""
     text: Any
     try:
-        body = shallow_json(data)
+        body = _json(data)
         error = body.get("error", body)
         text = error if isinstance(error, str) else error.get("message") or error.get("detail") or ""
     except (ValueError, AttributeError):

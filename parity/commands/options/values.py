@@ -23,9 +23,11 @@ def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Refuse to overwrite an input, a part of a split model that is one, or another output.
 
     Raises:
-        InputError: one of `outputs` is one of `inputs`, or stands twice.
+        InputError: one of `outputs` is one of `inputs`, stands twice, or is "-".
     """
     outputs = list(outputs)
+    if Path("-") in outputs:
+        raise InputError('"-" is standard input, which nothing is written to.', "Name a file, or /dev/stdout.", code="output")
     files = [Path(abspath(path)) for path in outputs if not is_special(path)]  # noqa: PTH100 - resolve() fails at loops of links
     if len(set(files)) < len(files):
         twice = next(path for path in files if files.count(path) > 1)
