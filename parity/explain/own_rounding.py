@@ -19,11 +19,12 @@ from engine.replay.precision import rounded
 from engine.replay.replay import Replay
 from reports.sentences import ARITHMETIC
 
-from ..diff.beyond_noise import failing_at
+from ..diff.beyond_noise import ONE_FACTOR, failing_at
 from ..diff.compare import Comparison
 from ..diff.one_factor import POSITIONS, SPACING, Allowed, Part, shared_factor, shared_summand
 from ..diff.operations import recurrent
 from .beside import ROOM, Bools, beside
+from .budget import Budget
 from .case import Case
 from .flipped import CHOSEN_OTHERWISE, has_choices, led_to
 from .known_model import KnownModel
@@ -32,12 +33,14 @@ from .looks_like import floor_of
 from .mixed import own_steps
 from .moved import OTHER_ORDER
 from .precision import OURS, TOGETHER, PrecisionFloor, alike_at, mean_cost, of_ids
-from .records import Expected, Floats
+from .records import Expected, Floats, first_over
 from .reproduced import THE_SAME, usual_cost
+from .systematic import followed
 
 # The most by which rounding to nearest moves a number, as a part of it: an engine may keep constants (the root of the width by which it
 # scales embeddings, say), weights and numbers of each row in the type in which it computes; beside 8-bit activations in BF16.
 _HALF_STEP = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-8, "q8": 2.0**-8}
+_SECONDS = 10.0  # to try the numbers between two recorded points
 _ENOUGH = 12  # recorded values: a number fitted to fewer may follow noise
 
 
@@ -55,15 +58,18 @@ class Outstanding(Struct, frozen=True):
 def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
     """The comparison of an engine that rounds as ours does: a divergence if an operation has, by a law, other numbers than our own run.
 
-    Where experts are chosen, it is one as well if a point is further off than in such engines (`_beyond_choices`).
+    Where experts are chosen, it is one as well if a point is further off than in such engines (`_beyond_choices`). What shows a factor
+    beside the arithmetic's noise may follow from an operation before it, which that noise hides.
     """
     case, cost = known.beside_ours(ours, compared), known.floor(kind)
     if case is None or cost is None or known.case is None:
         return compared
-    if not compared.verdict:
+    if not (compared.verdict or _shows_a_factor(compared)):
         return _of_other_experts(compared, case, kind)
     costs = usual_costs(known.case, cost)
     found = outstanding(case, kind, costs)
+    if not compared.verdict and (found is None or not _before(compared, found.entry.point)):
+        return compared
     if found is not None:
         point, times = found.entry.point, found.times
         pattern = Pattern("own-rounding", f"{point}: {found.law}")
@@ -76,6 +82,21 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
         pattern = Pattern("undecided", sentence)
     else:
         return compared
+    return _failing(compared, point, times, pattern)
+
+
+def _shows_a_factor(compared: Comparison) -> bool:
+    pattern = compared.verdict.pattern
+    return pattern is not None and pattern.code == ONE_FACTOR
+
+
+def _before(compared: Comparison, point: str) -> bool:
+    """Whether a point comes before the first divergence."""
+    names, first = compared.records.names, compared.verdict.first_divergence
+    return first is not None and point in names and names.index(point) < names.index(first.checkpoint)
+
+
+def _failing(compared: Comparison, point: str, times: float, pattern: Pattern) -> Comparison:
     if point not in compared.records.names:
         return compared
     records, verdict = failing_at(compared.records, {compared.records.names.index(point): times})
@@ -84,9 +105,30 @@ def held_to_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: s
 
 
 def beside_own_run(compared: Comparison, ours: Dump, known: KnownModel, kind: str) -> Comparison:
-    """`held_to_own_run` of a comparison that ends in parity, if the engine rounds as ours does."""
-    case = known.beside_ours(ours, compared) if compared.verdict else None
-    return held_to_own_run(compared, ours, known, kind) if case is not None and rounds_as_ours(case, kind) else compared
+    """`held_to_own_run` of a comparison that ends in parity, or in a factor, if the engine rounds as ours does; else parity is a
+    divergence if the first point that differs is off, beside our own run, as one wrong factor makes it, which may be all that hides our own
+    rounding there.
+    """
+    judged = compared.verdict or _shows_a_factor(compared)
+    case, cost = (known.beside_ours(ours, compared), known.floor(kind)) if judged else (None, None)
+    if case is None or cost is None or known.case is None:
+        return compared
+    if rounds_as_ours(case, kind):
+        return held_to_own_run(compared, ours, known, kind)
+    if not compared.verdict:
+        return compared
+    first = first_over(entry for entry in case.entries if not of_ids(entry))
+    if first is None or first.point not in (costs := usual_costs(known.case, cost)):
+        return compared
+    least = max(THE_SAME * costs[first.point], float(first.limit.max()))
+    for storage in (False, True):
+        lower = rounded(case.transformer.steps, kind, storage=storage)
+        run = case.make(lower, len(case.positions), None, case.rounded(kind, storage))
+        times = float(np.nan_to_num(first.nmse(run.on_host[first.point], case.positions)).mean()) / least
+        if times > 1 and (sentence := _one_number(case, run, first, kind)):
+            words = f"{first.point}: {sentence}, beside our own run in {ARITHMETIC[kind]} arithmetic"
+            return _failing(compared, first.point, times, Pattern("own-rounding", words))
+    return compared
 
 
 def rounds_as_ours(case: Case, kind: str) -> bool:
@@ -121,7 +163,7 @@ def outstanding(case: Case, kind: str, costs: Mapping[str, float]) -> Outstandin
             sentence = _law_beside(case, run, entry, errors, 0.0) or f"every element is {part.words}"
             times = part.beyond
         else:
-            sentence = _law_beside(case, run, entry, errors, _HALF_STEP[kind])
+            sentence = _law_beside(case, run, entry, errors, _HALF_STEP[kind]) or _one_number(case, run, entry, kind)
             times = float((errors / entry.limit).max())
         if sentence:
             words = f"{sentence}, beside our own run in {ARITHMETIC[kind]} arithmetic, which has all numbers before it"
@@ -253,6 +295,21 @@ def _in_common(case: Case, run: Replay, entry: Expected, alike: Bools, kind: str
     summand = shared_summand(errors, right, Allowed(constant, constant))
     least = _HALF_STEP["f16"] * float(np.sqrt(np.mean(right * right)))
     return replace(summand, beyond=abs(summand.summand) / least) if summand and abs(summand.summand) > least else None
+
+
+def _one_number(case: Case, run: Replay, entry: Expected, kind: str) -> str:
+    """The factor of one result that was not recorded, or of one parameter, that a point's errors beside our own run follow; "" without one
+    that is further off than digits which are cut off, or numbers that are kept in the type, bring it within a layer.
+    """
+    errors, known = entry.errors_beside(run.on_host[entry.point], case.positions)
+    if int(known.sum()) < _ENOUGH:
+        return ""
+    numbers = own_steps(case.transformer.steps, entry.point, {other.point for other in case.entries})
+    among = {case.transformer.steps[number].makes for number in numbers}
+    every, _ = followed(case, entry, errors, known, Budget(_SECONDS), among)
+    factors = [one for one in every if not one.shifted and abs(one.change) > Allowed.of(kind, 1).below]
+    best = max(factors, key=lambda one: one.along, default=None)
+    return "" if best is None else f"its errors are as if {best.words}"
 
 
 def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, half_step: float) -> str:
