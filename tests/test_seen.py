@@ -11,7 +11,7 @@ from checkpoints.record import Dump
 from engine.replay.precision import ROUNDINGS
 from parity.diff.compare import Options, compare
 from parity.explain.on_model import compared_on
-from reports.sentences import remarks, rows_seen
+from reports.sentences import reasons, remarks, rows_seen
 
 F32 = Options(compute="f32")
 
@@ -37,7 +37,7 @@ def sides(faulty: Faulty) -> tuple[Dump, Dump]:
 
 def test_inputs_that_agree_in_sixteen_values_acquit_nothing(sides: tuple[Dump, Dump]) -> None:
     """Heads mapped in turn leave the first head right: attn_out is not called wrong, and whole rows are asked for; with a sketch
-    attention itself is named."""
+    attention itself is named, and it is said that its recorded values agree."""
     right, wrong = sides
     kept = {name: rows for name, rows in wrong.points.items() if not name.endswith((".kq", ".kq_soft_max"))}
     wrong = replace(wrong, points=kept)
@@ -53,6 +53,8 @@ def test_inputs_that_agree_in_sixteen_values_acquit_nothing(sides: tuple[Dump, D
     assert whole.first_divergence is not None
     assert whole.first_divergence.checkpoint == "blk.0.kqv_out"
     assert rows_seen(whole.seen) == ""
+    assert dict(reasons(whole))["values"].startswith("the recorded ones agree; the rest of the row differs")
+    assert "values" not in dict(reasons(verdict))
 
 
 def test_another_product_of_the_same_row_shows_that_it_is_right(sides: tuple[Dump, Dump]) -> None:

@@ -65,16 +65,19 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
 
 
 def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
-    """Whether a fitted number, or zeros, may be that of the recorded elements alone: what is made of them in the same layer is wrong.
+    """Whether a cause may be that of the recorded elements alone: what is made of them in the same layer is wrong.
 
-    The one head that was recorded may be zero, or 1.2 times too large, and the others right.
+    That is asked of a fitted number and of zeros (the one head that was recorded may be 1.2 times too large, and the others right), and of
+    what a cache shows if not all of its rows were recorded: the leading values are row 0 at every position.
     """
     if before.first is None or after.first is None:
         return False
     entries = search.screening.entries
     first = entries[before.first.point]
     zeros = not np.where(first.present, first.values, 0.0).any()
-    if not zeros and order_of_number(after.faults[-1]) is None:
+    made = before.planting.right.get(first.point)
+    of_cache = made is not None and bool(made.histories) and not first.whole_rows
+    if not (zeros or of_cache) and order_of_number(after.faults[-1]) is None:
         return False
     layer, other = (parse(entries[state.first.point].point).layer for state in (before, after) if state.first is not None)
     return layer is not None and layer == other and not search.screening.cone(after).sure
