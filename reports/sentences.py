@@ -158,6 +158,15 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "also wrong", f"{text}{ranges(origin.positions)}: {how}"
     if len(verdict.origins) > 4:
         yield "", f"and {count(len(verdict.origins) - 4, 'further point')} of origin"
+    if verdict.first_divergence is not None and _unrecorded(verdict.first_divergence):
+        yield "values", "the recorded ones agree; the rest of the row differs, as its sketch or its statistics show"
+
+
+def _unrecorded(difference: Difference) -> bool:
+    """Whether the values that a record holds agree, and what else is known of its row does not."""
+    if difference.nmse_slice is None or difference.nmse_row is None:
+        return False
+    return difference.nmse_slice <= difference.limit < difference.nmse_row
 
 
 def _may_be_arithmetic(verdict: Verdict) -> bool:

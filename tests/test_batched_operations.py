@@ -9,7 +9,7 @@ from explaining import RIGHT, unstated
 from planted import TOKENS, Faulty, tokens_of
 from slow import slow_but
 
-from engine.graph import POSITIONS, History, compute, leading_to, made_from
+from engine.graph import POSITIONS, History, alone, compute, leading_to, made_from
 from engine.lift.node import GgmlOperation
 from engine.replay.adjoint import derivatives
 from engine.replay.batched import by_rows, can_batch, compute_batch, elementwise
@@ -71,6 +71,21 @@ def test_derivatives_go_through_whole_values(name: str, reference: Reference, sm
     _are_the_slopes(Faulty(path, reference.graph(path)), *_WHOLE[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3next", "rwkv7", "mamba2", "deepseek2", "kimi-linear", "lfm2"])
+def test_derivatives_in_part_are_of_rows(name: str, reference: Reference, small_model: Callable[..., Path]) -> None:
+    """Where some operations let no derivative through: what is known is known of a row of each value, whatever shape lies in between."""
+    path = small_model(name)
+    engine = Faulty(path, reference.graph(path))
+    computed = engine.transformer.weights, engine.transformer.backend
+    values = Replay(engine.right, TOKENS, range(len(TOKENS)), [0] * len(TOKENS), *computed).values
+    names = [step.makes for step in engine.right]
+    steps = engine.right[names.index("blk.0.l_out") + 1 : names.index("blk.3.l_out") + 1]
+    answers = derivatives(steps, "blk.3.l_out", _ELEMENTS, _ROW, values, computed[0], partial=True)
+    assert "blk.0.l_out" in answers
+    assert all(answer.shape == (len(_ELEMENTS), *values[at].shape[1:]) for at, answer in answers.items())
+
+
 def _are_the_slopes(engine: Faulty, start: str, point: str) -> None:
     names = [step.makes for step in engine.right]
     steps = leading_to({point}, engine.right[names.index(start) + 1 : names.index(point) + 1])
@@ -118,6 +133,30 @@ def test_rows_of_several_runs_together_are_those_of_each(
         alone = np.stack([run.values[step.makes] for run in runs])
         # A product over more rows may be added up in another order.
         np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * float(np.abs(alone).max()), err_msg=step.makes)
+
+
+@pytest.mark.parametrize("name", slow_but(["deepseek2", "t5", "modern-bert", "rwkv7", "olmo", "llama4"], "deepseek2", "t5"))
+def test_every_step_that_can_be_computed_for_several_runs_gives_what_it_gives_for_each(
+    name: str, reference: Reference, small_model: Callable[..., Path]
+) -> None:
+    """Values whose positions lie in the middle, too: versions of each input, which differ in all elements, together and alone."""
+    path = small_model(name)
+    engine = Faulty(path, reference.graph(path))
+    tokens = tokens_of(path, 6, seed=1)
+    numbers = range(len(tokens)), [0] * len(tokens), engine.transformer.weights, engine.transformer.backend
+    encoder = engine.transformer.encoder
+    right = Replay(alone(encoder) if encoder else engine.right, tokens, *numbers)
+    steps = [step for step in right.steps if can_batch(step) and step.names]
+    assert {"deepseek2": "MUL_MAT", "olmo": "NORM", "llama4": "RMS_NORM"}.get(name, "") in {
+        "",
+        *(getattr(step.op, "name", "") for step in steps),
+    }
+    for step in steps:
+        inputs = [right.values[name] for name in step.names]
+        versions = [[x if (x == np.rint(x)).all() else x * x.dtype.type(f) for x in inputs] for f in (1, 0.5, 2)]
+        together = compute_batch(step, [np.concatenate(each) for each in zip(*versions, strict=True)], 3, numbers[2])
+        each = np.stack([compute(step, version, numbers[2]) for version in versions])
+        np.testing.assert_allclose(together, each, rtol=0, atol=1e-5 * float(np.nanmax(np.abs(each))), err_msg=step.makes)
 
 
 @pytest.mark.slow

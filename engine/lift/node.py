@@ -1,6 +1,6 @@
 """A node of ggml's as a step's operation: operands brought into ggml's four dimensions, the result into the engine's layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -54,11 +54,7 @@ class GgmlOperation(Struct, frozen=True):
     ) -> Array:
         """The node's value in the shape `result_shape`; `shape` is ggml's, in NumPy's order; `positions` the input that only tells T;
         `moving` are the parameters that depend on the length."""
-        t = s = e = 0
-        for operand in operands:
-            if operand is not None and operand.variable:
-                sizes = bound(operand.whole, inputs[operand.index].shape)
-                t, s, e = max(t, sizes[0]), max(s, sizes[1]), max(e, sizes[2])
+        t, s, e = lengths_of(operands, inputs)
         if positions is not None:  # no operand's shape tells T
             t = len(inputs[positions])
         if moving:
@@ -76,6 +72,16 @@ class GgmlOperation(Struct, frozen=True):
     def compute(self, *arguments: Any, params: OpParams, shape: tuple[int, ...]) -> Array:
         """The operation itself, in ggml's four dimensions."""
         return _function(self.name)(*arguments, params=params, shape=shape)
+
+
+def lengths_of(operands: Sequence[Operand | None], inputs: Sequence[Any]) -> tuple[int, int, int]:
+    """T, S and E of the operands of a node, as far as their shapes tell."""
+    t = s = e = 0
+    for operand in operands:
+        if operand is not None and operand.variable:
+            sizes = bound(operand.whole, inputs[operand.index].shape)
+            t, s, e = max(t, sizes[0]), max(s, sizes[1]), max(e, sizes[2])
+    return t, s, e
 
 
 @lru_cache(maxsize=256)

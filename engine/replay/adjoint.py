@@ -30,7 +30,7 @@ def derivatives(
 ) -> dict[str, Array]:
     """The derivatives of some elements of a row of `point` with respect to the same row of each value that it is made from: [k, n] by
     name.
-    Those with respect to attention's scores are only passed on.
+    Those with respect to attention's scores, and to values without a row for each position, are only passed on.
 
     Args:
         steps: those that lead to `point`, of operations that `can_batch` takes. elements: [k], which of the row.
@@ -73,7 +73,7 @@ def derivatives(
                 name = name_of(read)
                 of_whole = _scattered(read, part, value) if isinstance(read, View) else part
                 by_name[name] = by_name[name] + of_whole if name in by_name else of_whole
-    return by_name
+    return {name: back for name, back in by_name.items() if axes.get(name, 0) == 0 and back.ndim == 2}
 
 
 def _of_whole(back: Array, value: Array, axis: int | None, row: int) -> Array:

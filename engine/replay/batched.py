@@ -1,7 +1,8 @@
 """One step on many versions of its inputs at once: those of different faults, each over the same few positions.
 
 A step that works row by row does not care whose rows they are: the versions are stacked, as if they were
-one long sequence; so does one that works element by element. In attention they lie side by side, as if they were more heads.
+one long sequence; so does one that works element by element. In attention they lie side by side, as if they were more heads. In other
+operations of ggml's they lie along its fourth dimension, if the model does not use that.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from checkpoints.graph import Size
 
 from .. import ops
 from ..backend import Array, module_of
-from ..graph import PASSES, History, Read, Step, View, WeightSource, compute, weight_of_step
-from ..lift.node import GgmlOperation
+from ..graph import PASSES, History, Read, State, Step, View, WeightSource, bound, compute, weight_of_step
+from ..lift.node import GgmlOperation, lengths_of
 
 _ROW_BY_ROW = (ops.rms_norm, ops.layer_norm, ops.linear, ops.rope, ops.cached, ops.add, ops.swiglu, ops.part)
 _ELEMENTWISE = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "SQR", "SQRT", "UNARY", "GLU"})  # of ggml's operations
@@ -20,6 +21,9 @@ _ELEMENTWISE = frozenset({"ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "SQR", "
 _OF_ROWS = _ELEMENTWISE | {"SOFT_MAX", "ARGSORT", "TOP_K", "GET_ROWS", "SUM_ROWS", "MUL_MAT_ID"}
 # Those that do where positions are the slowest dimension of all that they read and make: elements keep their order within a row.
 _IN_ORDER = frozenset({"ROPE", "ADD_ID", "CONT", "CONCAT", "REPEAT"})
+# Those that treat each part along the fourth dimension alike, and those that only bring a view's elements into order.
+_OF_FOURTH = _ELEMENTWISE | {"MUL_MAT", "CONT", "CONCAT", "RMS_NORM", "NORM", "L2_NORM", "SOFT_MAX"}
+_MOVES = (ops.part, ops.cached, ops.positions_first)
 _POSITIONS, _OF_SECTIONS = Size(0, 1), (Size(0, 4),)  # M-RoPE's positions: those of every section one after the other
 _PLAIN = {
     "params",
@@ -100,13 +104,32 @@ def compute_elementwise(step: Step, inputs: Sequence[Array]) -> Array:
 
 def can_batch(step: Step) -> bool:
     """Whether `compute_batch` can combine versions of this step's inputs."""
-    if elementwise(step) or _takes_rows(step):
-        return True
+    return elementwise(step) or _takes_rows(step) or _plain(step) or _along_fourth(step)
+
+
+def _plain(step: Step) -> bool:
+    """Whether one of the engine's own operations takes versions as more rows, or as more heads."""
     if PASSES in step.names:
         return False
     if step.op in _ROW_BY_ROW:
         return all(isinstance(read, History) or _is_of_rows(read) for read in step.reads)
     return step.op in _ATTENTION and all(isinstance(read, str | History) for read in step.reads)
+
+
+def _along_fourth(step: Step) -> bool:
+    """Whether versions can lie along ggml's fourth dimension: it is 1 in all that the step reads and makes."""
+    if any(isinstance(read, State) for read in step.reads):
+        return False
+    if step.op in _MOVES:
+        return len(step.reads) == 1
+    if not isinstance(step.op, GgmlOperation) or step.op.name not in _OF_FOURTH or not step.params.keys() <= _PLAIN:
+        return False
+    operands = [operand for operand in step.params["operands"] if operand is not None]
+    read = {operand.index for operand in operands if operand.index < len(step.reads)}
+    shapes = [step.params["shape"], *(operand.shape for operand in operands)]
+    joins_fourth = step.op.name == "CONCAT" and step.params["params"].int(0) == 3
+    alone = all(shape is not None and shape[0] == Size(1) for shape in shapes) and not joins_fourth
+    return alone and len(read) == len(step.reads)
 
 
 def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
@@ -123,9 +146,49 @@ def compute_batch(step: Step, inputs: Sequence[Array], many: int, weights: Weigh
         stacked = compute_elementwise(step, inputs)
     elif step.op in _ATTENTION:
         stacked = _attention(step, inputs, many, weights)
+    elif not (_takes_rows(step) or _plain(step)):
+        return _fourth(step, inputs, many, weights)
     else:
         stacked = compute(step, _by_section(inputs, many) if _has_sections(step) else inputs, weights)
     return stacked.reshape(many, stacked.shape[0] // many, *stacked.shape[1:])
+
+
+def _fourth(step: Step, inputs: Sequence[Array], many: int, weights: WeightSource) -> Array:
+    """A step that is computed `_along_fourth`: [M, *shape of its value]."""
+    seen = [_each_viewed(read, value, many) for read, value in zip(step.reads, inputs, strict=True)]
+    if step.op in _MOVES:
+        rows = seen[0].shape[1:] if step.op is ops.part else (seen[0].shape[1], -1)
+        moved: Array = module_of(seen[0]).ascontiguousarray(seen[0]).reshape(many, *rows)
+        return moved
+    given = [*seen, *(weight_of_step(weight, weights) for weight in step.weights)]
+    lengths = lengths_of(step.params["operands"], [value[0] if at < len(seen) else value for at, value in enumerate(given)])
+
+    def at(shape: Sequence[Size], first: int) -> tuple[int, ...]:
+        return (first, *(size.at(*lengths) for size in shape[1:]))
+
+    arguments = [
+        None if operand is None else given[operand.index].reshape(at(operand.shape, many if operand.index < len(seen) else 1))
+        for operand in step.params["operands"]
+    ]
+    value = step.op.compute(*arguments, params=step.params["params"], shape=at(step.params["shape"], many))  # type: ignore[attr-defined]
+    result: Array = (
+        module_of(value).ascontiguousarray(value).reshape(many, *(size.at(*lengths) for size in step.params["result_shape"]))
+    )
+    return result
+
+
+def _each_viewed(read: Read, value: Array, many: int) -> Array:
+    """What a step reads of each of M versions, that lie one after the other: [M, *shape]."""
+    each = value.reshape(many, len(value) // many, *value.shape[1:])
+    if not isinstance(read, View):
+        return each
+    one = read.apply(each[0])
+    start = read.offset.at(*bound(read.whole, each.shape[1:]))
+    flat = module_of(value).ascontiguousarray(each).reshape(-1)[start:]
+    seen: Array = module_of(value).lib.stride_tricks.as_strided(
+        flat, (many, *one.shape), (each[0].size * flat.itemsize, *one.strides)
+    )
+    return seen
 
 
 def _by_section(inputs: Sequence[Array], many: int) -> Sequence[Array]:

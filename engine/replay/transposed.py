@@ -14,8 +14,8 @@ from checkpoints.graph import Size
 from .. import ops
 from ..backend import Array, module_of
 from ..ggml_ops import OpParams
-from ..graph import Read, State, Step, View, WeightSource, bound, viewed, weight_of_step
-from ..lift.node import GgmlOperation, Operand
+from ..graph import Read, State, Step, View, WeightSource, viewed, weight_of_step
+from ..lift.node import GgmlOperation, Operand, lengths_of
 
 _MOST = 1 << 24  # elements of one derivative: beyond, what goes through such operations is left out
 # Of an element, in proportion: in float64 the difference then has some ten digits, and what is beyond first order is one part in 10^10.
@@ -69,10 +69,7 @@ def _of_node(step: Step, back: Array, value: Array, seen: Sequence[Array], weigh
         *(weights.matrices(w) if single and isinstance(w, str) else weight_of_step(w, weights) for w in step.weights),
     ]
     operands: Sequence[Operand | None] = step.params["operands"]
-    lengths = (0, 0, 0)
-    for operand in operands:
-        if operand is not None and operand.variable:
-            lengths = tuple(map(max, lengths, bound(operand.whole, given[operand.index].shape)))  # type: ignore[assignment]
+    lengths = lengths_of(operands, given)
 
     def at(sizes: Sequence[Size]) -> tuple[int, ...]:
         return tuple(size.at(*lengths) for size in sizes)
