@@ -17,6 +17,7 @@ from planted import PATIENT, Faulty, Planted, tokens_of
 from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Named
 from checkpoints.reading.reader import read
 from engine.faults import CATALOGUE, as_recorded, plant
+from engine.faults.edits import Then
 from engine.graph import Step
 from engine.halves import as_encoder, decoder_alone, encoder_alone
 from engine.opened import open_plain
@@ -106,6 +107,22 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert named(explanation) == ["transposed"]
     assert explanation.causes[0].named.sentence.startswith("in the decoder, ")
     assert explanation.causes[0].named.layers == (1,)
+
+
+@pytest.mark.slow
+def test_a_decoders_embedding_that_follows_no_law_ends_in_an_answer(engine: Transformer, tmp_path: Path) -> None:
+    """What the encoder hands over has another number of rows than the decoder's values, and is not compared with them."""
+    right = engine.steps
+    mixing = np.eye(128, dtype=np.float32) + np.float32(0.05) * np.random.default_rng(3).standard_normal((128, 128), np.float32)
+    try:
+        engine.steps = [
+            replace(step, op=Then(step.op, lambda x: x @ mixing)) if step.makes == "embd" else step for step in right
+        ]
+        answer = explained(engine, tmp_path / "ours.jsonl")
+    finally:
+        engine.steps = right
+    assert answer.placed is not None
+    assert (answer.placed.operations, answer.causes) == (("embd",), ())
 
 
 def test_the_decoders_own_arithmetic_is_noted_after_a_faulty_encoder() -> None:

@@ -10,8 +10,11 @@ from msgspec.structs import replace
 from planted import Faulty
 
 from engine.backend import Array
+from engine.faults import Planting
 from engine.graph import Step
+from engine.replay.replay import Replay
 from parity.diff.compare import compare
+from parity.explain.apart import Probe
 from parity.explain.beside import Beside
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.laws import law
@@ -236,6 +239,21 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
 
 
 @pytest.mark.slow
+def test_recorded_values_of_another_point_are_not_its_row(engine: Faulty) -> None:
+    """Of ffn_up the 16 recorded values are ffn_gate's: that the row is not is seen by the sketch, and said."""
+
+    def mixed(x: Array, gate: Array, weight: Array, *_: Any) -> Array:
+        return np.concatenate([gate[:, :16], np.tanh(x @ weight.T)[:, :15:-1]], axis=1)
+
+    steps = [
+        replace(step, op=mixed, reads=(*step.reads, "blk.2.ffn_gate")) if step.makes == "blk.2.ffn_up" else step
+        for step in engine.right
+    ]
+    law = explain(engine.dump(RIGHT, PROMPT, points="*", steps=steps, bare=False), engine.model, _PATIENT).law
+    assert law == "the 16 recorded values are those of blk.2.ffn_gate in a right engine, the rest of the row is not"
+
+
+@pytest.mark.slow
 def test_zeros_of_one_head_prove_no_factor(engine: Faulty) -> None:
     """The only recorded head is zero: that all heads are multiplied by 0 would reproduce it, and nothing that is made from it."""
 
@@ -299,3 +317,25 @@ def test_what_became_of_whole_rows_is_said(change: Callable[[Array], Array], sai
     room = np.full(len(rows), 1e-8)
     compared = Beside(dumped[rows, :16], whole[rows, :16], np.arange(16), room, np.zeros(len(rows)), rows, whole)
     assert law(compared) == said
+
+
+def test_values_of_other_widths_are_told_apart(engine: Faulty) -> None:
+    """Two faults may show rows of different lengths for a point: a late capture shows the logits there."""
+    transformer = engine.transformer
+    replay = Replay(engine.right, PROMPT, range(len(PROMPT)), [0] * len(PROMPT), transformer.weights, transformer.backend)
+    probe = Probe("here", replay, Planting(engine.right), len(engine.right))
+    values = replay.values
+    assert probe.different({"embd": values["logits"]}, {"embd": values["blk.0.l_out"]}) == ["embd"]
+    assert probe.different({"embd": values["logits"]}, {"embd": values["logits"]}) == []
+
+
+@pytest.mark.slow
+def test_what_the_cache_shows_in_part_has_no_cause(engine: Faulty) -> None:
+    """Rows 0 and 1 of V's cache are exchanged, and its record shows row 0 alone: that the cache is read one row late is not said."""
+
+    def exchanged(x: Array) -> Array:
+        return x[[1, 0, *range(2, len(x))]] if len(x) > 1 else x
+
+    explanation = explain(edited(engine, "blk.1.v_read", exchanged, size=10), engine.model, _PATIENT)
+    assert explanation.first is not None
+    assert (explanation.first.checkpoint, names(explanation)) == ("blk.1.v_read", [])

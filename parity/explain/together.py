@@ -184,9 +184,8 @@ class Together(AtFirstPlace):
         except NotApplicable:
             return None
         value = changed.get(self._shown(steps))
-        return (
-            None if value is None or value.ndim < 2 else value
-        )  # a late capture may show the state after a pass, which has no rows
+        # A late capture may show the state after a pass, which has no rows, or what a decoder is handed, which has the encoder's.
+        return None if value is None or value.ndim < 2 or value.shape[-2] != replay.rows else value
 
     def _recorded(self, value: Array) -> Floats:
         """The recorded elements of a value at the first place: [k]."""
