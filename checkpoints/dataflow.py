@@ -14,10 +14,17 @@ WITH_FUNCTION = frozenset({"UNARY", "GLU"})  # operations that are one of severa
 # Functions that ggml's CPU backend looks up in a table of float16, which rounds argument and result (ggml-cpu/vec.h).
 LOOKED_UP = frozenset({"GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK"})
 _VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})  # parts of a fused product
+_COPIED = re.compile(r"(?:cont|cpy|dup|view|reshape|permute|transpose)(?:\.\d+)?")  # a node without a name has its operation's
+_LOOKED_UP = re.compile(r"get_rows(?:\.\d+)?")
 _MOST_LAYERS = 100_000  # the most that a header may claim
 _MOST = 1 << 13  # points of a dataflow: 126 layers of 60 points
 _MOST_NAMES = 1 << 17  # points and weights that they read, in total
 _SPAN = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
+
+
+def is_copy(name: str) -> bool:
+    """Whether a point is a copy or a view that llama.cpp has no name for, such as "blk.0.cont.2": no other engine has such a value."""
+    return _COPIED.fullmatch(parse(name).kind) is not None
 
 
 class Computation(Struct, frozen=True):
@@ -58,13 +65,20 @@ class Dataflow(Struct, frozen=True, dict=True):
                 downstream.add(name)
         return frozenset(downstream)
 
+    def made_by_ggml(self, name: str) -> bool:
+        """Whether a point is a copy without a name, or rows of a state that ggml looks up: no other engine has such values."""
+        how = self.computations[name]
+        of_state = not how.reads and not how.weights and _LOOKED_UP.fullmatch(parse(name).kind) is not None
+        return of_state or is_copy(name)
+
     def part_of_next(self, name: str) -> bool:
         """Whether a point is only the first part of the computation of the next one: a product before its bias, a norm before its weight.
 
-        Only nodes outside the vocabulary can be; so can what attention reads from its cache, which is another point's value.
+        Only nodes outside the vocabulary can be; so can what attention reads from its cache, which is another point's value, a copy
+        without a name, and the rows of a state.
         """
         how, readers = self.computations[name], self.readers[name]
-        if how.op == CACHE:
+        if how.op == CACHE or (readers and self.made_by_ggml(name)):
             return True
         if (
             parse(name).known is not None

@@ -112,6 +112,16 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "bias-of-other-expert": ("gpt-oss", {}, BOTH),
     "convolution-late": ("lfm2", {}, BOTH),
     "convolution-padding": ("mamba", {}, BOTH),
+    "delta-update": ("qwen35", {"how": "with the decay after the update"}, BOTH),
+    "delta-projections-exchanged": ("qwen3next", {}, BOTH),
+    "scan-update": ("mamba2", {"how": "with B · x not multiplied by dt"}, BOTH),
+    "time-step-limited": ("mamba2", {}, BOTH),
+    "gate-before-norm": ("qwen35", {}, BOTH),
+    "skip-of-other": ("mamba2", {"added": "D · x before the convolution"}, BOTH),
+    "row-parts-order": ("mamba2", {"order": (1, 0, 2)}, BOTH),
+    "attention-gate-layout": ("qwen35", {}, (None, (3,))),
+    "rope-last": ("stablelm", {}, BOTH),
+    "bias-of-expert-unweighted": ("gpt-oss", {}, BOTH),
     "operand-left-out": ("rwkv7", {"operation": "time_mix_ln.bias + time_mix_value"}, BOTH),
 }
 

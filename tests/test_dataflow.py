@@ -147,6 +147,23 @@ def test_a_fused_product_is_read_by_its_parts(small_model: Callable[..., Path], 
     assert [name for name, readers in whole.readers.items() if not readers] == ["logits"]
 
 
+def test_copies_of_ggml_are_no_points_of_an_engine(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path
+) -> None:
+    """mamba2's graph copies z without giving it a name: nothing asks an engine for "blk.0.cont.2", and it is no suspect."""
+    reference.dump(DumpJob(small_model("mamba2"), tmp_path / "ref.jsonl", (5, 6, 7), points="all"))
+    header = read(tmp_path / "ref.jsonl").header
+    assert header is not None
+    whole = Dataflow.from_json(header.dataflow or {})
+    assert "blk.0.cont.2" in whole.computations["blk.0.glu"].reads
+    assert whole.part_of_next("blk.0.cont.2")
+    compared = tuple(name for name in whole.computations if name != "blk.0.cont.2")
+    stretch = flow(compared, whole).between("blk.0.glu")
+    assert stretch is not None
+    assert stretch.unrecorded == ()
+    assert set(stretch.inputs) == {"blk.0.ssm_in", "blk.0.mamba2_y_add_d"}
+
+
 def test_experts_are_read_by_the_router(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
     """A mixture of experts says that the experts' products read what the router chose."""
     reference.dump(DumpJob(small_model("qwen3moe"), tmp_path / "ref.jsonl", (5, 6, 7), points="all"))

@@ -239,6 +239,21 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
 
 
 @pytest.mark.slow
+def test_recorded_values_of_another_point_are_not_its_row(engine: Faulty) -> None:
+    """Of ffn_up the 16 recorded values are ffn_gate's: that the row is not is seen by the sketch, and said."""
+
+    def mixed(x: Array, gate: Array, weight: Array, *_: Any) -> Array:
+        return np.concatenate([gate[:, :16], np.tanh(x @ weight.T)[:, :15:-1]], axis=1)
+
+    steps = [
+        replace(step, op=mixed, reads=(*step.reads, "blk.2.ffn_gate")) if step.makes == "blk.2.ffn_up" else step
+        for step in engine.right
+    ]
+    law = explain(engine.dump(RIGHT, PROMPT, points="*", steps=steps, bare=False), engine.model, _PATIENT).law
+    assert law == "the 16 recorded values are those of blk.2.ffn_gate in a right engine, the rest of the row is not"
+
+
+@pytest.mark.slow
 def test_zeros_of_one_head_prove_no_factor(engine: Faulty) -> None:
     """The only recorded head is zero: that all heads are multiplied by 0 would reproduce it, and nothing that is made from it."""
 

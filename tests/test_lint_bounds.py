@@ -85,6 +85,15 @@ def test_the_lowest_number_hides_a_logit(number: float, named: bool) -> None:
     assert ("impossible-size" in found, "statistics" in found) == (named, False)
 
 
+@pytest.mark.parametrize(("number", "named"), [(-1e30, False), (-3e9, True)])
+def test_logits_of_a_padded_vocabulary_are_no_garbage(number: float, named: bool) -> None:
+    """Numbers that stand for −∞ behind the vocabulary are no logits far outside; others are, and are named by their place in the row."""
+    logits = random(("logits",), positions=2)["logits"]
+    logits[:, 3], logits[:, -2:] = -np.inf, number
+    found = [f.evidence for f in lint(dump({"logits": logits}, slice_size=None)).findings if f.rule == "garbage-logits"]
+    assert [f"[{logits.shape[1] - 2}] " in evidence for evidence in found] == [True] * named
+
+
 @pytest.mark.parametrize(
     ("sizes", "severity"),
     [((1, 2e7, 2e13, 4e20), WARNING), ((1, 2e7, 1e6, 4e20), ERROR), ((1, 2, 3, 4e20), ERROR), ((1, 4e20, 4e20, 4e20), ERROR)],

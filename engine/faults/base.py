@@ -120,6 +120,7 @@ _OPERATIONS: Mapping[Callable[..., Any], str] = {  # ggml's names of the operati
     ops.rms_norm: "RMS_NORM",
     ops.layer_norm: "NORM",
     ops.causal_soft_max: "SOFT_MAX",
+    ops.swiglu: "GLU",
     ops.add: "SUM",  # ggml's ADD is a bias's, where it is a step of its own
     buckets: "BUCKETS",  # of relative positions: no operation of ggml's, which takes them as an input
 }

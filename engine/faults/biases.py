@@ -1,6 +1,7 @@
 """Faults of the biases: of Q, K and V, of other products, of experts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -10,7 +11,7 @@ from ..backend import Array
 from ..graph import Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, read_of, sibling, subsets, weight_of
-from .edits import WithInput, ggml, only
+from .edits import HandsOn, WithInput, ggml, maker, only, require
 
 _QKV = ("q", "k", "v")
 # Other products that may have a bias; the router's scores are called by what is made of them where no other step is between.
@@ -88,6 +89,22 @@ def _of_one_expert(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=WithInput(step.op, 1, _EXPERT[parameters["expert"]]))
 
 
+class _BiasBeside(HandsOn, frozen=True):
+    """Experts' results times their weights, to which the biases are added as they are; the last input is the results without biases."""
+
+    def __call__(self, biased: Array, weights: Array, plain: Array, **params: Any) -> Array:
+        """[T, k, n] (or flat), [T, k], [T, k, n] -> [T, k · n]."""
+        weighted: Array = self.op(plain, weights, **params)
+        return weighted + (biased - plain).reshape(weighted.shape)
+
+
+def _unweighted(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    biased = maker(require(step, "MUL"), right)
+    if not ggml(biased, "ADD_ID") or len(step.reads) != 2 or not isinstance(read_of(step, 0), str):
+        raise NotApplicable(f"{step.makes} weights no biased experts")
+    return replace(step, op=_BiasBeside(step.op), reads=(*step.reads, read_of(biased, 0)))
+
+
 def _of_experts(right: Steps) -> Values:
     """The kinds of sums with an expert's bias: all together, then each alone."""
     kinds = tuple(dict.fromkeys(kind_of(step) for step in right.values() if ggml(step, "ADD_ID")))
@@ -154,5 +171,15 @@ FAULTS = (
         fix="each chosen expert has its own row of ffn_*_exps.bias",
         seen="biases that a kernel adds without the expert's offset; one row for a whole group of tokens",
         parameters={"expert": tuple(_EXPERT), AT: _of_experts},
+    ),
+    Fault(
+        name="bias-of-expert-unweighted",
+        kinds=("ffn_moe_weighted", "MUL"),
+        change=_unweighted,
+        what="the biases of the experts' last product are added without the router's weights",
+        symptom="the experts' combined result is wrong, the router's scores are right",
+        fix="weight · (product + bias) for each expert, then the sum",
+        seen="biases that are added after the experts' results were combined",
+        parameters={AT: (("ffn_moe_weighted",),)},
     ),
 )

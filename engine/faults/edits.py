@@ -14,6 +14,8 @@ from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .base import Steps, read_of
 
+SIGMOID, SILU, SOFTPLUS = 7, 10, 15  # enum ggml_unary_op
+
 
 def copied(x: Array) -> Array:
     """The value, unchanged."""

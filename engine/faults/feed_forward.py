@@ -13,7 +13,7 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets
 
-_GATED = ("ffn_swiglu", "ffn_swiglu_shexp", "ffn_moe_swiglu")
+_GATED = ("ffn_swiglu", "GLU")  # the usual place, and wherever the operation is
 
 
 def _gelu_exact(x: Array) -> Array:
@@ -43,15 +43,26 @@ def _activated(gate: Array, up: Array, *, activation: str) -> Array:
 
 
 def _gated(right: Steps) -> Values:
-    """The kinds of a model's products of SiLU(gate) and up: all together (of routed and shared experts as well), then each alone."""
+    """The kinds of a model's products of SiLU(gate) and up: those of feed-forwards together (shared experts' as well), then each
+    alone, and each other, such as the gate of a scan's result."""
     kinds = tuple(dict.fromkeys(kind_of(step) for step in right.values() if step.op is ops.swiglu))
-    return subsets(*(tuple(kind for kind in kinds if kind.startswith("ffn")) or _GATED))
+    usual = tuple(kind for kind in kinds if kind.startswith("ffn"))
+    return (*(subsets(*usual) if usual else ()), *((kind,) for kind in kinds if kind not in usual)) or (_GATED[:1],)
+
+
+def _silu_gated(step: Step) -> Step:
+    """The step, if it is SiLU(gate) · up.
+
+    Raises:
+        NotApplicable: it is not, or another fault has already changed it.
+    """
+    if step.op is not ops.swiglu:
+        raise NotApplicable(f"{step.makes} is no SiLU(gate) · up")
+    return step
 
 
 def _activation(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    if step.op is not ops.swiglu:
-        raise NotApplicable(f"{step.makes} is no SiLU(gate) · up")
-    return replace(step, op=_activated, params={"activation": parameters["activation"]})
+    return replace(_silu_gated(step), op=_activated, params={"activation": parameters["activation"]})
 
 
 def _on_up(gate: Array, up: Array) -> Array:
@@ -89,11 +100,11 @@ _WITHOUT = {
 
 
 def _operand(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_OPERANDS[parameters["on"]])
+    return replace(_silu_gated(step), op=_OPERANDS[parameters["on"]])
 
 
 def _no_gate(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    return replace(step, op=_WITHOUT[parameters["computes"]])
+    return replace(_silu_gated(step), op=_WITHOUT[parameters["computes"]])
 
 
 def _swap_gate_up(step: Step, right: Steps, _parameters: Parameters) -> Step:
@@ -115,7 +126,7 @@ FAULTS = (
         name="activation",
         kinds=_GATED,
         change=_activation,
-        what="the feed-forward's activation is {activation}, not SiLU, in {at}",
+        what="the activation of the gate is {activation}, not SiLU, in {at}",
         symptom="a difference of some percent from layer 0 on",
         fix="SiLU(x) = x / (1 + exp(-x))",
         seen="GPT-2's and Gemma's GELU carried over",
@@ -123,22 +134,22 @@ FAULTS = (
     ),
     Fault(
         name="activation-on-wrong-operand",
-        kinds=("ffn_swiglu",),
+        kinds=_GATED,
         change=_operand,
-        what="SiLU is applied to {on}, not to the gate",
+        what="SiLU is applied to {on}, not to the gate, in {at}",
         symptom="fluent nonsense from layer 0 on",
         fix="SiLU(gate) · up",
         seen="kernels that take their two inputs in the other order",
-        parameters={"on": tuple(_OPERANDS)},
+        parameters={"on": tuple(_OPERANDS), AT: _gated},
     ),
     Fault(
         name="no-gate",
-        kinds=("ffn_swiglu",),
+        kinds=_GATED,
         change=_no_gate,
-        what="the feed-forward computes {computes} instead of SiLU(gate) · up",
+        what="{computes} is computed instead of SiLU(gate) · up, in {at}",
         symptom="wrong from layer 0 on",
         fix="SiLU(gate) · up",
         seen="feed-forwards written for GPT-2",
-        parameters={"computes": tuple(_WITHOUT)},
+        parameters={"computes": tuple(_WITHOUT), AT: _gated},
     ),
 )

@@ -1,6 +1,6 @@
 """Faults of norms that not every model has: of single heads, after a branch, with a bias."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -159,10 +159,10 @@ _GROUPS = (_OTHERS, _HEADS, _BEHIND, _LATENTS, *((kind,) for kind in _OTHERS))
 _ANY = "RMS_NORM"
 
 
-def unlisted(right: Steps) -> tuple[str, ...]:
-    """The kinds of a model's RMS norms of single heads that have other names than usual, such as those after RoPE in Hunyuan."""
+def unlisted(right: Steps, listed: Collection[str] = _OTHERS) -> tuple[str, ...]:
+    """The kinds of a model's RMS norms of single heads that are not listed, such as those after RoPE in Hunyuan."""
     norms = (step for step in right.values() if step.op is ops.rms_norm and step.params.get("heads", 1) != 1)
-    return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in _OTHERS))
+    return tuple(dict.fromkeys(kind for step in norms if (kind := kind_of(step)) not in listed))
 
 
 def _unlisted_behind(right: Steps) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
 
     def places(right: Steps) -> Values:
         known = _GROUPS if kinds == _OTHERS else subsets(*kinds)
-        more = unlisted(right) if set(_HEADS) <= set(kinds) else ()
+        more = unlisted(right, kinds) if set(_HEADS) <= set(kinds) else ()
         if set(_BEHIND) <= set(kinds):
             more = (*more, *_unlisted_behind(right))
         return (*known, *(subsets(*more) if more else ()))
@@ -197,13 +197,13 @@ def _new(name: str, kinds: tuple[str, ...], change: Callable[[Step, Steps, Param
 FAULTS = (
     _new(
         "head-norm-missing", _HEADS, _missing,
-        "queries or keys are not normalised, in {at}", "position 0 is right, all later ones are wrong",
+        "heads are not normalised, in {at}", "position 0 is right, all later ones are wrong",
         "attn_q_norm and attn_k_norm before RoPE: of each head, or of the whole row where the weight is as wide",
         "Qwen2 code that loads Qwen3, Gemma 2 code that loads Gemma 3",
     ),
     _new(
         "head-norm-not-in-decode", _HEADS, _not_in_decode,
-        "queries or keys are not normalised in the passes after the first, in {at}", "prefill right, decode wrong",
+        "heads are not normalised in the passes after the first, in {at}", "prefill right, decode wrong",
         "attn_q_norm and attn_k_norm before RoPE in decode as well", "a decode path of its own that was written for Qwen2",
     ),
     replace(

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from ..graph import Step, weight_name
+from ..graph import Step, View, name_of, weight_name
 from ..lift.node import GgmlOperation
 
 _NUMBER = re.compile(r"\bblk\.(\d+)\.")
@@ -24,6 +24,16 @@ class StepsByName(dict[str, Step]):
         return of
 
     @cached_property
+    def views(self) -> Mapping[str, Sequence[View]]:
+        """The views that steps read of each value."""
+        of: dict[str, list[View]] = {}
+        for step in self.values():
+            for read in step.reads:
+                if isinstance(read, View):
+                    of.setdefault(name_of(read), []).append(read)
+        return of
+
+    @cached_property
     def numbers_of_weights(self) -> dict[int, int]:
         """The results of `number_of_weights` so far, by layer."""
         return {}
@@ -31,8 +41,16 @@ class StepsByName(dict[str, Step]):
 
 def of_operation(right: Mapping[str, Step], name: str) -> Sequence[Step]:
     """The steps of an operation of ggml's, in the order of computation."""
-    index = right if isinstance(right, StepsByName) else StepsByName(right)
-    return index.operations.get(name, ())
+    return _index(right).operations.get(name, ())
+
+
+def views_of(right: Mapping[str, Step], name: str) -> Sequence[View]:
+    """The views that steps read of a value."""
+    return _index(right).views.get(name, ())
+
+
+def _index(right: Mapping[str, Step]) -> StepsByName:
+    return right if isinstance(right, StepsByName) else StepsByName(right)
 
 
 def number_of_weights(right: Mapping[str, Step], layer: int) -> int:

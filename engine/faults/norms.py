@@ -13,6 +13,7 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets, with_parameters
 from .edits import HandsOn, ggml, number, with_values
+from .recurrent_state import row_norms_of_scans
 
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _ANY_NORM = {AT: (*subsets(*_NORMS), ("attn_norm", "ffn_norm"))}
@@ -60,6 +61,11 @@ def _also_others(right: Steps) -> Values:
 def _all_together(right: Steps) -> Values:
     """The usual norms, and all with a weight that a model has, together."""
     return tuple(dict.fromkeys((*_ANY_NORM[AT], (*_NORMS, *_others(right)))))
+
+
+def _skippable(right: Steps) -> Values:
+    """The usual norms, then that of what a scan makes: those of heads, latents and branches have entries of their own."""
+    return (*subsets("attn_norm", "ffn_norm"), *((kind,) for kind in row_norms_of_scans(right)))
 
 
 def with_epsilon(step: Step, eps: float) -> Step:
@@ -163,7 +169,7 @@ def _by(name: str) -> Fault:
         return replace(step, op=_OfCentred(_OPS[name]))
 
     # A skipped final norm has an entry of its own.
-    where: Mapping[str, Any] = {AT: subsets("attn_norm", "ffn_norm")} if name == "norm-skipped" else _ANY_NORM
+    where: Mapping[str, Any] = {AT: _skippable} if name == "norm-skipped" else _ANY_NORM
     if name in ("norm-weight-missing", "norm-in-halves"):
         where = {AT: _also_others}
     if name == "norm-one-plus-weight":

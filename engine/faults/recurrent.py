@@ -12,12 +12,11 @@ from ..ggml_ops.activations import silu, softplus
 from ..graph import Altered, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, read_of, sibling
-from .edits import HandsOn, Then, WithInput, ggml, integer, left_out, maker, only, require
+from .edits import SOFTPLUS, HandsOn, Then, WithInput, ggml, integer, left_out, maker, only, require
 
 _CONVOLUTIONS = ("ssm_conv", "conv.conv", "conv_output_raw")
 _SCAN_C = 4  # of the values that a scan reads, A aside, which is a weight
 _SCAN_DT = 2  # GGML_OP_SSM_SCAN's operand
-_SOFTPLUS = 15  # enum ggml_unary_op
 
 
 def _tap(step: Step, _right: Steps, parameters: Parameters) -> Step:
@@ -61,7 +60,7 @@ def _activated(step: Step, _right: Steps, _parameters: Parameters) -> Step:
 
 def _no_softplus(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     require(step, "UNARY")
-    if integer(step, 0) != _SOFTPLUS:
+    if integer(step, 0) != SOFTPLUS:
         raise NotApplicable(f"{step.makes} is not a softplus")
     return left_out(step)
 
@@ -70,7 +69,7 @@ def _softplus_twice(step: Step, _right: Steps, _parameters: Parameters) -> Step:
     """Mamba's scan applies softplus itself; elsewhere it is a step of its own."""
     if ggml(step, "SSM_SCAN"):
         return replace(step, op=WithInput(step.op, step.params["operands"][_SCAN_DT].index, softplus))
-    return replace(step, op=Then(step.op, softplus)) if ggml(step, "UNARY") and integer(step, 0) == _SOFTPLUS else step
+    return replace(step, op=Then(step.op, softplus)) if ggml(step, "UNARY") and integer(step, 0) == SOFTPLUS else step
 
 
 def _no_decay(step: Step, _right: Steps, _parameters: Parameters) -> Step:

@@ -7,18 +7,45 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from .. import ops
 from ..backend import Array, module_of
 from ..ggml_ops.params import on_host
 from ..graph import PASSES, Read, State, Step, View, name_of, read_as
 from ..inapplicable import NotApplicable
 from ..lift.node import Operand
-from .base import AT, COPY, Fault, Parameters, Steps
+from .base import AT, COPY, Fault, Parameters, Steps, kind_of
 from .edits import ggml
 
 _STATES = {"GATED_DELTA_NET": 5, "SSM_SCAN": 0, "RWKV_WKV6": 5, "RWKV_WKV7": 6}  # which operand is the state
 _SCANS = tuple(_STATES)
 _CONVOLUTION = ("SSM_CONV",)
 _JOINS = ("CONCAT",)  # a convolution's inputs: what is left from the last pass, then this pass's
+
+
+_FAR = 5  # steps without weights from a scan to the norm of what it makes: D · x and the gate lie between
+
+
+def scan_behind(step: Step, right: Steps) -> Step | None:
+    """The scan that a value is made of by steps without weights, but for the step's own; None if there is none."""
+    names = set(step.names)
+    for _ in range(_FAR):
+        found = [right[name] for name in names if name in right]
+        scan = next((other for other in found if ggml(other, *_SCANS)), None)
+        if scan is not None:
+            return scan
+        names = {name for other in found if not other.weights for name in other.names}
+    return None
+
+
+def row_norms_of_scans(right: Steps) -> tuple[str, ...]:
+    """The kinds of a model's norms of whole rows that scans make."""
+    rows = (step for step in right.values() if step.op is ops.rms_norm and step.params.get("heads", 1) == 1)
+    return tuple(dict.fromkeys(kind_of(step) for step in rows if scan_behind(step, right) is not None))
+
+
+def heads_of_scan(scan: Step) -> int:
+    """How many heads a scan has, by the state's shape [.., H, rows, columns]."""
+    return int(scan.params["operands"][_STATES[scan.op.name]].shape[1].fixed)  # type: ignore[attr-defined]
 
 
 class _ByPass(Struct, frozen=True):

@@ -10,8 +10,9 @@ from ..backend import Array, module_of
 from ..graph import PASSES, POSITIONS, History, Step, name_of
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, read_of, sibling
-from .edits import ggml, integer, with_values
+from .edits import integer, with_values
 from .rotation import (
+    BEGIN,
     ROTATED,
     at_positions,
     backwards,
@@ -26,14 +27,12 @@ from .rotation import (
     in_decode,
     is_rotation,
     not_rotated,
-    require_rotation,
+    of_head,
     rotary,
     twice,
     with_rotary,
     without_factors,
 )
-
-_BEGIN = 15  # ggml's parameter for the first rotated element of a head
 
 
 def _pairs(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -138,20 +137,22 @@ def _dims(step: Step, _right: Steps, parameters: Parameters) -> Step:
         dims = int(rotary(step, "dims") * parameters["of"]) & ~1
         if dims < 2 or (step.op is not ops.rope and dims > head_size(step)):
             raise NotApplicable(f"{step.makes} cannot rotate {dims} dimensions of a head")
-        if step.op is not ops.rope and dims == head_size(step) and not integer(step, _BEGIN):
+        if step.op is not ops.rope and dims == head_size(step) and not integer(step, BEGIN):
             raise NotApplicable(f"{step.makes}: that is the whole head, which is tried as such")
         changed = with_rotary(step, dims=dims)
         return replace(changed, op=_within_head) if step.op is ops.rope and parameters["of"] > 1 else changed
     if step.op is ops.rope:
         return replace(step, op=_whole_head, weights=())
     whole = with_rotary(step, dims=head_size(step))
-    return with_values(whole, {_BEGIN: 0}) if integer(step, _BEGIN) else whole
+    return with_values(whole, {BEGIN: 0}) if integer(step, BEGIN) else whole
 
 
 def _exponent(step: Step, _right: Steps, parameters: Parameters) -> Step:
     """The exponents divided by another number than the rotary dimension, which is the base raised to another power."""
-    over = heads_of(step) if parameters["over"] == "all heads" else parameters["over"]
-    return with_rotary(step, base=float(rotary(step, "base")) ** (1 / over))
+    over = parameters["over"]
+    if over in (_BY_HEAD, _BY_DIMS):
+        return of_head(step, -1 if over == _BY_DIMS else 1)
+    return with_rotary(step, base=float(rotary(step, "base")) ** (1 / (heads_of(step) if over == "all heads" else over)))
 
 
 def _no_factors(step: Step, _right: Steps, _parameters: Parameters) -> Step:
@@ -165,14 +166,9 @@ def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return with_rotary(step, scale=1.0 if parameters["scaling"] == "ignored" else 1.0 / scale)
 
 
-def _front(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    """A rotation of the head's first elements where the model rotates its last ones."""
-    if not ggml(require_rotation(step), "ROPE") or not integer(step, _BEGIN):
-        raise NotApplicable(f"{step.makes} begins at the head's first element")
-    return with_values(step, {_BEGIN: 0})
-
-
 _WHOLE = "the whole"
+_BY_HEAD = "the head's size, not by the smaller rotary dimension: base^(−2i / head size)"
+_BY_DIMS = "(rotary dimension)² / head size"
 _PAIRWISE = {AT: both_then_each}
 _SINGLE_FIRST = {AT: each_then_both}
 _BOTH = {AT: both}
@@ -309,12 +305,12 @@ FAULTS = (
         name="rope-exponent",
         kinds=ROTATED,
         change=_exponent,
-        what="RoPE's exponent is divided by {over} × the rotary dimension",
+        what="RoPE's exponent is divided by {over}",
         symptom=_NO_WEIGHT_AT_0,
         fix="theta_i = position · base^(−2i / d), d the rotary dimension of one head",
         seen="i / d instead of 2i / d; the model's width instead of the head's",
-        parameters={"over": (2, 0.5, "all heads"), **_BOTH},
-        says={"all heads": "the number of heads"},
+        parameters={"over": (2, 0.5, "all heads", _BY_HEAD, _BY_DIMS), **_BOTH},
+        says={2: "twice the rotary dimension", 0.5: "half the rotary dimension", "all heads": "heads × the rotary dimension"},
     ),
     Fault(
         name="rope-factors-ignored",
@@ -335,15 +331,5 @@ FAULTS = (
         fix="multiply the position by 1 / <architecture>.rope.scaling.factor",
         seen="long-context finetunes",
         parameters={"scaling": ("ignored", "inverted"), **_BOTH},
-    ),
-    Fault(
-        name="rope-front",
-        kinds=ROTATED,
-        change=_front,
-        what="RoPE rotates the first dimensions of the head where this model rotates the last ones, on {at}",
-        symptom=_NO_WEIGHT_AT_0,
-        fix="multi-head latent attention keeps the part without position first: rotate the part after it",
-        seen="partial rotation of GPT-NeoX or Phi carried over",
-        parameters=_PAIRWISE,
     ),
 )

@@ -4,6 +4,7 @@ head)."""
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from .. import ops
@@ -15,7 +16,7 @@ from .base import Steps, Values, parameter_of, with_parameters
 from .edits import HandsOn, WithInput, ggml, integer, left_out, number, with_values
 
 _FLOATS = {"base": 5, "scale": 6}  # of op_params, as ggml_rope_impl writes them
-_DIMS, _MODE = 1, 2
+_DIMS, _MODE, BEGIN = 1, 2, 15  # the last: the first rotated element of a head
 _MODES = {"norm": 0, "neox": 2}  # GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX; the modes with sections pair halves as well
 _OPERANDS = 3  # what is rotated, positions, frequency factors
 _QUERIES, _KEYS = ("q_rope", "q_pe"), ("k_rope", "k_pe")  # whole heads, or only the part that is rotated
@@ -100,6 +101,31 @@ def head_size(step: Step) -> int:
     if not ggml(step, "ROPE"):
         raise NotApplicable(f"{step.makes} does not give the head size")
     return int(step.params["shape"][-1].fixed)
+
+
+def of_head(step: Step, power: int) -> Step:
+    """A rotation of a part of the head whose frequencies are base^(−2i / n) with n = dims · (head size / dims)^power."""
+    if step.op is ops.rope:
+        return replace(step, op=_OfHead(power))
+    ratio = head_size(step) / int(rotary(step, "dims"))
+    if ratio == 1:
+        raise NotApplicable(f"{step.makes} rotates the whole head")
+    return with_rotary(step, base=float(rotary(step, "base")) ** ratio**-power)
+
+
+class _OfHead(Struct, frozen=True):
+    """`ops.rope` with the base raised to (dims / head size)^power."""
+
+    power: int
+
+    def __call__(
+        self, x: Array, positions: Array, factors: Array | None = None, *, heads: int, dims: int, base: float, **params: Any
+    ) -> Array:
+        """[T, H · d] -> [T, H · d]."""
+        ratio = x.shape[1] / heads / dims
+        if ratio == 1:
+            raise NotApplicable("the whole head is rotated")
+        return ops.rope(x, positions, factors, heads=heads, dims=dims, base=base**ratio**-self.power, **params)
 
 
 def has_factors(step: Step) -> bool:

@@ -52,7 +52,9 @@ def recurrent(op: str) -> bool:
 
 def suspects(flow: Flow, nodes: Iterable[str]) -> str:
     """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them."""
-    every = [(name, flow.whole.computations[name]) for name in nodes if name in flow.whole.computations]
+    known = [name for name in nodes if name in flow.whole.computations]
+    of_engine = [name for name in known if not flow.whole.made_by_ggml(name)]
+    every = [(name, flow.whole.computations[name]) for name in of_engine or known]
     weights = tuple(dict.fromkeys(weight for _, how in every for weight in how.weights))
     operations = [how.op for _, how in every]
     named = [weight for weight in weights if weight.endswith(".weight")]

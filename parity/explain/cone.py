@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
+from checkpoints.dataflow import is_copy
 from checkpoints.points import parse
 from engine.faults.base import kinds_of
 
@@ -31,6 +32,11 @@ class Cone(Struct, frozen=True):
         """The layers of the steps; empty if they lie outside all layers."""
         layers = {layer for name in self.steps if (layer := parse(name).layer) is not None}
         return range(min(layers), max(layers) + 1) if layers else range(0)
+
+
+def of_ggml(name: str) -> bool:
+    """Whether a step makes what no other engine has: a copy without a name, a state or an input of llama.cpp's graph."""
+    return is_copy(name) or name.startswith(("state.", "input."))
 
 
 def cone(entries: Sequence[Expected], state: SearchState) -> Cone:

@@ -7,15 +7,15 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.answers.explain import Lead, Named, PossibleOperations
-from checkpoints.points import of_scores, parse
+from checkpoints.points import parse
 from engine.backend import Array
 from engine.graph import History, Step
-from engine.graph import State as PassState
 
 from ..diff.limits import EXACT_FLOOR, JUMP
 from .beside import beside
 from .case import Case
 from .changed_weight import changed_weight
+from .cone import of_ggml
 from .fits import order_of_number
 from .laws import OF_A_WEIGHT, WRONG, ZERO, law
 from .moved import OTHER_ORDER
@@ -26,6 +26,7 @@ from .row_laws import few_positions
 from .search import Search
 from .state import Candidate, SearchState, key
 from .turned import other_positions
+from .wrong_positions import which
 
 Values = Mapping[str, Array]
 
@@ -189,7 +190,10 @@ def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations
     if not in_float32 and _inherited(case, state, cone.agreeing):
         return None
     order = state.order
-    names = tuple(sorted(cone.steps, key=lambda name: order.get(name, 0)))
+    place = case.entries[state.first.point].point
+    names = tuple(
+        name for name in sorted(cone.steps, key=lambda name: order.get(name, 0)) if name == place or not of_ggml(name)
+    )
     seen: tuple[int, int] | None = None
     number = {entry.point: entry for entry in case.entries}
     for name in cone.agreeing:
@@ -279,7 +283,7 @@ def _observations(entry: Expected, values: Values, positions: Ints, acting: Sequ
         yield "values reach float16's maximum (65504): saturation"
     yield from _other_point(entry, values, positions, wrong)
     yield from _steps(dumped)
-    yield _which(entry, wrong, acting)
+    yield which(entry, wrong, acting)
 
 
 def _close(a: Floats, b: Floats) -> bool:
@@ -288,15 +292,23 @@ def _close(a: Floats, b: Floats) -> bool:
 
 
 def _other_point(entry: Expected, values: Values, positions: Ints, wrong: NDArray[np.bool_]) -> Iterator[str]:
-    """Equality with another point of the right engine."""
+    """Equality with another point of the right engine: of whole rows where records have a sketch or statistics, else of their values."""
     dumped = np.where(entry.present, entry.values, 0.0)[wrong]
+    part = ""
     for name, tensor in values.items():
         if name == entry.point or getattr(tensor, "ndim", 0) != 2 or tensor.shape[0] != len(positions):
             continue
         candidates = tensor[entry.rows[wrong], : dumped.shape[1]].astype(np.float64)
-        if candidates.shape == dumped.shape and _close(dumped, candidates):
+        if candidates.shape != dumped.shape or not _close(dumped, candidates):
+            continue
+        if not entry.whole or (entry.nmse(tensor, positions)[wrong] <= np.maximum(entry.limit[wrong], _EQUAL)).all():
             yield f"the values are those of {name} in a right engine"
             return
+        part = (
+            part or f"the {dumped.shape[1]} recorded values are those of {name} in a right engine, the rest of the row is not"
+        )
+    if part:
+        yield part
 
 
 def _steps(dumped: Floats) -> Iterator[str]:
@@ -309,37 +321,3 @@ def _steps(dumped: Floats) -> Iterator[str]:
         yield "every value is a bfloat16: the engine keeps activations in BF16"
     elif not (bits & np.uint32(0x1FFF)).any():
         yield "every value has 10 bits of mantissa: the engine keeps activations in F16 (or TF32)"
-
-
-def _which(entry: Expected, wrong: NDArray[np.bool_], acting: Sequence[Step]) -> str:
-    """Which positions are wrong, and what acts there; `acting` are the steps in question, empty if they should not be mentioned."""
-    rows = entry.rows[wrong]
-    if len(rows) == len(entry.rows):
-        return f"all positions are wrong{_at_each_position(entry, acting)}"
-    if rows.min() > 0 and len(rows) == (entry.rows >= rows.min()).sum():
-        right = "position 0 is" if rows.min() == 1 else f"positions 0 to {rows.min() - 1} are"
-        return f"{right} right, all later ones wrong{_from_earlier(acting)}"
-    listed = f"{', '.join(str(int(row)) for row in rows[:6])}{', …' if len(rows) > 6 else ''}"
-    return f"{len(rows)} of {len(entry.rows)} positions are wrong, the others right: {listed}"
-
-
-def _attends(acting: Sequence[Step]) -> bool:
-    """Whether attention is among the steps."""
-    return any(step.histories or of_scores(step.makes) for step in acting)
-
-
-def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
-    """The operations that act on every position alike, as the end of a sentence."""
-    if not acting:
-        return ""
-    if parse(entry.point).layer is None:
-        return ": this operation or its weights"
-    return f": {'values, output projection' if _attends(acting) else 'a projection'}, feed-forward, a norm or weights"
-
-
-def _from_earlier(acting: Sequence[Step]) -> str:
-    """The operations through which a position depends on earlier ones, as the end of a sentence."""
-    acts = ["queries, keys, RoPE, scale, mask or cache"] if _attends(acting) else []
-    if any(isinstance(read, PassState) for step in acting for read in step.reads):
-        acts.append("the state that earlier positions leave (a recurrence, a convolution, a token shift)")
-    return f": {'; or '.join(acts)}" if acts else ""

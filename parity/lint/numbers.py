@@ -195,8 +195,9 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
     wrong_rows: list[int] = []
     text = ""
     for r in range(len(rows)):
-        row = leading(rows, r).astype(np.float64)
-        row = row[np.isfinite(row)]
+        values = leading(rows, r)
+        kept = np.flatnonzero(np.isfinite(values) & ~np.isin(values, _LOWEST))
+        row = values[kept].astype(np.float64)
         if len(row) < _ENOUGH:
             continue
         median = _median(row)
@@ -206,7 +207,7 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
         far = np.flatnonzero(np.abs(row - median) > max(_OUTLIER * deviation, _FAR))
         if len(far) and len(far) < len(row) // 4:
             wrong_rows.append(r)
-            listed = ", ".join(f"[{i}] {row[i]:.4g}" for i in far[:4]) + (", …" if len(far) > 4 else "")
+            listed = ", ".join(f"[{kept[i]}] {row[i]:.4g}" for i in far[:4]) + (", …" if len(far) > 4 else "")
             text = text or f"{count(len(far), 'logit')} far outside the row's {median:.3g} ± {deviation:.2g}: {listed}"
     if wrong_rows:
         yield Hit(LOGITS, int(rows.token_idx[wrong_rows[0]]), f"{text}, {positions_of(rows, wrong_rows)}")

@@ -93,12 +93,12 @@ def _of_the_graph(model: GgufModel) -> dict[str, Any]:
         try:
             recorded = reference.graph(model.path, NATIVE)
             facts = graph_facts(recorded)
-            if all(tensor.name != ROPE_FACTORS for tensor in recorded.several.tensors):  # the file may have them for nobody
-                facts = {"rope_factors": False, **facts}
             if otherwise := sentences(recorded, model.metadata):
                 facts = {"not_as_the_file_says": list(otherwise), **facts}
             if not rotates(recorded):
                 facts = {"rope": NO_ROPE, **facts}
+            elif all(tensor.name != ROPE_FACTORS for tensor in recorded.several.tensors):  # the file may have them for nobody
+                facts = {"rope_factors": False, **facts}
         except ParityError as error:
             facts = {"graph": f"not recorded: {error.message}"}
     return {**facts, "steps": "read from llama.cpp's graph", "points": points}
