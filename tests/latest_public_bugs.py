@@ -105,6 +105,11 @@ def _unwritten(step: Step, _right: Steps) -> Step:
     return replace(step, op=Then(step.op, lambda x: x * (np.arange(len(x)) != 3)[:, None].astype(np.float32)))
 
 
+def _epsilon(step: Step, _right: Steps) -> Step:
+    """llama.cpp computes this norm twice, for attention and for the scan beside it."""
+    return replace(step, params={**step.params, "eps": 1e-5}) if "attn_norm.weight" in str(step.weights) else step
+
+
 LATEST = {
     "routed scale twice": Bug("vllm-project/vllm#24119", "deepseek2", {"ffn_moe_weights_scaled": _times(1.5)}, "multiplier"),
     "softmax of the chosen alone": Bug("lablup/mlxcel#391", "olmoe", {"ffn_moe_weights": _sum_of_one}, "experts-normalised"),
@@ -140,5 +145,6 @@ LATEST = {
     "Gemma 2's cap in Gemma 3": Bug("a C engine", "gemma3", {"kq_soft_max": _capped(50.0)}, "attn-softcap"),
     "a cap beside sinks": Bug("no public report", "gpt-oss", {"kq_soft_max": _capped(5.0)}, "attn-softcap"),
     "positions ahead from one on": Bug("no public report", "qwen3", {"q_rope k_rope": _ahead}, "rope-position-from"),
+    "ε of attention's norm": Bug("a C engine", "falcon-h1", {"attn_norm ssm_in": _epsilon}, "norm-epsilon"),
     "one row of V unwritten": Bug("no public report", "qwen3", {"v": _unwritten}, "row-multiplier"),
 }  # fmt: skip

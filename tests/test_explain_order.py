@@ -34,8 +34,8 @@ def test_a_router_is_judged_before_the_layer_that_it_feeds(reference: Reference,
     explanation = explain(replace(dump, points={name: dump.points[name] for name in ordered}), path, PATIENT)
     assert explanation.first is not None
     assert explanation.first.checkpoint == weights
-    assert explanation.law == "the value is what this operation makes of blk.0.ffn_moe_logits instead of blk.0.ffn_moe_probs"
-    assert all(name in engine.transformer.points for name in explanation.next.split(",") if name)
+    assert [(cause.named.fault, cause.named.layers) for cause in explanation.causes] == [("experts-raw-scores", (0,))]
+    assert explanation.remaining is None
 
 
 @pytest.mark.slow

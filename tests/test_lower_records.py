@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 from recorded import F32, only
 
+from checkpoints.answers.diff import Limits
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
@@ -232,3 +233,36 @@ def test_noise_where_attention_has_several_keys_may_be_a_lower_type(right: Dump,
     assert verdict.pattern is not None
     assert verdict.pattern.sentence.startswith("position 0 is right, 1 and later are wrong")
     assert (verdict.pattern.code == "undecided") == open_
+
+
+@pytest.mark.parametrize(("less", "factor", "said"), [(20.0, 1.0, True), (-0.01, 1.0, False), (20.0, 1.01, False)])
+def test_logits_less_a_number_look_like_log_probabilities(
+    right: Dump, ref: Dump, less: float, factor: float, said: bool
+) -> None:
+    """A part of the logits, all less a number, may be log-probabilities: a divergence that says so, and no product. Larger ones, or also
+    scaled ones, are not.
+    """
+    changed = with_rows(right, "logits", lambda values: values * np.float32(factor) - np.float32(less))
+    rows = changed.points["logits"]
+    part = summarise("logits", rows.values, rows.token_idx, slice_size=16)
+    short = replace(part, stats={}, sketch=None, shapes=((),) * len(part))
+    verdict = compare(replace(changed, points={**changed.points, "logits": short}), ref, F32)
+    assert not verdict
+    assert verdict.pattern is not None
+    assert ("log soft max" in verdict.pattern.sentence) == said
+
+
+def test_errors_of_one_size_around_a_measured_limit_blame_no_position(right: Dump, ref: Dump) -> None:
+    """Where limits are measured costs of a stated arithmetic, noise that passes at some positions and fails at others by as little is the
+    same error everywhere; without measured limits that is not said.
+    """
+    ours = only(with_rows(right, "blk.0.l_out", scattered(1e-5), "bf16"), "embd", "blk.0.l_out")
+    errors = compare(ours, ref, Options(tolerance=0.0)).worst
+    assert errors is not None
+    for measured in (True, False):
+        points = {"blk.0.l_out": errors.nmse * 0.97} if measured else {}
+        allowed = Limits(errors.nmse * 0.97, 1.0, "measured", points=points)
+        verdict = compare(ours, ref, Options(compute="bf16", limits=allowed))
+        assert verdict.first_divergence is not None
+        assert verdict.pattern is not None
+        assert (verdict.pattern.code == "precision") == measured, verdict.pattern

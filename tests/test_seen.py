@@ -6,6 +6,7 @@ from dumps import HEADER, Arrays, dump, noisy, random, spoiled
 from msgspec.structs import replace
 from planted import TOKENS, Faulty, Planted
 
+from checkpoints.answers.diff import Limits
 from checkpoints.dataflow import Computation, Dataflow
 from checkpoints.record import Dump
 from engine.replay.precision import ROUNDINGS
@@ -204,6 +205,22 @@ def test_other_experts_beside_noise_of_8_bits_blame_no_operation(gap: float, cod
     verdict = compare(replace(dump(ours, header=header), header=None), dump(ref, header=header))
     assert verdict.pattern is not None
     assert verdict.pattern.code == code
+
+
+@pytest.mark.parametrize(("gap", "code"), [(1e-3, "undecided"), (0.4, "single-positions")])
+def test_other_experts_beyond_measured_limits_blame_no_operation(gap: float, code: str) -> None:
+    """In a stated arithmetic whose measured limits a single position exceeds by far, a near tie of experts is said to allow it."""
+    _, ref = routing(gap)
+    ref["blk.0.ffn_moe_probs"][4, 3:] = 0
+    ours = {name: ref[name].copy() for name in ("embd", "blk.0.l_out")}
+    ours["blk.0.l_out"][4] += ref["blk.0.l_out"][3]
+    header = replace(HEADER, dataflow=Dataflow(ROUTER).to_json())
+    stated = replace(HEADER, source="an engine", compute="bf16")
+    allowed = Limits(0.3, 0.3, "measured", points={"blk.0.l_out": 0.3})
+    verdict = compare(dump(ours, header=stated), dump(ref, header=header), Options(compute="bf16", limits=allowed))
+    assert verdict.pattern is not None
+    assert verdict.pattern.code == code
+    assert "--model" not in verdict.pattern.sentence
 
 
 def test_chosen_experts_tell_nothing_of_their_scores() -> None:

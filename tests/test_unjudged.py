@@ -145,11 +145,13 @@ def test_an_error_far_beyond_a_limit_that_zeros_would_pass_is_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stated", ["bf16", ""])
-@pytest.mark.parametrize(("place", "factor", "agrees"), [("blk.3.ffn_out", 50, False), ("blk.3.l_out", 1000, True)])
+@pytest.mark.parametrize(("place", "factor"), [("blk.3.ffn_out", 50), ("blk.3.l_out", 1000)])
 def test_other_experts_make_no_row_ten_times_as_large(
-    engine: Faulty, tokens: tuple[int, ...], place: str, factor: float, agrees: bool, stated: str
+    engine: Faulty, tokens: tuple[int, ...], place: str, factor: float, stated: str
 ) -> None:
-    """Fifty times what experts add is a divergence, though others may have been chosen; a norm divides a whole residual's factor away."""
+    """Fifty times what experts add is a divergence, though others may have been chosen; so is a residual's factor, which a norm divides
+    away, as in float32: what agrees by a limit that zeros pass confirms nothing.
+    """
     steps = [
         replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == place else step
         for step in rounded(engine.right, "bf16", storage=True)
@@ -157,12 +159,10 @@ def test_other_experts_make_no_row_ten_times_as_large(
     ours = _stating(engine.dump(RIGHT, tokens, points="all", steps=steps), stated)
     right = _stating(engine.dump(RIGHT, tokens, points="all"), "f32")
     verdict = compared_on(ours, right, Options(), engine.model, third_side=False).verdict
-    assert bool(verdict) is agrees
-    assert [fault.checkpoint for fault in verdict.record_faults] == ([place] if agrees else [])
-    if not agrees:
-        assert verdict.verdict == DIVERGENCE
-        assert verdict.first_divergence is not None
-        assert verdict.first_divergence.checkpoint == place
+    assert verdict.verdict == DIVERGENCE
+    assert not verdict.record_faults
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == place
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from .base import AT, Fault, Parameters, Steps, kind_of
 from .edits import WithInput, ggml, number
 from .fitted import CAPS, Fitted, around, named, parameter_wanted
 from .multipliers import FAULTS as MULTIPLIERS
-from .rotation import ROTATED, at_positions, both_then_each
 from .windows import CAPPED, QUERY_SCALES, cap_of, recapped, soft_capped
 from .windows import FAULTS as WINDOWS
 
@@ -145,25 +144,8 @@ _ATTENTION_CAP = Fault(
 )
 
 
-def _from_a_position(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    first, by = parameters["first"], int(parameters["by"])
-    return at_positions(step, lambda positions: positions + (positions >= first) * by)
-
-
-_POSITION = Fault(
-    name="rope-position-from",
-    kinds=ROTATED,
-    change=_from_a_position,
-    what="from position {first} on, RoPE's positions are off by {by}, on {at}",
-    symptom="right up to a position, then wrong",
-    fix="position t of the sequence, from 0, for queries and keys alike, in every chunk and in decode",
-    seen="chunks and decode steps that count padding, or begin at another number",
-    parameters={"by": (), "first": (1,), AT: both_then_each},
-    group="fitted",
-)
 _LINEAR = {USUAL: "MPT, BLOOM"}
 _MULTIPLIER = named(MULTIPLIERS, "multiplier")
-_FAR = 16  # positions by which a rotation may be off from a position on
 _MOST = 8  # kinds of steps that multiply by a number and have no row here
 _MULTIPLIED = {  # the steps that multiply by a number of the metadata, with the values that other models have
     ("embd",): {1.0: "none", 12.0: "Granite, MiniCPM", 45.25: "Gemma's √2048", 55.43: "Gemma's √3072"},
@@ -209,15 +191,6 @@ FITTED = (
         wanted=lambda *_: None,
         starts=lambda _wanted: (10.0, 30.0, 100.0),
         known=CAPS,
-    ),
-    Fitted(
-        fault=_POSITION,
-        parameter="by",
-        wanted=lambda *_: None,
-        starts=lambda _wanted: tuple(float(n) for n in range(-_FAR, _FAR + 1) if n),
-        positive=False,
-        whole=True,
-        of_row="first",
     ),
     Fitted(
         fault=_ALIBI,

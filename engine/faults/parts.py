@@ -1,4 +1,4 @@
-"""Fitted numbers that are wrong only in a part: in the weights of one head, in one expert, in attention's sinks."""
+"""Fitted numbers that are wrong only in a part: in one head, one expert, attention's sinks, one position, or from a position on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,12 @@ from .. import ops
 from ..backend import Array, module_of
 from ..graph import POSITIONS, Altered, Step, WeightSource
 from ..inapplicable import NotApplicable
-from .base import AT, Change, Parameters, Steps, Values, kind_of, sibling
+from .base import AT, Change, Fault, Parameters, Steps, Values, kind_of, sibling
 from .edits import HandsOn, ggml
 from .fitted import Fitted, without_a_right_value
+from .rotation import ROTATED, at_positions, both_then_each
 
+_FAR = 16  # positions by which a rotation may be off from a position on
 _MOST = 64  # parts of one kind that are tried: each is some three passes up to the first place
 
 
@@ -145,7 +147,32 @@ def _each(*kinds: str) -> tuple[tuple[str, ...], ...]:
     return tuple((kind,) for kind in kinds)
 
 
+def _from_a_position(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    first, by = parameters["first"], int(parameters["by"])
+    return at_positions(step, lambda positions: positions + (positions >= first) * by)
+
+
+_POSITION = Fault(
+    name="rope-position-from",
+    kinds=ROTATED,
+    change=_from_a_position,
+    what="from position {first} on, RoPE's positions are off by {by}, on {at}",
+    symptom="right up to a position, then wrong",
+    fix="position t of the sequence, from 0, for queries and keys alike, in every chunk and in decode",
+    seen="chunks and decode steps that count padding, or begin at another number",
+    parameters={"by": (), "first": (1,), AT: both_then_each},
+    group="fitted",
+)
 FITTED = (
+    Fitted(
+        fault=_POSITION,
+        parameter="by",
+        wanted=lambda *_: None,
+        starts=lambda _wanted: tuple(float(n) for n in range(-_FAR, _FAR + 1) if n),
+        positive=False,
+        whole=True,
+        of_row="first",
+    ),
     _new(
         "head-multiplier",
         _one_head,

@@ -61,15 +61,28 @@ class Planting:
 
     @cached_property
     def _places(self) -> Mapping[tuple[str, int | None], Sequence[int]]:
-        """The numbers of the steps, by kind and layer."""
+        """The numbers of the steps, by kind and layer; of one that is computed twice both, by the kinds of the first as well."""
         places: dict[tuple[str, int | None], list[int]] = {}
         for number, step in enumerate(self.steps):
             layer = layer_near(step)
-            for kind in kinds_of(step):
+            for kind in dict.fromkeys((*kinds_of(step), *kinds_of(self._twins.get(number, step)))):
                 places.setdefault((kind, layer), []).append(number)
                 if layer is not None:
                     places.setdefault((kind, _ANY), []).append(number)
         return places
+
+    @cached_property
+    def _twins(self) -> Mapping[int, Step]:
+        """Steps that repeat an earlier one, by their numbers: an engine computes once what llama.cpp computes twice of one value with
+        one weight, as a norm for attention and for a scan beside it.
+        """
+        first: dict[tuple[object, ...], Step] = {}
+        weighted = ((number, step) for number, step in enumerate(self.steps) if step.weights)
+        found = (
+            (number, first.setdefault((step.op, step.reads, step.weights, repr(step.params)), step))
+            for number, step in weighted
+        )
+        return {number: step for number, step in found if step is not self.steps[number]}
 
     def has_layers(self, fault: Fault) -> bool:
         """Whether some layer has a step that the fault changes."""
@@ -130,7 +143,7 @@ class Planting:
         known = self._changed.get(without, self._changed.get(with_at))
         if known is None:
             asked = _Asked(parameters)
-            known = self._change(fault, self.steps[number], asked)
+            known = self._change(fault, number, asked)
             if len(self._changed) >= _KEPT:
                 self._changed.clear()
             self._changed[with_at if asked.at else without] = known
@@ -138,11 +151,16 @@ class Planting:
             raise NotApplicable(known)
         return known
 
-    def _change(self, fault: Fault, step: Step, parameters: Parameters) -> tuple[Step, ...] | str:
+    def _change(self, fault: Fault, number: int, parameters: Parameters) -> tuple[Step, ...] | str:
+        step = self.steps[number]
+        twin = self._twins.get(number, step)
+        of_twin = twin is not step and set(kinds_of(step)).isdisjoint(parameters.get(AT, fault.kinds))
         try:
-            changed = fault.change(step, self.right, parameters)
+            changed = fault.change(twin if of_twin else step, self.right, parameters)
         except NotApplicable as error:
             return str(error)
+        if of_twin:
+            return (replace(changed, makes=step.makes),) if isinstance(changed, Step) and changed is not twin else ()
         if changed is step or changed == step:
             return ()
         return (changed,) if isinstance(changed, Step) else tuple(changed)

@@ -101,8 +101,12 @@ def _beyond_noise(compared: Comparison, options: Options) -> Comparison:
 
 def _doubted(compared: Comparison, options: Options) -> Comparison:
     """A divergence, which blames no operation where the table's limits cannot tell a fault from rounding."""
-    if options.strict or options.limits is not None:
+    if options.strict:
         return compared
+    if options.limits is not None:
+        from .undecided import by_other_experts
+
+        return replace(compared, verdict=by_other_experts(compared.records, compared.verdict))
     from .eight_bits import looks_like_eight_bits, suspicion
 
     if looks_like_eight_bits(compared.records):

@@ -254,6 +254,7 @@ def _alike(records: Records, here: Ints, failing: Ints) -> bool:
     """Whether passing positions have an error of the same size as failing ones, all of them as small as rounding."""
     right = np.setdiff1d(here, failing)
     errors = records.measures.nmse
-    if len(right) < 2 or not records.limits.assumed or float(errors[failing].max()) > LARGEST_ROUNDING:
+    of_rounding = records.limits.assumed or bool(records.limits.points)  # which are measured costs of an arithmetic
+    if len(right) < 2 or not of_rounding or float(errors[failing].max()) > LARGEST_ROUNDING:
         return False
     return float(np.median(errors[right])) * _ALIKE >= float(np.median(errors[failing]))

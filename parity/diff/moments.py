@@ -248,9 +248,11 @@ _MISREAD: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
 }
 
 
-def likelihoods(ours: Rows, ref: Rows) -> Reading | None:
-    """The reading of logits as probabilities or their logarithms. Only whole rows say so: of a part, the sum is not known."""
-    if not (ours.full().all() and ref.full().all()) or any(prod(shape) < 2 for shape in ref.shapes):
+def likelihoods(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
+    """The reading of logits as probabilities or their logarithms. Only whole rows prove it: of a part, the sum is not known."""
+    if not (ours.full().all() and ref.full().all()):
+        return _less_a_constant(ours, ref, allowed)
+    if any(prod(shape) < 2 for shape in ref.shapes):
         return None
     a, b = wide(ours.values), wide(ref.values)
     if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -262,3 +264,24 @@ def likelihoods(ours: Rows, ref: Rows) -> Reading | None:
     if np.abs(a - np.exp(logarithms)).max() < _LIKELIHOODS * np.exp(logarithms).max():
         return Reading(MOMENT, "probabilities: captured after the soft max", proof=True)
     return None
+
+
+def _less_a_constant(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
+    """The reading of a part of the logits as log-probabilities: the logits less a number of each position, none above what is possible.
+
+    A fault may add a number, too: this proves nothing, but the same soft max follows.
+    """
+    width = int(min(ours.counts.min(), ref.counts.min()))
+    if width < TELLING or len(ours) < 2:
+        return None
+    a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return None
+    less = np.median(b - a, axis=1, keepdims=True)
+    possible = np.sum(np.exp(np.minimum(a, 1.0)), axis=1) <= 1 + _LIKELIHOODS
+    if not possible.all() or not agree(a + less, b, allowed):
+        return None
+    return Reading(
+        MOMENT,
+        "the reference's less a number at each position, of which the soft max is the same: captured after a log soft max?",
+    )

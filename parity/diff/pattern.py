@@ -60,8 +60,10 @@ def diagnose(seen: Evidence) -> Pattern | None:
     if seen.leak:
         return Pattern("causal-mask", "attention gives weight to later positions: the causal mask is missing")
     if seen.alike:
-        why = "the error is equally large at all positions: a lower precision than the limit assumes (--compute q8, bf16, f16)"
-        return Pattern("precision", f"{_where(seen)}, but {why}")
+        why = "a lower precision than the limit assumes (--compute q8, bf16, f16)"
+        if seen.stated in ARITHMETIC and seen.stated:
+            why = f"an arithmetic that costs more than our own {ARITHMETIC[seen.stated]} (digits that are cut off?), or a small fault"
+        return Pattern("precision", f"{_where(seen)}, but the error is equally large at all positions: {why}")
     if seen.point == EMBD:
         return _embedding(seen)
     if (pattern := _decode_only(seen) or _all_but_last(seen)) is not None:

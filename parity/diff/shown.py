@@ -36,5 +36,5 @@ def shown_by(ours: Rows, ref: Rows, allowed: Allowed, others: Others, head_size:
         or (other_position(ours, allowed, same) if same is not None else None)
         or (before_rope(ours, ref, allowed, same) if same is not None else None)
         or other_type(ours, ref, allowed)
-        or (likelihoods(ours, ref) if ours.point == LOGITS else None)
+        or (likelihoods(ours, ref, allowed) if ours.point == LOGITS else None)
     )

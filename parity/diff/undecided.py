@@ -13,7 +13,7 @@ from .dataflow import CACHE
 from .eight_bits import is_noise
 from .few_numbers import FEW, share_of_few
 from .first import BLAMED
-from .limits import EXACT_FLOOR, FUTURE_MASS, GROWTH, LARGEST_ROUNDING, limits
+from .limits import COMPUTES, EXACT_FLOOR, FUTURE_MASS, GROWTH, LARGEST_ROUNDING, limits
 from .noise import BEYOND
 from .one_factor import beside_cut_digits
 from .operations import MIXING, recurrent
@@ -93,6 +93,14 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         or (_of_several_keys(records, name, verdict.pattern.sentence) if code == "from-position-1" and verdict.pattern else "")
     )
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
+
+
+def by_other_experts(records: Records, verdict: Verdict) -> Verdict:
+    """The verdict of a comparison by measured limits, which blames no operation if a near tie may have chosen other experts."""
+    code = verdict.pattern.code if verdict.pattern is not None else ""
+    if not records.limits.points or code not in _OF_POSITIONS or not (sentence := _flipped(records)):
+        return verdict
+    return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
 
 def _unlike_what_follows(records: Records, name: str) -> str:
@@ -206,7 +214,7 @@ def _flipped(records: Records) -> str:
     if records.limits.operations <= EXACT_FLOOR.operations:
         return ""
     # Where nothing states the arithmetic, it may be 8 bits.
-    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWTH * records.limits.operations
+    most = limits(None, None, compute="q8").operations if records.limits.assumed else GROWTH * _of_table(records)
     origins = np.flatnonzero(records.failed & ~records.upstream.failed & (records.measures.nmse > most))
     choices = [
         may_have_flipped(
@@ -223,8 +231,14 @@ def _flipped(records: Records) -> str:
         return ""
     return (
         f"a fault, or other experts: {choices[0]} chooses by a near tie at position {records.token_idx[origins[0]]}, which lower "
-        "arithmetic may decide the other way (record it on both sides, or --model M.gguf)"
+        f"arithmetic may decide the other way (record it on both sides{'' if records.limits.points else ', or --model M.gguf'})"
     )
+
+
+def _of_table(records: Records) -> float:
+    """The table's limit: those that are measured are wide where other experts cost half a row."""
+    measured = records.limits.points and records.stated in COMPUTES
+    return limits(None, None, compute=records.stated).operations if measured else records.limits.operations
 
 
 def _product_alone(records: Records, name: str) -> str:

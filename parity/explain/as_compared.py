@@ -98,6 +98,8 @@ def _in_stated_noise(case: Case, answer: Explanation, options: ExplainOptions) -
 def _left_open(verdict: Verdict, answer: Explanation) -> Explanation:
     """An answer that found nothing, left open if a comparison leaves open whether a fault or another arithmetic made its first place."""
     first, pattern = verdict.first_divergence, verdict.pattern
+    if answer.law not in ("", NOT_RECORDED):
+        return answer  # it says by itself that this may be an arithmetic's noise
     if verdict and verdict.precision is not None and verdict.precision.arithmetic in KINDS:
         lower = ARITHMETIC[verdict.precision.arithmetic]
         sentence = (
@@ -105,10 +107,11 @@ def _left_open(verdict: Verdict, answer: Explanation) -> Explanation:
             "rounds in another way"
         )
         return replace(answer, law="", leads=(), placed=None, left_open=sentence)
-    same = first is not None and answer.first is not None and first.checkpoint == answer.first.checkpoint
-    if not same or pattern is None or pattern.code not in _OPEN:
+    if first is None or answer.first is None or first.checkpoint != answer.first.checkpoint:
         return answer
-    return replace(answer, law="", leads=(), left_open=pattern.sentence)
+    if pattern is None or pattern.code not in _OPEN:
+        return answer
+    return replace(answer, law="", leads=(), left_open=_said(verdict, first.checkpoint)[1] or pattern.sentence)
 
 
 def _agrees(verdict: Verdict, answer: Explanation) -> bool:

@@ -32,7 +32,7 @@ def causes_of(case: Case, search: Search, start: SearchState, best: SearchState)
             for entry, now in zip(case.entries, after.nmse, strict=True)
         ]
         others = _that_differ(state, candidate, search.equal(best, best.faults.index(candidate)))
-        named = _named(candidate, state)
+        named = _named(candidate, state, search.screening.right)
         if _smaller_fits(search, state, candidate, after):
             others = [other for other in others if other.fault.name != candidate.fault.name]
             named = replace(named, sentence=f"{named.sentence}; smaller ones give the same numbers")
@@ -45,7 +45,7 @@ def causes_of(case: Case, search: Search, start: SearchState, best: SearchState)
                 symptom=candidate.fault.symptom,
                 fix=candidate.fault.fix,
                 seen=candidate.fault.seen,
-                equivalent=tuple(_named(other, state) for other in others),
+                equivalent=tuple(_named(other, state, search.screening.right) for other in others),
                 apart=apart(case, state, candidate, others, search.screening.budget),
             )
         )
@@ -126,11 +126,13 @@ def _smaller_fits(search: Search, state: SearchState, candidate: Candidate, afte
     return reached is not None and reached.first == after.first
 
 
-def _named(candidate: Candidate, state: SearchState) -> Named:
+def _named(candidate: Candidate, state: SearchState, right: Sequence[Step]) -> Named:
+    """A candidate in words; `right` are the model's own steps, which the state's faults may have changed."""
     changed = {step.makes for step in _changed(state, candidate)} if candidate.fault.shows is None else set()
     # What this model wants is what the changed steps have: layers may differ in it.
-    first = {name: step for name, step in state.planting.right.items() if name in changed}
-    number = remarks_on_number(candidate, StepsByName({**first, **state.planting.right}))
+    own = {step.makes: step for step in right}
+    first = {name: own.get(name, step) for name, step in state.planting.right.items() if name in changed}
+    number = remarks_on_number(candidate, StepsByName({**first, **own}))
     number += _where_wrong(state, first) if number and candidate.layers is None else ""
     sentence = candidate.fault.sentence(candidate.parameters)
     return Named(

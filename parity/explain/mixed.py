@@ -20,6 +20,7 @@ from engine.replay.precision import rounded, stored
 from reports.sentences import ARITHMETIC, kept_in
 
 from ..diff.limits import EXACT_FLOOR, limits
+from ..diff.one_factor import beside_cut_digits
 from ..diff.scatter import SIMILAR, is_scatter, spares_elements
 from .case import Case
 from .precision import KINDS, LOWER, UPPER, cosine, mean_cost
@@ -90,8 +91,13 @@ def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     """
     right = np.where(known, entry.taken(case.replay.on_host[entry.point], case.positions), 0.0)
     rows = known.any(axis=1)
-    if not is_scatter(right[rows] + errors[rows], right[rows]) or spares_elements(errors, right, known):
+    if spares_elements(errors, right, known):
         return ""
+    if not is_scatter(right[rows] + errors[rows], right[rows]):
+        # Digits that are cut off make all values smaller, beside noise.
+        left = beside_cut_digits(errors[rows], right[rows], "bf16")
+        if left is None or not is_scatter(right[rows] + left, right[rows]):
+            return ""
     off = np.linalg.norm(errors[rows], axis=1) / np.maximum(np.linalg.norm(right[rows], axis=1), np.finfo(np.float64).tiny)
     # Where experts may be chosen otherwise our own rounding "costs" half of a row: that much is no noise.
     if off.max() > np.sqrt(SIMILAR) * off.min() or off.max() ** 2 > _LOWEST.operations:

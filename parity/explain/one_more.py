@@ -1,11 +1,13 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import isclose
 
 import numpy as np
 from msgspec.structs import replace
 
 from engine.faults import FITTED_PARTS
+from engine.graph import Step
 
 from .batch import beyond
 from .fits import fitted, order_of_number
@@ -23,6 +25,7 @@ _FITTED_LAYERS = 6  # single layers in which numbers are fitted: a fit is some t
 # Errors below this are float32's own noise over 24 layers, which is 7e-13 (`diff.limits.EXACT_FLOOR`): none is better than another.
 SAME_NOISE = 1e-12
 _SPOILT = 100.0  # limits that a record is far over: a fitted number may leave one that was below its limit a little above it
+_FITTED = 1e-2  # within which a number that was fitted to a record of rounding's size is the right one
 _DIGITS_LEAVE = 1e-8  # NMSE that a number with the fewest digits within the usual limits (1e-9 at the logits) stays below
 
 
@@ -43,6 +46,18 @@ def spoils(entries: Sequence[Expected], before: SearchState, after: SearchState)
     )
 
 
+def _same(step: Step, right: Step) -> bool:
+    """Whether two steps compute the same, up to the digits of a number that was fitted."""
+
+    def alike(name: str) -> bool:
+        mine, other = step.params[name], right.params[name]
+        numbers = isinstance(mine, float) and isinstance(other, float)
+        return isclose(mine, other, rel_tol=_FITTED) if numbers else bool(mine == other)
+
+    same = (step.op, step.reads, step.weights) == (right.op, right.reads, right.weights)
+    return same and step.params.keys() == right.params.keys() and all(map(alike, right.params))
+
+
 class OneMore:
     """Plants one more fault in a state: every candidate of the catalogue that its place allows, with one screening. Answers are cached."""
 
@@ -51,6 +66,17 @@ class OneMore:
         self._right = {step.makes: step for step in screening.right}
         self._cached: dict[tuple[str, ...], list[SearchState]] = {}
         self._stages: dict[tuple[str, ...], list[list[Candidate]]] = {}
+
+    def undoes(self, before: SearchState, after: SearchState) -> bool:
+        """Whether a further fault makes a step right again that an earlier one changed: that one is in fewer places, or is none."""
+        return any(
+            step is not (old := before.planting.right.get(step.makes))
+            and old is not None
+            and (right := self._right.get(step.makes)) is not None
+            and old is not right
+            and _same(step, right)
+            for step in after.steps
+        )
 
     def _further(self, state: SearchState, single: bool) -> list[SearchState]:
         """States that get beyond the state's first place by one more fault, the best first.

@@ -65,7 +65,11 @@ class PrecisionFloor(Struct, frozen=True):
     def limits(self, entries: Sequence[Expected], most: float) -> list[Floats]:
         """Of each point, the limits of its records, [R], that `most` times this arithmetic's cost gives (`_limit_of_each`)."""
         both = zip(entries, self.products, self.storage, strict=True)
-        return [np.fmax(*(_limit_of_each(cost, entry.energy, most) for cost in costs)) for entry, *costs in both]
+        shares = [share_of_usual(entry.pair.ref.stats["l2"] ** 2) for entry in entries]  # of the right rows, not the dump's
+        return [
+            np.fmax(*(_limit_of_each(cost, share, most) for cost in costs))
+            for share, (_, *costs) in zip(shares, both, strict=True)
+        ]
 
 
 def mean_cost(cost: Floats) -> float:
@@ -74,13 +78,12 @@ def mean_cost(cost: Floats) -> float:
     return float(known.mean()) if len(known) else 0.0
 
 
-def _limit_of_each(cost: Floats, energy: Floats, most: float) -> Floats:
+def _limit_of_each(cost: Floats, share: Floats, most: float) -> Floats:
     """The limit of each record of a point, [R]: `most` times the mean cost of its usual rows.
 
-    A row that is all but zero costs any multiple of itself: it counts in proportion to the usual row, and has a limit of its own, at most
-    what the mean over all rows would give.
+    A row that is all but zero (by its `share` of a usual one) costs any multiple of itself: it counts in proportion to the usual row, and
+    has a limit of its own, at most what the mean over all rows would give.
     """
-    share = share_of_usual(energy)
     with np.errstate(invalid="ignore", divide="ignore"):
         usual = most * mean_cost(cost * share)
         return np.fmax(usual, np.fmin(usual / share, most * mean_cost(cost)))

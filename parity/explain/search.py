@@ -107,7 +107,8 @@ class Search:
         seen: set[tuple[float, ...]] = set()
         for follower in states:
             errors = tuple(float(f"{errors.max():.3g}") for errors in follower.nmse)
-            if errors in seen or spoils(self.screening.entries, state, follower):
+            spoilt = spoils(self.screening.entries, state, follower) or self._one_more.undoes(state, follower)
+            if errors in seen or spoilt:
                 continue
             seen.add(errors)
             best = min(best, self.one_by_one(follower, depth - (len(follower.faults) - len(state.faults))), key=self.rank)
