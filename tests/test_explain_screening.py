@@ -88,6 +88,21 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
         assert np.abs(alone - shown["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
+@pytest.mark.parametrize("name", slow_but(["mamba", "minimax-01", "deepseek32"], "mamba"))
+def test_a_fault_of_a_layer_and_of_the_final_norm_is_named(
+    name: str, small_model: Callable[..., Path], reference: Reference
+) -> None:
+    """A fault of one layer may change steps of no layer, too: what it does is not known from that layer's output alone."""
+    model = small_model(name)
+    engine = Faulty(model, reference.graph(model))
+    prompt = tokens_of(model, 8, seed=1)
+    parameters = CATALOGUE["norm-weight-missing"].variants({step.makes: step for step in engine.right})[0]
+    planted = Planted((("norm-weight-missing", parameters, (1,)),))
+    dump = engine.dump(planted, prompt, points="embd,output_norm,logits")
+    answer = explain(dump, model, ExplainOptions(tokens=prompt, budget=PATIENT.budget))
+    assert [cause.named.fault for cause in answer.causes] == ["norm-weight-missing"]
+
+
 class _Chosen(Likely):
     """Of the candidates every so many are likely; none if that is 0."""
 

@@ -90,7 +90,8 @@ def elementwise(step: Step) -> bool:
     if not isinstance(step.op, GgmlOperation) or step.op.name not in _ELEMENTWISE or step.weights:
         return False
     shape, of_operands = step.params["shape"], step.params["operands"]
-    alike = all(operand is not None and operand.shape == shape for operand in of_operands)
+    result = step.params["result_shape"]
+    alike = all(operand is not None and operand.shape == shape and operand.whole == result for operand in of_operands)
     read = len(of_operands) == len(step.reads) and all(isinstance(read, str) for read in step.reads)
     return alike and read and step.params.keys() <= _PLAIN
 

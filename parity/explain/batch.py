@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from checkpoints.points import EMBD, in_layer
 from engine.backend import Array, all_equal, module_of
+from engine.faults.base import layer_near
 from engine.graph import GIVEN, Step
 from engine.inapplicable import NotApplicable
 from engine.replay.replay import Edits
@@ -41,6 +42,9 @@ class BatchScreening(AtFirstPlace):
         self.carried_from = layers[0] if layers and after else None
         self.name = self._point if self.carried_from is None else in_layer(self.carried_from, "l_out")
         self._end = state.order[self.name] + 1
+        self._place = state.order[self._point] + 1
+        #: Whether steps of no layer lie between that layer and the place: a candidate in the layer may change them, too.
+        self._outside = any(layer_near(step) is None for step in state.steps[self._end : self._place])
         self._known = GIVEN | {name for step in state.steps for name in (step.makes, *step.names)}
         self._before = frozenset(entry.point for entry in screening.entries[: self._first.point]) - state.shown
         #: Whether a fault that looks ahead is planted already: not one that only changes what is shown.
@@ -49,6 +53,16 @@ class BatchScreening(AtFirstPlace):
     def edits(self, candidates: Sequence[Candidate]) -> dict[int, Edits]:
         """The changes of each candidate, by its number, that the first recorded point does not contradict at once."""
         return self._edits(candidates, self._not_soon_wrong(candidates), self._end)
+
+    def changes_later(self, candidate: Candidate) -> bool:
+        """Whether a candidate changes steps after the layer whose output is carried on, such as the final norm."""
+        if not self._outside:
+            return False
+        try:
+            edits = self._state.planting.edits(candidate.fault, candidate.layers, candidate.parameters, self._place)
+        except NotApplicable:
+            return False
+        return any(number >= self._end for number in edits)
 
     def outputs(
         self, candidates: Sequence[Candidate], edits: dict[int, Edits], waiting: Sequence[int], rows: int

@@ -95,7 +95,7 @@ class Sweep(AtFirstPlace):
             for layers, number, errors in self._errors(values, rows):
                 if self._judged(errors, rows, number, scopes[layers].results):
                     scopes[layers].waiting.append(number)
-        return {layers: [*self._together(scope), *self._alone(candidates[layers])] for layers, scope in scopes.items()}
+        return {layers: [*self._together(scope), *self._alone(layers, candidates[layers])] for layers, scope in scopes.items()}
 
     def _begin(self, layers: Layers, scope: _Scope, likely: Likely | None) -> None:
         """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
@@ -206,17 +206,22 @@ class Sweep(AtFirstPlace):
                 yield from ((layers, number, error) for number in numbers)
 
     def _scope(self, layers: Layers, candidates: Sequence[Candidate]) -> _Scope:
-        some = [each for each in candidates if computed_together(self._screening, self._state, each)]
+        some = [each for each in candidates if self._is_carried(layers, each)]
         return _Scope(self._batches[layers], some, {}, [], {})
+
+    def _is_carried(self, layers: Layers, candidate: Candidate) -> bool:
+        """Whether a candidate can be computed with others up to its layer's output, and carried on from there."""
+        together = computed_together(self._screening, self._state, candidate)
+        return together and not self._batches[layers].changes_later(candidate)
 
     @staticmethod
     def _together(scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
         return ((scope.candidates[number], scope.results[number]) for number in sorted(scope.results))
 
-    def _alone(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+    def _alone(self, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
         """The candidates that cannot be computed together with others, and how far they get."""
         for candidate in candidates:
-            if computed_together(self._screening, self._state, candidate):
+            if self._is_carried(layers, candidate):
                 continue
             if self._screening.budget.over():
                 return
