@@ -100,6 +100,8 @@ _WITHOUT = {
 
 
 def _operand(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if parameters["on"] == "up" and kind_of(step).startswith("ffn_moe"):
+        raise NotApplicable(f"{step.makes}: experts whose gate and up are exchanged have an entry of their own")
     return replace(_silu_gated(step), op=_OPERANDS[parameters["on"]])
 
 
