@@ -88,11 +88,14 @@ def test_candidates_are_computed_together_as_one_by_one(engine: Faulty) -> None:
         assert np.abs(alone - shown["logits"]).max() < 1e-5 * np.abs(alone).max(), fault.name
 
 
-@pytest.mark.parametrize("name", slow_but(["mamba", "minimax-01", "deepseek32"], "mamba"))
+@pytest.mark.parametrize("name", slow_but(["mamba", "minimax-01", "deepseek32", "grovemoe"], "mamba", "grovemoe"))
 def test_a_fault_of_a_layer_and_of_the_final_norm_is_named(
     name: str, small_model: Callable[..., Path], reference: Reference
 ) -> None:
-    """A fault of one layer may change steps of no layer, too: what it does is not known from that layer's output alone."""
+    """A fault of one layer may change steps of no layer, too: what it does is not known from that layer's output alone.
+
+    In grovemoe others beside it, computed together, name experts that do not exist.
+    """
     model = small_model(name)
     engine = Faulty(model, reference.graph(model))
     prompt = tokens_of(model, 8, seed=1)

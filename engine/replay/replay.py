@@ -4,7 +4,7 @@ All positions are one pass. Rows do not depend on how the sequence was cut into 
 `passes`; so one replay stands for a prompt and the tokens generated after it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -201,7 +201,7 @@ class Replay:
             step = prepared
         try:
             value = self._compute(step, changed)
-        except ValueError as error:  # NumPy's: shapes that do not go together, where the fault does not fit this model
+        except (ValueError, IndexError) as error:  # NumPy's: no such shapes or rows, where the fault does not fit this model
             raise NotApplicable(f"{step.makes}: {error}") from error
         if right is not None:
             before = self.values[step.makes]
@@ -266,19 +266,8 @@ class Replay:
         reading = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
         reading = [pair for pair in reading if not pair[1].keys().isdisjoint(step.names)]
         same = [pair for pair in reading if self._shaped_alike(step, pair[1])] if reading and can_batch(step) else []
-        if len(same) < len(reading):
-            alone.update({version for version, _ in reading} - {version for version, _ in same})
-        for version in alone:
-            values = changed[version]
-            if values is None:
-                continue
-            if stop():
-                return
-            try:
-                for edited in edits[version].get(number, (step,)):
-                    self._changes(edited, values)
-            except NotApplicable:
-                changed[version] = None
+        alone.update({version for version, _ in reading} - {version for version, _ in same})
+        self._advance_each(number, edits, alone, changed, stop)
         if not same:
             return
         right = self.values[step.makes]
@@ -286,11 +275,28 @@ class Replay:
             self._xp.concatenate([values.get(name, known) for _, values in same])
             for name, known in ((name, self.values[name]) for name in step.names)
         ]
-        batch = compute_batch(step, inputs, len(same), self.weights)
+        try:
+            batch = compute_batch(step, inputs, len(same), self.weights)
+        except (ValueError, IndexError):  # one of them names an expert that does not exist
+            self._advance_each(number, edits, [version for version, _ in same], changed, stop)
+            return
         differs = (batch != right).reshape(len(same), -1).any(axis=1).tolist()
         for (_, values), new, other in zip(same, batch, differs, strict=True):
             if other:
                 values[step.makes] = new
+
+    def _advance_each(
+        self, number: int, edits: Sequence[Edits], versions: Iterable[int], changed: list[Values | None], stop: Stop
+    ) -> None:
+        """One step of `run_batch`, version by version."""
+        for version, values in [(version, values) for version in versions if (values := changed[version]) is not None]:
+            if stop():
+                return
+            try:
+                for edited in edits[version].get(number, (self.steps[number],)):
+                    self._changes(edited, values)
+            except NotApplicable:
+                changed[version] = None
 
     def _shaped_alike(self, step: Step, values: Values) -> bool:
         """Whether a version's values that a step reads have the right ones' shapes: an edit may leave a value with other axes."""
