@@ -20,6 +20,7 @@ from engine.faults import CATALOGUE, as_recorded, plant
 from engine.faults.edits import Then
 from engine.graph import Step
 from engine.halves import as_encoder, decoder_alone, encoder_alone
+from engine.inapplicable import NotApplicable
 from engine.opened import open_plain
 from engine.replay.precision import rounded
 from engine.transformer import Transformer
@@ -107,6 +108,13 @@ def test_a_fault_of_the_decoder(engine: Transformer, tmp_path: Path) -> None:
     assert named(explanation) == ["transposed"]
     assert explanation.causes[0].named.sentence.startswith("in the decoder, ")
     assert explanation.causes[0].named.layers == (1,)
+
+
+def test_an_encoder_has_no_causal_mask_to_lose(engine: Transformer) -> None:
+    """Its positions see later ones in a right engine: a missing causal mask is a cause in the decoder alone."""
+    assert plant(engine.steps, CATALOGUE["no-causal-mask"]) != list(engine.steps)
+    with pytest.raises(NotApplicable):
+        plant(encoder_alone(engine.encoder or ()), CATALOGUE["no-causal-mask"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from checkpoints.rules import visible
 
 from ..backend import Array
 from ..graph import PASSES, History, Step
+from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps
 
 _SOFT = ("kq_soft_max",)
@@ -77,6 +78,8 @@ def _with_mask(step: Step, mask: str) -> Step:
 
 def _mask(name: str | None = None) -> Any:
     def change(step: Step, _right: Steps, parameters: Parameters) -> Step:
+        if name is not None and step.params.get("window") in ("all", "symmetric"):
+            raise NotApplicable(f"{step.makes} sees later positions in a right engine, too")
         return _with_mask(step, name or parameters["mask"])
 
     return change
