@@ -104,6 +104,11 @@ def _altered(change: Callable[[Array], Array]) -> Edit:
     )
 
 
+def _queries_unscaled(step: Step, _right: Steps) -> Step:
+    root = np.float32(np.sqrt(step.params["operands"][0].shape[-1].fixed))  # of the head's size: the value handed over is flat
+    return replace(step, op=WithInput(step.op, 0, lambda queries: queries * root))
+
+
 FURTHER = {
     "Llama 3's factors unread": Bug("felafax/felafax#59", "llama3-factors", {"q_rope k_rope": _without_weights}, "rope-factors-ignored"),
     "base of 10000": Bug("lyogavin/airllm#368", "llama3-factors", {"q_rope k_rope": _params(base=1e4)}, "rope-base"),
@@ -148,7 +153,7 @@ FURTHER = {
     ),
     "queries of the delta rule unscaled": Bug(
         "ml-explore/mlx-lm#1799", "qwen3next",
-        {"GATED_DELTA_NET": lambda step, _: replace(step, op=WithInput(step.op, 0, lambda q: q * np.float32(np.sqrt(q.shape[-1]))))},
+        {"GATED_DELTA_NET": _queries_unscaled},
         "delta-query-scale",
     ),
 }  # fmt: skip
