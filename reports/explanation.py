@@ -94,7 +94,7 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
     rows = [
         ("cause", f"{named.fault}: {named.sentence}{layers_text(named.layers, left_over=left_over)}"),
         *([("begins", _begins(explanation, explanation.first))] if not number and explanation.first is not None else []),
-        ("numbers", f"{together} {total}, worst NMSE {error(cause.nmse)}" if cause.records else _WITH_NEXT),
+        ("numbers", cause.hidden or (f"{together} {total}, worst NMSE {error(cause.nmse)}" if cause.records else _WITH_NEXT)),
         ("looks", cause.symptom),
         ("fix", cause.fix),
         ("seen in", cause.seen),
@@ -294,6 +294,7 @@ def _cause_as_json(cause: Cause) -> dict[str, Any]:
         "seen": cause.seen,
         "equivalent": [_named_as_json(other) for other in cause.equivalent],
         "apart": cause.apart or None,
+        "hidden": cause.hidden or None,
     }
 
 

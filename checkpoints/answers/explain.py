@@ -21,6 +21,7 @@ class Cause(Struct, frozen=True):
 
     `explained` is the fraction of the differing records that it (with the causes before it) reproduces, `nmse` the worst error
     among those, `equivalent` other faults with the same numbers, `apart` a sentence on what would distinguish them.
+    `hidden`: how its effect was found where every record passes as an arithmetic's noise; or "". `explained` is then a share of the error.
     """
 
     named: Named
@@ -32,6 +33,7 @@ class Cause(Struct, frozen=True):
     seen: str
     equivalent: tuple[Named, ...] = ()
     apart: str = ""
+    hidden: str = ""
 
 
 class Lead(Struct, frozen=True):

@@ -32,7 +32,7 @@ def causes_of(case: Case, search: Search, start: SearchState, best: SearchState)
             for entry, now in zip(case.entries, after.nmse, strict=True)
         ]
         others = _that_differ(state, candidate, search.equal(best, best.faults.index(candidate)))
-        named = _named(candidate, state, search.screening.right)
+        named = in_words(candidate, state, search.screening.right)
         if _smaller_fits(search, state, candidate, after):
             others = [other for other in others if other.fault.name != candidate.fault.name]
             named = replace(named, sentence=f"{named.sentence}; smaller ones give the same numbers")
@@ -45,7 +45,7 @@ def causes_of(case: Case, search: Search, start: SearchState, best: SearchState)
                 symptom=candidate.fault.symptom,
                 fix=candidate.fault.fix,
                 seen=candidate.fault.seen,
-                equivalent=tuple(_named(other, state, search.screening.right) for other in others),
+                equivalent=tuple(in_words(other, state, search.screening.right) for other in others),
                 apart=apart(case, state, candidate, others, search.screening.budget),
             )
         )
@@ -126,7 +126,7 @@ def _smaller_fits(search: Search, state: SearchState, candidate: Candidate, afte
     return reached is not None and reached.first == after.first
 
 
-def _named(candidate: Candidate, state: SearchState, right: Sequence[Step]) -> Named:
+def in_words(candidate: Candidate, state: SearchState, right: Sequence[Step]) -> Named:
     """A candidate in words; `right` are the model's own steps, which the state's faults may have changed."""
     changed = {step.makes for step in _changed(state, candidate)} if candidate.fault.shows is None else set()
     # What this model wants is what the changed steps have: layers may differ in it.

@@ -24,6 +24,7 @@ from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened, without_table
+from .hidden import with_hidden
 from .laws import WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
@@ -148,7 +149,8 @@ def _of_all_records(
         next="" if kinds else answer.next,
     )
     answer = standing_out(case, answer, kinds)
-    return contradicted(case, answer) if start.first is None and not noise else answer, best
+    answer = contradicted(case, answer) if start.first is None and not noise else answer
+    return with_hidden(case, search, start, answer, budget), best
 
 
 def _best(

@@ -1,0 +1,176 @@
+"""A fault whose effect is smaller than a lower arithmetic's noise: the noise hides its size, not its direction.
+
+Every entry of the catalogue is planted in all layers, and the dump's error is measured along what that changes: once the effect where the
+fault is there, nothing where it is not.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation
+from checkpoints.points import parse
+from engine.faults import CATALOGUE
+from engine.inapplicable import NotApplicable
+from engine.replay.replay import Edits
+from reports.sentences import ARITHMETIC
+
+from .budget import Budget
+from .case import Case
+from .causes import in_words
+from .directions import Along, Directions
+from .records import Expected, Floats
+from .search import Search
+from .state import Candidate, SearchState
+
+_OF_BUDGET = 0.3  # the share of the time that is left
+_TOGETHER, _ROWS = 64, 1024  # candidates, and rows, that are computed at once
+# What is asked of the effect at the first layer alone, before it is computed everywhere.
+_FIRST_REMOVED, _FIRST_TIMES = 0.02, (0.4, 2.5)
+REMOVED, TIMES, SURE, EACH = 0.15, 0.25, 6.0, 0.8
+POINTS, RECORDS, ELEMENTS = 2, 5.0, 60.0
+_AS_WELL = 0.9  # of what the best one removes: what removes as much cannot be told from it
+
+
+class _Found(Struct, frozen=True):
+    candidate: Candidate
+    along: Along
+    effect: Floats
+
+
+def with_hidden(case: Case, search: Search, start: SearchState, answer: Explanation, budget: Budget) -> Explanation:
+    """The answer that differences are an arithmetic's noise or, if that hides an entry's effect, the answer with that cause."""
+    kind = answer.precision_only
+    if not (answer and kind) or budget.late:
+        return answer
+    directions = Directions(case, kind, case.entries)
+    found = sorted(_found(case, kind, start, directions, budget.part(_OF_BUDGET)), key=lambda one: -one.along.removed)
+    if not found:
+        return answer
+    best, *others = found
+    alike = [other for other in others if other.along.removed >= _AS_WELL * best.along.removed]
+    fault, right = best.candidate.fault, search.screening.right
+    cause = Cause(
+        named=in_words(best.candidate, start, right),
+        explained=best.along.removed,
+        records=0,
+        nmse=0.0,
+        symptom=fault.symptom,
+        fix=fault.fix,
+        seen=fault.seen,
+        equivalent=tuple(in_words(other.candidate, start, right) for other in alike),
+        hidden=f"hidden in the noise of {ARITHMETIC[kind]}, in which every record passes: its effect is in yours "
+        f"{best.along.times:.2f} ± {best.along.spread:.2f} times, and is {best.along.removed:.0%} of your error",
+    )
+    place = _place(case, directions, best.effect)
+    return replace(
+        answer,
+        causes=(cause,),
+        first=place,
+        remaining=None,
+        precision_only="",
+        precision_alike=(),
+        precision_assumed=False,
+        next="",
+    )
+
+
+def is_hidden(along: Along) -> bool:
+    """Whether an error has an effect in it."""
+    return (
+        along.removed >= REMOVED
+        and abs(along.times - 1) <= TIMES
+        and along.times >= SURE * along.spread
+        and along.by_position >= EACH
+        and along.by_point >= EACH
+        and along.points >= POINTS
+        and along.records >= RECORDS
+        and along.elements >= ELEMENTS
+    )
+
+
+def _found(case: Case, kind: str, start: SearchState, directions: Directions, budget: Budget) -> Iterator[_Found]:
+    """The entries whose effect is in the error."""
+    for candidate in _promising(case, kind, start, budget):
+        if budget.over():
+            return
+        try:
+            values = case.replay.changed(candidate.planted(start))
+        except NotApplicable:
+            continue
+        host = case.transformer.backend.to_host
+        effect = directions.effect({name: host(value) for name, value in values.items() if name in directions.points})
+        if effect is not None and is_hidden(along := directions.along(effect)):
+            yield _Found(candidate, along, effect)
+
+
+def _promising(case: Case, kind: str, start: SearchState, budget: Budget) -> Iterator[Candidate]:
+    """The entries in all layers that the error at the end of the first recorded layer does not contradict, or that do not act there."""
+    first = _of_first_layer(case.entries)
+    here = Directions(case, kind, [first])
+    end = start.order[first.point] + 1
+    waiting: list[tuple[Candidate, Edits]] = []
+    most = max(1, min(_TOGETHER, _ROWS // len(case.positions)))
+    for candidate in _candidates(start):
+        if budget.over():
+            return
+        try:
+            edits = start.planting.edits(candidate.fault, None, candidate.parameters, end)
+        except NotApplicable:
+            continue
+        if not edits:
+            yield candidate
+            continue
+        waiting.append((candidate, edits))
+        if len(waiting) >= most:
+            yield from _not_contradicted(case, here, first.point, waiting, end, budget)
+            waiting = []
+    if waiting:
+        yield from _not_contradicted(case, here, first.point, waiting, end, budget)
+
+
+def _not_contradicted(
+    case: Case, here: Directions, point: str, waiting: list[tuple[Candidate, Edits]], end: int, budget: Budget
+) -> Iterator[Candidate]:
+    runs = case.replay.run_batch(
+        [edits for _, edits in waiting], end, frozenset(), lambda _, values: [True] * len(values), budget.over
+    )
+    for (candidate, _), values in zip(waiting, runs, strict=True):
+        if values is None:
+            continue
+        if point not in values:
+            yield candidate
+            continue
+        effect = here.effect({point: case.transformer.backend.to_host(values[point])})
+        if effect is None:
+            continue
+        along = here.along(effect)
+        if along.removed >= _FIRST_REMOVED and _FIRST_TIMES[0] < along.times < _FIRST_TIMES[1]:
+            yield candidate
+
+
+def _candidates(start: SearchState) -> Iterator[Candidate]:
+    """Every variant without a number of its own: one that is small enough has an effect of any size."""
+    for fault in CATALOGUE.values():
+        if fault.shows is None:
+            for parameters in fault.variants(start.planting.right):
+                if not any(isinstance(value, float) for value in parameters.values()):
+                    yield Candidate(fault, parameters)
+
+
+def _of_first_layer(entries: list[Expected]) -> Expected:
+    """The last point of the first recorded layer; the last point if there is none."""
+    layers = [layer for entry in entries if (layer := parse(entry.point).layer) is not None]
+    return [entry for entry in entries if not layers or parse(entry.point).layer == min(layers)][-1]
+
+
+def _place(case: Case, directions: Directions, effect: Floats) -> DivergentPlace:
+    """The record with the largest effect, in units of the noise there."""
+    point, position = directions.largest(effect)
+    entry = next(entry for entry in case.entries if entry.point == point)
+    here = entry.rows == position
+    return DivergentPlace(
+        point, int(case.positions[position]), float(np.max(entry.base[here])), float(np.max(entry.limit[here]))
+    )

@@ -1,0 +1,88 @@
+"""`parity explain` finds a fault in all layers that the noise of a stated arithmetic hides, by the direction of its effect."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from explaining import PROMPT, RIGHT, small_engine
+from msgspec.structs import replace
+from planted import Faulty
+
+from checkpoints.answers.explain import Explanation
+from engine.backend import Array
+from engine.faults import CATALOGUE, plant
+from engine.graph import Step
+from engine.replay.precision import ROUNDINGS, rounded
+from parity.explain.explain import ExplainOptions, explain
+from reports.explanation import as_json, lines
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """A small qwen2."""
+    return small_engine(tmp_path_factory.mktemp("hidden"))
+
+
+def _bf16_cut_off(x: Array) -> Array:
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _q8_by_rows(x: Array) -> Array:
+    scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30)) / np.float32(127)
+    return (np.rint(x / scale) * scale).astype(np.float32)
+
+
+# Engines that round in another way than ours: digits are cut off, a row has one scale.
+_ROUNDINGS = {"bf16": _bf16_cut_off, "q8": _q8_by_rows}
+_FAULTS = [
+    {"part": 1, "axis": "rows", "at": ("ffn_gate",)},
+    {"part": 1, "axis": "columns", "at": ("q",)},
+]
+
+
+def _explained(engine: Faulty, kind: str, steps: Sequence[Step]) -> Explanation:
+    def op(own: Callable[..., Array]) -> Callable[..., Array]:
+        def rounding(*inputs: Any, **params: Any) -> Array:
+            with patch.dict(ROUNDINGS, {kind: _ROUNDINGS[kind]}):
+                return own(*inputs, **params)
+
+        return rounding
+
+    lower = [replace(step, op=op(step.op)) for step in rounded(steps, kind, storage=False)]
+    dump = engine.dump(RIGHT, PROMPT, steps=lower, bare=False)
+    assert dump.header is not None
+    return explain(replace(dump, header=replace(dump.header, compute=kind)), engine.model, ExplainOptions(budget=600.0))
+
+
+@pytest.mark.parametrize("parameters", _FAULTS)
+def test_a_fault_below_the_noise_is_named_by_its_direction(engine: Faulty, parameters: dict[str, Any]) -> None:
+    """Every record passes as the arithmetic's noise, and the cause says that it was found inside it, and how surely."""
+    answer = _explained(engine, "q8", plant(engine.right, CATALOGUE["part-missing"], None, **parameters))
+    assert not answer
+    assert [(cause.named.fault, cause.named.parameters) for cause in answer.causes] == [("part-missing", parameters)]
+    assert answer.causes[0].hidden.startswith("hidden in the noise of ")
+    assert answer.remaining is None
+    assert as_json(answer)["causes"][0]["hidden"] == answer.causes[0].hidden
+    assert any("its effect is in yours" in line.plain for line in lines(answer, 300))
+
+
+@pytest.mark.parametrize("kind", sorted(_ROUNDINGS))
+def test_an_engine_without_a_fault_has_none_in_its_noise(engine: Faulty, kind: str) -> None:
+    """The same arithmetic without a fault has no entry's direction."""
+    answer = _explained(engine, kind, engine.right)
+    assert answer
+    assert answer.causes == ()
+    assert answer.precision_only == kind
+
+
+def test_an_error_of_no_entry_is_not_given_a_name(engine: Faulty) -> None:
+    """What nothing in the catalogue does, and noise hides, stays what it looks like: no direction is near enough."""
+    scaled = [
+        replace(step, op=lambda *inputs, own=step.op, **params: own(*inputs, **params) * np.float32(1.02))
+        if step.makes.endswith(".v")
+        else step
+        for step in engine.right
+    ]
+    assert _explained(engine, "q8", scaled).causes == ()
