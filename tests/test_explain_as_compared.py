@@ -118,3 +118,11 @@ def test_digits_that_are_cut_off_are_left_open(engine: Faulty, compute: str) -> 
     assert not answer.causes
     assert answer or answer.left_open
     assert answer.placed is None
+
+
+@pytest.mark.slow
+def test_eight_bits_that_a_header_states_are_allowed_for(engine: Faulty) -> None:
+    """A header's "q8" is what --compute q8 is: the fault of an engine with 8-bit activations is named, not their first rounding."""
+    answer = explained(engine, "blk.1.ffn_up", 1.3, "q8", stated=True, points="*")
+    assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
+    assert answer.remaining is None

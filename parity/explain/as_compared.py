@@ -71,6 +71,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         last_agreement=None if agreed is None else agreed.checkpoint,
         differing=int(compared.records.failed.sum()),
         law=law,
+        rounds=False,
         left_open=left_open,
         placed=answer.placed if answer else None,
         notes=(*answer.notes, *note),
