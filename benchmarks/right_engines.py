@@ -52,7 +52,8 @@ from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
 from parity.diff.readings import TYPE
 from parity.explain import budget
-from parity.explain.explain import ExplainOptions, explain
+from parity.explain.case import ExplainOptions
+from parity.explain.input import explain_dump
 from parity.explain.on_model import compared_on
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.lint.lint import lint
@@ -192,7 +193,7 @@ def judged(model: Model, ours: Dump, way: Written, kind: Kind, *, explained: boo
             answers[name] = "right"
     if not explained:
         return answers
-    answer = explain(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
+    answer = explain_dump(ours, model.path, ExplainOptions(tokens=model.tokens, budget=_BUDGET, compute=compute))
     named = mixed and bool(answer.causes) and all(cause.named.fault == "weights-rounded" for cause in answer.causes)
     if (named or not answer.causes) and any(sentence in answer.law for sentence in _OF_ROUNDING):
         answers["explain"] = f"suspected: {answer.law}"

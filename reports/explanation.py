@@ -46,7 +46,7 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     if explanation and (seen := rows_seen(explanation.seen)):
         yield from _lines([("seen", f"{seen}: the rest of the rows is unknown")], width)
     if explanation.truth is not None:
-        coarse = bool(explanation) or bool(explanation.left_open)
+        coarse = bool(explanation) or bool(explanation.left_open) or explanation.rounds
         yield from _lines([("truth", _truth(explanation.truth, coarse=coarse))], width)
     if explanation.variants:
         nearest = (

@@ -8,13 +8,17 @@ from explaining import PROMPT, RIGHT
 from msgspec.structs import replace
 from planted import Faulty, half_sums
 
+from checkpoints.answers.diff import Pattern
 from checkpoints.answers.explain import Explanation
 from engine import ops
 from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from engine.replay.rounded_weights import with_rounded_weights
+from parity.diff.compare import compare
+from parity.explain.as_compared import left_open_by
 from parity.explain.explain import ExplainOptions
 from parity.explain.input import explain_dump
+from parity.explain.laws import NOT_RECORDED
 
 
 def explained(engine: Faulty, place: str, factor: float, kind: str, *, stated: bool, points: str) -> Explanation:
@@ -118,3 +122,30 @@ def test_digits_that_are_cut_off_are_left_open(engine: Faulty, compute: str) -> 
     assert not answer.causes
     assert answer or answer.left_open
     assert answer.placed is None
+
+
+@pytest.mark.slow
+def test_eight_bits_that_a_header_states_are_allowed_for(engine: Faulty) -> None:
+    """A header's "q8" is what --compute q8 is: the fault of an engine with 8-bit activations is named, not their first rounding."""
+    answer = explained(engine, "blk.1.ffn_up", 1.3, "q8", stated=True, points="*")
+    assert [(cause.named.fault, cause.named.layers) for cause in answer.causes] == [("multiplier", (1,))]
+    assert answer.remaining is None
+
+
+@pytest.mark.parametrize("rows", [(5,), (1, 2, 3, 4, 5, 6)])
+def test_what_differs_in_values_that_were_not_recorded_is_no_finding(engine: Faulty, rows: tuple[int, ...]) -> None:
+    """Where only a sketch differs, at few positions or many, what diff leaves open is open: that nothing recorded is wrong is no law."""
+
+    def noisy(x: np.ndarray) -> np.ndarray:
+        changed = x.copy()
+        changed[list(rows), 16:] += np.float32(1e-3) * np.abs(x).max()
+        return changed
+
+    steps = [replace(step, op=Then(step.op, noisy)) if step.makes == "blk.1.ffn_out" else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, points="*", steps=steps, bare=False)
+    answer = explain_dump(dump, engine.model, ExplainOptions(compute="f32", budget=10))
+    assert answer.law.endswith(NOT_RECORDED)
+    assert answer.law.startswith("at position 5 alone") == (len(rows) == 1)
+    verdict = compare(dump, engine.dump(RIGHT, PROMPT, points="*", bare=False))
+    verdict = replace(verdict, pattern=Pattern("undecided", "undecided: two near scores"))
+    assert left_open_by(verdict, answer).left_open

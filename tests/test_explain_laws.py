@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, STEPS, edited, names, unstated
 from msgspec.structs import replace
-from planted import Faulty
+from planted import Faulty, Planted
 
 from engine.backend import Array
 from engine.faults import Planting
+from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.replay import Replay
 from parity.diff.compare import compare
@@ -306,6 +307,7 @@ def _plus_the_one_before(x: Array) -> Array:
         (lambda x: np.minimum(x, 0.25), "every element is the right one, but none is above 0.25"),
         (lambda x: np.clip(x, -1, 1), "every element is the right one, clamped to -1 … 1"),
         (lambda x: x - x.mean(axis=1, keepdims=True), "every element is the right one minus the mean of its row"),
+        (lambda x: x * 0 + 0.5, "every element is 0.5, whatever the right one is"),
         (lambda x: x + np.random.default_rng(2).normal(size=x.shape), ""),
     ],
 )
@@ -339,3 +341,20 @@ def test_what_the_cache_shows_in_part_has_no_cause(engine: Faulty) -> None:
     explanation = explain(edited(engine, "blk.1.v_read", exchanged, size=10), engine.model, _PATIENT)
     assert explanation.first is not None
     assert (explanation.first.checkpoint, names(explanation)) == ("blk.1.v_read", [])
+
+
+@pytest.mark.slow
+def test_a_cause_of_weights_recorded_in_part_stays_beside_what_has_no_entry(engine: Faulty) -> None:
+    """Attention's weights show no cache: their wrong scale is named also where the feed-forward after them is wrong in an unknown way."""
+    makes = "blk.1.ffn_out"
+    steps = [
+        replace(step, op=Then(step.op, lambda x: np.sign(x) * np.abs(x) ** np.float32(1.1))) if step.makes == makes else step
+        for step in engine.right
+    ]
+    fault = ("attn-scale", {"scale": "missing"}, (1,))
+    dump = engine.dump(Planted((fault,)), PROMPT, points="*", steps=steps)
+    explanation = explain(dump, engine.model, ExplainOptions(budget=20.0))
+    assert explanation.first is not None
+    assert explanation.remaining is not None
+    assert (explanation.first.checkpoint, names(explanation)) == ("blk.1.kq_soft_max", ["attn-scale"])
+    assert explanation.remaining.checkpoint == makes

@@ -330,3 +330,13 @@ def test_a_fault_behind_choices_that_were_not_recorded_is_not_acquitted(
     assert not answer
     assert (answer.causes, answer.precision_only, answer.looks_like) == ((), "", "q8")
     assert any(note.startswith("experts:") for note in answer.notes)
+
+
+def test_a_search_with_one_more_fault_allowed_ends(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """A shifted cache with 8-bit activations that nothing states: no pairs are left to try, and the search ended in an error."""
+    model, chosen = tmp_path / "model.gguf", RECIPES["gpt2"]
+    make_by_recipe(model, chosen, shape_of(chosen), {}, kind="f16", seed=9601, tokenizer=stories, running=reference)
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 7, seed=9601)
+    steps = Planted((("cache-shifted", {"by": 1, "at": ("k_read", "v_read")}, None),)).steps(engine.right)
+    dump = engine.dump(Planted(()), tokens, points="*", size=1 << 20, steps=rounded(steps, "q8", storage=True), bare=False)
+    assert not explain(unstated(dump), model, PATIENT)

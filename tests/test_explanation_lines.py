@@ -131,6 +131,8 @@ def test_lower_arithmetic_is_coarser_and_not_wrong() -> None:
     """An engine that is right in its own arithmetic is further from float64, which is no fault."""
     lower = replace(UNEXPLAINED, remaining=None, precision_only="f16", truth=TruthAt(1e-6, 1e-13))
     assert "yours is coarser" in printed(lower)
+    rounded = replace(UNEXPLAINED, law="every element is the right one as F16 arithmetic rounds it", rounds=True)
+    assert "yours is coarser" in printed(replace(rounded, truth=TruthAt(1e-6, 1e-13)))
 
 
 @pytest.mark.parametrize(("complete", "said"), [(True, False), (False, True)])

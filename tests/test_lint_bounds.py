@@ -85,6 +85,16 @@ def test_the_lowest_number_hides_a_logit(number: float, named: bool) -> None:
     assert ("impossible-size" in found, "statistics" in found) == (named, False)
 
 
+@pytest.mark.parametrize(
+    ("name", "named"), [("blk.0.q", True), ("blk.0.l_out", True), ("blk.0.mask", False), ("logits", False)]
+)
+def test_minus_a_power_of_ten_hides_no_activation(name: str, named: bool) -> None:
+    """−1e30 stands for −∞ where something may be hidden: among logits, and in masks. In a vector it is a soft max that began there."""
+    values = random((name,), positions=4)[name]
+    values[2, 3] = -1e30
+    assert ("impossible-size" in rules(dump({name: values}))) is named
+
+
 @pytest.mark.parametrize(("number", "named"), [(-1e30, False), (-3e9, True)])
 def test_logits_of_a_padded_vocabulary_are_no_garbage(number: float, named: bool) -> None:
     """Numbers that stand for −∞ behind the vocabulary are no logits far outside; others are, and are named by their place in the row."""

@@ -266,3 +266,24 @@ def test_errors_of_one_size_around_a_measured_limit_blame_no_position(right: Dum
         assert verdict.first_divergence is not None
         assert verdict.pattern is not None
         assert (verdict.pattern.code == "precision") == measured, verdict.pattern
+
+
+@pytest.mark.parametrize(("times", "alike"), [(2.0, True), (20.0, False)])
+def test_one_position_that_is_twenty_times_as_wrong_has_no_error_of_one_size(
+    right: Dump, ref: Dump, times: float, alike: bool
+) -> None:
+    """Under measured limits a position alone is named where its error is twenty times the others', not where it is twice as large."""
+
+    def larger(values: np.ndarray) -> np.ndarray:
+        noisy = scattered(1e-5)(values)
+        noisy[2] = values[2] + (noisy[2] - values[2]) * np.float32(np.sqrt(times))
+        return noisy
+
+    ours = only(with_rows(right, "blk.0.l_out", larger, "bf16"), "embd", "blk.0.l_out")
+    limit = 1e-5 * times * 0.8
+    allowed = Limits(limit, 1.0, "measured", points={"blk.0.l_out": limit})
+    verdict = compare(ours, ref, Options(compute="bf16", limits=allowed))
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.token_idx == 2
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code == "precision") == alike, verdict.pattern

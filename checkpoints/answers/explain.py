@@ -95,6 +95,7 @@ class Explanation(Struct, frozen=True):
         last_agreement: the last point before it at which all records agree.
         causes: in the order in which they were found; together they explain `explained` of `differing` records.
         law: how the recorded elements of the place that is left come from the right ones, if one sentence says it for all; or "".
+        rounds: whether that sentence says how a lower arithmetic rounds there: coarser than float32, and not wrong by itself.
         placed: which operations are in question there; None if its records alone are wrong.
         suspects: points whose records alone are wrong, the one that is left among them.
         looks_like: the arithmetic whose noise the numbers look like, where f32 is stated or a fault may hide in it; or "".
@@ -124,6 +125,7 @@ class Explanation(Struct, frozen=True):
     unjudged: tuple[str, ...] = ()
     left_open: str = ""
     law: str = ""
+    rounds: bool = False
     placed: PossibleOperations | None = None
     suspects: tuple[SuspectRecord, ...] = ()
     precision_alike: tuple[str, ...] = ()

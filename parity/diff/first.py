@@ -27,6 +27,9 @@ BLAMED = "this operation is wrong"  # the end of a sentence that names an operat
 
 # If passing positions have an error within this factor of the failing ones', it is the same error at all of them.
 _ALIKE = 30.0
+# The same where the limit is measured, itself thirty times a mean cost: rounding of whole rows of one product differs by 3.2 times at most
+# between positions (`scatter.SIMILAR`). One of seven positions 28 times as wrong as the others is no error of one size.
+_ALIKE_MEASURED = 4.0
 
 
 class First(Struct, frozen=True):
@@ -254,7 +257,8 @@ def _alike(records: Records, here: Ints, failing: Ints) -> bool:
     """Whether passing positions have an error of the same size as failing ones, all of them as small as rounding."""
     right = np.setdiff1d(here, failing)
     errors = records.measures.nmse
-    of_rounding = records.limits.assumed or bool(records.limits.points)  # which are measured costs of an arithmetic
-    if len(right) < 2 or not of_rounding or float(errors[failing].max()) > LARGEST_ROUNDING:
+    measured = bool(records.limits.points)  # costs of an arithmetic
+    if len(right) < 2 or not (records.limits.assumed or measured) or float(errors[failing].max()) > LARGEST_ROUNDING:
         return False
-    return float(np.median(errors[right])) * _ALIKE >= float(np.median(errors[failing]))
+    times = _ALIKE_MEASURED if measured else _ALIKE
+    return float(np.median(errors[right])) * times >= float(np.median(errors[failing]))

@@ -51,7 +51,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         opened=case.transformer,
     )
     if not answer and not (_in_stated_noise(case, answer, options) and _agrees(compared.verdict, answer)):
-        return _left_open(compared.verdict, answer)
+        return left_open_by(compared.verdict, answer)
     if compared.verdict.unjudged.result:
         return replace(answer, unjudged=compared.verdict.unjudged.points, next="")
     first, pattern = compared.verdict.first_divergence, compared.verdict.pattern
@@ -71,6 +71,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         last_agreement=None if agreed is None else agreed.checkpoint,
         differing=int(compared.records.failed.sum()),
         law=law,
+        rounds=False,
         left_open=left_open,
         placed=answer.placed if answer else None,
         notes=(*answer.notes, *note),
@@ -83,7 +84,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
 
 def _nothing_found(case: Case, answer: Explanation) -> bool:
     """Whether nothing explains the first place that differs, and the arithmetic, which is not stated to be float32, may make it differ."""
-    law = answer.law and answer.law not in map(noise_in_words, KINDS) and answer.law != NOT_RECORDED
+    law = answer.law and answer.law not in map(noise_in_words, KINDS) and not answer.law.endswith(NOT_RECORDED)
     leads = any(lead.named is not None for lead in answer.leads)  # the others say which positions are wrong
     found = answer.causes or leads or law or answer.suspects
     return not case.states_f32 and answer.first is not None and not found
@@ -95,10 +96,10 @@ def _in_stated_noise(case: Case, answer: Explanation, options: ExplainOptions) -
     return options.compute is None and stated in KINDS and _nothing_found(case, answer)
 
 
-def _left_open(verdict: Verdict, answer: Explanation) -> Explanation:
+def left_open_by(verdict: Verdict, answer: Explanation) -> Explanation:
     """An answer that found nothing, left open if a comparison leaves open whether a fault or another arithmetic made its first place."""
     first, pattern = verdict.first_divergence, verdict.pattern
-    if answer.law not in ("", NOT_RECORDED):
+    if answer.law and not answer.law.endswith(NOT_RECORDED):
         return answer  # it says by itself that this may be an arithmetic's noise
     if verdict and verdict.precision is not None and verdict.precision.arithmetic in KINDS:
         lower = ARITHMETIC[verdict.precision.arithmetic]

@@ -13,6 +13,7 @@ from ..diff.compare import Options, compare
 from .case import Case, ExplainOptions, Half, open_model
 from .explain import explain
 from .halves import decoder_case, encoder_case
+from .precision import KINDS
 from .records import right_rows
 
 
@@ -62,6 +63,6 @@ def _check(case: Case, ref: Dump) -> None:
 def explain_dump(dump: Dump, model: Path, options: ExplainOptions) -> Explanation:
     """`explain`, with the arithmetic that the dump's header states."""
     stated = dump.header.compute.lower() if dump.header is not None else ""
-    if options.compute is None and stated in ("f16", "bf16", "tf32"):
+    if options.compute is None and stated in KINDS:
         options = replace(options, compute=stated)
     return explain(dump, model, options)

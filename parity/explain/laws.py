@@ -107,6 +107,9 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     if constant and holds(right + constant):
         yield f"{be} the right one {_signed(short(constant, lambda c: holds(right + c)))}"
         return
+    if dumped.size >= _OF_TWO and (dumped == dumped.flat[0]).all():
+        yield f"{be} {dumped.flat[0]:.6g}, whatever the right one is"
+        return
     if compared.bias is None:
         if (both := _line(right, np.ones_like(right), dumped)) is not None and holds(right * both[0] + both[1]):
             yield f"{be} {both[0]:.6g} times the right one {_signed(f'{both[1]:.6g}')}"

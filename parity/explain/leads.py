@@ -68,7 +68,7 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     """Whether a cause may be that of the recorded elements alone: what is made of them in the same layer is wrong.
 
     That is asked of a fitted number and of zeros (the one head that was recorded may be 1.2 times too large, and the others right), and of
-    what a cache shows if not all of its rows were recorded: the leading values are row 0 at every position.
+    what a step shows of a cache alone if not all of its rows were recorded: the leading values are row 0 at every position.
     """
     if before.first is None or after.first is None:
         return False
@@ -76,7 +76,7 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     first = entries[before.first.point]
     zeros = not np.where(first.present, first.values, 0.0).any()
     made = before.planting.right.get(first.point)
-    of_cache = made is not None and bool(made.histories) and not first.whole_rows
+    of_cache = made is not None and bool(made.histories) and set(made.names) <= set(made.histories) and not first.whole_rows
     if not (zeros or of_cache) and order_of_number(after.faults[-1]) is None:
         return False
     layer, other = (parse(entries[state.first.point].point).layer for state in (before, after) if state.first is not None)

@@ -240,6 +240,7 @@ def standing_out(case: Case, answer: Explanation, kinds: Sequence[str]) -> Expla
         remaining=place,
         differing=int((errors > entry.limit).sum()),
         law=found.law,
+        rounds=False,
         placed=PossibleOperations((entry.point,), step.names, sure=recorded.issuperset(step.names)),
         precision_only="",
         precision_alike=(),

@@ -176,8 +176,8 @@ class Search:
         scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
         for layers in scopes or [None]:
             together = Together(self.screening, state, layers)
+            better: list[SearchState] = []
             for number in range(2, min(depth, _AT_ONCE) + 1):
-                better: list[SearchState] = []
                 for alike in together.combinations(number):
                     better += [combined for chosen in alike[:_SAME] for combined in self._all_of(state, chosen)]
                     if better:

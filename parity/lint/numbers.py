@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.answers.lint import WARNING
-from checkpoints.points import EMBD, LOGITS, parse
+from checkpoints.points import EMBD, LOGITS, of_scores, parse
 from checkpoints.record import Rows
 from reports.numbers import count, ranges
 
@@ -19,11 +19,11 @@ _LARGEST_RIGHT = 1e5
 _HUGE = 1e10
 # The values of a right row span some orders of magnitude; garbage from foreign memory spans dozens.
 _SPREAD = 1e10
-# What engines write for −∞ (hidden scores, suppressed logits, those of a padded vocabulary): the lowest numbers of float32 and bfloat16,
-# and minus a power of ten, as source code has it (-1e30f).
-_LOWEST = np.append(
-    np.array([0xFF7FFFFF, 0xFF7F0000], np.uint32).view(np.float32), (-(10.0 ** np.arange(11, 39))).astype(np.float32)
-)
+# What engines write for −∞ (hidden scores, suppressed logits, those of a padded vocabulary): the lowest numbers of float32 and bfloat16;
+# for logits, scores and masks also minus a power of ten, as source code has it (-1e30f). In an activation that is the initial maximum of a
+# soft max that computes in parts, which reached its result.
+_LOWEST = np.array([0xFF7FFFFF, 0xFF7F0000], np.uint32).view(np.float32)
+_WRITTEN = np.append(_LOWEST, (-(10.0 ** np.arange(11, 39))).astype(np.float32))
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 # Residual stream, projections and logits are sums of many products: an exact zero among them is next to impossible.
 # (Embeddings of 4-bit types, ReLU layers, norms with a zero weight and saturated attention have true zeros.)
@@ -104,8 +104,9 @@ def _hides_the_rest(rows: Rows, inside: NDArray[np.bool_], counted: NDArray[np.f
 def impossible_size(subject: Subject) -> Iterator[Hit]:
     """1e18 next to 0.0 next to 3.04: memory that contains something else. The lowest number of a type hides scores and logits."""
     for name, rows in subject.points.items():
-        stated = [np.abs(_shown(rows.stats[stat])) for stat in ("max", "min") if stat in rows.stats]
-        size = np.abs(_shown(rows.values))
+        hiding = _WRITTEN if name == LOGITS or of_scores(name) or parse(name).known is None else _LOWEST
+        stated = [np.abs(_shown(rows.stats[stat], hiding)) for stat in ("max", "min") if stat in rows.stats]
+        size = np.abs(_shown(rows.values, hiding))
         if all(sizes.max(initial=0.0) <= _HUGE for sizes in (size, *stated)):  # which also means that none is NaN
             continue
         largest = np.where(np.isfinite(size), size, 0.0).max(axis=1, initial=0.0).astype(np.float64)
@@ -138,10 +139,10 @@ def _climbs(rows: Rows, largest: NDArray[np.float64], first: int) -> bool:
     return len(sizes) > 1 and bool(sizes[-1] > _LARGEST_RIGHT and (np.diff(sizes) > 0).all())
 
 
-def _shown(values: NDArray[Any]) -> NDArray[Any]:
+def _shown(values: NDArray[Any], hiding: NDArray[np.float32]) -> NDArray[Any]:
     """The values with 0 for those that stand for −∞."""
     with np.errstate(over="ignore"):
-        hidden = np.isin(values.astype(np.float32), _LOWEST)
+        hidden = np.isin(values.astype(np.float32), hiding)
     return np.where(hidden, values.dtype.type(0), values) if hidden.any() else values
 
 
@@ -196,7 +197,7 @@ def garbage_logits(subject: Subject) -> Iterator[Hit]:
     text = ""
     for r in range(len(rows)):
         values = leading(rows, r)
-        kept = np.flatnonzero(np.isfinite(values) & ~np.isin(values, _LOWEST))
+        kept = np.flatnonzero(np.isfinite(values) & ~np.isin(values, _WRITTEN))
         row = values[kept].astype(np.float64)
         if len(row) < _ENOUGH:
             continue
