@@ -26,6 +26,7 @@ class Along(Struct, frozen=True):
     Attributes:
         times: the effect's multiple that fits. spread: its standard deviation, of positions and points.
         removed: the share of the error's energy that the effect itself, once, takes away; negative if it adds more.
+        fitted: the share that the multiple which fits takes away.
         by_position, by_point: the share of the positions and points, by the effect's energy, at which the multiple is near one.
         points: in how many points it acts. records, elements: of how many alike the effect would be as spread as it is.
     """
@@ -33,6 +34,7 @@ class Along(Struct, frozen=True):
     times: float
     spread: float
     removed: float
+    fitted: float
     by_position: float
     by_point: float
     points: int
@@ -182,6 +184,7 @@ class Directions:
             times=times,
             spread=float(np.sqrt((of_groups**2).sum()) / energy),
             removed=1 - float(once @ once) / self.energy if self.energy > 0 else -np.inf,
+            fitted=times * times * energy / self.energy if self.energy > 0 else 0.0,
             by_position=self._near_one(effect, self._position),
             by_point=self._near_one(effect, self._point),
             points=int((of_points > _SHOWS * energy).sum()),

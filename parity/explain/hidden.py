@@ -46,8 +46,10 @@ def with_hidden(case: Case, search: Search, start: SearchState, answer: Explanat
     if not (answer and kind) or budget.late:
         return answer
     directions = Directions(case, kind, case.entries)
-    found = sorted(_found(case, kind, start, directions, budget.part(_OF_BUDGET)), key=lambda one: -one.along.removed)
-    if not found:
+    every = list(_found(case, kind, start, directions, budget.part(_OF_BUDGET)))
+    found = sorted((one for one in every if not _numbered(one.candidate)), key=lambda one: -one.along.removed)
+    # A number of the right size has the effect of any size: what one explains as well has no name.
+    if not found or any(_numbered(one.candidate) and one.along.fitted >= _AS_WELL * found[0].along.removed for one in every):
         return answer
     best, *others = found
     alike = [other for other in others if other.along.removed >= _AS_WELL * best.along.removed]
@@ -102,7 +104,7 @@ def _found(case: Case, kind: str, start: SearchState, directions: Directions, bu
             continue
         host = case.transformer.backend.to_host
         effect = directions.effect({name: host(value) for name, value in values.items() if name in directions.points})
-        if effect is not None and is_hidden(along := directions.along(effect)):
+        if effect is not None and (is_hidden(along := directions.along(effect)) or _numbered(candidate)):
             yield _Found(candidate, along, effect)
 
 
@@ -147,17 +149,22 @@ def _not_contradicted(
         if effect is None:
             continue
         along = here.along(effect)
-        if along.removed >= _FIRST_REMOVED and _FIRST_TIMES[0] < along.times < _FIRST_TIMES[1]:
+        near = along.removed >= _FIRST_REMOVED and _FIRST_TIMES[0] < along.times < _FIRST_TIMES[1]
+        if near or (_numbered(candidate) and along.fitted >= _FIRST_REMOVED):
             yield candidate
 
 
 def _candidates(start: SearchState) -> Iterator[Candidate]:
-    """Every variant without a number of its own: one that is small enough has an effect of any size."""
+    """Every variant of the catalogue."""
     for fault in CATALOGUE.values():
         if fault.shows is None:
             for parameters in fault.variants(start.planting.right):
-                if not any(isinstance(value, float) for value in parameters.values()):
-                    yield Candidate(fault, parameters)
+                yield Candidate(fault, parameters)
+
+
+def _numbered(candidate: Candidate) -> bool:
+    """Whether it has a number of its own."""
+    return any(isinstance(value, float) for value in candidate.parameters.values())
 
 
 def _of_first_layer(entries: list[Expected]) -> Expected:
