@@ -169,7 +169,7 @@ def _is_a_factor(ours: Rows, rows: Rows, allowed: Allowed) -> bool:
     a, b = wide(ours.values[0, :width]), wide(rows.values[there][0, :width])
     error, energy = float(np.sum((a - b) ** 2)), float(np.sum(b * b))
     left = float(np.sum((a - b * (a @ b) / energy) ** 2))
-    return error > float(allowed.nmse[0]) * energy and left < _LEFT * error
+    return width >= TELLING and error > float(allowed.nmse[0]) * energy and left < _LEFT * error
 
 
 def _positions_shown(ours: Rows, allowed: Allowed, rows: Rows) -> Ints:
