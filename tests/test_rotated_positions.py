@@ -15,19 +15,30 @@ from parity.explain.explain import ExplainOptions, explain
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda p: np.where(p >= 4, p + 5, p), "from position 4 on the rotation counts 5 more: position t is rotated as t +5"),
-        (lambda p: np.where(p >= 5, p - 5, p), "the rotation counts positions from 0 again at position 5"),
         (lambda p: p % 3, "the rotation counts positions from 0 again after every 3 positions"),
         (lambda p: np.where(p == 3, 6, p), "positions are rotated as others: 3 as 6"),
         (lambda p: np.where((p == 3) | (p == 5), p - 1, p), "at 2 positions, 3 the first, the rotation counts 1 less"),
     ],
 )
 def test_the_positions_of_a_rotation_are_said(engine: Faulty, change: Callable[[Array], Array], said: str) -> None:
-    """An offset from a position on (a decode loop), a restart (a window), a ring, single positions."""
+    """A ring, single positions."""
     steps = [at_positions(step, change) if step.makes == "blk.1.q_rope" else step for step in engine.right]
     answer = explain(engine.dump(RIGHT, PROMPT, points="*", steps=steps), engine.model, ExplainOptions(budget=10))
     assert answer.causes == ()
     assert answer.law.startswith(said)
+
+
+@pytest.mark.parametrize(("first", "by"), [(4, 5), (5, -5)])
+def test_an_offset_from_a_position_on_is_a_cause(engine: Faulty, first: int, by: int) -> None:
+    """A decode loop that counts on from elsewhere, and one that begins at 0 again."""
+    steps = [
+        at_positions(step, lambda p: np.where(p >= first, p + by, p)) if step.makes == "blk.1.q_rope" else step
+        for step in engine.right
+    ]
+    (cause,) = explain(engine.dump(RIGHT, PROMPT, points="*", steps=steps), engine.model, ExplainOptions(budget=10)).causes
+    assert cause.named.fault == "rope-position-from"
+    assert cause.named.parameters == {"by": by, "first": first, "at": ("q_rope",)}
+    assert cause.named.layers == (1,)
 
 
 def test_a_rotation_that_is_wrong_otherwise_has_no_such_law(engine: Faulty) -> None:

@@ -25,7 +25,7 @@ from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened, without_table
 from .hidden import with_hidden
-from .laws import WRONG
+from .laws import OF_TWO, WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
@@ -176,10 +176,16 @@ def _best(
 
 
 def _known(case: Case, search: Search, state: SearchState) -> bool:
-    """Whether the error at a state's first place is known without a cause: of its records alone, or of one operation, by a law."""
+    """Whether the error at a state's first place is known without a cause: of its records alone, or of one operation, by a law.
+
+    A law of two numbers leaves open which two things are wrong.
+    """
     if search.screening.agreeing_after(state) or (not case.states_f32 and law_of_rounding(case, state)):
         return True
-    return len(search.screening.cone(state).steps) == 1 and bool(law_at(case, search, state))
+    if len(search.screening.cone(state).steps) != 1:
+        return False
+    sentence = law_at(case, search, state)
+    return bool(sentence) and not sentence.endswith(OF_TWO)
 
 
 def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation, budget: Budget) -> Explanation:

@@ -16,6 +16,8 @@ ZERO = "every element is 0"
 _ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
 _SCALES = ": a norm's weight, or scales of channels"
 _BIAS = ": a bias missing, wrong or doubled"
+WITHOUT_BIAS, TIMES_BIAS = ", without the bias", " times the bias"
+OF_TWO = (WITHOUT_BIAS, TIMES_BIAS)  # how laws end that say two things of one operation
 OF_A_WEIGHT = (_SCALES, _BIAS)  # how laws end that a vector of weights explains
 _OTHERS = 1e-3  # the most of the squared error that elements which are called right may have
 # Elements from which on two numbers are a law: of noise in n elements they remove 90 % with a probability of 0.1^((n − 2) / 2).
@@ -113,8 +115,12 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     if compared.bias is None:
         if (both := _line(right, np.ones_like(right), dumped)) is not None and holds(right * both[0] + both[1]):
             yield f"{be} {both[0]:.6g} times the right one {_signed(f'{both[1]:.6g}')}"
-        return
-    bias = compared.bias[some]
+    else:
+        yield from _by_the_bias(dumped, right, compared.bias[some], be, holds)
+
+
+def _by_the_bias(dumped: Floats, right: Floats, bias: Floats, be: str, holds: Callable[[Floats], bool]) -> Iterator[str]:
+    """How elements derive from the right ones if the product, its bias, or both are multiplied."""
     factor = _factor(dumped - bias, right - bias)
     if factor is not None and holds((right - bias) * factor + bias):
         yield f"{be} {short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
@@ -123,8 +129,12 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
         if bias.any() and holds(right + (times - 1) * bias):
             yield f"{be} the right one {sentence}"
             return
-    if (both := _line(right - bias, bias + 0 * right, dumped)) is not None and holds((right - bias) * both[0] + bias * both[1]):
-        yield f"{be} {both[0]:.6g} times the right product and {both[1]:.6g} times the bias"
+    if (both := _line(right - bias, bias + 0 * right, dumped)) is None:
+        return
+    if holds((right - bias) * both[0]):
+        yield f"{be} {short(both[0], lambda c: holds((right - bias) * c))} times the right product{WITHOUT_BIAS}"
+    elif holds((right - bias) * both[0] + bias * both[1]):
+        yield f"{be} {both[0]:.6g} times the right product and {both[1]:.6g}{TIMES_BIAS}"
 
 
 def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
