@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.explain import Lead, Named, PossibleOperations
 from checkpoints.points import parse
 from engine.backend import Array
-from engine.graph import History, Step
+from engine.graph import History, Step, weight_name
 
 from ..diff.limits import EXACT_FLOOR, JUMP
 from .beside import beside
@@ -123,9 +123,12 @@ def law_at(case: Case, search: Search, state: SearchState) -> str:
 def _law_at(case: Case, search: Search, state: SearchState) -> str:
     if state.first is None:
         return ""
-    sentence = _law_of_all(case, search, state, state.first.point)
-    at = few_positions(case.entries[state.first.point], state.nmse[state.first.point], case.positions)
-    return f"{at}{sentence}" if sentence and "position" not in sentence else sentence
+    entry, sentence = case.entries[state.first.point], _law_of_all(case, search, state, state.first.point)
+    step = state.planting.right.get(entry.point)
+    weights = () if step is None else tuple(weight_name(weight) for weight in step.weights if weight is not None)
+    if not sentence or "position" in sentence or sentence.startswith(weights):  # a weight acts at every position
+        return sentence
+    return f"{few_positions(entry, state.nmse[state.first.point], case.positions)}{sentence}"
 
 
 def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> str:
