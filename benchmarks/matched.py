@@ -39,7 +39,7 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.precision import ROUNDINGS, rounded
 from parity.explain.case import Case, ExplainOptions, Half
-from parity.explain.directions import Along, Directions
+from parity.explain.directions import Along, Directions, noise_of, plain_rows
 from parity.explain.hidden import is_hidden
 from parity.explain.looks_like import floor_of
 from parity.explain.precision import UPPER, with_noise
@@ -146,7 +146,8 @@ def near_noise(case: Case, kind: str, entries: Sequence[Entry]) -> list[Entry]:
 
 def measured(case: Case, kind: str, entries: Sequence[Entry]) -> list[tuple[Entry, Along]]:
     """What of the error lies along each entry's effect, what removes most first."""
-    directions = Directions(case, kind, case.entries)
+    entries = plain_rows(case)
+    directions = Directions(case, noise_of(case, kind, entries), entries)
     found = []
     for entry in entries:
         effect = directions.effect({name: value for name, value in entry.values.items() if name in directions.points})

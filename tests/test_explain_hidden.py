@@ -61,7 +61,7 @@ def test_a_fault_below_the_noise_is_named_by_its_direction(engine: Faulty) -> No
     assert answer.causes[0].hidden.startswith("hidden in the noise of ")
     assert answer.remaining is None
     assert as_json(answer)["causes"][0]["hidden"] == answer.causes[0].hidden
-    assert any("its effect is in yours" in line.plain for line in lines(answer, 300))
+    assert any("your error contains its effect" in line.plain for line in lines(answer, 300))
 
 
 @pytest.mark.slow
@@ -72,6 +72,18 @@ def test_an_engine_without_a_fault_has_none_in_its_noise(engine: Faulty, kind: s
     assert answer
     assert answer.causes == ()
     assert answer.precision_only == kind
+
+
+@pytest.mark.parametrize(
+    "points", ["blk.0.k,blk.0.kq_soft_max", "blk.1.kq,blk.1.v_read,logits", "blk.0.k_read,blk.3.l_out", "blk.2.kq"]
+)
+@pytest.mark.parametrize("kind", ["bf16", "q8"])
+def test_scores_and_caches_have_no_direction_and_stop_no_answer(engine: Faulty, points: str, kind: str) -> None:
+    """A right engine that recorded attention's scores or what it reads from its cache first, or nothing else, has no cause."""
+    dump = engine.dump(RIGHT, PROMPT, steps=rounded(engine.right, kind, storage=False), points=points, bare=False)
+    answer = explain(dump, engine.model, ExplainOptions(budget=600.0, compute=kind))
+    assert answer
+    assert answer.causes == ()
 
 
 def test_an_error_of_no_entry_is_not_given_a_name(engine: Faulty) -> None:

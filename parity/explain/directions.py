@@ -4,7 +4,7 @@ What lower arithmetic leaves is taken out of both first: the errors of our own r
 common factor of all results or products moves, which engines make that cut digits off (they seemed to have another epsilon).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from checkpoints.summary import signs
 from engine.backend import Array
+from engine.graph import Step
 from engine.replay.precision import multiplies, rounded
 
 from .case import Case
@@ -58,42 +59,73 @@ class _Scaled(Struct, frozen=True):
         return value * value.dtype.type(1 - _CHANGE) if value.dtype.kind == "f" else value
 
 
-class Directions:
-    """Records of a case, `entries`, beside the noise of one arithmetic."""
+class Noise(Struct, frozen=True):
+    """What one arithmetic leaves at some points of the right engine: values by point, of whole runs.
 
-    def __init__(self, case: Case, kind: str, entries: list[Expected]) -> None:
-        self._positions = case.positions
+    Attributes:
+        rounded: with products rounded, and with every activation rounded. scaled: with every result, and with every product, a little
+            smaller.
+    """
+
+    rounded: tuple[Mapping[str, NDArray[np.float32]], ...]
+    scaled: tuple[Mapping[str, NDArray[np.float32]], ...]
+
+
+def noise_of(case: Case, kind: str, entries: Sequence[Expected]) -> Noise:
+    """The noise of an arithmetic at the points of these entries."""
+    points = {entry.point for entry in entries}
+    steps, host = case.transformer.steps, case.transformer.backend.to_host
+
+    def in_lower(storage: bool) -> Mapping[str, NDArray[np.float32]]:
+        lower = rounded(steps, kind, storage=storage)
+        return case.make(lower, len(case.positions), None, case.rounded(kind, storage)).on_host
+
+    def smaller(acts: Callable[[Step], bool]) -> Mapping[str, Array]:
+        return case.replay.changed([replace(step, op=_Scaled(step.op)) if acts(step) else step for step in steps])
+
+    return Noise(
+        rounded=tuple({name: run[name] for name in points} for run in map(in_lower, (False, True))),
+        scaled=tuple(
+            {name: host(value) for name, value in smaller(acts).items() if name in points}
+            for acts in (lambda _: True, multiplies)
+        ),
+    )
+
+
+def plain_rows(case: Case) -> list[Expected]:
+    """The entries of a case whose rows are plain vectors: not attention's scores, nor what is read from a cache."""
+    right = case.replay.on_host
+    return [entry for entry in case.entries if entry.whole_values(right[entry.point], case.positions) is not None]
+
+
+class Directions:
+    """Records of a case, some of its `plain_rows`, beside the noise of one arithmetic."""
+
+    def __init__(self, case: Case, noise: Noise, entries: Sequence[Expected]) -> None:
+        self._positions, self._entries = case.positions, entries
         right = case.replay.on_host
-        self._entries = [entry for entry in entries if entry.whole_values(right[entry.point], case.positions) is not None]
         self._signs = {
             entry.point: signs(0, right[entry.point].size // len(case.positions))
-            for entry in self._entries
+            for entry in entries
             if entry.pair.ours.sketch is not None
         }
-        self._shapes = {entry.point: right[entry.point].shape for entry in self._entries}
-        self.points = frozenset(entry.point for entry in self._entries)
-        ours = [self._recorded(entry) for entry in self._entries]
+        self._shapes = {entry.point: right[entry.point].shape for entry in entries}
+        self.points = frozenset(entry.point for entry in entries)
+        ours = [self._recorded(entry) for entry in entries]
         self._point: Ints = np.concatenate([np.full(part.size, number) for number, part in enumerate(ours)])
         self._position: Ints = np.concatenate(
-            [np.repeat(entry.rows, part.shape[1]) for entry, part in zip(self._entries, ours, strict=True)]
+            [np.repeat(entry.rows, part.shape[1]) for entry, part in zip(entries, ours, strict=True)]
         )
         self._right = self._of(right)
-        noises = [
-            self._of(
-                case.make(rounded(case.transformer.steps, kind, storage=storage), len(case.positions), None, given).on_host
-            )
-            - self._right
-            for storage in (False, True)
-            for given in (case.rounded(kind, storage),)
-        ]
+        noises = [self._of(run) - self._right for run in noise.rounded]
         error = np.concatenate([part.ravel() for part in ours]) - self._right
         self._used = np.isfinite(error) & np.isfinite(noises[0]) & np.isfinite(noises[1])
         self._weight = self._weights(noises)
-        shared = [self._weighted(noise) for noise in noises]
-        shared += [self._weighted(self._of(run) - self._right) for run in _scaled(case)]
-        shared += [np.where(self._point == number, self._weighted(self._right), 0.0) for number in range(len(self._entries))]
-        units = np.stack([row / size for row in shared if np.isfinite(size := np.linalg.norm(row)) and size > 0], axis=1)
-        basis, sizes, _ = np.linalg.svd(units, full_matrices=False)
+        shared = [self._weighted(change) for change in noises]
+        shared += [self._weighted(self._of(run) - self._right) for run in noise.scaled]
+        shared += [np.where(self._point == number, self._weighted(self._right), 0.0) for number in range(len(entries))]
+        units = [row / size for row in shared if np.isfinite(size := np.linalg.norm(row)) and size > 0]
+        basis, sizes, _ = np.linalg.svd(np.reshape(units, (len(units), len(error))).T, full_matrices=False)
         self._shared = basis[:, sizes > _OWN * sizes.max(initial=0.0)]
         self._error = self._apart(self._weighted(error))
         self.energy = float(self._error @ self._error)
@@ -196,12 +228,3 @@ class Directions:
 def _alike(energies: Floats) -> float:
     """How many equal ones would be as spread as these."""
     return float(energies.sum() ** 2 / (energies**2).sum())
-
-
-def _scaled(case: Case) -> Iterator[Mapping[str, NDArray[np.float32]]]:
-    """Runs in which every result, and every product, is a little smaller."""
-    steps = case.transformer.steps
-    for acts in (lambda _: True, multiplies):
-        changed = [replace(step, op=_Scaled(step.op)) if acts(step) else step for step in steps]
-        values = case.replay.changed(changed)
-        yield {name: case.transformer.backend.to_host(value) for name, value in values.items()}
