@@ -1,6 +1,5 @@
 """The parent's handle on llama.cpp: it starts the child, sends requests, and turns the child's death into one clear error."""
 
-import os
 import sys
 import threading
 import weakref
@@ -316,10 +315,10 @@ def _swept(out: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        from checkpoints.whole_file import sweep
+        from checkpoints.whole_file import destination, sweep
 
         if out is not None:
-            sweep(Path(os.path.realpath(out)))
+            sweep(destination(out))
         raise
 
 

@@ -202,9 +202,8 @@ class JudgedPass:
                 ordered: NDArray[np.float32] = viewed(routing.ordering.reads[0], source.of(routing.ordering, positions)[0])
                 errors, reason = routing_error(routing.used, ordered, ours, dumped)
             else:
-                errors = errors_beside(
-                    step.makes, ours, dumped, positions, least, np.inf if definition_of.arithmetic else limit
-                )
+                bound = np.inf if definition_of.arithmetic else limit
+                errors = errors_beside(step.makes, ours, dumped, positions, least, bound)
                 if not definition_of.arithmetic:
                     wide = partial(self._in_float64, definition, source if program is self._program else source.by(program))
                     errors = within_own_rounding(way, ours, wide, positions, errors, limit, least)
