@@ -177,7 +177,9 @@ def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...
         )
     elif at == min(len(left), len(right)):
         further = left[at:]
-        padded = f"; what ours has beyond is id {further[0]} alone: padding belongs in no header" if len(set(further)) == 1 else ""
+        padded = (
+            f"; what ours has beyond is id {further[0]} alone: padding belongs in no header" if len(set(further)) == 1 else ""
+        )
         pattern = Pattern("token-count", f"ours has {len(left)} tokens, the reference {len(right)}: one side is longer{padded}")
     else:
         pattern = Pattern(
