@@ -99,6 +99,11 @@ def device_memory(values: NDArray[np.float32]) -> NDArray[Any]:
     return values
 
 
+def pointers(values: NDArray[np.float32]) -> NDArray[Any]:
+    count, width = values.shape
+    return (0x7F3A1C04C380 + 64 * np.arange(count * (width // 2), dtype=np.uint64).reshape(count, -1) ** 2).view(np.float32)
+
+
 def some_zeros(values: NDArray[np.float32]) -> NDArray[Any]:
     values[:, 10:20] = 0.0
     return values
@@ -170,6 +175,7 @@ FAULTS: dict[str, Callable[[Dump], Dump]] = {
     "stale-position": stale,
     "idle-layer": lambda d: copied(d, "blk.9.l_out", "blk.8.l_out"),
     "impossible-size": lambda d: valued(d, "blk.5.l_out", device_memory),
+    "addresses": lambda d: valued(d, "blk.5.l_out", pointers),
     "non-finite": lambda d: valued(d, "blk.5.l_out", with_value(np.nan)),
     "exact-zeros": lambda d: valued(d, "blk.5.l_out", some_zeros),
     "garbage-logits": lambda d: valued(d, "logits", with_value(40000.0)),
@@ -192,6 +198,15 @@ FAULTS: dict[str, Callable[[Dump], Dump]] = {
 }  # fmt: skip
 
 
+def one_vector(source: Dump) -> Dump:
+    """A layer whose output has one value from position 2 to 7, where one token is repeated."""
+    rows = source.points["blk.3.l_out"]
+    taken = np.arange(len(rows))
+    taken[2:8] = 2
+    stale_rows = replace(rows.take(taken.tolist()), token_idx=rows.token_idx)
+    return replace(in_header(source, tokens=(2047, 410, *[7] * 6)), points={**source.points, "blk.3.l_out": stale_rows})
+
+
 def flattened(source: Dump) -> Dump:
     """Uniform attention in one layer."""
     rows = source.points["blk.6.kq_soft_max"]
@@ -211,6 +226,7 @@ def decoded_prompt(source: Dump) -> Dump:
 VARIANTS: tuple[tuple[str, str, Callable[[Dump], Dump]], ...] = (
     ("flat-row", "7 everywhere", lambda d: valued(d, "blk.4.l_out", lambda x: np.full_like(x, 7))),
     ("flat-row", "0 everywhere", lambda d: valued(d, "blk.4.l_out", np.zeros_like)),
+    ("stale-position", "positions 2–7", one_vector),
     ("impossible-size", "1.5e+18", lambda d: valued(d, "blk.5.l_out", with_value(1.5e18))),
     ("impossible-size", "e+18", lambda d: other_statistic(d, "blk.6.l_out", "min", "blk.6.l_out", 1e18)),
     ("non-finite", "inf", lambda d: valued(d, "blk.5.l_out", with_value(-np.inf))),

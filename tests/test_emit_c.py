@@ -120,7 +120,7 @@ int main(int argc, char **argv) {
     float row[4] = {0};
     int n = -5, tokens[1] = {7};
     parity_dump *d = parity_open(argv[1]);
-    int failed = argc > 2 ? parity_header(d, "e", "m", 2, NULL, 3, "f32")
+    int failed = argc > 2 ? parity_header(d, "e", "m", 2, argv[2][0] == 'x' ? NULL : tokens, 1, argv[2][0] == 'x' ? "f32" : argv[2])
                           : parity_header(d, "e", "m", 2, tokens, 1, "f32") || parity_checkpoint(d, "embd", 0, row, PARITY_F32, n);
     fputs(parity_error(d), stdout);
     parity_close(d);
@@ -131,10 +131,16 @@ int main(int argc, char **argv) {
 
 @needs_gcc
 @pytest.mark.parametrize(
-    ("more", "reason"), [((), "embd: needs a name"), (("x",), "parity_header: a number of tokens, but no tokens")]
+    ("more", "reason"),
+    [
+        ((), "embd: needs a name"),
+        (("x",), "parity_header: a number of tokens, but no tokens"),
+        (("fp4",), "parity_header: compute is not known: write f64, f32"),
+        (("",), "parity_header: compute is not known: write f64, f32"),
+    ],
 )
-def test_a_wrong_count_is_an_error_and_no_crash(more: tuple[str, ...], reason: str, tmp_path: Path) -> None:
-    """A negative number of values and a number of tokens without tokens are refused with a reason; no memory is read."""
+def test_a_wrong_argument_is_an_error_and_no_crash(more: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    """A negative number of values, a number of tokens without tokens, an arithmetic that no reader knows: refused with a reason."""
     (tmp_path / "t.c").write_text(WRONG_CALLS)
     program = compiled(tmp_path / "t.c", tmp_path / "t", "-std=gnu99", "-fsanitize=address,undefined", "-g")
     done = subprocess.run([program, tmp_path / "c.jsonl", *more], capture_output=True, text=True, check=False)

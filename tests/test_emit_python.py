@@ -249,6 +249,18 @@ def test_rows_and_positions_are_as_many(emitted: ModuleType, tmp_path: Path) -> 
     assert read(tmp_path / "d.jsonl").points["blk.3.q"].token_idx.tolist() == [5, 6, 7]
 
 
+def test_an_arithmetic_that_no_reader_knows_is_refused(emitted: ModuleType, tmp_path: Path) -> None:
+    """It is an error of the first call, not of the comparison after the run; known ones are spelled as the format has them."""
+    with pytest.raises(ValueError, match="'fp4', which is not known: write f64, f32"):
+        emitted.Recorder(tmp_path / "refused.jsonl", compute="fp4")
+    assert not (tmp_path / "refused.jsonl").exists()
+    with emitted.Recorder(tmp_path / "d.jsonl", compute="torch.bfloat16") as tap:
+        tap("embd", np.ones((1, 8), np.float32))
+    header = read(tmp_path / "d.jsonl").header
+    assert header is not None
+    assert header.compute == "bf16"
+
+
 def test_complex_numbers_are_refused(emitted: ModuleType, tmp_path: Path) -> None:
     """An array of complex numbers is an error of the call: its imaginary part is not dropped with a warning."""
     with emitted.Recorder(tmp_path / "d.jsonl", compute="f32") as tap, pytest.raises(TypeError, match="complex"):

@@ -15,7 +15,8 @@ from parity.lint.lint import lint
 MAIN = """
 mod parity_dump;
 fn main() -> std::io::Result<()> {
-    let mut tap = parity_dump::Recorder::create("rust.jsonl", "m\\"n", &[1, 2, 3], "f32", 24)?;
+    assert!(parity_dump::Recorder::create("refused.jsonl", "m", &[], "fp4", 24).is_err());
+    let mut tap = parity_dump::Recorder::create("rust.jsonl", "m\\"n\\u{301}\\u{1}", &[1, 2, 3], "f32", 24)?;
     tap.only("blk.5.l_out,logits");
     tap.checkpoint("blk.5.l_ou", 0, &[1.0])?;
     for t in 0..3 {
@@ -44,7 +45,7 @@ def test_the_rust_file_writes_what_our_writer_writes(tmp_path: Path) -> None:
     dump = read(tmp_path / "rust.jsonl")
     assert dump.notes == ()
     assert dump.header is not None
-    assert (dump.header.model.name, dump.header.tokens) == ('m"n', (1, 2, 3))
+    assert (dump.header.model.name, dump.header.tokens) == ('m"n\u0301\x01', (1, 2, 3))
     assert (dump.header.compute, dump.header.slice, list(dump.points)) == ("f32", 24, ["blk.5.l_out", "logits"])
     last = dump.points["logits"]
     assert (last.seq.tolist(), last.token_idx.tolist(), last.step.tolist()) == ([1], [7], [2])

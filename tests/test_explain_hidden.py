@@ -1,6 +1,7 @@
 """`parity explain` finds a fault in all layers that the noise of a stated arithmetic hides, by the direction of its effect."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -8,14 +9,16 @@ import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, small_engine
 from msgspec.structs import replace
-from planted import Faulty
+from planted import Faulty, tokens_of
 
 from checkpoints.answers.explain import Explanation
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
+from parity.explain import hidden
 from parity.explain.explain import ExplainOptions, explain
+from reference.client import Reference
 from reports.explanation import as_json, lines
 
 
@@ -39,7 +42,7 @@ _ROUNDINGS = {"bf16": _bf16_cut_off, "q8": _q8_by_rows}
 _FAULT: dict[str, Any] = {"part": 1, "axis": "rows", "at": ("ffn_gate",)}
 
 
-def _explained(engine: Faulty, kind: str, steps: Sequence[Step]) -> Explanation:
+def _explained(engine: Faulty, kind: str, steps: Sequence[Step], tokens: tuple[int, ...] = PROMPT) -> Explanation:
     def op(own: Callable[..., Array]) -> Callable[..., Array]:
         def rounding(*inputs: Any, **params: Any) -> Array:
             with patch.dict(ROUNDINGS, {kind: _ROUNDINGS[kind]}):
@@ -48,7 +51,7 @@ def _explained(engine: Faulty, kind: str, steps: Sequence[Step]) -> Explanation:
         return rounding
 
     lower = [replace(step, op=op(step.op)) for step in rounded(steps, kind, storage=False)]
-    dump = engine.dump(RIGHT, PROMPT, steps=lower, bare=False)
+    dump = engine.dump(RIGHT, tokens, steps=lower, bare=False)
     return explain(dump, engine.model, ExplainOptions(budget=600.0, compute=kind))
 
 
@@ -95,3 +98,38 @@ def test_an_error_of_no_entry_is_not_given_a_name(engine: Faulty) -> None:
         for step in engine.right
     ]
     assert _explained(engine, "q8", scaled).causes == ()
+
+
+@pytest.mark.slow
+def test_a_search_that_the_time_ended_says_so(engine: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer of noise whose hidden faults were not all tried says it in a note, and one with time for all does not."""
+    quick = rounded(engine.right, "bf16", storage=False)
+    dump = engine.dump(RIGHT, PROMPT, steps=quick, points="embd,blk.0.l_out", bare=False)
+    options = ExplainOptions(budget=600.0, compute="bf16")
+    assert not any("not finished" in note for note in explain(dump, engine.model, options).notes)
+    monkeypatch.setattr(hidden, "_OF_BUDGET", 0.0)
+    answer = explain(dump, engine.model, options)
+    assert answer
+    assert any("not finished" in note for note in answer.notes)
+
+
+@pytest.mark.slow
+def test_values_that_are_not_finite_take_no_part(reference: Reference, small_model: Callable[[str], Path]) -> None:
+    """A right F16 engine of a model that masks some logits gets its answer without a warning (any is an error in these tests)."""
+    model = small_model("chameleon")
+    masking = Faulty(model, reference.graph(model))
+    tokens = tokens_of(model, 6, seed=5)
+    dump = masking.dump(RIGHT, tokens, steps=rounded(masking.right, "f16", storage=False), bare=False)
+    answer = explain(dump, model, ExplainOptions(tokens=tokens, budget=600.0, compute="f16"))
+    assert answer
+    assert answer.causes == ()
+
+
+@pytest.mark.slow
+def test_digits_cut_off_are_no_variance_of_other_size(reference: Reference, small_model: Callable[[str], Path]) -> None:
+    """A right engine of a model with LayerNorms whose digits are cut off has a factor near one in them, and no cause."""
+    model = small_model("gpt2")
+    cutting = Faulty(model, reference.graph(model))
+    answer = _explained(cutting, "bf16", cutting.right, tokens_of(model, 9, seed=3))
+    assert answer
+    assert answer.causes == ()

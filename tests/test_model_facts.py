@@ -66,12 +66,12 @@ def test_states_and_long_context(parity: Cli, small_model: Callable[..., Path]) 
     falcon-h1's files have RoPE factors that llama.cpp does not read.
     """
     _, kinds = layers(parity, small_model("qwen35"))
-    assert kinds["0–2"]["states"]["recurrence"] == "GATED_DELTA_NET"
+    assert kinds["0–2"]["states"]["recurrence"] == "GATED_DELTA_NET, 4 heads, head h takes query and key h mod 2"
     assert kinds["0–2"]["states"]["convolution"] == "4 positions"
     assert kinds["3"]["rope"] == "8 of 32 dimensions, base 10000, interleaved sections 2, 1, 1, 0"
     facts, kinds = layers(parity, small_model("mamba", layers=2))
     assert [(key, value) for key, value in facts.items() if key.startswith("rope")] == [("rope", "none")]
-    assert kinds["0–1"]["states"]["recurrence"] == "SSM_SCAN"
+    assert kinds["0–1"]["states"]["recurrence"] == "SSM_SCAN, 256 heads, which share B and C"
     assert "attention" not in kinds["0–1"]
     assert layers(parity, small_model("falcon-h1"))[0]["rope_factors"] is False
     _, kinds = layers(parity, small_model("phi3-longrope", layers=1))

@@ -50,18 +50,24 @@ def recurrent(op: str) -> bool:
     return op.startswith(_RECURRENT) or op in ("SSM_SCAN", "SSM_CONV")
 
 
-def suspects(flow: Flow, nodes: Iterable[str]) -> str:
-    """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them."""
+def suspects(flow: Flow, nodes: Iterable[str], *, everywhere: bool = True) -> str:
+    """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them.
+
+    `everywhere`: no position is right. Else it is no weight of a product and no bias, which act at every position.
+    """
     known = [name for name in nodes if name in flow.whole.computations]
     of_engine = [name for name in known if not flow.whole.made_by_ggml(name)]
     every = [(name, flow.whole.computations[name]) for name in of_engine or known]
     weights = tuple(dict.fromkeys(weight for _, how in every for weight in how.weights))
     operations = [how.op for _, how in every]
+    only_there = not everywhere and any(how.op == "MUL_MAT" and len(how.reads) == 1 for _, how in every)
     named = [weight for weight in weights if weight.endswith(".weight")]
     biases = [weight for weight in weights if weight.endswith(".bias")]
     words: list[str] = []
     for op in dict.fromkeys(operations):
-        if op == "MUL_MAT":
+        if op == "MUL_MAT" and only_there:
+            words.append("the product: which row it reads there, or a tile of its kernel (its weights act at every position)")
+        elif op == "MUL_MAT":
             words.append(_product(every, named))
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
             continue  # the bias or the norm's weight: see below
@@ -81,7 +87,7 @@ def suspects(flow: Flow, nodes: Iterable[str]) -> str:
             words.append(f"the recurrence ({op}): its state, its decay, or the state passed on from pass to pass")
         elif op:
             words.append(f"ggml's {op}")
-    if biases and "MUL_MAT" in operations:
+    if biases and "MUL_MAT" in operations and not only_there:
         words.append(f"the bias {' and '.join(biases)}")
     if CACHE in operations and len(operations) > 1:
         words.append("the cache")

@@ -360,9 +360,12 @@ static inline int parity__written(parity_dump *d) {
  * if it really is not known, makes the limits loose. Other unknown numbers are 0, unknown texts NULL. */
 static inline int parity_header(parity_dump *d, const char *engine, const char *model, int layers, const int *tokens,
                                 int n_tokens, const char *compute) {
+    static const char *const known[] = {"f64", "f32", "tf32", "f16", "bf16", "q8"};
     int i, result;
     if (!d) return -1;
     if (!tokens && n_tokens > 0) return parity__refuse(d, "parity_header", "a number of tokens, but no tokens");
+    for (i = 0; compute && i < 6 && strcmp(compute, known[i]) != 0; i++);
+    if (compute && i == 6) return parity__refuse(d, "parity_header", "compute is not known: write f64, f32, tf32, f16, bf16, q8, or NULL");
     parity__lock(d);
     fputs("{\"type\":\"header\",\"format\":1,\"source\":", d->file);
     parity__text(d->file, engine ? engine : "unknown");

@@ -8,7 +8,7 @@
 //!     tap.checkpoint("blk.5.l_out", position, &hidden)?; // all values of one position, in host memory
 //!     tap.finish()?;
 use std::fs::File;
-use std::io::{BufWriter, Result, Write};
+use std::io::{BufWriter, Error, ErrorKind, Result, Write};
 
 pub struct Recorder { out: BufWriter<File>, records: u64, slice: usize, only: Option<Vec<String>>, seq: usize, step: usize, phase: &'static str }
 
@@ -21,10 +21,29 @@ fn list(values: &[f32]) -> String {
     values.iter().map(|x| if x.is_finite() { format!("{x:e}") } else { number(*x as f64) }).collect::<Vec<_>>().join(",")
 }
 
+/// A text as JSON has it.
+fn quoted(text: &str) -> String {
+    let mut json = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => { json.push('\\'); json.push(c); }
+            c if c < ' ' => json.push_str(&format!("\\u{:04x}", c as u32)),
+            c => json.push(c),
+        }
+    }
+    json + "\""
+}
+
+/// What `compute` may be.
+const ARITHMETIC: [&str; 6] = ["f64", "f32", "tf32", "f16", "bf16", "q8"];
+
 impl Recorder {
     pub fn create(path: &str, model: &str, tokens: &[u32], compute: &str, slice: usize) -> Result<Self> {
+        if !ARITHMETIC.contains(&compute) {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("compute is {compute:?}: write one of {}", ARITHMETIC.join(", "))));
+        }
         let mut out = BufWriter::new(File::create(path)?);
-        writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{model:?}}},\"tokens\":{tokens:?},\"compute\":{compute:?},\"slice\":{slice}}}")?;
+        writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{}}},\"tokens\":{tokens:?},\"compute\":\"{compute}\",\"slice\":{slice}}}", quoted(model))?;
         Ok(Self { out, records: 0, slice, only: None, seq: 0, step: 0, phase: "prefill" })
     }
 
@@ -62,8 +81,8 @@ impl Recorder {
         let sketch: Vec<f32> = sketch.iter().map(|&s| s as f32).collect();
         self.records += 1;
         writeln!(self.out,
-            "{{\"checkpoint\":\"{point}\",\"seq\":{},\"token_idx\":{position},\"step\":{},\"phase\":\"{}\",\"dtype\":\"f32\",\"shape\":[{}],\"values\":[{}],\"stats\":{{\"n\":{},\"sum\":{},\"l2\":{},\"nonfinite\":{nonfinite}}},\"sketch\":[{}]}}",
-            self.seq, self.step, self.phase, row.len(), list(&row[..row.len().min(self.slice)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
+            "{{\"checkpoint\":{},\"seq\":{},\"token_idx\":{position},\"step\":{},\"phase\":\"{}\",\"dtype\":\"f32\",\"shape\":[{}],\"values\":[{}],\"stats\":{{\"n\":{},\"sum\":{},\"l2\":{},\"nonfinite\":{nonfinite}}},\"sketch\":[{}]}}",
+            quoted(point), self.seq, self.step, self.phase, row.len(), list(&row[..row.len().min(self.slice)]), row.len(), number(sum), number(squares.sqrt()), list(&sketch))
     }
 
     pub fn finish(mut self) -> Result<()> {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from checkpoints.lines import checkpoint_lines, end_line, header_line, token_line
 from checkpoints.points import in_layer, parse, resolve
+from checkpoints.reading.words import compute
 from checkpoints.record import DEFAULT_SLICE, Header, ModelInfo, Token
 from checkpoints.summary import summarise
 
@@ -40,6 +41,15 @@ def to_host(value: Any) -> NDArray[np.float32]:
         else:
             raise TypeError(f"a checkpoint is made of an array, not of {type(value).__name__}")
     return np.array(value, dtype=np.float32, order="C", copy=True)
+
+
+def _arithmetic(word: str) -> str:
+    """The arithmetic that a word names, as the format spells it.
+
+    Raises:
+        ValueError: no reader of dumps knows it: better said before the engine runs than when its dump is read.
+    """
+    return compute(word)
 
 
 def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
@@ -130,6 +140,7 @@ class Recorder:
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: `compute` is no arithmetic that is known.
     """
 
     def __init__(
@@ -147,6 +158,7 @@ class Recorder:
         slice_size: int = DEFAULT_SLICE,
         hparams: "Mapping[str, Any] | None" = None,
     ) -> None:
+        arithmetic = _arithmetic(compute)
         self.layers = layers
         listed = [name for name in points.split(",") if name]
         self._globs = tuple(name for name in listed if any(sign in name for sign in "*?["))
@@ -171,7 +183,7 @@ class Recorder:
                     model=ModelInfo(name=model, layers=layers),
                     tokens=tuple(int(token) for token in tokens),
                     prompt=prompt,
-                    compute=compute,
+                    compute=arithmetic,
                     slice=slice_size,
                     hparams=dict(hparams) if hparams else None,
                 )

@@ -99,8 +99,9 @@ def plain_rows(case: Case) -> list[Expected]:
 
 
 class Directions:
-    """Records of a case, some of its `plain_rows`, beside the noise of one arithmetic."""
+    """Records of a case, some of its `plain_rows`, beside the noise of one arithmetic; what is not finite takes no part."""
 
+    @np.errstate(over="ignore", invalid="ignore")  # sums and differences of infinities, a mask's say
     def __init__(self, case: Case, noise: Noise, entries: Sequence[Expected]) -> None:
         self._positions, self._entries = case.positions, entries
         right = case.replay.on_host
@@ -182,12 +183,12 @@ class Directions:
     def _apart(self, row: Floats) -> Floats:
         return np.asarray(row - self._shared @ (self._shared.T @ row))
 
+    @np.errstate(over="ignore", invalid="ignore")
     def effect(self, values: Mapping[str, NDArray[np.float32]]) -> Floats | None:
         """What a run changes of the records, without the part that it shares with the noise; None if it is not finite or all of that."""
         if any(np.shape(value) != self._shapes.get(name, np.shape(value)) for name, value in values.items()):
             return None
-        with np.errstate(over="ignore", invalid="ignore"):
-            change = self._weighted(self._of(values) - self._right)
+        change = self._weighted(self._of(values) - self._right)
         if not np.isfinite(change).all() or not change.any():
             return None
         rest = self._apart(change)

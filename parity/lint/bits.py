@@ -1,4 +1,4 @@
-"""Values whose bits are another type's: F16 read as BF16 or F32, and the reverse.
+"""Values whose bits are another type's: F16 read as BF16 or F32, the reverse, and addresses read as F32.
 
 A row of a transformer spans few powers of two: the logarithms (base 2) of Gaussian values have a deviation of 1.6. Bits of
 one type read as another show in two ways: the row's deviation is far from that, and, reread as the
@@ -22,6 +22,7 @@ _LARGEST = 1e6  # largest value of a plausible row: ten times the largest scores
 # BF16 bits read as F16: magnitudes below 2 all land in [1, 2). A Gaussian row of ten values has a ratio of smallest to
 # largest above 0.4 once in 10^7; what tanh saturates has often, and stays below 1.
 _TOO_NARROW = 0.4
+_LARGEST_UPPER = 0xFFFF  # upper half of an address of 48 bits: as a float32 at most 9.2e-41, which no activation is
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -135,6 +136,24 @@ def wrong_type(subject: Subject) -> Iterator[Hit]:
                     text = f"{name} says {rows.dtype}, its values ({shown}, …) are {evidence}, {positions_of(rows, bad)}"
                     yield Hit(name, int(rows.token_idx[bad[0]]), text)
                     break
+
+
+def addresses(subject: Subject) -> Iterator[Hit]:
+    """Every second value has the same few bits, those of a denormal: the upper halves of 64-bit addresses in one region of memory."""
+    for name, rows in subject.points.items():
+        width = int(rows.counts.min(initial=rows.values.shape[1]))
+        if width < _ENOUGH or rows.dtype.startswith("i"):
+            continue
+        words = np.ascontiguousarray(rows.values[:, : width - width % 2], dtype=np.float32).view(np.uint32).astype(np.int64)
+        for upper, lower in ((words[:, 1::2], words[:, 0::2]), (words[:, 0::2], words[:, 1::2])):
+            one_region = (np.ptp(upper, axis=1) <= 1) & (upper.min(axis=1) > 0) & (upper.max(axis=1) <= _LARGEST_UPPER)
+            bad = (one_region & (np.ptp(lower, axis=1) > 0)).nonzero()[0].tolist()
+            if bad:
+                shown = ", ".join(f"{x:.4g}" for x in leading(rows, bad[0])[:4])
+                at = f"0x{(int(upper[bad[0], 0]) << 32) + int(lower[bad[0], 0]):x}"
+                text = f"{name} holds 64-bit addresses ({shown}, …: {at}, …), {positions_of(rows, bad)}"
+                yield Hit(name, int(rows.token_idx[bad[0]]), text)
+                break
 
 
 def _batches(subject: Subject) -> Iterator[tuple[list[str], int]]:

@@ -197,7 +197,7 @@ def stale_position(subject: Subject) -> Iterator[Hit]:
                     excused = (seq, before) in seen and seen[seq, before] == seen.get((seq, after))
                 excused = excused or _of_same_rows(subject, name, seq, before, after)
                 if not excused:
-                    stale.update((before, after))
+                    stale.update(ordered)
         if stale:
             total = len(set(rows.token_idx.tolist()))
             yield Hit(name, min(stale), f"{name} is the same vector {where(sorted(stale), total)}")

@@ -40,6 +40,11 @@ RULES: tuple[Rule, ...] = (
         "copy the values to the host and wait for the copy before they are printed",
     ),
     Rule(
+        "addresses", ERROR, bits.addresses,
+        "an array of pointers was printed: the pointer to a buffer of pointers, or a struct, read as floats",
+        "follow the pointer: copy what it points to to the host, and print that",
+    ),
+    Rule(
         "non-finite", WARNING, numbers.non_finite,
         "an overflow, a division by zero, or memory that was never written",
         "find the first point with such values: the later ones follow from it",

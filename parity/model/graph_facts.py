@@ -227,12 +227,27 @@ class _Read:
             if tensor.op == "SSM_CONV" and tensor.sources[1] is not None:
                 facts["convolution"] = f"{self._tensors[tensor.sources[1]].ne[0].fixed} positions"
             elif tensor.op != "SSM_CONV":
-                facts["recurrence"] = tensor.op
+                facts["recurrence"] = tensor.op + self._shared_heads(tensor)
         for i in inside:
             tensor = self._tensors[i]
             if tensor.op == "CPY" and (kind := parse(tensor.point).kind):
                 facts[kind] = f"state of {tensor.ne[0].fixed * tensor.ne[1].fixed} values"
         return {"states": facts} if facts else {}
+
+    def _shared_heads(self, recurrence: Tensor) -> str:
+        """How heads share what there is less of; empty where each has its own (`engine.ggml_ops` does the same)."""
+        sources = [None if i is None else self._tensors[i] for i in recurrence.sources]
+        if recurrence.op == "GATED_DELTA_NET" and sources[0] and sources[2]:
+            fewer, heads, shared = sources[0].ne[1].fixed, sources[2].ne[1].fixed, "query and key"
+            which = f"h mod {fewer}"  # they repeat in turn
+        elif recurrence.op == "SSM_SCAN" and sources[1] and sources[4]:
+            fewer, heads, shared = sources[4].ne[1].fixed, sources[1].ne[1].fixed, "B and C"
+            which = f"of group h // {heads // fewer}"  # heads that follow one another are a group
+        else:
+            return ""
+        if fewer == heads:
+            return f", {heads} heads"
+        return f", {heads} heads, " + (f"which share {shared}" if fewer == 1 else f"head h takes {shared} {which}")
 
     def _scales(self, inside: list[int]) -> Facts:
         capped = {j for i in inside if self._tensors[i].op == "UNARY" for j in self._readers(i)}
