@@ -130,7 +130,7 @@ def outcome(ours: Dump, ref: Dump, faulty: Faulty, right: bool, known: bool) -> 
     agrees = verdict.first_divergence is None and not verdict.record_faults
     if not right:
         return "acquitted" if agrees and not findings else "not acquitted", said
-    if findings or verdict.record_faults or pattern in ("other-record", "same-vector", "order"):
+    if findings or verdict.record_faults or pattern in ("other-record", "before-rope", "same-vector", "order"):
         return "told", said
     return ("unseen" if agrees else "blamed" if verdict.operation else "seen"), said
 

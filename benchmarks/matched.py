@@ -69,7 +69,7 @@ def entries_of(case: Case) -> list[Entry]:
     """Every variant of the catalogue that changes the model."""
     steps, found = case.transformer.steps, []
     for fault in CATALOGUE.values():
-        for parameters in fault.variants(Planting(steps).right) if fault.shows is None else ():
+        for parameters in fault.variants(Planting(steps).right) if fault.shows is None and not fault.near_one else ():
             try:
                 changed = as_recorded(plant(steps, fault, None, **parameters))
                 values = case.replay.changed(changed)
@@ -146,8 +146,8 @@ def near_noise(case: Case, kind: str, entries: Sequence[Entry]) -> list[Entry]:
 
 def measured(case: Case, kind: str, entries: Sequence[Entry]) -> list[tuple[Entry, Along]]:
     """What of the error lies along each entry's effect, what removes most first."""
-    entries = plain_rows(case)
-    directions = Directions(case, noise_of(case, kind, entries), entries)
+    rows = plain_rows(case)
+    directions = Directions(case, noise_of(case, kind, rows), rows)
     found = []
     for entry in entries:
         effect = directions.effect({name: value for name, value in entry.values.items() if name in directions.points})

@@ -8,6 +8,7 @@ from rich.text import Text
 from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, SuspectRecord, TruthAt
 
 from .layout import labelled, wrap
+from .limits import pass_for_rounding
 from .numbers import count, error, limit
 from .sentences import no_verdict, rows_seen
 
@@ -30,9 +31,9 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     if explanation.unjudged:
         yield from _lines([("undecided", no_verdict(explanation.unjudged))], width)
     elif explanation.first is None and explanation.precision_only:
-        yield from _lines(
-            [("no fault", f"agrees to within the noise of {_arithmetic(explanation.precision_only, explanation)}")], width
-        )
+        within = f"agrees to within the noise of {_arithmetic(explanation.precision_only, explanation)}"
+        hidden = pass_for_rounding(*explanation.passes)
+        yield from _lines([("no fault", within), *([("noise", hidden)] if hidden else [])], width)
     elif explanation.first is None:
         noisy = any(note.startswith("noise:") for note in explanation.notes)
         within = ", some only within the noise named in the note" if noisy else ""
@@ -264,6 +265,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "unjudged": list(explanation.unjudged),
         "left_open": explanation.left_open or None,
         "precision_alike": list(explanation.precision_alike),
+        "passes": {"rows": explanation.passes[0], "logits": explanation.passes[1]},
         "looks_like": explanation.looks_like or None,
         "f32_stated": explanation.f32_stated or None,
         "truth": None if explanation.truth is None else {"ours": explanation.truth.ours, "right": explanation.truth.right},

@@ -30,8 +30,13 @@ def hidden_by_rounding(verdict: Verdict) -> str:
         point.checkpoint: point.worst.limit for point in verdict.points if point.status == AGREES and point.worst.of_limit
     }
     of_logits = judged.pop(LOGITS, 0.0)
-    largest = max(judged.values(), default=of_logits)
-    if not largest:
+    return pass_for_rounding(max(judged.values(), default=of_logits), of_logits)
+
+
+def pass_for_rounding(largest: float, of_logits: float) -> str:
+    """How large an error passes under these limits, as a share of a row; "" if they are float32's."""
+    largest = largest or of_logits
+    if largest <= _FLOAT32:
         return ""
     logits = f" (logits: {_percent(of_logits)})" if of_logits and of_logits != largest else ""
     return (

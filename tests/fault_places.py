@@ -122,6 +122,12 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "attention-gate-layout": ("qwen35", {}, (None, (3,))),
     "rope-last": ("stablelm", {}, BOTH),
     "bias-of-expert-unweighted": ("gpt-oss", {}, BOTH),
+    "norm-unbiased": ("starcoder2", {}, BOTH),
+    "norm-not-read": ("qwen2moe", {"at": ("ffn_moe_logits",)}, BOTH),
+    "norm-of-sum": ("gemma2", {}, BOTH),
+    "experts-smallest": ("qwen3moe", {}, BOTH),
+    "router-over-positions": ("qwen3moe", {}, BOTH),
+    "multiplier-on-stream": ("granite", {}, BOTH),
     "operand-left-out": ("rwkv7", {"operation": "time_mix_ln.bias + time_mix_value"}, BOTH),
 }
 

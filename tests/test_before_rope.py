@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 from planted import PATIENT, TOKENS, Faulty, Planted
 from recorded import F32, only
 
+from checkpoints.reading.reader import read
 from checkpoints.record import Dump
+from engine.graph import Step
 from parity.diff.compare import compare
 from parity.explain.explain import explain
 from reference.client import Reference
+from reference.jobs import DumpJob
 
 LAYERS = range(2)
 TELLING = [f"blk.{n}.{kind}" for n in LAYERS for kind in ("q_rope", "k_rope", "kqv_out", "l_out")]
@@ -28,6 +32,10 @@ def _early(dump: Dump, before: str) -> Dump:
     """The dump with queries before RoPE under the name of those after it."""
     points = {f"blk.{n}.q_rope": replace(dump.points[f"blk.{n}.{before}"], point=f"blk.{n}.q_rope") for n in LAYERS}
     return only(replace(dump, points={**dump.points, **points}), *TELLING)
+
+
+def _scaled(step: Step) -> Step:
+    return replace(step, op=lambda *inputs, **params: step.op(*inputs, **params) * np.float32(1.5))
 
 
 def _before(engine: Faulty) -> str:
@@ -54,6 +62,28 @@ def test_a_wrong_rotation_is_no_early_record(engine: Faulty, fault: tuple[str, d
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.q_rope"
     assert not verdict.record_faults
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_what_a_wrong_rotation_and_an_early_record_have_in_common(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path, fault: bool
+) -> None:
+    """Where what is made from queries recorded before RoPE is wrong as well, nothing tells them from queries that are rotated wrongly."""
+    model = small_model("deepseek2")
+    engine = Faulty(model, reference.graph(model))
+    reference.dump(DumpJob(model, tmp_path / "ref.jsonl", TOKENS, points="all", slice_size=4096))
+    early = Planted((("capture-before-rope", {"at": ("q_pe", "k_pe")}, None),))
+    steps = [_scaled(step) if fault and step.makes == "blk.0.q_rope" else step for step in engine.right]
+    dump = engine.dump(early, TOKENS, points="all", size=4096, bare=False, steps=steps)
+    verdict = compare(dump, read(tmp_path / "ref.jsonl"), F32)
+    if not fault:
+        assert verdict.first_divergence is None
+        return
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.0.q_pe"
+    assert verdict.operation.endswith(
+        "this operation is wrong, or it was recorded before RoPE, and what is computed from it is wrong"
+    )
 
 
 @pytest.mark.slow

@@ -96,17 +96,20 @@ def test_what_the_numbers_say_is_said_in_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "name", "number"),
     [
-        (lambda x: x * np.float32(1.002), "multiplier"),
-        pytest.param(lambda x: x + np.float32(0.01), "constant-added", marks=pytest.mark.slow),
+        (lambda x: x * np.float32(1.002), "multiplier", 1.002),
+        pytest.param(lambda x: x * np.float32(1.00504), "multiplier", 1.00504, marks=pytest.mark.slow),
+        pytest.param(lambda x: x + np.float32(0.01), "constant-added", 0.01, marks=pytest.mark.slow),
     ],
 )
-def test_a_number_at_one_operation_is_a_cause(engine: Faulty, change: Callable[[Array], Array], name: str) -> None:
-    """A result that is scaled or shifted reproduces every record after it: its number is fitted."""
+def test_a_number_at_one_operation_is_a_cause(
+    engine: Faulty, change: Callable[[Array], Array], name: str, number: float
+) -> None:
+    """A result that is scaled or shifted reproduces every record after it: its number is fitted, and not cut to fewer digits."""
     explanation = explain(edited(engine, "blk.2.ffn_up", change), engine.model, _PATIENT)
     assert (names(explanation), explanation.remaining) == ([name], None)
-    assert explanation.causes[0].named.parameters["by"] in (1.002, 0.01)
+    assert explanation.causes[0].named.parameters["by"] == number
 
 
 @pytest.mark.slow
@@ -203,6 +206,25 @@ def test_an_error_that_grows_is_no_edge(engine: Faulty) -> None:
     assert verdict.first_divergence.token_idx > 1
     assert "window" not in verdict.pattern.sentence
     assert "alone" not in explain(dump, engine.model, STEPS).law
+
+
+def test_no_weight_is_blamed_where_positions_are_right(engine: Faulty) -> None:
+    """A product that is wrong at one position has the right weight, which acts at every position."""
+    right = engine.dump(RIGHT, PROMPT, points="*", size=1 << 20)
+    for change, said in ((_one_of_another, "which row it reads there"), (lambda x: np.roll(x, 1), "another layer's")):
+        pattern = compare(edited(engine, "blk.2.ffn_up", change), right).pattern
+        assert pattern is not None
+        assert pattern.code == "operation"
+        assert said in pattern.sentence
+        assert ("transposed" in pattern.sentence) == (change is not _one_of_another)
+
+
+def test_a_laws_number_has_as_many_digits_as_are_known() -> None:
+    """1.005 would hold within the limit as well, but leaves far more error than 1.00504."""
+    whole = np.random.default_rng(1).normal(size=(9, 16))
+    for factor in (1.00504, 1.005):
+        compared = Beside(whole * factor, whole, np.arange(16), np.full(9, 1e-7), np.zeros(9), np.arange(9), whole)
+        assert law(compared) == f"every element is {factor} times the right one"
 
 
 def test_zeros_after_an_unseen_infinity_are_not_attention(engine: Faulty) -> None:

@@ -8,6 +8,7 @@ from further_public_bugs import FURTHER
 from latest_public_bugs import LATEST
 from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
+from ported_bugs import PORTED
 from public_bugs import BUGS
 from slow import slow_but
 
@@ -15,7 +16,7 @@ from parity.explain.explain import explain
 from reference.client import Reference
 
 _QUICK = ("RoPE in BERT",)
-_ALL = {**BUGS, **FURTHER, **LATEST}
+_ALL = {**BUGS, **FURTHER, **LATEST, **PORTED}
 
 
 @pytest.fixture(scope="module")

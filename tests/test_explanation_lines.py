@@ -22,6 +22,14 @@ def placed(count: int, agreeing: int, *, sure: bool = True) -> Explanation:
     return replace(UNEXPLAINED, placed=PossibleOperations(*names, sure=sure, seen=None if sure else (16, 1024)))
 
 
+def test_no_fault_in_lower_arithmetic_says_how_large_an_error_passes() -> None:
+    """Under float32's limits nothing needs to be said."""
+    right = Explanation(records=30, differing=0, first=None, last_agreement=None, precision_only="bf16", passes=(4e-4, 1e-2))
+    assert "noise     scattered errors of up to 2 % of a row (logits: 10 %) pass for rounding" in printed(right)
+    assert as_json(right)["passes"] == {"rows": 4e-4, "logits": 1e-2}
+    assert "pass for rounding" not in printed(replace(right, passes=(1e-10, 1e-9)))
+
+
 @pytest.mark.parametrize(("count", "listed"), [(2, True), (12, True), (13, False)])
 def test_up_to_twelve_operations_are_listed(count: int, listed: bool) -> None:
     """More operations in question than that say nothing: then only the inputs that agree are named."""

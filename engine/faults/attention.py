@@ -49,7 +49,17 @@ def _first_only(kv_rows: Array, heads: int, kv_heads: int) -> Array:
     return split[:, [0] * heads].reshape(kv_rows.shape[0], -1)
 
 
-_ORDERS: dict[str, Callable[[Array, int, int], Array]] = {"h % K": _by_modulo, "0": _first_only}
+def _next_group(kv_rows: Array, heads: int, kv_heads: int) -> Array:
+    """The key/value head after a query head's own; the first one for the last group."""
+    split = kv_rows.reshape(kv_rows.shape[0], kv_heads, -1)
+    return split[:, [(h * kv_heads // heads + 1) % kv_heads for h in range(heads)]].reshape(kv_rows.shape[0], -1)
+
+
+_ORDERS: dict[str, Callable[[Array, int, int], Array]] = {
+    "h % K": _by_modulo,
+    "0": _first_only,
+    "(h // (H / K) + 1) % K": _next_group,
+}
 
 
 def _scores_by(q: Array, k: Array, *, heads: int, kv_heads: int, order: str) -> Array:
@@ -184,8 +194,8 @@ FAULTS = (
         what="query head h reads key/value head {head} instead of h // (H / K), in {at} (kq: keys, kqv_out: values)",
         symptom="wrong from position 0 on in models with fewer key/value heads than heads",
         fix="query head h reads key/value head h // (H / K), not h % K",
-        seen="attention kernels written for K = H",
-        parameters={"head": ("h % K", "0"), "at": (("kq", "kqv_out"), ("kq",), ("kqv_out",))},
+        seen="attention kernels written for K = H; heads of another rank",
+        parameters={"head": tuple(_ORDERS), "at": (("kq", "kqv_out"), ("kq",), ("kqv_out",))},
     ),
     Fault(
         name="softmax-axis",

@@ -46,6 +46,7 @@ class Fault(Struct, frozen=True, kw_only=True):
         shows: for a fault of the capture: the step that makes what the dump shows for a point, None where the dump is right.
         whole: later positions affect earlier ones, so that a run over the first positions does not show the fault.
         once: the fault concerns one place of the model or all of it, not single layers.
+        near_one: it multiplies by a number near one, as an arithmetic that cuts digits off does: it is not looked for in noise.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Fault(Struct, frozen=True, kw_only=True):
     shows: Record | None = None
     whole: bool = False
     once: bool = False
+    near_one: bool = False
 
     def variants(self, right: Steps) -> list[dict[str, Any]]:
         """Every combination of the parameters' values; empty if a parameter has no values for this model."""

@@ -19,6 +19,8 @@ Allowed = Callable[[Array, Array, Array, Array], Array]  # query and key positio
 
 _CHUNKS = (4, 8, 16, 32, 64, 128, 256, 512)
 
+_SCORES = "the scores before the soft max, in which a score of 0 has a weight"
+
 
 def _within(chunk: int) -> Allowed:
     return lambda t, s, _p, _q: (s <= t) & (s // chunk == t // chunk)
@@ -72,6 +74,46 @@ def _masked(
         return weights * (1.0 / total).astype(np.float32)
 
 
+def _by_product(
+    scores: Array,
+    positions: Array,
+    key_positions: Array,
+    passes: Array,
+    key_passes: Array,
+    sinks: Array | None = None,
+    *,
+    scale: float,
+    masked: str,
+    window: str = "causal",
+    size: int = 0,
+) -> Array:
+    """softmax whose mask is a factor: of the scores, of which 0 is one like any other, or of the weights, which then sum to less."""
+    seen = visible(positions, key_positions, window=window, size=size)[None]
+    scaled = scores * np.float32(scale)
+    scaled = np.where(seen, scaled, np.float32(0)) if masked == _SCORES else scaled
+    scaled = np.where((key_passes[None, :] <= passes[:, None])[None], scaled, np.float32(-np.inf))
+    largest = scaled.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = np.maximum(largest, sinks[:, None, None])
+    weights = np.exp(scaled - largest)
+    total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
+    if sinks is not None:
+        total = total + np.exp(sinks[:, None, None] - largest)
+    weights = weights * (1.0 / total).astype(np.float32)
+    return weights if masked == _SCORES else np.where(seen, weights, np.float32(0))
+
+
+def _product(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.params.get("window") in ("all", "symmetric"):
+        raise NotApplicable(f"{step.makes} sees later positions in a right engine, too")
+    return replace(
+        step,
+        op=_by_product,
+        reads=(*step.reads, PASSES, History(PASSES)),
+        params={**step.params, "masked": parameters["masked"]},
+    )
+
+
 def _with_mask(step: Step, mask: str) -> Step:
     return replace(step, op=_masked, reads=(*step.reads, PASSES, History(PASSES)), params={**step.params, "mask": mask})
 
@@ -94,6 +136,17 @@ FAULTS = (
         symptom="prefill wrong everywhere but at the last position; decode right",
         fix="mask scores of later positions with -inf before the softmax",
         seen="batched prefill added to a decode-only engine",
+        whole=True,
+    ),
+    Fault(
+        name="mask-by-product",
+        kinds=_SOFT,
+        change=_product,
+        what="the mask multiplies {masked}",
+        symptom="prefill wrong everywhere but at the last position, or but at those that see every key; decode right",
+        fix="add -inf to the scores of positions that must not be seen, before the soft max",
+        seen="scores times torch.tril(ones); weights cut off by tril after the soft max",
+        parameters={"masked": (_SCORES, "the weights after the soft max, which then sum to less than 1")},
         whole=True,
     ),
     Fault(

@@ -1,4 +1,4 @@
-"""Faults with one norm too many: a norm that is applied twice, or one that the model does not have."""
+"""Norms too many, applied twice or where the model has none, and norms by a variance that is none of the model's."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ from .norms import kinds_with_epsilon
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _RESULTS = ("embd", "attn_out", "ffn_out", "q", "k", "v")
 _USUAL = 1e-6  # ε of a model without a norm of its own
+_ROOT, _DEVIATION = "√(variance + ε)", "standard deviation + ε"
 
 
 class _Twice(HandsOn, frozen=True):
@@ -42,6 +43,24 @@ def _added(step: Step, right: Steps, _parameters: Parameters) -> Step:
     return replace(step, op=Then(step.op, norm))
 
 
+def _unbiased(x: Array, weight: Array, bias: Array | None = None, *, eps: float, heads: int = 1, divides: str = _ROOT) -> Array:
+    """The LayerNorm with a variance of n − 1: (x − mean) / sqrt(Σ(x − mean)² / (n − 1) + ε) · weight (+ bias), or ε beside the root."""
+    split = x.reshape(x.shape[0] * heads, -1).astype(np.float64)
+    if split.shape[1] < 2:
+        raise NotApplicable("a row of one element has no variance")
+    centred = split - split.mean(axis=1, keepdims=True)
+    variance = (centred**2).sum(axis=1, keepdims=True) / (split.shape[1] - 1)
+    root = np.sqrt(variance + eps) if divides == _ROOT else np.sqrt(variance) + eps
+    scaled = (centred / root).astype(x.dtype) * weight
+    return (scaled if bias is None else scaled + bias).reshape(x.shape[0], -1)
+
+
+def _variance(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    if step.op is not ops.layer_norm:
+        raise NotApplicable(f"{step.makes} is no LayerNorm")
+    return replace(step, op=_unbiased, params={**step.params, "divides": parameters["divides"]})
+
+
 FAULTS = (
     Fault(
         name="norm-twice",
@@ -62,5 +81,17 @@ FAULTS = (
         fix="leave the norm out: other models of the family have it",
         seen="code for models with norms of embeddings, of heads, or after a branch",
         parameters={AT: tuple((kind,) for kind in _RESULTS)},
+    ),
+    Fault(
+        name="norm-unbiased",
+        kinds=("NORM", *_NORMS),
+        change=_variance,
+        what="the variance is divided by n − 1, not by n (the norm divides by {divides}), in {at}",
+        symptom="values too small by one part in 2 · n, from position 0 on",
+        fix="divide the sum of squares by the row's length: unbiased=False, correction=0",
+        seen="torch.std and torch.var, whose default is n − 1, in norms written by hand",
+        parameters={"divides": (_ROOT, _DEVIATION), AT: (("NORM",), *((kind,) for kind in _NORMS))},
+        says={("NORM",): "every LayerNorm"},
+        near_one=True,
     ),
 )

@@ -31,6 +31,22 @@ def _multiplier(step: Step, right: Steps, parameters: Parameters) -> Step:
     return with_values(step, {0: float({"missing": 1.0, "applied twice": by**2, "inverted": 1 / by}[how])})
 
 
+def _on_stream(step: Step, right: Steps, _parameters: Parameters) -> Step:
+    """The sum of a branch and the hidden state, of which the other one is multiplied."""
+    makers = [right.get(name) for name in step.names]
+    scaled = next((at for at, made in enumerate(makers) if made is not None and ggml(made, "SCALE")), None)
+    if step.op is not ops.add or len(step.reads) != 2 or scaled is None:
+        return step
+    multiplier = makers[scaled]
+    assert multiplier is not None
+    reads = (multiplier.reads[0], step.reads[1 - scaled])
+    return replace(step, op=_plus_scaled, reads=reads, params={"by": number(multiplier, 0)})
+
+
+def _plus_scaled(branch: Array, x: Array, *, by: float) -> Array:
+    return branch.reshape(x.shape) + x * np.float32(by)
+
+
 def _bases(right: Steps) -> tuple[float, ...]:
     return tuple(sorted({float(step.params["base"]) for step in right.values() if step.op is ops.rope}))
 
@@ -112,6 +128,15 @@ FAULTS = (
         fix="read embedding_scale, residual_scale and logit_scale from the metadata; Gemma multiplies embeddings by √width",
         seen="Llama code that loads Granite, MiniCPM, Cohere or Gemma",
         parameters={"how": ("missing", "applied twice", "inverted"), AT: (*subsets(*_MULTIPLIED)[1:], ("scale", "scale.2"))},
+    ),
+    Fault(
+        name="multiplier-on-stream",
+        kinds=("SUM",),
+        change=_on_stream,
+        what="the multiplier of a branch is applied to the hidden state that the branch is added to",
+        symptom="values of the wrong size from layer 0 on",
+        fix="residual + multiplier · branch",
+        seen="Granite's and MiniCPM's residual multiplier on the wrong side of the sum",
     ),
     Fault(
         name="rope-base-of-other-layers",

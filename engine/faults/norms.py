@@ -64,8 +64,9 @@ def _all_together(right: Steps) -> Values:
 
 
 def _skippable(right: Steps) -> Values:
-    """The usual norms, then that of what a scan makes: those of heads, latents and branches have entries of their own."""
-    return (*subsets("attn_norm", "ffn_norm"), *((kind,) for kind in row_norms_of_scans(right)))
+    """The usual norms, those of embeddings and of what a scan makes: those of heads, latents and branches have entries of their own."""
+    of_embeddings = (("embd",),) if "embd" in right and right["embd"].op in (ops.rms_norm, ops.layer_norm) else ()
+    return (*subsets("attn_norm", "ffn_norm"), *of_embeddings, *((kind,) for kind in row_norms_of_scans(right)))
 
 
 def with_epsilon(step: Step, eps: float) -> Step:

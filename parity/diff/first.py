@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
 from checkpoints.points import EMBD
 from checkpoints.record import Rows
+from reports.sentences import GROWN
 
 from .dataflow import Stretch
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .next_points import next_points, points_value
 from .operations import BEHIND, ELEMENTWISE, FAR, NEAR, noun
 from .pattern import Evidence, diagnose
-from .readings import LAYOUT, Allowed, Others, head_size_of
+from .readings import LAYOUT, Allowed, Others, common_length, head_size_of
 from .records import Records
 from .rounding import cut_to, rounded_to
 from .same_vector import SameVector, same_vector
@@ -24,6 +25,7 @@ from .wrong_values import scaled_part, summand
 
 Ints = NDArray[np.int64]
 BLAMED = "this operation is wrong"  # the end of a sentence that names an operation
+_EARLY = "before-rope"  # the code of a pattern that a wrong rotation makes, and a record of what is not yet rotated
 
 # If passing positions have an error within this factor of the failing ones', it is the same error at all of them.
 _ALIKE = 30.0
@@ -74,7 +76,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         )
     elif settled and stretch is not None and not divergence.fresh and stretch.inputs:
         lower = records.limits.operations > EXACT_FLOOR.operations
-        grown = "as lower precision does" if lower else "from below the limit: what is wrong lies before, or is small"
+        grown = GROWN if lower else "from below the limit: what is wrong lies before, or is small"
         operation = f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, {grown}"
         advice = "" if lower else _towards_the_jump(records, first)
     elif settled and stretch is not None:
@@ -88,6 +90,8 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         pattern.code == "reference-nonfinite" or (pattern.code in ("rounded", "tokens-shifted") and looked_up)
     ):
         operation = ""  # a table that is stored in a lower type, or another token, is neither another table nor another row
+    if pattern is not None and pattern.code == _EARLY and operation.endswith(BLAMED):
+        operation += ", or it was recorded before RoPE, and what is computed from it is wrong"
     return First(divergence, agreement, advice, wider, operation, pattern)
 
 
@@ -228,12 +232,22 @@ def _of_values(
         return Pattern("tokens-shifted", f"{sentence}: {_SHIFTED[layout.relation]}")
     if layout is not None and not (zero and after):  # zeros that are used were computed
         too = f"; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too" if after else ""
-        return Pattern("order" if layout.kind == LAYOUT else "other-record", f"{name}: {layout.sentence}{too}")
+        code = "order" if layout.kind == LAYOUT else _EARLY if layout.weak and not _refuted(records, name) else "other-record"
+        return Pattern(code, f"{name}: {layout.sentence}{too}")
     if constant := summand(ours, ref, allowed):
         return Pattern("summand", f"{name}: {constant}: a bias, or an addition that is missing or too many")
     if name in records.unconfirmed and (part := scaled_part(ours, ref, allowed)):
         return Pattern("other-record", f"{name}: {part}: a fault whose effect a norm removes, or another moment")
     return None
+
+
+def _refuted(records: Records, name: str) -> bool:
+    """Whether the reference recorded what RoPE reads there: rows of an earlier moment would have been recognised as those."""
+    read = records.flow.whole.computations[name].reads if name in records.flow.whole.computations else ()
+    sizes = [
+        common_length(records.ref.points[point], records.ref.points[name]) for point in read if point in records.ref.points
+    ]
+    return any(size is not None for size in sizes)
 
 
 def _reference_broken(records: Records, failing: Ints) -> bool:

@@ -55,23 +55,25 @@ def recurrent(op: str) -> bool:
 FAR, NEAR, BEHIND = "far", "near", "behind"
 
 
-def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR) -> str:
+def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR, *, everywhere: bool = True) -> str:
     """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them.
 
     Args:
         differs: FAR, NEAR or BEHIND. Only rows that are FAR off can be those of a transposed matrix, or of another one.
+        everywhere: no position is right. Else it is no weight of a product and no bias, which act at every position.
     """
     known = [name for name in nodes if name in flow.whole.computations]
     of_engine = [name for name in known if not flow.whole.made_by_ggml(name)]
     every = [(name, flow.whole.computations[name]) for name in of_engine or known]
     weights = tuple(dict.fromkeys(weight for _, how in every for weight in how.weights))
     operations = [how.op for _, how in every]
+    only_there = not everywhere and any(how.op == "MUL_MAT" and len(how.reads) == 1 for _, how in every)
     named = [weight for weight in weights if weight.endswith(".weight")]
     biases = [weight for weight in weights if weight.endswith(".bias")]
     words: list[str] = []
     for op in dict.fromkeys(operations):
         if op == "MUL_MAT":
-            words.append(_product(every, named, differs))
+            words.append(_ONLY_THERE if only_there else _product(every, named, differs))
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
             continue  # the bias or the norm's weight: see below
         elif (op in ("CONT", CACHE) or op in VIEWS) and len(operations) > 1:
@@ -93,7 +95,7 @@ def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR) -> str:
             words.append(f"the recurrence ({op}): its state, its decay, or the state passed on from pass to pass")
         elif op:
             words.append(f"ggml's {op}")
-    if biases and "MUL_MAT" in operations:
+    if biases and "MUL_MAT" in operations and not only_there:
         words.append(f"the bias {' and '.join(biases)}")
     if CACHE in operations and len(operations) > 1:
         words.append("the cache")
@@ -119,6 +121,7 @@ def noun(flow: Flow, stretch: Stretch, unchanged: str) -> str:
     )
 
 
+_ONLY_THERE = "the product: which row it reads there, or a tile of its kernel (its weights act at every position)"
 _OF_WEIGHTS = {
     FAR: "transposed, or another layer's",
     NEAR: "a factor, a summand, or some of its rows or blocks",

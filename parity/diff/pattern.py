@@ -75,7 +75,10 @@ def diagnose(seen: Evidence) -> Pattern | None:
     shape = _shape(seen)
     from_one_on = shape is None or shape.code.startswith("from-position")
     if seen.settled and (from_one_on or not _attends(seen)):
-        likely = suspects(seen.flow, seen.stretch.nodes, seen.differs) if seen.stretch is not None else ""
+        everywhere = bool(seen.failed.all())
+        likely = (
+            suspects(seen.flow, seen.stretch.nodes, seen.differs, everywhere=everywhere) if seen.stretch is not None else ""
+        )
         return Pattern("operation", f"{_where(seen)}, and its inputs agree" + (f": {likely}" if likely else ""))
     return _after_the_layers(seen, shape)
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from checkpoints.answers.explain import DivergentPlace, Explanation
-from checkpoints.points import in_layer
+from checkpoints.points import LOGITS, in_layer
 
 from ..diff.seen import seen
 from .case import Case
@@ -35,7 +35,17 @@ def answer_of(case: Case, search: Search, start: SearchState, best: SearchState)
         complete=search.screening.budget.complete,
         notes=case.notes,
         seen=tuple(seen(entry.pair) for entry in case.entries),
+        passes=_passes(case.entries),
     )
+
+
+def _passes(entries: Sequence[Expected]) -> tuple[float, float]:
+    """The largest limit of the points before the logits, and of the logits."""
+    largest = dict.fromkeys((False, True), 0.0)
+    for entry in entries:
+        logits = entry.point == LOGITS
+        largest[logits] = max(largest[logits], float(entry.limit.max(initial=0.0)))
+    return largest[False], largest[True]
 
 
 def _where(case: Case, state: SearchState) -> DivergentPlace | None:

@@ -77,6 +77,10 @@ class _Place(Struct, frozen=True, dict=True):
 
     def holds(self, taken: Floats, elements: Bools | None = None) -> bool:
         """Whether these are the dump's recorded elements, up to rounding and printed digits."""
+        return self.left(taken, elements) is not None
+
+    def left(self, taken: Floats, elements: Bools | None = None) -> float | None:
+        """The error that these values leave at the dump's recorded elements, as `Beside.left`; None if they are not those."""
         entry = self.entry
         here = ~np.isnan(taken).all(axis=1)
         known = entry.present[here] if elements is None else entry.present[here] & elements
@@ -85,9 +89,12 @@ class _Place(Struct, frozen=True, dict=True):
             delta[np.abs(delta) <= entry.quantum[here]] = 0.0
             errors = np.einsum("ij,ij->i", delta, delta)
             before = float((np.where(known, self.right[here] - entry.values[here], 0.0) ** 2).sum())
+        room = ROOM * (entry.limit * entry.energy)[here]
         # What changes nothing that was recorded explains nothing, though it may stay within a raised limit.
         mended = known.any() and float(errors.sum()) <= LEFT * before
-        return bool(mended and (errors <= ROOM * (entry.limit * entry.energy)[here]).all())
+        if not (mended and (errors <= room).all()):
+            return None
+        return float((errors[room > 0] / room[room > 0]).mean()) if (room > 0).any() else 0.0
 
     def gives(self, at: int, changed: Changed) -> bool:
         """Whether the operation with this change of a weight gives the recorded rows, but for what comes from outside of the weight."""
@@ -194,7 +201,7 @@ def _scaled(place: _Place, at: int, what: str, part: object) -> Iterator[str]:
     if energy == 0:
         return
     factor = 1 + float(error @ effect) / energy
-    number = short(factor, lambda c: place.holds(right + (c - 1) * (right - without)))
+    number = short(factor, lambda c: place.left(right + (c - 1) * (right - without)))
     if place.gives(at, Changed("", times(float(number)))):
         yield f"{what} {'all zeros' if abs(factor) < _ZERO else f'{number} times the right one'}"
 
@@ -224,7 +231,7 @@ def _of_columns(place: _Place) -> Iterator[str]:
     if found is None:
         return
     first, end, factor, effect = found
-    number = short(factor, lambda c: place.holds(_plus(right, wrong, (c - 1) * effect)))
+    number = short(factor, lambda c: place.left(_plus(right, wrong, (c - 1) * effect)))
     if not place.holds(_plus(right, wrong, (float(number) - 1) * effect)):
         return
     elements = f"elements {first} to {end - 1}" if end - first > 1 else f"element {first}"

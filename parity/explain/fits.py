@@ -11,6 +11,7 @@ from engine.backend import Array
 from engine.faults import AT, FITTED, FITTED_PARTS, Fitted
 from engine.inapplicable import NotApplicable
 
+from .beside import AS_NOISE, AS_WELL
 from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening
@@ -24,7 +25,7 @@ _PROMISING = 0.3
 _KEPT = 12  # fits that continue after the first passes …
 _OF_ONE = 2  # … of which so many may be of one fault at one place, from different starts
 _SLACK = 10.0  # as `batch._SLACK`: products over few rows round differently
-_DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that reproduce the records are taken
+_DIGITS = (1, 2, 3, 4, 5, 6, 8)  # significant digits of a fitted number: the fewest that fit as well are taken
 _ZERO = 1e-4  # a fitted factor below this is tried as 0 first
 _NEAR = 0.01  # part of the error that a fit may leave for round numbers near it to be tried
 _AGAIN = 3  # times that a number is fitted again if it leaves an error at a later place
@@ -226,11 +227,12 @@ class Fitting(AtFirstPlace):
             numbers.insert(0, 0.0)
         if trial.fit.parameter == "scaling" and 0 < value < 1:  # metadata has the factor by which positions are divided
             numbers.insert(0, 1 / round(1 / value))
+        most = self._as_well(trial)
         for short in numbers:
             if short == value or (short == 0.0 and trial.fit.positive):
                 continue
             at = float(np.log(short)) if trial.fit.positive else short
-            if not self._passes(trial, at):
+            if not self._passes(trial, at, most):
                 continue
             parameters = {trial.fit.parameter: short, **trial.parameters}
             other = self._screening.check(self._state, Candidate(trial.fit.fault, parameters, self._layers))
@@ -238,10 +240,21 @@ class Fitting(AtFirstPlace):
                 return other
         return state
 
-    def _passes(self, trial: _Trial, at: float) -> bool:
-        """Whether a value leaves no error at the first place, or so little that it may be the changed steps' own noise."""
+    def _as_well(self, trial: _Trial) -> float:
+        """The squared error at the first place up to which another number fits as well as the one that was fitted."""
+        value = self._values([trial.candidate(trial.best_at, self._layers)])[0]
+        if value is None:
+            return np.inf
+        residual, here = self._residual(value), self._entry.rows < self._rows
+        return max(AS_WELL * float(residual @ residual), AS_NOISE * float(self._entry.limit[here].sum()))
+
+    def _passes(self, trial: _Trial, at: float, most: float = np.inf) -> bool:
+        """Whether a value leaves no error at the first place but the changed steps' own noise, and at most a squared error of `most`."""
         value = self._values([trial.candidate(at, self._layers)])[0]
         if value is None:
+            return False
+        residual = self._residual(value)
+        if not float(residual @ residual) <= most:
             return False
         entry, positions = self._entry, self._screening.positions[: self._rows]
         errors = entry.nmse(self._screening.backend.to_host(value), positions)

@@ -172,6 +172,7 @@ def joined(encoder: Explanation, decoder: Explanation) -> Explanation:
         complete=encoder.complete and decoder.complete,
         notes=tuple(dict.fromkeys(notes)),
         seen=(*encoder.seen, *decoder.seen),
+        passes=(max(encoder.passes[0], decoder.passes[0]), decoder.passes[1]),
     )
 
 

@@ -175,9 +175,9 @@ def _not_contradicted(
 
 
 def _candidates(start: SearchState) -> Iterator[Candidate]:
-    """Every variant of the catalogue."""
+    """Every variant of the catalogue that noise may hide and does not imitate."""
     for fault in CATALOGUE.values():
-        if fault.shows is None:
+        if fault.shows is None and not fault.near_one:
             for parameters in fault.variants(start.planting.right):
                 yield Candidate(fault, parameters)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .beside import LEFT_OF_MANY, ROOM, Beside, Bools
+from .beside import AS_NOISE, AS_WELL, LEFT_OF_MANY, ROOM, Beside, Bools
 from .moved import LISTED, moved
 from .records import Floats, Ints
 from .row_laws import of_rows
@@ -92,8 +92,11 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     dumped, right = compared.dumped[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
 
+    def left(values: Floats) -> float | None:
+        return compared.left_at(some, values)
+
     def holds(values: Floats) -> bool:
-        return compared.holds_at(some, values)
+        return left(values) is not None
 
     if not dumped.any() and right.any():
         yield f"{be} 0"
@@ -102,12 +105,12 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     if factor is not None and holds(right * factor):
         wrong_sign = abs(factor + 1) < _SIGN
         yield (
-            f"{have} the wrong sign" if wrong_sign else f"{be} {short(factor, lambda c: holds(right * c))} times the right one"
+            f"{have} the wrong sign" if wrong_sign else f"{be} {short(factor, lambda c: left(right * c))} times the right one"
         )
         return
     constant = float(np.mean(dumped - right))
     if constant and holds(right + constant):
-        yield f"{be} the right one {_signed(short(constant, lambda c: holds(right + c)))}"
+        yield f"{be} the right one {_signed(short(constant, lambda c: left(right + c)))}"
         return
     if dumped.size >= _OF_TWO and (dumped == dumped.flat[0]).all():
         yield f"{be} {dumped.flat[0]:.6g}, whatever the right one is"
@@ -116,14 +119,18 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
         if (both := _line(right, np.ones_like(right), dumped)) is not None and holds(right * both[0] + both[1]):
             yield f"{be} {both[0]:.6g} times the right one {_signed(f'{both[1]:.6g}')}"
     else:
-        yield from _by_the_bias(dumped, right, compared.bias[some], be, holds)
+        yield from _by_the_bias(dumped, right, compared.bias[some], be, left)
 
 
-def _by_the_bias(dumped: Floats, right: Floats, bias: Floats, be: str, holds: Callable[[Floats], bool]) -> Iterator[str]:
+def _by_the_bias(dumped: Floats, right: Floats, bias: Floats, be: str, left: Callable[[Floats], float | None]) -> Iterator[str]:
     """How elements derive from the right ones if the product, its bias, or both are multiplied."""
+
+    def holds(values: Floats) -> bool:
+        return left(values) is not None
+
     factor = _factor(dumped - bias, right - bias)
     if factor is not None and holds((right - bias) * factor + bias):
-        yield f"{be} {short(factor, lambda c: holds((right - bias) * c + bias))} times the right product; the bias is right"
+        yield f"{be} {short(factor, lambda c: left((right - bias) * c + bias))} times the right product; the bias is right"
         return
     for times, sentence in ((0.0, "without the bias"), (2.0, "with the bias twice"), (-1.0, "with the bias subtracted")):
         if bias.any() and holds(right + (times - 1) * bias):
@@ -132,7 +139,7 @@ def _by_the_bias(dumped: Floats, right: Floats, bias: Floats, be: str, holds: Ca
     if (both := _line(right - bias, bias + 0 * right, dumped)) is None:
         return
     if holds((right - bias) * both[0]):
-        yield f"{be} {short(both[0], lambda c: holds((right - bias) * c))} times the right product{WITHOUT_BIAS}"
+        yield f"{be} {short(both[0], lambda c: left((right - bias) * c))} times the right product{WITHOUT_BIAS}"
     elif holds((right - bias) * both[0] + bias * both[1]):
         yield f"{be} {both[0]:.6g} times the right product and {both[1]:.6g}{TIMES_BIAS}"
 
@@ -176,11 +183,18 @@ def _factor(dumped: Floats, right: Floats) -> float | None:
     return float((dumped * right).sum()) / energy if energy > 0 else None
 
 
-def short(value: float, holds: Callable[[float], bool]) -> str:
-    """A number in as few digits as suffice."""
+def short(value: float, left: Callable[[float], float | None]) -> str:
+    """A number in as few digits as leave no more error than all of them do.
+
+    Args:
+        left: the error that a number leaves (`Beside.left`); None if the law does not hold with it.
+    """
+    of_all = left(value)
+    most = np.inf if of_all is None else max(AS_WELL * of_all, AS_NOISE / ROOM)
     for digits in range(1, 9):
         short = f"{value:.{digits}g}"
-        if holds(float(short)):
+        of_short = left(float(short))
+        if of_short is not None and of_short <= most:
             return f"{float(short):g}" if digits <= 6 else short
     return f"{value:.9g}"
 
