@@ -61,7 +61,8 @@ def _is(*names: Any) -> Callable[[Step], bool]:
     return lambda step: step.op in names or getattr(step.op, "name", "") in names
 
 
-def _instead(mine: Callable[..., Array], op: Callable[..., Array]) -> Arithmetic:
+def instead(mine: Callable[..., Array], op: Callable[..., Array]) -> Arithmetic:
+    """The steps with another operation in place of one of ours."""
     return _where(_is(mine), lambda _: op)
 
 
@@ -77,7 +78,7 @@ def sum_by_sum(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return product if bias is None else product + bias
 
 
-def _masked(scores: Array, at: Array, of_keys: Array, params: dict[str, Any]) -> Array:
+def masked_scores(scores: Array, at: Array, of_keys: Array, params: dict[str, Any]) -> Array:
     """Scaled scores [H, T, S], lowered by ALiBi's distance and −∞ where the key is not seen."""
     scaled = scores * np.float32(params["scale"])
     if params.get("max_bias", 0) > 0:
@@ -125,7 +126,7 @@ def _in_chunks(size: int | None) -> Arithmetic:
             scored, n = soft_max.reads[0], len(soft_max.weights)
 
             def op(scores: Array, at: Array, of_keys: Array, v: Array, *sinks: Array, kv_heads: int) -> Array:
-                masked = _masked(scores, at, of_keys, dict(soft_max.params))
+                masked = masked_scores(scores, at, of_keys, dict(soft_max.params))
                 keys = masked.shape[2]
                 edges = [*range(0, keys, size)] if size else [0, (keys + 1) // 2][: min(keys, 2)]
                 parts = [
@@ -174,7 +175,7 @@ def power_of_two(x: Array) -> Array:
 
 
 def _soft_max_by_powers(scores: Array, at: Array, of_keys: Array, sinks: Array | None = None, **params: Any) -> Array:
-    masked = _masked(scores, at, of_keys, params)
+    masked = masked_scores(scores, at, of_keys, params)
     largest = masked.max(axis=-1, keepdims=True)
     if sinks is not None:
         largest = np.maximum(largest, sinks[:, None, None])
@@ -242,13 +243,14 @@ def _rounding(kind: str) -> Callable[[Array], Array]:
     return lambda x: ROUNDINGS[kind](x) if x.dtype == np.float32 else x
 
 
-def _result(test: Callable[[Step], bool], kind: str) -> Arithmetic:
+def result(test: Callable[[Step], bool], kind: str) -> Arithmetic:
     """The results of the steps that pass the test, kept in a lower type."""
     rounding = _rounding(kind)
     return _where(test, lambda op: lambda *inputs, **params: rounding(op(*inputs, **params)))
 
 
-def _named(*kinds: str) -> Callable[[Step], bool]:
+def named(*kinds: str) -> Callable[[Step], bool]:
+    """Whether a step makes a point of these kinds."""
     return lambda step: parse(step.makes).kind in kinds
 
 
@@ -303,26 +305,26 @@ def _in_halves(make: Callable[[str], Arithmetic], **more: Any) -> Kind:
     return Kind("f32", tuple(make(kind) for kind in _HALVES), **more)
 
 
-HALF_SUMS = _instead(ops.linear, half_sums)
+HALF_SUMS = instead(ops.linear, half_sums)
 ARITHMETIC = {
-    "f32": Kind("f32", (list, _instead(ops.linear, other_order)), exact=True),
+    "f32": Kind("f32", (list, instead(ops.linear, other_order)), exact=True),
     "f16": Kind("f16", (partial(rounded, kind="f16", storage=False), partial(rounded, kind="f16", storage=True), HALF_SUMS)),
     "bf16": Kind("bf16", (partial(rounded, kind="bf16", storage=False), partial(rounded, kind="bf16", storage=True))),
     "tf32": Kind("tf32", (partial(rounded, kind="tf32", storage=False),)),
     "q8": Kind("q8", (partial(rounded, kind="q8", storage=False),)),
 }
-_INSIDE = frozenset({"kq", "kq_soft_max"})
+INSIDE = frozenset({"kq", "kq_soft_max"})
 ALGORITHMS = {
-    "attention in chunks of keys": Kind("f32", (_in_chunks(2), _in_chunks(3)), exact=True, without=_INSIDE),
-    "attention in two halves": Kind("f32", (_in_chunks(None),), exact=True, without=_INSIDE),
+    "attention in chunks of keys": Kind("f32", (_in_chunks(2), _in_chunks(3)), exact=True, without=INSIDE),
+    "attention in two halves": Kind("f32", (_in_chunks(None),), exact=True, without=INSIDE),
     "attention in float64": Kind("f32", (_where(_is(ops.attention_scores, ops.weighted_values), _wide),), exact=True),
     "scale in the query": Kind("f32", (_scale_in_query,), exact=True, without=frozenset({"kq"})),
     "exp as a power of 2": Kind(
-        "f32", (_instead(ops.causal_soft_max, _soft_max_by_powers), _instead(ops.swiglu, _swiglu_by_powers)), exact=True
+        "f32", (instead(ops.causal_soft_max, _soft_max_by_powers), instead(ops.swiglu, _swiglu_by_powers)), exact=True
     ),
-    "norms in float32": Kind("f32", (_instead(ops.rms_norm, _norm_in_float32),), exact=True),
-    "RoPE's angles at once": Kind("f32", (_instead(ops.rope, _rope_at_once),), exact=True),
-    "products term by term": Kind("f32", (_instead(ops.linear, sum_by_sum),), exact=True),
+    "norms in float32": Kind("f32", (instead(ops.rms_norm, _norm_in_float32),), exact=True),
+    "RoPE's angles at once": Kind("f32", (instead(ops.rope, _rope_at_once),), exact=True),
+    "products term by term": Kind("f32", (instead(ops.linear, sum_by_sum),), exact=True),
     "experts weighted before down": Kind("f32", (_weighted_before_down,), exact=True, without=frozenset({"ffn_moe_down"})),
 }
 CUTTING = {
@@ -335,13 +337,13 @@ MIXED = {
     "products' weights": _in_halves(
         lambda kind: _weights(lambda step, name: name.endswith(".weight") and (step.op is ops.linear or multiplies(step)), kind)
     ),
-    "embedding": _in_halves(lambda kind: _result(lambda step: step.makes == "embd", kind)),
+    "embedding": _in_halves(lambda kind: result(lambda step: step.makes == "embd", kind)),
     "RoPE's table": _in_halves(lambda kind: partial(kept, kind=f"{kind} angles")),
-    "scores": _in_halves(lambda kind: _result(_is(ops.attention_scores), kind)),
-    "soft max": _in_halves(lambda kind: _result(_soft_max, kind)),
-    "norms": _in_halves(lambda kind: _result(_is(ops.rms_norm, ops.layer_norm), kind)),
-    "residual": _in_halves(lambda kind: _result(_named("l_out", "ffn_inp"), kind)),
-    "logits": _in_halves(lambda kind: _result(lambda step: step.makes == "logits", kind)),
-    "attention": _in_halves(lambda kind: _result(_is(ops.attention_scores, ops.causal_soft_max, ops.weighted_values), kind)),
-    "feed-forward": _in_halves(lambda kind: _result(lambda step: parse(step.makes).kind.startswith("ffn_"), kind)),
+    "scores": _in_halves(lambda kind: result(_is(ops.attention_scores), kind)),
+    "soft max": _in_halves(lambda kind: result(_soft_max, kind)),
+    "norms": _in_halves(lambda kind: result(_is(ops.rms_norm, ops.layer_norm), kind)),
+    "residual": _in_halves(lambda kind: result(named("l_out", "ffn_inp"), kind)),
+    "logits": _in_halves(lambda kind: result(lambda step: step.makes == "logits", kind)),
+    "attention": _in_halves(lambda kind: result(_is(ops.attention_scores, ops.causal_soft_max, ops.weighted_values), kind)),
+    "feed-forward": _in_halves(lambda kind: result(lambda step: parse(step.makes).kind.startswith("ffn_"), kind)),
 }

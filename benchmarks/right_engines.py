@@ -13,7 +13,7 @@ time (`explain_right.py` has right engines of its own). What commands compute of
 operation, such as "8-bit arithmetic, not declared" and "a fault, or what lower arithmetic costs this model"; explain's sentence on an
 operation of a lower arithmetic, or on weights of a lower type where the engine keeps such) is no accusation and is counted separately.
 
-With `--further` they are five of the algorithms and mixed arithmetics of `kinds_of_engine.py`, drawn anew for each model.
+With `--further` they are five of the kinds of `kinds_of_engine.py` and `kinds_of_kernel.py`, drawn anew for each model.
 
 `--out` keeps one line an engine; a run with the same file goes on after its last line. `--seconds` stops it after that time.
 """
@@ -36,6 +36,7 @@ from unittest.mock import patch
 import numpy as np
 from kept_runs import kept_runs
 from kinds_of_engine import ALGORITHMS, ARITHMETIC, CUTTING, HALF_SUMS, MIXED, Arithmetic, Kind, multiplies
+from kinds_of_kernel import KERNELS, MIXED_KERNELS
 from msgspec.structs import replace
 from planted import Faulty, tokens_of
 
@@ -75,7 +76,8 @@ MOST_LAYERS = 8
 _BUDGET = 20.0  # seconds of processor time that `explain` may search; for a right engine it needs a fraction of one
 
 PER_MODEL = EACH * len(ARITHMETIC)
-FURTHER = {**ALGORITHMS, **CUTTING, **MIXED}  # of which as many kinds are drawn for each model
+UNSTATED = {**MIXED, **MIXED_KERNELS}  # no dump of these says what they keep in a lower type
+FURTHER = {**ALGORITHMS, **CUTTING, **KERNELS, **UNSTATED}  # of which as many kinds are drawn for each model
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _engines_of(
         whole = _shown(computed(model, way_of_it), kind)
         for nth in range(EACH):
             way = Written.drawn(draw)
-            if name in MIXED:
+            if name in UNSTATED:
                 way = changed(way, stated=False)  # no word says it
             began = process_time()
             line = {

@@ -112,7 +112,8 @@ def answer(verdict: Verdict) -> str:
         how = "differ or cannot be judged" if unjudged else "differ"
         outcome = f"{wrong:,} of {count(verdict.compared, 'record')} {how}"
     elif verdict.first_divergence is not None:
-        outcome = f"{count(verdict.compared, 'record')} before it compared"
+        how = "compared" if verdict.record_faults or not verdict.compared else "agrees" if verdict.compared == 1 else "agree"
+        outcome = f"{count(verdict.compared, 'record')} before it {how}"
     else:
         outcome = "records are missing"
     return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {judged_by}"

@@ -51,7 +51,8 @@ def _table(check: WeightsCheck, width: int) -> list[Text]:
 
 
 def _first(first: FirstDifference) -> Iterator[tuple[str, str]]:
-    yield "first at", f"element {first.element:,}, block {first.block:,}"
+    block = "" if first.block == first.element else f", block {first.block:,}"
+    yield "first at", f"element {first.element:,}{block}"
     if first.bytes:
         yield "bytes", first.bytes[:_BYTES] + ("…" if len(first.bytes) > _BYTES else "")
     for name, value in first.values.items():
@@ -63,17 +64,26 @@ def _answer(check: WeightsCheck, wrong: int) -> Text:
     sentence = f"{len(checked) - wrong} of {count(len(check.tensors), 'tensor')} equal, tolerance {check.tolerance}"
     skipped = len(check.tensors) - len(checked)
     sentence += f", {skipped} not checked" if skipped else ""
-    return Text(f"wrong: {sentence}", style="bold red") if wrong else Text(f"right: {sentence}", style="bold green")
+    if check.seen < check.values:
+        sentence += f"; seen were {check.seen:,} of their {check.values:,} values"
+    style = "bold red" if wrong else "bold green" if check.seen == check.values else "bold"
+    return Text(f"{_verdict(check)}: {sentence}", style=style)
+
+
+def _verdict(check: WeightsCheck) -> str:
+    return "wrong" if not check else "right" if check.seen == check.values else "right where seen"
 
 
 def as_json(check: WeightsCheck) -> dict[str, Any]:
     """One JSON object: `tensors` with `name`, `type`, `status` each, and the summary."""
     return {
         "schema": 1,
-        "verdict": "right" if check else "wrong",
+        "verdict": _verdict(check),
         "model": check.model,
         "theirs": check.theirs,
         "bytes": check.bytes,
+        "seen": check.seen,
+        "values": check.values,
         "notes": list(check.notes),
         "tensors": [_as_json(tensor) for tensor in check.tensors],
     }

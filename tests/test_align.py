@@ -11,6 +11,7 @@ from checkpoints.errors import DumpError, InputError
 from checkpoints.record import Dump, ModelInfo, Rows, Token
 from parity.diff.align import align
 from parity.diff.compare import Options, compare
+from reports.sentences import answer
 
 POINTS = ("embd", "blk.0.l_out", "logits")
 
@@ -107,6 +108,20 @@ def test_different_ids_are_a_divergence(ours: tuple[int, ...], at: int, code: st
     assert verdict.pattern is not None
     assert verdict.pattern.code == code
     assert (verdict.compared, verdict.left_out) == (compared, 18 - compared)
+
+
+def test_ids_that_pad_are_called_that_if_all_before_them_agrees() -> None:
+    """A header that lists a batch's padding as well is a divergence of ids, whose answer says so and that all records before it agree;
+    other further ids are not called padding.
+    """
+    ref = random(POINTS, positions=6)
+    for further, padding in (((0, 0, 0), True), ((0, 7, 0), False)):
+        left = dump(ref, header=replace(HEADER, tokens=(*IDS, *further)))
+        verdict = compare(left, dump(ref, header=replace(HEADER, tokens=IDS)))
+        assert not verdict
+        assert verdict.pattern is not None
+        assert ("padding" in verdict.pattern.sentence) == padding
+        assert "18 records before it agree" in answer(verdict)
 
 
 def test_generated_ids_that_differ_end_the_comparison() -> None:

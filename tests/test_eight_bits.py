@@ -11,6 +11,7 @@ from planted import Faulty, Planted, tokens_of
 
 from checkpoints.answers.diff import Verdict
 from checkpoints.record import Dump
+from checkpoints.summary import summarise
 from engine.faults import CATALOGUE
 from engine.replay.precision import rounded
 from parity.diff.compare import Options, compare
@@ -96,6 +97,27 @@ def test_one_large_position_says_nothing_of_noise() -> None:
     assert share_along(np.zeros((9, 10)), values) == 0
     assert not one_is_scaled(noise, values)
     assert not one_is_scaled(values * rng.uniform(1e-3, 2e-3, (9, 1)), values)
+
+
+@pytest.mark.parametrize(("sketched", "known"), [(True, True), (False, False)])
+def test_whole_rows_tell_noise_where_a_few_recorded_values_do_not(engine: Faulty, *, sketched: bool, known: bool) -> None:
+    """Of sixteen recorded values one is most of the row and of its noise, which so lies along it; the sketch shows that it is noise."""
+    tokens = tokens_of(engine.model, 7, seed=4)
+    right = engine.dump(RIGHT, tokens, points="default", size=1 << 20, bare=False)
+    sides: list[Dump] = []
+    for noise in (0.0, 0.03):
+        points, random = dict(right.points), np.random.default_rng(3)
+        for name in [name for name in points if name != "embd"]:
+            values = points[name].values.copy()
+            values[:, 0] = np.float32(7) * values.std(axis=1)
+            values *= 1 + np.float32(noise) * random.standard_normal(values.shape, dtype=np.float32)
+            points[name] = summarise(name, values, points[name].token_idx, slice_size=16)
+            if not sketched:
+                points[name] = replace(points[name], sketch=None, stats={})
+        sides.append(replace(right, points=points))
+    verdict = compare(_bare(sides[1]), sides[0])
+    assert verdict.pattern is not None
+    assert (verdict.pattern.code == "eight-bits") == known
 
 
 def test_one_position_with_a_wrong_scale_is_no_8_bit_arithmetic(engine: Faulty) -> None:

@@ -1,6 +1,7 @@
 """`parity explain` names weights that an engine rounds though the file has them in float32, and what is wrong besides."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from engine.faults.edits import Then
 from engine.graph import Step
 from engine.replay.precision import is_normed, rounded
 from engine.replay.rounded_weights import with_rounded_weights
+from engine.synth.recipe import shape_of
+from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
+from parity.synth.synthetic import make_by_recipe
+from reference.client import Reference
 
 pytestmark = pytest.mark.usefixtures("step_clock")
 
@@ -45,6 +50,27 @@ def test_rounded_weights_are_a_cause_of_their_own(engine: Faulty, what: str, kin
     ]
     assert answer.remaining is None
     assert not answer.precision_only
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "points"), [(1.0, "default"), (1.0, "*"), (1.001, "default")])
+def test_a_table_that_two_steps_read_may_be_rounded_for_one_of_them(
+    reference: Reference, stories: Path, tmp_path: Path, points: str, factor: float
+) -> None:
+    """Of one table for embeddings and logits only the rows that are looked up are rounded: that is the cause, and a product with the
+    table that is 1.001 times too large is left over.
+    """
+    model, chosen = tmp_path / "model.gguf", RECIPES["smollm3"]
+    make_by_recipe(model, chosen, shape_of(chosen), {}, kind="f32", seed=91100, tokenizer=stories, running=reference)
+    engine = Faulty(model, reference.graph(model))
+    rows = with_rounded_weights(engine.right, "bf16", lambda step, _: step.makes == "embd")
+    steps = [
+        replace(step, op=Then(step.op, lambda x: x * np.float32(factor))) if step.makes == "logits" else step for step in rows
+    ]
+    answer = _explained(engine, steps, points)
+    assert answer.causes[0].named.fault == "weights-rounded"
+    assert (answer.remaining is None and len(answer.causes) == 1) == (factor == 1.0)
+    assert factor != 1.0 or answer.causes[0].named.sentence == "token_embd.weight (not for logits) rounded to BF16"
 
 
 @pytest.mark.parametrize("points", slow_but(["default", "*"], "default"))

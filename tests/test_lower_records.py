@@ -129,6 +129,30 @@ def test_an_embedding_whose_digits_are_cut_off_is_no_other_table(right: Dump, re
     assert scaled.pattern is None or scaled.pattern.code != "rounded"
 
 
+def printed(values: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values as decimals of this form give them, and the steps of these decimals."""
+    texts = [form % value for value in values.ravel()]
+    steps = [float(10.0 ** (int((form % value).split("e")[1]) - int(form[2]))) for value in values.ravel()]
+    return np.array(texts, np.float32).reshape(values.shape), np.array(steps).reshape(values.shape)
+
+
+@pytest.mark.parametrize("form", ["%.3e", "%.4e"])
+@pytest.mark.parametrize("name", ["blk.0.attn_norm", "blk.1.l_out"])
+def test_a_type_is_recognised_behind_fewer_digits_than_it_has(right: Dump, ref: Dump, name: str, form: str) -> None:
+    """Values rounded to F16, then printed with four or five digits, are the right ones rounded; printed without F16, or 1.001 times as
+    large before they were rounded, they are not.
+    """
+    rows, right_rows = right.points[name], ref.points[name]
+
+    def type_of_printed(change: Callable[[np.ndarray], np.ndarray]) -> str:
+        values, steps = printed(change(rows.values), form)
+        return rounded_to(replace(rows, values=values, quantum=steps), right_rows)
+
+    assert type_of_printed(lambda x: x.astype(np.float16).astype(np.float32)) == "F16 or TF32"
+    assert type_of_printed(lambda x: x) == ""
+    assert type_of_printed(lambda x: (x * np.float32(1.001)).astype(np.float16).astype(np.float32)) == ""
+
+
 def test_isolate_takes_infinite_masks_for_masks_in_a_lower_arithmetic_alone() -> None:
     """Under a limit wider than float32's an infinity in place of a mask of its sign is left out; others, and all in float32, are not."""
     smallest = np.finfo(np.float32).min

@@ -1,5 +1,7 @@
 """The result of checking a model's weights: one entry for each tensor."""
 
+from math import prod
+
 from msgspec import Struct
 
 EQUAL = "equal"
@@ -49,6 +51,16 @@ class WeightsCheck(Struct, frozen=True):
     bytes: int
     notes: tuple[str, ...] = ()
     tolerance: str = "0"
+
+    @property
+    def values(self) -> int:
+        """The number of values that the checked tensors have in the file."""
+        return sum(prod(tensor.shape) for tensor in self.tensors if tensor.status != NOT_CHECKED)
+
+    @property
+    def seen(self) -> int:
+        """How many of these were compared."""
+        return sum(tensor.elements for tensor in self.tensors if tensor.status != NOT_CHECKED) if self.theirs else self.values
 
     def __bool__(self) -> bool:
         return all(tensor.right for tensor in self.tensors)

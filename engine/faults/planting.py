@@ -48,6 +48,7 @@ class Planting:
         self._begins: dict[tuple[tuple[str, ...], tuple[int, ...] | None], int] = {}
         #: What faults put in the place of a step, by its number and their parameters: a reason where they do not apply.
         self._changed: dict[tuple[object, ...], tuple[Step, ...] | str] = {}
+        self._rest: dict[int, tuple[Parameters, str]] = {}
 
     @cached_property
     def right(self) -> Steps:
@@ -93,6 +94,8 @@ class Planting:
     ) -> dict[int, tuple[Step, ...]]:
         """The replacements of the steps that this fault changes (of those before number `end`), in ascending order."""
         numbers = [number for number in self._numbers(fault, layers, parameters) if end is None or number < end]
+        if not numbers:
+            return {}
         try:
             return self._edits_at(numbers, fault, parameters)
         except NotApplicable:
@@ -122,7 +125,7 @@ class Planting:
 
     def _edits_at(self, numbers: Sequence[int], fault: Fault, parameters: Parameters) -> dict[int, tuple[Step, ...]]:
         edits_of: dict[int, tuple[Step, ...]] = {}
-        rest = _without_kinds(parameters)
+        rest = self._without_kinds(parameters)
         for number in numbers:
             step = self.steps[number]
             changed = self._changed_step(fault, number, parameters, rest)
@@ -180,6 +183,16 @@ class Planting:
                     raise NotApplicable(f"{step.makes} would read {name} before it is computed")
             new_names.add(step.makes)
 
+    def _without_kinds(self, parameters: Parameters) -> str:
+        """A fault's parameters without the kinds of step in which it is planted; a search plants the same ones in many layers."""
+        known = self._rest.get(id(parameters))
+        if known is None or known[0] is not parameters:
+            if len(self._rest) >= _KEPT:
+                self._rest.clear()
+            known = parameters, repr([(name, value) for name, value in parameters.items() if name != AT])
+            self._rest[id(parameters)] = known
+        return known[1]
+
     def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:
         wanted = (None, *((_ANY,) if layers is None else layers))
         for kind in parameters.get(AT, fault.kinds):
@@ -198,7 +211,7 @@ class Planting:
         experts."""
         if fault.shows is not None:
             return self.begin(fault, None, parameters)
-        rest = _without_kinds(parameters)
+        rest = self._without_kinds(parameters)
         for number in sorted(self._numbers(fault, None, parameters)):
             try:
                 if self._changed_step(fault, number, parameters, rest):
@@ -227,11 +240,6 @@ class Planting:
             result += [*self.steps[start:number], *changed]
             start = number + 1
         return [*result, *self.steps[start:], *shown]
-
-
-def _without_kinds(parameters: Parameters) -> str:
-    """A fault's parameters without the kinds of step in which it is planted."""
-    return repr([(name, value) for name, value in parameters.items() if name != AT])
 
 
 def plant(steps: Sequence[Step], fault: Fault, layers: Collection[int] | None = None, **parameters: Any) -> list[Step]:

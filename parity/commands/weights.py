@@ -18,8 +18,8 @@ def weights(
         Path | None,
         typer.Option(
             "--theirs",
-            help="Weights as your engine holds them after loading (leading values suffice): safetensors, npz, or JSONL, under GGUF names; "
-            "or another GGUF file of the model.",
+            help="Weights as your engine holds them after loading (leading values tell how they were read): safetensors, npz, or JSONL, "
+            "under GGUF names; or another GGUF file of the model.",
         ),
     ] = None,
     hf: Annotated[
@@ -34,7 +34,8 @@ def weights(
 
     Is your engine wrong from the first layer on? Dump the first hundred values of each weight as your engine holds it after
     loading, and give the file as --theirs: the answer for each tensor is equal, transposed, permuted, another tensor, off by a
-    block, nibbles or scales swapped, wrong byte order, or where it first differs.
+    block, nibbles or scales swapped, wrong byte order, or where it first differs. What was not given was not seen: the answer says
+    how much was.
 
     With --hf the file is compared with the folder of safetensors that it was converted from, allowing for the permutations, offsets,
     transpositions and stacks that converters make; missing, exchanged or wrongly converted tensors are named.

@@ -54,7 +54,13 @@ def suspicion(verdict: Verdict) -> Verdict:
 
 
 def is_noise(records: Records, number: int) -> bool:
-    """Whether the recorded errors of a point are neither along its values nor the same at every position."""
-    values = prepare(records.pairs[number])
+    """Whether the errors of a point, of its whole rows if their sketches are known, are neither along its values nor the same everywhere.
+
+    A few values of a row may be along its errors by chance: a handful of large elements makes most of both.
+    """
+    pair = records.pairs[number]
+    values, ours, ref = prepare(pair), pair.ours.sketch, pair.ref.sketch
     a, b = without_infinities(values.a, values.b)
+    if ours is not None and ref is not None and np.isfinite([ours, ref]).all() and not pair.ours.full().all():
+        a, b = ours, ref
     return values.index is None and is_scatter(a.astype(np.float64), b.astype(np.float64))

@@ -19,6 +19,9 @@ _SIMPLE, _FEWEST = 19, 3
 # Error of a right engine in proportion to a row's root mean square, the root of the limit of NMSE; and the share of values that it may
 # round the other way: those near a tie, and those so small that their steps are no larger than the error.
 _NOISE, _NEAR_TIES = 1e-5, 0.05
+# The share of values printed with few digits that have to show a type: those which it moves by more than a whole step of the digits, so
+# that the right value was printed otherwise. With four digits F16 moves one in four so far; the share is a choice.
+_SEEN = 0.1
 # Bits of mantissa after the first one, and the exponent of the smallest step.
 _MANTISSA = {"F16": (10, -24), "BF16": (7, -133), "TF32": (10, -136)}
 
@@ -26,12 +29,13 @@ _MANTISSA = {"F16": (10, -24), "BF16": (7, -133), "TF32": (10, -136)}
 def rounded_to(ours: Rows, ref: Rows) -> str:
     """The type ("F16 or TF32", "BF16", "8 bits per block") to which the reference's values round to give ours, everywhere; else empty.
 
-    Only leading values count; if the slice ends inside a block, that block is left out.
+    Only leading values count; if the slice ends inside a block, that block is left out. Ours may have been printed with fewer digits than
+    the type has.
     """
     values = _compared(ours, ref)
     if values is None:
         return ""
-    if fitting := _fitting(*values, _types()):
+    if fitting := _fitting(*values, _types()) or _printed(*values, ours):
         return fitting
     least = int(np.minimum(ours.counts, ref.counts).min())
     return "8 bits per block" if _steps(values[0][:, :least], values[1][:, :least]) else ""
@@ -61,6 +65,25 @@ def _fitting(a: Floats, b: Floats, number: int, types: Iterator[tuple[str, Calla
     """The types of which `a` is `b`."""
     with np.errstate(over="ignore"):  # what F16 cannot hold becomes infinite, and fits nothing
         return " or ".join(name for name, rounding in types if _rounds(a, b, rounding, number))
+
+
+def _printed(a: Floats, b: Floats, number: int, ours: Rows) -> str:
+    """The types of which `a` is `b`, printed with few digits: `ours` knows their steps."""
+    if ours.quantum is None:
+        return ""
+    half = ours.quantum[:, : a.shape[1]] / 2 + np.spacing(np.abs(a))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return " or ".join(name for name, rounding in _types() if _printed_as(a, b, rounding(b), half, number))
+
+
+def _printed_as(a: Floats, b: Floats, rounded: Floats, half: NDArray[np.float64], number: int) -> bool:
+    """Whether `a` is `rounded` but for half a step of its digits, which hide too little for it to be `b`; near ties as in `_rounds`."""
+    wide = b.astype(np.float64)
+    noise = _NOISE * np.sqrt(np.mean(wide**2, axis=1, keepdims=True))
+    apart, moved = np.abs(a - rounded.astype(np.float64)), np.abs(rounded - wide)
+    if (apart > half).sum() > _NEAR_TIES * number or not (np.abs(a - wide) <= moved + half + 2 * noise).all():
+        return False
+    return int((moved > 2 * half).sum()) >= max(_FEWEST, _SEEN * number)
 
 
 def is_rounding(values: NDArray[Any], right: NDArray[Any]) -> bool:

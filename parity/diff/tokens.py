@@ -176,7 +176,11 @@ def _prompts(ours: Dump, ref: Dump, left: tuple[int, ...], right: tuple[int, ...
             f"ours {what}, {_at(ours, left, 0)}: is BOS added to a text that already has it?",
         )
     elif at == min(len(left), len(right)):
-        pattern = Pattern("token-count", f"ours has {len(left)} tokens, the reference {len(right)}: one side is longer")
+        further = left[at:]
+        padded = (
+            f"; what ours has beyond is id {further[0]} alone: padding belongs in no header" if len(set(further)) == 1 else ""
+        )
+        pattern = Pattern("token-count", f"ours has {len(left)} tokens, the reference {len(right)}: one side is longer{padded}")
     else:
         pattern = Pattern(
             "tokenizer",

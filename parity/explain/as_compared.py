@@ -112,7 +112,7 @@ def left_open_by(verdict: Verdict, answer: Explanation) -> Explanation:
         return answer
     if pattern is None or pattern.code not in _OPEN:
         return answer
-    return replace(answer, law="", leads=(), left_open=_said(verdict, first.checkpoint)[1] or pattern.sentence)
+    return replace(answer, law="", leads=(), left_open=_said(verdict, first.checkpoint)[1])
 
 
 def _agrees(verdict: Verdict, answer: Explanation) -> bool:
@@ -130,7 +130,7 @@ def _said(verdict: Verdict, point: str) -> tuple[str, str, tuple[str, ...]]:
     code, sentence = verdict.pattern.code, verdict.pattern.sentence
     if code in _LAWS:
         return sentence.removeprefix(f"{point}: "), "", ()
-    if code == "undecided":
+    if code in _OPEN:
         return "", sentence.removeprefix(f"{point}: "), ()
     return "", "", (f"parity diff: {sentence}",)
 

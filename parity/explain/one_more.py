@@ -117,7 +117,7 @@ class OneMore:
         """
         layers = self.screening.suspects(state)
         sweep = Sweep(self.screening, state, [(layer,) for layer in layers])
-        waiting: dict[Layers, list[list[Candidate]]] = {(layer,): self._by_cost(state, layer) for layer in layers}
+        waiting = self._by_cost(state, layers)
         likely = Likely(self.screening, state) if len(layers) > 1 else None
         choose = likely if likely is not None and likely.able else None
         better: list[SearchState] = []
@@ -152,11 +152,11 @@ class OneMore:
                 found_in[scope] = found
         return next(((found, scope) for scope, found in found_in.items()), ([], None))
 
-    def _by_cost(self, state: SearchState, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights, and
-        those of a fault with many variants.
+    def _by_cost(self, state: SearchState, layers: Sequence[int]) -> dict[Layers, list[list[Candidate]]]:
+        """The candidates in each of some layers by cost: faults of the capture, formulas, those that need every row, those that rebuild
+        weights, and those of a fault with many variants. They are the same in all layers.
         """
-        *shown, others = stages(self.screening, state, (layer,))
+        *shown, others = stages(self.screening, state, (layers[0],)) if layers else ([],)
         many = long(others)
         cheap: list[list[Candidate]] = [[], [], []]
         each: dict[str, list[Candidate]] = {name: [] for name in sorted(many)}
@@ -166,7 +166,10 @@ class OneMore:
             in_turn.append(candidate)
         turns = sorted(each.values(), key=len)
         first, rest = [turn[:_IN_TURN] for turn in turns], [turn[_IN_TURN:] for turn in turns if turn[_IN_TURN:]]
-        return [*shown, *cheap, *first, *rest]
+        lists = [*shown, *cheap, *first, *rest]
+        return {
+            (layer,): [[Candidate(one.fault, one.parameters, (layer,)) for one in some] for some in lists] for layer in layers
+        }
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""

@@ -96,14 +96,35 @@ def _is_looked_up(steps: Mapping[str, Step], name: str) -> bool:
 
 
 def _with_type(case: Case, search: Search, start: SearchState, kind: str, budget: Budget) -> SearchState:
-    state, names = start, frozenset[str]()
+    state, names, apart = start, frozenset[str](), frozenset[str]()
     while state.first is not None and not budget.late:
         further = _names_here(case, search, state, kind, names)
-        following = None if not further else search.screening.check(start, _candidate(start, kind, names | further))
-        if following is None or (following.first is not None and not state.first < following.first):
+        following = None if not further else search.screening.check(start, _candidate(start, kind, names | further, apart))
+        if following is not None and (again := _reads_again(case, following, names | further)) - apart:
+            # An engine may round the rows that it looks up, and not the same table where it multiplies by it.
+            without = search.screening.check(start, _candidate(start, kind, names | further, apart | again))
+            if without is not None and _further(following, without):
+                following, apart = without, apart | again
+        if following is None or not _further(state, following):
             break
         state, names = following, names | further
     return state
+
+
+def _further(state: SearchState, following: SearchState) -> bool:
+    """Whether another state explains more places than a state that does not explain all."""
+    return following.first is None or (state.first is not None and state.first < following.first)
+
+
+def _reads_again(case: Case, state: SearchState, names: Collection[str]) -> frozenset[str]:
+    """The kind of the step at a state's first place, if it reads one of these weights that an earlier step of another kind reads."""
+    if state.first is None:
+        return frozenset()
+    at = next((n for n, step in enumerate(state.steps) if step.makes == case.entries[state.first.point].point), 0)
+    again = {general(name) for name in _names(state.steps[at])}.intersection(names)
+    kind = kind_of(state.steps[at])
+    before = {general(name) for step in state.steps[:at] if kind_of(step) != kind for name in _names(step)}
+    return frozenset({kind}) if again & before else frozenset()
 
 
 def _names_here(case: Case, search: Search, state: SearchState, kind: str, known: Collection[str]) -> frozenset[str]:
@@ -150,10 +171,14 @@ def _rounded(steps: Sequence[Step], kind: str, names: Collection[str]) -> list[S
     return with_rounded_weights(steps, kind, lambda _step, name: general(name) in names)
 
 
-def _candidate(state: SearchState, kind: str, names: frozenset[str]) -> Candidate:
-    kinds = tuple(dict.fromkeys(kind_of(step) for step in state.steps if not names.isdisjoint(map(general, _names(step)))))
+def _candidate(state: SearchState, kind: str, names: frozenset[str], apart: frozenset[str]) -> Candidate:
+    """Weights of these names rounded wherever they are read, but at steps of the kinds `apart`."""
+    reading = dict.fromkeys(kind_of(step) for step in state.steps if not names.isdisjoint(map(general, _names(step))))
+    kinds = tuple(kind for kind in reading if kind not in apart)
     every = names.issuperset(general(name) for step in state.steps for name in _names(step))
     said = "all weights" if every else first_names(sorted(names), _SHOWN)
+    if apart:
+        said = f"{said} (not for {' and '.join(sorted(apart))})"
     parameters = {"weights": tuple(sorted(names)), "said": said, "to": ARITHMETIC[kind], "kind": kind}
     return Candidate(replace(_FAULT, kinds=kinds), parameters)
 

@@ -16,7 +16,7 @@ from engine.backend import Array, module_of
 from engine.lift.node import GgmlOperation
 from engine.replay.replay import Edits
 
-from .batch import SLACK, BatchScreening, computed_together
+from .batch import SLACK, BatchScreening, none_of_capture
 from .carry import carry_together, distinct
 from .first_place import AtFirstPlace
 from .likely import Likely
@@ -33,10 +33,13 @@ Results = dict[Layers, list[tuple[Candidate, Screened]]]
 
 
 class _Scope(Struct):
-    """Candidates of one scope, the changes of each by its number, the numbers of those that nothing contradicts, and how far each gets."""
+    """Candidates of one scope, and those that are computed alone; of the former the changes of each by its number, the numbers of those
+    that nothing contradicts, and how far each gets.
+    """
 
     batch: BatchScreening
     candidates: Sequence[Candidate]
+    alone: Sequence[Candidate]
     edits: dict[int, Edits]
     waiting: list[int]
     results: dict[int, Screened]
@@ -64,6 +67,7 @@ class Sweep(AtFirstPlace):
         #: The scopes of which the rows before the first wrong one say nothing new: a scope before has the same operations.
         self._alike = frozenset(scope for scope, kind in self._kinds.items() if firsts[kind] != scope)
         self._acts: dict[tuple[object, ...], bool] = {}
+        self._plain = none_of_capture(screening, state)
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
 
@@ -95,7 +99,7 @@ class Sweep(AtFirstPlace):
             for layers, number, errors in self._errors(values, rows):
                 if self._judged(errors, rows, number, scopes[layers].results):
                     scopes[layers].waiting.append(number)
-        return {layers: [*self._together(scope), *self._alone(layers, candidates[layers])] for layers, scope in scopes.items()}
+        return {layers: [*self._together(scope), *self._alone(scope)] for layers, scope in scopes.items()}
 
     def _begin(self, layers: Layers, scope: _Scope, likely: Likely | None) -> None:
         """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
@@ -137,8 +141,9 @@ class Sweep(AtFirstPlace):
                 if rows <= self._first.row:  # it changes rows in which the dump is right
                     self._acts.setdefault(self._effect(layers, scope.candidates[number]), False)
             if rows > self._first.row:
+                right_before = set(likely.right_before(batch.name, causal))
                 for number in waiting:
-                    acts = number in values or (number in causal and likely.right_before(batch.name, causal[number]))
+                    acts = number in values or number in right_before
                     self._acts.setdefault(self._effect(layers, scope.candidates[number]), acts)
         return values
 
@@ -206,23 +211,20 @@ class Sweep(AtFirstPlace):
                 yield from ((layers, number, error) for number in numbers)
 
     def _scope(self, layers: Layers, candidates: Sequence[Candidate]) -> _Scope:
-        some = [each for each in candidates if self._is_carried(layers, each)]
-        return _Scope(self._batches[layers], some, {}, [], {})
-
-    def _is_carried(self, layers: Layers, candidate: Candidate) -> bool:
-        """Whether a candidate can be computed with others up to its layer's output, and carried on from there."""
-        together = computed_together(self._screening, self._state, candidate)
-        return together and not self._batches[layers].changes_later(candidate)
+        some: list[Candidate] = []
+        alone: list[Candidate] = []
+        for each in candidates:  # those that can be computed with others up to their layer's output, and carried on from there
+            plain = self._plain and each.fault.shows is None and not self._batches[layers].changes_later(each)
+            (some if plain else alone).append(each)
+        return _Scope(self._batches[layers], some, alone, {}, [], {})
 
     @staticmethod
     def _together(scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
         return ((scope.candidates[number], scope.results[number]) for number in sorted(scope.results))
 
-    def _alone(self, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+    def _alone(self, scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
         """The candidates that cannot be computed together with others, and how far they get."""
-        for candidate in candidates:
-            if self._is_carried(layers, candidate):
-                continue
+        for candidate in scope.alone:
             if self._screening.budget.over():
                 return
             result = self._screening.screen(self._state, candidate)

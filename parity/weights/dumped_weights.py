@@ -17,7 +17,7 @@ from engine.weights.gguf_model import GgufModel
 from .weights import Floats
 
 _GGUF = b"GGUF"  # how such a file begins
-_USE = "Use safetensors, npz, a GGUF file, or JSONL with names and values."
+_USE = 'Use safetensors, npz, a GGUF file, or JSONL: {"name": "blk.0.attn_q.weight", "values": [...]}.'
 
 
 class OfFile(Mapping[str, Floats]):
@@ -37,6 +37,14 @@ class OfFile(Mapping[str, Floats]):
         return len(self._model.tensors)
 
 
+class OfLines(dict[str, Floats]):
+    """The leading values of tensors, and `further` slices: the element at which each begins, and its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.further: dict[str, list[tuple[int, Floats]]] = {}
+
+
 def other_numbers(model: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
     """The numbers by which an engine would compute two files differently, each with both values; names and tokenizers are none of these."""
     for key in {**model, **theirs}:
@@ -47,6 +55,8 @@ def other_numbers(model: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterat
 
 def load(path: Path) -> Mapping[str, Floats]:
     """Flat float32 values by tensor name from safetensors, npz, JSONL records (`checkpoint` or `name`, and `values`), or GGUF.
+
+    Records of JSONL may say the element at which their values begin (`start`, else 0): the result is `OfLines` then.
 
     Raises:
         DumpError: the file is none of these, or has no tensors.
@@ -64,7 +74,7 @@ def load(path: Path) -> Mapping[str, Floats]:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaves a damaged file open
                 weights = {name: archive[name] for name in archive.files}
         else:
-            weights = dict(_jsonl(path))
+            return _given(path, _of_lines(path))
         flat = {name: _numbers(path, name, values).astype(np.float32).reshape(-1) for name, values in weights.items()}
     except (DumpError, ModelError):
         raise
@@ -79,9 +89,26 @@ def load(path: Path) -> Mapping[str, Floats]:
             _USE,
             code="theirs",
         ) from error
+    return _given(path, flat)
+
+
+def _given(path: Path, flat: Mapping[str, Floats]) -> Mapping[str, Floats]:
     if not flat:
         raise DumpError(f"{path} holds no tensors.", _USE, code="theirs")
     return flat
+
+
+def _of_lines(path: Path) -> OfLines:
+    slices: dict[str, dict[int, Floats]] = {}
+    for name, start, values in _jsonl(path):
+        slices.setdefault(name, {})[start] = values.astype(np.float32).reshape(-1)
+    given = OfLines()
+    for name, of in slices.items():
+        if 0 not in of:
+            raise DumpError(f"{path} lacks the leading values of {name}.", "Dump those from element 0 on, too.", code="theirs")
+        given[name] = of.pop(0)
+        given.further[name] = sorted(of.items())
+    return given
 
 
 def _numbers(path: Path, name: str, values: Any) -> NDArray[Any]:
@@ -97,8 +124,8 @@ def _numbers(path: Path, name: str, values: Any) -> NDArray[Any]:
     return numbers
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    seen: dict[str, NDArray[Any]] = {}
+def _jsonl(path: Path) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    seen: dict[tuple[str, int], NDArray[Any]] = {}
     with path.open("rb") as file:
         while line := file.readline(LINE):
             if len(line) == LINE:
@@ -113,8 +140,11 @@ def _jsonl(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                 continue
             name = (record.get("checkpoint") or record.get("name")) if isinstance(record, dict) else None
             if isinstance(name, str) and isinstance(record.get("values"), list):
-                values = _numbers(path, name, record["values"])
-                if name in seen and not np.array_equal(seen[name], values, equal_nan=True):
+                values, start = _numbers(path, name, record["values"]), record.get("start", 0)
+                if type(start) is not int or start < 0:
+                    raise DumpError(
+                        f"{path}: the start of {name} is no element's number.", "Count elements from 0.", code="theirs"
+                    )
+                if not np.array_equal(seen.setdefault((name, start), values), values, equal_nan=True):
                     raise DumpError(f"{path} has {name} twice, with other values.", "Dump each tensor once.", code="theirs")
-                seen[name] = values
-                yield name, values
+                yield name, start, values

@@ -11,12 +11,11 @@ from checkpoints.errors import DumpError
 from engine.weights.gguf_model import GgufModel, TensorInfo, block_of
 from reports.numbers import count
 
-from .dumped_weights import OfFile, load, other_numbers
+from .dumped_weights import OfFile, OfLines, load, other_numbers
+from .held_values import CLOSE, said, unequal
 from .mishaps import TRANSPOSED, mishaps
 from .weights import Floats, first_values, type_name
 
-# Read from printed decimals with 6 digits or more; a wrong layout is off by the size of the weights.
-_CLOSE = 2e-6
 _FEWEST = 4  # values without which nothing can be distinguished
 _OTHERS = 64  # leading values by which another tensor is recognised
 
@@ -42,10 +41,12 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
         )
     leading: dict[str, Floats] = {}
     checks = [_tensor(model, model.tensors[name], given[name], heads, leading) for name in known]
+    if isinstance(given, OfLines):
+        checks = [_further(model, check, given.further[check.name], theirs) for check in checks]
     if all(check.status == NOT_CHECKED for check in checks):
         raise DumpError(
             f"{theirs} has fewer than {_FEWEST} values of each tensor, which decide nothing.",
-            "Dump the first hundred values of each.",
+            "Dump a hundred values of each at least.",
             code="theirs",
         )
     notes = []
@@ -94,15 +95,38 @@ def _tensor(
         return TensorCheck(info.name, kind, info.shape, status, len(values), (), status, first)
     if verdict := _scaled(values, right):
         return TensorCheck(info.name, kind, info.shape, verdict, len(values), (), verdict, first)
-    return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(values), (), "nothing known gives these values", first)
+    return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(values), (), _said(values, right, info), first)
+
+
+def _further(model: GgufModel, check: TensorCheck, slices: list[tuple[int, Floats]], theirs: Path) -> TensorCheck:
+    """A tensor whose leading values are the file's: so must its other slices be."""
+    if not check.right or check.status == NOT_CHECKED:
+        return check
+    info = model.tensors[check.name]
+    for start, values in slices:
+        if start + len(values) > int(np.prod(info.shape)):
+            raise DumpError(
+                f"{theirs}: {check.name} has no {count(len(values), 'value')} from element {start:,} on.",
+                f"It has {int(np.prod(info.shape)):,}.",
+                code="theirs",
+            )
+        check = replace(check, elements=check.elements + len(values))
+        right = first_values(model, info, len(values), skip=start)
+        if not same(values, right) and not _narrowed(values, right):
+            found = _first(values, right, info)
+            at = found.element + start
+            first = replace(found, element=at, block=at // block_of(info.type, info.name)[0])
+            return replace(check, status=DIFFERENT, reason=_said(values, right, info, start), first=first)
+    return check
+
+
+def _said(values: Floats, right: Floats, info: TensorInfo, start: int = 0) -> str:
+    return said(values, right, info.shape[-1], block_of(info.type, info.name)[0], start)
 
 
 def same(loaded: Floats, right: Floats) -> bool:
     """Whether two slices are the same except for the last printed digits."""
-    scale = float(np.abs(right[np.isfinite(right)]).max(initial=0.0))
-    equal = (loaded == right) | (np.isnan(loaded) & np.isnan(right))
-    with np.errstate(invalid="ignore", over="ignore"):
-        return bool((equal | (np.abs(loaded.astype(np.float64) - right) <= _CLOSE * scale)).all())
+    return not unequal(loaded, right).any()
 
 
 def _narrowed(loaded: Floats, right: Floats) -> str:
@@ -140,7 +164,7 @@ def _short(value: float) -> str:
     """A number as text, also as the inverse of a root if it is one: "0.125 = 1/√64"."""
     root = round(1 / value**2) if value else 0
     text = f"{value:.6g}"
-    return f"{text} = 1/√{root}" if 1 < root < 1 << 16 and abs(value * root**0.5 - 1) < _CLOSE else text
+    return f"{text} = 1/√{root}" if 1 < root < 1 << 16 and abs(value * root**0.5 - 1) < CLOSE else text
 
 
 def _first(values: Floats, right: Floats, info: TensorInfo) -> FirstDifference:
