@@ -135,4 +135,4 @@ def _as_near_by_chance(compared: Beside, law: Floats) -> float:
     of the squared error is left with a probability of s^(R / 2).
     """
     left, before = (((compared.dumped - values) ** 2).sum() for values in (law, compared.right))
-    return float(left / before) ** (len(compared.rows) / 2)
+    return float((left / before) ** (len(compared.rows) / 2))
