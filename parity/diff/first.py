@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
 from checkpoints.points import EMBD
 from checkpoints.record import Rows
+from reports.sentences import GROWN
 
 from .dataflow import Stretch
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
@@ -70,7 +71,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         )
     elif settled and stretch is not None and not divergence.fresh and stretch.inputs:
         lower = records.limits.operations > EXACT_FLOOR.operations
-        grown = "as lower precision does" if lower else "from below the limit: what is wrong lies before, or is small"
+        grown = GROWN if lower else "from below the limit: what is wrong lies before, or is small"
         operation = f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, {grown}"
         advice = "" if lower else _towards_the_jump(records, first)
     elif settled and stretch is not None:
