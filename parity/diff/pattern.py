@@ -255,8 +255,10 @@ def _shape(seen: Evidence) -> Pattern | None:
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
-        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is below the limit elsewhere"
-        return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
+        sentence = "embd is right there: attention (Q, K, RoPE, mask) or another operation at these positions"
+        return Pattern(
+            "single-positions", f"{where}; {sentence}, or an error that is below the limit elsewhere{_or_experts(seen)}"
+        )
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern(
         "single-positions", f"{where}: the embedding row of that token{token}, or another token id{_of_position(seen)}"
@@ -276,7 +278,7 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
-    limit = f"a limit at {first}: a window, the cache's size, or how far RoPE was scaled"
+    limit = f"a limit at {first} (a window, the cache's size, how far RoPE was scaled), or one row at {first} that later positions see"
     return Pattern("from-position-n", f"{where}: {limit}{_or_experts(seen)}")
 
 
