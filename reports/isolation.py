@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any
 
 from rich.text import Text
@@ -68,10 +69,11 @@ def _table(groups: dict[str, list[Operation]], width: int) -> list[Text]:
 
 
 def _words(isolation: Isolation) -> Iterator[tuple[str, str]]:
-    for item in isolation.wrong[:_WRONG_SHOWN]:
-        yield "wrong", _description(item)
-    if len(isolation.wrong) > _WRONG_SHOWN:
-        yield "wrong", f"and {count(len(isolation.wrong) - _WRONG_SHOWN, 'further operation')}: --format json lists them"
+    alike = list(_alike(isolation.wrong))
+    for group in alike[:_WRONG_SHOWN]:
+        yield "wrong", _description(group)
+    if further := sum(map(len, alike[_WRONG_SHOWN:])):
+        yield "wrong", f"and {count(further, 'further operation')}: --format json lists them"
     for reason, items in _hidden(isolation).items():
         where = ", ".join(f"{kind}{_in_layers(layers)}" for kind, layers in items.items())
         yield "not observable", clean(f"{reason}: {where}")
@@ -98,13 +100,33 @@ def _in_layers(layers: list[int]) -> str:
     return f" ({ranges(tuple(layers))})" if layers else ""
 
 
-def _description(item: Operation) -> str:
+def _alike(items: Sequence[Operation]) -> Iterator[list[Operation]]:
+    """Operations of which the same is said in several layers, together."""
+    groups: dict[tuple[str, str, str], list[Operation]] = {}
+    for item in items:
+        groups.setdefault((item.operation, item.weight, _of_any_layer(item.reason, item)), []).append(item)
+    yield from groups.values()
+
+
+def _of_any_layer(text: str, item: Operation) -> str:
+    """What is said of an operation, without the number of its layer."""
+    return text if item.layer is None else re.sub(rf"\bblk\.{item.layer}\.", "blk.N.", text)
+
+
+def _description(items: Sequence[Operation]) -> str:
+    item = max(items, key=lambda each: -inf if each.nmse is None else each.nmse)
     known = KINDS.get(item.operation)
     meaning = f", {known.meaning}" if known is not None else ""
     weight = f", {item.weight}" if item.weight and item.weight != "F32" else ""
-    place = f", worst at position {item.position}" if item.position is not None else ""
-    reason = f": {item.reason}" if item.reason else ""
-    name = f"layer {item.layer} as a whole" if item.operation == "layer" else item.name
+    layers, several = ranges(tuple(each.layer for each in items if each.layer is not None)), len(items) > 1
+    layer = f" of layer {item.layer}" if several else ""
+    place = f", worst at position {item.position}{layer}" if item.position is not None else ""
+    name, reason = (_of_any_layer(text, item) if several else text for text in (item.name, item.reason))
+    if item.operation == "layer":
+        name = f"layer{'s' if several else ''} {layers} as a whole"
+    elif several:
+        name = f"{name} in layers {layers}"
+    reason = f": {reason}" if reason else ""
     return clean(f"{name} ({error(item.nmse)}{place}{meaning}{weight}){reason}")
 
 

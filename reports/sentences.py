@@ -119,6 +119,7 @@ def answer(verdict: Verdict) -> str:
     return f"divergence{' (limit assumed)' if verdict.limits.assumed else ''}: {outcome}, {judged_by}"
 
 
+GROWN = "as lower precision does"  # the end of a sentence on an operation whose error grew from that of its inputs
 ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16": "BF16", "q8": "8-bit"}
 _KEPT = {
     "cache": 'the cache keeps keys and values in {named}, which nothing states ("kv_type": "{stated}" in the header does)',
@@ -176,7 +177,8 @@ def _may_be_arithmetic(verdict: Verdict) -> bool:
         verdict.precision is not None and verdict.precision.source == "stated" and verdict.precision.arithmetic == "f32"
     )
     undecided = verdict.pattern is not None and verdict.pattern.code in ("eight-bits", "undecided", "precision", "drift")
-    return undecided and not verdict.operation and not in_float32
+    blamed = verdict.operation and not verdict.operation.endswith(GROWN)
+    return undecided and not blamed and not in_float32
 
 
 def truth(point: TruthPoint, *, by_file: bool = True, blaming: bool = True) -> str:

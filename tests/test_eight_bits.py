@@ -146,3 +146,16 @@ def test_noise_is_no_wrong_scale() -> None:
         for _ in range(500 if count < 100 else 20):
             values, noise = rng.standard_normal((2, 7, count)) * np.exp(rng.standard_normal(count))
             assert not one_is_scaled(noise, values)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_a_jump_in_a_lower_arithmetics_noise_is_no_8_bit_arithmetic(engine: Faulty, kind: str) -> None:
+    """Queries whose elements are in another order, in an engine that rounds and does not say so: the operation is named."""
+    steps = [
+        replace(step, op=lambda *x, op=step.op, **p: np.roll(op(*x, **p), 1, axis=-1)) if step.makes == "blk.2.q" else step
+        for step in rounded(engine.right, kind, storage=True)
+    ]
+    answer = judged(engine, points="all", size=1 << 20, steps=steps)
+    assert answer.first_divergence is not None
+    assert answer.first_divergence.checkpoint == "blk.2.q"
+    assert answer.operation.endswith("this operation is wrong")

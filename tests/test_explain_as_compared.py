@@ -20,6 +20,7 @@ from parity.explain.explain import ExplainOptions
 from parity.explain.input import explain_dump
 from parity.explain.laws import NOT_RECORDED
 from parity.explain.on_model import compared_on
+from reports.sentences import reasons
 
 
 def explained(engine: Faulty, place: str, factor: float, kind: str, *, stated: bool, points: str) -> Explanation:
@@ -107,7 +108,11 @@ def test_an_error_that_has_grown_over_a_stated_arithmetics_limit_is_left_open(en
         values = rows.values.copy()
         values[4] = row + np.sqrt(share * allowed[name]) * np.linalg.norm(row) / np.linalg.norm(noise) * noise
         points[name] = replace(rows, values=values, stats={}, sketch=None)
-    answer = explain_dump(replace(dump, points=points), engine.model, ExplainOptions(budget=10))
+    dump = replace(dump, points=points)
+    said = dict(reasons(compared_on(dump, right, Options(), engine.model).verdict))
+    assert said["operation"].endswith("as lower precision does")
+    assert "a lower arithmetic's or a fault's" in said["float64"]
+    answer = explain_dump(dump, engine.model, ExplainOptions(budget=10))
     assert not answer.causes
     assert "another arithmetic than is stated" in answer.left_open
 

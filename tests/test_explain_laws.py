@@ -294,6 +294,44 @@ def test_what_became_of_whole_rows_is_said(change: Callable[[Array], Array], sai
     assert law(compared) == said
 
 
+@pytest.mark.parametrize("limit", [1e-4, 5e-3, 3e-2])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_noise_stands_in_no_order(limit: float, count: int) -> None:
+    """Under the wide limits of lower arithmetic each of some elements is near another one's right value by chance."""
+    draw = np.random.default_rng(5)
+    for _ in range(40):
+        whole = draw.normal(size=(8, 128))
+        rows, right = np.arange(count), whole[:count, :16]
+        noise = draw.normal(size=right.shape)
+        energy = (right**2).sum(axis=1)
+        noise *= np.sqrt(draw.choice([3.0, 30.0]) * limit * energy / (noise**2).sum(axis=1))[:, None]
+        compared = Beside(right + noise, right, np.arange(16), 10 * limit * energy, np.zeros(count), rows, whole)
+        said = law(compared)
+        assert not said or "of the 16 recorded" in said  # which of them are wrong may be said, and is true
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ([*range(3), 7, *range(4, 7), 3, *range(8, 128)], "elements 3 and 7 are exchanged; the others are right"),
+        ([*range(40, 128), *range(40)], "element i is the right element i + 40 (16 of 128 elements recorded)"),
+        (
+            [i * 5 % 128 for i in range(128)],
+            "the right values stand in another order: element 1 is the right element 5, 2 is the right",
+        ),
+    ],
+)
+def test_an_order_is_seen_through_a_lower_arithmetics_noise(order: list[int], said: str) -> None:
+    """Four rows of 16 values under the limit of BF16, with noise of a tenth of it."""
+    draw, limit = np.random.default_rng(6), 5e-3
+    whole = draw.normal(size=(4, 128))
+    right = whole[:, :16]
+    energy = (right**2).sum(axis=1)
+    dumped = whole[:, order][:, :16] + draw.normal(size=right.shape) * np.sqrt(limit / 10 * energy / 16)[:, None]
+    compared = Beside(dumped, right, np.arange(16), 10 * limit * energy, np.zeros(4), np.arange(4), whole)
+    assert law(compared).startswith(said)
+
+
 def test_values_of_other_widths_are_told_apart(engine: Faulty) -> None:
     """Two faults may show rows of different lengths for a point: a late capture shows the logits there."""
     transformer = engine.transformer

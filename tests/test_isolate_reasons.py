@@ -13,6 +13,7 @@ from engine.faults import CATALOGUE, plant
 from engine.graph import Altered, Step
 from parity.isolate.judged_layers import LAYER, eliminated
 from reference.client import Reference
+from reports.isolation import lines
 
 
 def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_path: Path) -> None:
@@ -23,6 +24,19 @@ def test_an_epsilon_is_named_with_its_value(synthetic: Callable[..., Path], tmp_
     assert first.reason == "it is right with an epsilon of 0.001 instead of 1e-06"
     final = foreign.judged(plant(foreign.right, CATALOGUE["no-final-norm"]))
     assert [item.reason for item in final.wrong] == ["its output is its input: not normalised"]
+
+
+def test_what_several_layers_show_is_said_once(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """Norms with another epsilon in three of four layers are one sentence with these layers; a norm of which something else is said is
+    another one.
+    """
+    foreign = Foreign(synthetic(layers=4), tmp_path)
+    others = plant(foreign.right, CATALOGUE["norm-epsilon"], [0, 1, 3], eps=1e-3, at=("attn_norm",))
+    isolation = foreign.judged(plant(others, CATALOGUE["norm-epsilon"], [2], eps=1e-2, at=("attn_norm",)))
+    text = "\n".join(line.plain for line in lines(isolation, 400))
+    assert text.count("with an epsilon of") == 2
+    assert "blk.N.attn_norm in layers 0–1, 3 (" in text
+    assert "blk.2.attn_norm (" in text
 
 
 def test_an_epsilon_of_layer_norms_is_named_with_its_value(

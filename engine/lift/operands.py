@@ -30,10 +30,13 @@ def product(sizes: tuple[Size, ...]) -> Size:
     Raises:
         Unliftable: it grows faster than T², or with S².
     """
-    total = ONE
+    fixed, total = 1, ONE
     for size in sizes:
-        total = times(total, size)
-    return total
+        if size.constant:
+            fixed *= size.fixed
+        else:
+            total = times(total, size)
+    return times(total, Size(fixed))
 
 
 def times(a: Size, b: Size) -> Size:
@@ -42,8 +45,10 @@ def times(a: Size, b: Size) -> Size:
     Raises:
         Unliftable: it grows faster than T², or with S².
     """
+    if ONE in (a, b):
+        return b if a == ONE else a
     if a.constant:
-        return Size(*(a.fixed * number for number in b))
+        return Size(a.fixed * b.fixed) if b.constant else Size(*(a.fixed * number for number in b))
     if b.constant:
         return Size(*(b.fixed * number for number in a))
     if any((*a[3:5], *b[3:5], a.crossed, b.crossed)) or any(a[i] and b[j] for i in (2, 5) for j in (2, 5)):

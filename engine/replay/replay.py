@@ -18,6 +18,7 @@ from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, Weight, WeightSour
 from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .batched import can_batch, compute_batch
+from .versions import Versions
 
 _QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults may overflow
 _CHOICES = frozenset({"TOP_K", "ARGSORT"})
@@ -234,7 +235,7 @@ class Replay:
             For each version the values that differ from the right run and are still to be read; None for one that `judge` or
             `stop` ended or that the model's shapes do not allow.
         """
-        changed: list[Values | None] = [{} for _ in edits]
+        changed = Versions(self.values, len(edits))
         owners: dict[int, list[int]] = {}
         for version, edit in enumerate(edits):
             for number in edit:
@@ -246,61 +247,58 @@ class Replay:
                     return [None] * len(edits)
                 name = self.steps[number].makes
                 self._advance(number, edits, owners.get(number, ()), changed, stop)
-                still_computed = [values for values in changed if values and name in values]
-                if still_computed and name in watched:
-                    keep = judge(name, self._xp.stack([values[name] for values in still_computed]))
-                    ended = {id(values) for values, kept in zip(still_computed, keep, strict=True) if not kept}
-                    changed = [None if id(values) in ended else values for values in changed]
+                still_computed, values = changed.having(name) if name in watched else ([], None)
+                if values is not None:
+                    keep = judge(name, values)
+                    changed.end([version for version, kept in zip(still_computed, keep, strict=True) if not kept])
                 for old in used_up.get(number, ()):
-                    for values in changed:
-                        if values:
-                            values.pop(old, None)
-        return changed
+                    changed.forget(old)
+        return changed.left()
 
-    def _advance(
-        self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: list[Values | None], stop: Stop
-    ) -> None:
+    def _advance(self, number: int, edits: Sequence[Edits], owners: Sequence[int], changed: Versions, stop: Stop) -> None:
         """One step of `run_batch`; `owners` are the versions that have steps of their own in its place."""
         step = self.steps[number]
-        alone = set(owners)
-        reading = [(version, values) for version, values in enumerate(changed) if values and version not in alone]
-        reading = [pair for pair in reading if not pair[1].keys().isdisjoint(step.names)]
-        same = [pair for pair in reading if self._shaped_alike(step, pair[1])] if reading and can_batch(step) else []
-        alone.update({version for version, _ in reading} - {version for version, _ in same})
-        self._advance_each(number, edits, alone, changed, stop)
+        reading = changed.reading(step.names).difference(owners)
+        alone = changed.apart(step.names) & reading if reading and can_batch(step) else reading
+        self._advance_each(number, edits, {*owners, *alone}, changed, stop)
+        same = sorted(reading - alone)
         if not same:
             return
-        right = self.values[step.makes]
-        inputs = [
-            self._xp.concatenate([values.get(name, known) for _, values in same])
-            for name, known in ((name, self.values[name]) for name in step.names)
-        ]
+        inputs = [changed.joined(name, same) for name in step.names]
         try:
             batch = compute_batch(step, inputs, len(same), self.weights)
         except (ValueError, IndexError):  # one of them names an expert that does not exist
-            self._advance_each(number, edits, [version for version, _ in same], changed, stop)
+            self._advance_each(number, edits, same, changed, stop)
             return
-        differs = (batch != right).reshape(len(same), -1).any(axis=1).tolist()
-        for (_, values), new, other in zip(same, batch, differs, strict=True):
-            if other:
-                values[step.makes] = new
+        changed.put(step.makes, same, batch)
 
     def _advance_each(
-        self, number: int, edits: Sequence[Edits], versions: Iterable[int], changed: list[Values | None], stop: Stop
+        self, number: int, edits: Sequence[Edits], versions: Iterable[int], changed: Versions, stop: Stop
     ) -> None:
-        """One step of `run_batch`, version by version."""
-        for version, values in [(version, values) for version in versions if (values := changed[version]) is not None]:
+        """One step of `run_batch`, version by version; what versions with the same steps of their own make of right values is made once."""
+        made: dict[str, dict[int, Array]] = {}
+        alike: dict[int, Values] = {}
+        for version in sorted(versions):
             if stop():
-                return
+                break
+            if not changed.goes_on(version):
+                continue
+            steps = edits[version].get(number, (self.steps[number],))
+            known = changed.of(version, {name for step in steps for name in step.names})
+            values = dict(known) if known or id(steps) not in alike else alike[id(steps)]
             try:
-                for edited in edits[version].get(number, (self.steps[number],)):
-                    self._changes(edited, values)
+                for step in steps if not values or known else ():
+                    self._changes(step, values)
             except NotApplicable:
-                changed[version] = None
-
-    def _shaped_alike(self, step: Step, values: Values) -> bool:
-        """Whether a version's values that a step reads have the right ones' shapes: an edit may leave a value with other axes."""
-        return all(values[name].shape == self.values[name].shape for name in step.names if name in values)
+                changed.end([version])
+                continue
+            if not known:
+                alike[id(steps)] = values
+            for name, value in values.items():
+                if value is not known.get(name):
+                    made.setdefault(name, {})[version] = value
+        for name, of_name in made.items():
+            changed.put_each(name, of_name)
 
     def _used_up(self, edits: Sequence[Edits], end: int) -> dict[int, list[str]]:
         """Names by the number of the last step that reads them."""

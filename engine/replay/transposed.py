@@ -40,7 +40,9 @@ def passes(step: Step) -> bool:
     if any(isinstance(read, State) for read in step.reads):
         return False
     plain = "moving" not in step.params and "positions" not in step.params
-    return step.op in _MOVES or (isinstance(step.op, GgmlOperation) and step.op.name in _BACK and plain)
+    return (
+        step.op in _MOVES or step.op in _OF_ENGINE or (isinstance(step.op, GgmlOperation) and step.op.name in _BACK and plain)
+    )
 
 
 def through(step: Step, back: Array, value: Array, inputs: Sequence[Array], weights: WeightSource) -> Sequence["Array | None"]:
@@ -54,6 +56,8 @@ def through(step: Step, back: Array, value: Array, inputs: Sequence[Array], weig
     seen = [viewed(read, whole) if isinstance(read, View) else whole for read, whole in zip(step.reads, inputs, strict=True)]
     if step.op in _MOVES:
         parts: Sequence[Array | None] = [back]
+    elif step.op in _OF_ENGINE:
+        parts = _OF_ENGINE[step.op](step, back, seen, [weight_of_step(weight, weights) for weight in step.weights])
     else:
         parts = _of_node(step, back, value, seen, weights)
     return [
@@ -132,6 +136,38 @@ def _copied(_node: _Node, back: Array) -> Sequence["Array | None"]:
     return [back]
 
 
+def _padded(node: _Node, back: Array) -> Sequence["Array | None"]:
+    if node.params.int(8):  # with its own other end
+        return [None]
+    sizes = node.arguments[0].shape
+    before = [node.params.int(2 * dimension) for dimension in (3, 2, 1, 0)]
+    return [back[(slice(None), *(slice(first, first + size) for first, size in zip(before, sizes, strict=True)))]]
+
+
+def _repeated(node: _Node, back: Array) -> Sequence["Array | None"]:
+    split = [n for there, size in zip(back.shape[1:], node.arguments[0].shape, strict=True) for n in (there // size, size)]
+    return [back.reshape(len(back), *split).sum(axis=(1, 3, 5, 7)), None][: len(node.arguments)]
+
+
+def _rows_taken(node: _Node, back: Array) -> Sequence["Array | None"]:
+    """GET_ROWS: by the rows; which are chosen is taken as given."""
+    if not node.wanted[0]:
+        return [None, None]
+    source, ids = node.arguments
+    xp = module_of(back)
+    outer = [xp.arange(size) for size in source.shape[:2]]
+    result = xp.zeros((*source.shape, len(back)), dtype=back.dtype)
+    places = (outer[0][:, None, None], outer[1][None, :, None], ids[0].astype(np.int64))
+    xp.add.at(result, places, xp.moveaxis(back, 0, -1))
+    return [xp.moveaxis(result, -1, 0), None]
+
+
+def _soft_max(node: _Node, back: Array) -> Sequence["Array | None"]:
+    """By the scores; a sink is one more of them, whose weight is dropped."""
+    of_scores = node.value * (back - (node.value * back).sum(axis=-1, keepdims=True)) * node.params.float(0)
+    return [of_scores, *[None] * (len(node.arguments) - 1)]
+
+
 def _joined(node: _Node, back: Array) -> Sequence["Array | None"]:
     axis = 3 - node.params.int(0)
     return np.split(back, [node.arguments[0].shape[axis]], axis=1 + axis)
@@ -191,6 +227,23 @@ def _elements(operation: str) -> _Back:
     return of
 
 
+def _sum(_step: Step, back: Array, seen: Sequence[Array], _weights: Sequence[Any]) -> Sequence["Array | None"]:
+    return [back] * len(seen)
+
+
+def _scaled_rows(step: Step, back: Array, seen: Sequence[Array], weights: Sequence[Any]) -> Sequence["Array | None"]:
+    """RMS norm and its weight, of rows that are read in any order."""
+    rows = seen[0].reshape(len(seen[0]), step.params.get("heads", 1), -1)
+    scale = 1 / np.sqrt((rows * rows).mean(axis=-1, keepdims=True) + step.params["eps"])
+    weighted = back.reshape(len(back), *rows.shape) * weights[0]
+    along = (weighted * rows).mean(axis=-1, keepdims=True) * rows * scale**3
+    return [weighted * scale - along]
+
+
+_OF_ENGINE: Mapping[Callable[..., Any], Callable[[Step, Array, Sequence[Array], Sequence[Any]], Sequence["Array | None"]]] = {
+    ops.add: _sum,
+    ops.rms_norm: _scaled_rows,
+}
 _BACK: Mapping[str, _Back] = {
     "MUL_MAT": _product,
     "MUL_MAT_ID": _experts,
@@ -201,5 +254,9 @@ _BACK: Mapping[str, _Back] = {
     "NORM": _norm,
     "L2_NORM": _l2_norm,
     "SUM_ROWS": _sum_of_row,
+    "PAD": _padded,
+    "REPEAT": _repeated,
+    "GET_ROWS": _rows_taken,
+    "SOFT_MAX": _soft_max,
     **{name: _elements(name) for name in ("ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "SQR", "SQRT", "UNARY", "GLU")},
 }

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Limits
 from checkpoints.points import OUTPUT_NORM, parse
+from reports.numbers import count
 
 from .by_truth import limits_by_truth
 from .dataflow import Flow, upstream
@@ -47,7 +48,7 @@ class Held(Struct, frozen=True):
         if not number:
             return self
         note = (
-            f"noise: {number} records are over the usual limit, but no further off than rounding makes sums that all but cancel, and "
+            f"noise: {count(number, 'record')} over the usual limit, but no further off than rounding makes sums that all but cancel, and "
             "everything computed from them agrees (an assumption: with --model the model's own rounding decides)"
         )
         limit, of_limit = self.limit / share, self.of_limit * share

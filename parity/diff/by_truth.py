@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from reports.numbers import count
+
 from .dataflow import Flow
 from .few_numbers import shares
 from .known_tables import after_known_tables
@@ -44,7 +46,7 @@ def limits_by_truth(measured: Measured, limit: Floats, truth: Truth, model: Flow
     worst = int(np.argmax(np.where(passed, nmse, 0)))
     where = f"{measured.names[measured.point[worst]]}, position {measured.token_idx[worst]}"
     return higher, (
-        f"noise: {int(passed.sum())} records are over the usual limit where {_reason(bool(coarse[worst]))}: at {where} the sides are "
+        f"noise: {count(int(passed.sum()), 'record')} over the usual limit where {_reason(bool(coarse[worst]))}: at {where} the sides are "
         f"{nmse[worst]:.1e} apart, and the reference is {distance[worst]:.1e} from float64",
     )
 

@@ -9,18 +9,19 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
 from checkpoints.points import EMBD
 from checkpoints.record import Rows
+from reports.sentences import GROWN
 
 from .dataflow import Stretch
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .next_points import next_points, points_value
-from .operations import ELEMENTWISE, noun
+from .operations import BEHIND, ELEMENTWISE, FAR, NEAR, noun
 from .pattern import Evidence, diagnose
 from .readings import LAYOUT, Allowed, Others, common_length, head_size_of
 from .records import Records
 from .rounding import cut_to, rounded_to
 from .same_vector import SameVector, same_vector
 from .shown import shown_by
-from .wrong_values import scaled_part
+from .wrong_values import scaled_part, summand
 
 Ints = NDArray[np.int64]
 BLAMED = "this operation is wrong"  # the end of a sentence that names an operation
@@ -31,6 +32,11 @@ _ALIKE = 30.0
 # The same where the limit is measured, itself thirty times a mean cost: rounding of whole rows of one product differs by 3.2 times at most
 # between positions (`scatter.SIMILAR`). One of seven positions 28 times as wrong as the others is no error of one size.
 _ALIKE_MEASURED = 4.0
+
+
+# NMSE: a row that has nothing to do with the reference's is off by the energy of both, so by 1 and more; half of that allows for what a few
+# recorded elements have in common by chance.
+UNRELATED = 0.5
 
 
 class First(Struct, frozen=True):
@@ -63,14 +69,15 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
     elif name in records.unconfirmed:
+        readers = " and ".join(records.flow.of_readers.children[name][:3])
         operation = (
-            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another "
-            "layout, moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
+            f"{name} differs, but {readers}, computed from it, agree: the record has another layout, "
+            "moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
             "were not chosen)"
         )
     elif settled and stretch is not None and not divergence.fresh and stretch.inputs:
         lower = records.limits.operations > EXACT_FLOOR.operations
-        grown = "as lower precision does" if lower else "from below the limit: what is wrong lies before, or is small"
+        grown = GROWN if lower else "from below the limit: what is wrong lies before, or is small"
         operation = f"{name}: its error grew from that of {' and '.join(stretch.inputs)} without a jump, {grown}"
         advice = "" if lower else _towards_the_jump(records, first)
     elif settled and stretch is not None:
@@ -190,8 +197,16 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             gradual=_gradual(records, here),
             zero=zero,
             stated=records.stated,
+            differs=_how_far(records, failing),
         )
     )
+
+
+def _how_far(records: Records, failing: Ints) -> str:
+    """How the rows of these records differ: as far as unrelated ones, less than that, or only behind the recorded elements."""
+    if (records.measures.nmse_slice[failing] <= records.limit[failing]).all():
+        return BEHIND
+    return NEAR if (records.measures.nmse[failing] < UNRELATED).all() else FAR
 
 
 def _of_values(
@@ -220,6 +235,8 @@ def _of_values(
         too = f"; {after} computed from it {'differ' if ' and ' in after else 'differs'}, too" if after else ""
         code = "order" if layout.kind == LAYOUT else _EARLY if layout.weak and not _refuted(records, name) else "other-record"
         return Pattern(code, f"{name}: {layout.sentence}{too}")
+    if constant := summand(ours, ref, allowed):
+        return Pattern("summand", f"{name}: {constant}: a bias, or an addition that is missing or too many")
     if name in records.unconfirmed and (part := scaled_part(ours, ref, allowed)):
         return Pattern("other-record", f"{name}: {part}: a fault whose effect a norm removes, or another moment")
     return None

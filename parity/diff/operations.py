@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from checkpoints.dataflow import CACHE, Computation
+from checkpoints.graph import VIEWS
 
 from .dataflow import Flow, Stretch
 
@@ -50,10 +51,16 @@ def recurrent(op: str) -> bool:
     return op.startswith(_RECURRENT) or op in ("SSM_SCAN", "SSM_CONV")
 
 
-def suspects(flow: Flow, nodes: Iterable[str], *, everywhere: bool = True) -> str:
+# How a wrong row differs: as far as unrelated values do, less than that, or only in elements that were not recorded.
+FAR, NEAR, BEHIND = "far", "near", "behind"
+
+
+def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR, *, everywhere: bool = True) -> str:
     """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them.
 
-    `everywhere`: no position is right. Else it is no weight of a product and no bias, which act at every position.
+    Args:
+        differs: FAR, NEAR or BEHIND. Only rows that are FAR off can be those of a transposed matrix, or of another one.
+        everywhere: no position is right. Else it is no weight of a product and no bias, which act at every position.
     """
     known = [name for name in nodes if name in flow.whole.computations]
     of_engine = [name for name in known if not flow.whole.made_by_ggml(name)]
@@ -65,14 +72,15 @@ def suspects(flow: Flow, nodes: Iterable[str], *, everywhere: bool = True) -> st
     biases = [weight for weight in weights if weight.endswith(".bias")]
     words: list[str] = []
     for op in dict.fromkeys(operations):
-        if op == "MUL_MAT" and only_there:
-            words.append("the product: which row it reads there, or a tile of its kernel (its weights act at every position)")
-        elif op == "MUL_MAT":
-            words.append(_product(every, named))
+        if op == "MUL_MAT":
+            words.append(_ONLY_THERE if only_there else _product(every, named, differs))
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
             continue  # the bias or the norm's weight: see below
-        elif op in ("CONT", "VIEW", CACHE) and len(operations) > 1:
+        elif (op in ("CONT", CACHE) or op in VIEWS) and len(operations) > 1:
             continue
+        elif op in VIEWS:
+            parts = [name for _, how in every if how.op == op for name in how.reads]
+            words.append(f"which part of {' or '.join(parts) or 'a value'} it is, or the order of its elements")
         elif op == "GET_ROWS" and not weights:
             words.append("the lookup: which rows it takes, or of which value")
         elif op in _WORDS:
@@ -113,13 +121,21 @@ def noun(flow: Flow, stretch: Stretch, unchanged: str) -> str:
     )
 
 
-def _product(every: Sequence[tuple[str, Computation]], named: list[str]) -> str:
+_ONLY_THERE = "the product: which row it reads there, or a tile of its kernel (its weights act at every position)"
+_OF_WEIGHTS = {
+    FAR: "transposed, or another layer's",
+    NEAR: "a factor, a summand, or some of its rows or blocks",
+    BEHIND: "elements that were not recorded (never written, overwritten, the matrix's last rows)",
+}
+
+
+def _product(every: Sequence[tuple[str, Computation]], named: list[str], differs: str) -> str:
     if named:
-        return f"the product with {' and '.join(named)}: transposed, or another layer's"
+        return f"the product with {' and '.join(named)}: {_OF_WEIGHTS[differs]}"
     both = next((how.reads for _, how in every if how.op == "MUL_MAT" and len(how.reads) > 1), ())
     if both:
         return f"the product of {' and '.join(both)}: which key or value head a query head uses, or the heads' order"
-    return "the product: its weight (transposed, another layer's) or its bias"
+    return f"the product: its weight ({_OF_WEIGHTS[differs]}) or its bias"
 
 
 def _either(weights: list[str]) -> str:

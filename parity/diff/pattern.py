@@ -10,7 +10,7 @@ from checkpoints.points import EMBD, LOGITS, OUTPUT_NORM, parse
 from reports.sentences import ARITHMETIC
 
 from .dataflow import Flow, Stretch
-from .operations import CHOICES, recurrent, suspects
+from .operations import CHOICES, FAR, recurrent, suspects
 
 _UNMASKED = "attention (every position sees all others here: Q, K, V, scale, bias of positions)"
 _NAMED = 4  # points of a stretch that are named one by one
@@ -26,9 +26,10 @@ class Evidence(Struct, frozen=True):
     `reference_broken`: the reference has some, and ours has none, or the same.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything that this point is made from was recorded and agrees; `embedded`: the embedding was recorded and agrees.
-    `token` is the text at the first failing position. `stretch` is what lies between the point and the points before it, None if
-    that is not known; `stated`: our side's arithmetic, if that is stated; `alike`: the error has the same size at all positions, right ones
-    included; `gradual`: it grows over the limit, and the positions before are nearly as wrong.
+    `differs`: how far off the wrong rows are (`operations.FAR`, NEAR or BEHIND). `token` is the text at the first failing position.
+    `stretch` is what lies between the point and the points before it, None if that is not known; `stated`: our side's arithmetic, if
+    that is stated; `alike`: the error has the same size at all positions, right ones included; `gradual`: it grows over the limit, and
+    the positions before are nearly as wrong.
     """
 
     point: str
@@ -49,6 +50,7 @@ class Evidence(Struct, frozen=True):
     gradual: bool = False
     zero: bool = False
     stated: str = ""
+    differs: str = FAR
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
@@ -74,7 +76,9 @@ def diagnose(seen: Evidence) -> Pattern | None:
     from_one_on = shape is None or shape.code.startswith("from-position")
     if seen.settled and (from_one_on or not _attends(seen)):
         everywhere = bool(seen.failed.all())
-        likely = suspects(seen.flow, seen.stretch.nodes, everywhere=everywhere) if seen.stretch is not None else ""
+        likely = (
+            suspects(seen.flow, seen.stretch.nodes, seen.differs, everywhere=everywhere) if seen.stretch is not None else ""
+        )
         return Pattern("operation", f"{_where(seen)}, and its inputs agree" + (f": {likely}" if likely else ""))
     return _after_the_layers(seen, shape)
 
@@ -104,12 +108,27 @@ def _without_numbers(seen: Evidence) -> Pattern | None:
 
 def _after_the_layers(seen: Evidence, shape: Pattern | None) -> Pattern | None:
     """The pattern of an error at the points after the last layer, whose operations are few enough to be named."""
-    if seen.point == LOGITS:
-        likely = suspects(seen.flow, (LOGITS,)) if LOGITS in seen.flow.whole.computations else "the output matrix"
+    if seen.point == LOGITS and not _in_layers(seen) and (shape is None or shape.code in _EVERYWHERE):
+        likely = "the output matrix"
+        if LOGITS in seen.flow.whole.computations:
+            likely = suspects(seen.flow, (LOGITS,), seen.differs)
         return Pattern("output-matrix", f"{_where(seen)}: the last norm or {likely}, a soft cap")
+    if seen.point == LOGITS and seen.flow.names == (LOGITS,) and shape is not None and shape.code in _EVERYWHERE[:2]:
+        return Pattern(shape.code, f"{_where(seen)}: anything from the embedding on: nothing in front of it was recorded")
     if seen.point == OUTPUT_NORM and shape is not None and shape.code == "from-position-0":
         return Pattern("output-norm", f"{_where(seen)}: a layer after the last recorded one, or the last norm")
     return shape
+
+
+# Codes of the shapes of an error that is at every position.
+_EVERYWHERE = ("from-position-0", "every-position", "one-position")
+
+
+def _in_layers(seen: Evidence) -> bool:
+    """Whether operations of layers may lie between what agrees and this point."""
+    if seen.stretch is None:
+        return len(seen.flow.names) == 1
+    return any(parse(name).layer is not None for name in seen.stretch.nodes)
 
 
 def _attends(seen: Evidence) -> bool:
@@ -236,8 +255,10 @@ def _shape(seen: Evidence) -> Pattern | None:
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
     if seen.embedded:
-        sentence = "embd is right there: attention (Q, K, RoPE, mask) at these positions, or an error that is below the limit elsewhere"
-        return Pattern("single-positions", f"{where}; {sentence}{_or_experts(seen)}")
+        sentence = "embd is right there: attention (Q, K, RoPE, mask) or another operation at these positions"
+        return Pattern(
+            "single-positions", f"{where}; {sentence}, or an error that is below the limit elsewhere{_or_experts(seen)}"
+        )
     token = f" ({seen.token!r})" if seen.token is not None else ""
     return Pattern(
         "single-positions", f"{where}: the embedding row of that token{token}, or another token id{_of_position(seen)}"
@@ -257,7 +278,7 @@ def _tail(seen: Evidence, first: int, where: str) -> Pattern:
     if first >= 16 and first % 16 == 0 and first - _before(seen) == 1:
         size = first & -first
         return Pattern("chunk", f"{where}: {first} is a multiple of {size}: the edge of a chunk, a tile or a window")
-    limit = f"a limit at {first}: a window, the cache's size, or how far RoPE was scaled"
+    limit = f"a limit at {first} (a window, the cache's size, how far RoPE was scaled), or one row at {first} that later positions see"
     return Pattern("from-position-n", f"{where}: {limit}{_or_experts(seen)}")
 
 

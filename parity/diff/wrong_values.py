@@ -10,7 +10,7 @@ from .align import Pair
 from .few_numbers import share_of_few
 from .limits import LARGEST_ROUNDING, TABLE
 from .measure import Measured, energies
-from .readings import Allowed, agree, wide
+from .readings import TELLING, Allowed, agree, wide
 from .slices import prepare
 from .whole_rows import joined, sizes
 
@@ -96,6 +96,18 @@ def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
     if len(differ) == width:
         return f"it is {factor:.6g} times the reference's"
     return f"elements {part.start} to {part.stop - 1} are {factor:.6g} times the reference's, and the others equal"
+
+
+def summand(ours: Rows, ref: Rows, allowed: Allowed) -> str:
+    """A sentence on rows whose every recorded element is off by the same number; otherwise empty."""
+    width = int(min(ours.counts.min(), ref.counts.min()))
+    a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
+    if width < TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return ""
+    off = float(np.mean(a - b))
+    if not off or agree(a, b, allowed) or not agree(a - off, b, allowed):
+        return ""
+    return f"every recorded element is the reference's {'plus' if off > 0 else 'minus'} {abs(off):.6g}"
 
 
 def share_of_noise(pair: Pair, wrong: NDArray[np.int64], nmse: Floats, held: Held) -> Floats | None:

@@ -248,13 +248,13 @@ def _given(step: Step, value: Array) -> Step:
 
 def computed_together(screening: Screening, state: SearchState, candidate: Candidate) -> bool:
     """Whether a candidate can be computed together with others: no fault of the capture takes part."""
+    return candidate.fault.shows is None and none_of_capture(screening, state)
+
+
+def none_of_capture(screening: Screening, state: SearchState) -> bool:
+    """Whether no fault of the capture takes part in a state, as far as its first place shows."""
     first = state.first
-    return (
-        first is not None
-        and state.root is None
-        and candidate.fault.shows is None
-        and screening.entries[first.point].point not in state.shown
-    )
+    return first is not None and state.root is None and screening.entries[first.point].point not in state.shown
 
 
 def beyond(screening: Screening, state: SearchState, candidates: Sequence[Candidate]) -> Iterator[SearchState]:

@@ -25,11 +25,12 @@ from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened, without_table
 from .hidden import with_hidden
-from .laws import OF_TWO, WRONG
+from .laws import NOT_RECORDED, OF_TWO, WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
 from .one_number import law_of_one_number, of_one_number
+from .other_file import OTHER_FILE, table_of
 from .own_inputs import contradicted
 from .own_rounding import standing_out
 from .precision import UPPER, PrecisionFloor, with_noise
@@ -85,7 +86,7 @@ def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, S
     """The case with the limits that apply to it, a search in it, and what its arithmetic costs if that is stated (`noise`)."""
 
     def search_in(of_case: Case) -> Search:
-        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _known(of_case, search, state))
+        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _ends(of_case, search, state))
         return search
 
     if not noise:
@@ -185,7 +186,15 @@ def _known(case: Case, search: Search, state: SearchState) -> bool:
     if len(search.screening.cone(state).steps) != 1:
         return False
     sentence = law_at(case, search, state)
-    return bool(sentence) and not sentence.endswith(OF_TWO)
+    return bool(sentence) and not sentence.endswith((*OF_TWO, OTHER_FILE))
+
+
+def _ends(case: Case, search: Search, state: SearchState) -> bool:
+    """Whether several faults at once need not be tried at a state's first place: the error is known, or is another model's file.
+
+    The latter may be a value that the engine computes later, which `_around` asks.
+    """
+    return _known(case, search, state) or bool(table_of(case, state) and law_at(case, search, state).endswith(OTHER_FILE))
 
 
 def _left_over(case: Case, search: Search, best: SearchState, answer: Explanation, budget: Budget) -> Explanation:
@@ -204,6 +213,9 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    if sentence.endswith(NOT_RECORDED) and best.first is not None:
+        place = case.entries[best.first.point]
+        answer = replace(answer, next=place.point, next_slice=place.width or None)
     single = where is not None and where.sure and len(where.operations) == 1
     if not (sentence or single or budget.late):
         sentence = law_of_one_number(case, best, values)

@@ -38,11 +38,13 @@ _NOTE = "GELU: compared with the function itself, which your values are nearer t
 def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Search | None]:
     """The case beside the GELU that the dump has, and with the usual limits after the table where one fault then reproduces everything.
 
+    What is found with the raised limits, and reproduces everything with the usual ones, is the fault: no other is searched for.
+
     Args:
         search_in: begins a search.
 
     Returns:
-        The case, and the search that found such a fault.
+        The case, and the search in it, if one was begun.
     """
     steps = case.transformer.steps
     coarse = coarse_points(steps)
@@ -58,11 +60,28 @@ def sharpened(case: Case, search_in: Callable[[Case], Search]) -> tuple[Case, Se
         return case, None
     if sum(map(len, over)) < _LEAST or over[first].max() > NO_COARSE_ROUNDING:
         return case, None
-    for own, entries in ((steps, _beyond_other_entries(case, with_table)), (exact, without)):
-        found = _reproduced(case.with_steps(own, entries), search_in, exact)
-        if found is not None:
-            return found
-    return case, None
+    plain = search_in(case)
+    start = plain.screening.start()
+    likely = [] if start.first is None else [state for state in plain.most_likely(start) if state.first is None]
+    best = min(likely, key=plain.rank) if likely else None
+    if best is not None and _holds(case.with_steps(steps, with_table), search_in, best, rarely=False):
+        return case, plain
+    sharper = [case.with_steps(steps, _beyond_other_entries(case, with_table)), case.with_steps(exact, without)]
+    if best is not None and any(_holds(of_case, search_in, best) for of_case in sharper):
+        return case, plain
+    found = (_reproduced(of_case, search_in, exact) for of_case in sharper)
+    return next((pair for pair in found if pair is not None), (case, plain))
+
+
+def _holds(case: Case, search_in: Callable[[Case], Search], state: SearchState, rarely: bool = True) -> bool:
+    """Whether the fault of a state reproduces everything in another case, as `_reproduced` asks for it."""
+    screening = search_in(case).screening
+    start = screening.start()
+    reached = None if start.first is None else screening.reached(start, state.faults[-1])
+    if reached is None or reached.first is None:
+        return reached is not None
+    eased = _eased(case, reached) if rarely else None
+    return eased is not None and _holds(case.with_steps(case.transformer.steps, eased), search_in, state, rarely=False)
 
 
 def without_table(

@@ -21,6 +21,7 @@ from .laws import OF_A_WEIGHT, WRONG, ZERO, law
 from .moved import OTHER_ORDER
 from .one_more import spoils
 from .operands import other_operand
+from .other_file import of_other_file
 from .records import Expected, Floats, Ints
 from .row_laws import few_positions
 from .search import Search
@@ -154,7 +155,9 @@ def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> s
         other
         or other_positions(case, state, entry, errors)
         or changed_weight(case, search, state, entry, errors)
-        or next(_other_point(entry, values, case.positions, errors > entry.limit), sentence)
+        or next(_other_point(entry, values, case.positions, errors > entry.limit), "")
+        or of_other_file(case, state)
+        or sentence
     )
 
 
@@ -204,7 +207,7 @@ def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations
         width = entry.width
         if not entry.whole_rows and width and (seen is None or entry.values.shape[1] * seen[1] < seen[0] * width):
             seen = int(entry.present.sum(axis=1).min()), width
-    return PossibleOperations(names, cone.agreeing, cone.sure, seen)
+    return PossibleOperations(names, cone.agreeing, cone.sure, seen, cone.behind)
 
 
 def _inherited(case: Case, state: SearchState, agreeing: Collection[str]) -> bool:

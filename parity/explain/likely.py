@@ -98,7 +98,7 @@ class Likely:
         replay = self._screening.replay(self._state, rows)
         right = replay.values[name]
         with np.errstate(all="ignore"):  # faults may overflow
-            numbers = [number for number, value in values.items() if self.right_before(name, value)]
+            numbers = self.right_before(name, values)
             if rows <= self._row or not numbers:
                 return set(numbers)
             changes = module_of(right).stack([values[number][self._row] for number in numbers]) - right[self._row]
@@ -133,12 +133,19 @@ class Likely:
         was = self._screening.backend.to_host(replay.values[self._point][self._row])[self._index].astype(np.float64)
         return np.asarray(self._wanted - was)
 
-    def right_before(self, name: str, value: Array) -> bool:
-        """Whether a version of a layer's output leaves the recorded rows before the first wrong one unchanged."""
-        before = self._before[self._before < len(value)]
-        right = self._screening.replay(self._state, len(value)).values[name][before]
-        changed = value[before] - right
-        return bool((changed * changed).sum() <= _SAME * (right * right).sum())
+    def right_before(self, name: str, values: Mapping[int, Array]) -> list[int]:
+        """The numbers of the versions of a layer's output, all of as many rows, that leave the recorded rows before the first wrong one
+        unchanged.
+        """
+        rows = len(next(iter(values.values()), ()))
+        before = self._before[self._before < rows]
+        if not len(before):
+            return list(values)
+        right = self._screening.replay(self._state, rows).values[name][before]
+        changes = module_of(right).stack([value[before] for value in values.values()]) - right
+        sizes = (changes * changes).reshape(len(values), -1).sum(axis=1)
+        same = self._screening.backend.to_host(sizes <= _SAME * (right * right).sum())
+        return [number for number, unchanged in zip(values, same, strict=True) if unchanged]
 
     def _logits_of(self, rows: Array, positions: Array, weights: WeightSource) -> Array:
         """The values at the first place that follow from these rows of the last layer's output: [M, D] -> [M, n]."""

@@ -7,6 +7,7 @@ import numpy as np
 from engine.faults import as_recorded
 from engine.graph import Step
 from engine.replay.replay import Replay
+from reports.numbers import count
 
 from ..diff.dataflow import flow
 from ..diff.few_numbers import share_of_few, shares, worst_of_few
@@ -65,7 +66,7 @@ def _by_truth(
         what = "after ggml's GELU, a table with float16's precision" if table else "where float32's own rounding is amplified"
         unseen = ". A smaller fault shows only before the table, and in `parity isolate`" if table else ""
         notes = (
-            f"noise: {int(passed.sum())} records are over the usual limit {what}: at {where} yours are"
+            f"noise: {count(int(passed.sum()), 'record')} over the usual limit {what}: at {where} yours are"
             f" {nmse[worst]:.1e} from our engine, which itself is {distance[worst]:.1e} from float64{unseen}",
         )
     return with_limits(entries, higher), notes

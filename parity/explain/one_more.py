@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from engine.faults import FITTED_PARTS
 from engine.graph import Step
 
+from .alike import Alike
 from .batch import beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
@@ -117,9 +118,10 @@ class OneMore:
         """
         layers = self.screening.suspects(state)
         sweep = Sweep(self.screening, state, [(layer,) for layer in layers])
-        waiting: dict[Layers, list[list[Candidate]]] = {(layer,): self._by_cost(state, layer) for layer in layers}
+        waiting = self._by_cost(state, layers)
         likely = Likely(self.screening, state) if len(layers) > 1 else None
-        choose = likely if likely is not None and likely.able else None
+        able = likely if likely is not None and likely.able else None
+        choose: Likely | Alike | None = able
         better: list[SearchState] = []
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
             if turn >= _LONG and all_explained(better):
@@ -129,15 +131,28 @@ class OneMore:
             better += found
             if found:
                 waiting = {scope: waiting[scope]}
+                choose = self._alike(state, able, better, scope) if choose is able else choose
             if self.screening.budget.over():
                 break
         # Where something explains everything, a formula that was not likely may still give the same numbers.
-        for rebuilding in (False, True) if choose is not None else ():
+        for rebuilding in (False, True) if able is not None else ():
             if rebuilding and all_explained(better):
                 break
             left = {scope: [c for c in sweep.postponed[scope] if (c.fault.group in WEIGHTS) is rebuilding] for scope in waiting}
-            better += self._in_first_layer(state, sweep.in_turn(left, None))[0]
+            same = choose if isinstance(choose, Alike) else None
+            better += self._in_first_layer(state, sweep.in_turn(left, same))[0]
         return better + self._in_all_layers(state, better)
+
+    def _alike(
+        self, state: SearchState, likely: Likely | None, found: Sequence[SearchState], scope: Layers
+    ) -> Likely | Alike | None:
+        """What chooses the further candidates in a layer: where something explains everything there and other layers follow, those that
+        may give the same numbers.
+        """
+        whole = [after for after in found if after.first is None]
+        if likely is None or not whole or scope is None or scope[0] == self.screening.n_layers - 1:
+            return likely
+        return Alike(self.screening, state, min(whole, key=self.rank), likely)
 
     def _in_first_layer(
         self, state: SearchState, results: Iterable[tuple[Layers, Sequence[tuple[Candidate, Screened]]]]
@@ -152,11 +167,11 @@ class OneMore:
                 found_in[scope] = found
         return next(((found, scope) for scope, found in found_in.items()), ([], None))
 
-    def _by_cost(self, state: SearchState, layer: int) -> list[list[Candidate]]:
-        """The candidates in a layer by cost: faults of the capture, formulas, those that need every row, those that rebuild weights, and
-        those of a fault with many variants.
+    def _by_cost(self, state: SearchState, layers: Sequence[int]) -> dict[Layers, list[list[Candidate]]]:
+        """The candidates in each of some layers by cost: faults of the capture, formulas, those that need every row, those that rebuild
+        weights, and those of a fault with many variants. They are the same in all layers.
         """
-        *shown, others = stages(self.screening, state, (layer,))
+        *shown, others = stages(self.screening, state, (layers[0],)) if layers else ([],)
         many = long(others)
         cheap: list[list[Candidate]] = [[], [], []]
         each: dict[str, list[Candidate]] = {name: [] for name in sorted(many)}
@@ -166,7 +181,10 @@ class OneMore:
             in_turn.append(candidate)
         turns = sorted(each.values(), key=len)
         first, rest = [turn[:_IN_TURN] for turn in turns], [turn[_IN_TURN:] for turn in turns if turn[_IN_TURN:]]
-        return [*shown, *cheap, *first, *rest]
+        lists = [*shown, *cheap, *first, *rest]
+        return {
+            (layer,): [[Candidate(one.fault, one.parameters, (layer,)) for one in some] for some in lists] for layer in layers
+        }
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""

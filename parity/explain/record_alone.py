@@ -35,6 +35,9 @@ def agreeing_after(
     if entry.point in state.shown or entry.point not in state.order or replay.on_host[entry.point].size > _COUNTED:
         return ()
     number = {other.point: at for at, other in enumerate(entries)}
+    if of_source := _beside_a_copy(state, entry.point, number):
+        show = all(_would_show(state, entry, entries[number[name]], state.nmse[number[name]]) for name in of_source)
+        return of_source if show else ()
     consumers = {name: entries[number[name]] for name in _consumers(state, entry.point, number)}
     if not consumers or any((state.nmse[number[name]] > other.limit).any() for name, other in consumers.items()):
         return ()
@@ -47,6 +50,29 @@ def agreeing_after(
     telling = tuple(name for name, rows in refuted.items() if len(rows))
     rows = np.concatenate([refuted[name] for name in telling]) if telling else np.zeros(0)
     return telling if np.isin(entry.rows[wrong], rows).mean() >= _MOST else ()
+
+
+def _beside_a_copy(state: SearchState, point: str, recorded: Mapping[str, int]) -> tuple[str, ...]:
+    """The recorded points made from what a point is a copy of, if nothing is made from the copy itself: of a half of a product, say,
+    which llama.cpp reads where it is. () where something is made from the point, or a point made from its source was not recorded.
+    """
+    read = {name for step in state.steps for name in step.names}
+    source = set(state.steps[state.order[point]].names)
+    if point in read:
+        return ()
+    made = [step.makes for step in state.steps if step.makes in read and not source.isdisjoint(step.names)]
+    return tuple(made) if all(name in recorded for name in made) else ()
+
+
+def _would_show(state: SearchState, entry: Expected, other: Expected, errors: Floats) -> bool:
+    """Whether a point agrees, by these errors, that would not if it were made from an entry's wrong rows, at most of those."""
+    assert state.first is not None
+    base = state.nmse[state.first.point]
+    limits = np.full(int(max(entry.rows.max(), other.rows.max())) + 1, np.inf)
+    limits[other.rows] = other.limit
+    wrong = base > entry.limit
+    telling = base[wrong] > _TELLS * limits[entry.rows[wrong]]
+    return bool((errors <= other.limit).all() and telling.mean() >= _MOST)
 
 
 def _consumers(state: SearchState, point: str, recorded: Mapping[str, int]) -> list[str]:

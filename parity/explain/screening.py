@@ -1,6 +1,6 @@
 """How far a candidate gets: it is replayed on as few positions as causality allows, up to the first record that contradicts it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from engine.replay.replay import Replay
 
 from ..diff.truth import Truth
 from .budget import Budget
-from .cone import Cone, cone
+from .cone import Cone, behind, cone, mixes
 from .noise import EXPLAINED, no_rounding, without_own_noise
 from .record_alone import agreeing_after
 from .records import Expected, Floats, Ints
@@ -59,6 +59,7 @@ class Screening:
         self._checked: dict[tuple[str, ...], SearchState | None] = {}
         self._cones: dict[tuple[str, ...], Cone] = {}
         self._alone: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._acting: tuple[tuple[str, ...], list[tuple[Fault, Mapping[str, Any]]]] = (), []
         self._variants: tuple[tuple[str, ...] | None, dict[str, list[dict[str, Any]]]] = None, {}
         self.coarse = truth_of(steps).coarse  # points after a table of float16, which amplifies rounding
         self.n_layers = 1 + max((layer for step in steps if (layer := parse(step.makes).layer) is not None), default=-1)
@@ -147,8 +148,19 @@ class Screening:
         """The steps in question at the state's first place."""
         name = key(state.faults)
         if name not in self._cones:
-            self._cones[name] = cone(self.entries, state)
+            self._cones[name] = cone(self.entries, state, alone=self._behind(state))
         return self._cones[name]
+
+    def _behind(self, state: SearchState) -> bool:
+        """Whether the first place is a product that is wrong only behind its recorded elements."""
+        if state.first is None:
+            return False
+        entry = self.entries[state.first.point]
+        step = state.planting.right.get(entry.point)
+        if step is None or entry.point in state.shown or not mixes(step):
+            return False
+        values = self.replay(state, len(self.positions)).on_host
+        return behind(entry, state.nmse[state.first.point], values, self.positions)
 
     def agreeing_after(self, state: SearchState) -> tuple[str, ...]:
         """The points that show that the records of the state's first place alone are wrong; empty if the operation may be."""
@@ -164,19 +176,27 @@ class Screening:
         If every input of the place was seen whole and agrees, only faults that change a step in between, or what is shown, can act; if
         its records alone are wrong, only what is shown.
         """
+        name = (*key(state.faults), str(layers is None))
+        if self._acting[0] != name:
+            self._acting = name, list(self._acting_in(state, every=layers is None))
+        for fault, parameters in self._acting[1]:
+            yield Candidate(fault, parameters, layers)
+
+    def _acting_in(self, state: SearchState, *, every: bool) -> Iterator[tuple[Fault, Mapping[str, Any]]]:
+        """Faults and parameters of `candidates`: in every layer, or in a single one, whichever."""
         alone = bool(self.agreeing_after(state))
         kinds = self.cone(state).kinds if state.first is not None and self.cone(state).sure else None
-        layers_begin = state.layers_begin if layers is not None and state.first is not None and state.first.point > 0 else -1
+        layers_begin = state.layers_begin if not every and state.first is not None and state.first.point > 0 else -1
         for fault in CATALOGUE.values():
             if alone and fault.shows is None:
                 continue
-            if layers is not None and (fault.once or not state.planting.has_layers(fault)):
+            if not every and (fault.once or not state.planting.has_layers(fault)):
                 continue
             for parameters in self._variants_of(fault, state):
-                if fault.shows is None and state.planting.begin(fault, layers, parameters) < layers_begin:
+                if fault.shows is None and not every and state.planting.begin(fault, (), parameters) < layers_begin:
                     continue  # it changes the embedding, too, whatever the layer: such a variant is tried in all layers
                 if kinds is None or fault.shows is not None or not kinds.isdisjoint(parameters.get(AT, fault.kinds)):
-                    yield Candidate(fault, parameters, layers)
+                    yield fault, parameters
 
     def _variants_of(self, fault: Fault, state: SearchState) -> list[dict[str, Any]]:
         """The fault's variants in a state's steps: the same for every layer."""

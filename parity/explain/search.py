@@ -55,6 +55,15 @@ class Search:
             states += self._one_more.numbers(state)
         return states
 
+    def most_likely(self, state: SearchState) -> list[SearchState]:
+        """States of one more fault that get further: in a single layer where the layers before agree, since a fault in all layers would
+        show in them; else in all layers.
+        """
+        suspects = self.screening.suspects(state)
+        before = bool(suspects) and suspects[0] > 0
+        single = before and (len(suspects) == 1 or not all_explained(self._one_more.first_stages(state)))
+        return self._one_more.once(state, single=single)
+
     def explain(self, state: SearchState, depth: int) -> SearchState:
         """The best state that up to `depth` further faults lead to: everything explained, or the first place moved furthest.
 
@@ -75,12 +84,10 @@ class Search:
         """The best state that up to `depth` further faults lead to, each of which gets further by itself."""
         if state.first is None or depth == 0:
             return state
+        states = self.most_likely(state)
+        if all_explained(states):
+            return self._follow(state, states, depth)
         suspects = self.screening.suspects(state)
-        # The layers before agree: most likely only one layer is wrong, since a fault in all layers would show in them.
-        if suspects and suspects[0] > 0 and (len(suspects) == 1 or not all_explained(self._one_more.first_stages(state))):
-            states = self._one_more.once(state, single=True)
-            if all_explained(states):
-                return self._follow(state, states, depth)
         everywhere = self._one_more.once(state, single=False)
         if len(suspects) > 1 and not all_explained(everywhere):
             # Searching many layers takes long: faults found in all layers are followed first.

@@ -16,7 +16,8 @@ from engine.backend import Array, module_of
 from engine.lift.node import GgmlOperation
 from engine.replay.replay import Edits
 
-from .batch import SLACK, BatchScreening, computed_together
+from .alike import Alike
+from .batch import SLACK, BatchScreening, none_of_capture
 from .carry import carry_together, distinct
 from .first_place import AtFirstPlace
 from .likely import Likely
@@ -33,10 +34,13 @@ Results = dict[Layers, list[tuple[Candidate, Screened]]]
 
 
 class _Scope(Struct):
-    """Candidates of one scope, the changes of each by its number, the numbers of those that nothing contradicts, and how far each gets."""
+    """Candidates of one scope, and those that are computed alone; of the former the changes of each by its number, the numbers of those
+    that nothing contradicts, and how far each gets.
+    """
 
     batch: BatchScreening
     candidates: Sequence[Candidate]
+    alone: Sequence[Candidate]
     edits: dict[int, Edits]
     waiting: list[int]
     results: dict[int, Screened]
@@ -59,16 +63,19 @@ class Sweep(AtFirstPlace):
         single = len(scopes) > 1 and self._first.row < _AT_ONCE
         few = (*(() if single else (1, 2)), self._first.row + 1, self._first.row + 2)
         self._stages = sorted({screening.enough(rows) for rows in few})
-        self._kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
-        firsts = {kind: scope for scope, kind in reversed(self._kinds.items())}
+        kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
+        firsts = {kind: scope for scope, kind in reversed(kinds.items())}
+        #: The first of the scopes with the same operations, by scope.
+        self._like = {scope: firsts[kind] for scope, kind in kinds.items()}
         #: The scopes of which the rows before the first wrong one say nothing new: a scope before has the same operations.
-        self._alike = frozenset(scope for scope, kind in self._kinds.items() if firsts[kind] != scope)
+        self._alike = frozenset(scope for scope, first in self._like.items() if first != scope)
         self._acts: dict[tuple[object, ...], bool] = {}
+        self._plain = none_of_capture(screening, state)
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
 
     def in_turn(
-        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None
+        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
     ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
         """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory."""
         if likely is not None:
@@ -77,7 +84,7 @@ class Sweep(AtFirstPlace):
         for layers, some in candidates.items():
             yield layers, self.screened({layers: some})[layers]
 
-    def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None = None) -> Results:
+    def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None = None) -> Results:
         """The candidates of each scope that change something at the first place, and how far they get (see `Screening.screen`).
 
         With `likely` only those that may act as the dump shows, and whose change of their layer's output it selects; the others are
@@ -95,9 +102,9 @@ class Sweep(AtFirstPlace):
             for layers, number, errors in self._errors(values, rows):
                 if self._judged(errors, rows, number, scopes[layers].results):
                     scopes[layers].waiting.append(number)
-        return {layers: [*self._together(scope), *self._alone(layers, candidates[layers])] for layers, scope in scopes.items()}
+        return {layers: [*self._together(scope), *self._alone(scope)] for layers, scope in scopes.items()}
 
-    def _begin(self, layers: Layers, scope: _Scope, likely: Likely | None) -> None:
+    def _begin(self, layers: Layers, scope: _Scope, likely: Likely | Alike | None) -> None:
         """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
         if likely is not None:
             numbers = self._may_act(layers, scope, range(len(scope.candidates)))
@@ -111,11 +118,11 @@ class Sweep(AtFirstPlace):
         self.postponed[layers] += [scope.candidates[number] for number, acts in may.items() if not acts]
         return [number for number, acts in may.items() if acts]
 
-    def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
+    def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | Alike | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
         batch, waiting = scope.batch, scope.waiting
         if (
-            likely is not None and self._first.row == 0 and rows == 1
+            isinstance(likely, Likely) and self._first.row == 0 and rows == 1
         ):  # each row of a value acts on its own row only where there is but one
             waiting = self._after_own_steps(layers, scope, likely)
         values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
@@ -137,8 +144,9 @@ class Sweep(AtFirstPlace):
                 if rows <= self._first.row:  # it changes rows in which the dump is right
                     self._acts.setdefault(self._effect(layers, scope.candidates[number]), False)
             if rows > self._first.row:
+                right_before = set(likely.right_before(batch.name, causal))
                 for number in waiting:
-                    acts = number in values or (number in causal and likely.right_before(batch.name, causal[number]))
+                    acts = number in values or number in right_before
                     self._acts.setdefault(self._effect(layers, scope.candidates[number]), acts)
         return values
 
@@ -206,23 +214,20 @@ class Sweep(AtFirstPlace):
                 yield from ((layers, number, error) for number in numbers)
 
     def _scope(self, layers: Layers, candidates: Sequence[Candidate]) -> _Scope:
-        some = [each for each in candidates if self._is_carried(layers, each)]
-        return _Scope(self._batches[layers], some, {}, [], {})
-
-    def _is_carried(self, layers: Layers, candidate: Candidate) -> bool:
-        """Whether a candidate can be computed with others up to its layer's output, and carried on from there."""
-        together = computed_together(self._screening, self._state, candidate)
-        return together and not self._batches[layers].changes_later(candidate)
+        some: list[Candidate] = []
+        alone: list[Candidate] = []
+        for each in candidates:  # those that can be computed with others up to their layer's output, and carried on from there
+            plain = self._plain and each.fault.shows is None and not self._batches[layers].changes_later(each)
+            (some if plain else alone).append(each)
+        return _Scope(self._batches[layers], some, alone, {}, [], {})
 
     @staticmethod
     def _together(scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
         return ((scope.candidates[number], scope.results[number]) for number in sorted(scope.results))
 
-    def _alone(self, layers: Layers, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Screened]]:
+    def _alone(self, scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
         """The candidates that cannot be computed together with others, and how far they get."""
-        for candidate in candidates:
-            if self._is_carried(layers, candidate):
-                continue
+        for candidate in scope.alone:
             if self._screening.budget.over():
                 return
             result = self._screening.screen(self._state, candidate)
@@ -230,8 +235,8 @@ class Sweep(AtFirstPlace):
                 yield candidate, result
 
     def _effect(self, layers: Layers, candidate: Candidate) -> tuple[object, ...]:
-        """What is alike for a candidate in all layers with the same operations."""
-        return self._kinds.get(layers), candidate.fault.name, repr(candidate.parameters)
+        """What is alike for a candidate in all layers with the same operations, whose candidates share their parameters."""
+        return self._like.get(layers), candidate.fault.name, id(candidate.parameters)
 
 
 def _operations(state: SearchState, layers: Layers) -> tuple[object, ...]:

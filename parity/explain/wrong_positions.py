@@ -45,7 +45,16 @@ def _at_each_position(entry: Expected, acting: Sequence[Step]) -> str:
         return ": this operation or its weights"
     if _recurs(acting) and not any(step.op in _OF_ROWS for step in acting):
         return ": the recurrence: its update, or when the state is read"
-    return f": {'values, output projection' if _attends(acting) else 'a projection'}, feed-forward, a norm or weights"
+    if of_scores(entry.point):  # nothing after attention's scores acts on them
+        return ": queries, keys, their products, the scale or the mask"
+    acts = ["values", "output projection"] if _attends(acting) else ["a projection"] if any(map(_projects, acting)) else []
+    acts += ["feed-forward"] if any(parse(step.makes).kind.startswith("ffn") for step in acting) else []
+    acts += ["a norm or weights"] if any(step.op in _OF_ROWS or step.weights for step in acting) else []
+    return f": {', '.join(acts)}" if acts else ""
+
+
+def _projects(step: Step) -> bool:
+    return step.op is ops.linear or getattr(step.op, "name", "") in ("MUL_MAT", "MUL_MAT_ID")
 
 
 def _from_earlier(acting: Sequence[Step]) -> str:

@@ -125,7 +125,10 @@ class Isolator(Judging, dict=True):
         others = self.stretches.get(name, ())
         if record.wrong and record.denied_by:
             readers = listed_readers(record.denied_by)
-            return f"the record is suspect, not the operation: {readers} agree with the right value, not with the recorded one"
+            agree = "agrees" if len(record.denied_by) == 1 else "agree"
+            return (
+                f"the record is suspect, not the operation: {readers} {agree} with the right value, not with the recorded one"
+            )
         if not record.wrong or not others:
             return record.reason
         named = ", ".join(parse(other).kind for other in others)

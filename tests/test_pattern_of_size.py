@@ -1,0 +1,86 @@
+"""How far off a point is, and in which elements, bounds what is named: a transposed matrix leaves no element right."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from planted import TOKENS, Faulty, Planted
+
+from checkpoints.record import Dump
+from checkpoints.summary import summarise
+from parity.diff.compare import Options, compare
+
+Edit = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+F32 = Options(compute="f32")
+
+
+@pytest.fixture(scope="module")
+def right(faulty: Faulty) -> Dump:
+    """A right engine's dump of whole rows."""
+    return faulty.dump(Planted(()), TOKENS, points="all", size=None, bare=False)
+
+
+def pattern(right: Dump, edits: dict[str, Edit], only: tuple[str, ...] = ()) -> str:
+    """What `diff` says of a dump of 16 values a row, with a sketch, some of whose rows were edited; `only` these points, or all."""
+
+    def leading(edits: dict[str, Edit]) -> Dump:
+        points = {
+            name: summarise(name, edits.get(name, np.copy)(rows.values), rows.token_idx, slice_size=16)
+            for name, rows in right.points.items()
+            if (not only or name in only) and len(rows.shapes[0]) < 2
+        }
+        return replace(right, points=points)
+
+    found = compare(leading(edits), leading({}), F32).pattern
+    return found.sentence if found is not None else ""
+
+
+def behind(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Three elements that no slice of 16 shows are garbage."""
+    values = values.copy()
+    values[:, [20, 40, 60]] = (91.5, 88.25, 120)
+    return values
+
+
+def test_garbage_behind_the_recorded_elements_is_no_transposed_matrix(right: Dump) -> None:
+    """Sixteen right logits at every position: the product as a whole is right, elements behind them are not."""
+    sentence = pattern(right, {"logits": behind})
+    assert "elements that were not recorded" in sentence
+    assert "transposed" not in sentence
+    assert "elements that were not recorded" in pattern(
+        right, {"blk.2.q": behind, "blk.2.q_rope": behind, "blk.2.kqv_out": behind}
+    )
+
+
+def test_a_constant_is_said_as_one(right: Dump) -> None:
+    """0.02 less in every element of a product is neither another layer's weights nor a transposed one."""
+    last = list(right.points)[-1]
+    assert pattern(right, {last: lambda values: values - np.float32(0.02)}).startswith(
+        f"{last}: every recorded element is the reference's minus 0.02"
+    )
+
+
+def test_a_small_error_is_no_transposed_matrix(right: Dump) -> None:
+    """Rows that are a few per cent off are not those of unrelated weights; rows in another order are."""
+    rng = np.random.default_rng(5)
+    noise = rng.normal(0, 0.02, right.points["logits"].values.shape).astype(np.float32)
+    sentence = pattern(right, {"logits": lambda values: values * (1 + noise)})
+    assert "a factor, a summand, or some of its rows or blocks" in sentence
+    shuffled = rng.permutation(right.points["logits"].values.shape[1])
+    assert "transposed, or another layer's" in pattern(right, {"logits": lambda values: values[:, shuffled]})
+
+
+def test_logits_alone_blame_no_single_operation(right: Dump) -> None:
+    """Nothing in front of wrong logits was recorded: the last norm and the output matrix are two operations of a hundred; and what is
+    right at the first position, where attention sees one key, is no product."""
+    shuffled = np.random.default_rng(5).permutation(right.points["logits"].values.shape[1])
+    assert pattern(right, {"logits": lambda values: values[:, shuffled]}, only=("logits",)).endswith(
+        "anything from the embedding on: nothing in front of it was recorded"
+    )
+
+    def later(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.concatenate([values[:1], values[1:, shuffled]])
+
+    assert "Q, K, RoPE" in pattern(right, {"logits": later}, only=("logits",))
