@@ -17,6 +17,7 @@ from engine.faults import CATALOGUE, Planting, plant
 from engine.graph import POSITIONS, Step
 from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
+from parity.explain.alike import Alike
 from parity.explain.budget import Budget
 from parity.explain.carry import carry, steps_between
 from parity.explain.explain import Case, ExplainOptions, explain
@@ -159,6 +160,24 @@ def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engi
     noise = right + case.replay.weights.array(np.random.default_rng(3).standard_normal(right.shape).astype(np.float32))
     values = {0: faulty, 1: noise, 2: 2 * right - faulty}
     assert Likely(screening, state).among(name, values, rows) == {0}
+
+
+def test_what_gives_the_same_numbers_makes_the_same_of_its_layers_output(engine: Faulty) -> None:
+    """Of all candidates in a layer those that give a fault's numbers are chosen by its layer's output, and few others."""
+    case = Case(only(engine, ("gate-up-swapped", {}, (1,))), engine.model, ExplainOptions())
+    screening = case.screening(case.entries, Budget(60))
+    state, layers = screening.start(), (1,)
+    found = screening.reached(state, Candidate(CATALOGUE["gate-up-swapped"], {}, layers))
+    assert found is not None
+    assert found.first is None
+    candidates = [candidate for candidate in screening.candidates(state, layers) if candidate.fault.shows is None]
+    alike = Alike(screening, state, found, Likely(screening, state))
+    chosen = Sweep(screening, state, [layers]).screened({layers: candidates}, alike)[layers]
+    every = screened(screening, state, layers, candidates)
+    same = {candidate.fault.name for candidate, (place, _) in every if place is None}
+    assert {"gate-up-swapped", "activation-on-wrong-operand"} <= same
+    assert {candidate.fault.name for candidate, (place, _) in chosen if place is None} == same
+    assert len(chosen) < len(every) // 4
 
 
 def test_whole_rows_cost_no_more_derivatives_than_some_of_their_elements(

@@ -133,7 +133,7 @@ class Planting:
                 edits_of[number] = changed
                 if not alike(changed, step):
                     self._check(changed, number, edits_of)
-        return dict(sorted(edits_of.items()))
+        return edits_of if len(edits_of) < 2 else dict(sorted(edits_of.items()))
 
     def _changed_step(self, fault: Fault, number: int, parameters: Parameters, rest: str) -> tuple[Step, ...]:
         """The replacement of a step; empty if the fault leaves it as it is. `rest` is `_without_kinds` of the parameters.
@@ -142,8 +142,11 @@ class Planting:
         Raises:
             NotApplicable: the model does not allow it there.
         """
-        with_at, without = (fault.change, number, rest, parameters.get(AT)), (fault.change, number, rest)
-        known = self._changed.get(without, self._changed.get(with_at))
+        without = (fault.change, number, rest)
+        known = self._changed.get(without)
+        if known is None:
+            with_at = (*without, parameters.get(AT))
+            known = self._changed.get(with_at)
         if known is None:
             asked = _Asked(parameters)
             known = self._change(fault, number, asked)
@@ -178,8 +181,11 @@ class Planting:
             if not takes(step.op, len(step.reads) + len(step.weights), frozenset(step.params)):
                 raise NotApplicable(f"{step.makes}: another fault has changed the same operation")
             for name in step.names:
-                given = name in GIVEN or name.startswith(ENCODER)  # a decoder is given what its encoder makes
-                if name not in new_names and self.order.get(name, -1 if given else number) >= number:
+                if name in new_names or self.order.get(name, number) < number:
+                    continue
+                if name in self.order or not (
+                    name in GIVEN or name.startswith(ENCODER)
+                ):  # a decoder is given what its encoder makes
                     raise NotApplicable(f"{step.makes} would read {name} before it is computed")
             new_names.add(step.makes)
 
@@ -211,14 +217,18 @@ class Planting:
         experts."""
         if fault.shows is not None:
             return self.begin(fault, None, parameters)
-        rest = self._without_kinds(parameters)
-        for number in sorted(self._numbers(fault, None, parameters)):
-            try:
-                if self._changed_step(fault, number, parameters, rest):
-                    return number
-            except NotApplicable:
-                pass  # this layer has no place for it
-        return len(self.steps)
+        begin = self.begin(fault, None, parameters)
+        if begin == len(self.steps) or self._is_changed(fault, begin, parameters):
+            return begin
+        later = sorted(self._numbers(fault, None, parameters))
+        return next((number for number in later if self._is_changed(fault, number, parameters)), len(self.steps))
+
+    def _is_changed(self, fault: Fault, number: int, parameters: Parameters) -> bool:
+        """Whether a fault changes a step; the layer may have no place for it."""
+        try:
+            return bool(self._changed_step(fault, number, parameters, self._without_kinds(parameters)))
+        except NotApplicable:
+            return False
 
     def of(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> list[Step]:
         """The steps with this fault; see `plant`."""

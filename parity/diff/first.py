@@ -69,9 +69,10 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
     elif name in records.unconfirmed:
+        readers = " and ".join(records.flow.of_readers.children[name][:3])
         operation = (
-            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another "
-            "layout, moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
+            f"{name} differs, but {readers}, computed from it, agree: the record has another layout, "
+            "moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
             "were not chosen)"
         )
     elif settled and stretch is not None and not divergence.fresh and stretch.inputs:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from engine.faults import FITTED_PARTS
 from engine.graph import Step
 
+from .alike import Alike
 from .batch import beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
@@ -119,7 +120,8 @@ class OneMore:
         sweep = Sweep(self.screening, state, [(layer,) for layer in layers])
         waiting = self._by_cost(state, layers)
         likely = Likely(self.screening, state) if len(layers) > 1 else None
-        choose = likely if likely is not None and likely.able else None
+        able = likely if likely is not None and likely.able else None
+        choose: Likely | Alike | None = able
         better: list[SearchState] = []
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
             if turn >= _LONG and all_explained(better):
@@ -129,15 +131,28 @@ class OneMore:
             better += found
             if found:
                 waiting = {scope: waiting[scope]}
+                choose = self._alike(state, able, better, scope) if choose is able else choose
             if self.screening.budget.over():
                 break
         # Where something explains everything, a formula that was not likely may still give the same numbers.
-        for rebuilding in (False, True) if choose is not None else ():
+        for rebuilding in (False, True) if able is not None else ():
             if rebuilding and all_explained(better):
                 break
             left = {scope: [c for c in sweep.postponed[scope] if (c.fault.group in WEIGHTS) is rebuilding] for scope in waiting}
-            better += self._in_first_layer(state, sweep.in_turn(left, None))[0]
+            same = choose if isinstance(choose, Alike) else None
+            better += self._in_first_layer(state, sweep.in_turn(left, same))[0]
         return better + self._in_all_layers(state, better)
+
+    def _alike(
+        self, state: SearchState, likely: Likely | None, found: Sequence[SearchState], scope: Layers
+    ) -> Likely | Alike | None:
+        """What chooses the further candidates in a layer: where something explains everything there and other layers follow, those that
+        may give the same numbers.
+        """
+        whole = [after for after in found if after.first is None]
+        if likely is None or not whole or scope is None or scope[0] == self.screening.n_layers - 1:
+            return likely
+        return Alike(self.screening, state, min(whole, key=self.rank), likely)
 
     def _in_first_layer(
         self, state: SearchState, results: Iterable[tuple[Layers, Sequence[tuple[Candidate, Screened]]]]

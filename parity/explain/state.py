@@ -19,7 +19,7 @@ from .records import Floats
 Layers = tuple[int, ...] | None
 
 
-class Candidate(Struct, frozen=True):
+class Candidate(Struct, frozen=True, gc=False):
     """A fault with its parameters in some layers (None: all)."""
 
     fault: Fault

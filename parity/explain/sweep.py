@@ -16,6 +16,7 @@ from engine.backend import Array, module_of
 from engine.lift.node import GgmlOperation
 from engine.replay.replay import Edits
 
+from .alike import Alike
 from .batch import SLACK, BatchScreening, none_of_capture
 from .carry import carry_together, distinct
 from .first_place import AtFirstPlace
@@ -62,17 +63,19 @@ class Sweep(AtFirstPlace):
         single = len(scopes) > 1 and self._first.row < _AT_ONCE
         few = (*(() if single else (1, 2)), self._first.row + 1, self._first.row + 2)
         self._stages = sorted({screening.enough(rows) for rows in few})
-        self._kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
-        firsts = {kind: scope for scope, kind in reversed(self._kinds.items())}
+        kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
+        firsts = {kind: scope for scope, kind in reversed(kinds.items())}
+        #: The first of the scopes with the same operations, by scope.
+        self._like = {scope: firsts[kind] for scope, kind in kinds.items()}
         #: The scopes of which the rows before the first wrong one say nothing new: a scope before has the same operations.
-        self._alike = frozenset(scope for scope, kind in self._kinds.items() if firsts[kind] != scope)
+        self._alike = frozenset(scope for scope, first in self._like.items() if first != scope)
         self._acts: dict[tuple[object, ...], bool] = {}
         self._plain = none_of_capture(screening, state)
         #: The candidates that `likely` did not choose, by scope.
         self.postponed: dict[Layers, list[Candidate]] = {scope: [] for scope in scopes}
 
     def in_turn(
-        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None
+        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
     ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
         """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory."""
         if likely is not None:
@@ -81,7 +84,7 @@ class Sweep(AtFirstPlace):
         for layers, some in candidates.items():
             yield layers, self.screened({layers: some})[layers]
 
-    def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | None = None) -> Results:
+    def screened(self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None = None) -> Results:
         """The candidates of each scope that change something at the first place, and how far they get (see `Screening.screen`).
 
         With `likely` only those that may act as the dump shows, and whose change of their layer's output it selects; the others are
@@ -101,7 +104,7 @@ class Sweep(AtFirstPlace):
                     scopes[layers].waiting.append(number)
         return {layers: [*self._together(scope), *self._alone(scope)] for layers, scope in scopes.items()}
 
-    def _begin(self, layers: Layers, scope: _Scope, likely: Likely | None) -> None:
+    def _begin(self, layers: Layers, scope: _Scope, likely: Likely | Alike | None) -> None:
         """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
         if likely is not None:
             numbers = self._may_act(layers, scope, range(len(scope.candidates)))
@@ -115,11 +118,11 @@ class Sweep(AtFirstPlace):
         self.postponed[layers] += [scope.candidates[number] for number, acts in may.items() if not acts]
         return [number for number, acts in may.items() if acts]
 
-    def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | None) -> dict[int, Array]:
+    def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | Alike | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
         batch, waiting = scope.batch, scope.waiting
         if (
-            likely is not None and self._first.row == 0 and rows == 1
+            isinstance(likely, Likely) and self._first.row == 0 and rows == 1
         ):  # each row of a value acts on its own row only where there is but one
             waiting = self._after_own_steps(layers, scope, likely)
         values, ended = batch.outputs(scope.candidates, scope.edits, waiting, rows)
@@ -232,8 +235,8 @@ class Sweep(AtFirstPlace):
                 yield candidate, result
 
     def _effect(self, layers: Layers, candidate: Candidate) -> tuple[object, ...]:
-        """What is alike for a candidate in all layers with the same operations."""
-        return self._kinds.get(layers), candidate.fault.name, repr(candidate.parameters)
+        """What is alike for a candidate in all layers with the same operations, whose candidates share their parameters."""
+        return self._like.get(layers), candidate.fault.name, id(candidate.parameters)
 
 
 def _operations(state: SearchState, layers: Layers) -> tuple[object, ...]:
