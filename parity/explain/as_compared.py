@@ -44,7 +44,9 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
     compared = compared_on(
         ours,
         _right(case, ours),
-        Options(compute=options.compute, placed=True),
+        Options(
+            compute=None if known is not None and known.compute.lower() == options.compute else options.compute, placed=True
+        ),
         case.transformer.model.path,
         options.arbiter,
         third_side=False,

@@ -25,7 +25,7 @@ from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened, without_table
 from .hidden import with_hidden
-from .laws import OF_TWO, WRONG
+from .laws import NOT_RECORDED, OF_TWO, WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
@@ -213,6 +213,9 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    if sentence.endswith(NOT_RECORDED) and best.first is not None:
+        place = case.entries[best.first.point]
+        answer = replace(answer, next=place.point, next_slice=place.width or None)
     single = where is not None and where.sure and len(where.operations) == 1
     if not (sentence or single or budget.late):
         sentence = law_of_one_number(case, best, values)
