@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from cli import Cli
 
+from parity.consistency.ways import portions_text
+
 FIRST = 4  # positions of the first pass
 COUNT = 9
 
@@ -68,3 +70,15 @@ def test_what_is_suspected_fits_the_error(case: str, parity: Cli, tmp_path: Path
     (check,) = answer["checks"]
     assert (code, check["suspect"]) == (1, suspect)
     assert reason in check["reason"]
+
+
+def test_portions_read_as_counts() -> None:
+    """Passes of equal size are counted, whatever stands before them; of many different ones the ends and their number are said."""
+    shown = {
+        (9,): "9",
+        (1,) * 9: "9 × 1",
+        (5, 1): "5 + 1",
+        (4, 1, 1, 1, 1, 1): "4 + 5 × 1",
+        (1, 2, 3, 4, 5): "1 + … + 5, 5 passes",
+    }
+    assert {portions: portions_text(portions) for portions in shown} == shown
