@@ -33,3 +33,14 @@ def test_a_point_that_stands_behind_another_is_not_made_from_it(engine: Faulty, 
     assert verdict.first_divergence is not None
     assert verdict.first_divergence.checkpoint == "blk.0.q_rope"
     assert verdict.record_faults == ()
+
+
+def test_what_stands_before_a_point_is_not_said_to_be_its_input(engine: Faulty) -> None:
+    """Where a point outside the vocabulary alone is wrong, no operation is blamed: what it is made from is not known."""
+    right = without_graph(engine.dump(RIGHT, PROMPT, points="*", bare=False), beside=True)
+    name = "blk.0.Vcur"
+    wrong = replace(right.points[name], values=-right.points[name].values)
+    verdict = compare(replace(right, points={**right.points, name: wrong}), right, F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == name
+    assert verdict.operation == ""
