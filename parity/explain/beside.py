@@ -29,8 +29,9 @@ class Beside(Struct, frozen=True):
 
     Attributes:
         dumped, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
-        room: [R], the squared error that counts as noise. printed: the part of it that comes from printed digits. rows: [R], the right
-            run's rows.
+        room: [R], the squared error that counts as noise. Of a dumped row that is smaller than the right one it is in proportion to its
+            own energy: any law that leaves next to nothing of a row would hold for tiny numbers otherwise.
+        printed: the part of it that comes from printed digits. rows: [R], the right run's rows.
         whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
         bias: [k], the vector that the operation adds last, if it has one.
         heads: how many heads a row consists of, if it does.
@@ -97,14 +98,22 @@ def beside(
     whole = entry.whole_values(values[name], positions)
     fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
     printed = (entry.quantum[wrong][:, :count] ** 2).sum(axis=1)
+    dumped = entry.values[wrong][:, :count]
     return Beside(
-        dumped=entry.values[wrong][:, :count],
+        dumped=dumped,
         right=right,
         index=index,
-        room=ROOM * entry.limit[wrong] * entry.energy[wrong] + printed,
+        room=ROOM * entry.limit[wrong] * entry.energy[wrong] * _smaller(dumped, right) + printed,
         printed=printed,
         rows=entry.rows[wrong],
         whole=whole,
         bias=bias[index] if fits and bias is not None else None,
         heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
     )
+
+
+def _smaller(dumped: Floats, right: Floats) -> Floats:
+    """By what the energy of dumped rows [R, k] is smaller than that of the right ones, [R]; 1 where it is not."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        share = np.square(dumped).sum(axis=1) / np.square(right).sum(axis=1)
+    return np.asarray(np.fmin(share, 1.0))

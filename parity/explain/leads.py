@@ -11,6 +11,7 @@ from checkpoints.points import parse
 from engine.backend import Array
 from engine.graph import History, Step, weight_name
 
+from ..diff.first import UNRELATED
 from ..diff.limits import EXACT_FLOOR, JUMP
 from .beside import beside
 from .case import Case
@@ -103,9 +104,15 @@ def mended_share(entries: Sequence[Expected], before: SearchState, after: Search
 
 
 def _proves(entry: Expected) -> NDArray[np.bool_]:
-    """Which records of a point a cause may reproduce: non-finite values prove nothing, unless the fault makes finite ones beside them."""
-    finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
-    return np.asarray(finite | (finite.any() & ~finite.all()))
+    """Which records of a point a cause may reproduce: non-finite values prove nothing, unless the fault makes finite ones beside them, nor
+    do numbers so small, but not 0, that whatever makes all but nothing is within the limit of them.
+    """
+    values = np.where(entry.present, entry.values, 0.0)
+    finite = np.isfinite(values).all(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        size = np.square(values).sum(axis=1)
+    tiny = (size > 0) & (size <= entry.limit * entry.energy)
+    return np.asarray((finite | (finite.any() & ~finite.all())) & ~tiny)
 
 
 def may_have_cause(entries: Sequence[Expected], start: SearchState) -> bool:
@@ -267,8 +274,8 @@ def _removed(entries: Sequence[Expected], search: Search, state: SearchState, ca
     wrong = old > entry.limit
     with np.errstate(invalid="ignore"):
         least = float((1 - new[wrong] / old[wrong]).min())
-    if not np.isfinite(least) or least < _WORTH:
-        return None
+    if not np.isfinite(least) or least < _WORTH or bool((new[wrong] >= UNRELATED).any()):
+        return None  # what is left beside garbage is as far off as unrelated values, which is no nearer to it
     for other, before, now in zip(entries, state.nmse, after.nmse, strict=True):
         if (now > _WORSE * np.maximum(before, other.limit)).any():
             return None
