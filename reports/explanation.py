@@ -164,7 +164,8 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
         )
     rows += [("numbers" if lead.removed is None else "lead", _lead(lead)) for lead in explanation.leads]
     if explanation.next:
-        rows.append(("next", f"record these and run explain again:  --points '{explanation.next}'"))
+        wider = f" --slice {explanation.next_slice}" if explanation.next_slice else ""
+        rows.append(("next", f"record these and run explain again:  --points '{explanation.next}'{wider}"))
     return _lines(rows, width)
 
 
@@ -206,6 +207,9 @@ def _where(explanation: Explanation) -> list[tuple[str, str]]:
                 f"{agreeing}, which {agree}{seen}: the rest may be wrong there already (--slice or a sketch shows it)",
             )
         ]
+    if placed.behind:
+        why = "its recorded elements are right, and each of them is made from all that goes in"
+        return [("wrong", f"{placed.operations[0]}: {why}: this operation is wrong, in elements that were not recorded")]
     if len(placed.operations) == 1:
         origin = (
             f"is computed from {agreeing}, which {agree} as whole rows"
@@ -275,6 +279,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "last_agreement": explanation.last_agreement,
         "remaining": _place_as_json(explanation.remaining),
         "next": explanation.next or None,
+        "next_slice": explanation.next_slice,
         "tried": {
             "faults": explanation.faults,
             "variants": explanation.variants,

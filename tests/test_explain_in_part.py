@@ -1,5 +1,7 @@
 """What a dump recorded in part says of the rest: leading values, one head, row 0 of a cache."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,26 @@ def test_a_fault_outside_of_the_slice_is_not_a_factor_of_one(engine: Faulty) -> 
     assert explanation.first is not None
     assert explanation.first.checkpoint == "logits"
     assert explanation.law == "every recorded element is right: what differs was not recorded"
+    assert explanation.placed is not None
+    assert (explanation.placed.operations, explanation.placed.behind) == (("logits",), True)
+    assert (explanation.next, explanation.next_slice) == ("logits", explanation.seen[-1].of)
+
+
+@pytest.mark.slow
+def test_logits_that_are_right_where_recorded_acquit_everything_before(engine: Faulty) -> None:
+    """With the logits alone, too: sixteen right ones are made of the whole row before, so that no layer is searched for a fault."""
+
+    def scattered(*inputs: Array, op: Callable[..., Array], **params: Any) -> Array:
+        changed = op(*inputs, **params).copy()
+        changed[:, [100, 200, 299]] = 91.5
+        return changed
+
+    steps = [replace(step, op=partial(scattered, op=step.op)) if step.makes == "logits" else step for step in engine.right]
+    dump = engine.dump(RIGHT, PROMPT, points="logits", steps=steps, bare=False)
+    explanation = explain(dump, engine.model, _PATIENT)
+    assert explanation.placed is not None
+    assert (explanation.placed.operations, explanation.placed.behind) == (("logits",), True)
+    assert explanation.variants < 500
 
 
 @pytest.mark.slow

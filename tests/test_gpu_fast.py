@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sinks import Sink
 
 from engine.backend import choose
+from engine.capture.device import DeviceStage
+from engine.capture.tap import Capture
 from engine.fast.decode import DecodeStep
 from engine.fast.transformer import FastTransformer
 from engine.synth import shape_like, synthesize
@@ -96,22 +99,38 @@ def test_decode_of_quantised_types_rounds_little_but_sums(quantized: Callable[[s
         assert nmse(fast.forward([token], other), plain.forward([token], left)) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
-def test_every_logit_of_a_large_vocabulary_is_right(tmp_path: Path, kind: str) -> None:
-    """Of 151,936 tokens each 64 logits, the last ones too, are the final norm's products in float64, and the largest is chosen."""
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("f32", {}), ("f16", {}), ("q8_0", {}),
+        ("f16", {"ff": 4096}), ("bf16", {"ff": 4096, "width": 320}),  # these rows come by way of shared memory, which is large enough
+        ("f16", {"ff": 4096, "vocab": 151_934}),  # not by fours: by registers
+    ],
+)  # fmt: skip
+def test_every_logit_of_a_large_vocabulary_is_right(tmp_path: Path, kind: str, shape: dict[str, int]) -> None:
+    """Each 64 of 151,936 logits are the final norm's products in float64, the recorded ones too; the largest is chosen."""
     path = tmp_path / "model.gguf"
-    synthesize(path, shape_like("tiny", vocab=151_936), weight_type=kind)
+    synthesize(path, shape_like("tiny", **{"vocab": 151_936, **shape}), weight_type=kind)
     model = GgufModel(path)
     engine = FastTransformer(model, choose("cupy"), positions=128)
-    sequence = engine.start()
-    for token in (151_935, 0, 75_000):
-        logits = engine.forward([token], sequence).astype(np.float64)
-        output = "output.weight" if "output.weight" in model.tensors else "token_embd.weight"
-        right = model.load(output).astype(np.float64) @ cupy.asnumpy(engine.step.output_norm).astype(np.float64)
-        errors, sizes = (((logits - right) ** 2).reshape(-1, 64).sum(axis=1), (right**2).reshape(-1, 64).sum(axis=1))
-        assert (errors / sizes).max() < 1e-11
-        chosen = engine.step.chosen(sequence.length, sequence.length + 1)
-        assert int(chosen[0]) == int(logits.argmax())
+    sequence, sink, tokens = engine.start(), Sink(), (engine.hp.n_vocab - 1, 0, 75_000)
+    kept = []
+    with Capture(DeviceStage(sink, ["logits"], engine.backend)) as tap:
+        for token in tokens:
+            kept.append(engine.forward([token], sequence, tap))
+            logits = kept[-1].astype(np.float64)
+            output = "output.weight" if "output.weight" in model.tensors else "token_embd.weight"
+            right = model.load(output).astype(np.float64) @ cupy.asnumpy(engine.step.output_norm).astype(np.float64)
+            blocks = range(0, len(right), 64)
+            errors, sizes = (np.add.reduceat(values, blocks) for values in ((logits - right) ** 2, right**2))
+            assert (errors / sizes).max() < 1e-11
+            chosen = engine.step.chosen(sequence.length, sequence.length + 1)
+            assert int(chosen[0]) == int(logits.argmax())
+    lowest, highest, sums = (np.concatenate([rows.stats[name] for rows in sink.taken]) for name in ("min", "max", "sum"))
+    together = np.stack(kept)
+    np.testing.assert_array_equal(lowest, together.min(axis=1))
+    np.testing.assert_array_equal(highest, together.max(axis=1))
+    np.testing.assert_allclose(sums, together.sum(axis=1, dtype=np.float64), rtol=1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])

@@ -86,6 +86,11 @@ def test_right_is_said_of_what_was_seen(parity: Cli, stories: Path, tmp_path: Pa
         "weights", "--model", stories, "--theirs", _lines(theirs, weight, (0, middle, weight.size - 100))
     )
     assert (code, answer["verdict"], answer["seen"]) == (0, "right where seen", 300)
+    code, answer = parity.json("weights", "--model", stories, "--theirs", _lines(theirs, weight, (0, 40, 80, middle, middle)))
+    assert (code, answer["seen"]) == (0, 280)
+    np.savez(tmp_path / "longer.npz", **{NAME: np.append(weight, [1, 2])})
+    (note, _) = parity.json("weights", "--model", stories, "--theirs", tmp_path / "longer.npz")[1]["notes"]
+    assert note == f"more values than the model has, which were not compared: {NAME} {weight.size + 2:,} ({weight.size:,})"
     np.savez(tmp_path / "whole.npz", **{NAME: weight})
     assert parity.json("weights", "--model", stories, "--theirs", tmp_path / "whole.npz")[1]["verdict"] == "right"
 
@@ -101,6 +106,7 @@ def test_a_slice_that_no_tensor_has_is_refused(parity: Cli, stories: Path, tmp_p
         refused(parity("weights", "--model", stories, "--theirs", theirs), *parts)
 
     ran(_lines(theirs, beyond, (0, weight.size)).read_text(), "has no 100 values from element")
+    ran(_lines(theirs, weight, (0, weight.size)).read_text(), "has no 0 values from element")
     ran(_lines(theirs, weight, (200,)).read_text(), f"lacks the leading values of {NAME}")
     for start in ("-1", "1.5", "true", '"0"', "null", "[]"):
         ran(f'{{"name": "{NAME}", "start": {start}, "values": [1, 2, 3, 4]}}', "is no element's number")

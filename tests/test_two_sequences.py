@@ -82,7 +82,7 @@ def test_sequences_of_a_batch_step_by_step(
     assert said(right) == (
         0,
         [("sequence 0", "", ""), ("sequence 1", "", "")],
-        "whole.jsonl (6) against steps.jsonl (3 + 1 + 1 + 1)",
+        "whole.jsonl (6) against steps.jsonl (3 + 3 × 1)",
     )
     code, checks, _ = said([right[0], shared[1]])
     assert (code, [suspect for _, suspect, _ in checks]) == (1, ["", "sequences"])

@@ -69,12 +69,14 @@ class PossibleOperations(Struct, frozen=True):
     Attributes:
         operations: named by the points that they compute. agreeing: the recorded inputs of those operations, which agree.
         sure: the inputs were seen as whole rows. seen: how many values were seen of the least-seen input's row, and how many it has.
+        behind: the operation is a product whose recorded elements are right, so that its inputs are right, seen or not.
     """
 
     operations: tuple[str, ...]
     agreeing: tuple[str, ...]
     sure: bool
     seen: tuple[int, int] | None = None
+    behind: bool = False
 
 
 class SuspectRecord(Struct, frozen=True):
@@ -111,7 +113,7 @@ class Explanation(Struct, frozen=True):
         left_open: a sentence on the first place, if a comparison leaves open whether it shows a fault or an arithmetic that rounds in
             another way; or "".
         precision_alike: other arithmetics that fit as well as `precision_only` or `looks_like`, so that they cannot be told apart.
-        next: points to record now, as a `--points` value.
+        next: points to record now, as a `--points` value; next_slice: with so many values per row, None if that does not matter.
         complete: False if the search ran out of time.
     """
 
@@ -136,6 +138,7 @@ class Explanation(Struct, frozen=True):
     truth: TruthAt | None = None
     remaining: DivergentPlace | None = None
     next: str = ""
+    next_slice: int | None = None
     faults: int = 0
     variants: int = 0
     nearest: float | None = None

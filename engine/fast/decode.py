@@ -21,7 +21,7 @@ from .weights import FastWeights
 
 _THREADS = 512 + 64  # as in step.cuh: the threads that compute, and the warps that prefetch weights and record
 _SQUARES = 8 * 512  # bytes of a norm's squares, where at other times heads are mixed
-_OTHER = 3584  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
+_OTHER = 3840  # bytes of Shared besides activations, heads and weights: pointers of two layers, sums, barriers
 _FLOATS = 1 << F32 | 1 << F16 | 1 << BF16  # types whose rows have a piece for each of 128 lanes
 # The matrices of a phase, whose types it is compiled for.
 _PHASES = {

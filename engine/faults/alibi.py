@@ -22,6 +22,8 @@ def _alibi(step: Step, _right: Steps, parameters: Parameters) -> Step:
     how = parameters["bias"]
     if how == "left out":
         return with_parameters(step, max_bias=0.0)
+    if not isinstance(how, str):  # another max_bias, which is fitted
+        return with_parameters(step, max_bias=float(how))
     return replace(step, op=_with_slopes, params={**step.params, "slopes": how})
 
 

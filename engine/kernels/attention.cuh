@@ -56,7 +56,7 @@ struct Attention {
         float2 k[EACH], v[EACH], q[EACH], acc[EACH];
         fetch(keys + row * KW, row < count, k);
         fetch(values + row * KW, row < count, v);
-        hear_pairs([&](int i) { return element_of(i) < HEAD ? l.words + Q_WORDS + head * HEAD + element_of(i) : nullptr; }, step, q);
+        hear_pairs<EACH, 0>([&](int i) { return element_of(i) < HEAD ? l.words + Q_WORDS + head * HEAD + element_of(i) : nullptr; }, step, q);
         const float first = score(q, k);
         if (row < count && this_thread() % 8 == 0) l.kq[head * POSITIONS + from + row] = first;
         float peak = highest_of_rows(row < count ? first * scale : -INFINITY), total = row < count ? expf(first * scale - peak) : 0.f;
@@ -109,7 +109,7 @@ struct Attention {
         constexpr int WIDE = (HEAD + 63) / 64;
         const int lane = this_thread() & 31, base = head / GROUP * HEAD;
         float2 heard[3 * WIDE];
-        hear_pairs([&](int i) -> const Word* {
+        hear_pairs<3 * WIDE, 0>([&](int i) -> const Word* {
             const int e = 2 * lane + 64 * (i % WIDE);
             return here && e < HEAD ? l.words + (i < WIDE ? Q_WORDS + head * HEAD : (i < 2 * WIDE ? K_WORDS : V_WORDS) + base) + e : nullptr;
         }, step, heard);

@@ -9,62 +9,7 @@
 
 #include "attention.cuh"
 #include "columns.cuh"
-#include "records.cuh"
-
-// Logits of this block's rows and the largest of them; if they are recorded, the warp that does it gets them by way of shared memory.
-__device__ void logits(Shared& s, const Model& m, float scale, bool recorded, unsigned step) {
-    constexpr int R = LOGITS_ROUND / WARPS;
-    const int warp = this_thread() >> 5, lane = this_thread() & 31;
-    float best = -INFINITY;
-    int best_at = 0x7fffffff;
-    static_assert(R == 4, "rows at once");
-    const Matrix* four[R] = {&m.output, &m.output, &m.output, &m.output};
-    Rows<D, 32, R, LOGIT_TYPES> ahead;
-    const auto find = [&](int (&rows)[R], int round) {
-        #pragma unroll
-        for (int i = 0; i < R; i++) rows[i] = min(logits_start(round) + warp * R + i, VOCAB - 1);
-    };
-    {
-        int rows[R];
-        find(rows, 0);
-        ahead.load(four, rows, lane);
-    }
-    #pragma unroll 1
-    for (int round = 0; logits_start(round) + warp * R < VOCAB; round++) {
-        int rows[R];
-        float sum[R];
-        find(rows, round);
-        ahead.dot(four, rows, lane, s.x, sum);
-        if (logits_start(round + 1) + warp * R < VOCAB) {      // on its way beside what follows
-            int next[R];
-            find(next, round + 1);
-            ahead.load(four, next, lane);
-        }
-        #pragma unroll
-        for (int far = 16; far; far >>= 1)
-            #pragma unroll
-            for (int i = 0; i < R; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
-        for (int i = 0; i < R; i++) {
-            float y = sum[i] * scale + (m.output.bias ? m.output.bias[rows[i]] : 0.f);
-            if (lane == 0) {
-                m.logits[rows[i]] = y;
-                if (recorded) near_logits(s)[round * LOGITS_ROUND + warp * R + i] = y;
-            }
-            if (y > best || (y == best && rows[i] < best_at)) { best = y; best_at = rows[i]; }
-        }
-        if (recorded && lane == 0) leave(s.round_made + round);
-    }
-    if (lane == 0) { s.part[warp] = best; s.part[WARPS + warp] = __int_as_float(best_at); }
-    block_sync();
-    if (this_thread() == 0) {
-        for (int w = 1; w < WARPS; w++) {
-            int at = __float_as_int(s.part[WARPS + w]);
-            if (s.part[w] > best || (s.part[w] == best && at < best_at)) { best = s.part[w]; best_at = at; }
-        }
-        tell(m.best + 2 * blockIdx.x, best, step);
-        tell(m.best + 2 * blockIdx.x + 1, __int_as_float(best_at), step);
-    }
-}
+#include "logits.cuh"
 
 // One warp hears from all blocks; it takes the largest logit of all (of equal ones the smallest id) and advances the state.
 __device__ void choose(const Model& m, State now, unsigned step) {
@@ -91,9 +36,13 @@ __device__ void choose(const Model& m, State now, unsigned step) {
     *m.state = State{at, now.position + 1, now.position + 1, now.step + 1};
 }
 
+// Part of a layer, on its way to the L2 cache, by three warps: what this block needs until the feed-forward.
+//
 // This block's share of a layer's words is fetched again: a step's weights evict from the L2 cache what the last step left there.
-__device__ __forceinline__ void prefetch_words(const Layer& l) {
-    prefetch(l.words, first_of(WORDS) * sizeof(Word), (last_of(WORDS) - first_of(WORDS)) * sizeof(Word));
+__device__ __forceinline__ void prefetch_layer(const Layer& l) {
+    if (this_thread() / 32 == 2) prefetch_qkv(l);
+    if (this_thread() == 96) prefetch_mine(l.o, D, QW);
+    if (this_thread() == 128) prefetch(l.words, first_of(WORDS) * sizeof(Word), (last_of(WORDS) - first_of(WORDS)) * sizeof(Word));
 }
 
 // A layer's pointers, in two steps: requested, and, once they have arrived, stored in shared memory.
@@ -130,10 +79,12 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         }
     }
     prepare_rounds(s);
+    if (LOGITS_NEAR) prepare_rows(s);
     __syncthreads();
     if (STAGED && this_thread() == THREADS) produce(s, m);       // weights are the same in every step
+    const State* state = m.state;
     await_last_step();
-    const State now = *m.state;
+    const State now = *state;
     const int seen = now.position + 1, splits = min(SPLITS, (seen + SPLIT_ROWS - 1) / SPLIT_ROWS);
     const unsigned step = now.step + 1;   // words begin as zeros: the first step is 1
     if (this_thread() >= THREADS) {
@@ -148,20 +99,21 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
     }
     keep_layer(s, 0, fetch_layer(m, 0));
     Projection::prepare(s, m, now.position);
-    for (int i = this_thread(); i < D; i += THREADS)           // every block writes the same: no barrier is needed before it reads them
-        __stcg(m.embd + i, element(m.embedding, now.token, D, i));
+    Norm norm;
+    norm.read_values(m.embedding, now.token);
+    norm.keep(1.f, m.embd);
     const int mine = first_of(D) + this_thread();
     if (mine < last_of(D)) s.rest[this_thread()] = element(m.embedding, now.token, D, mine);
     block_sync();
     Projection qkv;
     qkv.load(s.layer[0]);
-    Norm norm;
     norm.load(s.layer[0].attn_norm);
     if (this_thread() == 0) prefetch_mine(s.layer[0].o, D, QW);
+    norm.leave(s);
     MARK
     for (int i = 0; i < LAYERS; i++) {
         const Layer &l = s.layer[i & 1], &next = s.layer[(i + 1) & 1];
-        norm.run(s, i ? nullptr : m.embd, next.words + OUT_WORDS, step);   // `next` still is the layer before
+        if (i) norm.run(s, next.words + OUT_WORDS, step);          // `next` still is the layer before
         MARK
         qkv.run(s, l, now.position, step);
         norm.keep(s.scale, l.attn_norm_out);
@@ -186,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         norm.load(l.ffn_norm);
         if (this_thread() == 32 && !STAGED) prefetch_mine(l.down, D, FF);
         __nanosleep(FIRST_PAUSE);
-        norm.run(s, nullptr, l.words + INP_WORDS, step);
+        norm.run(s, l.words + INP_WORDS, step);
         if (STAGED) await(&s.full[0], i & 1);
         MARK
         gate_up.run(s, l, step);
@@ -196,9 +148,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         down.load(l.down);
         if (i + 1 < LAYERS) {
             if (STAGED && this_thread() == 32) leave(&s.used[0]);
-            if (this_thread() / 32 == 2) prefetch_qkv(next);
-            if (this_thread() == 96) prefetch_mine(next.o, D, QW);
-            if (this_thread() == 128) prefetch_words(next);
+            prefetch_layer(next);
         }
         down.take(s, l, step);
         if (STAGED) await(&s.full[1], i & 1);
@@ -209,12 +159,16 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(
         if (i + 1 < LAYERS) qkv.load(next);
         MARK
     }
-    norm.run(s, nullptr, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
+    if constexpr (LOGITS_NEAR) NearLogits::ask_for_first(s, m, 0, 1);   // more would slow down the words of the last layer
+    norm.run(s, s.layer[(LAYERS - 1) & 1].words + OUT_WORDS, step);
+    if constexpr (LOGITS_NEAR) NearLogits::ask_for_first(s, m, 1, LOGIT_SLOTS);
     sync_scale();
     const float last_scale = s.scale;
     norm.keep(last_scale, m.output_norm);
     settle();
-    logits(s, m, last_scale, logits_at >= 0, step);
+    if constexpr (LOGITS_NEAR) NearLogits::run(s, m, last_scale, logits_at >= 0, step);
+    else logits(s, m, last_scale, logits_at >= 0, step);
+    prefetch_layer(m.layers[0]);                               // for the next step
     MARK
     choose(m, now, step);
     if (count > BLOCKS) make_records(s, m, wanted, seen, step * BLOCKS);   // with fewer lines, the other warps do them all

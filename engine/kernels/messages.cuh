@@ -65,8 +65,9 @@ template <int N, class At> __device__ __forceinline__ void hear(const At& at, un
     #pragma unroll
     for (int i = 0; i < N; i++) values[i] = value_of(words[i]);
 }
-// The same for adjacent pairs: at(i) is the word of the i-th pair's first value.
-template <int N, class At> __device__ __forceinline__ void hear_pairs(const At& at, unsigned step, float2 (&values)[N]) {
+// The same for adjacent pairs: at(i) is the word of the i-th pair's first value. WAIT: nanoseconds between reads; none where few blocks
+// read, or where most values are there at the first look.
+template <int N, int WAIT = PAUSE, class At> __device__ __forceinline__ void hear_pairs(const At& at, unsigned step, float2 (&values)[N]) {
     Word words[N][2];
     bool all;
     do {
@@ -78,7 +79,7 @@ template <int N, class At> __device__ __forceinline__ void hear_pairs(const At& 
         }
         #pragma unroll
         for (int i = 0; i < N; i++) all &= told(words[i][0], step) & told(words[i][1], step);
-        if (!all) __nanosleep(PAUSE);
+        if (WAIT && !all) __nanosleep(WAIT);
     } while (!all);
     #pragma unroll
     for (int i = 0; i < N; i++) values[i] = make_float2(value_of(words[i][0]), value_of(words[i][1]));

@@ -75,7 +75,7 @@ __device__ __forceinline__ void prefetch_rows(const Matrix& m, int first, int co
 #define PIECE 4096
 #endif
 #ifndef PACE
-#define PACE 370                 // cycles from one piece to the next; to ask for one takes some 220, whatever its size (docs/benchmarks-log.md)
+#define PACE 360                 // cycles from one piece to the next; to ask for one takes some 220, whatever its size (docs/benchmarks-log.md)
 #endif
 #ifndef LATER
 #define LATER 800                // cycles until a layer's first piece: then the blocks hand over the feed-forward's activations

@@ -35,25 +35,28 @@ struct Norm {
             #pragma unroll
             for (int j = 0; j < PER; j++) weight[i][j] = element_of(i) < D ? __ldg(weights + element_of(i) + j) : 0.f;
     }
-    // The values come as words from the other blocks, or, where they are this block's own, from memory.
-    __device__ __forceinline__ void run(Shared& s, const float* values, const Word* words, unsigned step) {
-        double squares = 0;
-        if (values)
-            #pragma unroll
-            for (int i = 0; i < EACH; i++)
-                #pragma unroll
-                for (int j = 0; j < PER; j++) x[i][j] = element_of(i) < D ? __ldcg(values + element_of(i) + j) : 0.f;
-        else if constexpr (PER == 1) {
+    // The values, to be used by `leave`: as words from the other blocks, or a token's row of the embedding.
+    __device__ __forceinline__ void hear_values(const Word* words, unsigned step) {
+        if constexpr (PER == 1) {
             float heard[EACH];
             hear([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
             #pragma unroll
             for (int i = 0; i < EACH; i++) x[i][0] = heard[i];
         } else {
             float2 heard[EACH];
-            hear_pairs([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
+            hear_pairs<EACH, 0>([&](int i) { return element_of(i) < D ? words + element_of(i) : nullptr; }, step, heard);
             #pragma unroll
             for (int i = 0; i < EACH; i++) { x[i][0] = heard[i].x; x[i][1] = heard[i].y; }
         }
+    }
+    __device__ __forceinline__ void read_values(const Matrix& embedding, int token) {
+        #pragma unroll
+        for (int i = 0; i < EACH; i++)
+            #pragma unroll
+            for (int j = 0; j < PER; j++) x[i][j] = element_of(i) < D ? element(embedding, token, D, element_of(i) + j) : 0.f;
+    }
+    __device__ __forceinline__ void leave(Shared& s) {
+        double squares = 0;
         #pragma unroll
         for (int i = 0; i < EACH; i++) {
             #pragma unroll
@@ -65,6 +68,10 @@ struct Norm {
         }
         s.squares[this_thread()] = squares;
         sync_squares();
+    }
+    __device__ __forceinline__ void run(Shared& s, const Word* words, unsigned step) {
+        hear_values(words, step);
+        leave(s);
     }
     // By a warp beside those that compute, while they multiply: the scale of each of a step's norms. Then it asks for what attention will read.
     static __device__ __forceinline__ void find_scales(Shared& s, float eps, int seen, int splits) {
@@ -87,7 +94,7 @@ struct Norm {
             if (norm % 2 && norm + 1 < 2 * LAYERS) ask_for_cache(s.layer[(norm + 1) / 2 & 1], seen, splits);   // for the next layer
         }
     }
-    // The normalised values, to be recorded: stored by one block, after what the others wait for.
+    // The normalised values, to be recorded: stored by one block, after what the others wait for. Before `leave`: the values themselves.
     __device__ __forceinline__ void keep(float scale, float* out) const {
         if (this_block() != KEEPER) return;
         #pragma unroll

@@ -10,6 +10,7 @@
 #define KW (KV_HEADS * HEAD)
 #define GROUP (HEADS / KV_HEADS)
 #define LOGITS_ROUND (4 * WARPS) // rows of the output matrix that a block's warps take at a time
+#define LOGIT_SLOTS 2            // pairs of its rows that a warp has on their way to shared memory (logits.cuh)
 #ifndef SPLIT_ROWS
 #define SPLIT_ROWS 180           // positions that a block attends to before a head is split over several blocks
 #endif
@@ -133,6 +134,7 @@ struct Shared {
     int lines_taken;             // of the block's records
     unsigned long long full[2], used[2];   // barriers of the prefetched weights: gate and up, down
     unsigned long long round_made[LOGIT_ROUNDS];   // barriers of the logits, which the recording warp takes as they are made
+    unsigned long long rows_there[WARPS * LOGIT_SLOTS];   // barriers of the rows of the output matrix that a warp has asked for
     float made[LOGITS_FIT ? 1 : LOGIT_ROUNDS * LOGITS_ROUND];
     Matrix near_gate, near_up, near_down;
     __align__(128) char weights[STAGED ? GATE_BYTES + DOWN_BYTES : 16];

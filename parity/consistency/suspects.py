@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Verdict
 from checkpoints.points import parse
 
+from ..diff.limits import TABLE
 from ..run.command import PORTIONS, SEQUENCES, STATE
 
-CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
+CACHE, POSITIONS, MASK, BATCH, RECURRENCE = "cache", "positions", "mask", "batch size", "recurrent state"
 OTHERS, SAVED = "sequences", "state"
 _BY_KIND = {
     **dict.fromkeys(("q_rope", "k_rope"), POSITIONS),
@@ -25,7 +26,15 @@ _WORDS = {
     OTHERS: "a prompt gives other values in a batch: padding or other sequences' rows are seen, or positions are counted across sequences",
     SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
     BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
+    RECURRENCE: "right within the first portion, wrong after it, in a layer without attention's points: what its recurrence or its "
+    "convolution keeps of earlier passes is lost, old or another sequence's",
 }
+# Behind a table of F16 (GELU) two right float32 orders of computing differ by its steps.
+_OF_TABLE = (
+    f"no more than {TABLE:g} apart: rounding does this behind an activation that is looked up in a table of F16 (ggml's GELU), else a "
+    "kernel depends on the number of tokens"
+)
+_LOUDER = 1e3  # an error after the first portion that is so much larger than one within it is another one
 _BY_WAY = {SEQUENCES: OTHERS, STATE: SAVED}
 _ROWWISE = ("attn_norm", "q", "k", "v", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out")
 _ALL_POINTS = "--points all tells which of them"
@@ -43,17 +52,33 @@ def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_PO
     first = verdict.first_divergence
     if verdict or first is None:
         return "", ""
-    kinds = [parse(origin.first.checkpoint).kind for origin in verdict.origins] or [parse(first.checkpoint).kind]
+    second = int(starts[1]) if len(starts) > 1 else 0
+    worst = max((point.worst for point in verdict.points), key=lambda record: record.nmse or 0.0)
+    if first.token_idx < second <= worst.token_idx and (worst.nmse or 0.0) > _LOUDER * (first.nmse or np.inf):
+        first = worst
+    origins = [origin.first for origin in verdict.origins if first.token_idx < second or origin.first.token_idx >= second]
+    kinds = [parse(origin.checkpoint).kind for origin in origins] or [parse(first.checkpoint).kind]
     suspects = [_BY_KIND[kind] for kind in kinds if kind in _BY_KIND]
-    at = f"first at {first.checkpoint}, position {first.token_idx}"
+    at = f"{'worst' if first is worst else 'first'} at {first.checkpoint}, position {first.token_idx}"
     if way in _BY_WAY:
         return _BY_WAY[way], f"{_WORDS[_BY_WAY[way]]} ({at})"
     if suspects:
         return suspects[0], f"{_WORDS[suspects[0]]} ({at})"
-    if first.token_idx < int(starts[1] if len(starts) > 1 else 0) or parse(first.checkpoint).kind in _ROWWISE:
+    if (worst.nmse or np.inf) <= TABLE:
+        return BATCH, f"{_OF_TABLE} ({at})"
+    if _recurs([point.checkpoint for point in verdict.points], parse(first.checkpoint).layer) and first.token_idx >= second:
+        return RECURRENCE, f"{_WORDS[RECURRENCE]} ({at})"
+    if first.token_idx < second or parse(first.checkpoint).kind in _ROWWISE:
         return BATCH, f"{_WORDS[BATCH]} ({at})"
     later = "cache, positions or mask"
     return later, f"right within the first portion, wrong after it ({at}): {advice}"
+
+
+def _recurs(names: Sequence[str], layer: int | None) -> bool:
+    """Whether a layer, or any of them, was recorded with points of its own and none of attention's."""
+    points = [parse(name) for name in names]
+    inside = [point for point in points if point.layer is not None and layer in (None, point.layer)]
+    return not any(point.kind in _BY_KIND for point in inside) and any(point.known is None for point in inside)
 
 
 def among_others(verdict: Verdict, agreeing: Sequence[int]) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The other ways in which a side can compute a prompt: in portions, ubatches, among other sequences, from a saved state."""
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 from msgspec.structs import replace
@@ -107,7 +108,7 @@ def starts_of(portions: Sequence[int]) -> NDArray[np.int64]:
 
 
 def portions_text(portions: Sequence[int]) -> str:
-    """Portions as a title shows them: "4 × 3", "5 + 1"."""
-    if len(set(portions)) == 1 and len(portions) > 1:
-        return f"{len(portions)} × {portions[0]}"
-    return " + ".join(map(str, portions)) if len(portions) <= 4 else f"{portions[0]} + … + {portions[-1]}"
+    """Portions as a title shows them: "4 × 3", "5 + 1", "4 + 5 × 1" for one pass of four tokens and five of one."""
+    runs = [(size, len(list(same))) for size, same in groupby(portions)]
+    texts = [str(size) if times == 1 else f"{times} × {size}" for size, times in runs]
+    return " + ".join(texts) if len(texts) <= 4 else f"{texts[0]} + … + {texts[-1]}, {len(portions)} passes"

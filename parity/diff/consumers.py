@@ -49,7 +49,7 @@ def judged(
 
     `elsewhere`: points whose right values stand under such a point's name, and that name.
     """
-    return _Consumers(measured, held, model, ours, ref, elsewhere).judged(known)
+    return _Consumers(measured, held, model.of_readers, ours, ref, elsewhere).judged(known)
 
 
 class _Consumers:

@@ -8,10 +8,11 @@ from functools import cached_property
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from checkpoints.dataflow import CACHE, Dataflow, of_vocabulary
-from checkpoints.points import ENCODER, of_scores, order
+from checkpoints.points import ENCODER, in_vocabulary, of_scores, order, parse
 from checkpoints.record import Dump, Rows
 
 Floats = NDArray[np.float64]
@@ -82,9 +83,23 @@ class Flow(Struct, frozen=True, dict=True):
         if self.known and not self.whole.computations:
             return dict.fromkeys(self.names, ())
         for name, parents in self.parents.items():
+            if not self.known and name not in self.whole.computations:
+                continue  # only its place in a file says that it comes after another point
             for other in parents:
                 children_of[other].append(name)
         return {name: tuple(children) for name, children in children_of.items()}
+
+    @cached_property
+    def of_readers(self) -> "Flow":
+        """The flow by which a point is judged from what is made from it: where no graph is known, that of the vocabulary's points alone.
+
+        Where a point outside it stands in a file says neither what it is made from nor what reads it.
+        """
+        if self.known or all(in_vocabulary(name) for name in self.names):
+            return self
+        layers = 1 + max((parse(name).layer or 0 for name in self.whole.computations), default=0)
+        inside = of_vocabulary([name for name in self.names if in_vocabulary(name)], layers)
+        return replace(self, whole=inside)
 
     def ancestors(self, name: str) -> set[str]:
         """All compared points that a compared point depends on."""

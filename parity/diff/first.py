@@ -7,7 +7,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from checkpoints.answers.diff import Agreement, Difference, Pattern, Seen
-from checkpoints.points import EMBD
+from checkpoints.points import EMBD, in_vocabulary
 from checkpoints.record import Rows
 from reports.sentences import GROWN
 
@@ -58,7 +58,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     stretch = records.flow.between(name)
     twin = same_vector(records, first)
     unseen = _unseen(records, first, stretch, seen)
-    settled = stretch is not None and not stretch.unrecorded
+    settled = stretch is not None and not stretch.unrecorded and not _of_places(records, name, stretch)
     advice = next_points(name, agreement.checkpoint if agreement else None, stretch, records.names)
     wider: int | None = None
     operation = ""
@@ -69,9 +69,10 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
     elif name in records.unconfirmed:
+        readers = " and ".join(records.flow.of_readers.children[name][:3])
         operation = (
-            f"{name} differs, but {' and '.join(records.flow.children[name][:3])}, computed from it, agree: the record has another "
-            "layout, moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
+            f"{name} differs, but {readers}, computed from it, agree: the record has another layout, "
+            "moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
             "were not chosen)"
         )
     elif settled and stretch is not None and not divergence.fresh and stretch.inputs:
@@ -93,6 +94,11 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
     if pattern is not None and pattern.code == _EARLY and operation.endswith(BLAMED):
         operation += ", or it was recorded before RoPE, and what is computed from it is wrong"
     return First(divergence, agreement, advice, wider, operation, pattern)
+
+
+def _of_places(records: Records, name: str, stretch: Stretch) -> bool:
+    """Whether only places in a file say what a point is made from: it or what stands before it is no point of the vocabulary."""
+    return not records.flow.known and not all(map(in_vocabulary, (name, *stretch.inputs)))
 
 
 def _towards_the_jump(records: Records, first: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 from msgspec.structs import replace
 
 from checkpoints.answers.explain import Explanation
@@ -42,6 +43,8 @@ def beyond(case: Case, state: SearchState, again: Again) -> Beyond:
         f"{', or experts that it chooses otherwise' if has_choices(case) else ''} (--compute {kind} looks for a fault beyond it)"
     )
     answer, found = again(case.with_steps(case.transformer.steps, case.entries), kind, TOGETHER)
+    if answer.causes and not answer.suspects and _is_noise(case, kind, found):
+        answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
     if not answer.causes or answer.remaining is not None:
         return (said,), None
     note = f"arithmetic: {said}; the cause is looked for beyond that"
@@ -56,6 +59,17 @@ def _beside_kept(case: Case, kind: str, again: Again) -> Beyond:
     answer, found = again(keeping, None, UPPER)
     note = f"{kept_in(part.part, part.type)}: what differs beside that is looked for"
     return (), None if answer else (replace(answer, notes=(*answer.notes, note)), found)
+
+
+def _is_noise(case: Case, kind: str, state: SearchState) -> bool:
+    """Whether what a state leaves is within the limits of this arithmetic where it is stated: single records lie that far off in right
+    engines.
+    """
+    limits = floor_of(case, kind).limits(case.entries, UPPER)
+    return all(
+        bool((errors <= np.maximum(entry.limit, limit)).all())
+        for entry, errors, limit in zip(case.entries, state.nmse, limits, strict=True)
+    )
 
 
 def _further_off(case: Case, kind: str) -> str:

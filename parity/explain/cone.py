@@ -8,8 +8,11 @@ from msgspec import Struct
 from checkpoints.dataflow import is_copy
 from checkpoints.points import parse
 from engine.faults.base import kinds_of
+from engine.graph import Step
 
-from .records import Expected
+from ..diff.readings import CLEAR, TELLING
+from .beside import Values, beside
+from .records import Expected, Floats, Ints
 from .state import SearchState, rows_enough
 
 
@@ -19,6 +22,7 @@ class Cone(Struct, frozen=True):
     Attributes:
         steps: the names of the steps between the place and the recorded points that agree, the place's own included.
         kinds: the names that a fault's `kinds` may use for them.
+        behind: the place is a product that is wrong only in elements that were not recorded (`behind`).
         agreeing: the points that agree. sure: all of them were seen as whole rows, at every position that acts on the place's.
     """
 
@@ -26,6 +30,7 @@ class Cone(Struct, frozen=True):
     kinds: frozenset[str]
     agreeing: tuple[str, ...]
     sure: bool
+    behind: bool = False
 
     @property
     def layers(self) -> range:
@@ -39,8 +44,11 @@ def of_ggml(name: str) -> bool:
     return is_copy(name) or name.startswith(("state.", "input."))
 
 
-def cone(entries: Sequence[Expected], state: SearchState) -> Cone:
+def cone(entries: Sequence[Expected], state: SearchState, *, alone: bool = False) -> Cone:
     """The steps in question at a state's first place.
+
+    Args:
+        alone: what goes into the place is known to be right (`behind`).
 
     Raises:
         ValueError: the state has no place that differs.
@@ -59,6 +67,10 @@ def cone(entries: Sequence[Expected], state: SearchState) -> Cone:
         if name in steps or name not in right:  # given values: tokens, positions
             continue
         at = number.get(name)
+        if alone and steps:
+            if at is not None:
+                ends[name] = True
+            continue
         if at is not None and at < state.first.point and name not in state.shown:
             seen = _agrees(entries[at], state, at, last)
             if seen is not None:
@@ -67,7 +79,27 @@ def cone(entries: Sequence[Expected], state: SearchState) -> Cone:
         steps.add(name)
         waiting += right[name].names
     kinds = frozenset(kind for name in steps for kind in kinds_of(right[name]))
-    return Cone(frozenset(steps), kinds, tuple(name for name in number if name in ends), all(ends.values()))
+    return Cone(frozenset(steps), kinds, tuple(name for name in number if name in ends), all(ends.values()), alone)
+
+
+def mixes(step: Step) -> bool:
+    """Whether a step is a product with a weight, each element of which is made from the whole row that goes in."""
+    return bool(step.weights) and "MUL_MAT" in kinds_of(step)
+
+
+def behind(entry: Expected, errors: Floats, values: Values, positions: Ints) -> bool:
+    """Whether a point is wrong only in elements that were not recorded, at every record whose error, [R], is over its limit.
+
+    Where a step `mixes`, right elements show the row that goes in to be right: nothing before the product is in question. `values` are the
+    state's, by point.
+    """
+    compared = beside(entry, errors, values, positions)
+    if compared is None or compared.dumped.shape[1] < TELLING:
+        return False
+    wrong = errors > entry.limit
+    with np.errstate(over="ignore", invalid="ignore"):
+        seen = np.square(compared.dumped - compared.right).sum(axis=1) / entry.energy[wrong]
+    return bool(((seen <= entry.limit[wrong]) & (seen * CLEAR <= errors[wrong])).all())
 
 
 def _agrees(entry: Expected, state: SearchState, at: int, row: int) -> bool | None:

@@ -25,10 +25,11 @@ from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened, without_table
 from .hidden import with_hidden
-from .laws import OF_TWO, WRONG
+from .laws import NOT_RECORDED, OF_TWO, WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
+from .one_buffer import in_words, shown_instead
 from .one_number import law_of_one_number, of_one_number
 from .other_file import OTHER_FILE, table_of
 from .own_inputs import contradicted
@@ -72,9 +73,13 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
     """The faults that reproduce one case's numbers, and the state that they lead to.
 
-    Where a record alone is wrong, what differs beside it is explained without it.
+    Where a record alone is wrong, or shows what a later layer computed, what differs beside it is explained without it.
     """
     answer, best = _of_all_records(case, options, budget)
+    instead = shown_instead(case) if answer.remaining is not None and not (answer.causes or budget.late) else {}
+    if answer.remaining is not None and answer.remaining.checkpoint in instead:
+        further, state = _explained(case.without(instead), options, budget)
+        return (answer, best) if further.first is None else (replace(further, notes=(*further.notes, in_words(instead))), state)
     rest = case.without({suspect.checkpoint for suspect in answer.suspects})
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best
@@ -213,6 +218,9 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
+    if sentence.endswith(NOT_RECORDED) and best.first is not None:
+        place = case.entries[best.first.point]
+        answer = replace(answer, next=place.point, next_slice=place.width or None)
     single = where is not None and where.sure and len(where.operations) == 1
     if not (sentence or single or budget.late):
         sentence = law_of_one_number(case, best, values)

@@ -207,7 +207,7 @@ def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations
         width = entry.width
         if not entry.whole_rows and width and (seen is None or entry.values.shape[1] * seen[1] < seen[0] * width):
             seen = int(entry.present.sum(axis=1).min()), width
-    return PossibleOperations(names, cone.agreeing, cone.sure, seen)
+    return PossibleOperations(names, cone.agreeing, cone.sure, seen, cone.behind)
 
 
 def _inherited(case: Case, state: SearchState, agreeing: Collection[str]) -> bool:

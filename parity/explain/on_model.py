@@ -151,9 +151,11 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
     if stated not in ("", "f32") and (measured := known.limits(ours, stated)) is not None:
+        from .not_as_stated import unless_in_float32
         from .own_rounding import beside_own_run
 
-        return beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
+        compared = beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
+        return unless_in_float32(compared, ours, ref, options, known, stated)
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)
     from .arithmetic import of_unknown_arithmetic

@@ -14,7 +14,7 @@ from engine.replay.replay import Replay
 
 from ..diff.truth import Truth
 from .budget import Budget
-from .cone import Cone, cone
+from .cone import Cone, behind, cone, mixes
 from .noise import EXPLAINED, no_rounding, without_own_noise
 from .record_alone import agreeing_after
 from .records import Expected, Floats, Ints
@@ -148,8 +148,19 @@ class Screening:
         """The steps in question at the state's first place."""
         name = key(state.faults)
         if name not in self._cones:
-            self._cones[name] = cone(self.entries, state)
+            self._cones[name] = cone(self.entries, state, alone=self._behind(state))
         return self._cones[name]
+
+    def _behind(self, state: SearchState) -> bool:
+        """Whether the first place is a product that is wrong only behind its recorded elements."""
+        if state.first is None:
+            return False
+        entry = self.entries[state.first.point]
+        step = state.planting.right.get(entry.point)
+        if step is None or entry.point in state.shown or not mixes(step):
+            return False
+        values = self.replay(state, len(self.positions)).on_host
+        return behind(entry, state.nmse[state.first.point], values, self.positions)
 
     def agreeing_after(self, state: SearchState) -> tuple[str, ...]:
         """The points that show that the records of the state's first place alone are wrong; empty if the operation may be."""

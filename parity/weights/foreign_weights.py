@@ -1,6 +1,7 @@
 """Weights that a foreign engine dumped after loading, compared with the file: what was done to each of them."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,13 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
         notes.append(f"not in the model: {', '.join(stray[:5])}{' …' if len(stray) > 5 else ''}")
     if other := [*other_numbers(model.metadata, given.metadata)] if isinstance(given, OfFile) else []:
         notes.append(f"metadata that differ: {', '.join(other[:5])}{' …' if len(other) > 5 else ''}")
+    longer = [
+        f"{name} {len(given[name]):,} ({prod(model.tensors[name].shape):,})" for name in known if _longer(model, given, name)
+    ]
+    if longer:
+        notes.append(
+            f"more values than the model has, which were not compared: {', '.join(longer[:5])}{' …' * (len(longer) > 5)}"
+        )
     if missing := len(model.tensors) - len(known):
         notes.append(f"not in {theirs.name} and not checked: {count(missing, 'tensor')} of the model")
     size = 4 * sum(check.elements for check in checks)
@@ -69,7 +77,7 @@ def check_foreign(path: Path, theirs: Path) -> WeightsCheck:
 def _tensor(
     model: GgufModel, info: TensorInfo, values: Floats, heads: tuple[int, int], leading: dict[str, Floats]
 ) -> TensorCheck:
-    kind, total = type_name(info.type), int(np.prod(info.shape))
+    kind, total = type_name(info.type), prod(info.shape)
     values = values[:total]
     if len(values) < min(_FEWEST, total) and np.isfinite(values).all():
         reason = f"{count(len(values), 'value')}: too few to decide"
@@ -98,19 +106,25 @@ def _tensor(
     return TensorCheck(info.name, kind, info.shape, DIFFERENT, len(values), (), _said(values, right, info), first)
 
 
+def _longer(model: GgufModel, given: Mapping[str, Floats], name: str) -> bool:
+    return not isinstance(given, OfFile) and len(given[name]) > prod(model.tensors[name].shape)
+
+
 def _further(model: GgufModel, check: TensorCheck, slices: list[tuple[int, Floats]], theirs: Path) -> TensorCheck:
     """A tensor whose leading values are the file's: so must its other slices be."""
     if not check.right or check.status == NOT_CHECKED:
         return check
-    info = model.tensors[check.name]
+    info, until = model.tensors[check.name], check.elements
     for start, values in slices:
-        if start + len(values) > int(np.prod(info.shape)):
+        if not len(values) or start + len(values) > prod(info.shape):
             raise DumpError(
                 f"{theirs}: {check.name} has no {count(len(values), 'value')} from element {start:,} on.",
-                f"It has {int(np.prod(info.shape)):,}.",
+                f"It has {prod(info.shape):,}.",
                 code="theirs",
             )
-        check = replace(check, elements=check.elements + len(values))
+        stop = start + len(values)
+        check = replace(check, elements=check.elements + max(0, stop - max(start, until)))
+        until = max(until, stop)
         right = first_values(model, info, len(values), skip=start)
         if not same(values, right) and not _narrowed(values, right):
             found = _first(values, right, info)
@@ -177,7 +191,7 @@ def _another(model: GgufModel, info: TensorInfo, values: Floats, leading: dict[s
     """The name of another tensor that begins with these values."""
     if not leading:
         for name, other in model.tensors.items():
-            leading[name] = first_values(model, other, min(_OTHERS, int(np.prod(other.shape))))
+            leading[name] = first_values(model, other, min(_OTHERS, prod(other.shape)))
     count = min(len(values), _OTHERS)
     others: Mapping[str, Floats] = {name: other for name, other in leading.items() if name != info.name and len(other) >= count}
     return next((name for name, other in others.items() if same(values[:count], other[:count])), "")
