@@ -22,7 +22,7 @@ from engine.synth.recipes import RECIPES
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.case import Case, ExplainOptions, Half, open_model
 from parity.explain.explain import explain
-from parity.explain.flipped import without_flipped
+from parity.explain.flipped import led_to, without_flipped
 from parity.explain.precision import _concentrated, fits, floor
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
@@ -309,6 +309,36 @@ def test_a_fault_behind_recorded_choices_of_experts_is_no_other_choice(
 
     assert fitting(engine.right) is not None
     assert fitting([doubled(step) if step.makes == "blk.3.ffn_moe_down" else step for step in engine.right]) is None
+
+
+def test_what_is_farther_off_than_other_experts_bring_it_is_a_fault(
+    reference: Reference, stories: Path, tmp_path: Path
+) -> None:
+    """8 bits may choose other experts before the last layer's outputs: an engine that makes these 30 times too large is not excused."""
+    model = tmp_path / "m.gguf"
+    shape = replace(shape_of(RECIPES["olmoe"]), layers=3)
+    make_by_recipe(model, RECIPES["olmoe"], shape, {}, tokenizer=stories)
+    engine, tokens = Faulty(model, reference.graph(model)), tokens_of(model, 6, seed=3)
+
+    def fitting(steps: Sequence[Step]) -> tuple[float | None, Any]:
+        dump = unstated(engine.dump(Planted(()), tokens, bare=False, steps=rounded(steps, "q8", storage=False)))
+        case = Case(dump, Half(open_model(model, PATIENT)), PATIENT)
+        measured = floor("q8", case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+        led = {entry.point: rows for entry, rows in zip(case.entries, led_to(case, measured), strict=True)}
+        return fits(measured, without_flipped(case, measured)), led["blk.2.l_out"]
+
+    right, led = fitting(engine.right)
+    assert right is not None
+    assert led.any()
+
+    def larger(step: Step) -> Step:
+        def op(*inputs: Any, **params: Any) -> Any:
+            value = step.op(*inputs, **params)
+            return np.where(led[:, None], value * np.float32(30), value)
+
+        return replace(step, op=op)
+
+    assert fitting([larger(step) if step.makes == "blk.2.l_out" else step for step in engine.right])[0] is None
 
 
 @pytest.mark.slow

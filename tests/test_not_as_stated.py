@@ -36,7 +36,10 @@ def test_layers_that_agree_as_in_float32_show_that_it_is(engine: Faulty, kind: s
     verdict = compared_on(ours, right, Options(), engine.model).verdict
     assert verdict.first_divergence is not None
     assert any(note.startswith(f"the header states {kind.upper()}, but blk.0.l_out agrees") for note in verdict.notes)
-    assert not explain_dump(ours, engine.model, ExplainOptions(budget=30.0))
+    answer = explain_dump(ours, engine.model, ExplainOptions(budget=30.0))
+    assert not answer
+    assert answer.notes[0].startswith(f"the header states {kind.upper()}, but blk.0.l_out agrees")
+    assert [cause.named.fault for cause in answer.causes] == ["multiplier"]
     assert compared_on(ours, right, Options(compute=kind), engine.model).verdict
 
 

@@ -22,6 +22,7 @@ from .case import Case, ExplainOptions
 from .laws import NOT_RECORDED
 from .looks_like import reproducing
 from .mixed import noise_in_words
+from .not_as_stated import CONTRADICTED
 from .on_model import compared_on
 from .precision import KINDS
 from .records import right_rows
@@ -76,7 +77,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         rounds=False,
         left_open=left_open,
         placed=answer.placed if answer else None,
-        notes=(*answer.notes, *note),
+        notes=(*answer.notes, *note, *(note for note in compared.verdict.notes if note.startswith(CONTRADICTED))),
         next=compared.verdict.next,
         precision_only="",
         precision_alike=(),

@@ -29,6 +29,7 @@ from .laws import NOT_RECORDED, OF_TWO, WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
+from .one_buffer import in_words, shown_instead
 from .one_number import law_of_one_number, of_one_number
 from .other_file import OTHER_FILE, table_of
 from .own_inputs import contradicted
@@ -72,9 +73,13 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
     """The faults that reproduce one case's numbers, and the state that they lead to.
 
-    Where a record alone is wrong, what differs beside it is explained without it.
+    Where a record alone is wrong, or shows what a later layer computed, what differs beside it is explained without it.
     """
     answer, best = _of_all_records(case, options, budget)
+    instead = shown_instead(case) if answer.remaining is not None and not (answer.causes or budget.late) else {}
+    if answer.remaining is not None and answer.remaining.checkpoint in instead:
+        further, state = _explained(case.without(instead), options, budget)
+        return (answer, best) if further.first is None else (replace(further, notes=(*further.notes, in_words(instead))), state)
     rest = case.without({suspect.checkpoint for suspect in answer.suspects})
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best

@@ -23,6 +23,9 @@ from .records import Expected, Floats
 
 # The dump's scores and ours are off by one rounding each, in either direction: two of them exchange places if they are this much nearer.
 _REACH = 4.0
+# The farthest off that other experts bring a record: four times what they did at most where every position of every layer chose one other
+# (seven models of as many architectures, whole rows and 16 values: 40 in rows of one number, 20 in others, 1.4 in a layer's output).
+_FARTHEST = 160.0
 # More of the records than this are not left out: what is left would prove nothing.
 _MOST = 0.5
 # Said where an arithmetic fits only without them: a large fault may be among them, so that the engine is not called right.
@@ -61,8 +64,9 @@ def _few(case: Case, some: Sequence[NDArray[np.bool_]]) -> bool:
 
 
 def led_to(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
-    """The records of each point, [R], that depend on a choice that the arithmetic may flip; none if the errors are not those of our
-    rounding."""
+    """The records of each point, [R], that depend on a choice that the arithmetic may flip, and are no farther off than that brings them;
+    none if the errors are not those of our rounding.
+    """
     flips = _possible_flips(case, measured.kind) if measured.alike >= OURS else []
     led = []
     for entry in case.entries:
@@ -71,7 +75,7 @@ def led_to(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
             if entry.point in after:
                 here |= (entry.rows > row) if later is None or later > layer else np.zeros_like(here)
                 here |= entry.rows == row
-        led.append(here)
+        led.append(here & ~(np.isfinite(entry.base) & (entry.base > _FARTHEST)))
     return led
 
 

@@ -13,6 +13,7 @@ from ..diff.compare import Options, compare
 from .case import Case, ExplainOptions, Half, open_model
 from .explain import explain
 from .halves import decoder_case, encoder_case
+from .not_as_stated import CONTRADICTED
 from .precision import KINDS
 from .records import right_rows
 
@@ -61,8 +62,13 @@ def _check(case: Case, ref: Dump) -> None:
 
 
 def explain_dump(dump: Dump, model: Path, options: ExplainOptions) -> Explanation:
-    """`explain`, with the arithmetic that the dump's header states."""
+    """`explain`, with the arithmetic that the dump's header states, unless the numbers show that it is not the engine's."""
     stated = dump.header.compute.lower() if dump.header is not None else ""
-    if options.compute is None and stated in KINDS:
-        options = replace(options, compute=stated)
-    return explain(dump, model, options)
+    if dump.header is None or options.compute is not None or stated not in KINDS:
+        return explain(dump, model, options)
+    answer = explain(dump, model, replace(options, compute=stated))
+    notes = [note for note in answer.notes if note.startswith(CONTRADICTED)]
+    if not notes:
+        return answer
+    answer = explain(replace(dump, header=replace(dump.header, compute="")), model, options)
+    return replace(answer, notes=(*notes, *answer.notes))

@@ -16,6 +16,8 @@ from .known_model import KnownModel
 from .precision import LOWER, mean_cost
 from .records import Floats
 
+CONTRADICTED = "the header states "  # the beginning of the note that says so
+
 
 def unless_in_float32(
     compared: Comparison, ours: Dump, ref: Dump, options: Options, known: KnownModel, stated: str
@@ -36,9 +38,7 @@ def unless_in_float32(
     )
     if again.verdict:
         return compared
-    note = (
-        f"the header states {ARITHMETIC[stated]}, but {point} agrees as in float32, where that would show: judged as unstated"
-    )
+    note = f"{CONTRADICTED}{ARITHMETIC[stated]}, but {point} agrees as in float32, where that would show: judged as unstated"
     return replace(again, verdict=replace(again.verdict, notes=(note, *again.verdict.notes)))
 
 
