@@ -18,7 +18,7 @@ from parity.explain.on_model import compared_on
 def three_bits(x: np.ndarray) -> np.ndarray:
     """Values with three bits of mantissa after the first, as FP8 (E4M3) has."""
     mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.rint(mantissa * 16) / 16, exponent).astype(np.float32)
+    return np.asarray(np.ldexp(np.rint(mantissa * 16) / 16, exponent), np.float32)
 
 
 def keeping(steps: Sequence[Step], factor: float) -> list[Step]:
