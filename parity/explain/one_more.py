@@ -156,22 +156,33 @@ class OneMore:
         return Alike(self.screening, state, min(whole, key=self.rank), likely)
 
     def _checked(
-        self, state: SearchState, scope: Layers, candidates: Sequence[Candidate], likely: Likely | None
+        self,
+        state: SearchState,
+        scope: Layers,
+        candidates: Sequence[Candidate],
+        errors: Sequence[tuple[Candidate, float]],
+        likely: Likely | None,
     ) -> list[SearchState]:
-        """The states of candidates of one scope that get further: after one that explains everything only what may give the same numbers.
+        """The states of candidates of one scope that get further, in their order: the one that leaves least of the first place is checked
+        first, and after one that explains everything only what may give the same numbers.
 
         Where limits are high, most candidates in a layer remain below them at the first place.
         """
-        found: list[SearchState] = []
-        for number, candidate in enumerate(candidates):
-            found += beyond(self.screening, state, [candidate])
-            rest = candidates[number + 1 :]
-            if all_explained(found) and len(rest) > _FEW_LEFT:
-                alike = self._alike(state, likely, found, scope)
+        left = {id(candidate): error if np.isfinite(error) else np.inf for candidate, error in errors}
+        order = sorted(candidates, key=lambda candidate: left[id(candidate)])
+        places = {id(candidate): number for number, candidate in enumerate(candidates)}
+        found: dict[int, list[SearchState]] = {}
+        waiting = list(order)
+        chosen = False
+        while waiting:
+            candidate = waiting.pop(0)
+            states = found[places[id(candidate)]] = beyond(self.screening, state, [candidate])
+            if all_explained(states) and len(waiting) > _FEW_LEFT and not chosen:
+                alike, chosen = self._alike(state, likely, states, scope), True
                 if isinstance(alike, Alike):
-                    rest = [same for same, _ in Sweep(self.screening, state, [scope]).screened({scope: rest}, alike)[scope]]
-                return [*found, *beyond(self.screening, state, rest)]
-        return found
+                    same = Sweep(self.screening, state, [scope]).screened({scope: waiting}, alike)[scope]
+                    waiting = [other for other, _ in same]
+        return [after for number in sorted(found) for after in found[number]]
 
     def _in_first_layer(
         self,
@@ -183,8 +194,9 @@ class OneMore:
         found_in: dict[Layers, list[SearchState]] = {}
         others: dict[Layers, list[Candidate]] = {}
         for scope, of_scope in results:
-            agreeing, others[scope] = agreeing_first(self.screening, state, self._passed(state, of_scope))
-            found_in[scope] = self._checked(state, scope, agreeing, likely)
+            errors = self._passed(state, of_scope)
+            agreeing, others[scope] = agreeing_first(self.screening, state, [candidate for candidate, _ in errors])
+            found_in[scope] = self._checked(state, scope, agreeing, errors, likely)
             if all_explained(found_in[scope]):
                 return found_in[scope], scope
         # Nothing explains everything, as far as the first rows show: what gets further in some layer is checked on all rows.
@@ -223,18 +235,19 @@ class OneMore:
         """The states of screened candidates of one scope that get beyond the state's first place; where one explains everything, those
         that the first rows contradict somewhere are left out.
         """
-        likely, others = agreeing_first(self.screening, state, self._passed(state, results))
+        passed = [candidate for candidate, _ in self._passed(state, results)]
+        likely, others = agreeing_first(self.screening, state, passed)
         found = beyond(self.screening, state, likely)
         return found if all_explained(found) else [*found, *beyond(self.screening, state, others)]
 
-    def _passed(self, state: SearchState, results: Iterable[tuple[Candidate, Screened]]) -> list[Candidate]:
-        """The screened candidates that get beyond the state's first place in its first rows, those that leave least of it first."""
-        passed: list[tuple[float, Candidate]] = []
+    def _passed(self, state: SearchState, results: Iterable[tuple[Candidate, Screened]]) -> list[tuple[Candidate, float]]:
+        """The screened candidates that get beyond the state's first place in its first rows, and the error that each leaves there."""
+        passed: list[tuple[Candidate, float]] = []
         for candidate, (place, error) in results:
             self._note(state, candidate, error)
             if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
-                passed.append((error if np.isfinite(error) else np.inf, candidate))
-        return [candidate for _, candidate in sorted(passed, key=lambda pair: pair[0])]
+                passed.append((candidate, error))
+        return passed
 
     def _note(self, state: SearchState, candidate: Candidate, error: float) -> None:
         """Note the error that a candidate leaves at the first place, as a possible lead."""
