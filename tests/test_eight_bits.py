@@ -148,14 +148,15 @@ def test_noise_is_no_wrong_scale() -> None:
             assert not one_is_scaled(noise, values)
 
 
+@pytest.mark.parametrize("point", ["blk.0.k", "blk.2.q"])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_a_jump_in_a_lower_arithmetics_noise_is_no_8_bit_arithmetic(engine: Faulty, kind: str) -> None:
-    """Queries whose elements are in another order, in an engine that rounds and does not say so: the operation is named."""
+def test_a_jump_in_a_lower_arithmetics_noise_is_no_8_bit_arithmetic(engine: Faulty, kind: str, point: str) -> None:
+    """Queries or keys whose elements are in another order, in an engine that rounds and does not say so: the operation is named."""
     steps = [
-        replace(step, op=lambda *x, op=step.op, **p: np.roll(op(*x, **p), 1, axis=-1)) if step.makes == "blk.2.q" else step
+        replace(step, op=lambda *x, op=step.op, **p: np.roll(op(*x, **p), 1, axis=-1)) if step.makes == point else step
         for step in rounded(engine.right, kind, storage=True)
     ]
     answer = judged(engine, points="all", size=1 << 20, steps=steps)
     assert answer.first_divergence is not None
-    assert answer.first_divergence.checkpoint == "blk.2.q"
+    assert answer.first_divergence.checkpoint == point
     assert answer.operation.endswith("this operation is wrong")

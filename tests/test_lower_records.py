@@ -48,7 +48,7 @@ def test_noise_that_nothing_made_of_it_has_is_no_other_record(
     verdict = compare(ours, ref, Options(compute=compute))
     assert verdict
     assert right_record == (not verdict.record_faults)
-    assert right_record == any(note.startswith("noise: 1 records") for note in verdict.notes)
+    assert right_record == any(note.startswith("noise: 1 record ") for note in verdict.notes)
 
 
 def masked(values: np.ndarray) -> np.ndarray:

@@ -48,17 +48,20 @@ def looks_like_eight_bits(records: Records) -> bool:
     here = errors[records.point == first]
     if len(here) < _POSITIONS or not 0 < here.min() <= here.max() <= min(_ALIKE * here.min(), LARGEST_ROUNDING):
         return False
-    return is_noise(records, first) and not _jumps(records, typical)
+    return is_noise(records, first) and not _jumps(records, typical, first)
 
 
-def _jumps(records: Records, typical: NDArray[np.float64]) -> bool:
-    """Whether the error at the first point over its limit, [P] `typical` of each point, is none that grew from the errors before it."""
+def _jumps(records: Records, typical: NDArray[np.float64], first: int) -> bool:
+    """Whether the error at the first point over its limit, [P] `typical` of each point, is none that grew from the errors before it.
+
+    Of those made from what is exact, such as the first products, the `first` shows what rounding makes.
+    """
     if not records.failed.any():
         return False
     number = int(records.point[records.failed].min())
     above = records.flow.ancestors(records.names[number])
     before = [typical[at] for at in range(number) if records.names[at] in above and typical[at] > EXACT_FLOOR.operations]
-    return bool(before) and bool(typical[number] > _GROWN * max(before))
+    return bool(typical[number] > _GROWN * max(before, default=typical[first]))
 
 
 def suspicion(verdict: Verdict) -> Verdict:

@@ -89,7 +89,7 @@ def undecided(records: Records, verdict: Verdict) -> Verdict:
         or _amplified(records, name)
         or _product_alone(records, name)
         or _kept(records, name)
-        or _in_cache(records, name)
+        or in_cache(records, name, "; --model M.gguf decides")
         or (_of_several_keys(records, name, verdict.pattern.sentence) if code == "from-position-1" and verdict.pattern else "")
     )
     return verdict if not sentence else replace(verdict, pattern=Pattern("undecided", sentence), operation="")
@@ -282,7 +282,7 @@ def _of_several_keys(records: Records, name: str, pattern: str) -> str:
     )
 
 
-def _in_cache(records: Records, name: str) -> str:
+def in_cache(records: Records, name: str, further: str = "") -> str:
     """A sentence if what was read from a cache may have been kept there in a lower type, which nothing states; otherwise empty."""
     stretch, header = records.flow.between(name), records.ours.header
     if stretch is None or records.flow.operations(stretch.nodes) != {CACHE} or (header is not None and header.kv_type):
@@ -291,7 +291,7 @@ def _in_cache(records: Records, name: str) -> str:
         return ""
     return (
         "noise at every position, of the size that a cache of lower type makes, and nothing states the cache's type: 8 bits or fewer, say, "
-        'or a fault of that size ("kv_type" in the header says it; --model M.gguf decides)'
+        f'or a fault of that size ("kv_type" in the header says it{further})'
     )
 
 

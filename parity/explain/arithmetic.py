@@ -21,6 +21,7 @@ from ..diff.operations import MIXING
 from ..diff.rounding import rounded_to
 from ..diff.routing import in_order_of_experts
 from ..diff.scatter import is_scatter, spares_elements
+from ..diff.undecided import in_cache
 from .case import Case
 from .flipped import has_choices
 from .known_model import KnownModel
@@ -154,8 +155,8 @@ def _in_part(as_float32: Comparison, case: Case | None, seconds: float, *, shown
             "as in float32: a fault in one of them, or a flash attention that keeps keys, values or sums in F16 (--compute f16 allows for "
             "it everywhere)"
         )
-    elif kind := noise_here(case, entry, errors, known, recorded):
-        sentence = f"{place}: {noise_in_words(kind)}"
+    elif (kind := noise_here(case, entry, errors, known, recorded)) or (kept := in_cache(records, place)):
+        sentence = f"{place}: {noise_in_words(kind) if kind else kept}"
     else:
         return as_float32
     pattern = Pattern("undecided", sentence)

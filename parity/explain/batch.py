@@ -257,25 +257,22 @@ def none_of_capture(screening: Screening, state: SearchState) -> bool:
     return first is not None and state.root is None and screening.entries[first.point].point not in state.shown
 
 
-def beyond(screening: Screening, state: SearchState, candidates: Sequence[Candidate]) -> Iterator[SearchState]:
-    """The states of candidates that get beyond the state's first place, on all rows.
-
-    If one of them explains everything, those that the first rows already contradict somewhere are left out.
-    """
-    first = state.first
-    if first is None:
-        return
+def agreeing_first(
+    screening: Screening, state: SearchState, candidates: Sequence[Candidate]
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Candidates of one scope: those that the first rows of no point contradict, which may explain everything, and the others."""
     layers = candidates[0].layers if candidates else None
     plain = [candidate for candidate in candidates if computed_together(screening, state, candidate)]
     kept = BatchScreening(screening, state, layers).agreeing(plain) if len(plain) > _FEW else plain
     likely = [candidate for candidate in candidates if not computed_together(screening, state, candidate) or candidate in kept]
-    rest = [candidate for candidate in candidates if candidate not in likely]
-    for some in (likely, rest):
-        whole = False
-        for candidate in some:
-            checked = screening.check(state, candidate)
-            if checked is not None and (checked.first is None or first < checked.first):
-                whole = whole or checked.first is None
-                yield checked
-        if whole:
-            return
+    return likely, [candidate for candidate in candidates if candidate not in likely]
+
+
+def beyond(screening: Screening, state: SearchState, candidates: Sequence[Candidate]) -> list[SearchState]:
+    """The states of candidates that get beyond the state's first place, on all rows."""
+    states = [screening.check(state, candidate) for candidate in candidates]
+    return [
+        checked
+        for checked in states
+        if checked is not None and state.first is not None and (checked.first is None or state.first < checked.first)
+    ]

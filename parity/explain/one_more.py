@@ -1,6 +1,6 @@
 """States with one more fault than a state: in all layers, in single ones, or with a fitted number, the best first."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import isclose
 
 import numpy as np
@@ -10,7 +10,7 @@ from engine.faults import FITTED_PARTS
 from engine.graph import Step
 
 from .alike import Alike
-from .batch import beyond
+from .batch import agreeing_first, beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
 from .records import Expected
@@ -19,6 +19,7 @@ from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
+_FEW_LEFT = 4  # candidates up to which all are checked on all rows: to choose among them costs as much
 _IN_TURN = 120  # variants of one fault that are tried in one turn: offsets of layers have 552 in 24 layers, the next ones first
 _LONG = 5  # turns of candidates in a layer before those of faults with many variants
 BEAM = 4  # partial explanations that are followed
@@ -127,7 +128,7 @@ class OneMore:
             if turn >= _LONG and all_explained(better):
                 break  # those with many variants would only be said to give the same numbers
             of_turn = {scope: lists[turn] for scope, lists in waiting.items() if turn < len(lists)}
-            found, scope = self._in_first_layer(state, sweep.in_turn(of_turn, choose))
+            found, scope = self._in_first_layer(state, sweep.in_turn(of_turn, choose), able)
             better += found
             if found:
                 waiting = {scope: waiting[scope]}
@@ -140,7 +141,7 @@ class OneMore:
                 break
             left = {scope: [c for c in sweep.postponed[scope] if (c.fault.group in WEIGHTS) is rebuilding] for scope in waiting}
             same = choose if isinstance(choose, Alike) else None
-            better += self._in_first_layer(state, sweep.in_turn(left, same))[0]
+            better += self._in_first_layer(state, sweep.in_turn(left, same), able)[0]
         return better + self._in_all_layers(state, better)
 
     def _alike(
@@ -154,18 +155,56 @@ class OneMore:
             return likely
         return Alike(self.screening, state, min(whole, key=self.rank), likely)
 
+    def _checked(
+        self,
+        state: SearchState,
+        scope: Layers,
+        candidates: Sequence[Candidate],
+        errors: Sequence[tuple[Candidate, float]],
+        likely: Likely | None,
+    ) -> list[SearchState]:
+        """The states of candidates of one scope that get further, in their order: the one that leaves least of the first place is checked
+        first, and after one that explains everything only what may give the same numbers.
+
+        Where limits are high, most candidates in a layer remain below them at the first place.
+        """
+        left = {id(candidate): error if np.isfinite(error) else np.inf for candidate, error in errors}
+        order = sorted(candidates, key=lambda candidate: left[id(candidate)])
+        places = {id(candidate): number for number, candidate in enumerate(candidates)}
+        found: dict[int, list[SearchState]] = {}
+        waiting = list(order)
+        chosen = False
+        while waiting:
+            candidate = waiting.pop(0)
+            states = found[places[id(candidate)]] = beyond(self.screening, state, [candidate])
+            if all_explained(states) and len(waiting) > _FEW_LEFT and not chosen:
+                alike, chosen = self._alike(state, likely, states, scope), True
+                if isinstance(alike, Alike):
+                    same = Sweep(self.screening, state, [scope]).screened({scope: waiting}, alike)[scope]
+                    waiting = [other for other, _ in same]
+        return [after for number in sorted(found) for after in found[number]]
+
     def _in_first_layer(
-        self, state: SearchState, results: Iterable[tuple[Layers, Sequence[tuple[Candidate, Screened]]]]
+        self,
+        state: SearchState,
+        results: Iterable[tuple[Layers, Sequence[tuple[Candidate, Screened]]]],
+        likely: Likely | None,
     ) -> tuple[list[SearchState], Layers]:
         """The states in the first layer that explains everything or, if none does, in the first that gets further; and that layer."""
         found_in: dict[Layers, list[SearchState]] = {}
+        others: dict[Layers, list[Candidate]] = {}
         for scope, of_scope in results:
-            found = list(self._beyond(state, of_scope))
-            if all_explained(found):
-                return found, scope
-            if found:
-                found_in[scope] = found
-        return next(((found, scope) for scope, found in found_in.items()), ([], None))
+            errors = self._passed(state, of_scope)
+            agreeing, others[scope] = agreeing_first(self.screening, state, [candidate for candidate, _ in errors])
+            found_in[scope] = self._checked(state, scope, agreeing, errors, likely)
+            if all_explained(found_in[scope]):
+                return found_in[scope], scope
+        # Nothing explains everything, as far as the first rows show: what gets further in some layer is checked on all rows.
+        for scope, candidates in others.items():
+            found_in[scope] += beyond(self.screening, state, candidates)
+            if all_explained(found_in[scope]):
+                return found_in[scope], scope
+        return next(((found, scope) for scope, found in found_in.items() if found), ([], None))
 
     def _by_cost(self, state: SearchState, layers: Sequence[int]) -> dict[Layers, list[list[Candidate]]]:
         """The candidates in each of some layers by cost: faults of the capture, formulas, those that need every row, those that rebuild
@@ -192,14 +231,23 @@ class OneMore:
         everywhere = [replace(fault, layers=None) for fault in faults if fault.fault.shows is None]
         return list(self._beyond(state, screened(self.screening, state, None, everywhere))) if everywhere else []
 
-    def _beyond(self, state: SearchState, results: Iterable[tuple[Candidate, Screened]]) -> Iterator[SearchState]:
-        """The states of screened candidates that get beyond the state's first place."""
-        passed: list[Candidate] = []
+    def _beyond(self, state: SearchState, results: Iterable[tuple[Candidate, Screened]]) -> list[SearchState]:
+        """The states of screened candidates of one scope that get beyond the state's first place; where one explains everything, those
+        that the first rows contradict somewhere are left out.
+        """
+        passed = [candidate for candidate, _ in self._passed(state, results)]
+        likely, others = agreeing_first(self.screening, state, passed)
+        found = beyond(self.screening, state, likely)
+        return found if all_explained(found) else [*found, *beyond(self.screening, state, others)]
+
+    def _passed(self, state: SearchState, results: Iterable[tuple[Candidate, Screened]]) -> list[tuple[Candidate, float]]:
+        """The screened candidates that get beyond the state's first place in its first rows, and the error that each leaves there."""
+        passed: list[tuple[Candidate, float]] = []
         for candidate, (place, error) in results:
             self._note(state, candidate, error)
             if place is None or (state.first is not None and state.first < place) or self.screening.all_but_noise(state, error):
-                passed.append(candidate)
-        return beyond(self.screening, state, passed)
+                passed.append((candidate, error))
+        return passed
 
     def _note(self, state: SearchState, candidate: Candidate, error: float) -> None:
         """Note the error that a candidate leaves at the first place, as a possible lead."""
