@@ -370,3 +370,13 @@ def test_a_search_with_one_more_fault_allowed_ends(reference: Reference, stories
     steps = Planted((("cache-shifted", {"by": 1, "at": ("k_read", "v_read")}, None),)).steps(engine.right)
     dump = engine.dump(Planted(()), tokens, points="*", size=1 << 20, steps=rounded(steps, "q8", storage=True), bare=False)
     assert not explain(unstated(dump), model, PATIENT)
+
+
+def test_logits_that_are_much_too_small_have_a_cause(reference: Reference, small_model: Callable[..., Path]) -> None:
+    """Beside the right logits those that are multiplied by 1/16 twice are as small as noise of 8 bits; what makes them so is named."""
+    path = small_model("command-r", kind="f16")
+    engine, tokens = Faulty(path, reference.graph(path)), tokens_of(path, 6, seed=3)
+    steps = Planted((("multiplier", {"how": "applied twice", "at": ("logits",)}, None),)).steps(engine.right)
+    dump = engine.dump(Planted(()), tokens, steps=rounded(steps, "q8", storage=False))
+    explanation = explain(unstated(dump), path, replace(PATIENT, compute="q8"))
+    assert [cause.named.fault for cause in explanation.causes] == ["multiplier"]

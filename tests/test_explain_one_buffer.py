@@ -1,11 +1,13 @@
 """Buffers that swap each layer, in a wrong engine: what was captured of the early layers is set aside, and the fault is named."""
 
+import numpy as np
 import pytest
 from explaining import PROMPT, RIGHT, names
 from msgspec.structs import replace
-from planted import Faulty, Planted
+from planted import TOKENS, Faulty, Planted
 
 from parity.explain.explain import ExplainOptions, explain
+from parity.models.embedded import path as embedded
 
 
 @pytest.mark.slow
@@ -25,3 +27,18 @@ def test_a_fault_behind_points_of_one_buffer_is_named(engine: Faulty) -> None:
             f"embd and blk.0.l_out show blk.{last}.l_out, which is computed later" in note for note in explanation.notes
         )
         assert noted == (planted is wrong)
+
+
+@pytest.mark.slow
+def test_layers_that_do_nothing_are_not_called_one_buffer() -> None:
+    """Of 24 layers only the first is computed, so that each later point is its output: the first of them is wrong, not the last one."""
+    engine = Faulty(embedded())
+    idle = {f"blk.{layer}.l_out": f"blk.{layer - 1}.l_out" for layer in range(1, 24)}
+    steps = [
+        replace(step, op=np.copy, reads=(idle[step.makes],), weights=(), params={}) if step.makes in idle else step
+        for step in engine.right
+    ]
+    explanation = explain(engine.dump(RIGHT, TOKENS, steps=steps), engine.model, ExplainOptions(budget=40.0))
+    assert explanation.first is not None
+    assert explanation.first.checkpoint == "blk.5.l_out"
+    assert not any("one buffer" in note for note in explanation.notes)

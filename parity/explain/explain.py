@@ -79,7 +79,8 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     instead = shown_instead(case) if answer.remaining is not None and not (answer.causes or budget.late) else {}
     if answer.remaining is not None and answer.remaining.checkpoint in instead:
         further, state = _explained(case.without(instead), options, budget)
-        return (answer, best) if further.first is None else (replace(further, notes=(*further.notes, in_words(instead))), state)
+        if further.causes:  # else layers that do nothing look the same
+            return replace(further, notes=(*further.notes, in_words(instead))), state
     rest = case.without({suspect.checkpoint for suspect in answer.suspects})
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best

@@ -98,26 +98,36 @@ def mended_share(entries: Sequence[Expected], before: SearchState, after: Search
         mended += int((was & ~now).sum())
         finite_before = was & ~now & np.isfinite(old)
         error, left = error + float(old[finite_before].sum()), left + float(new[finite_before].sum())
-        shown += int((was & ~now & _proves(entry)).sum())
+        shown += int((was & ~now & _proves(entry, new)).sum())
     removed = left <= _REMAINS * error  # and not only brought from just over their limits to just under
     return (mended - spoiled) / wrong if shown and spoiled < mended and removed else None
 
 
-def _proves(entry: Expected) -> NDArray[np.bool_]:
-    """Which records of a point a cause may reproduce: non-finite values prove nothing, unless the fault makes finite ones beside them, nor
-    do numbers so small, but not 0, that whatever makes all but nothing is within the limit of them.
+def _proves(entry: Expected, left: Floats) -> NDArray[np.bool_]:
+    """Which records of a point a cause reproduces that leaves these errors, [R]: non-finite values prove nothing, unless the fault makes
+    finite ones beside them, nor do numbers so small, but not 0, that whatever makes all but nothing is within the limit of them, unless
+    what is left is within the limit of their own size.
     """
-    values = np.where(entry.present, entry.values, 0.0)
-    finite = np.isfinite(values).all(axis=1)
+    size = _size(entry)
     with np.errstate(over="ignore", invalid="ignore"):
-        size = np.square(values).sum(axis=1)
-    tiny = (size > 0) & (size <= entry.limit * entry.energy)
-    return np.asarray((finite | (finite.any() & ~finite.all())) & ~tiny)
+        tiny = (size > 0) & (size <= entry.limit * entry.energy) & (left * entry.energy > entry.limit * size)
+    return np.asarray(_finite(entry) & ~tiny)
+
+
+def _size(entry: Expected) -> Floats:
+    """The squared length of the dump's rows, [R]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.square(np.where(entry.present, entry.values, 0.0)).sum(axis=1))
+
+
+def _finite(entry: Expected) -> NDArray[np.bool_]:
+    finite = np.isfinite(np.where(entry.present, entry.values, 0.0)).all(axis=1)
+    return np.asarray(finite | (finite.any() & ~finite.all()))
 
 
 def may_have_cause(entries: Sequence[Expected], start: SearchState) -> bool:
-    """Whether a fault that reproduces all that differs would be `believed`: not if everything is NaN, which many faults make."""
-    return any(bool(((nmse > entry.limit) & _proves(entry)).any()) for entry, nmse in zip(entries, start.nmse, strict=True))
+    """Whether a fault that reproduces all that differs may be `believed`: not if everything is NaN, which many faults make."""
+    return any(bool(((nmse > entry.limit) & _finite(entry)).any()) for entry, nmse in zip(entries, start.nmse, strict=True))
 
 
 def law_at(case: Case, search: Search, state: SearchState) -> str:
@@ -274,8 +284,10 @@ def _removed(entries: Sequence[Expected], search: Search, state: SearchState, ca
     wrong = old > entry.limit
     with np.errstate(invalid="ignore"):
         least = float((1 - new[wrong] / old[wrong]).min())
-    if not np.isfinite(least) or least < _WORTH or bool((new[wrong] >= UNRELATED).any()):
-        return None  # what is left beside garbage is as far off as unrelated values, which is no nearer to it
+    size = _size(entry)
+    own = np.where(size > 0, np.fmin(size, entry.energy), entry.energy)
+    if not np.isfinite(least) or least < _WORTH or bool((new * entry.energy >= UNRELATED * own)[wrong].any()):
+        return None  # what is left beside garbage, huge or tiny, is as far off as unrelated values, which is no nearer to it
     for other, before, now in zip(entries, state.nmse, after.nmse, strict=True):
         if (now > _WORSE * np.maximum(before, other.limit)).any():
             return None

@@ -10,7 +10,8 @@ from .case import Case
 def shown_instead(case: Case) -> dict[str, str]:
     """Wrong points whose wrong records are those of a point of a later layer, or behind all layers, and which point that is.
 
-    Points that are one vector in a right engine as well do not count.
+    Points that are one vector in a right engine as well do not count, nor those that show an earlier point that agrees, too: the layers
+    between do nothing.
     """
     numbers = {entry.point: number for number, entry in enumerate(case.entries)}
     instead: dict[str, str] = {}
@@ -19,12 +20,10 @@ def shown_instead(case: Case) -> dict[str, str]:
             continue
         ours, right = (side.take(entry.over.nonzero()[0]) for side in (entry.pair.ours, entry.pair.ref))
         same = alike(entry.point, right, {other.point: other.pair.ref for other in case.entries})
-        later = [
-            other
-            for other in alike(entry.point, ours, case.dump.points)
-            if numbers.get(other, -1) > number and other not in same and parse(other).layer != parse(entry.point).layer
-        ]
-        if later:
+        others = [other for other in alike(entry.point, ours, case.dump.points) if other in numbers and other not in same]
+        later = [other for other in others if numbers[other] > number and parse(other).layer != parse(entry.point).layer]
+        idle = any(numbers[other] < number and not case.entries[numbers[other]].over.any() for other in others)
+        if later and not idle:
             instead[entry.point] = later[-1]
     return instead
 
