@@ -69,9 +69,10 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         wider = max(every, default=None)
         operation = _not_seen(name, unseen)
     elif name in records.unconfirmed:
-        readers = " and ".join(records.flow.of_readers.children[name][:3])
+        readers = records.flow.of_readers.children[name][:3]
         operation = (
-            f"{name} differs, but {readers}, computed from it, agree: the record has another layout, "
+            f"{name} differs, but {' and '.join(readers)}, computed from it, "
+            f"{'agrees' if len(readers) == 1 else 'agree'}: the record has another layout, "
             "moment or name, or later operations hide the error (a norm, a bound, a softmax dominated by one key, experts that "
             "were not chosen)"
         )
