@@ -127,7 +127,7 @@ def test_a_law_tells_of_the_place_that_the_causes_leave(engine: Faulty) -> None:
     ("name", "other", "sentence"),
     [
         ("rope-pairs", "qk-permuted", "other points of this prompt (blk.0.q) would tell qk-permuted (hf, moved) apart"),
-        ("rope-missing", "rope-position", "nothing that was tried can tell"),
+        ("rope-missing", "rope-position", "gives the same numbers in all that was tried"),
     ],
 )
 def test_what_tells_equal_faults_apart_was_tried(engine: Faulty, name: str, other: str, sentence: str) -> None:

@@ -96,11 +96,12 @@ FAULTS = (
         name="capture-overwritten",
         kinds=_STREAM,
         change=unchanged,
-        what="{at}: a buffer that was overwritten before it was read at the end of the pass (buffers: {buffers})",
+        what="{at}: a buffer that was overwritten before it was read at the end of the pass ({buffers})",
         symptom="several points hold the same vector; logits are right",
         fix="copy when the value is computed, in the stream that computed it",
         seen="a pointer kept instead of a copy, and two buffers that are swapped in each layer",
         parameters={"buffers": (2, 1), AT: (_STREAM, ("l_out",), ("embd",))},
+        says={1: "one buffer for all", 2: "two buffers that are swapped in each layer"},
         shows=_overwritten,
     ),
     Fault(

@@ -295,7 +295,7 @@ FITTED = (
         starts=around(1.001, 1.02, 0.98, 0.5, 0.25, 0.125, 2.0, 4.0),
     ),
     Fitted(
-        fault=named(ROPE, "rope-position"),
+        fault=replace(named(ROPE, "rope-position"), what="RoPE's positions on {at} are off by {position}"),
         parameter="position",
         wanted=lambda *_: None,
         starts=lambda _wanted: tuple(float(n) for n in (*range(-16, 0), *range(1, 17))),

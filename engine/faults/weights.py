@@ -250,11 +250,12 @@ FAULTS = (
         name="embedding-row",
         kinds=("embd", "node.embd"),
         change=_neighbour,
-        what="the embedding's row is looked up at an id offset of {by}",
+        what="the embedding's row is that of {by}",
         symptom="embd is that of another token",
         fix="row i of token_embd.weight is id i, from 0",
         seen="a padding row that is counted on one side only",
         parameters={"by": (1, -1)},
+        says={1: "the next id", -1: "the id before"},
         once=True,
     ),
 )

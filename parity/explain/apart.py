@@ -15,6 +15,7 @@ from engine.replay.replay import Replay
 from engine.synth import Shape, synthesize
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
+from reports.numbers import count
 
 from ..diff.limits import EXACT_FLOOR
 from .budget import Budget
@@ -128,9 +129,10 @@ def apart(case: Case, state: SearchState, chosen: Candidate, others: Sequence[Ca
             if not left:
                 break
     if left and tried:
+        same = list(dict.fromkeys(_named_apart(candidate, chosen) for candidate in left))
+        runs = f"{tried[0]} and {count(len(tried) - 1, 'other run')}" if len(tried) > 1 else tried[0]
         sentences.append(
-            f"nothing that was tried can tell {_listed([_named_apart(candidate, chosen) for candidate in left])} apart "
-            f"({', '.join(tried)})"
+            f"{_listed(same)} {'gives' if len(same) == 1 else 'give'} the same numbers in all that was tried ({runs})"
         )
     return "; ".join(sentences)
 

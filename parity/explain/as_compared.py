@@ -16,10 +16,10 @@ from reports.sentences import ARITHMETIC
 from ..diff.beyond_noise import ONE_FACTOR
 from ..diff.compare import Comparison, Options
 from ..diff.limits import EXACT_FLOOR, NATIVE
+from ..laws.laws import NOT_RECORDED
 from ..run.graphs import dataflow_of
 from .budget import Budget
 from .case import Case, ExplainOptions
-from .laws import NOT_RECORDED
 from .looks_like import reproducing
 from .mixed import noise_in_words
 from .not_as_stated import CONTRADICTED

@@ -13,6 +13,7 @@ from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
 from ..diff.truth import ALL, AUTO
+from ..laws.laws import NOT_RECORDED, OF_TWO, WRONG
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
@@ -25,7 +26,6 @@ from .case import Case, ExplainOptions, Half, open_model
 from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .gelu import sharpened, without_table
 from .hidden import with_hidden
-from .laws import NOT_RECORDED, OF_TWO, WRONG
 from .leads import believed, law_at, leads, may_have_cause, placed
 from .looks_like import Looks, floor_of, looks, looks_like, reproducing
 from .mixed import law_of_noise, law_of_rounding
