@@ -18,8 +18,8 @@ from parity.diff.compare import Options, compare
 from parity.explain.as_compared import left_open_by
 from parity.explain.explain import ExplainOptions
 from parity.explain.input import explain_dump
-from parity.explain.laws import NOT_RECORDED
 from parity.explain.on_model import compared_on
+from parity.laws.laws import NOT_RECORDED
 from reports.sentences import reasons
 
 

@@ -15,9 +15,9 @@ from engine.graph import Step
 from engine.replay.replay import Replay
 from parity.diff.compare import compare
 from parity.explain.apart import Probe
-from parity.explain.beside import Beside
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.laws import law
+from parity.laws.beside import Beside
+from parity.laws.laws import law
 
 _PATIENT = ExplainOptions(budget=300.0)
 

@@ -103,12 +103,19 @@ def test_faults_at_once_are_all_named(stories: Path, tmp_path: Path) -> None:
 def test_few_rows_of_a_matrix_are_told_from_rounding(
     kind: str, first: int, synthetic: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A matrix with two rows of zeros leaves an error as small as rounding's: the rows are named. Rounding is close everywhere."""
+    """A matrix with two other rows leaves an error as small as rounding's: the rows are named, and said to be 0 where they are. Rounding is
+    close everywhere.
+    """
     foreign = Foreign(synthetic(layers=2), tmp_path)
 
     def without_rows(value: np.ndarray) -> np.ndarray:
         value = value.copy()
         value[:, [first, first + 1]] = 0
+        return value
+
+    def other_rows(value: np.ndarray) -> np.ndarray:
+        value = value.copy()
+        value[:, [first, first + 1]] *= np.sin(1e4 * value[:, [first, first + 1]])
         return value
 
     def rounded(value: np.ndarray) -> np.ndarray:
@@ -123,8 +130,9 @@ def test_few_rows_of_a_matrix_are_told_from_rounding(
         assert wrong.name == kind
         return wrong.reason
 
-    assert "only 2 of " in (found := reason(without_rows)), found
+    assert "only 2 of " in (found := reason(other_rows)), found
     assert f"outputs are far off ({first}, {first + 1})" in found
+    assert reason(without_rows) == f"elements {first} to {first + 1} are 0; the others are right"
     assert reason(rounded).startswith("every element is close: rounding")
 
 

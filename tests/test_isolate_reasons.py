@@ -96,7 +96,7 @@ def test_rows_of_other_positions_do_not_speak_of_the_weight(synthetic: Callable[
     isolation = foreign.judged([faulty(step) for step in foreign.right])
     assert {item.name: item.reason for item in isolation.wrong} == {
         "blk.0.ffn_up": "2 of 6 positions; position t holds the right value of position t − 2",
-        "blk.1.ffn_up": "2 of 6 positions; its weight is right for the others",
+        "blk.1.ffn_up": "2 of 6 positions; every element is -2 times the right one",
     }
 
 

@@ -28,10 +28,10 @@ from engine.graph import (
 )
 from engine.replay.replay import Replay
 
-from .beside import LEFT, ROOM, Bools
+from ..laws.beside import LEFT, ROOM, Bools
+from ..laws.laws import short
 from .case import Case
 from .column_range import column_range
-from .laws import short
 from .records import Expected, Floats
 from .search import Search
 from .state import SearchState, rows_enough

@@ -11,7 +11,7 @@ from engine.backend import Array
 from engine.faults import AT, FITTED, FITTED_PARTS, Fitted
 from engine.inapplicable import NotApplicable
 
-from .beside import AS_NOISE, AS_WELL
+from ..laws.beside import AS_NOISE, AS_WELL
 from .first_place import AtFirstPlace
 from .records import Floats
 from .screening import Screening

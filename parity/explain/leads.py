@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 from checkpoints.answers.explain import Lead, Named, PossibleOperations
 from checkpoints.points import parse
 from engine.backend import Array
-from engine.graph import History, Step, weight_name
+from engine.graph import Step, weight_name
 
 from ..diff.first import UNRELATED
 from ..diff.limits import EXACT_FLOOR, JUMP
-from .beside import beside
+from ..laws.heads import heads_of
+from ..laws.laws import OF_A_WEIGHT, WRONG, ZERO, law
+from ..laws.moved import OTHER_ORDER
+from .beside import beside, few_positions
 from .case import Case
 from .changed_weight import changed_weight
 from .cone import of_ggml
 from .fits import order_of_number
-from .laws import OF_A_WEIGHT, WRONG, ZERO, law
-from .moved import OTHER_ORDER
 from .one_more import spoils
 from .operands import other_operand
 from .other_file import of_other_file
 from .records import Expected, Floats, Ints
-from .row_laws import few_positions
 from .search import Search
 from .state import Candidate, SearchState, key
 from .turned import other_positions
@@ -39,7 +39,6 @@ _TRIED = 12  # … of so many that remove most of the error at the first record
 _WORTH, _WORSE = 0.9, 2.0
 _TOGETHER = 0.5
 _REMAINS = 0.5  # the most of the error of the records that a cause reproduces that may remain
-_HANDED_ON = 2  # readers that are followed to learn how many heads a row has: v is read by the cache, the cache by attention
 # NMSE that counts as equal in an observation: float32's noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
@@ -160,7 +159,7 @@ def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> s
     bias = case.transformer.backend.to_host(case.replay.weights.get(name)) if isinstance(name, str) else None
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
     errors = state.nmse[place]
-    compared = beside(entry, errors, values, case.positions, bias, _heads(state, entry.point))
+    compared = beside(entry, errors, values, case.positions, bias, heads_of(state.planting.right, entry.point))
     sentence = "" if compared is None else law(compared)
     if sentence == ZERO and "eps" in step.params:
         sentence += ": a norm of a row with an unrecorded infinity, or a kernel that did not run"
@@ -176,29 +175,6 @@ def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> s
         or of_other_file(case, state)
         or sentence
     )
-
-
-def _heads(state: SearchState, point: str) -> int | None:
-    """How many heads the rows of a point consist of, by the operation that makes it, or one that reads it, directly or through others."""
-    right = state.planting.right
-    heads = right[point].params.get("heads")
-    if isinstance(heads, int):
-        return heads
-    names = {point}
-    for _ in range(_HANDED_ON):
-        for step in right.values():
-            for at, name in enumerate(step.names):
-                heads = step.params.get("kv_heads" if at and "kv_heads" in step.params else "heads")
-                if name in names and isinstance(heads, int):
-                    return heads
-        names = {step.makes for step in right.values() for read in step.reads if isinstance(read, History) and read.of in names}
-    return _heads_of_scores(right, point) if point.endswith(".kqv_out") else None
-
-
-def _heads_of_scores(right: Mapping[str, object], point: str) -> int | None:
-    scores = right.get(f"{point.rpartition('.')[0]}.kq")
-    heads = getattr(scores, "params", {}).get("heads")
-    return heads if isinstance(heads, int) else None
 
 
 def placed(case: Case, search: Search, state: SearchState) -> PossibleOperations | None:

@@ -2,10 +2,10 @@
 
 from msgspec import Struct
 
+from ..laws.laws import WRONG
 from .budget import Budget
 from .case import Case
 from .flipped import without_flipped
-from .laws import WRONG
 from .leads import law_at
 from .precision import KINDS, PrecisionFloor, best, fits, floor, is_ours, is_proof, may_be_noise
 from .reproduced import is_reproduced

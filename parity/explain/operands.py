@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from engine.graph import Step, compute, inputs_of
 from engine.replay.replay import Replay
 
-from .beside import ROOM
+from ..laws.beside import ROOM
 from .case import Case
 from .records import Expected, Floats
 from .state import SearchState, rows_enough

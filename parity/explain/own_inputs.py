@@ -13,9 +13,10 @@ from engine.replay.wide import is_looked_up
 
 from ..diff.few_numbers import share_of_few
 from ..diff.limits import EXACT_FLOOR
-from .beside import ROOM, beside
+from ..laws.beside import ROOM
+from ..laws.laws import law
+from .beside import beside
 from .case import Case
-from .laws import law
 from .mixed import likeness
 from .precision import KINDS
 from .records import Expected, Floats

@@ -23,15 +23,16 @@ from ..diff.beyond_noise import ONE_FACTOR, failing_at
 from ..diff.compare import Comparison
 from ..diff.one_factor import POSITIONS, SPACING, Allowed, Part, shared_factor, shared_summand
 from ..diff.operations import recurrent
-from .beside import ROOM, Bools, beside
+from ..laws.beside import ROOM, Bools
+from ..laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, alike_rows, law
+from ..laws.moved import OTHER_ORDER
+from .beside import beside
 from .budget import Budget
 from .case import Case
 from .flipped import CHOSEN_OTHERWISE, has_choices, led_to
 from .known_model import KnownModel
-from .laws import NOT_RECORDED, SAME_ERROR, WRONG, alike_rows, law
 from .looks_like import floor_of
 from .mixed import own_steps
-from .moved import OTHER_ORDER
 from .precision import OURS, TOGETHER, PrecisionFloor, alike_at, mean_cost, of_ids
 from .records import Expected, Floats, first_over
 from .reproduced import THE_SAME, usual_cost

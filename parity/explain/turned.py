@@ -8,7 +8,7 @@ from engine.faults.rotation import at_positions, is_rotation
 from engine.graph import Step, compute, inputs_of
 from engine.inapplicable import NotApplicable
 
-from .beside import ROOM
+from ..laws.beside import ROOM
 from .case import Case
 from .records import Expected, Floats
 from .state import SearchState

@@ -83,7 +83,7 @@ def judged_layers(
                 as_stored = _compared(values, output, _layer_output(reference, model, layer, state, NATIVE), layer, limit)
                 verdict = as_stored if as_stored.status == PROVEN else verdict
         except (InputError, ReferenceFailed) as error:  # an architecture whose layers cannot be run alone
-            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message))
+            judged.append(Operation(LAYER, layer, NOT_OBSERVABLE, reason=error.message.rstrip(".")))
             continue
         if verdict.status == WRONG and layer - 1 in right:
             again = _compared(values, output, _layer_output(reference, model, layer, right[layer - 1], mode), layer, limit)

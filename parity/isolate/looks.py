@@ -38,7 +38,7 @@ def look_of(
     `siblings` are other weights, one of which may have been taken instead, the likeliest first.
     """
     if not np.isfinite(dumped).all():
-        return "it is NaN or infinite where its inputs give numbers" if np.isfinite(x).all() else ""
+        return ""
     if "native" in step.params:
         return _product(step, x, dumped, weights, nmse, limit, siblings)
     if step.op in (ops.rms_norm, ops.layer_norm) and x.size == dumped.size:
@@ -157,10 +157,32 @@ def _product(
         for other in alike[: _MOST_TRIED // weight.size]:
             if is_product(weights.get(other), added):
                 return f"it is the product with {other}"
-        if few := _few_outputs(wide @ weight.T.astype(np.float64) + (0.0 if added is None else weights.get(added)), dumped):
+    return ""
+
+
+@np.errstate(all="ignore")
+def error_in_words(
+    step: Step, x: NDArray[np.float32], dumped: NDArray[np.float32], weights: WeightSource, nmse: float, where: str = ""
+) -> str:
+    """How far off a wrong operation is, if nothing says how it came about, given its first input [T, n]; empty if that says nothing.
+
+    `where` says which elements are wrong, if that is known: the rows of a weight say more.
+    """
+    if not np.isfinite(dumped).all():
+        return where or ("it is NaN or infinite where its inputs give numbers" if np.isfinite(x).all() else "")
+    first = next(iter(step.weights), None)
+    if "native" not in step.params or not isinstance(first, Altered):
+        return where
+    shape = weights.raw(first.weight)[2]
+    if len(shape) == 2 and shape[0] * shape[1] <= _LARGEST:
+        bias = step.weights[1] if len(step.weights) > 1 else None
+        right = x.astype(np.float64) @ weights.get(first.weight).T.astype(np.float64)
+        if few := _few_outputs(right + (weights.get(bias) if isinstance(bias, str) else 0.0), dumped):
             return few
-        if nmse <= _ROUNDING:
+        if nmse <= _ROUNDING and not where:
             return "every element is close: rounding of inputs, or a detail of the weight's format, not its layout"
+    if where:
+        return where
     if nmse <= _ROUNDING:
         return "close as a whole: rounding of inputs, a detail of the weight's format, or few of its rows; not its layout"
     return OF_THE_WEIGHT

@@ -21,7 +21,8 @@ from .elements import least_energy, sampled_error
 from .held import Held, errors_beside, errors_beyond, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, as_subject, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
-from .looks import OF_THE_WEIGHT, look_of, other_epsilon, siblings
+from .looks import OF_THE_WEIGHT, other_epsilon
+from .numbers import in_words
 from .own_rounding import within_own_rounding
 from .routing import choice_in_layer, other_order, routing_error
 from .values import CACHED, RecordedValue, row_errors, rows_at
@@ -278,7 +279,7 @@ class JudgedPass:
     def _note(self, step: Step, definition: Step, held: Held) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
         record, limit = self._judging.records[step.makes], self._limit(step)
-        errors, positions, dumped = held.errors, held.positions, held.dumped
+        errors, positions = held.errors, held.positions
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
         if nmse > limit and held.ours.size == self._live[step.makes].data.size:
@@ -301,10 +302,8 @@ class JudgedPass:
         if nmse > limit:
             wrong = int((errors > limit).sum())
             where = "" if wrong == len(errors) else f"{wrong} of {len(errors)} positions"
-            first = viewed(definition.reads[0], held.inputs[0]) if held.inputs else dumped
             moved = held.of_other_positions(limit) if where else ""
-            others = siblings(step, self._program.steps)
-            look = held.reason or moved or look_of(definition, first, dumped, self._weights, nmse, limit, others)
+            look = held.reason or moved or in_words(definition, self._program.producers, held, self._weights, limit)
             look = "its weight is right for the others" if where and look == OF_THE_WEIGHT else look
             record.reason = "; ".join(part for part in (where, look) if part)
 

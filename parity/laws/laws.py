@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .beside import AS_NOISE, AS_WELL, LEFT_OF_MANY, ROOM, Beside, Bools
+from .beside import AS_NOISE, AS_WELL, LEFT_OF_MANY, ROOM, Beside, Bools, Floats, Ints
 from .moved import LISTED, moved
-from .records import Floats, Ints
 from .row_laws import of_rows
 
 WRONG = "wrong; the others are right"  # the end of a sentence that says which elements are wrong, but not how

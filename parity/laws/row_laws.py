@@ -4,19 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .beside import Beside
-from .records import Expected, Floats, Ints
+from .beside import Beside, Floats
 
-_FEW = 2  # positions that a sentence names
 _SMALLEST = 1e-3  # the least part of another row that is called added
-
-
-def few_positions(entry: Expected, errors: Floats, positions: Ints) -> str:
-    """The positions at which alone a point is wrong, by these errors [R], as the beginning of a sentence; "" if they are many, or all."""
-    wrong = np.unique(entry.rows[errors > entry.limit])
-    if len(wrong) > _FEW or len(wrong) >= len(np.unique(entry.rows)):
-        return ""
-    return f"at position{'s' * (len(wrong) > 1)} {' and '.join(str(positions[row]) for row in wrong)} alone "
 
 
 def of_rows(compared: Beside) -> Iterator[str]:

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .beside import LEFT_OF_MANY, Beside
-from .records import Floats
+from .beside import LEFT_OF_MANY, Beside, Floats
 
 # The beginning of a sentence that lists which element is which.
 OTHER_ORDER = "the right values stand in another order: element"

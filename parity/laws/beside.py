@@ -1,0 +1,94 @@
+"""Wrong rows beside the right ones, element by element."""
+
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+# A law holds if the error that it leaves in a record is at most this many times its limit, as constants are printed with few digits,
+ROOM = 10.0
+# and at most this share of the original error, unless printed digits leave more: noise of a few limits has no law. A choice: the
+# right law leaves only rounding and printed digits. A law of many numbers (one for each element) must leave less.
+LEFT, LEFT_OF_MANY = 0.1, 1e-2
+# How much more squared error a number of fewer digits may leave than the one that fits: of noise in n elements that takes away a part in
+# n. Or so much of the limits, in float32 1e-12, as two right engines are apart. (1.005 in the place of 1.00504 left 190,000 times as much.)
+AS_WELL, AS_NOISE = 4.0, 1e-2
+
+
+class Beside(Struct, frozen=True):
+    """The wrong records of a place, with the right values.
+
+    Attributes:
+        dumped, right: float64 [R, k], the recorded elements. index: int64 [k], which elements of the row they are.
+        room: [R], the squared error that counts as noise. Of a dumped row that is smaller than the right one it is in proportion to its
+            own energy: any law that leaves next to nothing of a row would hold for tiny numbers otherwise.
+        printed: the part of it that comes from printed digits. rows: [R], the right run's rows.
+        whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
+        bias: [k], the vector that the operation adds last, if it has one.
+        heads: how many heads a row consists of, if it does.
+    """
+
+    dumped: Floats
+    right: Floats
+    index: Ints
+    room: Floats
+    printed: Floats
+    rows: Ints
+    whole: Floats | None = None
+    bias: Floats | None = None
+    heads: int | None = None
+
+    def holds(self, law: Floats, elements: Bools | None = None, share: float = LEFT) -> bool:
+        """Whether values [R, k] equal the dump's up to rounding, at these elements, with at most this share of the error left."""
+        return self.left(law, elements, share) is not None
+
+    def left(self, law: Floats, elements: Bools | None = None, share: float = LEFT) -> float | None:
+        """The error that values [R, k] leave at these elements, as a share of a record's room; None if they do not hold."""
+        with np.errstate(invalid="ignore"):
+            delta = self.dumped - law if elements is None else (self.dumped - law)[:, elements]
+        if not np.isfinite(delta).all():
+            return None
+        wrong = self.dumped - self.right if elements is None else (self.dumped - self.right)[:, elements]
+        left, before = (np.einsum("ij,ij->i", part, part) for part in (delta, wrong))
+        within = (left <= self.printed).all() or float(left.sum()) <= share * float(before.sum())
+        if not (within and (left <= self.room).all()):
+            return None
+        some = self.room > 0
+        return float((left[some] / self.room[some]).mean()) if some.any() else 0.0
+
+    def first(self, count: int) -> "Beside":
+        """The first of the wrong records alone."""
+        return replace(
+            self,
+            dumped=self.dumped[:count],
+            right=self.right[:count],
+            room=self.room[:count],
+            printed=self.printed[:count],
+            rows=self.rows[:count],
+        )
+
+    def left_at(self, some: Bools, values: Floats, share: float = LEFT) -> float | None:
+        """As `left`, of values of some elements [R, s]."""
+        whole = self.right.copy()
+        whole[:, some] = values
+        return self.left(whole, some, share)
+
+    def holds_at(self, some: Bools, values: Floats, share: float = LEFT) -> bool:
+        """Whether values of some elements [R, s] equal the dump's up to rounding, with at most this share of the error left."""
+        return self.left_at(some, values, share) is not None
+
+
+def room(limit: Floats, energy: Floats, dumped: Floats, right: Floats) -> Floats:
+    """The squared error of dumped rows [R, k] that counts as noise, [R], by a limit and an energy of each."""
+    return ROOM * limit * energy * _smaller(dumped, right)
+
+
+def _smaller(dumped: Floats, right: Floats) -> Floats:
+    """By what the energy of dumped rows [R, k] is smaller than that of the right ones, [R]; 1 where it is not."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        share = np.square(dumped).sum(axis=1) / np.square(right).sum(axis=1)
+    return np.asarray(np.fmin(share, 1.0))
