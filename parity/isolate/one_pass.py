@@ -155,21 +155,20 @@ class JudgedPass:
         return held
 
     def _weighed(self, step: Step, held: Held, others: Mapping[str, RecordedValue]) -> Held:
-        """A step that agrees with the records of its inputs. This is noted as evidence for them, unless it agrees with other values as
-        well."""
-        choices = [name for name in others if name in self._program.routing and not self._judging.records[name].wrong]
+        """A step that agrees with the records of its inputs: evidence for them, unless it agrees with other values as well."""
+        records = self._judging.records
+        choices = [name for name in others if name in self._program.routing and not records[name].wrong]
         for name in choices:
-            self._judging.records[name].read_by[step.makes] = None
+            records[name].read_by[step.makes] = None
         others = {name: value for name, value in others.items() if name not in choices}
-        paired = {name: value for name, value in others.items() if self._judging.records[name].pairs}
-        either = self._agreeing(step, self._held_by(step, paired)) if paired else None
-        if either is not None:
+        paired = {name: value for name, value in others.items() if records[name].pairs}
+        if either := self._agreeing(step, self._held_by(step, paired)) if paired else None:
             self._deny(step, paired)  # scores of queries and keys that are both in another order are the same
             return replace(either, as_recorded=0.0) if either.pairs else held
         instead = self._held_by(step, others) if others else None
         if instead is None or not instead.agrees(self._limit(step)):
             for name in others:
-                self._judging.records[name].read_by[step.makes] = None
+                records[name].read_by[step.makes] = None
             return held
         if type_of(held.dumped) and instead.ours.size == self._live[step.makes].data.size:
             # Both were rounded, as a cache's rows are with the values that it keeps: those who read it may have read either.
@@ -303,8 +302,7 @@ class JudgedPass:
         if (nmse > limit or held.pairs) and held.ours.size == self._live[step.makes].data.size:
             self._right[step.makes] = self._in_place(step.makes, held.ours)
         record.pairs, record.as_recorded = record.pairs or held.pairs, max(record.as_recorded, held.as_recorded)
-        if nmse > limit and held.lower:
-            record.lower = held.lower
+        record.lower = held.lower if nmse > limit and held.lower else record.lower
         if held.arithmetic:
             record.arithmetics[held.arithmetic] = None
         if nmse > limit and not held.lower:

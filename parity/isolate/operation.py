@@ -117,6 +117,10 @@ class Isolator(Judging, dict=True):
         reason = f"the right values stand in another order: {record.pairs}"
         return replace(found, status=WRONG, nmse=record.as_recorded, reason=reason)
 
+    def recorded_otherwise(self) -> list[str]:
+        """Points whose right values were recorded with RoPE's pairs in another order."""
+        return [name for name, record in self.records.items() if record.pairs and not record.wrong and self._settled(name)]
+
     def _settled(self, name: str) -> bool:
         """Whether everything made from a value that was recorded in another order of RoPE's pairs had the right one, to the end."""
         record = self.records[name]
