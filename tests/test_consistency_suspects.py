@@ -46,8 +46,18 @@ CASES = {
     ),
     "a state that is lost": (
         {"blk.0.ssm_in": _off(0.0), "blk.0.ssm_out": _off(0.1, *LATER), "blk.0.l_out": _off(0.01, *LATER)},
-        "recurrent state",
-        "what its recurrence or its convolution keeps of earlier passes is lost",
+        "recurrent state, or cache, positions or mask",
+        "what its recurrence or its convolution, if it has one, keeps of earlier passes is lost",
+    ),
+    "experts' points of a layer whose attention was not recorded": (
+        {"blk.0.attn_norm": _off(0.0), "blk.0.ffn_moe_out": _off(0.1, *LATER), "blk.0.l_out": _off(0.01, *LATER)},
+        "recurrent state, or cache, positions or mask",
+        "else cache, positions or mask (first at blk.0.ffn_moe_out, position 4)",
+    ),
+    "an error as small as a table's, after the first pass alone": (
+        {"logits": _off(1e-8, *LATER)},
+        "batch size, cache, positions or mask",
+        "or what is kept of earlier passes is as little off",
     ),
     "a layer of which only the output is known": (
         {"blk.0.l_out": _off(0.01, *LATER)},

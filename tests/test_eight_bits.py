@@ -13,7 +13,8 @@ from checkpoints.answers.diff import Verdict
 from checkpoints.record import Dump
 from checkpoints.summary import summarise
 from engine.faults import CATALOGUE
-from engine.replay.precision import rounded
+from engine.graph import Step
+from engine.replay.precision import multiplies, rounded
 from parity.diff.compare import Options, compare
 from parity.diff.scatter import one_is_scaled, share_along
 from reports.sentences import answer
@@ -160,3 +161,24 @@ def test_a_jump_in_a_lower_arithmetics_noise_is_no_8_bit_arithmetic(engine: Faul
     assert answer.first_divergence is not None
     assert answer.first_divergence.checkpoint == point
     assert answer.operation.endswith("this operation is wrong")
+
+
+def test_what_is_kept_in_f16_before_8_bit_products_is_no_measure_of_them(engine: Faulty) -> None:
+    """Embeddings in F16 are a thousandth as far off as what activations of 6 bits make of them: that is no jump."""
+
+    def in_f16(x: Any) -> Any:
+        return x.astype(np.float16).astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float32 else x
+
+    def coarse(x: np.ndarray) -> np.ndarray:
+        step = np.abs(x).max(axis=-1, keepdims=True) / 31
+        return np.asarray(np.rint(x / step) * step, np.float32)
+
+    def by(step: Step) -> Step:
+        first = coarse if multiplies(step) else in_f16
+        return replace(step, op=lambda x, *rest, op=step.op, **p: in_f16(op(first(x), *rest, **p)))
+
+    for points in ("default", "all"):
+        verdict = judged(engine, points=points, size=16, steps=[by(step) for step in engine.right])
+        assert verdict.pattern is not None
+        assert verdict.pattern.code == "eight-bits"
+        assert not verdict.operation

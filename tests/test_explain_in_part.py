@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,11 @@ from planted import Faulty, Planted
 
 from engine.backend import Array
 from engine.faults.edits import Then
+from engine.opened import open_plain
+from engine.weights.gguf_model import GgufModel
+from parity.explain.cone import mixes
 from parity.explain.explain import ExplainOptions, explain
+from reference.client import Reference
 
 _PATIENT = ExplainOptions(budget=300.0)
 
@@ -112,3 +117,15 @@ def test_a_cause_of_weights_recorded_in_part_stays_beside_what_has_no_entry(engi
     assert explanation.remaining is not None
     assert (explanation.first.checkpoint, names(explanation)) == ("blk.1.kq_soft_max", ["attn-scale"])
     assert explanation.remaining.checkpoint == makes
+
+
+@pytest.mark.slow
+def test_a_product_by_heads_shows_one_head(small_model: Callable[..., Path], reference: Reference) -> None:
+    """deepseek2's absorbed queries are a product of each head's own matrix: right elements of head 0 say nothing of what the other heads
+    are made from, while those of the output projection do.
+    """
+    path = small_model("deepseek2", layers=1)
+    engine = open_plain(GgufModel(path), "numpy", recorded=partial(reference.graph, path))
+    whole = {step.makes for step in engine.steps if mixes(step, engine.weights)}
+    assert {"blk.0.q", "blk.0.attn_out", "logits"} <= whole
+    assert not any(name.startswith(("blk.0.q_nope_absorbed", "blk.0.kqv_mla")) for name in whole)

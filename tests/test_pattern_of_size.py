@@ -72,6 +72,34 @@ def test_a_small_error_is_no_transposed_matrix(right: Dump) -> None:
     assert "transposed, or another layer's" in pattern(right, {"logits": lambda values: values[:, shuffled]})
 
 
+def test_a_transposed_matrix_may_hide_behind_a_bias(right: Dump) -> None:
+    """A bias larger than a product's values makes any error of it small: where a row may have one, a transposed matrix is not ruled out."""
+
+    def nearly(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return values + np.float32(0.1) * values[:, ::-1]
+
+    after = {f"blk.2.{kind}": nearly for kind in ("q", "q_rope", "kqv_out")}
+    assert "transposed, or another layer's, where a bias" in pattern(right, after)
+
+
+def test_a_position_within_the_limit_is_not_right_for_sure(right: Dump) -> None:
+    """In a lower arithmetic one summand is over the limit where rows are small, and just below it where they are large: that is a bias."""
+    rows = right.points["blk.2.q"].values
+    summand = np.random.default_rng(5).normal(0, 1, rows.shape[1]).astype(np.float32)
+    shares = np.sort((summand**2).sum() / (rows**2).sum(axis=1))
+    summand *= np.float32((3e-4 / ((shares[1] + shares[2]) / 2)) ** 0.5)
+    points = {
+        name: replace(of, values=of.values + summand) if name == "blk.2.q" else of
+        for name, of in right.points.items()
+        if name in ("blk.2.attn_norm", "blk.2.q")
+    }
+    found = compare(replace(right, points=points), right, Options(compute="bf16"))
+    assert found.pattern is not None
+    assert 0 < found.points[-1].failed < len(rows)
+    assert found.pattern.code == "operation", found.pattern
+    assert "bias" in found.pattern.sentence
+
+
 def test_logits_alone_blame_no_single_operation(right: Dump) -> None:
     """Nothing in front of wrong logits was recorded: the last norm and the output matrix are two operations of a hundred; and what is
     right at the first position, where attention sees one key, is no product."""

@@ -11,7 +11,9 @@ from checkpoints.points import parse
 from ..diff.limits import TABLE
 from ..run.command import PORTIONS, SEQUENCES, STATE
 
-CACHE, POSITIONS, MASK, BATCH, RECURRENCE = "cache", "positions", "mask", "batch size", "recurrent state"
+CACHE, POSITIONS, MASK, BATCH = "cache", "positions", "mask", "batch size"
+OF_EARLIER = "cache, positions or mask"
+RECURRENCE = f"recurrent state, or {OF_EARLIER}"
 OTHERS, SAVED = "sequences", "state"
 _BY_KIND = {
     **dict.fromkeys(("q_rope", "k_rope"), POSITIONS),
@@ -26,8 +28,8 @@ _WORDS = {
     OTHERS: "a prompt gives other values in a batch: padding or other sequences' rows are seen, or positions are counted across sequences",
     SAVED: "the saved state is incomplete or restored to other places: keys, values, positions",
     BATCH: "the same row gives other values among other rows: a kernel depends on the number of tokens",
-    RECURRENCE: "right within the first portion, wrong after it, in a layer without attention's points: what its recurrence or its "
-    "convolution keeps of earlier passes is lost, old or another sequence's",
+    RECURRENCE: "right within the first portion, wrong after it, in a layer of which no point of attention was recorded: what its "
+    "recurrence or its convolution, if it has one, keeps of earlier passes is lost, old or another sequence's",
 }
 # Behind a table of F16 (GELU) two right float32 orders of computing differ by its steps.
 _OF_TABLE = (
@@ -65,17 +67,18 @@ def suspected(verdict: Verdict, starts: NDArray[np.int64], advice: str = _ALL_PO
     if suspects:
         return suspects[0], f"{_WORDS[suspects[0]]} ({at})"
     if (worst.nmse or np.inf) <= TABLE:
-        return BATCH, f"{_OF_TABLE} ({at})"
+        if first.token_idx < second:
+            return BATCH, f"{_OF_TABLE} ({at})"
+        return f"{BATCH}, {OF_EARLIER}", f"{_OF_TABLE}, or what is kept of earlier passes is as little off ({at}): {advice}"
     if _recurs([point.checkpoint for point in verdict.points], parse(first.checkpoint).layer) and first.token_idx >= second:
-        return RECURRENCE, f"{_WORDS[RECURRENCE]} ({at})"
+        return RECURRENCE, f"{_WORDS[RECURRENCE]}; else {OF_EARLIER} ({at}): {advice}"
     if first.token_idx < second or parse(first.checkpoint).kind in _ROWWISE:
         return BATCH, f"{_WORDS[BATCH]} ({at})"
-    later = "cache, positions or mask"
-    return later, f"right within the first portion, wrong after it ({at}): {advice}"
+    return OF_EARLIER, f"right within the first portion, wrong after it ({at}): {advice}"
 
 
 def _recurs(names: Sequence[str], layer: int | None) -> bool:
-    """Whether a layer, or any of them, was recorded with points of its own and none of attention's."""
+    """Whether a layer, or any of them, was recorded with points of its own and none of attention's: it may have a recurrence."""
     points = [parse(name) for name in names]
     inside = [point for point in points if point.layer is not None and layer in (None, point.layer)]
     return not any(point.kind in _BY_KIND for point in inside) and any(point.known is None for point in inside)

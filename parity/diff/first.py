@@ -204,15 +204,23 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             zero=zero,
             stated=records.stated,
             differs=_how_far(records, failing),
+            unclear=_unclear(records, here, failing),
         )
     )
 
 
 def _how_far(records: Records, failing: Ints) -> str:
     """How the rows of these records differ: as far as unrelated ones, less than that, or only behind the recorded elements."""
-    if (records.measures.nmse_slice[failing] <= records.limit[failing]).all():
+    recorded, whole = records.measures.nmse_slice[failing], records.measures.nmse[failing]
+    if ((recorded <= records.limit[failing]) & (recorded * _ALIKE < whole)).all():
         return BEHIND
-    return NEAR if (records.measures.nmse[failing] < UNRELATED).all() else FAR
+    return NEAR if (whole < UNRELATED).all() else FAR
+
+
+def _unclear(records: Records, here: Ints, failing: Ints) -> bool:
+    """Whether a position within the limit may have the failing ones' error, too, as where a summand is small beside a larger row."""
+    errors = records.measures.nmse
+    return bool((errors[np.setdiff1d(here, failing)] * _ALIKE >= np.median(errors[failing])).any())
 
 
 def _of_values(

@@ -59,8 +59,8 @@ def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR, *, everywhere
     """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them.
 
     Args:
-        differs: FAR, NEAR or BEHIND. Only rows that are FAR off can be those of a transposed matrix, or of another one.
-        everywhere: no position is right. Else it is no weight of a product and no bias, which act at every position.
+        differs: FAR, NEAR or BEHIND. Only rows that are FAR off can be those of a transposed matrix, or of another one, alone.
+        everywhere: no position is clearly right. Else it is no weight of a product and no bias, which act at every position.
     """
     known = [name for name in nodes if name in flow.whole.computations]
     of_engine = [name for name in known if not flow.whole.made_by_ggml(name)]
@@ -73,7 +73,10 @@ def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR, *, everywhere
     words: list[str] = []
     for op in dict.fromkeys(operations):
         if op == "MUL_MAT":
-            words.append(_ONLY_THERE if only_there else _product(every, named, differs))
+            bare = named and not biases and set(operations) <= {op, "CONT", *VIEWS}
+            words.append(
+                _ONLY_THERE if only_there else _product(every, named, _OF_WEIGHTS[differs] if bare else _OF_SUMS[differs])
+            )
         elif op in ("ADD", "MUL") and {"MUL_MAT", "RMS_NORM", "NORM", "GROUP_NORM"} & set(operations) and weights:
             continue  # the bias or the norm's weight: see below
         elif (op in ("CONT", CACHE) or op in VIEWS) and len(operations) > 1:
@@ -129,13 +132,17 @@ _OF_WEIGHTS = {
 }
 
 
-def _product(every: Sequence[tuple[str, Computation]], named: list[str], differs: str) -> str:
+# The same where a bias, another summand or a bound may be most of the row.
+_OF_SUMS = {**_OF_WEIGHTS, NEAR: f"{_OF_WEIGHTS[NEAR]}; {_OF_WEIGHTS[FAR]}, where a bias or a bound outweighs it"}
+
+
+def _product(every: Sequence[tuple[str, Computation]], named: list[str], of_weights: str) -> str:
     if named:
-        return f"the product with {' and '.join(named)}: {_OF_WEIGHTS[differs]}"
+        return f"the product with {' and '.join(named)}: {of_weights}"
     both = next((how.reads for _, how in every if how.op == "MUL_MAT" and len(how.reads) > 1), ())
     if both:
         return f"the product of {' and '.join(both)}: which key or value head a query head uses, or the heads' order"
-    return f"the product: its weight ({_OF_WEIGHTS[differs]}) or its bias"
+    return f"the product: its weight ({of_weights}) or its bias"
 
 
 def _either(weights: list[str]) -> str:

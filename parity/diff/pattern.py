@@ -29,7 +29,7 @@ class Evidence(Struct, frozen=True):
     `differs`: how far off the wrong rows are (`operations.FAR`, NEAR or BEHIND). `token` is the text at the first failing position.
     `stretch` is what lies between the point and the points before it, None if that is not known; `stated`: our side's arithmetic, if
     that is stated; `alike`: the error has the same size at all positions, right ones included; `gradual`: it grows over the limit, and
-    the positions before are nearly as wrong.
+    the positions before are nearly as wrong; `unclear`: not all positions within the limit are clearly more right than the others.
     """
 
     point: str
@@ -51,6 +51,7 @@ class Evidence(Struct, frozen=True):
     zero: bool = False
     stated: str = ""
     differs: str = FAR
+    unclear: bool = False
 
 
 def diagnose(seen: Evidence) -> Pattern | None:
@@ -75,7 +76,7 @@ def diagnose(seen: Evidence) -> Pattern | None:
     shape = _shape(seen)
     from_one_on = shape is None or shape.code.startswith("from-position")
     if seen.settled and (from_one_on or not _attends(seen)):
-        everywhere = bool(seen.failed.all())
+        everywhere = seen.unclear or bool(seen.failed.all())
         likely = (
             suspects(seen.flow, seen.stretch.nodes, seen.differs, everywhere=everywhere) if seen.stretch is not None else ""
         )

@@ -8,7 +8,7 @@ from msgspec import Struct
 from checkpoints.dataflow import is_copy
 from checkpoints.points import parse
 from engine.faults.base import kinds_of
-from engine.graph import Step
+from engine.graph import Step, WeightSource
 
 from ..diff.readings import CLEAR, TELLING
 from .beside import Values, beside
@@ -82,9 +82,13 @@ def cone(entries: Sequence[Expected], state: SearchState, *, alone: bool = False
     return Cone(frozenset(steps), kinds, tuple(name for name in number if name in ends), all(ends.values()), alone)
 
 
-def mixes(step: Step) -> bool:
-    """Whether a step is a product with a weight, each element of which is made from the whole row that goes in."""
-    return bool(step.weights) and "MUL_MAT" in kinds_of(step)
+def mixes(step: Step, weights: WeightSource) -> bool:
+    """Whether a step is a product with a matrix, each element of which is made from the whole row that goes in.
+
+    A weight of several matrices, one for each head, makes a head's elements from that head alone.
+    """
+    matrix = step.weights[0] if step.weights else None
+    return "MUL_MAT" in kinds_of(step) and isinstance(matrix, str) and len(weights.raw(matrix)[2]) == 2
 
 
 def behind(entry: Expected, errors: Floats, values: Values, positions: Ints) -> bool:

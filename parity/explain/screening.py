@@ -157,10 +157,10 @@ class Screening:
             return False
         entry = self.entries[state.first.point]
         step = state.planting.right.get(entry.point)
-        if step is None or entry.point in state.shown or not mixes(step):
+        replay = self.replay(state, len(self.positions))
+        if step is None or entry.point in state.shown or not mixes(step, replay.weights):
             return False
-        values = self.replay(state, len(self.positions)).on_host
-        return behind(entry, state.nmse[state.first.point], values, self.positions)
+        return behind(entry, state.nmse[state.first.point], replay.on_host, self.positions)
 
     def agreeing_after(self, state: SearchState) -> tuple[str, ...]:
         """The points that show that the records of the state's first place alone are wrong; empty if the operation may be."""
