@@ -6,6 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, SuspectRecord, TruthAt
+from checkpoints.printable import first_names
 
 from .layout import labelled, wrap
 from .limits import pass_for_rounding
@@ -43,7 +44,7 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     elif explanation.remaining is not None:
         yield from _left(explanation, explanation.remaining, width)
     if explanation.suspects:
-        yield from _lines([("suspect", _suspect(suspect)) for suspect in explanation.suspects], width)
+        yield from _lines([("suspect", sentence) for sentence in _suspects(explanation.suspects)], width)
     if explanation and (seen := rows_seen(explanation.seen)):
         yield from _lines([("seen", f"{seen}: the rest of the rows is unknown")], width)
     if explanation.truth is not None:
@@ -169,6 +170,25 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
     return _lines(rows, width)
 
 
+def _suspects(suspects: Sequence[SuspectRecord]) -> list[str]:
+    """Why records are suspected, but not their operations: one sentence for all that show the same other order."""
+    sentences = {}
+    for suspect in suspects:
+        alike = [other for other in suspects if suspect.shows and other.shows == suspect.shows]
+        sentences[suspect.shows or suspect.checkpoint] = _otherwise(alike) if alike else _suspect(suspect)
+    return list(sentences.values())
+
+
+def _otherwise(suspects: Sequence[SuspectRecord]) -> str:
+    """Which records show another order of elements, and what shows that their operations are right."""
+    names = first_names([suspect.checkpoint for suspect in suspects], 8)
+    agreeing = list(dict.fromkeys(name for suspect in suspects for name in suspect.agreeing))
+    return (
+        f"{names}: recorded as {suspects[0].shows}; {first_names(agreeing)}, computed from {'it' if len(suspects) == 1 else 'them'}, "
+        f"{'agrees' if len(agreeing) == 1 else 'agree'}: the record's order, not the engine's (parity diff gives the --map line)"
+    )
+
+
 def _suspect(suspect: SuspectRecord) -> str:
     """Why a record is suspected, but not its operation."""
     agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
@@ -262,7 +282,8 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "law": explanation.law or None,
         "operations": list(explanation.placed.operations) if explanation.placed is not None and explanation.placed.sure else [],
         "record_suspect": [
-            {"checkpoint": suspect.checkpoint, "agreeing": list(suspect.agreeing)} for suspect in explanation.suspects
+            {"checkpoint": suspect.checkpoint, "agreeing": list(suspect.agreeing), "shows": suspect.shows or None}
+            for suspect in explanation.suspects
         ],
         "precision_only": explanation.precision_only or None,
         "precision_assumed": explanation.precision_assumed,

@@ -82,11 +82,14 @@ class PossibleOperations(Struct, frozen=True):
 class SuspectRecord(Struct, frozen=True):
     """A point whose records alone are wrong.
 
-    `agreeing` are computed from it and agree, though they would not if the engine had gone on with what it recorded.
+    `agreeing` are computed from it and agree, though they would not if the engine had gone on with what it recorded. `shows`: the order
+    of elements that the record has instead, if that is known; what is computed from it may be recorded in that order as well, and
+    `agreeing` are the next ones that are not.
     """
 
     checkpoint: str
     agreeing: tuple[str, ...]
+    shows: str = ""
 
 
 class Explanation(Struct, frozen=True):

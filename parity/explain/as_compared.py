@@ -14,7 +14,7 @@ from checkpoints.record import Dump
 from reports.sentences import ARITHMETIC
 
 from ..diff.beyond_noise import ONE_FACTOR
-from ..diff.compare import Options
+from ..diff.compare import Comparison, Options
 from ..diff.limits import EXACT_FLOOR, NATIVE
 from ..laws.laws import NOT_RECORDED
 from ..run.graphs import dataflow_of
@@ -41,18 +41,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
     known = case.dump.header
     if not noisy or (known is not None and known.mode == NATIVE) or not (answer or _nothing_found(case, answer)):
         return answer
-    ours = replace(case.dump, points={entry.point: case.dump.points[entry.point] for entry in case.entries})
-    compared = compared_on(
-        ours,
-        _right(case, ours),
-        Options(
-            compute=None if known is not None and known.compute.lower() == options.compute else options.compute, placed=True
-        ),
-        case.transformer.model.path,
-        options.arbiter,
-        third_side=False,
-        opened=case.transformer,
-    )
+    compared = beside_right(case, options)
     if not answer and not (_in_stated_noise(case, answer, options) and _agrees(compared.verdict, answer)):
         return left_open_by(compared.verdict, answer)
     if compared.verdict.unjudged.result:
@@ -82,6 +71,22 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         precision_only="",
         precision_alike=(),
         precision_assumed=False,
+    )
+
+
+def beside_right(case: Case, options: ExplainOptions) -> Comparison:
+    """What `parity diff` says of a case's records beside the right engine's."""
+    known = case.dump.header
+    ours = replace(case.dump, points={entry.point: case.dump.points[entry.point] for entry in case.entries})
+    stated = known is not None and known.compute.lower() == options.compute
+    return compared_on(
+        ours,
+        _right(case, ours),
+        Options(compute=None if stated else options.compute, placed=True),
+        case.transformer.model.path,
+        options.arbiter,
+        third_side=False,
+        opened=case.transformer,
     )
 
 

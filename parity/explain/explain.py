@@ -35,6 +35,7 @@ from .other_file import OTHER_FILE, table_of
 from .own_inputs import contradicted
 from .own_rounding import standing_out
 from .precision import UPPER, PrecisionFloor, with_noise
+from .recorded_otherwise import recorded_otherwise
 from .records import right_rows
 from .rounded_weights import type_of_rows, with_weights_rounded
 from .rows import garbage
@@ -62,12 +63,27 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     transformer = open_model(model, options)
     if transformer.encoder is None:
         case = Case(dump, Half(transformer), options)
-        answer = as_diff_says(case, _explained(case, options, budget)[0], options)
+        answer = as_diff_says(case, _without_reordered(case, options, budget)[0], options)
     else:
         answer = halves.explained(dump, transformer, options, lambda case: _explained(case, options, budget))
     otherwise = () if answer else not_as_the_file_says(transformer)
     notes = (*otherwise, *answer.notes, *_lint(dump, transformer))
     return replace(answer, notes=notes, seconds=perf_counter() - began)
+
+
+def _without_reordered(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
+    """As `_explained`, of what is left without the records whose elements only the recorder put into another order."""
+    otherwise = recorded_otherwise(case, options)
+    rest = case.without({suspect.checkpoint for suspect in otherwise})
+    if not otherwise or not rest.entries:
+        return _explained(case, options, budget)
+    answer, state = _explained(rest, options, budget)
+    suspects = (*otherwise, *answer.suspects)
+    if answer.first is not None:
+        return replace(answer, suspects=suspects), state
+    search = Search(case.screening(case.entries, budget))
+    start = search.screening.start()
+    return replace(answer_of(case, search, start, start), suspects=suspects, next=""), start
 
 
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
