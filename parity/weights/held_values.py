@@ -90,7 +90,7 @@ def _rescaled(loaded: Floats, right: Floats, block: int) -> bool:
 
 
 def _reordered(loaded: Floats, right: Floats, columns: int) -> bool:
-    """Whether each row is one of the file's, no two the same one, and not each its own: known by direction, so that rounded rows are, too."""
+    """Whether each row is one of the file's, no two the same, not each its own: known by direction, so that rounded rows are, too."""
     rows = len(loaded) // columns
     if not 1 < rows <= _ROWS or columns < _PROBE or len(loaded) % columns or not np.isfinite(loaded).all():
         return False
