@@ -91,6 +91,16 @@ def test_what_is_lost_of_a_block_with_parallel_branches(faulty: Callable[[str], 
 
 
 @pytest.mark.slow
+def test_a_residual_of_another_name_is_one(faulty: Callable[[str], Faulty]) -> None:
+    """PLaMo 2's Mamba layers add their input at attn_residual: that it is missing there is said, not that a term is multiplied by 0."""
+    engine = faulty("plamo2")
+    tokens = tokens_of(engine.model, 6, seed=5)
+    dump = engine.dump(Planted((("residual-missing", {"at": ("attn_residual",)}, None),)), tokens)
+    [cause] = explain(dump, engine.model, replace(PATIENT, tokens=tokens)).causes
+    assert (cause.named.fault, cause.named.parameters) == ("residual-missing", {"at": ("attn_residual",)})
+
+
+@pytest.mark.slow
 def test_causes_beside_the_records_of_attentions_weights(faulty: Callable[[str], Faulty]) -> None:
     """Where scores and weights [heads, T, T] are recorded, a fault that changes them is named, and causes come in the model's order."""
     engine = faulty("gpt-oss")

@@ -157,18 +157,33 @@ def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=_scaled, params={"by": parameters["scaled"]})
 
 
+def _residual_sums(right: Steps) -> tuple[tuple[str, ...], ...]:
+    """The usual sums, then those that add to the layer's input under another name: all together with the usual ones, and each alone."""
+    others = tuple(dict.fromkeys(kind_of(step) for step in right.values() if _adds_to_input(step, right)))
+    return (*subsets(*_SUMS), *([(*_SUMS, *others), *((kind,) for kind in others)] if others else []))
+
+
+def _adds_to_input(step: Step, right: Steps) -> bool:
+    if step.op is not ops.add or step.inner or kind_of(step) in _SUMS or len(step.reads) != 2:
+        return False
+    try:
+        return layer_input(step, right) in step.names
+    except NotApplicable:
+        return False
+
+
 _EACH = {AT: subsets(*_SUMS)}
 
 FAULTS = (
     Fault(
         name="residual-missing",
-        kinds=_SUMS,
+        kinds=(*_SUMS, "SUM"),
         change=_no_residual,
         what="the residual is not added at {at}",
         symptom="wrong from layer 0, position 0 on; values shrink",
         fix="ffn_inp = attention + input, l_out = feed-forward + ffn_inp",
         seen="blocks rewritten as functions",
-        parameters=_EACH,
+        parameters={AT: _residual_sums},
     ),
     Fault(
         name="branch-missing",

@@ -24,11 +24,16 @@ def reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) ->
     buffered = _positions_last(ours, ref, allowed) or _heads_first(ours, ref, allowed, head_size)
     if buffered is not None or not _same_statistics(ours, ref):
         return buffered
-    rotated = parse(ours.point).kind.startswith(_ROTATED) and not parse(ours.point).kind.startswith("kq")
-    for source, sentence, mapping in _orders(size, head_size, rotated):
+    for source, sentence, mapping in _orders(size, head_size, is_rotated(ours.point)):
         if _fits(ours, ref, source, allowed):
             return Reading(LAYOUT, sentence, mapping.replace("POINT", ours.point), relation=sentence)
     return None
+
+
+def is_rotated(point: str) -> bool:
+    """Whether RoPE pairs the elements of a point's rows, by its name."""
+    kind = parse(point).kind
+    return kind.startswith(_ROTATED) and not kind.startswith("kq")
 
 
 @lru_cache(maxsize=8)
@@ -40,11 +45,11 @@ def _orders(size: int, head_size: int | None, rotated: bool) -> list[tuple[Ints,
         if size % d == 0 and d <= size and d % 2 == 0
     ]
     every = list(dict.fromkeys(heads))
-    pairs, places = list(_pairs(size, every)), list(_places(size, every))
-    return [*pairs, *places] if rotated else [*places, *pairs]  # two interleaved heads look like pairs of neighbours
+    paired, places = list(pairs(size, every)), list(_places(size, every))
+    return [*paired, *places] if rotated else [*places, *paired]  # two interleaved heads look like pairs of neighbours
 
 
-def _pairs(size: int, heads: list[int]) -> Iterator[tuple[Ints, str, str]]:
+def pairs(size: int, heads: list[int]) -> Iterator[tuple[Ints, str, str]]:
     """(the element of the reference at each place of ours, the name of that order, the `--map` line): RoPE's pairs stored otherwise."""
     place = np.arange(size)
     for d in heads:

@@ -26,7 +26,7 @@ from ..run.session import resolve_prompt
 from .arithmetic import Judgement, in_its_arithmetic
 from .bench import IsolationBench, feed
 from .judged_layers import eliminated, graft, judged_layers
-from .remarks import ignored, named, not_checked
+from .remarks import ignored, named, not_checked, other_pairs
 from .request import LIMIT, LIMIT_SOURCE, IsolateRequest, started
 from .standards import foreign_standard
 from .suspicions import as_eight_bits, in_order, of_cache, of_stated_cache, proven_within
@@ -185,6 +185,7 @@ def _judged(request: IsolateRequest, values: WholeValues, running: Reference | N
         graft_from=request.graft or "",
         facts={
             "judge of layers": f"llama.cpp {build['llama_cpp_python']}" if layers else "",
+            "layout": other_pairs(bench.isolators),
             "attention": bench.attention.sentence(),
             "metadata": "; ".join(part for part in (*other_settings(values.dump, request.model), otherwise) if part),
         },

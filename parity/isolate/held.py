@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from ..diff.layouts import is_rotated, pairs
 from ..diff.masked_values import without_masks
+from ..diff.readings import CLEAR
 from ..diff.rounding import beyond_rounding
 from ..diff.scatter import spares_elements
 from .values import row_errors
@@ -77,7 +80,24 @@ class Held(Struct, frozen=True):
     unknown: bool = False  # of some rows nothing can be said: an input has NaN there
     lower: str = ""  # the type to which the right value was rounded, if nothing else is wrong
     arithmetic: str = ""  # that of the definition
+    pairs: str = ""  # the order of RoPE's pairs in which the right value was recorded, if that is another one
+    as_recorded: float = 0.0  # the worst error without that, by the records of its inputs
     in_mode: NDArray[np.float32] | None = None  # what the nearest definition of the mode's own arithmetic makes
+
+    def in_other_pairs(self, name: str, heads: int | None, limit: float) -> "Held | None":
+        """The same if the recorded rows are the right ones with RoPE's pairs stored otherwise in each head; else None."""
+        dumped, right = self.dumped, self.ours
+        if self.unknown or not heads or not is_rotated(name) or dumped.ndim != 2 or right.size != dumped.size:
+            return None
+        width = dumped.shape[1]
+        if width % (2 * heads):
+            return None
+        for order, sentence, _ in pairs(width, [width // heads]):
+            with np.errstate(all="ignore"):  # a foreign engine's values may be as large as they like
+                errors = row_errors(name, right.reshape(dumped.shape)[:, order], dumped, self.positions)
+            if errors.max() <= limit and errors.max() * CLEAR <= self.errors.max():
+                return replace(self, errors=errors, pairs=sentence, as_recorded=float(self.errors.max()))
+        return None
 
     def agrees(self, limit: float) -> bool:
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""

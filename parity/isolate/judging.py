@@ -55,6 +55,8 @@ class Record(Struct):
     lower: str = ""  # the type to which the right value was rounded, where nothing else is wrong with what was recorded
     denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
     read_by: dict[str, None] = field(default_factory=dict)  # operations that read the recorded value, and not the right one
+    pairs: str = ""  # the other order of RoPE's pairs in which the right value was recorded
+    as_recorded: float = 0.0  # NMSE without that; 0 if the record follows from those of its inputs
     reordered: dict[str, float] = field(
         default_factory=dict
     )  # choices that it read in another order; NMSE by the recorded order

@@ -17,22 +17,21 @@ from engine.replay.proof import rounds_activations
 
 from ..diff.rounding import is_rounding, type_of
 from ..diff.scatter import is_scaled, is_scatter
+from ..laws.heads import heads_of
 from .elements import least_energy, sampled_error
+from .epsilons import judge_epsilon
 from .held import Held, errors_beside, errors_beyond, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, as_subject, inputs_named, reads_rows_alone
 from .judging import NOT_FINITE, Judging
-from .looks import OF_THE_WEIGHT, other_epsilon
+from .looks import OF_THE_WEIGHT
 from .numbers import in_words
 from .own_rounding import within_own_rounding
 from .routing import choice_in_layer, other_order, routing_error
-from .values import CACHED, RecordedValue, row_errors, rows_at
+from .values import CACHED, RecordedValue, rows_at
 
 # A norm is one scale per row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
 # known fault, makes only 1e-12 where activations are large.
 _NORM_LIMIT = 1e-12
-# Where activations are even larger, another epsilon is below that: it is recognised by comparison, once a norm with smaller
-# activations has shown it. Rounding doesn't prefer one epsilon to another: ten times closer is not rounding.
-_NEARER = 10.0
 # How much larger the error of a stretch of operations may be than that of one: scores are rounded, and soft max amplifies it. Engines
 # that sum in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random
 # weights); scores of 100, rounded to float32, make it 4e-11.
@@ -128,8 +127,8 @@ class JudgedPass:
         if held.rounds and held.errors.max() <= self._limit(step):
             record.unrounded = max(record.unrounded or 0.0, held.unrounded)
         self._note(step, definitions[-1], held)
-        if step.op in _NORMS:
-            self._judge_epsilon(step, held.inputs, held.dumped, held.positions)
+        if step.op in _NORMS and not held.pairs:
+            judge_epsilon(self._judging, step, held, self._limit(step))
         if self._judging.sample:
             sampled = [sampled_error(definition, held.inputs, held.dumped, self._weights) for definition in definitions]
             if measured := [error for error in sampled if error is not None]:
@@ -146,7 +145,7 @@ class JudgedPass:
                 raise
             return read
         if not held.agrees(limit) or held.unknown:
-            return self._with_others(step, others, float(held.errors.max())) or held
+            return self._with_others(step, others, float(held.errors.max())) or self._in_other_pairs(step, held) or held
         if others:
             held = self._weighed(step, held, others)
         if (routing := self._program.routing.get(step.makes)) and held.ours.shape == held.dumped.shape:
@@ -156,16 +155,20 @@ class JudgedPass:
         return held
 
     def _weighed(self, step: Step, held: Held, others: Mapping[str, RecordedValue]) -> Held:
-        """A step that agrees with the records of its inputs. This is noted as evidence for them, unless it agrees with other values as
-        well."""
-        choices = [name for name in others if name in self._program.routing and not self._judging.records[name].wrong]
+        """A step that agrees with the records of its inputs: evidence for them, unless it agrees with other values as well."""
+        records = self._judging.records
+        choices = [name for name in others if name in self._program.routing and not records[name].wrong]
         for name in choices:
-            self._judging.records[name].read_by[step.makes] = None
+            records[name].read_by[step.makes] = None
         others = {name: value for name, value in others.items() if name not in choices}
+        paired = {name: value for name, value in others.items() if records[name].pairs}
+        if either := self._agreeing(step, self._held_by(step, paired)) if paired else None:
+            self._deny(step, paired)  # scores of queries and keys that are both in another order are the same
+            return replace(either, as_recorded=0.0) if either.pairs else held
         instead = self._held_by(step, others) if others else None
         if instead is None or not instead.agrees(self._limit(step)):
             for name in others:
-                self._judging.records[name].read_by[step.makes] = None
+                records[name].read_by[step.makes] = None
             return held
         if type_of(held.dumped) and instead.ours.size == self._live[step.makes].data.size:
             # Both were rounded, as a cache's rows are with the values that it keeps: those who read it may have read either.
@@ -234,17 +237,31 @@ class JudgedPass:
         then all together. `error` is that by the records.
         """
         for names in [*([name] for name in others), *([list(others)] if len(others) > 1 else [])]:
-            held = self._held_by(step, {name: others[name] for name in names})
-            if held is None or not held.agrees(self._limit(step)) or held.unknown:
+            held = self._agreeing(step, self._held_by(step, {name: others[name] for name in names}))
+            if held is None:
                 continue
+            self._deny(step, {name: others[name] for name in names})
             for name in names:
-                self._judging.records[name].denied_by[step.makes] = None
                 if name in self._program.routing and not self._judging.records[name].wrong:
                     self._judging.records[step.makes].reordered[name] = error
-                if name in self._memory.past:
-                    self._memory.past[name][-1] = others[name]  # later passes read it, too
             return held
         return None
+
+    def _agreeing(self, step: Step, held: Held | None) -> Held | None:
+        """A compared step if it agrees, as it was recorded or with RoPE's pairs in another order; else None."""
+        if held is None or held.unknown:
+            return None
+        return held if held.agrees(self._limit(step)) else self._in_other_pairs(step, held)
+
+    def _in_other_pairs(self, step: Step, held: Held) -> Held | None:
+        return held.in_other_pairs(step.makes, heads_of(self._program.producers, step.makes), self._limit(step))
+
+    def _deny(self, step: Step, others: Mapping[str, RecordedValue]) -> None:
+        """Note that a step read these values, and not the recorded ones."""
+        for name, value in others.items():
+            self._judging.records[name].denied_by[step.makes] = None
+            if name in self._memory.past:
+                self._memory.past[name][-1] = value  # later passes read it, too
 
     def _held_by(self, step: Step, others: Mapping[str, RecordedValue]) -> Held | None:
         """A step compared using other values of some inputs than the recorded ones; None if an input is not known."""
@@ -282,10 +299,10 @@ class JudgedPass:
         errors, positions = held.errors, held.positions
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
-        if nmse > limit and held.ours.size == self._live[step.makes].data.size:
+        if (nmse > limit or held.pairs) and held.ours.size == self._live[step.makes].data.size:
             self._right[step.makes] = self._in_place(step.makes, held.ours)
-        if nmse > limit and held.lower:
-            record.lower = held.lower
+        record.pairs, record.as_recorded = record.pairs or held.pairs, max(record.as_recorded, held.as_recorded)
+        record.lower = held.lower if nmse > limit and held.lower else record.lower
         if held.arithmetic:
             record.arithmetics[held.arithmetic] = None
         if nmse > limit and not held.lower:
@@ -311,22 +328,6 @@ class JudgedPass:
         if step.makes in self._judging.stretches:
             return STRETCH * self._judging.limit
         return _NORM_LIMIT if step.op in _NORMS and self._judging.limit <= 1e-10 else self._judging.limit
-
-    def _judge_epsilon(
-        self, step: Step, inputs: Sequence[NDArray[np.float32]], dumped: NDArray[np.float32], positions: NDArray[np.int64]
-    ) -> None:
-        """Compare a norm with the epsilons that other norms have shown, or learn one from it."""
-        record = self._judging.records[step.makes]
-        if record.wrong:
-            eps = other_epsilon(step, viewed(step.reads[0], inputs[0]), dumped, self._weights, self._limit(step))
-            self._judging.epsilons |= {eps} if eps is not None else set()
-            return
-        for eps in sorted(self._judging.epsilons):
-            with_eps = compute(replace(step, params={**step.params, "eps": eps}), inputs, self._weights)
-            error = float(row_errors(step.makes, with_eps, dumped, positions).max())
-            if error * _NEARER < record.nmse:
-                record.wrong = True
-                record.reason = f"closer with an epsilon of {eps:.2g}, as in other norms, than with {step.params['eps']:.2g}"
 
     def _aligned(self, step: Step, source: Inputs) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
         """The step's inputs and output at the positions that all of them have.

@@ -44,7 +44,9 @@ class Isolator(Judging, dict=True):
     def proven(self) -> frozenset[str]:
         """Points that follow from their inputs, as far as they could be judged."""
         return frozenset(
-            name for name, record in self.records.items() if record.nmse >= 0 and not record.wrong and not record.lower
+            name
+            for name, record in self.records.items()
+            if record.nmse >= 0 and not record.wrong and not record.lower and (not record.pairs or self._settled(name))
         )
 
     def unknown(self) -> frozenset[str]:
@@ -72,6 +74,8 @@ class Isolator(Judging, dict=True):
         if record.nmse < 0:
             return judged
         status, reason = self._verdict(step.makes, record)
+        if record.pairs and not record.wrong:
+            return self._in_other_pairs(judged, record)
         misread = [name for name in record.reordered if not self._recorded_in_another_order(name)]
         return replace(
             judged,
@@ -101,6 +105,28 @@ class Isolator(Judging, dict=True):
         if self._recorded_in_another_order(name):
             return PROVEN, f"recorded in another order than {denied} read it"
         return PROVEN, self._together(name, record)
+
+    def _in_other_pairs(self, judged: Operation, record: Record) -> Operation:
+        """The verdict on a right value in another order, which the record alone may have: then all readers agree with llama.cpp's order."""
+        found = replace(judged, nmse=record.nmse, position=record.position, passes=record.passes, sampled=record.sampled)
+        if self._settled(judged.name):
+            reason = f"recorded as {record.pairs}: {listed_readers(record.denied_by)} agree with llama.cpp's order"
+            return replace(found, status=PROVEN, reason=reason)
+        if not record.as_recorded:
+            return replace(found, status=PROVEN, reason="")
+        reason = f"the right values stand in another order: {record.pairs}"
+        return replace(found, status=WRONG, nmse=record.as_recorded, reason=reason)
+
+    def recorded_otherwise(self) -> list[str]:
+        """Points whose right values were recorded with RoPE's pairs in another order."""
+        return [name for name, record in self.records.items() if record.pairs and not record.wrong and self._settled(name)]
+
+    def _settled(self, name: str) -> bool:
+        """Whether everything made from a value that was recorded in another order of RoPE's pairs had the right one, to the end."""
+        record = self.records[name]
+        if record.read_by or not record.denied_by:
+            return False
+        return all(not self.records[reader].pairs or self._settled(reader) for reader in record.denied_by)
 
     @property
     def _recorders_types(self) -> set[str]:

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, Operation
+from checkpoints.points import parse
 from engine.transformer import Transformer
 from reference.client import Reference
 from reference.jobs import NATIVE
 from reports.numbers import count
 
 from ..run.graphs import not_as_the_file_says
+from .operation import Isolator
 
 
 def named(transformer: Transformer) -> str:
@@ -37,3 +39,13 @@ def not_checked(operations: Sequence[Operation], passes: int, kv_type: str, *, f
         yield "a KV cache of F16 (--kv-type f16)"
     if not foreign:
         yield "flash attention and other backends than the CPU"
+
+
+def other_pairs(isolators: Sequence[Isolator]) -> str:
+    """Which right values were recorded with RoPE's pairs in another order, as a sentence; "" if none were."""
+    kinds: dict[str, dict[str, None]] = {}
+    for isolator in isolators:
+        for name in isolator.recorded_otherwise():
+            kinds.setdefault(isolator.records[name].pairs, {})[parse(name).kind] = None
+    agree = "what is made from them had llama.cpp's order (rope_pairs in a --map file settles it)"
+    return "; ".join(f"{', '.join(names)} recorded as {pairs}: {agree}" for pairs, names in kinds.items())
