@@ -36,13 +36,14 @@ def keeping(steps: Sequence[Step], factor: float) -> list[Step]:
     return [by(step) for step in steps]
 
 
+@pytest.mark.parametrize("size", [16, 1 << 20])
 @pytest.mark.parametrize(("factor", "open_"), [(1.0, True), (1.1, False)])
-def test_a_cache_in_fp8_blames_no_operation(engine: Faulty, factor: float, *, open_: bool) -> None:
+def test_a_cache_in_fp8_blames_no_operation(engine: Faulty, factor: float, size: int, *, open_: bool) -> None:
     """What was read from it differs by noise of that size at every position, which diff leaves open with the model as without; 1.1 times as
     large it is a fault.
     """
     steps = keeping(engine.right, factor)
-    ours, right = (engine.dump(RIGHT, PROMPT, points="*", size=16, bare=False, steps=of) for of in (steps, engine.right))
+    ours, right = (engine.dump(RIGHT, PROMPT, points="*", size=size, bare=False, steps=of) for of in (steps, engine.right))
     ours = unstated(ours)
     assert ours.header is not None
     ours = replace(ours, header=replace(ours.header, kv_type=""))

@@ -145,6 +145,9 @@ def test_a_wrong_argument_is_an_error_and_no_crash(more: tuple[str, ...], reason
     program = compiled(tmp_path / "t.c", tmp_path / "t", "-std=gnu99", "-fsanitize=address,undefined", "-g")
     done = subprocess.run([program, tmp_path / "c.jsonl", *more], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout[: len(reason)]) == (3, reason), done.stderr
+    for word in ("BF16", "fp16", "Float32"):  # which readers know
+        done = subprocess.run([program, tmp_path / "c.jsonl", word], capture_output=True, text=True, check=False)
+        assert done.stdout == ""
 
 
 @needs_gcc

@@ -16,6 +16,9 @@ MAIN = """
 mod parity_dump;
 fn main() -> std::io::Result<()> {
     assert!(parity_dump::Recorder::create("refused.jsonl", "m", &[], "fp4", 24).is_err());
+    for word in ["", "BF16", "fp16", "float32"] {
+        assert!(parity_dump::Recorder::create("accepted.jsonl", "m", &[], word, 24).is_ok());
+    }
     let mut tap = parity_dump::Recorder::create("rust.jsonl", "m\\"n\\u{301}\\u{1}", &[1, 2, 3], "f32", 24)?;
     tap.only("blk.5.l_out,logits");
     tap.checkpoint("blk.5.l_ou", 0, &[1.0])?;

@@ -46,6 +46,7 @@ CASES: dict[str, Change] = {
     ),
     "each block of 32 is the file's times a factor of its own: the scale of another block": _other_scales,
     "the file's rows in another order": _in_eight_bits,
+    "nothing known gives these values": lambda w: w * (1.001 + 1e-3 * np.random.default_rng(0).random(w.shape)),
 }
 
 

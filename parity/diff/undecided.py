@@ -264,8 +264,9 @@ def _noise_everywhere(records: Records, number: int, most: float, some: Bools | 
     if not EXACT_FLOOR.operations < errors.min() <= errors.max() <= min(SIMILAR * errors.min(), most):
         return False
     values = prepare(records.pairs[number])
-    # Every position has read the first rows of a cache: they are one sample.
-    a, b = np.unique(np.stack(without_infinities(values.a[rows], values.b[rows])), axis=1).astype(np.float64)
+    both = np.stack(without_infinities(values.a[rows], values.b[rows]))
+    # Every position has read the first rows of a cache: they are one sample. Later positions have read further ones, if rows are whole.
+    a, b = np.unique(both[:, :, np.isfinite(both).all(axis=(0, 1))], axis=1).astype(np.float64)
     return values.index is None and is_scatter(a, b) and not spares_elements(a - b, b, np.ones(a.shape, dtype=np.bool_))
 
 

@@ -355,17 +355,26 @@ static inline int parity__written(parity_dump *d) {
     return 0;
 }
 
+/* Whether an ASCII word is `known`, which is in small letters, in letters of any size. */
+static inline int parity__same_word(const char *word, const char *known) {
+    for (; *word && *known; word++, known++)
+        if (*word != *known && (*word < 'A' || *word > 'Z' || *word - 'A' + 'a' != *known)) return 0;
+    return *word == *known;
+}
+
 /* The first line: which engine, which model file's name, how many layers, the prompt's token ids, and the arithmetic of its products
  * ("f32", "tf32", "f16", "bf16", or "q8" if activations are rounded to 8 bits): the limits of the comparison follow from it. NULL,
  * if it really is not known, makes the limits loose. Other unknown numbers are 0, unknown texts NULL. */
 static inline int parity_header(parity_dump *d, const char *engine, const char *model, int layers, const int *tokens,
                                 int n_tokens, const char *compute) {
-    static const char *const known[] = {"f64", "f32", "tf32", "f16", "bf16", "q8"};
+    static const char *const known[] = {"f64", "f32", "tf32", "f16", "bf16", "q8", "float64", "fp64", "double", "float32", "fp32", "float",
+                                        "single", "tensorfloat32", "float16", "fp16", "half", "bfloat16", "int8"};
+    const int words = (int)(sizeof known / sizeof known[0]);
     int i, result;
     if (!d) return -1;
     if (!tokens && n_tokens > 0) return parity__refuse(d, "parity_header", "a number of tokens, but no tokens");
-    for (i = 0; compute && i < 6 && strcmp(compute, known[i]) != 0; i++);
-    if (compute && i == 6) return parity__refuse(d, "parity_header", "compute is not known: write f64, f32, tf32, f16, bf16, q8, or NULL");
+    for (i = 0; compute && i < words && !parity__same_word(compute, known[i]); i++);
+    if (compute && i == words) return parity__refuse(d, "parity_header", "compute is not known: write f64, f32, tf32, f16, bf16, q8, or NULL");
     parity__lock(d);
     fputs("{\"type\":\"header\",\"format\":1,\"source\":", d->file);
     parity__text(d->file, engine ? engine : "unknown");

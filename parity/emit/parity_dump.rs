@@ -1,6 +1,6 @@
 //! Write checkpoints of a Rust engine for `parity diff` and `parity lint`. No dependency. Printed by `parity emit rust`.
 //!
-//!     // the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"), and how many leading values each record holds
+//!     // the arithmetic of your products ("f32", "tf32", "f16", "bf16", "q8"; "" if it is not known), and how many leading values each record holds
 //!     let mut tap = parity_dump::Recorder::create("ours.jsonl", "my-model", &tokens, "f32", 16)?;
 //!     tap.only(&points); // what {points} of `parity run --exec` gives; without it, all
 //!     tap.pass(step, decode); // before each forward pass, from 0: for `parity consistency`
@@ -34,13 +34,17 @@ fn quoted(text: &str) -> String {
     json + "\""
 }
 
-/// What `compute` may be.
+/// What `compute` may be; readers know the other words for these, too.
 const ARITHMETIC: [&str; 6] = ["f64", "f32", "tf32", "f16", "bf16", "q8"];
+const OTHER_WORDS: [&str; 13] =
+    ["float64", "fp64", "double", "float32", "fp32", "float", "single", "tensorfloat32", "float16", "fp16", "half", "bfloat16", "int8"];
 
 impl Recorder {
     pub fn create(path: &str, model: &str, tokens: &[u32], compute: &str, slice: usize) -> Result<Self> {
-        if !ARITHMETIC.contains(&compute) {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("compute is {compute:?}: write one of {}", ARITHMETIC.join(", "))));
+        let word = compute.to_ascii_lowercase();
+        if !(word.is_empty() || ARITHMETIC.contains(&word.as_str()) || OTHER_WORDS.contains(&word.as_str())) {
+            let known = ARITHMETIC.join(", ");
+            return Err(Error::new(ErrorKind::InvalidInput, format!("compute is {compute:?}: write one of {known}, or \"\" if it is not known")));
         }
         let mut out = BufWriter::new(File::create(path)?);
         writeln!(out, "{{\"type\":\"header\",\"format\":1,\"source\":\"rust\",\"model\":{{\"name\":{}}},\"tokens\":{tokens:?},\"compute\":\"{compute}\",\"slice\":{slice}}}", quoted(model))?;

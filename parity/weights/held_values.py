@@ -90,7 +90,7 @@ def _rescaled(loaded: Floats, right: Floats, block: int) -> bool:
 
 
 def _reordered(loaded: Floats, right: Floats, columns: int) -> bool:
-    """Whether each row is one of the file's, and no two the same one: recognised by direction, so that rounded rows are, too."""
+    """Whether each row is one of the file's, no two the same, not each its own: known by direction, so that rounded rows are, too."""
     rows = len(loaded) // columns
     if not 1 < rows <= _ROWS or columns < _PROBE or len(loaded) % columns or not np.isfinite(loaded).all():
         return False
@@ -100,4 +100,5 @@ def _reordered(loaded: Floats, right: Floats, columns: int) -> bool:
         return False
     alike = (held / sizes[0][:, None]) @ (wide / sizes[1][:, None]).T
     source = alike.argmax(axis=1)
-    return len(set(source.tolist())) == rows and bool((alike.max(axis=1) > _ALIKE).all())
+    moved = bool((source != np.arange(rows)).any())
+    return moved and len(set(source.tolist())) == rows and bool((alike.max(axis=1) > _ALIKE).all())
