@@ -16,7 +16,7 @@ from .first import BLAMED
 from .limits import COMPUTES, EXACT_FLOOR, FUTURE_MASS, GROWTH, LARGEST_ROUNDING, limits
 from .noise import BEYOND
 from .one_factor import beside_cut_digits
-from .operations import MIXING, recurrent
+from .operations import MIXING, NORMS, recurrent
 from .records import Records
 from .rounding import beyond_rounding, type_of
 from .routing import may_have_flipped
@@ -318,15 +318,17 @@ def _kept(records: Records, name: str) -> str:
 
 
 def _amplified(records: Records, name: str) -> str:
-    """A sentence if a recurrence may have amplified a lower arithmetic's error at single positions; otherwise empty.
+    """A sentence if a recurrence or a norm may have amplified a lower arithmetic's error at single positions; otherwise empty.
 
     The sum that a state is read with may nearly cancel at one position, and a norm after it divides by what is left. A right F16 engine of
-    qwen3next was 1.9e-3 off at one of nine positions, and 1e-5 at the others (benchmarks/right_engines.py --from 2074).
+    qwen3next was 1.9e-3 off at one of nine positions, and 1e-5 at the others (benchmarks/right_engines.py --from 2074), one of bailingmoe3
+    1.4e-4 at one of six, at the norm of a head of what its recurrence gives (--from 815000).
     """
     stretch = records.flow.between(name)
     if records.limits.operations <= EXACT_FLOOR.operations or stretch is None:
         return ""
-    if not any(map(recurrent, records.flow.operations(stretch.nodes))):
+    operations = records.flow.operations(stretch.nodes)
+    if not (any(map(recurrent, operations)) or operations & NORMS):
         return ""
     number = records.names.index(name)
     errors, failed = records.measures.nmse[records.point == number], records.failed[records.point == number]
@@ -336,6 +338,6 @@ def _amplified(records: Records, name: str) -> str:
     ):
         return ""
     return (
-        "noise at every position and more at single ones, where the recurrence may amplify it: a fault, or the cost of lower arithmetic in "
-        "this model (--model M.gguf measures it)"
+        "noise at every position and more at single ones, where a recurrence or a norm may amplify it: a fault, or the cost of lower "
+        "arithmetic in this model (--model M.gguf measures it)"
     )
