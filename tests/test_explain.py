@@ -155,7 +155,7 @@ def test_equal_patterns_of_windows_are_named(engine: Faulty) -> None:
     case = Case(only(engine, ("no-gate", {}, None)), engine.model, ExplainOptions())
     state = case.screening(case.entries, Budget(60)).start()
     first, other = (Candidate(CATALOGUE["window-pattern"], {"pattern": (every, "first")}) for every in (4, 5))
-    assert "tell window-pattern (5 layers the first) apart" in apart(case, state, first, [other], Budget(60))
+    assert "window-pattern (5 layers the first) gives the same" in apart(case, state, first, [other], Budget(60))
 
 
 @pytest.mark.parametrize(
