@@ -1,4 +1,4 @@
-"""`parity explain` in the terminal and as JSON, and the catalogue as a list."""
+"""`parity explain` in the terminal and as JSON."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -340,14 +340,3 @@ def _place_as_json(place: DivergentPlace | None) -> dict[str, Any] | None:
         return None
     nmse = place.nmse if place.nmse != float("inf") else "Infinity"
     return {"checkpoint": place.checkpoint, "token_idx": place.token_idx, "nmse": nmse, "limit": place.limit}
-
-
-def catalogue_lines(faults: Sequence[tuple[str, str, str, str, str]], width: int) -> Iterator[Text]:
-    """The catalogue: group, name, symptom, fix and where it was seen of each fault."""
-    group = ""
-    for of, name, symptom, fix, seen in faults:
-        if of != group:
-            yield Text(of, style="bold")
-            group = of
-        yield Text(f"  {name}")
-        yield from labelled([("looks", symptom), ("fix", fix), ("seen in", seen)], width, label=9, indent=4)

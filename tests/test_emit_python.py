@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 
 from checkpoints.jsonl import Writer
 from checkpoints.reading.reader import read
+from checkpoints.reading.words import KNOWN_ARITHMETIC, compute
 from checkpoints.record import Header, ModelInfo
 from checkpoints.summary import summarise
 from parity.emit import source
@@ -291,3 +293,16 @@ def test_a_norm_has_its_name_from_those_beside_it(
     dump = read(tmp_path / "d.jsonl")
     assert sorted(dump.points, key=points.index) == points
     assert [float(dump.points[name].values[0, 0]) for name in points] == list(range(len(points)))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("c", r"\*const known\[\] = \{(.*?)\};"), ("rust", r"ARITHMETIC: .*?= \[(.*?)\];.*?= *\n? *\[(.*?)\];")],
+)
+def test_recorders_take_the_words_that_readers_know(name: str, pattern: str) -> None:
+    """The lists in C and Rust are the reader's: a word that one of them lacks would be refused, or found out after the run."""
+    found = re.search(pattern, source(name), re.DOTALL)
+    assert found is not None
+    words = set(re.findall(r'"(\w+)"', " ".join(found.groups())))
+    assert all(compute(word) for word in words)
+    assert words == set(KNOWN_ARITHMETIC)

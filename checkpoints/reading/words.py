@@ -10,7 +10,7 @@ _FLOATS = {
     "bf16": ("bf16", "bfloat16"),
 }
 _SPELLINGS = {spelling: word for word, spellings in _FLOATS.items() for spelling in spellings}
-_COMPUTES = {**_SPELLINGS, "q8": "q8", "int8": "q8", "i8": "q8"}
+KNOWN_ARITHMETIC = {**_SPELLINGS, "q8": "q8", "int8": "q8", "i8": "q8"}
 _MODES = {"exact": "exact", "native": "native"}
 _CACHES = {word: name for word, name in _SPELLINGS.items() if name != "tf32"}
 # ggml's quantised types, the mixtures of llama.cpp's file types, and the small floats that other engines keep caches in.
@@ -33,7 +33,7 @@ def compute(text: str) -> str:
     Raises:
         ValueError: another word.
     """
-    return _known(text, "compute", _COMPUTES)
+    return _known(text, "compute", KNOWN_ARITHMETIC)
 
 
 def kv_type(text: str) -> str:

@@ -63,11 +63,16 @@ def _masked(
         later = key_positions[None, :] > positions[:, None]
         allowed = allowed & (later | visible(positions, key_positions, window=window, size=size))
     shifted = np.where(allowed, scores * np.float32(scale), np.float32(-np.inf))
-    largest = shifted.max(axis=-1, keepdims=True)
+    return _soft_max(shifted, sinks)
+
+
+def _soft_max(scores: Array, sinks: Array | None) -> Array:
+    """Weights of scores [H, T, S], −∞ where a key is not seen; a row that sees none is NaN, as in any engine."""
+    largest = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
         largest = np.maximum(largest, sinks[:, None, None])
     with np.errstate(invalid="ignore"):
-        weights = np.exp(shifted - largest)
+        weights = np.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
         if sinks is not None:
             total = total + np.exp(sinks[:, None, None] - largest)
@@ -92,14 +97,7 @@ def _by_product(
     scaled = scores * np.float32(scale)
     scaled = np.where(seen, scaled, np.float32(0)) if masked == _SCORES else scaled
     scaled = np.where((key_passes[None, :] <= passes[:, None])[None], scaled, np.float32(-np.inf))
-    largest = scaled.max(axis=-1, keepdims=True)
-    if sinks is not None:
-        largest = np.maximum(largest, sinks[:, None, None])
-    weights = np.exp(scaled - largest)
-    total = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
-    if sinks is not None:
-        total = total + np.exp(sinks[:, None, None] - largest)
-    weights = weights * (1.0 / total).astype(np.float32)
+    weights = _soft_max(scaled, sinks)
     return weights if masked == _SCORES else np.where(seen, weights, np.float32(0))
 
 

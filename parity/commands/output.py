@@ -60,7 +60,7 @@ def catalogue_as(output_format: Format) -> None:
         return
     from rich.console import Console
 
-    from reports.explanation import catalogue_lines
+    from reports.catalogue import catalogue_lines
     from reports.header import print_lines
 
     console = Console()

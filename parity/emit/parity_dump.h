@@ -368,7 +368,7 @@ static inline int parity__same_word(const char *word, const char *known) {
 static inline int parity_header(parity_dump *d, const char *engine, const char *model, int layers, const int *tokens,
                                 int n_tokens, const char *compute) {
     static const char *const known[] = {"f64", "f32", "tf32", "f16", "bf16", "q8", "float64", "fp64", "double", "float32", "fp32", "float",
-                                        "single", "tensorfloat32", "float16", "fp16", "half", "bfloat16", "int8"};
+                                        "single", "tensorfloat32", "float16", "fp16", "half", "bfloat16", "int8", "i8"};
     const int words = (int)(sizeof known / sizeof known[0]);
     int i, result;
     if (!d) return -1;

@@ -36,8 +36,8 @@ fn quoted(text: &str) -> String {
 
 /// What `compute` may be; readers know the other words for these, too.
 const ARITHMETIC: [&str; 6] = ["f64", "f32", "tf32", "f16", "bf16", "q8"];
-const OTHER_WORDS: [&str; 13] =
-    ["float64", "fp64", "double", "float32", "fp32", "float", "single", "tensorfloat32", "float16", "fp16", "half", "bfloat16", "int8"];
+const OTHER_WORDS: [&str; 14] =
+    ["float64", "fp64", "double", "float32", "fp32", "float", "single", "tensorfloat32", "float16", "fp16", "half", "bfloat16", "int8", "i8"];
 
 impl Recorder {
     pub fn create(path: &str, model: &str, tokens: &[u32], compute: &str, slice: usize) -> Result<Self> {

@@ -7,7 +7,7 @@ import checkpoints
 
 _MODULES = ("errors", "record", "points", "summary", "lines", "reading/words")  # each one needs only those before it
 
-_RECORDER = ("cuda_driver", "graph_kernel", "graph_rows", "graphs", "head_rows", "recorder")  # beside this file
+_RECORDER = ("cuda_driver", "graph_kernel", "graph_rows", "graphs", "head_rows", "injected", "recorder")  # beside this file
 
 # Our data classes are msgspec's, which an engine's environment may lack: in the printed file they are the standard library's.
 _STRUCTS = '''from dataclasses import asdict as as_dict, dataclass, field, replace

@@ -19,6 +19,7 @@ from checkpoints.summary import summarise
 from .cuda_driver import is_captured
 from .graphs import Graphs
 from .head_rows import HeadRows
+from .injected import to_inject
 
 
 def to_host(value: Any) -> NDArray[np.float32]:
@@ -50,32 +51,6 @@ def _arithmetic(word: str) -> str:
         ValueError: no reader of dumps knows it: better said before the engine runs than when its dump is read.
     """
     return compute(word)
-
-
-def _to_inject(path: str) -> "dict[str, tuple[int, NDArray[np.float32]]]":
-    """Point -> first position and rows [T, n] of a file of values to inject: a line "PARITY-INJECT 1", then for each point a line
-    "name first rows width" and rows × width float32, little-endian.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is not such a file.
-    """
-    values: dict[str, tuple[int, NDArray[np.float32]]] = {}
-    if not path:
-        return values
-    with open(path, "rb") as file:  # noqa: PTH123
-        if file.readline(128) != b"PARITY-INJECT 1\n":
-            raise ValueError(f"{path}: not a file of values to inject")
-        size = os.fstat(file.fileno()).st_size
-        while line := file.readline(128):
-            words = line.split()
-            if len(words) != 4 or not all(word.isdigit() for word in words[1:]):
-                raise ValueError(f"{path}: damaged")
-            first, rows, width = (int(word) for word in words[1:])
-            if not 0 < 4 * rows * width <= size - file.tell():
-                raise ValueError(f"{path}: cut short")
-            data = file.read(4 * rows * width)
-            values[words[0].decode()] = (first, np.frombuffer(data, "<f4").reshape(rows, width))
-    return values
 
 
 def _like(value: Any, host: "NDArray[np.float32]") -> Any:
@@ -169,7 +144,7 @@ class Recorder:
         self.tokens = 0
         self._next: dict[tuple[str, int], int] = {}
         self._passes: dict[tuple[str, int], int] = {}
-        self._given = _to_inject(os.environ.get("PARITY_INJECT", ""))
+        self._given = to_inject(os.environ.get("PARITY_INJECT", ""))
         self._injected: dict[str, int] = {}
         self._lock = threading.RLock()
         self._place: Any = None

@@ -10,7 +10,8 @@ from .likely import Likely
 from .screening import Screening
 from .state import SearchState
 
-# Part of a fault's change of its layer's output by which another candidate's output may differ, squared: equal numbers differ by rounding.
+# Part of a fault's change of its layer's output by which another candidate's output may differ, squared. A choice: equal numbers differ by
+# rounding, and those who pass are compared at every record.
 _NEAR = 0.25
 
 

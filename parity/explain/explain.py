@@ -155,9 +155,8 @@ def _of_all_records(
     )
     if further is not None:
         return further
-    if said and type_of_rows(
-        best
-    ):  # an engine that computes in a lower type rounds the rows that it looks up, which is no fault
+    if said and type_of_rows(best):
+        # An engine that computes in a lower type rounds the rows that it looks up, too: that is no fault.
         best, answer = start, answer_of(case, search, start, start)
     notes = (*case.notes, *(() if settled else case.noise), *((CHOSEN_OTHERWISE,) if excused else ()), *said)
     if answer.causes or kinds:

@@ -1,0 +1,24 @@
+"""Memory that was read as floats has no explanation."""
+
+import numpy as np
+import pytest
+from explaining import PROMPT, edited, names
+from planted import Faulty
+
+from parity.explain.explain import ExplainOptions, explain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_garbage_of_any_size_has_no_law_and_no_lead(engine: Faulty, size: float) -> None:
+    """Memory that was read as floats: all tiny numbers are near 0 times the right ones, and of an error of 10^40 nearly all disappears with
+    whatever makes usual values; neither says anything."""
+    garbage = np.random.default_rng(3).normal(0, size, (len(PROMPT), 1024)).astype(np.float32)
+    explanation = explain(
+        edited(engine, "output_norm", lambda x: garbage[: len(x), : x.shape[1]]), engine.model, ExplainOptions()
+    )
+    assert (explanation.law, [lead for lead in explanation.leads if lead.removed is not None], names(explanation)) == (
+        "",
+        [],
+        [],
+    )
