@@ -145,6 +145,8 @@ def reasons(verdict: Verdict) -> Iterator[tuple[str, str]]:
             else f"its first {count(agreement.positions, 'position')}"
         )
         between = _between(agreement.checkpoint, verdict.first_divergence)
+        if between and any(item.checkpoint == agreement.checkpoint and not item.whole for item in verdict.seen):
+            between += f", or in what was not recorded of {clean(agreement.checkpoint)}"
         yield "last agreement", f"{clean(agreement.checkpoint)}, {where}{between}"
     if verdict.operation:
         yield "operation", clean(verdict.operation)

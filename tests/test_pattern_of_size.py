@@ -62,6 +62,34 @@ def test_a_constant_is_said_as_one(right: Dump) -> None:
     )
 
 
+def exchanged(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Elements 5 and 6 in each other's place."""
+    values = values.copy()
+    values[:, [5, 6]] = values[:, [6, 5]]
+    return values
+
+
+def test_a_law_of_all_recorded_elements_is_said(right: Dump) -> None:
+    """Two elements that are exchanged, and a vector that is added at every position, are said as such, not as another layer's weights."""
+    vector = np.random.default_rng(5).normal(0, 1, right.points["logits"].values.shape[1]).astype(np.float32)
+    assert pattern(right, {"logits": exchanged}).endswith("agree: elements 5 and 6 are exchanged; the others are right")
+    assert "has the same vector added at every position" in pattern(right, {"logits": lambda values: values + vector})
+
+
+def test_where_most_elements_are_right_no_matrix_is_transposed(right: Dump) -> None:
+    """Three large wrong elements without a law, other ones at each position, make the error of unrelated rows, but not their values."""
+
+    def some(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        values, rng = values.copy(), np.random.default_rng(5)
+        for row in values:
+            row[rng.permutation(16)[:3]] = rng.normal(0, 20, 3)
+        return values
+
+    sentence = pattern(right, {"logits": some})
+    assert "transposed" not in sentence
+    assert "some of its rows or blocks" in sentence
+
+
 def test_a_small_error_is_no_transposed_matrix(right: Dump) -> None:
     """Rows that are a few per cent off are not those of unrelated weights; rows in another order are."""
     rng = np.random.default_rng(5)

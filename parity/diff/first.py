@@ -12,9 +12,10 @@ from checkpoints.record import Rows
 from reports.sentences import GROWN
 
 from .dataflow import Stretch
+from .law_of_values import law_of_values, most_are_right
 from .limits import EXACT_FLOOR, FUTURE_MASS, JUMP, LARGEST_ROUNDING
 from .next_points import next_points, points_value
-from .operations import BEHIND, ELEMENTWISE, FAR, NEAR, noun
+from .operations import BEHIND, ELEMENTWISE, FAR, NEAR, SOME, noun
 from .pattern import Evidence, diagnose
 from .readings import LAYOUT, Allowed, Others, common_length, head_size_of
 from .records import Records
@@ -67,7 +68,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         advice = points_value(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
         every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
         wider = max(every, default=None)
-        operation = _not_seen(name, unseen)
+        operation = _not_seen(name, unseen) + _too(records, first, unseen)
     elif name in records.unconfirmed:
         readers = records.flow.of_readers.children[name][:3]
         operation = (
@@ -128,6 +129,23 @@ def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
         for item in unseen[:3]
     )
     return f"{name}, or one of its inputs: only {what} were recorded, and these agree"
+
+
+def _too(records: Records, first: int, unseen: Sequence[Seen]) -> str:
+    """A remark if all else that is made from the one input that was seen in part, and was compared there, differs as well; else ""."""
+    if len(unseen) > 1:
+        return ""
+    name, source = records.names[records.point[first]], unseen[0].checkpoint
+    here = (records.seq == records.seq[first]) & (records.token_idx == records.token_idx[first])
+    compared = {records.names[number] for number in records.point[here & records.trusted]}
+    # A sum with a long residual stream may hide in it what its other summand has.
+    others = [child for child in records.flow.children[source] if child != name and records.flow.mixes(source, child)]
+    others = [child for child in others if child in compared]
+    wrong = {records.names[number] for number in records.point[here & records.failed & ~records.upstream.failed]}
+    if not others or not wrong.issuperset(others):
+        return ""
+    differ = "differ" if len(others) > 1 else "differs"
+    return f"; {' and '.join(others[:3])}, computed from it, {differ}, too: most likely the rest of {source}"
 
 
 def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:
@@ -203,6 +221,7 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
             gradual=_gradual(records, here),
             zero=zero,
             stated=records.stated,
+            law=law_of_values(records, failing) if settled else "",
             differs=_how_far(records, failing),
             unclear=_unclear(records, here, failing),
         )
@@ -210,11 +229,13 @@ def _pattern(records: Records, first: int, stretch: Stretch | None, settled: boo
 
 
 def _how_far(records: Records, failing: Ints) -> str:
-    """How the rows of these records differ: as far as unrelated ones, less than that, or only behind the recorded elements."""
+    """How the rows of these records differ: as far as unrelated ones, less, in some elements, or only behind the recorded ones."""
     recorded, whole = records.measures.nmse_slice[failing], records.measures.nmse[failing]
     if ((recorded <= records.limit[failing]) & (recorded * _ALIKE < whole)).all():
         return BEHIND
-    return NEAR if (whole < UNRELATED).all() else FAR
+    if (whole < UNRELATED).all():
+        return NEAR
+    return SOME if most_are_right(records, failing) else FAR
 
 
 def _unclear(records: Records, here: Ints, failing: Ints) -> bool:

@@ -52,14 +52,14 @@ def recurrent(op: str) -> bool:
 
 
 # How a wrong row differs: as far as unrelated values do, less than that, or only in elements that were not recorded.
-FAR, NEAR, BEHIND = "far", "near", "behind"
+FAR, NEAR, SOME, BEHIND = "far", "near", "some", "behind"
 
 
 def suspects(flow: Flow, nodes: Iterable[str], differs: str = FAR, *, everywhere: bool = True) -> str:
     """What may be wrong in the operations that make these nodes (the last one first); empty if nothing is known about them.
 
     Args:
-        differs: FAR, NEAR or BEHIND. Only rows that are FAR off can be those of a transposed matrix, or of another one, alone.
+        differs: FAR, NEAR, SOME or BEHIND. Only rows that are FAR off can be those of a transposed matrix, or of another one, alone.
         everywhere: no position is clearly right. Else it is no weight of a product and no bias, which act at every position.
     """
     known = [name for name in nodes if name in flow.whole.computations]
@@ -128,6 +128,7 @@ _ONLY_THERE = "the product: which row it reads there, or a tile of its kernel (i
 _OF_WEIGHTS = {
     FAR: "transposed, or another layer's",
     NEAR: "a factor, a summand, or some of its rows or blocks",
+    SOME: "some of its rows or blocks, or elements that are overwritten (most of the recorded ones are right)",
     BEHIND: "elements that were not recorded (never written, overwritten, the matrix's last rows)",
 }
 

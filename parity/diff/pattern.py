@@ -26,7 +26,8 @@ class Evidence(Struct, frozen=True):
     `reference_broken`: the reference has some, and ours has none, or the same.
     `leak`: attention gives weight to later positions. `drifted`: the error grew without a jump.
     `settled`: everything that this point is made from was recorded and agrees; `embedded`: the embedding was recorded and agrees.
-    `differs`: how far off the wrong rows are (`operations.FAR`, NEAR or BEHIND). `token` is the text at the first failing position.
+    `law`: how the wrong values follow from the reference's, if one sentence says it.
+    `differs`: how far off the wrong rows are (`operations.FAR`, NEAR, SOME or BEHIND). `token` is the text at the first failing position.
     `stretch` is what lies between the point and the points before it, None if that is not known; `stated`: our side's arithmetic, if
     that is stated; `alike`: the error has the same size at all positions, right ones included; `gradual`: it grows over the limit, and
     the positions before are nearly as wrong; `unclear`: not all positions within the limit are clearly more right than the others.
@@ -50,6 +51,7 @@ class Evidence(Struct, frozen=True):
     gradual: bool = False
     zero: bool = False
     stated: str = ""
+    law: str = ""
     differs: str = FAR
     unclear: bool = False
 
@@ -77,9 +79,9 @@ def diagnose(seen: Evidence) -> Pattern | None:
     from_one_on = shape is None or shape.code.startswith("from-position")
     if seen.settled and (from_one_on or not _attends(seen)):
         everywhere = seen.unclear or bool(seen.failed.all())
-        likely = (
-            suspects(seen.flow, seen.stretch.nodes, seen.differs, everywhere=everywhere) if seen.stretch is not None else ""
-        )
+        likely = seen.law
+        if not likely and seen.stretch is not None:
+            likely = suspects(seen.flow, seen.stretch.nodes, seen.differs, everywhere=everywhere)
         return Pattern("operation", f"{_where(seen)}, and its inputs agree" + (f": {likely}" if likely else ""))
     return _after_the_layers(seen, shape)
 

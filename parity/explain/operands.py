@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from engine.graph import Step, compute, inputs_of
 from engine.replay.replay import Replay
 
-from ..laws.beside import ROOM
+from ..laws.beside import LEFT, ROOM
 from .case import Case
 from .records import Expected, Floats
 from .state import SearchState, rows_enough
@@ -30,7 +30,7 @@ def other_operand(case: Case, state: SearchState, entry: Expected, errors: Float
     rows = rows_enough(case.transformer.steps, int(entry.rows[wrong].min()) + _ROWS, len(case.positions))
     first = case.make(case.transformer.steps, rows, case.replay)
     for other, sentence in _changed(case, state, step):
-        if _gives(case, entry, other, first) and _gives(case, entry, other, case.replay):
+        if _gives(case, entry, errors, other, first) and _gives(case, entry, errors, other, case.replay):
             return sentence
     return ""
 
@@ -57,11 +57,14 @@ def _changed(case: Case, state: SearchState, step: Step) -> Iterator[tuple[Step,
                 yield replace(step, weights=weights), f"the value is what this operation makes with {name} instead of {weight}"
 
 
-def _gives(case: Case, entry: Expected, step: Step, replay: Replay) -> bool:
-    """Whether a changed step, computed from the values of a right run, gives the recorded rows."""
+def _gives(case: Case, entry: Expected, before: Floats, step: Step, replay: Replay) -> bool:
+    """Whether a changed step, computed from the values of a right run, gives the recorded rows, and leaves next to nothing of the errors
+    `before`, [R]: under a lower arithmetic's limits any similar value would pass.
+    """
     with np.errstate(all="ignore"):
         value = compute(step, inputs_of(step, replay.values.__getitem__, replay.weights), replay.weights)
     positions = case.positions[: replay.rows]
     errors = entry.nmse(case.transformer.backend.to_host(value), positions)
     here = entry.rows < replay.rows
-    return bool((errors[here] <= ROOM * entry.limit[here]).all())
+    wrong = here & (before > entry.limit)
+    return bool((errors[here] <= ROOM * entry.limit[here]).all() and errors[wrong].sum() <= LEFT * before[wrong].sum())

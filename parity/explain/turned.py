@@ -8,7 +8,7 @@ from engine.faults.rotation import at_positions, is_rotation
 from engine.graph import Step, compute, inputs_of
 from engine.inapplicable import NotApplicable
 
-from ..laws.beside import ROOM
+from ..laws.beside import LEFT, ROOM
 from .case import Case
 from .records import Expected, Floats
 from .state import SearchState
@@ -31,7 +31,7 @@ def other_positions(case: Case, state: SearchState, entry: Expected, errors: Flo
         moved = _moved(case, step, by)
         if moved is None:
             return ""
-        agrees = entry.nmse(moved, case.positions) <= ROOM * entry.limit
+        agrees = entry.nmse(moved, case.positions) <= np.minimum(ROOM * entry.limit, LEFT * errors)
         for row in entry.rows[wrong & agrees].tolist():
             left[row].add(by)
     return next(_sentences(left, length), "") if all(left.values()) else ""
