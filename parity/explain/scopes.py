@@ -52,8 +52,8 @@ def long(candidates: Sequence[Candidate]) -> frozenset[str]:
 
 def _acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
     """Whether a candidate in all layers changes no step up to that number."""
-    begin = state.planting.begin(candidate.fault, None, candidate.parameters)
-    return begin > number or state.planting.first_change(candidate.fault, candidate.parameters) > number
+    begins = state.planting.begin(candidate.fault, None, candidate.parameters) <= number
+    return not begins or not state.planting.changes_by(candidate.fault, candidate.parameters, number)
 
 
 def rescoped(screening: Screening, state: SearchState, explaining: SearchState) -> Iterator[SearchState]:
