@@ -52,7 +52,9 @@ def long(candidates: Sequence[Candidate]) -> frozenset[str]:
 
 def last_agreed(screening: Screening, state: SearchState) -> int | None:
     """The number of the step that makes the last point before the first place; None if there is none."""
-    return state.order[screening.entries[state.first.point - 1].point] if state.first is not None and state.first.point else None
+    return (
+        state.order[screening.entries[state.first.point - 1].point] if state.first is not None and state.first.point else None
+    )
 
 
 def acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
