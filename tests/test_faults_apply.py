@@ -287,7 +287,8 @@ def test_a_fault_in_all_layers_is_one_in_those_that_have_its_place(
     parameters = CATALOGUE[fault].variants(planting.right)[0]
     edits = planting.edits(CATALOGUE[fault], None, parameters)
     assert {layer_near(planting.steps[number]) for number in edits} == layers
-    assert planting.first_change(CATALOGUE[fault], parameters) == min(edits)
+    assert planting.changes_by(CATALOGUE[fault], parameters, min(edits))
+    assert not planting.changes_by(CATALOGUE[fault], parameters, min(edits) - 1)
     with pytest.raises(NotApplicable):
         planting.edits(CATALOGUE[fault], (other,), parameters)
 

@@ -18,9 +18,10 @@ from time import monotonic
 from msgspec import Struct
 from msgspec.structs import replace
 
+from checkpoints import collector
+
 _LIMIT = 64 << 20  # bytes that may wait: the logits of a hundred positions of a vocabulary of 150,000
 _QUIET = 0.1  # seconds without new work that count as idle: longer than a decode step of a small model on a CPU (20 ms)
-_FROZEN_BY_PYTHON = 1000  # objects: Python 3.12 starts with 375 frozen ones; a program that freezes its own has many more
 _LATEST = 1.0  # seconds after which work is done even while the engine is busy, piece by piece
 
 Write = Callable[[], None]
@@ -62,9 +63,7 @@ class WriterThread:
         self._failure: BaseException | None = None
         self._change = threading.Condition()
         # If the program or another writer has frozen objects already, nothing is frozen here, and so nothing is thawed.
-        self._froze = freeze and gc.get_freeze_count() < _FROZEN_BY_PYTHON
-        if self._froze:
-            gc.freeze()
+        self._froze = freeze and collector.freeze()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 

@@ -212,21 +212,19 @@ class Planting:
             self._begins[place] = min(self._numbers(fault, layers, parameters), default=len(self.steps))
         return self._begins[place]
 
-    def first_change(self, fault: Fault, parameters: Parameters) -> int:
-        """`begin` of a fault in all layers, by the steps that it really changes: these may be only in layers with a window, or with
-        experts."""
+    def changes_by(self, fault: Fault, parameters: Parameters, last: int) -> bool:
+        """Whether this fault in all layers changes a step up to that number: it may really change only those in layers with a window, or
+        with experts."""
         if fault.shows is not None:
-            return self.begin(fault, None, parameters)
-        begin = self.begin(fault, None, parameters)
-        if begin == len(self.steps) or self._is_changed(fault, begin, parameters):
-            return begin
-        later = sorted(self._numbers(fault, None, parameters))
-        return next((number for number in later if self._is_changed(fault, number, parameters)), len(self.steps))
+            return self.begin(fault, None, parameters) <= last
+        rest = self._without_kinds(parameters)
+        numbers = (number for number in self._numbers(fault, None, parameters) if number <= last)
+        return any(self._is_changed(fault, number, parameters, rest) for number in numbers)
 
-    def _is_changed(self, fault: Fault, number: int, parameters: Parameters) -> bool:
+    def _is_changed(self, fault: Fault, number: int, parameters: Parameters, rest: str) -> bool:
         """Whether a fault changes a step; the layer may have no place for it."""
         try:
-            return bool(self._changed_step(fault, number, parameters, self._without_kinds(parameters)))
+            return bool(self._changed_step(fault, number, parameters, rest))
         except NotApplicable:
             return False
 

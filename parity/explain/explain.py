@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from checkpoints.answers.explain import Explanation, SuspectRecord, TruthAt
 from checkpoints.answers.lint import ERROR
+from checkpoints.collector import older_objects_left_out
 from checkpoints.points import parse
 from checkpoints.record import Dump
 from engine.transformer import Transformer
@@ -57,8 +58,12 @@ def explain(dump: Dump, model: Path, options: ExplainOptions | None = None) -> E
     Raises:
         ParityError: as in `open_model` and `Case`.
     """
+    with older_objects_left_out():
+        return _searched(dump, model, options or ExplainOptions())
+
+
+def _searched(dump: Dump, model: Path, options: ExplainOptions) -> Explanation:
     began = perf_counter()
-    options = options or ExplainOptions()
     budget = Budget(options.budget)
     transformer = open_model(model, options)
     if transformer.encoder is None:

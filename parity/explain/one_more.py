@@ -14,7 +14,7 @@ from .batch import agreeing_first, beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
 from .records import Expected
-from .scopes import STAGES, WEIGHTS, long, rescoped, stages, where_it_holds
+from .scopes import STAGES, WEIGHTS, acts_after, last_agreed, long, rescoped, stages, where_it_holds
 from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
@@ -111,6 +111,17 @@ class OneMore:
             self._cached[name] = list(self._beyond(state, results))
         return self._cached[name]
 
+    def _late(self, state: SearchState) -> list[SearchState]:
+        """States that get further by one fault with many variants in all layers that changes nothing before the last point that agrees,
+        such as weights of the twelfth layer before, which the first twelve do not have.
+        """
+        agreed = last_agreed(self.screening, state)
+        self._of_stage(state, 0)
+        others = self._stages[key(state.faults)][-1]
+        many = long(others)
+        late = [one for one in others if one.fault.name in many and agreed is not None and acts_after(state, one, agreed)]
+        return list(self._beyond(state, screened(self.screening, state, None, late))) if late else []
+
     def _in_single_layers(self, state: SearchState) -> list[SearchState]:
         """States that get further by one fault in one layer; if several layers are in question, likely and cheap candidates come first.
 
@@ -127,6 +138,8 @@ class OneMore:
         for turn in range(max((len(lists) for lists in waiting.values()), default=0)):
             if turn >= _LONG and all_explained(better):
                 break  # those with many variants would only be said to give the same numbers
+            if turn == _LONG and not better and all_explained(everywhere := self._late(state)):
+                return everywhere
             of_turn = {scope: lists[turn] for scope, lists in waiting.items() if turn < len(lists)}
             found, scope = self._in_first_layer(state, sweep.in_turn(of_turn, choose), able)
             better += found

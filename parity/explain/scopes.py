@@ -32,9 +32,9 @@ def stages(screening: Screening, state: SearchState, layers: Layers) -> Iterator
     if first is not None:
         later = zip(screening.entries[first.point + 1 :], state.nmse[first.point + 1 :], strict=True)
         shown = any(bool((errors <= entry.limit).all()) for entry, errors in later)
-        agreed = screening.entries[first.point - 1].point if layers is None and first.point else None
+        agreed = last_agreed(screening, state) if layers is None else None
         late = [
-            agreed is not None and candidate.fault.name not in many and _acts_after(state, candidate, state.order[agreed])
+            agreed is not None and candidate.fault.name not in many and acts_after(state, candidate, agreed)
             for candidate in left
         ]
         capture = [shown and candidate.fault.shows is not None for candidate in left]
@@ -50,10 +50,17 @@ def long(candidates: Sequence[Candidate]) -> frozenset[str]:
     return frozenset(name for name, count in variants.items() if count >= _MANY)
 
 
-def _acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
+def last_agreed(screening: Screening, state: SearchState) -> int | None:
+    """The number of the step that makes the last point before the first place; None if there is none."""
+    return (
+        state.order[screening.entries[state.first.point - 1].point] if state.first is not None and state.first.point else None
+    )
+
+
+def acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
     """Whether a candidate in all layers changes no step up to that number."""
-    begin = state.planting.begin(candidate.fault, None, candidate.parameters)
-    return begin > number or state.planting.first_change(candidate.fault, candidate.parameters) > number
+    begins = state.planting.begin(candidate.fault, None, candidate.parameters) <= number
+    return not begins or not state.planting.changes_by(candidate.fault, candidate.parameters, number)
 
 
 def rescoped(screening: Screening, state: SearchState, explaining: SearchState) -> Iterator[SearchState]:

@@ -77,9 +77,11 @@ class Sweep(AtFirstPlace):
     def in_turn(
         self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
     ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
-        """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory."""
+        """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory. With it those
+        up to a scope in which something all but is the error come first: what explains everything there ends the search.
+        """
         if likely is not None:
-            yield from self.screened(candidates, likely).items()
+            yield from self._screened(candidates, likely)
             return
         for layers, some in candidates.items():
             yield layers, self.screened({layers: some})[layers]
@@ -90,19 +92,43 @@ class Sweep(AtFirstPlace):
         With `likely` only those that may act as the dump shows, and whose change of their layer's output it selects; the others are
         `postponed`.
         """
+        return dict(self._screened(candidates, likely))
+
+    def _screened(
+        self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
+    ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
+        """`screened` by parts, each of which ends with a scope in which `likely` sees the error itself."""
         scopes = {layers: self._scope(layers, some) for layers, some in candidates.items()}
-        for rows in self._stages:
-            values: dict[Layers, dict[int, Array]] = {}
-            for layers, scope in scopes.items():
-                if likely is not None and rows <= self._first.row and layers in self._alike:
-                    continue
-                if not scope.begun:
-                    self._begin(layers, scope, likely)
-                values[layers] = self._outputs(layers, scope, rows, likely)
-            for layers, number, errors in self._errors(values, rows):
-                if self._judged(errors, rows, number, scopes[layers].results):
-                    scopes[layers].waiting.append(number)
-        return {layers: [*self._together(scope), *self._alone(scope)] for layers, scope in scopes.items()}
+        first = next(rows for rows in self._stages if rows > self._first.row)
+        for rows in self._stages[: self._stages.index(first)]:
+            now = {at: scope for at, scope in scopes.items() if likely is None or at not in self._alike}
+            self._carry_on({at: self._values(at, scope, rows, likely) for at, scope in now.items()}, rows, scopes)
+        values: dict[Layers, dict[int, Array]] = {}
+        for layers, scope in scopes.items():
+            values[layers] = self._values(layers, scope, first, likely)
+            if layers != next(reversed(scopes)) and not self._is_error(likely, scope.batch.name, values[layers]):
+                continue
+            self._carry_on(values, first, scopes)
+            for rows in self._stages[self._stages.index(first) + 1 :]:
+                self._carry_on({at: self._values(at, scopes[at], rows, likely) for at in values}, rows, scopes)
+            yield from ((at, [*self._together(scopes[at]), *self._alone(scopes[at])]) for at in values)
+            values = {}
+
+    def _is_error(self, likely: Likely | Alike | None, name: str, values: Mapping[int, Array]) -> bool:
+        """Whether one of these values, with the first wrong row at the end, all but makes the error at the first place."""
+        return isinstance(likely, Likely) and self._first.row < _AT_ONCE and likely.all_but_makes(name, values)
+
+    def _values(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | Alike | None) -> dict[int, Array]:
+        """The first rows of what a scope's candidates change; the scope is taken up."""
+        if not scope.begun:
+            self._begin(layers, scope, likely)
+        return self._outputs(layers, scope, rows, likely)
+
+    def _carry_on(self, values: Mapping[Layers, dict[int, Array]], rows: int, scopes: Mapping[Layers, _Scope]) -> None:
+        """Carry values to the first place: `results` of the scopes say how far their candidates get, `waiting` which are right so far."""
+        for layers, number, errors in self._errors(values, rows):
+            if self._judged(errors, rows, number, scopes[layers].results):
+                scopes[layers].waiting.append(number)
 
     def _begin(self, layers: Layers, scope: _Scope, likely: Likely | Alike | None) -> None:
         """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
