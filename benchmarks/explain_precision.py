@@ -4,7 +4,7 @@ Run as `PYTHONPATH=tests python benchmarks/explain_precision.py [right|floors|fa
 Models of random shape, weights and type, random prompts; the search sees seven points of sixteen values.
 
 `right`: engines without a fault in eight arithmetics; prints how many are told "no fault".
-`floors`: how far their errors lie from the floors that `parity.explain.precision` measures: what UPPER, LOWER and SINGLE there
+`floors`: how far their errors lie from the floors that `parity.explain.rounding.precision` measures: what UPPER, LOWER and SINGLE there
 come from.
 `faulty`: engines in F16 and BF16 arithmetic with one small fault; prints how often it is named, with and without `--compute`.
 """
@@ -32,7 +32,7 @@ from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.precision import floor, ratios
+from parity.explain.rounding.precision import floor, ratios
 
 Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
 

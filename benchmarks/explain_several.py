@@ -6,7 +6,7 @@ not apply to the model, and those that leave no trace beside the others, are dra
 sixteen values. The budget is in seconds of CPU time, so that other work on the machine does not spend it.
 
 `--ranks` prints instead, for pairs of faults in layer 0, the rank of the right pair among the likely ones:
-`parity.explain.together.MOST` comes from it.
+`parity.explain.search.together.MOST` comes from it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from parity.explain import budget as explain_budget
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.together import Together
+from parity.explain.search.together import Together
 
 Part = tuple[str, dict[str, Any], tuple[int, ...] | None]
 

@@ -18,9 +18,10 @@ from engine.replay.replay import Replay
 from engine.replay.wide import values_of
 from engine.transformer import Transformer
 from parity.arbiter import arbiter
-from parity.explain import arithmetic, case, explain, halves
+from parity.explain import case, explain, half_cases
 from parity.explain import input as explained_input
-from parity.explain import precision as explained_precision
+from parity.explain.rounding import arithmetic
+from parity.explain.rounding import precision as explained_precision
 
 Key = tuple[Any, ...]
 
@@ -108,7 +109,7 @@ def kept_runs(transformer: Transformer) -> Iterator[None]:
         (case, "Replay", kept.replay),
         (arithmetic, "rounded", kept.rounded),
         (explained_precision, "rounded", kept.rounded),
-        (halves, "rounded", kept.rounded),
+        (half_cases, "rounded", kept.rounded),
         (arbiter, "values_of", kept.values_of),
         (arbiter, "disturbed", kept.disturbed),
     )

@@ -3,10 +3,10 @@
     PYTHONPATH=tests:benchmarks python benchmarks/matched.py [--from 0] [--seconds S] [--out FILE.jsonl]
 
 Engines of seeded small models compute in F16, BF16, TF32 or 8 bits, most of them in ways that are not ours: half of the kinds of result
-stored in the lower type, digits cut off, sums in F16, one scale a row. One of three is right, two have an entry of the catalogue planted in
-all layers; those that pass in the stated arithmetic count. For each, one line: of the planted entry and of the others that remove most of
-the error, what `parity.explain.directions` measures. Printed is, of right engines, what an entry removes at most and, of faulty ones, how
-many have the planted entry in them by the rule of `parity.explain.hidden`, and how many another.
+stored in the lower type, digits cut off, sums in F16, one scale a row. One of three is right, two have an entry of the catalogue planted
+in all layers; those that pass in the stated arithmetic count. For each, one line: of the planted entry and of the others that remove most
+of the error, what `parity.explain.rounding.directions` measures. Printed is, of right engines, what an entry removes at most and, of
+faulty ones, how many have the planted entry in them by the rule of `parity.explain.rounding.hidden`, and how many another.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from engine.graph import Step
 from engine.inapplicable import NotApplicable
 from engine.replay.precision import ROUNDINGS, rounded
 from parity.explain.case import Case, ExplainOptions, Half
-from parity.explain.directions import Along, Directions, noise_of, plain_rows
-from parity.explain.hidden import is_hidden
-from parity.explain.looks_like import floor_of
-from parity.explain.precision import UPPER, with_noise
+from parity.explain.rounding.directions import Along, Directions, noise_of, plain_rows
+from parity.explain.rounding.hidden import is_hidden
+from parity.explain.rounding.looks_like import floor_of
+from parity.explain.rounding.precision import UPPER, with_noise
 from reference.client import Reference
 
 _KINDS = ("f16", "bf16", "tf32", "q8")

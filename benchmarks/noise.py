@@ -3,7 +3,7 @@
 Our engine and llama.cpp on the embedded model, every layer's output: prompts of random ids, where near-ties in attention,
 which noise can tip, are far more frequent than in text, and this repository's own files, text unlike the model's training text.
 With `--truth`: how far two right engines are from llama.cpp, in proportion to llama.cpp's own distance from the same steps in
-float64 (what `parity.diff.truth.MULTIPLE` comes from).
+float64 (what `parity.diff.tolerances.truth.MULTIPLE` comes from).
 """
 
 import argparse
@@ -27,8 +27,8 @@ from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.compare import comparison
 from parity.diff.limits import EXACT_FLOOR, JUMP
-from parity.diff.records import Records
-from parity.diff.truth import MULTIPLE, raised
+from parity.diff.measured.records import Records
+from parity.diff.tolerances.truth import MULTIPLE, raised
 from parity.models import embedded as default_model
 from parity.run.ours import OursJob, dump
 from reference.client import Reference

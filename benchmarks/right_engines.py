@@ -51,7 +51,7 @@ from engine import ops
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
-from parity.diff.readings import TYPE
+from parity.diff.readings.readings import TYPE
 from parity.explain import budget
 from parity.explain.case import ExplainOptions
 from parity.explain.input import explain_dump
@@ -69,7 +69,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl
 SLICES = (10, 16, None)
 # Patterns of a divergence that blames no operation: rounding, or a question that only --model decides.
 UNDECIDED = ("eight-bits", "undecided", "precision", "drift", "rounded")
-# What `explain` says of an operation that is right as a lower arithmetic makes it (`parity.explain.mixed`).
+# What `explain` says of an operation that is right as a lower arithmetic makes it (`parity.explain.rounding.mixed`).
 _OF_ROUNDING = ("arithmetic rounds it", "arithmetic makes there", "which nothing states")
 EACH = 2  # dumps of one engine
 MOST_LAYERS = 8

@@ -71,7 +71,7 @@ def table(
 
     Arguments and errors are those of `compare`.
     """
-    from .diff.table import table as as_frame
+    from .diff.verdict.table import table as as_frame
 
     return as_frame(_compared(ours, ref, Options(tolerance, compute, strict), despite_lint=despite_lint).records)
 

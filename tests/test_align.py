@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from checkpoints.errors import DumpError, InputError
 from checkpoints.record import Dump, ModelInfo, Rows, Token
-from parity.diff.align import align
 from parity.diff.compare import Options, compare
+from parity.diff.measured.align import align
 from reports.sentences import answer
 
 POINTS = ("embd", "blk.0.l_out", "logits")

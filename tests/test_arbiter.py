@@ -19,7 +19,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.limits import EXACT_FLOOR
-from parity.diff.truth import COARSE_MULTIPLE, MULTIPLE, Above, raised
+from parity.diff.tolerances.truth import COARSE_MULTIPLE, MULTIPLE, Above, raised
 from reference.client import Reference
 
 

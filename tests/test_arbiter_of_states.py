@@ -16,8 +16,8 @@ from engine.lift.node import GgmlOperation
 from engine.opened import open_plain
 from engine.weights.gguf_model import GgufModel
 from parity.diff.compare import Options
-from parity.explain.known_model import KnownModel
 from parity.explain.on_model import compared_on
+from parity.explain.rounding.known_model import KnownModel
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob

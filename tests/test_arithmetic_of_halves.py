@@ -21,7 +21,7 @@ from engine.opened import open_plain
 from engine.replay.precision import rounded
 from engine.weights.gguf_model import GgufModel
 from parity.diff.compare import Options
-from parity.diff.first import BLAMED
+from parity.diff.verdict.first import BLAMED
 from parity.explain.explain import explain
 from parity.explain.on_model import compared_on
 from parity.run.ours import OursJob

@@ -12,9 +12,9 @@ from planted import PATIENT, Faulty, Planted, tokens_of
 from checkpoints.graph import RecordedGraph
 from engine.graph import Step, WeightPart
 from engine.synth import Shape, synthesize
-from parity.explain.column_range import column_range
 from parity.explain.explain import explain
-from parity.explain.weight_changes import BF16, F16, F32, changes
+from parity.explain.findings.column_range import column_range
+from parity.explain.findings.weight_changes import BF16, F16, F32, changes
 from reference.client import Reference
 
 Change = Callable[[np.ndarray], np.ndarray]

@@ -12,7 +12,7 @@ from checkpoints.points import LAYER_KINDS, select
 from checkpoints.record import Dump
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
-from parity.diff.dataflow import flow, upstream
+from parity.diff.measured.dataflow import flow, upstream
 
 # Every point of a model without query and key norms whose row does not grow with the position.
 KINDS = [kind.name for kind in LAYER_KINDS if "t+1" not in kind.row and not kind.name.endswith(("q_norm", "k_norm"))]

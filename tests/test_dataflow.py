@@ -15,7 +15,7 @@ from engine.backend import choose
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.diff.compare import compare, comparison
-from parity.diff.dataflow import flow, ordered, without_mask
+from parity.diff.measured.dataflow import flow, ordered, without_mask
 from parity.lint.lint import lint
 from parity.models.embedded import path as embedded
 from parity.run.ours import OursJob

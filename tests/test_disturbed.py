@@ -21,7 +21,7 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 from parity.arbiter.arbiter import Arbiter
 from parity.diff.compare import Options, compare
-from parity.diff.few_numbers import share_of_few
+from parity.diff.tolerances.few_numbers import share_of_few
 from parity.run.ours import OursJob, dump
 from reference.client import Reference
 from reference.jobs import DumpJob

@@ -16,7 +16,7 @@ from engine.faults import CATALOGUE
 from engine.graph import Step
 from engine.replay.precision import multiplies, rounded
 from parity.diff.compare import Options, compare
-from parity.diff.scatter import one_is_scaled, share_along
+from parity.diff.verdict.scatter import one_is_scaled, share_along
 from reports.sentences import answer
 
 RIGHT = Planted(())

@@ -19,11 +19,11 @@ from checkpoints.record import Dump, Header
 from engine import ops
 from engine.backend import Array
 from engine.faults import CATALOGUE, plant
-from parity.explain.apart import apart
 from parity.explain.budget import Budget
 from parity.explain.explain import Case, ExplainOptions, explain
-from parity.explain.state import Candidate
-from parity.explain.together import Together
+from parity.explain.findings.apart import apart
+from parity.explain.search.state import Candidate
+from parity.explain.search.together import Together
 
 _PATIENT = ExplainOptions(
     budget=600.0

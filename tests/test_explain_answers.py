@@ -22,9 +22,9 @@ from engine.synth.recipes import recipe
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.leads import believed
-from parity.explain.search import Search
-from parity.explain.state import Candidate
+from parity.explain.findings.leads import believed
+from parity.explain.search.search import Search
+from parity.explain.search.state import Candidate
 from parity.models import embedded
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference

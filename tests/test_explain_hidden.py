@@ -16,8 +16,8 @@ from engine.backend import Array
 from engine.faults import CATALOGUE, plant
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
-from parity.explain import hidden
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.rounding import hidden
 from reference.client import Reference
 from reports.explanation import as_json, lines
 

@@ -15,8 +15,8 @@ from engine.backend import Array
 from engine.faults.edits import Then
 from engine.opened import open_plain
 from engine.weights.gguf_model import GgufModel
-from parity.explain.cone import mixes
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.search.cone import mixes
 from reference.client import Reference
 
 _PATIENT = ExplainOptions(budget=300.0)

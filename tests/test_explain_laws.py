@@ -14,8 +14,8 @@ from engine.faults import Planting
 from engine.graph import Step
 from engine.replay.replay import Replay
 from parity.diff.compare import compare
-from parity.explain.apart import Probe
 from parity.explain.explain import ExplainOptions, explain
+from parity.explain.findings.apart import Probe
 from parity.laws.beside import Beside
 from parity.laws.laws import law
 

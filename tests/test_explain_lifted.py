@@ -22,7 +22,7 @@ from engine.synth.recipes import RECIPES
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.case import Case, ExplainOptions
 from parity.explain.explain import explain
-from parity.explain.precision import _concentrated, fits, floor
+from parity.explain.rounding.precision import _concentrated, fits, floor
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob

@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from planted import PATIENT, Faulty, Planted, tokens_of
 
 from checkpoints.dataflow import Computation, Dataflow
-from parity.diff.dataflow import Flow
-from parity.diff.operations import suspects
+from parity.diff.measured.dataflow import Flow
+from parity.diff.measured.operations import suspects
 from parity.explain.explain import explain
-from parity.explain.leads import _steps
+from parity.explain.findings.leads import _steps
 from reference.client import Reference
 
 

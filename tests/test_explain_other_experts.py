@@ -16,8 +16,8 @@ from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.explain.case import Case, Half, open_model
 from parity.explain.explain import explain
-from parity.explain.flipped import led_to, without_flipped
-from parity.explain.precision import fits, floor
+from parity.explain.rounding.flipped import led_to, without_flipped
+from parity.explain.rounding.precision import fits, floor
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 

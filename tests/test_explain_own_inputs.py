@@ -18,7 +18,7 @@ from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.replay.wide import without_tables
 from parity.explain.case import Case
-from parity.explain.own_inputs import contradicted
+from parity.explain.rounding.own_inputs import contradicted
 from reference.client import Reference
 
 PLACE = "blk.1.l_out"

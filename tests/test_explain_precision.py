@@ -25,10 +25,10 @@ from engine.synth import Shape, synthesize
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.flipped import may_exchange
-from parity.explain.one_element import one_element
-from parity.explain.precision import floor
-from parity.explain.reproduced import is_reproduced
+from parity.explain.rounding.flipped import may_exchange
+from parity.explain.rounding.one_element import one_element
+from parity.explain.rounding.precision import floor
+from parity.explain.rounding.reproduced import is_reproduced
 from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.explanation import lines

@@ -17,15 +17,15 @@ from engine.faults import CATALOGUE, Planting, plant
 from engine.graph import POSITIONS, Step
 from engine.replay.adjoint import derivatives
 from engine.replay.replay import Replay
-from parity.explain.alike import Alike
 from parity.explain.budget import Budget
-from parity.explain.carry import carry, steps_between
 from parity.explain.explain import Case, ExplainOptions, explain
-from parity.explain.leads import mended_share
-from parity.explain.likely import Likely
-from parity.explain.scopes import stages
-from parity.explain.state import Candidate, Layers, RecordKey, Screened
-from parity.explain.sweep import Sweep, screened
+from parity.explain.findings.leads import mended_share
+from parity.explain.search.alike import Alike
+from parity.explain.search.carry import carry, steps_between
+from parity.explain.search.likely import Likely
+from parity.explain.search.scopes import stages
+from parity.explain.search.state import Candidate, Layers, RecordKey, Screened
+from parity.explain.search.sweep import Sweep, screened
 from reference.client import Reference
 
 
@@ -192,7 +192,7 @@ def test_whole_rows_cost_no_more_derivatives_than_some_of_their_elements(
         counts.append(len(elements))
         return derivatives(steps, point, elements, *others, **options)
 
-    monkeypatch.setattr("parity.explain.likely.derivatives", counted)
+    monkeypatch.setattr("parity.explain.search.likely.derivatives", counted)
     dump = engine.dump(Planted((("no-gate", {}, (2,)),)), PROMPT, points="embd,output_norm,logits", size=4096)
     case = Case(dump, engine.model, ExplainOptions())
     screening = case.screening(case.entries, Budget(60))

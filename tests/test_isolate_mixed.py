@@ -17,8 +17,8 @@ from engine.replay.kept import kept
 from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import recipe
-from parity.diff.rounding import is_rounding
-from parity.diff.scatter import is_scaled, is_scatter, one_is_scaled
+from parity.diff.readings.rounding import is_rounding
+from parity.diff.verdict.scatter import is_scaled, is_scatter, one_is_scaled
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference

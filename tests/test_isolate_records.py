@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from checkpoints.answers.isolate import NOT_OBSERVABLE, PROVEN, Isolation
 from checkpoints.jsonl import write
-from parity.diff.rounding import beyond_rounding, type_of
+from parity.diff.readings.rounding import beyond_rounding, type_of
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.isolate.routing import other_order
 from reference.client import Reference

@@ -11,7 +11,7 @@ from planted import Faulty, Planted, tokens_of
 from checkpoints.reading.reader import read
 from checkpoints.record import Dump
 from parity.diff.compare import Options, compare
-from parity.diff.first import BLAMED
+from parity.diff.verdict.first import BLAMED
 from reference.client import Reference
 from reference.jobs import DumpJob
 

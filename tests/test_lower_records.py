@@ -11,8 +11,8 @@ from checkpoints.answers.diff import Limits
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
 from parity.diff.compare import Options, compare
-from parity.diff.masked_values import without_masks
-from parity.diff.rounding import cut_to, rounded_to, type_of
+from parity.diff.measured.masked_values import without_masks
+from parity.diff.readings.rounding import cut_to, rounded_to, type_of
 from parity.isolate.held import errors_beyond
 
 F16 = Options(compute="f16")

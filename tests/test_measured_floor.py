@@ -24,13 +24,13 @@ from engine.graph import Step
 from engine.replay.precision import rounded
 from engine.synth import Shape, synthesize
 from parity.diff.compare import Options, compare
-from parity.diff.scatter import spares_elements
-from parity.explain.arithmetic import of_unknown_arithmetic
+from parity.diff.verdict.scatter import spares_elements
 from parity.explain.explain import explain
-from parity.explain.known_model import KnownModel
 from parity.explain.on_model import compared_on
-from parity.explain.precision import PrecisionFloor, mismatch, typical
-from parity.explain.spared import spares_records
+from parity.explain.rounding.arithmetic import of_unknown_arithmetic
+from parity.explain.rounding.known_model import KnownModel
+from parity.explain.rounding.precision import PrecisionFloor, mismatch, typical
+from parity.explain.rounding.spared import spares_records
 from reference.client import Reference
 from reference.jobs import DumpJob
 from reports.sentences import answer, reasons, remarks

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from checkpoints.record import Dump, Rows
 from checkpoints.short_rows import reduced
 from checkpoints.summary import summarise
-from parity.diff.align import Pair
-from parity.diff.choices import kl, overlap
 from parity.diff.compare import compare
-from parity.diff.measure import Measures, measure
-from parity.diff.slices import SLICE_FLOOR
+from parity.diff.measured.align import Pair
+from parity.diff.measured.choices import kl, overlap
+from parity.diff.measured.measure import Measures, measure
+from parity.diff.measured.slices import SLICE_FLOOR
 
 
 def rows(array: np.ndarray, point: str = "blk.0.l_out", slice_size: int | None = 16) -> Rows:

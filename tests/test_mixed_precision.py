@@ -21,7 +21,7 @@ from engine.replay.precision import rounded, stored
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
-from parity.diff.first import BLAMED
+from parity.diff.verdict.first import BLAMED
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.on_model import compared_on
 from parity.synth.synthetic import make_by_recipe

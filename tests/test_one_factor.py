@@ -23,7 +23,7 @@ from engine.synth import Shape, synthesize
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
-from parity.diff.one_factor import Allowed, shared_factor, shared_summand
+from parity.diff.verdict.one_factor import Allowed, shared_factor, shared_summand
 from parity.explain.on_model import compared_on
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference

@@ -18,9 +18,9 @@ from engine.synth import synthesize
 from parity.explain.budget import Budget
 from parity.explain.case import Case
 from parity.explain.explain import explain
-from parity.explain.one_number import asked_about
-from parity.explain.search import Search
-from parity.explain.systematic import followed
+from parity.explain.rounding.one_number import asked_about
+from parity.explain.rounding.systematic import followed
+from parity.explain.search.search import Search
 from reference.client import Reference
 
 

@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from checkpoints.record import Dump, Rows
 from checkpoints.summary import summarise
-from parity.diff.align import align
-from parity.diff.measure import Measured, energies, measured
-from parity.diff.tokens import compare_tokens
-from parity.diff.wrong_values import error_energies
+from parity.diff.measured.align import align
+from parity.diff.measured.measure import Measured, energies, measured
+from parity.diff.measured.tokens import compare_tokens
+from parity.diff.readings.wrong_values import error_energies
 
 POINT, ROWS, WIDTH = "blk.0.ffn_moe_act", 8, 1408
 

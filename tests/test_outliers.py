@@ -9,7 +9,7 @@ from dumps import Arrays, dump, noisy, random
 
 from checkpoints.answers.diff import Verdict
 from parity.diff.compare import Options, compare
-from parity.diff.noise import BEYOND, RARE
+from parity.diff.tolerances.noise import BEYOND, RARE
 from reports.sentences import answer as sentence
 
 POINTS = ("embd", *(f"blk.{layer}.l_out" for layer in range(6)), "output_norm")

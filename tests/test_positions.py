@@ -12,7 +12,7 @@ from checkpoints.errors import DumpError
 from checkpoints.jsonl import Writer
 from checkpoints.record import Dump, Header, Token
 from parity.diff.compare import Options, compare
-from parity.diff.offsets import place
+from parity.diff.measured.offsets import place
 
 POINTS = ("embd", "blk.0.l_out", "blk.23.l_out", "logits")
 PROMPT, ALL = 8, 20

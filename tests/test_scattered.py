@@ -10,8 +10,8 @@ from engine.faults.edits import Then
 from engine.replay.precision import rounded
 from parity.explain.case import Case
 from parity.explain.explain import ExplainOptions
-from parity.explain.precision import floor
-from parity.explain.scattered import scattered
+from parity.explain.rounding.precision import floor
+from parity.explain.rounding.scattered import scattered
 
 
 def test_a_part_that_is_exactly_right_is_no_rounding(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -9,8 +9,8 @@ from dumps import dump, random, spoiled
 
 from checkpoints.answers.diff import Limits, RowLimit
 from parity.diff.compare import Options, comparison
-from parity.diff.few_numbers import share_of_usual
-from parity.explain.precision import PrecisionFloor
+from parity.diff.tolerances.few_numbers import share_of_usual
+from parity.explain.rounding.precision import PrecisionFloor
 
 ROWS = np.array([1.0, 2.0, 1e-8, 1.5])  # energies
 

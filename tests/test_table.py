@@ -9,7 +9,7 @@ from dumps import DEFAULT, dump, noisy, random, spoiled
 
 from checkpoints.errors import InputError
 from parity.diff.compare import comparison
-from parity.diff.table import table, write_table
+from parity.diff.verdict.table import table, write_table
 
 
 def test_one_row_a_record() -> None:

@@ -19,8 +19,8 @@ from parity.diff.compare import Options, comparison
 from parity.diff.limits import limits
 from parity.diff.unjudged import without_unjudged
 from parity.explain.explain import ExplainOptions, explain
-from parity.explain.known_model import KnownModel
 from parity.explain.on_model import _without_unjudged, compared_on
+from parity.explain.rounding.known_model import KnownModel
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reports.as_json import verdict_as_json

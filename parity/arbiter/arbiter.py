@@ -16,7 +16,7 @@ from engine.graph import Step, WeightSource, sees_later
 from engine.replay.disturbed import disturbed
 from engine.replay.wide import Variant, coarse_points, entry_errors, is_looked_up, values_of, with_next_entries
 
-from ..diff.slices import SLICE_FLOOR
+from ..diff.measured.slices import SLICE_FLOOR
 
 Floats = NDArray[np.float64]
 # How many states that passes left behind are computed, each by a run over the tokens up to it: those of a prompt and of some steps.
@@ -96,11 +96,11 @@ class Arbiter:
         return self._distances(points, Variant.WIDE) | self._of_states(Arbiter.distances, points, np.nan)
 
     def from_table(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `parity.diff.truth.Truth.from_table`."""
+        """As `parity.diff.tolerances.truth.Truth.from_table`."""
         return self._distances(points, Variant.TABLED) | self._of_states(Arbiter.from_table, points, np.nan)
 
     def own_rounding(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `parity.diff.truth.Truth.own_rounding`."""
+        """As `parity.diff.tolerances.truth.Truth.own_rounding`."""
         known = self._known(points, Variant.EXACT)
         self._compute(known.keys(), Variant.WIDE)
         of_states = self._of_states(Arbiter.own_rounding, points, np.nan)
@@ -153,11 +153,11 @@ class Arbiter:
         return self._after[end]
 
     def one_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """See `parity.diff.truth.Truth.one_entry`; 0 for records whose positions or elements are unknown."""
+        """See `parity.diff.tolerances.truth.Truth.one_entry`; 0 for records whose positions or elements are unknown."""
         return {step.makes: self._one_entry(step, points[step.makes]) for step in self._looked_up(points)}
 
     def largest_entry(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """See `parity.diff.truth.Truth.largest_entry`; 0 for records whose positions are unknown."""
+        """See `parity.diff.tolerances.truth.Truth.largest_entry`; 0 for records whose positions are unknown."""
         known = self._known(points, Variant.TABLED)
         moved = self._moved(known, with_next_entries(self._steps), Variant.TABLED)
         for step in self._looked_up(known):  # of the whole row, if few elements of it were recorded
@@ -196,11 +196,11 @@ class Arbiter:
         return bound
 
     def spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `parity.diff.truth.Truth.spread`; records whose positions are not known have 0."""
+        """As `parity.diff.tolerances.truth.Truth.spread`; records whose positions are not known have 0."""
         return self._spread(points, Variant.WIDE) | self._of_states(Arbiter.spread, points, 0.0)
 
     def table_spread(self, points: Mapping[str, Rows]) -> dict[str, Floats]:
-        """As `parity.diff.truth.Truth.table_spread`; records whose positions are not known have 0."""
+        """As `parity.diff.tolerances.truth.Truth.table_spread`; records whose positions are not known have 0."""
         return self._spread(points, Variant.TABLED) | self._of_states(Arbiter.table_spread, points, 0.0)
 
     def _spread(self, points: Mapping[str, Rows], variant: Variant) -> dict[str, Floats]:

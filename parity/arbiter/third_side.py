@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from checkpoints.answers.diff import Difference, Pattern, TruthPoint, TruthRecord, Verdict
 from checkpoints.record import Rows
 
-from ..diff.align import Pair
 from ..diff.compare import Comparison
 from ..diff.limits import EXACT
-from ..diff.truth import AMPLIFIED, MULTIPLE, NO_COARSE_ROUNDING, ROUNDING
+from ..diff.measured.align import Pair
+from ..diff.tolerances.truth import AMPLIFIED, MULTIPLE, NO_COARSE_ROUNDING, ROUNDING
 from .arbiter import Arbiter
 from .encoder_decoder import EncoderDecoderArbiter
 

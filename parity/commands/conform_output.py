@@ -95,7 +95,7 @@ def check_outputs(junit: Path | None, table: Path | None) -> None:
     Raises:
         InputError: a table with an unknown file ending, or a folder that does not exist.
     """
-    from ..diff.table import check_ending
+    from ..diff.verdict.table import check_ending
 
     if table is not None:
         check_ending(table)

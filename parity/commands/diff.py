@@ -82,7 +82,7 @@ def diff(
                 refuse_unusable(dump, side)
         raise typer.Exit(_three(dumps, options, model, arbiter, o.Format(output_format.value)))
     if table is not None:
-        from ..diff.table import check_ending
+        from ..diff.verdict.table import check_ending
 
         check_ending(table)
     with waiting("comparing", o.Format.TEXT if output_format is o.AnswerFormat.TEXT else o.Format.JSON):
@@ -95,7 +95,7 @@ def diff(
         else:
             from msgspec.structs import replace
 
-            from ..diff.tokens import other_settings, same_model
+            from ..diff.measured.tokens import other_settings, same_model
             from ..explain.on_model import compared_on
 
             same_model(right, model)
@@ -103,7 +103,7 @@ def diff(
             notes = (*other_settings(right, model), *compared.verdict.notes)
             compared = replace(compared, verdict=replace(compared.verdict, notes=notes))
     if table is not None:
-        from ..diff.table import write_table
+        from ..diff.verdict.table import write_table
 
         write_table(compared.records, table)
     whole = report(compared.verdict, left, right, compared.picture, findings(include or ()))
@@ -119,7 +119,7 @@ def _three(
         from ..diff.three_way import compare_three
 
         return show_three(compare_three(dumps, options), dumps, output_format)
-    from ..diff.tokens import same_model
+    from ..diff.measured.tokens import same_model
     from ..explain.on_model import three_on
 
     same_model(dumps[1], model)

@@ -56,7 +56,7 @@ def explain(
         )
     from checkpoints.formats import load
 
-    from ..diff.tokens import same_experiment
+    from ..diff.measured.tokens import same_experiment
     from ..explain.explain import ExplainOptions
     from ..explain.input import check_reference, explain_dump, prompt_ids
 

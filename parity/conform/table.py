@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from checkpoints.answers.conform import CellResult, Conformance
 
-from ..diff.table import write_frame
+from ..diff.verdict.table import write_frame
 
 if TYPE_CHECKING:
     import pandas

@@ -22,7 +22,7 @@ from ..arbiter.arbiter import Arbiter
 from ..arbiter.encoder_decoder import EncoderDecoderArbiter
 from ..arbiter.third_side import AnyArbiter
 from ..diff.compare import Options, compare
-from ..diff.uncompared import uncompared
+from ..diff.measured.uncompared import uncompared
 from ..run.command import PORTIONS, EngineError
 from ..run.request import Prompt, Request
 from ..run.session import comparison_options, resolve_prompt

@@ -13,20 +13,20 @@ from checkpoints.answers.picture import Picture
 from checkpoints.dataflow import Dataflow
 from checkpoints.record import Dump, Rows
 
-from .against_limits import Held, hold
-from .align import align
-from .dataflow import Flow, dataflow_of, flow, without_mask
-from .judge import judge
 from .limits import EXACT_FLOOR, NATIVE, common_mode, limits
-from .masked_values import masked_as_ours
-from .measure import Measured, measured
-from .notes import notes_on
-from .offsets import AlignedDump, elsewhere, place
-from .picture import picture
-from .records import Judged, Records
-from .routing import Routed, as_sets, routed
-from .tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
-from .truth import Truth
+from .measured.align import align
+from .measured.dataflow import Flow, dataflow_of, flow, without_mask
+from .measured.masked_values import masked_as_ours
+from .measured.measure import Measured, measured
+from .measured.offsets import AlignedDump, elsewhere, place
+from .measured.records import Judged, Records
+from .measured.tokens import TokenComparison, compare_tokens, own_choice, same_experiment, token_text
+from .readings.routing import Routed, as_sets, routed
+from .tolerances.against_limits import Held, hold
+from .tolerances.truth import Truth
+from .verdict.judge import judge
+from .verdict.notes import notes_on
+from .verdict.picture import picture
 
 
 class Options(Struct, frozen=True):
@@ -93,7 +93,7 @@ def _beyond_noise(compared: Comparison, options: Options) -> Comparison:
     """Sides that agree within their limits: a divergence after all if their errors have what noise has not."""
     if options.tolerance is not None or not (compared.records.measures.nmse > EXACT_FLOOR.operations).any():
         return compared
-    from .beyond_noise import held_to_noise
+    from .verdict.beyond_noise import held_to_noise
 
     records, verdict = held_to_noise(compared.records, compared.verdict, options.truth)
     return replace(compared, records=records, verdict=verdict)
@@ -104,16 +104,16 @@ def _doubted(compared: Comparison, options: Options) -> Comparison:
     if options.strict:
         return compared
     if options.limits is not None:
-        from .undecided import by_other_experts
+        from .verdict.undecided import by_other_experts
 
         return replace(compared, verdict=by_other_experts(compared.records, compared.verdict))
-    from .eight_bits import looks_like_eight_bits, suspicion
+    from .verdict.eight_bits import looks_like_eight_bits, suspicion
 
     if looks_like_eight_bits(compared.records):
         return replace(compared, verdict=suspicion(compared.verdict))
     if options.tolerance is not None or options.truth is not None:
         return compared
-    from .undecided import undecided
+    from .verdict.undecided import undecided
 
     return replace(compared, verdict=undecided(compared.records, compared.verdict))
 
@@ -191,7 +191,7 @@ class _Against(Struct, frozen=True):
         model, held, routing = self._held(errors)
         if self.options.strict or not held.failed.any():
             return errors, model, held, routing, Judged(np.zeros(len(errors.point), dtype=np.bool_))
-        from .consumers import judged
+        from .readings.consumers import judged
 
         verdicts = judged(errors, held, model, self.ours, self.ref)
         shown: tuple[RecordFault, ...] = ()

@@ -37,7 +37,7 @@ class Floor(Struct, frozen=True):
 
 # Measured: a float32 engine in NumPy against llama.cpp's CPU backend, 24 layers, 36 tokens, F32 weights and KV cache:
 # 1e-14 … 7e-13 at every point, logits 2e-13 (a trained model) … 1.2e-11 (0.5 B shape with outlier channels). 512 tokens of text
-# reach 2e-11, random ids the limit itself, at single positions (benchmarks/noise.py; `parity.diff.noise`).
+# reach 2e-11, random ids the limit itself, at single positions (benchmarks/noise.py; `parity.diff.tolerances.noise`).
 EXACT_FLOOR = Floor(1e-10, 1e-9, "F32 on both sides: 7e-13, logits 1.2e-11 measured over 24 layers")
 # Measured end to end with native weights; llama.cpp rounds activations to the weights' partner type before products.
 _WEIGHTS = {
@@ -86,10 +86,10 @@ JUMP = 20.0
 # NMSE: 8-bit activations cost up to 5e-3 end to end, at the first products of right engines 8e-3 at most (benchmarks/right_engines.py):
 # above twice that, in round numbers, nothing is rounding.
 LARGEST_ROUNDING = 0.02
-# NMSE after ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at the
-# operation (parity/diff/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six prompts each of 4
-# to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4): such a run is a
-# divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
+# NMSE after ggml's GELU, whose argument and result are rounded to float16: a right engine with a GELU of its own is up to 3e-7 off at
+# the operation (parity/diff/tolerances/truth.py). At the default points of the small gemma3, gemma3n and gemma4 of random weights, six
+# prompts each of 4 to 14 tokens, right engines stayed below 5e-7 in sixteen of eighteen runs and reached 3.1e-6 in the worst (gemma4):
+# such a run is a divergence with a note, since a fault can be as small. Where float64 is asked (--model) it decides instead.
 TABLE = 1e-6
 # The factor by which lower arithmetic's error may grow over the table of limits from layer to layer. Right engines with rounded products
 # and activations were up to 3.1 times over it at inner points of six layers of random weights, and up to 11.4 times where ten values of a

@@ -12,8 +12,8 @@ from checkpoints.points import order
 from checkpoints.record import Dump
 
 from .compare import Options, compare
-from .tokens import TOKENS
-from .truth import MULTIPLE, Floats, Truth
+from .measured.tokens import TOKENS
+from .tolerances.truth import MULTIPLE, Floats, Truth
 
 
 def compare_three(dumps: tuple[Dump, Dump, Dump], options: Options | None = None) -> ThreeWay:

@@ -17,7 +17,7 @@ from checkpoints.reading.reader import read
 from checkpoints.record import Header
 from reference.client import Reference
 
-from ..diff.uncompared import uncompared
+from ..diff.measured.uncompared import uncompared
 from ..run.request import Prompt, Request
 from ..run.sides import EXEC, REF, ExternalEngine, LlamaCpp, Side, side_of
 from ..run.workers import workers_of

@@ -13,19 +13,19 @@ from checkpoints.errors import ParityError
 from checkpoints.record import Dump
 from reports.sentences import ARITHMETIC
 
-from ..diff.beyond_noise import ONE_FACTOR
 from ..diff.compare import Comparison, Options
 from ..diff.limits import EXACT_FLOOR, NATIVE
+from ..diff.verdict.beyond_noise import ONE_FACTOR
 from ..laws.laws import NOT_RECORDED
 from ..run.graphs import dataflow_of
 from .budget import Budget
 from .case import Case, ExplainOptions
-from .looks_like import reproducing
-from .mixed import noise_in_words
-from .not_as_stated import CONTRADICTED
 from .on_model import compared_on
-from .precision import KINDS
-from .records import right_rows
+from .records.records import right_rows
+from .rounding.looks_like import reproducing
+from .rounding.mixed import noise_in_words
+from .rounding.not_as_stated import CONTRADICTED
+from .rounding.precision import KINDS
 
 _LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recorded elements come from the right ones
 _OPEN = ("undecided", "drift")  # that do not say whether a fault or another arithmetic made them

@@ -23,18 +23,18 @@ from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
 from ..arbiter.arbiter import Arbiter
-from ..diff.tokens import same_model, too_few_tokens
-from ..diff.truth import AUTO
+from ..diff.measured.tokens import same_model, too_few_tokens
+from ..diff.tolerances.truth import AUTO
 from ..run.graphs import recorded_graph
 from .budget import Budget
-from .captured import as_captured
-from .comparable import first_sequence, of_prompt, passes_of, rows_of_positions, tokens_of
-from .expert_order import by_score
-from .noise import allowed
-from .of_pass import without_values_of_passes
-from .records import Expected, Ints, expected
-from .screening import Screening
-from .ties import resolved
+from .records.captured import as_captured
+from .records.comparable import first_sequence, of_prompt, passes_of, rows_of_positions, tokens_of
+from .records.expert_order import by_score
+from .records.noise import allowed
+from .records.of_pass import without_values_of_passes
+from .records.records import Expected, Ints, expected
+from .records.ties import resolved
+from .search.screening import Screening
 
 
 class ExplainOptions(Struct, frozen=True):

@@ -13,37 +13,37 @@ from checkpoints.record import Dump
 from engine.transformer import Transformer
 
 from ..diff.limits import EXACT_FLOOR
-from ..diff.truth import ALL, AUTO
+from ..diff.tolerances.truth import ALL, AUTO
 from ..laws.laws import NOT_RECORDED, OF_TWO, WRONG
 from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
 from . import halves
-from .answer import answer_of
 from .as_compared import as_diff_says
-from .beyond import NOTHING, beyond
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
-from .flipped import CHOSEN_OTHERWISE, chosen_otherwise
-from .gelu import sharpened, without_table
-from .hidden import with_hidden
-from .leads import believed, law_at, leads, may_have_cause, placed
-from .looks_like import Looks, floor_of, looks, looks_like, reproducing
-from .mixed import law_of_noise, law_of_rounding
-from .one_buffer import in_words, shown_instead
-from .one_number import law_of_one_number, of_one_number
-from .other_file import OTHER_FILE, table_of
-from .own_inputs import contradicted
-from .own_rounding import standing_out
-from .precision import UPPER, PrecisionFloor, with_noise
+from .findings.answer import answer_of
+from .findings.leads import believed, law_at, leads, may_have_cause, placed
+from .findings.one_buffer import in_words, shown_instead
+from .findings.other_file import OTHER_FILE, table_of
+from .findings.rows import garbage
+from .findings.unjudged import is_far, unjudged
 from .recorded_otherwise import recorded_otherwise
-from .records import right_rows
-from .rounded_weights import type_of_rows, with_weights_rounded
-from .rows import garbage
-from .scopes import as_far_as_shown
-from .search import Search
-from .state import SearchState
-from .unjudged import is_far, unjudged
+from .records.records import right_rows
+from .rounding.beyond import NOTHING, beyond
+from .rounding.flipped import CHOSEN_OTHERWISE, chosen_otherwise
+from .rounding.gelu import sharpened, without_table
+from .rounding.hidden import with_hidden
+from .rounding.looks_like import Looks, floor_of, looks, looks_like, reproducing
+from .rounding.mixed import law_of_noise, law_of_rounding
+from .rounding.one_number import law_of_one_number, of_one_number
+from .rounding.own_inputs import contradicted
+from .rounding.own_rounding import standing_out
+from .rounding.precision import UPPER, PrecisionFloor, with_noise
+from .rounding.rounded_weights import type_of_rows, with_weights_rounded
+from .search.scopes import as_far_as_shown
+from .search.search import Search
+from .search.state import SearchState
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The

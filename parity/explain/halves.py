@@ -5,8 +5,7 @@ the encoder makes: what a faulty encoder makes once its fault is known, so that 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,14 @@ from numpy.typing import NDArray
 from checkpoints.answers.explain import Cause, Explanation
 from checkpoints.points import ENCODER
 from checkpoints.record import Dump
-from engine.backend import Array
-from engine.faults import as_recorded
-from engine.graph import ENCODED, Step
-from engine.halves import decoder_alone, encoder_alone, handed_over
-from engine.replay.precision import rounded
-from engine.replay.replay import Replay
+from engine.graph import ENCODED
+from engine.halves import handed_over
 from engine.transformer import Transformer
 
-from ..arbiter.arbiter import Arbiter
-from .case import Case, ExplainOptions, Half
-from .comparable import generated_of, prompt_of
-from .own_inputs import whole
-from .state import SearchState
+from .case import Case, ExplainOptions
+from .half_cases import decoder_case, encoder_case
+from .rounding.own_inputs import whole
+from .search.state import SearchState
 
 _PLAIN_NAME = re.compile(r"(?<![\w.])(?=blk\.|embd\b|output_norm\b)")
 _IN_ENCODER, _IN_DECODER = "in the encoder, ", "in the decoder, "
@@ -71,67 +65,6 @@ def explained(
         unrecorded = f"the encoder was not recorded: its faults show where the decoder reads it; record {_last(transformer)}"
         return replace(second, notes=(*second.notes, unrecorded))
     return joined(first, second)
-
-
-def encoder_case(dump: Dump, transformer: Transformer, options: ExplainOptions) -> Case | None:
-    """The encoder's half of a dump; None where it was not recorded.
-
-    Raises:
-        ParityError: as `Case` does.
-    """
-    points = {name: rows for name, rows in dump.points.items() if name.startswith(ENCODER)}
-    if not points:
-        return None
-    plain = {name.removeprefix(ENCODER): replace(rows, point=name.removeprefix(ENCODER)) for name, rows in points.items()}
-    half = Half(_with_steps(transformer, encoder_alone(transformer.encoder or ())))
-    return Case(replace(dump, points=plain, tokens=()), half, options)
-
-
-def decoder_case(
-    dump: Dump,
-    transformer: Transformer,
-    options: ExplainOptions,
-    encoder: Case | None = None,
-    best: SearchState | None = None,
-    own: Mapping[str, NDArray[np.float32]] | None = None,
-) -> Case | None:
-    """The decoder's half of a dump, fed by the right encoder or the one that a state describes; None where it was not recorded.
-
-    `own` is what the dump's own encoder made, where the decoder is to be fed by that.
-
-    Raises:
-        ParityError: as `Case` does.
-    """
-    points = {name: rows for name, rows in dump.points.items() if not name.startswith(ENCODER)}
-    if not points:
-        return None
-    encoder_steps = transformer.encoder or ()
-    steps = encoder_alone(encoder_steps) if best is None else as_recorded(best.steps)
-    prompt = prompt_of(dump, options.tokens) if encoder is None else encoder.tokens
-    computed = transformer.weights, transformer.backend
-    numbers, passes = range(len(prompt)), [0] * len(prompt)
-    values = Replay(steps, prompt, numbers, passes, *computed).values
-    truth = Arbiter(steps, *computed, prompt, numbers, passes)
-    names = handed_over(encoder_steps)
-
-    def lower(kind: str, storage: bool) -> dict[str, Array]:
-        values = Replay(rounded(steps, kind, storage=storage), prompt, numbers, passes, *computed).values
-        return {name: values[plain] for name, plain in names.items()}
-
-    half = Half(
-        _with_steps(transformer, decoder_alone(encoder_steps, transformer.steps)),
-        {name: values[plain] for name, plain in names.items()},
-        lambda variant: {name: truth.value(plain, variant) for name, plain in names.items()},
-        lower,
-        frozenset(name for name, plain in names.items() if plain in truth.coarse),
-    )
-    if own is not None:
-        given = {name: transformer.backend.array(value) for name, value in own.items()}
-        half = Half(half.transformer, given, lambda _: own, lambda _kind, _storage: given)
-    start = (transformer.decoder_start or 0,)
-    header = None if dump.header is None else replace(dump.header, tokens=start, prompt=None)
-    part = replace(dump, points=points, header=header)
-    return Case(part, half, replace(options, tokens=(*start, *generated_of(dump))))
 
 
 def _own_output(encoder: Case, transformer: Transformer) -> dict[str, NDArray[np.float32]] | None:
@@ -242,10 +175,3 @@ def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
 def _last(transformer: Transformer) -> str:
     """The name of what the decoder reads."""
     return next(iter(handed_over(transformer.encoder or ())))
-
-
-def _with_steps(transformer: Transformer, steps: Sequence[Step]) -> Transformer:
-    """The same weights with the steps of one half."""
-    half = copy(transformer)
-    half.steps, half.single, half.encoder = list(steps), None, None
-    return half

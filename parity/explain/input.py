@@ -12,10 +12,10 @@ from checkpoints.record import Dump
 from ..diff.compare import Options, compare
 from .case import Case, ExplainOptions, Half, open_model
 from .explain import explain
-from .halves import decoder_case, encoder_case
-from .not_as_stated import CONTRADICTED
-from .precision import KINDS
-from .records import right_rows
+from .half_cases import decoder_case, encoder_case
+from .records.records import right_rows
+from .rounding.not_as_stated import CONTRADICTED
+from .rounding.precision import KINDS
 
 
 def prompt_ids(model: Path, prompt: str | None, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:

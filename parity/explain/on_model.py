@@ -10,11 +10,11 @@ from checkpoints.answers.diff import Pattern
 from checkpoints.record import Dump
 from reports.sentences import ARITHMETIC
 
-from ..diff.align import as_wide
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
-from ..diff.truth import ALL, AUTO, OFF
-from .known_model import KnownModel
+from ..diff.measured.align import as_wide
+from ..diff.tolerances.truth import ALL, AUTO, OFF
+from .rounding.known_model import KnownModel
 
 if TYPE_CHECKING:
     from checkpoints.answers.three_way import ThreeWay
@@ -78,8 +78,8 @@ def _without_unjudged(compared: Comparison, ours: Dump, options: Options, known:
     if not judged.verdict.unjudged:
         return judged
     from .budget import Budget
-    from .precision import KINDS
-    from .reproduced import is_reproduced
+    from .rounding.precision import KINDS
+    from .rounding.reproduced import is_reproduced
 
     # Limits that were measured for a file's own types are those of no arithmetic in which our engine could be run.
     if kind not in KINDS or (case := known.beside_ours(ours, compared)) is None:
@@ -92,7 +92,7 @@ def _beside_twin(compared: Comparison, ours: Dump, ref: Dump, options: Options, 
     """The comparison, judged by what native types cost this model if the reference has them."""
     if ref.header is None or ref.header.mode != NATIVE:
         return compared
-    from .beside_twin import beside_twin
+    from .rounding.beside_twin import beside_twin
 
     exactly = partial(compared_on, model=model, arbiter=arbiter, third_side=False)
     return beside_twin(compared, ours, ref, options, model, exactly)
@@ -151,28 +151,28 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
     if stated not in ("", "f32") and (measured := known.limits(ours, stated)) is not None:
-        from .not_as_stated import unless_in_float32
-        from .own_rounding import beside_own_run
+        from .rounding.not_as_stated import unless_in_float32
+        from .rounding.own_rounding import beside_own_run
 
         compared = beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
         return unless_in_float32(compared, ours, ref, options, known, stated)
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)
-    from .arithmetic import of_unknown_arithmetic
+    from .rounding.arithmetic import of_unknown_arithmetic
 
     return _unless_weights(of_unknown_arithmetic(ours, ref, options, known), ours, known)
 
 
 def _unless_weights(compared: Comparison, ours: Dump, known: KnownModel) -> Comparison:
     """A divergence that follows no law, which blames no operation if weights kept in a lower type give every record."""
-    from ..diff.beyond_noise import ONE_FACTOR
-    from .arithmetic import ONE_NUMBER
+    from ..diff.verdict.beyond_noise import ONE_FACTOR
+    from .rounding.arithmetic import ONE_NUMBER
 
     verdict = compared.verdict
     follows_a_law = verdict.pattern is not None and verdict.pattern.code in (ONE_FACTOR, ONE_NUMBER)
     if verdict or follows_a_law or (case := known.beside_ours(ours, compared)) is None:
         return compared
-    from .rounded_weights import in_kept_weights
+    from .rounding.rounded_weights import in_kept_weights
 
     if not (sentence := in_kept_weights(case, _FOR_WEIGHTS)):
         return compared

@@ -10,12 +10,12 @@ import numpy as np
 from checkpoints.answers.explain import SuspectRecord
 from checkpoints.record import Dump
 
-from ..diff.layouts import reordered
 from ..diff.limits import NATIVE
-from ..diff.readings import LAYOUT, Allowed, head_size_of
+from ..diff.readings.layouts import reordered
+from ..diff.readings.readings import LAYOUT, Allowed, head_size_of
 from .as_compared import beside_right
 from .case import Case, ExplainOptions
-from .records import Expected
+from .records.records import Expected
 
 _LOOKED_AT = 8  # records of a point that are asked whether another order of elements makes them right
 

@@ -21,7 +21,7 @@ from checkpoints.record import Dump, Rows
 from reference.client import Reference
 
 from ..diff.compare import comparison
-from ..diff.tokens import TOKENS
+from ..diff.measured.tokens import TOKENS
 from ..lint.lint import refuse_unusable
 from ..run.command import Command
 from ..run.request import Progress, Prompt, Request

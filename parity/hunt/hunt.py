@@ -20,7 +20,7 @@ from checkpoints.record import Dump, Header, Rows
 from reference.client import Reference
 
 from ..diff.compare import Comparison
-from ..diff.tokens import TOKENS
+from ..diff.measured.tokens import TOKENS
 from ..explain.case import ExplainOptions
 from ..explain.input import explain_dump
 from ..explain.on_model import compared_on

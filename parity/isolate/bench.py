@@ -18,7 +18,7 @@ from engine.replay.proof import is_weighed
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
 
-from ..diff.tokens import too_few_tokens
+from ..diff.measured.tokens import too_few_tokens
 from .attention_checks import AttentionChecks
 from .elements import RowChecks
 from .judging import Definition, Record

@@ -21,7 +21,7 @@ from engine.graph import in_one_pass
 from reference.client import Reference
 
 from ..diff.limits import limits
-from ..diff.tokens import other_settings, same_model
+from ..diff.measured.tokens import other_settings, same_model
 from ..run.session import resolve_prompt
 from .arithmetic import Judgement, in_its_arithmetic
 from .bench import IsolationBench, feed

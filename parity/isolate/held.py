@@ -7,11 +7,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ..diff.layouts import is_rotated, pairs
-from ..diff.masked_values import without_masks
-from ..diff.readings import CLEAR
-from ..diff.rounding import beyond_rounding
-from ..diff.scatter import spares_elements
+from ..diff.measured.masked_values import without_masks
+from ..diff.readings.layouts import is_rotated, pairs
+from ..diff.readings.readings import CLEAR
+from ..diff.readings.rounding import beyond_rounding
+from ..diff.verdict.scatter import spares_elements
 from .values import row_errors
 
 # Of two definitions by which a value is wrong the later one is meant only if it is so many times nearer.

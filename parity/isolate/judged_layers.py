@@ -17,9 +17,9 @@ from engine.replay.proof import proof_steps
 from reference.client import Reference
 from reference.jobs import NATIVE, Node
 
-from ..diff.align import Pair
-from ..diff.measure import measure
-from ..diff.routing import names_experts
+from ..diff.measured.align import Pair
+from ..diff.measured.measure import measure
+from ..diff.readings.routing import names_experts
 from .unrecorded import attends
 from .values import WholeValues
 

@@ -15,8 +15,8 @@ from engine import ops
 from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
 from engine.replay.proof import rounds_activations
 
-from ..diff.rounding import is_rounding, type_of
-from ..diff.scatter import is_scaled, is_scatter
+from ..diff.readings.rounding import is_rounding, type_of
+from ..diff.verdict.scatter import is_scaled, is_scatter
 from ..laws.heads import heads_of
 from .elements import least_energy, sampled_error
 from .epsilons import judge_epsilon

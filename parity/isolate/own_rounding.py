@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engine.graph import Step
 from engine.replay.wide import is_looked_up
 
-from ..diff.truth import BOTH, NO_ROUNDING
+from ..diff.tolerances.truth import BOTH, NO_ROUNDING
 from .values import row_errors
 
 

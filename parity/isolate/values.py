@@ -21,7 +21,7 @@ from checkpoints.points import ENCODER, of_scores, order, parse
 from checkpoints.record import Dump, Rows
 from checkpoints.tensors import TensorReader, beside
 
-from ..diff.slices import without_subnormal
+from ..diff.measured.slices import without_subnormal
 
 Floats = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from checkpoints.dataflow import Dataflow
 from checkpoints.errors import DumpError
 from checkpoints.record import Dump
 
-from ..diff.tokens import same_model
+from ..diff.measured.tokens import same_model
 from .model_facts import ModelFacts, open_model
 from .rule import Rule, Subject
 from .table import RULES

@@ -8,7 +8,7 @@ from checkpoints.answers.diff import INCOMPLETE, PARITY, Verdict
 from checkpoints.points import in_vocabulary
 
 from ..diff.compare import Comparison
-from ..diff.uncompared import uncompared
+from ..diff.measured.uncompared import uncompared
 from .request import Prompt, Request
 from .sides import ExternalEngine
 

@@ -11,7 +11,7 @@ from checkpoints.record import Dump
 from reference.client import Reference
 from reference.jobs import DumpResult
 
-from ..diff.tokens import same_model
+from ..diff.measured.tokens import same_model
 from .request import Progress, Prompt, Request
 from .session import following, resolve_prompt
 from .sides import LlamaCpp, OurEngine

@@ -18,7 +18,7 @@ from reports.numbers import count
 
 from ..diff.compare import Comparison, Options, comparison
 from ..diff.limits import NATIVE, common_mode, limits
-from ..diff.truth import NO_ROUNDING
+from ..diff.tolerances.truth import NO_ROUNDING
 from .request import Progress, Prompt, Request
 from .session import Outcome, comparison_options, following
 from .sides import LlamaCpp

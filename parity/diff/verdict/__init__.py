@@ -1,0 +1,1 @@
+"""From the numbers of all records to one answer."""

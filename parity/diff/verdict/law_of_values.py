@@ -1,0 +1,68 @@
+"""The law by which wrong values follow from the reference's: one sentence that holds for every recorded element, or ""."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.record import Rows
+
+from ...laws.beside import Beside, room
+from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
+from ..measured.records import Records
+from ..measured.slices import prepare
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_ENOUGH = 12  # recorded values: a number that is fitted to fewer may follow noise (as `explain` asks beside its own run)
+
+
+def law_of_values(records: Records, failing: Ints) -> str:
+    """The law of some records of one point, which are wrong; "" without one."""
+    beside = _beside(records, failing)
+    if beside is None or beside.dumped.size < _ENOUGH:
+        return ""
+    sentence = law(beside)
+    if sentence.endswith(WRONG):
+        off = (beside.dumped - beside.right) ** 2 > beside.room[:, None]
+        if (off.any(axis=0) != off.all(axis=0)).any():
+            return ""  # elements that are wrong at some of the positions make no pattern
+    return "" if sentence == NOT_RECORDED or SAME_ERROR in sentence else sentence
+
+
+def most_are_right(records: Records, failing: Ints) -> bool:
+    """Whether more than half of the recorded elements of these records are right, each by its share of its record's limit."""
+    beside = _beside(records, failing)
+    if beside is None:
+        return False
+    allowed = (records.limit[failing] * np.mean(beside.right**2, axis=1))[:, None]
+    return bool(2 * ((beside.dumped - beside.right) ** 2 <= allowed).mean() > 1)
+
+
+def _beside(records: Records, failing: Ints) -> Beside | None:
+    """These records, [R], of one point beside the reference's; None where their values are not leading ones, or not numbers."""
+    if not len(failing):
+        return None
+    pair, at = records.pairs[records.point[failing[0]]], records.row[failing]
+    values = prepare(pair)
+    width = 0 if values.counts is None else int(values.counts[at].min())
+    dumped, right = (side[at, :width].astype(np.float64) for side in (values.a, values.b))
+    if values.index is not None or not width or not np.isfinite(right).all():
+        return None
+    quantum = values.quantum
+    printed = np.zeros(len(at)) if quantum is None else (quantum[at, :width] ** 2).sum(axis=1)
+    return Beside(
+        dumped=dumped,
+        right=right,
+        index=np.arange(width, dtype=np.int64),
+        room=room(records.limit[failing], (right**2).sum(axis=1), dumped, right) + printed,
+        printed=printed,
+        rows=at,
+        whole=_whole(pair.ref),
+    )
+
+
+def _whole(ref: Rows) -> Floats | None:
+    """The reference's rows if they are whole and of positions that follow each other."""
+    of_one_length = ref.full().all() and len(set(ref.counts.tolist())) == 1
+    in_order = (np.diff(ref.token_idx) == 1).all() and (np.diff(ref.seq) == 0).all()
+    return ref.values[:, : int(ref.counts[0])].astype(np.float64) if of_one_length and in_order else None

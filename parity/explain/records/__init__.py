@@ -1,0 +1,1 @@
+"""A dump's records beside the values of the right engine."""

@@ -1,0 +1,59 @@
+"""The wrong records of a place beside the right values, element by element, and at which positions they are."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from engine.backend import Array
+from engine.faults import SEEN
+
+from ...laws.beside import Beside, room
+from .records import Expected, Floats, Ints
+
+Values = Mapping[str, Array]
+
+_FEW = 2  # positions that a sentence names
+
+
+def beside(
+    entry: Expected, errors: Floats, values: Values, positions: Ints, bias: Floats | None = None, heads: int | None = None
+) -> Beside | None:
+    """The records of a point that are wrong, by these errors [R], with the right values; None if there is nothing to compare."""
+    wrong = errors > entry.limit
+    name = SEEN + entry.point if SEEN + entry.point in values else entry.point
+    present = entry.present[wrong]
+    if not wrong.any() or not present.any():
+        return None
+    count = int(present.sum(axis=1).min())
+    if count == 0:
+        return None
+    right = entry.taken(values[name], positions)[wrong][:, :count]
+    if entry.index is None:
+        index = np.arange(count)
+    else:
+        index = entry.index[wrong][0, :count]
+        if not (entry.index[wrong][:, :count] == index).all():
+            return None
+    whole = entry.whole_values(values[name], positions)
+    fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
+    printed = (entry.quantum[wrong][:, :count] ** 2).sum(axis=1)
+    dumped = entry.values[wrong][:, :count]
+    return Beside(
+        dumped=dumped,
+        right=right,
+        index=index,
+        room=room(entry.limit[wrong], entry.energy[wrong], dumped, right) + printed,
+        printed=printed,
+        rows=entry.rows[wrong],
+        whole=whole,
+        bias=bias[index] if fits and bias is not None else None,
+        heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
+    )
+
+
+def few_positions(entry: Expected, errors: Floats, positions: Ints) -> str:
+    """The positions at which alone a point is wrong, by these errors [R], as the beginning of a sentence; "" if they are many, or all."""
+    wrong = np.unique(entry.rows[errors > entry.limit])
+    if len(wrong) > _FEW or len(wrong) >= len(np.unique(entry.rows)):
+        return ""
+    return f"at position{'s' * (len(wrong) > 1)} {' and '.join(str(positions[row]) for row in wrong)} alone "

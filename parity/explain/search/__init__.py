@@ -1,0 +1,1 @@
+"""The search for known faults: candidates, how far each of them gets, and states of several faults."""
