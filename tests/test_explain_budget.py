@@ -32,6 +32,18 @@ def test_a_budget_of_nothing_computes_the_right_run_alone(engine: Faulty, comput
     assert computed[0] <= len(engine.right), explanation
 
 
+def test_a_busy_machine_is_asked_again_for_the_processors_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute that passed with half of it computed is not the end; the minute that was computed is, once the clock is asked again."""
+    now = {"passed": 1000.0, "computing": 10.0}
+    monkeypatch.setattr(budgets, "perf_counter", lambda: now["passed"])
+    monkeypatch.setattr(budgets, "process_time", lambda: now["computing"])
+    budget = Budget(None)
+    for passed, computing, late in [(61, 30, False), (2, 1, False), (30, 30, True), (0, 0, True)]:
+        now["passed"] += passed
+        now["computing"] += computing
+        assert budget.late is late
+
+
 @pytest.mark.parametrize(
     ("seconds", "passed", "computing", "late"),
     [

@@ -6,7 +6,8 @@ _SECONDS = 60.0  # of processor time, where nobody said how long he waits
 _PATIENCE = (
     5.0  # an answer without a stated budget takes at most so many times as long, however little of the processor it is given
 )
-_SOONER = 0.25  # of the time left, after which the clock is asked again: a choice, since several threads spend it faster than it passes
+# The part of the time left after which the processor's clock is asked again. A choice: several threads spend it faster than it passes.
+_PAUSE = 0.25
 
 
 class Budget:
@@ -31,12 +32,13 @@ class Budget:
 
     @property
     def late(self) -> bool:
-        """Whether the time is up. The processor's clock, which takes a call into the system, is asked only where it may be."""
+        """Whether the time is up. The processor's clock, which takes a call into the system, is asked only where the wall's says that it
+        may be."""
         now = perf_counter()
         if now < self._not_before:
             return False
         left = self._seconds - self._spent()
-        self._not_before = now + _SOONER * left
+        self._not_before = now + _PAUSE * left
         return left <= 0
 
     def over(self) -> bool:

@@ -14,6 +14,7 @@ ROOM = 10.0
 # and at most this share of the original error, unless printed digits leave more: noise of a few limits has no law. A choice: the
 # right law leaves only rounding and printed digits. A law of many numbers (one for each element) must leave less.
 LEFT, LEFT_OF_MANY = 0.1, 1e-2
+ENOUGH = 12  # recorded values: a number that is fitted to fewer may follow noise
 # How much more squared error a number of fewer digits may leave than the one that fits: of noise in n elements that takes away a part in
 # n. Or so much of the limits, in float32 1e-12, as two right engines are apart. (1.005 in the place of 1.00504 left 190,000 times as much.)
 AS_WELL, AS_NOISE = 4.0, 1e-2

@@ -68,7 +68,7 @@ def explain_first(records: Records, first: int, seen: Sequence[Seen]) -> First:
         advice = points_value(sorted({*parents, *stretch.inputs, name}, key=records.names.index))
         every = [item.of for item in (*unseen, *(item for item in seen if item.checkpoint == name)) if item.of is not None]
         wider = max(every, default=None)
-        operation = _not_seen(name, unseen) + _too(records, first, unseen)
+        operation = _not_seen(name, unseen) + _others_differ(records, first, unseen)
     elif name in records.unconfirmed:
         readers = records.flow.of_readers.children[name][:3]
         operation = (
@@ -131,7 +131,7 @@ def _not_seen(name: str, unseen: Sequence[Seen]) -> str:
     return f"{name}, or one of its inputs: only {what} were recorded, and these agree"
 
 
-def _too(records: Records, first: int, unseen: Sequence[Seen]) -> str:
+def _others_differ(records: Records, first: int, unseen: Sequence[Seen]) -> str:
     """A remark if all else that is made from the one input that was seen in part, and was compared there, differs as well; else ""."""
     if len(unseen) > 1:
         return ""

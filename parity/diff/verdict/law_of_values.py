@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from checkpoints.record import Rows
 
-from ...laws.beside import Beside, room
+from ...laws.beside import ENOUGH, Beside, room
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
 from ..measured.records import Records
 from ..measured.slices import prepare
@@ -13,13 +13,11 @@ from ..measured.slices import prepare
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_ENOUGH = 12  # recorded values: a number that is fitted to fewer may follow noise (as `explain` asks beside its own run)
-
 
 def law_of_values(records: Records, failing: Ints) -> str:
     """The law of some records of one point, which are wrong; "" without one."""
     beside = _beside(records, failing)
-    if beside is None or beside.dumped.size < _ENOUGH:
+    if beside is None or beside.dumped.size < ENOUGH:
         return ""
     sentence = law(beside)
     if sentence.endswith(WRONG):

@@ -23,7 +23,7 @@ from ...diff.compare import Comparison
 from ...diff.measured.operations import recurrent
 from ...diff.verdict.beyond_noise import ONE_FACTOR, failing_at
 from ...diff.verdict.one_factor import POSITIONS, SPACING, Allowed, Part, shared_factor, shared_summand
-from ...laws.beside import ROOM, Bools
+from ...laws.beside import ENOUGH, ROOM, Bools
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, alike_rows, law
 from ...laws.moved import OTHER_ORDER
 from ..budget import Budget
@@ -42,7 +42,6 @@ from .systematic import followed
 # scales embeddings, say), weights and numbers of each row in the type in which it computes; beside 8-bit activations in BF16.
 _HALF_STEP = {"f16": 2.0**-11, "tf32": 2.0**-11, "bf16": 2.0**-8, "q8": 2.0**-8}
 _SECONDS = 10.0  # to try the numbers between two recorded points
-_ENOUGH = 12  # recorded values: a number fitted to fewer may follow noise
 
 
 class Outstanding(Struct, frozen=True):
@@ -304,7 +303,7 @@ def _one_number(case: Case, run: Replay, entry: Expected, kind: str) -> str:
     that is further off than digits which are cut off, or numbers that are kept in the type, bring it within a layer.
     """
     errors, known = entry.errors_beside(run.on_host[entry.point], case.positions)
-    if int(known.sum()) < _ENOUGH:
+    if int(known.sum()) < ENOUGH:
         return ""
     numbers = own_steps(case.transformer.steps, entry.point, {other.point for other in case.entries})
     among = {case.transformer.steps[number].makes for number in numbers}
@@ -317,7 +316,7 @@ def _one_number(case: Case, run: Replay, entry: Expected, kind: str) -> str:
 def _law_beside(case: Case, run: Replay, entry: Expected, errors: Floats, half_step: float) -> str:
     """The law that the wrong records follow; "" without one, or if numbers of theirs that are rounded to the type explain them."""
     compared = beside(replace(entry, limit=entry.limit / ROOM), errors, run.on_host, case.positions)
-    if compared is None or compared.dumped.size < _ENOUGH:
+    if compared is None or compared.dumped.size < ENOUGH:
         return ""
     size = np.fmax(np.abs(compared.right), np.sqrt(np.mean(compared.right**2, axis=1, keepdims=True)))
     if bool((np.abs(compared.dumped - compared.right) <= half_step * size).all()):

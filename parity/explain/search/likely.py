@@ -27,9 +27,9 @@ from .state import SearchState
 
 # Least cosine of two changes that may come from one fault: by residuals alone, and by derivatives.
 _ALIKE, _DERIVED = 0.3, 0.5
-# Most of the error, by the derivatives, that a change leaves which is looked at before further layers are. A choice, which only decides
-# what is tried first: of one fault's change and another's, sixteen elements each, none is so near by chance.
-_IS_ERROR = 0.25
+# A change that leaves, by the derivatives, at most this part of the error's length is tried before further layers are looked at. A choice:
+# it decides the order alone.
+_NEARLY = 0.25
 _ELEMENTS = 64  # most elements whose derivatives are taken: each costs about what a row of a pass does, and sixteen tell enough
 _SAME = 1e-8  # most squared change, in proportion, of rows before the first wrong one: where the dump is right the candidate must be, too
 
@@ -120,8 +120,8 @@ class Likely:
         least = _DERIVED if name in self._derivatives else _ALIKE
         return {number for number, cosine in zip(numbers, cosines, strict=True) if not cosine < least}
 
-    def all_but_makes(self, name: str, values: Mapping[int, Array]) -> bool:
-        """Whether one of these versions of a layer's output, each with the first wrong row, makes the error itself by the derivatives."""
+    def nearly_makes_the_error(self, name: str, values: Mapping[int, Array]) -> bool:
+        """Whether one of these versions of a layer's output, by the derivatives, makes nearly all of the error in the first wrong row."""
         causal = {number: value[self._row : self._row + 1] for number, value in values.items() if value.shape[-2] > self._row}
         if name not in self._derivatives or not causal:
             return False
@@ -130,7 +130,7 @@ class Likely:
             wanted = self._change(right)[self._chosen]
             changes = module_of(right.values[name]).concatenate(list(causal.values())) - right.values[name][self._row]
             left = self._screening.backend.to_host(changes @ self._derivatives[name].T) - wanted
-            return bool((np.linalg.norm(left, axis=1) <= _IS_ERROR * np.linalg.norm(wanted)).any())
+            return bool((np.linalg.norm(left, axis=1) <= _NEARLY * np.linalg.norm(wanted)).any())
 
     def _answers(self) -> Mapping[str, Array]:
         """The derivatives of recorded elements (of many, some) by the outputs of the layers in question; none where they are not known."""

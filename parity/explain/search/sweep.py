@@ -78,7 +78,7 @@ class Sweep(AtFirstPlace):
         self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
     ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
         """`screened`, scope by scope without `likely`: the versions of all candidates of all layers may not fit in memory. With it those
-        up to a scope in which something all but is the error come first: what explains everything there ends the search.
+        up to a scope in which something makes nearly all of the error come first: what explains everything there ends the search.
         """
         if likely is not None:
             yield from self._screened(candidates, likely)
@@ -97,7 +97,7 @@ class Sweep(AtFirstPlace):
     def _screened(
         self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
     ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
-        """`screened` by parts, each of which ends with a scope in which `likely` sees the error itself."""
+        """`screened` in parts, each of which ends with a scope in which something makes nearly all of the error, or with the last one."""
         scopes = {layers: self._scope(layers, some) for layers, some in candidates.items()}
         first = next(rows for rows in self._stages if rows > self._first.row)
         for rows in self._stages[: self._stages.index(first)]:
@@ -106,7 +106,7 @@ class Sweep(AtFirstPlace):
         values: dict[Layers, dict[int, Array]] = {}
         for layers, scope in scopes.items():
             values[layers] = self._values(layers, scope, first, likely)
-            if layers != next(reversed(scopes)) and not self._is_error(likely, scope.batch.name, values[layers]):
+            if layers != next(reversed(scopes)) and not self._nearly_error(likely, scope.batch.name, values[layers]):
                 continue
             self._carry_on(values, first, scopes)
             for rows in self._stages[self._stages.index(first) + 1 :]:
@@ -114,9 +114,9 @@ class Sweep(AtFirstPlace):
             yield from ((at, [*self._together(scopes[at]), *self._alone(scopes[at])]) for at in values)
             values = {}
 
-    def _is_error(self, likely: Likely | Alike | None, name: str, values: Mapping[int, Array]) -> bool:
-        """Whether one of these values, with the first wrong row at the end, all but makes the error at the first place."""
-        return isinstance(likely, Likely) and self._first.row < _AT_ONCE and likely.all_but_makes(name, values)
+    def _nearly_error(self, likely: Likely | Alike | None, name: str, values: Mapping[int, Array]) -> bool:
+        """Whether one of these values, whose last row is the first wrong one, makes nearly all of the error at the first place."""
+        return isinstance(likely, Likely) and self._first.row < _AT_ONCE and likely.nearly_makes_the_error(name, values)
 
     def _values(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | Alike | None) -> dict[int, Array]:
         """The first rows of what a scope's candidates change; the scope is taken up."""
