@@ -81,7 +81,7 @@ def interrupted(process: "subprocess.Popen[str]") -> bool:
     done = process.poll() is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
-    _, message = process.communicate(timeout=300)
+    _, message = process.communicate(timeout=30)  # conform's workers once computed on for 45 s
     assert comes_true(lambda: group(process.pid) == {})
     said = bool(message) and process.returncode in (0, -signal.SIGINT)  # it had said its answer, and Python was ending
     if done or said or (process.returncode in (0, 1) and not message):

@@ -4,21 +4,26 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import parent_process
-from multiprocessing.connection import wait
-from multiprocessing.context import SpawnContext, SpawnProcess
-from threading import Thread, main_thread
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from threading import Event, Thread, main_thread
 from time import sleep
+from typing import ParamSpec, TypeVar
 
 from checkpoints.errors import InputError
 from checkpoints.room import cores
 
+from ..interruptions import held_back
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 _MEMORY = 1 << 30  # bytes a worker may take: llama.cpp, NumPy and a tiny model, 0.3 GB measured
 _MOST = 16
-_GRACE = 1.0  # seconds in which a worker's main thread ends its engine
+_GRACE = 3.0  # seconds in which a worker's main thread ends its engine and removes its files
 _PATIENCE = "10s"  # how long to wait for a scheduler to answer, and to come back
 
 
@@ -32,7 +37,7 @@ def fitting() -> int:
 
 @contextmanager
 def workers_of(count: int, cluster: str = "") -> Iterator[Executor]:
-    """Workers; when the block is left early, work that has not begun is dropped.
+    """Workers; when the block is left early, work that has not begun is dropped, and work that has is ended.
 
     Raises:
         InputError: there is no such cluster, its connection is lost, or Dask is not installed.
@@ -41,49 +46,74 @@ def workers_of(count: int, cluster: str = "") -> Iterator[Executor]:
         with _cluster(cluster) as pool:
             yield pool
         return
-    pool = ProcessPoolExecutor(count, mp_context=_Context(), initializer=_begin)
+    listening, telling = Pipe(duplex=False)
+    pool = _Processes(count, mp_context=get_context("spawn"), initializer=_begin, initargs=(listening,))
     try:
         yield pool
+    except BaseException:
+        telling.close()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        telling.close()
+        listening.close()
 
 
-class _Worker(SpawnProcess):
-    """Ctrl-C reaches all processes of a terminal: the main one ends the others, which would print tracebacks, even while they start."""
+class _Processes(ProcessPoolExecutor):
+    """Ctrl-C reaches all processes of a terminal: the main one ends the others, which would print tracebacks, even while they start.
 
-    def start(self) -> None:
-        if not hasattr(signal, "pthread_sigmask"):  # Windows
-            super().start()
-            return
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; an interruption waits
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    A worker is started when work is submitted. An interruption waits until the pool knows it: the pool ends what it knows, and a
+    worker that it does not know would look for the pool's semaphores when they are gone.
+    """
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        with held_back(), _blocked():
+            return super().submit(_work, fn, *args, **kwargs)
 
 
-class _Context(SpawnContext):
-    Process = _Worker
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """A block whose new processes begin with Ctrl-C blocked, which they inherit."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin() -> None:
-    """What a worker does first: it ignores Ctrl-C, and ends with the main process."""
+# Set in a worker that is to end. A pool's process reports whatever its work raises, SystemExit too, and would take the next work.
+_ENDING = Event()
+
+
+def _work(fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    if hasattr(signal, "SIGUSR1"):  # before, there is nothing to end in order, and the signal kills
+        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+    if _ENDING.is_set():
+        sys.exit(1)
+    return fn(*args, **kwargs)
+
+
+def _begin(listening: Connection) -> None:
+    """What a worker does first: it ignores Ctrl-C, and ends with the main process, or when that closes its end of the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     main = parent_process()
     if main is not None and hasattr(signal, "pthread_kill"):
-        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
-        Thread(target=_end_after, args=(main.sentinel,), daemon=True).start()
+        Thread(target=_end_after, args=(main.sentinel, listening), daemon=True).start()
 
 
-def _end_after(main: int) -> None:
-    """Wait until the main process has ended, then end this one: if the main process was killed, nothing else would.
+def _end_after(main: int, listening: Connection) -> None:
+    """Wait until the main process has ended or asks for an end, then end this one: if the main process was killed, nothing else would.
 
     A worker would wait for work for ever, and its engine would write into the dumps of the run that is started next. The signal
     interrupts the main thread, which ends its engine.
     """
-    wait([main])
+    wait([main, listening])
+    _ENDING.set()
     signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR1)
     sleep(_GRACE)
     os._exit(1)
