@@ -104,7 +104,7 @@ def test_rows_of_other_positions_do_not_speak_of_the_weight(synthetic: Callable[
     ("recorded", "chooses", "status"), [(True, True, NOT_OBSERVABLE), (False, True, WRONG), (True, False, WRONG)]
 )
 def test_a_layer_whose_rounding_may_choose_other_experts_is_not_wrong(recorded: bool, chooses: bool, status: str) -> None:
-    """All is proven but a router's rounding, of a thirtieth of the layer's error. An operation unseen, or no choice, blames the layer."""
+    """All is proven but a router's rounding, a thirtieth of the layer's error: an operation unseen, or no choice, blames it."""
     operations = [
         Operation("attn_norm", 0, PROVEN, 1e-14),
         Operation("ffn_moe_logits", 0, NOT_OBSERVABLE, 2e-5, reason="its error has the size of 8-bit arithmetic"),
