@@ -21,8 +21,9 @@ a limit, and what the edit changes of the recorded values, planted and measured 
 `assumed`: the answer rests on an arithmetic that nothing states, and the edit changes its result by no more than the answer says that this
 hides. `wrong cause`: it names a fault that does not reproduce the engine's numbers, in whole rows, at every recorded point (up to the place
 that the answer leaves unexplained, if it leaves one). `located`: the first place is the first recorded point that the edit changes, and the
-edited operation is among those suspected; `at the operation`: it is the only one suspected. `unseen`: not all of a row was recorded, the
-first place lies behind the edited operation, and the answer says that it is not sure of it. `elsewhere`: any other place.
+edited operation, the first whose result the edit changes, is among those suspected; `at the operation`: it is the only one suspected, or
+its record is, where nothing reads the result. `unseen`: not all of a row was recorded, the first place lies behind the edited operation,
+and the answer says that it is not sure of it. `elsewhere`: any other place.
 """
 
 import argparse
@@ -137,11 +138,26 @@ def outcome(
         return (
             "named" if same_numbers(faulty, edit, [cause.named for cause in answer.causes], tokens, points) else "wrong cause"
         )
+    begins = begin_of(faulty, edit, tokens)
+    if any(suspect.checkpoint == begins for suspect in answer.suspects) and is_read_by_none(faulty, begins):
+        return "at the operation"
     if answer.placed is None or answer.first is None:
         return "elsewhere"
-    if edit.first not in answer.placed.operations:
+    if begins not in answer.placed.operations:
         return "elsewhere" if answer.placed.sure else "unseen"
     return "at the operation" if len(answer.placed.operations) == 1 else "located"
+
+
+def begin_of(faulty: Faulty, edit: Edit, tokens: tuple[int, ...]) -> str:
+    """The first operation whose result an edit changes: experts that no token chose have no other result."""
+    right, edited = replay(faulty, faulty.right, tokens).values, replay(faulty, edit.steps, tokens).values
+    changed = (step.makes for step in faulty.right if not np.array_equal(right[step.makes], edited[step.makes], equal_nan=True))
+    return next(changed, edit.first)
+
+
+def is_read_by_none(faulty: Faulty, name: str) -> bool:
+    """Whether no operation reads this result: then a wrong one is a wrong record, and nothing else."""
+    return not any(name in step.names for step in faulty.right)
 
 
 def sentence(answer: Explanation) -> str:

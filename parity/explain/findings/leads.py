@@ -73,7 +73,8 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
 
     That is asked of a fitted number and of zeros (the one head that was recorded may be 1.2 times too large, and the others right), and of
     what a step shows of a cache alone if not all of its rows were recorded: the leading values are row 0 at every position. Of other faults
-    in a row that was seen in part it is asked whether what is made of it stays as wrong: two faults in one layer leave less, if one goes.
+    in a row that was seen in part it is asked whether what is made of it next stays as wrong: of two faults in one layer one takes its part
+    of the error away.
     """
     if before.first is None or after.first is None:
         return False
@@ -87,9 +88,12 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
         return False
     if zeros or of_cache or order_of_number(after.faults[-1]) is not None:
         return True
+    between = range(before.first.point + 1, after.first.point)
+    if first.whole_rows or any(bool((before.nmse[at] > entries[at].limit).any()) for at in between):
+        return False  # it reproduces a further point as well
     was, now = (state.nmse[after.first.point] for state in (before, after))
     known = np.isfinite(was)
-    return not (first.whole_rows or now[known].sum() <= _REMAINS * was[known].sum())
+    return not now[known].sum() <= _REMAINS * was[known].sum()
 
 
 def mended_share(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
