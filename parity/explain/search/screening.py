@@ -281,6 +281,12 @@ class Screening:
         entry = self.entries[place.point]
         return entry.at(self.backend.to_host(value), self.positions[: value.shape[-2]], place.row)
 
+    def has_numbers(self, place: RecordKey) -> bool:
+        """Whether a recorded element of a place is a number: not all of them are NaN or infinite."""
+        entry = self.entries[place.point]
+        here = entry.rows == place.row
+        return bool(np.isfinite(entry.values[here][entry.present[here]]).any())
+
     def check(self, state: SearchState, candidate: Candidate) -> SearchState | None:
         """The state with the candidate planted, on all rows and points; None if the model or the faults there do not allow it,
         or the time is up.
