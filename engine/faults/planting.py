@@ -268,6 +268,8 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
     The value that the engine itself computes for such a point, and continues with, gets a name that ends in "!".
     """
     shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
+    if not shown:
+        return list(steps)  # the same objects: what is known of the steps before a change is known of these
 
     def name(read: Read) -> Read:
         return read_as(read, name_of(read) + "!") if name_of(read) in shown else read
