@@ -133,10 +133,20 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
         else f"the differences are those of {named}: a right engine in that arithmetic"
     )
     rows = [("no fault", sentence)]
+    if explanation.hides and first is not None:
+        rows.append(("hides", _hides(explanation.hides, first)))
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
     rows.append(("if not", "intended, look for a lower type: TF32 enabled, F16 weights or cache, quantised activations"))
     return _lines(rows, width)
+
+
+def _hides(parts: Sequence[tuple[str, float]], place: DivergentPlace) -> str:
+    """How large a factor passes, at the operation that hides most, and at the place itself."""
+    of_place = dict(parts).get(place.checkpoint)
+    here = f", {place.checkpoint} {1 + of_place:.5g} times" if of_place is not None and len(parts) > 1 else ""
+    name, part = parts[0]
+    return f"a fault as small as this would pass: {name} {1 + part:.5g} times the right one{here}"
 
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
@@ -287,6 +297,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         ],
         "precision_only": explanation.precision_only or None,
         "precision_assumed": explanation.precision_assumed,
+        "hides": [{"checkpoint": name, "part": part} for name, part in explanation.hides],
         "unjudged": list(explanation.unjudged),
         "left_open": explanation.left_open or None,
         "precision_alike": list(explanation.precision_alike),

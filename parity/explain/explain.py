@@ -31,6 +31,7 @@ from .findings.unjudged import is_far, unjudged
 from .recorded_otherwise import recorded_otherwise
 from .records.records import right_rows
 from .rounding.beyond import NOTHING, beyond
+from .rounding.could_hide import could_hide
 from .rounding.flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .rounding.gelu import sharpened, without_table
 from .rounding.hidden import with_hidden
@@ -181,7 +182,8 @@ def _of_all_records(
     )
     answer = standing_out(case, answer, kinds)
     answer = contradicted(case, answer) if start.first is None and not noise else answer
-    return with_hidden(case, search, start, answer, budget), best
+    answer = with_hidden(case, search, start, answer, budget)
+    return replace(answer, hides=could_hide(case, search, start) if answer.precision_assumed else ()), best
 
 
 def _best(
