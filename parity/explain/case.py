@@ -17,7 +17,8 @@ from checkpoints.record import Dump, Header
 from engine.backend import Array
 from engine.graph import Step
 from engine.opened import open_plain
-from engine.replay.replay import Replay, same_start
+from engine.replay.replay import Replay
+from engine.replay.right_values import same_start
 from engine.replay.wide import Variant
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
