@@ -328,5 +328,5 @@ class Screening:
         return left * EXPLAINED <= before and left <= float(no_rounding(entry, self.coarse)[here].max())
 
     def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
-        """A replay of these steps that takes no values from another one."""
-        return self.make(steps, rows, None)
+        """A replay of these steps by themselves: of the right run it takes only what is before their first change, over as many rows."""
+        return self.make(steps, rows, self._whole if rows == self.rows else None)
