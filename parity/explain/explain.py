@@ -108,7 +108,15 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best
     further, state = _explained(rest, options, budget)
-    return (answer, best) if further else (replace(further, suspects=(*answer.suspects, *further.suspects)), state)
+    if further:
+        return answer, best
+    suspects = (*answer.suspects, *further.suspects)
+    alone = further.remaining is not None and further.remaining.checkpoint in {suspect.checkpoint for suspect in suspects}
+    return (
+        (replace(answer, suspects=suspects), best)
+        if alone and not further.causes
+        else (replace(further, suspects=suspects), state)
+    )
 
 
 def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, Search, PrecisionFloor | None]:
