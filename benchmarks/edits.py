@@ -16,11 +16,14 @@ exp, the first position's values at all, a value of the layer before, a bias add
 (`benchmarks/rare_edits.py`): a part of an operand, a weight, a table; with `--tiles` one of `TILES` (`benchmarks/tile_edits.py`); with
 `--structural` one of `STRUCTURAL` (`benchmarks/structural_edits.py`): another group, another layer's value, another axis, one term less.
 
-`acquitted`: the answer is "no fault" though a recorded value differs. `wrong cause`: it names a fault that does not reproduce the engine's
-numbers, in whole rows, at every recorded point (up to the place that the answer leaves unexplained, if it leaves one). `located`: the
-first place is the first recorded point that the edit changes, and the edited operation is among those suspected; `at the operation`: it
-is the only one suspected. `unseen`: not all of a row was recorded, the first place lies behind the edited operation, and the answer says
-that it is not sure of it. `elsewhere`: any other place.
+`acquitted`: the answer is "no fault" though a recorded value differs by more than the answer says that passes. `not seen`: nothing is over
+a limit, and what the edit changes of the recorded values, planted and measured here, is below the largest limit that the answer tells.
+`assumed`: the answer rests on an arithmetic that nothing states, and the edit changes its result by no more than the answer says that this
+hides. `wrong cause`: it names a fault that does not reproduce the engine's numbers, in whole rows, at every recorded point (up to the place
+that the answer leaves unexplained, if it leaves one). `located`: the first place is the first recorded point that the edit changes, and the
+edited operation, the first whose result the edit changes, is among those suspected; `at the operation`: it is the only one suspected, or
+its record is, where nothing reads the result. `unseen`: not all of a row was recorded, the first place lies behind the edited operation,
+and the answer says that it is not sure of it. `elsewhere`: any other place.
 """
 
 import argparse
@@ -43,11 +46,13 @@ from structural_edits import STRUCTURAL
 from tile_edits import TILES
 
 from checkpoints.answers.explain import Explanation, Named
+from checkpoints.points import LOGITS
 from checkpoints.record import Dump
 from engine.faults import SEEN, plant
 from engine.graph import Step
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
+from parity.diff.measured.slices import SLICE_FLOOR
 from parity.explain.explain import ExplainOptions, explain
 from parity.models.embedded import path as embedded
 from parity.synth.synthetic import make_by_recipe
@@ -56,6 +61,7 @@ from reference.client import Reference
 SLICES = (10, 16, 1 << 20)
 # How far a named fault's numbers may lie from the edited engine's, NMSE at every point: both are computed here, in float32.
 SAME = 1e-9
+SKETCHED = 2.0  # a sketch estimates a squared distance with a relative deviation of a quarter: four of them
 ARCHITECTURES = (
     *("qwen3", "qwen3moe", "phi3", "gemma2", "gemma3", "granite", "deepseek2", "lfm2", "mamba", "qwen35", "gpt2", "starcoder2"),
     *("gpt-oss", "falcon", "olmo2", "command-r", "glm4", "stablelm", "mixtral", "cohere2"),
@@ -88,23 +94,70 @@ def run_name(values: Any, point: str) -> str:
     return SEEN + point if SEEN + point in values else point
 
 
-def outcome(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, ...], points: Sequence[str]) -> str:
-    """How the answer counts: one of the outcomes that the module's docstring explains."""
+def is_below(answer: Explanation, dump: Dump, right: Dump) -> bool:
+    """Whether what an edited engine's dump changes of the right one's is within the limits that the answer tells."""
+    for point, rows in dump.points.items():
+        ours, ref = rows.values.astype(np.float64), right.points[point].values.astype(np.float64)
+        if ours.shape != ref.shape or not np.array_equal(np.isfinite(ours), np.isfinite(ref)):
+            return False
+        known = np.isfinite(ref)
+        apart = np.square(np.where(known, ours, 0.0) - np.where(known, ref, 0.0)).sum(axis=1)
+        energy = np.square(np.where(known, ref, 0.0)).sum(axis=1)
+        if "l2" in rows.stats:  # the whole row's, in proportion to what was recorded
+            share = SLICE_FLOOR * ours.shape[1] / right.points[point].stats["n"]
+            energy = np.maximum(energy, share * np.square(right.points[point].stats["l2"]))
+        if bool((apart > answer.passes[point == LOGITS] * energy).any()):
+            return False
+        if rows.sketch is not None and right.points[point].sketch is not None:
+            estimate = np.square(np.asarray(rows.sketch, np.float64) - right.points[point].sketch).mean(axis=1)
+            if bool((estimate > SKETCHED * answer.passes[point == LOGITS] * np.square(right.points[point].stats["l2"])).any()):
+                return False
+    return True
+
+
+def is_told(answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, ...]) -> bool:
+    """Whether the answer says that a change as large as the edit's of its own result passes."""
+    right, edited = (
+        np.asarray(replay(faulty, steps, tokens).values[edit.first], dtype=np.float64) for steps in (faulty.right, edit.steps)
+    )
+    part = dict(answer.hides).get(edit.first, 0.0)
+    return right.shape == edited.shape and bool(np.square(edited - right).sum() <= part**2 * np.square(right).sum())
+
+
+def outcome(
+    answer: Explanation, faulty: Faulty, edit: Edit, tokens: tuple[int, ...], points: Sequence[str], dump: Dump, right: Dump
+) -> str:
+    """How the answer counts: one of the outcomes that the module's docstring explains; `right` is the unedited engine's dump."""
     if answer.first is None and not answer.precision_only:
-        return "not seen"
+        return "not seen" if is_below(answer, dump, right) else "acquitted"
     if answer:
-        return "acquitted"
+        return "assumed" if answer.precision_assumed and is_told(answer, faulty, edit, tokens) else "acquitted"
     if answer.causes:
         if answer.remaining is not None:
             points = points[: points.index(answer.remaining.checkpoint)]
         return (
             "named" if same_numbers(faulty, edit, [cause.named for cause in answer.causes], tokens, points) else "wrong cause"
         )
+    begins = begin_of(faulty, edit, tokens)
+    if any(suspect.checkpoint == begins for suspect in answer.suspects) and is_read_by_none(faulty, begins):
+        return "at the operation"
     if answer.placed is None or answer.first is None:
         return "elsewhere"
-    if edit.first not in answer.placed.operations:
+    if begins not in answer.placed.operations:
         return "elsewhere" if answer.placed.sure else "unseen"
     return "at the operation" if len(answer.placed.operations) == 1 else "located"
+
+
+def begin_of(faulty: Faulty, edit: Edit, tokens: tuple[int, ...]) -> str:
+    """The first operation whose result an edit changes: experts that no token chose have no other result."""
+    right, edited = replay(faulty, faulty.right, tokens).values, replay(faulty, edit.steps, tokens).values
+    changed = (step.makes for step in faulty.right if not np.array_equal(right[step.makes], edited[step.makes], equal_nan=True))
+    return next(changed, edit.first)
+
+
+def is_read_by_none(faulty: Faulty, name: str) -> bool:
+    """Whether no operation reads this result: then a wrong one is a wrong record, and nothing else."""
+    return not any(name in step.names for step in faulty.right)
 
 
 def sentence(answer: Explanation) -> str:
@@ -162,7 +215,9 @@ def cases(models: Models, seeds: range, budget: float, ways: Sequence[str]) -> I
         began = perf_counter()
         answer = explain(dump, faulty.model, ExplainOptions(budget=budget))
         spent = perf_counter() - began
-        outcome_name = outcome(answer, faulty, edit, tokens, [step.makes for step in faulty.right if step.makes in dump.points])
+        recorded = [step.makes for step in faulty.right if step.makes in dump.points]
+        right = dump_of(faulty, faulty.right, tokens, points, size, bare, stated)
+        outcome_name = outcome(answer, faulty, edit, tokens, recorded, dump, right)
         shape = f"{points}, {size if size < 1 << 20 else 'all'}{'' if bare else ', sketch'}{', f32' if stated else ''}"
         print(f"seed {seed} {name}: {edit.what} ({shape}): {outcome_name}, {spent:.1f} s; {sentence(answer)}", flush=True)
         yield edit.how, points, outcome_name, spent
@@ -170,7 +225,7 @@ def cases(models: Models, seeds: range, budget: float, ways: Sequence[str]) -> I
 
 def table(measured: Sequence[tuple[str, str, str, float]]) -> str:
     """Outcomes by edit, and the times."""
-    words = ("named", "at the operation", "located", "unseen", "elsewhere", "not seen", "acquitted", "wrong cause")
+    words = ("named", "at the operation", "located", "unseen", "elsewhere", "not seen", "assumed", "acquitted", "wrong cause")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for how, points, outcome_name, _ in measured:
         for row in (how, "default points" if points == "default" else "all points", "all"):

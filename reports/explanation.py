@@ -5,13 +5,13 @@ from typing import Any
 
 from rich.text import Text
 
-from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, SuspectRecord, TruthAt
-from checkpoints.printable import first_names
+from checkpoints.answers.explain import Cause, DivergentPlace, Explanation, Lead, Named, TruthAt
 
 from .layout import labelled, wrap
 from .limits import pass_for_rounding
 from .numbers import count, error, limit
 from .sentences import no_verdict, rows_seen
+from .suspected import suspected
 
 _ARITHMETIC = {
     "f16": "F16 (10 bits of mantissa)",
@@ -44,7 +44,7 @@ def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     elif explanation.remaining is not None:
         yield from _left(explanation, explanation.remaining, width)
     if explanation.suspects:
-        yield from _lines([("suspect", sentence) for sentence in _suspects(explanation.suspects)], width)
+        yield from _lines([("suspect", sentence) for sentence in suspected(explanation.suspects)], width)
     if explanation and (seen := rows_seen(explanation.seen)):
         yield from _lines([("seen", f"{seen}: the rest of the rows is unknown")], width)
     if explanation.truth is not None:
@@ -101,9 +101,12 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
         ("fix", cause.fix),
         ("seen in", cause.seen),
     ]
-    rows += [("same as", _same(other, left_over=left_over)) for other in cause.equivalent[:4]]
-    if len(cause.equivalent) > 4:
-        rows.append(("same as", f"and {len(cause.equivalent) - 4} more (--format json lists them)"))
+    same = [
+        *dict.fromkeys(_same(other, left_over=left_over) for other in cause.equivalent)
+    ]  # parameters may have the same words
+    rows += [("same as", sentence) for sentence in same[:4]]
+    if len(same) > 4:
+        rows.append(("same as", f"and {len(same) - 4} more (--format json lists them)"))
     if cause.apart:
         rows.append(("apart", cause.apart))
     return _lines(rows, width)
@@ -133,10 +136,20 @@ def _precision(explanation: Explanation, width: int) -> list[Text]:
         else f"the differences are those of {named}: a right engine in that arithmetic"
     )
     rows = [("no fault", sentence)]
+    if explanation.hides and first is not None:
+        rows.append(("hides", _hides(explanation.hides, first)))
     if first is not None:
         rows.append(("begins", f"{first.checkpoint}, position {first.token_idx}, NMSE {error(first.nmse)}"))
     rows.append(("if not", "intended, look for a lower type: TF32 enabled, F16 weights or cache, quantised activations"))
     return _lines(rows, width)
+
+
+def _hides(parts: Sequence[tuple[str, float]], place: DivergentPlace) -> str:
+    """How large a factor passes, at the operation that hides most, and at the place itself."""
+    of_place = dict(parts).get(place.checkpoint)
+    here = f", {place.checkpoint} {1 + of_place:.5g} times" if of_place is not None and len(parts) > 1 else ""
+    name, part = parts[0]
+    return f"a fault as small as this would pass: {name} {1 + part:.5g} times the right one{here}"
 
 
 def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[Text]:
@@ -168,35 +181,6 @@ def _left(explanation: Explanation, place: DivergentPlace, width: int) -> list[T
         wider = f" --slice {explanation.next_slice}" if explanation.next_slice else ""
         rows.append(("next", f"record these and run explain again:  --points '{explanation.next}'{wider}"))
     return _lines(rows, width)
-
-
-def _suspects(suspects: Sequence[SuspectRecord]) -> list[str]:
-    """Why records are suspected, but not their operations: one sentence for all that show the same other order."""
-    sentences = {}
-    for suspect in suspects:
-        alike = [other for other in suspects if suspect.shows and other.shows == suspect.shows]
-        sentences[suspect.shows or suspect.checkpoint] = _otherwise(alike) if alike else _suspect(suspect)
-    return list(sentences.values())
-
-
-def _otherwise(suspects: Sequence[SuspectRecord]) -> str:
-    """Which records show another order of elements, and what shows that their operations are right."""
-    names = first_names([suspect.checkpoint for suspect in suspects], 8)
-    agreeing = list(dict.fromkeys(name for suspect in suspects for name in suspect.agreeing))
-    return (
-        f"{names}: recorded as {suspects[0].shows}; {first_names(agreeing)}, computed from {'it' if len(suspects) == 1 else 'them'}, "
-        f"{'agrees' if len(agreeing) == 1 else 'agree'}: the record's order, not the engine's (parity diff gives the --map line)"
-    )
-
-
-def _suspect(suspect: SuspectRecord) -> str:
-    """Why a record is suspected, but not its operation."""
-    agreeing = " and ".join(suspect.agreeing[:3]) + (" and more" if len(suspect.agreeing) > 3 else "")
-    agrees, would = ("agrees", "it would not") if len(suspect.agreeing) == 1 else ("agree", "they would not")
-    return (
-        f"{suspect.checkpoint} alone differs: {agreeing}, computed from it, {agrees}, and {would} if the engine had continued with "
-        "these values: the record shows another layout, moment or point than its name says"
-    )
 
 
 def _but(explanation: Explanation) -> str:
@@ -287,6 +271,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         ],
         "precision_only": explanation.precision_only or None,
         "precision_assumed": explanation.precision_assumed,
+        "hides": [{"checkpoint": name, "part": part} for name, part in explanation.hides],
         "unjudged": list(explanation.unjudged),
         "left_open": explanation.left_open or None,
         "precision_alike": list(explanation.precision_alike),

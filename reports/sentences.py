@@ -124,6 +124,7 @@ ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16
 _KEPT = {
     "cache": 'the cache keeps keys and values in {named}, which nothing states ("kv_type": "{stated}" in the header does)',
     "vectors": "norms' weights and biases are kept in {named}, which nothing states",
+    "gains": "norms' weights are kept in {named} and their biases are not, which nothing states",
     "biases": "biases are kept in {named}, which nothing states",
     "angles": "RoPE's cosines and sines are kept in {named}, which nothing states",
 }
@@ -275,13 +276,13 @@ def _recorded(verdict: Verdict) -> Iterator[str]:
     alike: dict[tuple[str, str, str], list[RecordFault]] = {}
     for fault in verdict.record_faults:
         reading, _, agreeing = fault.sentence.partition("; ")
-        reading = _by_distance(reading, fault.layer)
+        reading = by_distance(reading, fault.layer)
         alike.setdefault((parse(fault.checkpoint).kind, reading, agreeing if fault.layer is None else ""), []).append(fault)
     for (kind, reading, _), faults in list(alike.items())[:6]:
         layers = tuple(fault.layer for fault in faults if fault.layer is not None)
         where = clean(faults[0].checkpoint) if len(faults) == 1 else f"blk.{_layers(layers)}.{clean(kind)}"
         agreeing = faults[0].sentence.partition("; ")[2]
-        shown = _in_layers(reading, layers)
+        shown = in_layers(reading, layers)
         yield clean(f"{where}: {shown}" + (f"; {agreeing}" if agreeing else ""))
     if len(alike) > 6:
         yield f"and {len(alike) - 6} more like this (--format json: record_faults)"
@@ -291,12 +292,12 @@ _LAYER = re.compile(r"\bblk\.(\d+)\.")
 _AWAY = re.compile(r"blk\.<(-?\d+)>\.")  # a layer by its distance
 
 
-def _by_distance(sentence: str, layer: int | None) -> str:
+def by_distance(sentence: str, layer: int | None) -> str:
     """A sentence about a point, with the layers of other points as distances from its own: so it is the same for all layers."""
     return sentence if layer is None else _LAYER.sub(lambda match: f"blk.<{int(match[1]) - layer}>.", sentence)
 
 
-def _in_layers(sentence: str, layers: tuple[int, ...]) -> str:
+def in_layers(sentence: str, layers: tuple[int, ...]) -> str:
     """The sentence with these layers' numbers instead of distances."""
     return _AWAY.sub(lambda match: f"blk.{_layers(tuple(layer + int(match[1]) for layer in layers))}.", sentence)
 

@@ -13,7 +13,7 @@ from checkpoints.record import Dump
 from engine import graph
 from engine.backend import Array
 from engine.graph import Step
-from engine.replay import batched, replay
+from engine.replay import batched, right_values
 from engine.synth import Shape, synthesize
 from parity.explain import budget as explain_budget
 from parity.explain.case import ExplainOptions
@@ -38,7 +38,7 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, per_second: int = 1) -> list[in
         count[0] += 1
         return plain(*arguments)
 
-    for module in (replay, batched):
+    for module in (right_values, batched):
         monkeypatch.setattr(module, "compute", counted)
     monkeypatch.setattr(explain_budget, "perf_counter", lambda: count[0] / per_second)
     return count

@@ -14,6 +14,7 @@ from planted import Faulty, Planted
 from engine.backend import Array
 from engine.faults.edits import Then
 from engine.opened import open_plain
+from engine.synth import Shape, synthesize
 from engine.weights.gguf_model import GgufModel
 from parity.explain.explain import ExplainOptions, explain
 from parity.explain.search.cone import mixes
@@ -117,6 +118,23 @@ def test_a_cause_of_weights_recorded_in_part_stays_beside_what_has_no_entry(engi
     assert explanation.remaining is not None
     assert (explanation.first.checkpoint, names(explanation)) == ("blk.1.kq_soft_max", ["attn-scale"])
     assert explanation.remaining.checkpoint == makes
+
+
+@pytest.mark.slow
+def test_a_cause_that_the_next_point_contradicts_is_none(tmp_path: Path) -> None:
+    """Half of each key negated is a rotation backwards in the sixteen elements that were recorded, but not in the scores made of them."""
+    path = tmp_path / "heads.gguf"
+    synthesize(path, Shape("qwen2", 2, 128, 4, 2, 0, 128, 300), weight_type="f32", seed=11)
+    engine = Faulty(path)
+
+    def half_negated(x: Array) -> Array:
+        return (x.reshape(len(x), -1, 2, 16) * np.array([[1], [-1]], np.float32)).reshape(x.shape)
+
+    steps = [replace(step, op=Then(step.op, half_negated)) if step.makes.endswith(".k") else step for step in engine.right]
+    explanation = explain(engine.dump(RIGHT, PROMPT, points="*", steps=steps), engine.model, ExplainOptions(budget=20.0))
+    assert explanation.first is not None
+    assert (explanation.first.checkpoint, names(explanation)) == ("blk.0.k_rope", [])
+    assert "in the 16 recorded elements: others may be wrong otherwise" in explanation.law
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from explaining import STEPS
 from msgspec.structs import replace
@@ -54,6 +55,19 @@ def test_a_chain_of_records_in_another_order_blames_no_operation(engine: Faulty)
     text = " ".join(line.plain for line in lines(answer, 1000))
     assert text.count("halves where llama.cpp has neighbours") == 1
     assert "operation is wrong" not in text
+
+
+def test_records_that_are_wrong_alone_in_several_layers_are_one_sentence(engine: Faulty) -> None:
+    """Two layers' norms are recorded with another number added: the layers stand in one sentence, as in `--points`."""
+    dump = _dump(engine)
+    wrong = {f"blk.{layer}.attn_norm": dump.points[f"blk.{layer}.attn_norm"] for layer in (1, 2)}
+    shifted = {name: replace(rows, values=rows.values + np.float32(0.5)) for name, rows in wrong.items()}
+    answer = explain(replace(dump, points={**dump.points, **shifted}), engine.model, STEPS)
+    assert {suspect.checkpoint for suspect in answer.suspects} == set(wrong)
+    text = " ".join(line.plain for line in lines(answer, 1000))
+    assert text.count("alone differs") == 1
+    assert "blk.{1..2}.attn_norm alone differs: blk.{1..2}.q and" in text
+    assert "what differs first, blk.1.attn_norm" in text
 
 
 def test_a_fault_beside_a_chain_in_another_order_is_named(engine: Faulty) -> None:

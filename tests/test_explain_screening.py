@@ -271,14 +271,24 @@ def test_the_stages_hold_every_candidate_once(engine: Faulty, point: int) -> Non
 
 
 def test_a_cause_takes_away_half_of_the_error_that_it_explains(engine: Faulty) -> None:
-    """Records brought from just over their limits to just under it are no proof of a fault; those of which half has gone are."""
+    """Records brought from just over their limits to just under it are no proof of a fault; those of which half has gone are, under wide
+    limits those of which nine tenths have gone at the first place.
+    """
     case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
     start = case.screening(case.entries, Budget(60)).start()
     assert start.first is not None
-    entries = [replace(entry, limit=np.maximum(entry.limit, 0.95 * entry.base)) for entry in case.entries]
-    little, much = (replace(start, nmse=tuple(part * errors for errors in start.nmse), first=None) for part in (0.9, 0.4))
-    assert mended_share(entries, start, little) is None
-    assert mended_share(entries, start, much) == 1.0
+    largest = max(float(errors.max()) for errors in start.nmse)
+    for scale, enough, too_little in ((1e-9 / largest, 0.4, 0.9), (1.0, 0.05, 0.4)):
+        before = replace(start, nmse=tuple(scale * errors for errors in start.nmse))
+        entries = [
+            replace(entry, limit=np.maximum(1e-12, 0.95 * errors))
+            for entry, errors in zip(case.entries, before.nmse, strict=True)
+        ]
+        little, much = (
+            replace(before, nmse=tuple(part * errors for errors in before.nmse), first=None) for part in (too_little, enough)
+        )
+        assert mended_share(entries, before, little) is None
+        assert mended_share(entries, before, much) == 1.0
 
 
 @pytest.mark.slow

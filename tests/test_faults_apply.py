@@ -128,6 +128,14 @@ def test_a_bug_in_a_fault_is_no_fault_that_does_not_apply(tmp_path: Path, monkey
         plant(engine.right, CATALOGUE["rope-base"], (), base=1.0)
 
 
+def test_a_mask_is_not_changed_twice(tmp_path: Path) -> None:
+    """The second change would hand the passes that the first one reads to attention's sinks."""
+    engine = small_engine(tmp_path)
+    once = Planting(engine.right).of(CATALOGUE["no-causal-mask"], None, {})
+    with pytest.raises(NotApplicable, match="another mask already"):
+        Planting(once).of(CATALOGUE["mask-by-product"], None, {"masked": CATALOGUE["mask-by-product"].parameters["masked"][0]})
+
+
 def test_a_change_of_a_changed_operation_takes_what_that_takes(tmp_path: Path) -> None:
     """A bias left out, twice: the operation around a copy of its input has no place for a bias, and says so before it is computed."""
     engine = small_engine(tmp_path)

@@ -18,6 +18,7 @@ from engine.replay.proof import proof_steps
 from engine.replay.wide import is_looked_up, without_tables
 from parity.isolate.arithmetic import SPREAD, shown_limit
 from parity.isolate.isolate import LIMIT, IsolateRequest, isolate
+from parity.isolate.judged_layers import LAYER, eliminated
 from parity.isolate.unrecorded import attends
 from reference.client import Reference
 
@@ -74,6 +75,20 @@ def test_products_that_round_as_ggml_does_are_another_question() -> None:
     assert limit(*half, Operation("kq", 0, WRONG, 4e-7), rounding={item.name: 1e-7 for item in half}) == pytest.approx(
         SPREAD * 1e-7
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "status"), [(3.9e-4, NOT_OBSERVABLE), (4.2e-3, NOT_OBSERVABLE), (4.3e-3, WRONG), (6e-3, WRONG)]
+)
+def test_a_layer_is_undecided_while_its_error_is_that_of_an_undecided_product(size: float, status: str) -> None:
+    """A layer in which one product is left undecided is wrong if it is further off than rounding of that size can make it."""
+    open_ = replace(operation("ssm_out", 1.7e-4), status=NOT_OBSERVABLE)
+    layer = Operation(LAYER, 0, WRONG, size, reason="another output")
+    (judged_layer,) = eliminated([operation("q", 1e-13), open_], [layer])
+    assert judged_layer.status == status
+    assert "ssm_out" in judged_layer.reason
+    (beside_a_fault,) = eliminated([operation("q", 1e-4), open_], [layer])
+    assert beside_a_fault.status == WRONG
 
 
 def test_attention_and_norms_alone_show_no_arithmetic() -> None:

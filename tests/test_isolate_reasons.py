@@ -104,7 +104,7 @@ def test_rows_of_other_positions_do_not_speak_of_the_weight(synthetic: Callable[
     ("recorded", "chooses", "status"), [(True, True, NOT_OBSERVABLE), (False, True, WRONG), (True, False, WRONG)]
 )
 def test_a_layer_whose_rounding_may_choose_other_experts_is_not_wrong(recorded: bool, chooses: bool, status: str) -> None:
-    """Beside llama.cpp's layer: all is proven but the rounding of a router's scores. Another operation unseen, or no choice, blames it."""
+    """All is proven but a router's rounding, a thirtieth of the layer's error: an operation unseen, or no choice, blames it."""
     operations = [
         Operation("attn_norm", 0, PROVEN, 1e-14),
         Operation("ffn_moe_logits", 0, NOT_OBSERVABLE, 2e-5, reason="its error has the size of 8-bit arithmetic"),
@@ -113,5 +113,5 @@ def test_a_layer_whose_rounding_may_choose_other_experts_is_not_wrong(recorded: 
         operations.append(Operation("ffn_moe_topk", 0, PROVEN, 0.0))
     if not recorded:
         operations.append(Operation("kq", 0, NOT_OBSERVABLE, reason="no record of kq"))
-    (layer,) = eliminated(operations, [Operation(LAYER, 0, WRONG, 4e-4, reason="llama.cpp's own layer gives another output")])
+    (layer,) = eliminated(operations, [Operation(LAYER, 0, WRONG, 6e-4, reason="llama.cpp's own layer gives another output")])
     assert layer.status == status

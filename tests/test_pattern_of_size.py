@@ -72,8 +72,52 @@ def exchanged(values: NDArray[np.float32]) -> NDArray[np.float32]:
 def test_a_law_of_all_recorded_elements_is_said(right: Dump) -> None:
     """Two elements that are exchanged, and a vector that is added at every position, are said as such, not as another layer's weights."""
     vector = np.random.default_rng(5).normal(0, 1, right.points["logits"].values.shape[1]).astype(np.float32)
-    assert pattern(right, {"logits": exchanged}).endswith("agree: elements 5 and 6 are exchanged; the others are right")
+    assert pattern(right, {"logits": exchanged}).endswith(
+        "agree: elements 5 and 6 are exchanged; the other recorded ones are right"
+    )
     assert "has the same vector added at every position" in pattern(right, {"logits": lambda values: values + vector})
+
+
+def test_a_law_says_only_what_it_saw(right: Dump) -> None:
+    """Rows that grow with the position have no law by what the shortest one has, and no law takes a row's number for its position."""
+
+    def said(name: str, edit: Edit, first: int = 0) -> str:
+        ref = {of: rows.take(np.arange(first, len(TOKENS))) for of, rows in right.points.items()}
+        names = list(ref)
+        ours = {of: replace(ref[of], values=1 - ref[of].values) for of in names[names.index(name) :]}
+        ours[name] = replace(ref[name], values=edit(ref[name].values))
+        found = compare(replace(right, points=ref | ours), replace(right, points=ref), F32).pattern
+        return found.sentence if found is not None else ""
+
+    def first_ones_changed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        some = np.arange(values.shape[1]) < right.points["blk.2.kq"].counts[1]
+        return np.concatenate([values[:1], np.where(some, 0.5 * values[1:] + 1, values[1:])]).astype(np.float32)
+
+    def again(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.concatenate([values[:5], values[:1]])
+
+    sentence = said("blk.2.kq", first_ones_changed)
+    assert "its inputs agree" in sentence
+    assert "every" not in sentence.partition("agree")[2]
+    assert "position 5 holds" not in said("blk.2.ffn_up", again, first=1)
+    assert said("blk.2.ffn_up", np.abs).endswith("every element is the right one without its sign")
+
+
+def test_what_all_consumers_share_is_either_the_rest_or_one_fault(right: Dump) -> None:
+    """Q, K and V without their biases differ as they would if the rest of what they read did: neither is called likelier."""
+    shifts = {f"blk.2.{kind}": lambda values: values + np.arange(values.shape[1], dtype=np.float32) for kind in "qkv"}
+
+    def bare(edits: dict[str, Edit]) -> Dump:
+        points = {f"blk.2.{kind}": right.points[f"blk.2.{kind}"] for kind in ("attn_norm", "q", "k", "v")}
+        cut = {of: replace(rows, values=edits.get(of, np.copy)(rows.values)[:, :16]) for of, rows in points.items()}
+        none = {of: replace(rows, stats={}, sketch=None, counts=np.minimum(rows.counts, 16)) for of, rows in cut.items()}
+        return replace(right, points=none)
+
+    operation = compare(bare(shifts), bare({}), F32).operation
+    assert operation is not None
+    assert operation.endswith(
+        "blk.2.k and blk.2.v, computed from it, differ, too: the rest of blk.2.attn_norm, or one fault in all of them"
+    )
 
 
 def test_where_most_elements_are_right_no_matrix_is_transposed(right: Dump) -> None:

@@ -129,6 +129,17 @@ def test_one_vector_and_right_logits_is_the_capture(right: Dump, ref: Dump) -> N
     assert verdict.worst.of_limit < 1
 
 
+def test_experts_hide_no_capture_of_the_embedding(small_model: Callable[..., Path], reference: Reference) -> None:
+    """One buffer in a right mixture of experts: whatever the experts choose, no embedding is what a layer computes."""
+    model = small_model("mixtral")
+    engine = Faulty(model, reference.graph(model))
+    dump = engine.dump(Planted(()), TOKENS, bare=False)
+    last = [name for name in dump.points if name.endswith("l_out")][-1]
+    verdict = compare(captured(dump, last, "embd", "blk.0.l_out"), dump, F32)
+    assert verdict
+    assert [fault.checkpoint for fault in verdict.record_faults] == ["embd", "blk.0.l_out"]
+
+
 def test_one_vector_and_wrong_logits_is_a_divergence(right: Dump, ref: Dump) -> None:
     """The same with wrong logits: a divergence that says both readings; where the embedding is right the layers do nothing."""
     wrong = spoilt(only(right, *FEW), lambda name: name in ("blk.23.l_out", "output_norm", "logits"))

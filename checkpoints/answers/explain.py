@@ -110,6 +110,8 @@ class Explanation(Struct, frozen=True):
         seen: how much of each point's rows the dump shows.
         precision_only: the arithmetic that explains the difference: "f16", "bf16", "tf32", "q8", or "".
         precision_assumed: whether nothing says that the dump was computed in that arithmetic: a fault as small would look alike.
+        hides: operations in question at the first place, and the part by which each one's result might be too large, with an error there
+            as large as the one that an assumed arithmetic explains; the largest part first.
         passes: NMSE up to which a stated arithmetic's errors pass, at the point that allows most and in the logits (0: none compared).
         unjudged: points, the last one among them, whose values lower arithmetic moves as far as they are large: whether there is a fault
             cannot be said.
@@ -128,6 +130,7 @@ class Explanation(Struct, frozen=True):
     leads: tuple[Lead, ...] = ()
     precision_only: str = ""
     precision_assumed: bool = False
+    hides: tuple[tuple[str, float], ...] = ()
     passes: tuple[float, float] = (0.0, 0.0)
     unjudged: tuple[str, ...] = ()
     left_open: str = ""

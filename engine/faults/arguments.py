@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any
 
 from ..graph import Step
@@ -29,7 +29,13 @@ def takes(op: Callable[..., Any], count: int, names: frozenset[str]) -> bool:
     keywords = dict.fromkeys(names)
     try:
         signature(op).bind(*[None] * count, **keywords)
-        signature(type(op).__call__).bind(op, *[None] * count, **keywords)
+        _of_calls(type(op).__call__).bind(op, *[None] * count, **keywords)
     except TypeError:
         return False
     return True
+
+
+@lru_cache(maxsize=1 << 8)
+def _of_calls(call: Callable[..., Any]) -> Signature:
+    """What the objects of a type take, given how that type is called."""
+    return signature(call)

@@ -2,11 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
 from ..graph import Step, View, name_of, weight_name
 from ..lift.node import GgmlOperation
+
+Fact = TypeVar("Fact")
 
 _NUMBER = re.compile(r"\bblk\.(\d+)\.")
 
@@ -37,6 +40,25 @@ class StepsByName(dict[str, Step]):
     def numbers_of_weights(self) -> dict[int, int]:
         """The results of `number_of_weights` so far, by layer."""
         return {}
+
+    @cached_property
+    def facts(self) -> dict[Callable[..., Any], Any]:
+        """The results of functions that are asked `once` for a model, by function."""
+        return {}
+
+
+def once(fact: Callable[[Mapping[str, Step]], Fact]) -> Callable[[Mapping[str, Step]], Fact]:
+    """The same function of all steps of a model, which is computed once for each list: nobody may change what it returns."""
+
+    @wraps(fact)
+    def known(right: Mapping[str, Step]) -> Fact:
+        if not isinstance(right, StepsByName):
+            return fact(right)
+        if fact not in right.facts:
+            right.facts[fact] = fact(right)
+        return cast(Fact, right.facts[fact])
+
+    return known
 
 
 def of_operation(right: Mapping[str, Step], name: str) -> Sequence[Step]:

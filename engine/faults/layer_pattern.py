@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import Fault, Parameters, Steps, Values, kind_of, layer_of
+from .index import once
 from .windows import has_window
 
 _OF_KIND = ("q_rope", "k_rope", "kq_soft_max")  # what differs between layers with a window and those without
@@ -13,6 +14,7 @@ _MOST = 8  # patterns of models: every second to every eighth layer is without a
 _PLACES = {"first": 0, "last": -1}
 
 
+@once
 def _windowed(right: Steps) -> dict[int, bool]:
     """For each layer with attention, whether it has a window; empty unless there are layers of both kinds."""
     of = {layer_of(step): has_window(step) for step in right.values() if step.makes.endswith(".kq_soft_max")}

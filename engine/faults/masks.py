@@ -1,6 +1,6 @@
 """Faults of attention's mask: which keys a position sees, of its own pass and of earlier ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,19 +101,21 @@ def _by_product(
     return weights if masked == _SCORES else np.where(seen, weights, np.float32(0))
 
 
+def _with_passes(step: Step, op: Any, params: Mapping[str, Any]) -> Step:
+    """A soft max by another operation, which also takes the pass of each position and of each key, in front of attention's sinks."""
+    if PASSES in step.names:
+        raise NotApplicable(f"{step.makes} has another mask already")
+    return replace(step, op=op, reads=(*step.reads, PASSES, History(PASSES)), params={**step.params, **params})
+
+
 def _product(step: Step, _right: Steps, parameters: Parameters) -> Step:
     if step.params.get("window") in ("all", "symmetric"):
         raise NotApplicable(f"{step.makes} sees later positions in a right engine, too")
-    return replace(
-        step,
-        op=_by_product,
-        reads=(*step.reads, PASSES, History(PASSES)),
-        params={**step.params, "masked": parameters["masked"]},
-    )
+    return _with_passes(step, _by_product, {"masked": parameters["masked"]})
 
 
 def _with_mask(step: Step, mask: str) -> Step:
-    return replace(step, op=_masked, reads=(*step.reads, PASSES, History(PASSES)), params={**step.params, "mask": mask})
+    return _with_passes(step, _masked, {"mask": mask})
 
 
 def _mask(name: str | None = None) -> Any:

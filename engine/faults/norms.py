@@ -13,6 +13,7 @@ from ..graph import Step
 from ..inapplicable import NotApplicable
 from .base import AT, Fault, Parameters, Steps, Values, kind_of, sibling, subsets, with_parameters
 from .edits import HandsOn, ggml, number, with_values
+from .index import once
 from .recurrent_state import row_norms_of_scans
 
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
@@ -34,6 +35,7 @@ def epsilon_of(step: Step) -> float | None:
     return number(step, 0) if ggml(step, *_WITH_EPSILON) else None
 
 
+@once
 def kinds_with_epsilon(right: Steps) -> Mapping[str, float]:
     """The kinds of a model's norms, with the ε of the first of each."""
     kinds: dict[str, float] = {}

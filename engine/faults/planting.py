@@ -46,6 +46,7 @@ class Planting:
         self.steps = tuple(steps)
         self._recorded = recorded
         self._begins: dict[tuple[tuple[str, ...], tuple[int, ...] | None], int] = {}
+        self._numbers_at: dict[tuple[tuple[str, ...], tuple[int, ...] | None], Sequence[int]] = {}
         #: What faults put in the place of a step, by its number and their parameters: a reason where they do not apply.
         self._changed: dict[tuple[object, ...], tuple[Step, ...] | str] = {}
         self._rest: dict[int, tuple[Parameters, str]] = {}
@@ -199,11 +200,16 @@ class Planting:
             self._rest[id(parameters)] = known
         return known[1]
 
-    def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Iterator[int]:
-        wanted = (None, *((_ANY,) if layers is None else layers))
-        for kind in parameters.get(AT, fault.kinds):
-            for layer in wanted:
-                yield from self._places.get((kind, layer), ())
+    def _numbers(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> Sequence[int]:
+        """The numbers of the steps that a fault may change, by kind; known once for all faults of the same place."""
+        kinds: tuple[str, ...] = tuple(parameters.get(AT, fault.kinds))
+        place = kinds, None if layers is None else tuple(layers)
+        known = self._numbers_at.get(place)
+        if known is None:
+            wanted = (None, *((_ANY,) if layers is None else layers))
+            known = tuple(number for kind in kinds for layer in wanted for number in self._places.get((kind, layer), ()))
+            self._numbers_at[place] = known
+        return known
 
     def begin(self, fault: Fault, layers: Collection[int] | None, parameters: Parameters) -> int:
         """The number of the first step that this fault may change; the number of steps if there is none."""
@@ -212,13 +218,13 @@ class Planting:
             self._begins[place] = min(self._numbers(fault, layers, parameters), default=len(self.steps))
         return self._begins[place]
 
-    def changes_by(self, fault: Fault, parameters: Parameters, last: int) -> bool:
-        """Whether this fault in all layers changes a step up to that number: it may really change only those in layers with a window, or
-        with experts."""
+    def changes_by(self, fault: Fault, parameters: Parameters, last: int, after: int = -1) -> bool:
+        """Whether this fault in all layers changes a step up to that number (after another one): it may really change only those in
+        layers with a window, or with experts."""
         if fault.shows is not None:
             return self.begin(fault, None, parameters) <= last
         rest = self._without_kinds(parameters)
-        numbers = (number for number in self._numbers(fault, None, parameters) if number <= last)
+        numbers = (number for number in self._numbers(fault, None, parameters) if after < number <= last)
         return any(self._is_changed(fault, number, parameters, rest) for number in numbers)
 
     def _is_changed(self, fault: Fault, number: int, parameters: Parameters, rest: str) -> bool:
@@ -268,6 +274,8 @@ def as_recorded(steps: Sequence[Step]) -> list[Step]:
     The value that the engine itself computes for such a point, and continues with, gets a name that ends in "!".
     """
     shown = {step.makes.removeprefix(SEEN) for step in steps if step.makes.startswith(SEEN)}
+    if not shown:
+        return list(steps)  # the same objects: what is known of the steps before a change is known of these
 
     def name(read: Read) -> Read:
         return read_as(read, name_of(read) + "!") if name_of(read) in shown else read

@@ -14,6 +14,7 @@ from ..inapplicable import NotApplicable
 from ..lift.node import GgmlOperation
 from .base import Steps, Values, parameter_of, with_parameters
 from .edits import HandsOn, WithInput, ggml, integer, left_out, number, with_values
+from .index import once
 
 _FLOATS = {"base": 5, "scale": 6}  # of op_params, as ggml_rope_impl writes them
 _DIMS, _MODE, BEGIN = 1, 2, 15  # the last: the first rotated element of a head
@@ -24,6 +25,7 @@ ROTATED = (*_QUERIES, *_KEYS)
 SECTIONS = 4  # time, height, width and a fourth that text leaves at 0
 
 
+@once
 def _rotated(right: Steps) -> tuple[Values, Values]:
     """The kinds of a model's rotated queries and keys: where a part is rotated by itself, that part and not the whole."""
     names = {kind: [name for name in right if name.endswith(f".{kind}")] for kind in ROTATED}

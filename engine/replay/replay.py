@@ -5,7 +5,6 @@ All positions are one pass. Rows do not depend on how the sequence was cut into 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,97 +13,16 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..backend import Array, Backend, all_equal
-from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, Weight, WeightSource, compute, inputs_of
+from ..graph import PASSES, POSITIONS, TOKENS, Altered, Step, Weight, WeightSource, inputs_of
 from ..inapplicable import NotApplicable
-from ..lift.node import GgmlOperation
 from .batched import can_batch, compute_batch
+from .right_values import RightValues, Values, compute_planted, quiet, same_shape
 from .versions import Versions
 
-_QUIET = partial(np.errstate, over="ignore", invalid="ignore", divide="ignore")  # faults may overflow
-_CHOICES = frozenset({"TOP_K", "ARGSORT"})
 Visit = Callable[[str, Array], bool]  # a value that differs from the right run's; False ends the replay
 Edits = Mapping[int, Sequence[Step]]  # the steps that replace a right one, by its number
 Judge = Callable[[str, Array], Sequence[bool]]  # a value of several versions, [M, …]: which of them to go on with
 Stop = Callable[[], bool]  # whether no time is left
-Values = dict[str, Array]
-
-
-class _Right(Mapping[str, Array]):
-    """The values of the right run; each is computed, with all before it, when it is first asked for.
-
-    `longer` is a run over the same tokens and perhaps more: the values of its first steps, if they are the same, are taken
-    from there. No row of them may depend on a later one.
-
-    Raises:
-        NotApplicable: faults are planted in the right run's own steps, and the model's shapes do not allow them.
-    """
-
-    def __init__(self, steps: Sequence[Step], given: Values, weights: WeightSource, longer: "Replay | None") -> None:
-        self._computed = given
-        self._names = (*given, *(step.makes for step in steps))
-        self._known = frozenset(self._names)
-        self._steps = tuple(steps)
-        self._by_name = {step.makes: step for step in steps}
-        self._next = 0 if longer is None else same_start(steps, longer.steps)
-        self._longer = longer
-        self._same = frozenset(step.makes for step in steps[: self._next])
-        self._taken = _by_rows(steps[: self._next])
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self._known:
-            raise KeyError(name)
-        if name not in self._computed and self._longer is not None and name in self._same:
-            if name in self._taken:
-                self._computed[name] = _first_rows(self._longer.values[name], len(self._computed[TOKENS]))
-            else:
-                step = self._by_name[name]
-                with _QUIET():
-                    self._computed[name] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
-        while name not in self._computed:
-            step = self._steps[self._next]
-            with _QUIET():
-                self._computed[step.makes] = compute(step, inputs_of(step, self.__getitem__, self._weights), self._weights)
-            self._next += 1
-        return self._computed[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def same_start(steps: Sequence[Step], others: Sequence[Step]) -> int:
-    """How many steps at the start of two lists are identical objects."""
-    pairs = enumerate(zip(steps, others, strict=False))
-    return next((number for number, (step, other) in pairs if step is not other), min(len(steps), len(others)))
-
-
-def _by_rows(steps: Sequence[Step]) -> frozenset[str]:
-    """The values that over fewer tokens are a part of those over more: rows by position, the same whatever follows.
-
-    Others are values without positions, columns for as many keys as there are, and chosen keys, which of a row with few keys may be
-    ones after it; and what is made of these and is no point.
-    """
-    others: set[str] = set()
-    for step in steps:
-        of_others = step.inner and not others.isdisjoint(step.names)
-        if step.axis is None or of_others or (isinstance(step.op, GgmlOperation) and _follows_length(step, step.op.name)):
-            others.add(step.makes)
-    return frozenset(step.makes for step in steps) - others
-
-
-def _follows_length(step: Step, operation: str) -> bool:
-    """Whether the rows of a ggml operation's value have as many columns as there are keys, or numbers of keys."""
-    columns = step.params["result_shape"][1:] if step.axis == 0 else ()
-    read = [size for operand in step.params["operands"] if operand is not None for size in operand.whole]
-    return any(not size.constant for size in columns) or (operation in _CHOICES and any(size.cached for size in read))
-
-
-def _first_rows(value: Array, rows: int) -> Array:
-    """A value restricted to the first rows: [T, n] -> [rows, n], attention's [H, T, T] -> [H, rows, rows]."""
-    return value[:, :rows, :rows] if value.ndim == 3 else value[:rows]
 
 
 class _OnHost(Mapping[str, NDArray[Any]]):
@@ -132,6 +50,7 @@ class Replay:
         longer: a causal run over these tokens and perhaps more, whose values are used for the steps that both begin with.
             Over fewer rows a product may round differently: a step that changes nothing then differs by that noise.
         given: further values that steps read and none of them makes, whatever the number of rows.
+        sure: a list of steps without faults, if the run's own steps may have some; else those of `longer`.
     """
 
     def __init__(
@@ -144,21 +63,19 @@ class Replay:
         backend: Backend,
         longer: "Replay | None" = None,
         given: Mapping[str, Array] = MappingProxyType({}),
+        sure: Sequence[Step] | None = None,
     ) -> None:
         self.weights = weights
         numbered = {TOKENS: tokens, POSITIONS: positions, PASSES: passes}
         self.rows = len(tokens)
         arrays = {name: backend.array(np.asarray(numbers, dtype=np.int64)) for name, numbers in numbered.items()}
-        self.values: Mapping[str, Array] = _Right(steps, {**arrays, **given}, weights, longer)
+        known = sure if sure is not None else steps if longer is None else longer.steps
+        self.values: Mapping[str, Array] = RightValues(steps, {**arrays, **given}, weights, longer, known)
         self.on_host: Mapping[str, NDArray[Any]] = _OnHost(self.values, backend)
         self._xp = backend.xp
-        self.steps = tuple(steps)
+        self.steps: tuple[Step, ...] = tuple(steps)
         self._right = {step.makes: step for step in steps}
         self._last_reads: dict[int, tuple[dict[str, int], dict[int, list[str]]]] = {}
-
-    def _compute(self, step: Step, changed: Values) -> Array:
-        inputs = inputs_of(step, lambda name: changed[name] if name in changed else self.values[name], self.weights)
-        return compute(step, inputs, self.weights)
 
     def run(self, steps: Sequence[Step], visit: Visit, begin: int = 0) -> Values:
         """Compute what differs from the right run, in order, until `visit` returns False.
@@ -173,7 +90,7 @@ class Replay:
             NotApplicable: the model's shapes do not allow this change.
         """
         changed: Values = {}
-        with _QUIET():
+        with quiet():
             for step in steps[begin:] if begin else steps:
                 if self._changes(step, changed) and not visit(step.makes, changed[step.makes]):
                     break
@@ -183,7 +100,7 @@ class Replay:
         """The values that change if these steps replace a right one, by name; none if the model's shapes do not allow them."""
         changed: Values = {}
         try:
-            with _QUIET():
+            with quiet():
                 for step in steps:
                     self._changes(step, changed)
         except NotApplicable:
@@ -200,14 +117,11 @@ class Replay:
             if prepared is None:
                 return False
             step = prepared
-        try:
-            value = self._compute(step, changed)
-        except (ValueError, IndexError) as error:  # NumPy's: no such shapes or rows, where the fault does not fit this model
-            raise NotApplicable(f"{step.makes}: {error}") from error
+        inputs = inputs_of(step, lambda name: changed[name] if name in changed else self.values[name], self.weights)
+        value = compute_planted(step, inputs, self.weights)
         if right is not None:
             before = self.values[step.makes]
-            if value.shape != before.shape:
-                raise NotApplicable(f"{step.makes} has shape {value.shape} instead of {before.shape}")
+            same_shape(step.makes, value, before)
             if all_equal(value, before):
                 return False
         changed[step.makes] = value
@@ -241,7 +155,7 @@ class Replay:
             for number in edit:
                 owners.setdefault(number, []).append(version)
         used_up = self._used_up(edits, end)
-        with _QUIET():
+        with quiet():
             for number in range(min(owners), end if pause is None else pause):
                 if stop():
                     return [None] * len(edits)

@@ -16,6 +16,7 @@ from reports.sentences import ARITHMETIC
 from ..diff.compare import Comparison, Options
 from ..diff.limits import EXACT_FLOOR, NATIVE
 from ..diff.verdict.beyond_noise import ONE_FACTOR
+from ..diff.verdict.undecided import FEW_POSITIONS
 from ..laws.laws import NOT_RECORDED
 from ..run.graphs import dataflow_of
 from .budget import Budget
@@ -26,6 +27,7 @@ from .rounding.looks_like import reproducing
 from .rounding.mixed import noise_in_words
 from .rounding.not_as_stated import CONTRADICTED
 from .rounding.precision import KINDS
+from .search.state import SearchState
 
 _LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recorded elements come from the right ones
 _OPEN = ("undecided", "drift")  # that do not say whether a fault or another arithmetic made them
@@ -72,6 +74,18 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
         precision_alike=(),
         precision_assumed=False,
     )
+
+
+def agrees_as_stated(case: Case, start: SearchState, options: ExplainOptions) -> bool:
+    """Whether single records are over the limits of the stated arithmetic here, and none is where `parity diff` compares them with the
+    right engine's: it measures the cost of whole rows, even where few values of them were recorded.
+    """
+    over = [int((nmse > entry.limit).sum()) for entry, nmse in zip(case.entries, start.nmse, strict=False)]
+    single = all(number * FEW_POSITIONS <= len(entry.rows) for entry, number in zip(case.entries, over, strict=False))
+    if start.first is None or not single or case.given:
+        return False
+    verdict = beside_right(case, options).verdict
+    return bool(verdict) and not verdict.unjudged
 
 
 def beside_right(case: Case, options: ExplainOptions) -> Comparison:

@@ -18,6 +18,7 @@ from engine.backend import Array
 from engine.graph import Step
 from engine.opened import open_plain
 from engine.replay.replay import Replay
+from engine.replay.right_values import same_start
 from engine.replay.wide import Variant
 from engine.transformer import Transformer
 from engine.weights.gguf_model import GgufModel
@@ -156,18 +157,18 @@ class Case:
 
     def compared(self, steps: Sequence[Step]) -> list[Expected]:
         """The dump's records beside those of another list of steps."""
-        replay = self.make(steps, len(self.tokens))
+        replay = self._replay_of(steps)
         entries = self.beside(steps, replay)
         return allowed(entries, replay, self.positions, self.truth_of(steps), self._arbiter_option)[0]
 
     def beside(self, steps: Sequence[Step], replay: Replay | None = None) -> list[Expected]:
         """The dump's records beside those of another list of steps, with the usual limits."""
-        return expected(self.dump, replay or self.make(steps, len(self.tokens)), self.positions, self.header())[0]
+        return expected(self.dump, replay or self._replay_of(steps), self.positions, self.header())[0]
 
     def take(self, steps: Sequence[Step], entries: list[Expected]) -> None:
         """Make another list of steps the right engine."""
         self.transformer.steps = list(steps)
-        self.replay, self.arbiter = self.make(steps, len(self.tokens)), self.truth_of(steps)
+        self.replay, self.arbiter = self._replay_of(steps), self.truth_of(steps)
         self.entries = entries
 
     def with_steps(self, steps: Sequence[Step], entries: list[Expected], note: str = "") -> "Case":
@@ -219,6 +220,11 @@ class Case:
             longer,
             {**self.given, **(given or {})},
         )
+
+    def _replay_of(self, steps: Sequence[Step]) -> Replay:
+        """A replay of all tokens; of the right engine's own steps the one whose values are known."""
+        same = len(steps) == len(self.replay.steps) == same_start(steps, self.replay.steps)
+        return self.replay if same else self.make(steps, len(self.tokens))
 
     def truth_of(self, steps: Sequence[Step]) -> Arbiter:
         """The float64 values of a list of steps over the dump's tokens."""

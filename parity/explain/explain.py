@@ -19,7 +19,7 @@ from ..lint.lint import lint
 from ..lint.model_facts import ModelFacts
 from ..run.graphs import not_as_the_file_says
 from . import halves
-from .as_compared import as_diff_says
+from .as_compared import agrees_as_stated, as_diff_says
 from .budget import Budget
 from .case import Case, ExplainOptions, Half, open_model
 from .findings.answer import answer_of
@@ -30,7 +30,9 @@ from .findings.rows import garbage
 from .findings.unjudged import is_far, unjudged
 from .recorded_otherwise import recorded_otherwise
 from .records.records import right_rows
+from .rounding.amplified import with_amplified
 from .rounding.beyond import NOTHING, beyond
+from .rounding.could_hide import could_hide
 from .rounding.flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .rounding.gelu import sharpened, without_table
 from .rounding.hidden import with_hidden
@@ -106,7 +108,15 @@ def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Exp
     if not answer.suspects or not rest.entries or budget.late:
         return answer, best
     further, state = _explained(rest, options, budget)
-    return (answer, best) if further else (replace(further, suspects=(*answer.suspects, *further.suspects)), state)
+    if further:
+        return answer, best
+    suspects = (*answer.suspects, *further.suspects)
+    alone = further.remaining is not None and further.remaining.checkpoint in {suspect.checkpoint for suspect in suspects}
+    return (
+        (replace(answer, suspects=suspects), best)
+        if alone and not further.causes
+        else (replace(further, suspects=suspects), state)
+    )
 
 
 def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, Search, PrecisionFloor | None]:
@@ -120,7 +130,7 @@ def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, S
         case, sharper = sharpened(case, search_in)
         return case, sharper or search_in(case), None
     stated = floor_of(case, noise)
-    case.entries = with_noise(stated, case.entries, most)
+    case.entries = with_amplified(with_noise(stated, case.entries, most), stated, case.arbiter)
     return case, search_in(case), stated
 
 
@@ -138,7 +148,10 @@ def _of_all_records(
         return replace(
             answer_of(case, search, start, start), unjudged=() if is_far(case.entries, start) else points, next=""
         ), start
-    best, found = _best(case, search, start, noise, options.max_faults, budget)
+    if stated is not None and most == UPPER and agrees_as_stated(case, start, options):
+        best, found = start, Looks((noise,), is_noise=True)
+    else:
+        best, found = _best(case, search, start, noise, options.max_faults, budget)
     if not noise and not found.is_noise and not budget.late:
         beside = without_table(case, lambda of_case: Search(of_case.screening(of_case.entries, budget)), search, best)
         case, search, best = beside or (case, search, best)
@@ -181,7 +194,8 @@ def _of_all_records(
     )
     answer = standing_out(case, answer, kinds)
     answer = contradicted(case, answer) if start.first is None and not noise else answer
-    return with_hidden(case, search, start, answer, budget), best
+    answer = with_hidden(case, search, start, answer, budget)
+    return replace(answer, hides=could_hide(case, search, start) if answer.precision_assumed else ()), best
 
 
 def _best(

@@ -151,10 +151,12 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
         return comparison(ours, ref, options)
     stated = (options.compute or (ours.header.compute if ours.header is not None else "")).lower()
     if stated not in ("", "f32") and (measured := known.limits(ours, stated)) is not None:
+        from .rounding.amplified import compared_by_cost
         from .rounding.not_as_stated import unless_in_float32
         from .rounding.own_rounding import beside_own_run
 
-        compared = beside_own_run(comparison(ours, ref, replace(options, limits=measured)), ours, known, stated)
+        by_cost = compared_by_cost(ours, ref, replace(options, limits=measured), known, stated)
+        compared = beside_own_run(by_cost, ours, known, stated)
         return unless_in_float32(compared, ours, ref, options, known, stated)
     if stated or common_mode(ours.header, ref.header) == NATIVE:
         return comparison(ours, ref, options)

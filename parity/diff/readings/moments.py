@@ -46,8 +46,8 @@ def renamed(ours: Rows, allowed: Allowed, others: Others) -> Reading | None:
             when = "before this was computed" if early else "late, when its buffer held that"
             sentence = f"it is {name}" + ("" if same_layer else f": captured {when}, or under a wrong name")
             away = "" if here.layer is None or there.layer is None else str(there.layer - here.layer)
-            # What is computed in a later layer is in no buffer yet.
-            later = here.layer is not None and there.layer is not None and there.layer > here.layer
+            # What is computed in a later layer is in no buffer yet, nor what any layer computes before the first of them.
+            later = there.layer is not None and (not early if here.layer is None else there.layer > here.layer)
             return Reading(
                 NAME if same_layer else MOMENT,
                 sentence,

@@ -41,11 +41,11 @@ class SameVector(Struct, frozen=True):
             return f"{self.point} is {self.input}, unchanged: {operation or 'the operation between them'} does nothing"
         alike = " = ".join((self.point, *self.others[:3]))
         alike += f" = {len(self.others) - 3} more" if len(self.others) > 3 else ""
-        after = " and ".join(self.wrong[:2]) or "what follows"
+        after = " and ".join(self.wrong[:2])
+        differs = f", computed from {'it' if len(self.others) == 1 else 'them'}, {'differ' if ' and ' in after else 'differs'}"
         return (
-            f"{alike} in ours, and {after}, computed from {'it' if len(self.others) == 1 else 'them'}, "
-            f"{'differ' if ' and ' in after else 'differs'}: nothing is computed between them, or all were captured from one buffer "
-            "(copy each value when it is computed)"
+            f"{alike} in ours{f', and {after}{differs}' if after else ''}: nothing is computed between them, or all were captured from "
+            "one buffer (copy each value when it is computed)"
         )
 
 

@@ -145,7 +145,7 @@ def _others_differ(records: Records, first: int, unseen: Sequence[Seen]) -> str:
     if not others or not wrong.issuperset(others):
         return ""
     differ = "differ" if len(others) > 1 else "differs"
-    return f"; {' and '.join(others[:3])}, computed from it, {differ}, too: most likely the rest of {source}"
+    return f"; {' and '.join(others[:3])}, computed from it, {differ}, too: the rest of {source}, or one fault in all of them"
 
 
 def _unseen(records: Records, first: int, stretch: Stretch | None, seen: Sequence[Seen]) -> list[Seen]:

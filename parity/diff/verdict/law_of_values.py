@@ -9,6 +9,7 @@ from ...laws.beside import ENOUGH, Beside, room
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
 from ..measured.records import Records
 from ..measured.slices import prepare
+from ..measured.whole_rows import sizes
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -24,7 +25,20 @@ def law_of_values(records: Records, failing: Ints) -> str:
         off = (beside.dumped - beside.right) ** 2 > beside.room[:, None]
         if (off.any(axis=0) != off.all(axis=0)).any():
             return ""  # elements that are wrong at some of the positions make no pattern
-    return "" if sentence == NOT_RECORDED or SAME_ERROR in sentence else sentence
+    if sentence == NOT_RECORDED or SAME_ERROR in sentence:
+        return ""
+    return sentence if _all_recorded(records, failing) else _of_the_recorded(sentence)
+
+
+def _all_recorded(records: Records, failing: Ints) -> bool:
+    """Whether both sides recorded these rows whole."""
+    pair, at = records.pairs[records.point[failing[0]]], records.row[failing]
+    return bool((np.minimum(pair.ours.counts[at], pair.ref.counts[at]) == sizes(pair.ref)[at]).all())
+
+
+def _of_the_recorded(sentence: str) -> str:
+    """A law's sentence, where nothing is known of the elements that were not recorded."""
+    return sentence.replace("every element", "every recorded element").replace("the others are", "the other recorded ones are")
 
 
 def most_are_right(records: Records, failing: Ints) -> bool:
@@ -37,12 +51,18 @@ def most_are_right(records: Records, failing: Ints) -> bool:
 
 
 def _beside(records: Records, failing: Ints) -> Beside | None:
-    """These records, [R], of one point beside the reference's; None where their values are not leading ones, or not numbers."""
+    """These records, [R], of one point beside the reference's.
+
+    None where their values are not leading ones, are not numbers, or are not equally many (a cache's rows, of which later positions read
+    more: in what all rows have, most of them would not be seen).
+    """
     if not len(failing):
         return None
     pair, at = records.pairs[records.point[failing[0]]], records.row[failing]
     values = prepare(pair)
-    width = 0 if values.counts is None else int(values.counts[at].min())
+    if values.counts is None or np.ptp(values.counts[at]):
+        return None
+    width = int(values.counts[at[0]])
     dumped, right = (side[at, :width].astype(np.float64) for side in (values.a, values.b))
     if values.index is not None or not width or not np.isfinite(right).all():
         return None
@@ -60,7 +80,7 @@ def _beside(records: Records, failing: Ints) -> Beside | None:
 
 
 def _whole(ref: Rows) -> Floats | None:
-    """The reference's rows if they are whole and of positions that follow each other."""
+    """The reference's rows if they are whole and of all positions from 0 on: laws count rows as positions."""
     of_one_length = ref.full().all() and len(set(ref.counts.tolist())) == 1
-    in_order = (np.diff(ref.token_idx) == 1).all() and (np.diff(ref.seq) == 0).all()
+    in_order = np.array_equal(ref.token_idx, np.arange(len(ref))) and (np.diff(ref.seq) == 0).all()
     return ref.values[:, : int(ref.counts[0])].astype(np.float64) if of_one_length and in_order else None

@@ -204,4 +204,5 @@ def _replay(
         transformer.weights,
         transformer.backend,
         given={} if given is None else given,
+        sure=transformer.steps,
     )

@@ -13,6 +13,7 @@ from engine.graph import Step, weight_name
 
 from ...diff.limits import EXACT_FLOOR, JUMP
 from ...diff.verdict.first import UNRELATED
+from ...laws.beside import LEFT
 from ...laws.heads import heads_of
 from ...laws.laws import OF_A_WEIGHT, WRONG, ZERO, law
 from ...laws.moved import OTHER_ORDER
@@ -38,7 +39,9 @@ _TRIED = 12  # … of so many that remove most of the error at the first record
 # Wrong leads that were seen removed 96 to 99.6 % at the first record, and little at the next ones.
 _WORTH, _WORSE = 0.9, 2.0
 _TOGETHER = 0.5
-_REMAINS = 0.5  # the most of the error of the records that a cause reproduces that may remain
+# The most of the error that a cause may leave of the records that it reproduces, and of what is made next from a row seen in part. At the
+# first place under wide limits it may leave what an operand may (`LEFT`): a lower arithmetic's limits let similar values pass.
+_REMAINS = 0.5
 # NMSE that counts as equal in an observation: float32's noise (limits.EXACT_FLOOR), with room for printed digits.
 _EQUAL = 1e-9
 _F16_MAX = 65504.0  # the largest finite float16
@@ -49,7 +52,7 @@ def believed(entries: Sequence[Expected], search: Search, start: SearchState, be
 
     A cause reproduces the whole point at which the difference began, with numbers that carry information, and nowhere makes more
     records wrong than right. Faults that do so only together must reproduce most of all records: two are enough to give one layer's
-    numbers by chance. The last cause does not count if it is a number that only the recorded part of a row follows (`_of_a_part`).
+    numbers by chance. The last cause does not count if it may be that of the recorded part of a row alone (`_of_a_part`).
     """
     state = accepted = start
     apart = 0
@@ -69,7 +72,9 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     """Whether a cause may be that of the recorded elements alone: what is made of them in the same layer is wrong.
 
     That is asked of a fitted number and of zeros (the one head that was recorded may be 1.2 times too large, and the others right), and of
-    what a step shows of a cache alone if not all of its rows were recorded: the leading values are row 0 at every position.
+    what a step shows of a cache alone if not all of its rows were recorded: the leading values are row 0 at every position. Of other faults
+    in a row that was seen in part it is asked whether what is made of it next stays as wrong: of two faults in one layer one takes its part
+    of the error away.
     """
     if before.first is None or after.first is None:
         return False
@@ -78,10 +83,17 @@ def _of_a_part(search: Search, before: SearchState, after: SearchState) -> bool:
     zeros = not np.where(first.present, first.values, 0.0).any()
     made = before.planting.right.get(first.point)
     of_cache = made is not None and bool(made.histories) and set(made.names) <= set(made.histories) and not first.whole_rows
-    if not (zeros or of_cache) and order_of_number(after.faults[-1]) is None:
-        return False
     layer, other = (parse(entries[state.first.point].point).layer for state in (before, after) if state.first is not None)
-    return layer is not None and layer == other and not search.screening.cone(after).sure
+    if layer is None or layer != other or search.screening.cone(after).sure:
+        return False
+    if zeros or of_cache or order_of_number(after.faults[-1]) is not None:
+        return True
+    between = range(before.first.point + 1, after.first.point)
+    if first.whole_rows or any(bool((before.nmse[at] > entries[at].limit).any()) for at in between):
+        return False  # it reproduces a further point as well
+    was, now = (state.nmse[after.first.point] for state in (before, after))
+    known = np.isfinite(was)
+    return not now[known].sum() <= _REMAINS * was[known].sum()
 
 
 def mended_share(entries: Sequence[Expected], before: SearchState, after: SearchState) -> float | None:
@@ -90,15 +102,19 @@ def mended_share(entries: Sequence[Expected], before: SearchState, after: Search
         return None
     spoiled = mended = shown = wrong = 0
     error = left = 0.0
-    for entry, old, new in zip(entries, before.nmse, after.nmse, strict=True):
+    removed = True
+    for number, (entry, old, new) in enumerate(zip(entries, before.nmse, after.nmse, strict=True)):
         was, now = old > entry.limit, new > entry.limit
         wrong += int(was.sum())
         spoiled += int((now & ~was).sum())
         mended += int((was & ~now).sum())
         finite_before = was & ~now & np.isfinite(old)
-        error, left = error + float(old[finite_before].sum()), left + float(new[finite_before].sum())
+        here, remains = float(old[finite_before].sum()), float(new[finite_before].sum())
+        error, left = error + here, left + remains
+        if number == before.first.point and entry.limit.max() > EXACT_FLOOR.logits:
+            removed = remains <= LEFT * here
         shown += int((was & ~now & _proves(entry, new)).sum())
-    removed = left <= _REMAINS * error  # and not only brought from just over their limits to just under
+    removed = removed and left <= _REMAINS * error  # and not only brought from just over their limits to just under
     return (mended - spoiled) / wrong if shown and spoiled < mended and removed else None
 
 

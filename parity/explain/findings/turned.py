@@ -34,7 +34,10 @@ def other_positions(case: Case, state: SearchState, entry: Expected, errors: Flo
         agrees = entry.nmse(moved, case.positions) <= np.minimum(ROOM * entry.limit, LEFT * errors)
         for row in entry.rows[wrong & agrees].tolist():
             left[row].add(by)
-    return next(_sentences(left, length), "") if all(left.values()) else ""
+    if not all(left.values()):
+        return ""
+    shown = "" if entry.whole_rows else f" (in the {entry.values.shape[1]} recorded elements: others may be wrong otherwise)"
+    return f"{next(_sentences(left, length))}{shown}"
 
 
 def _moved(case: Case, step: Step, by: int) -> np.ndarray | None:

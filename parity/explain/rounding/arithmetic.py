@@ -24,6 +24,7 @@ from ...diff.verdict.scatter import is_scatter, spares_elements
 from ...diff.verdict.undecided import in_cache
 from ..case import Case
 from ..records.records import Expected, Floats
+from .amplified import compared_by_cost
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
@@ -187,7 +188,7 @@ def _plausible(
     products = next(products for entry, products in zip(known.case.entries, cost.products, strict=True) if entry.point == first)
     if not mean_cost(products) * LOWER <= error <= allowed.points[first] or _spared(exact, known.case, cost):
         return None
-    compared = comparison(ours, ref, replace(options, compute=kind, limits=allowed))
+    compared = compared_by_cost(ours, ref, replace(options, compute=kind, limits=allowed), known, kind)
     if not any(point.checkpoint == first and point.status == AGREES for point in compared.verdict.points):
         return None
     alike = _alike(known.case, kind, exact.records.pairs[place])
@@ -196,8 +197,7 @@ def _plausible(
 
 def _followed(case: Case, pair: Pair, seconds: float) -> str | None:
     """The one number that the errors of a point follow; empty if there is none, None if the time did not suffice (`systematic`)."""
-    beside = _beside(case, pair)
-    return "" if beside is None else systematic(case, *beside, seconds)
+    return "" if (beside := _beside(case, pair)) is None else systematic(case, *beside, seconds)
 
 
 def _of_their_size(verdict: Verdict, kinds: Mapping[str, float], followed: str) -> Verdict:

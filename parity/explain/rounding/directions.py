@@ -44,19 +44,20 @@ class Along(Struct, frozen=True):
 
 
 _NEAR = 0.5  # of one: a position's multiple
-_CHANGE = 2.0**-8  # of a result, as a part of it: what float32 itself rounds is a part in 10,000 of what it moves
+CHANGE = 2.0**-8  # of a result, as a part of it: what float32 itself rounds is a part in 10,000 of what it moves
 _OWN = 1e-4  # the part of a direction that is not in the others, from which on it is one of its own
 _SHOWS = 1e-3  # of the effect's energy, which a point has in which it acts
 
 
-class _Scaled(Struct, frozen=True):
+class Scaled(Struct, frozen=True):
     """An operation whose result is a little smaller."""
 
     op: Callable[..., Array]
 
     def __call__(self, *inputs: Any, **params: Any) -> Array:
+        """The result, a little smaller where it is a number."""
         value = self.op(*inputs, **params)
-        return value * value.dtype.type(1 - _CHANGE) if value.dtype.kind == "f" else value
+        return value * value.dtype.type(1 - CHANGE) if value.dtype.kind == "f" else value
 
 
 class Noise(Struct, frozen=True):
@@ -81,7 +82,7 @@ def noise_of(case: Case, kind: str, entries: Sequence[Expected]) -> Noise:
         return case.make(lower, len(case.positions), None, case.rounded(kind, storage)).on_host
 
     def smaller(acts: Callable[[Step], bool]) -> Mapping[str, Array]:
-        return case.replay.changed([replace(step, op=_Scaled(step.op)) if acts(step) else step for step in steps])
+        return case.replay.changed([replace(step, op=Scaled(step.op)) if acts(step) else step for step in steps])
 
     return Noise(
         rounded=tuple({name: run[name] for name in points} for run in map(in_lower, (False, True))),

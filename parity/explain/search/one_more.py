@@ -14,7 +14,7 @@ from .alike import Alike
 from .batch import agreeing_first, beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
-from .scopes import STAGES, WEIGHTS, acts_after, last_agreed, long, rescoped, stages, where_it_holds
+from .scopes import STAGES, WEIGHTS, acts_after, acts_between, last_agreed, long, rescoped, stages, where_it_holds
 from .screening import Screening
 from .state import Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
@@ -107,6 +107,9 @@ class OneMore:
             if key(state.faults) not in self._stages:
                 self._stages[key(state.faults)] = list(stages(self.screening, state, None))
             candidates = self._stages[key(state.faults)][number]
+            agreed = last_agreed(self.screening, state)
+            if number == 0 and agreed is not None:
+                candidates = [one for one in candidates if acts_between(self.screening, state, one, agreed)]
             results = screened(self.screening, state, None, candidates)
             self._cached[name] = list(self._beyond(state, results))
         return self._cached[name]
@@ -119,7 +122,14 @@ class OneMore:
         self._of_stage(state, 0)
         others = self._stages[key(state.faults)][-1]
         many = long(others)
-        late = [one for one in others if one.fault.name in many and agreed is not None and acts_after(state, one, agreed)]
+        late = [
+            one
+            for one in others
+            if one.fault.name in many
+            and agreed is not None
+            and acts_after(state, one, agreed)
+            and acts_between(self.screening, state, one, agreed)
+        ]
         return list(self._beyond(state, screened(self.screening, state, None, late))) if late else []
 
     def _in_single_layers(self, state: SearchState) -> list[SearchState]:

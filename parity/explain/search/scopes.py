@@ -63,6 +63,16 @@ def acts_after(state: SearchState, candidate: Candidate, number: int) -> bool:
     return not begins or not state.planting.changes_by(candidate.fault, candidate.parameters, number)
 
 
+def acts_between(screening: Screening, state: SearchState, candidate: Candidate, number: int) -> bool:
+    """Whether a candidate in all layers that `acts_after` a step changes one from there to the first place: most variants of a catalogue
+    change nothing in a model that lacks what they are about."""
+    point = None if state.first is None else screening.entries[state.first.point].point
+    if point is None or point in state.shown or candidate.fault.shows is not None:  # what a dump shows may be made later
+        return True
+    place = state.order[point]
+    return state.planting.changes_by(candidate.fault, candidate.parameters, place, number)
+
+
 def rescoped(screening: Screening, state: SearchState, explaining: SearchState) -> Iterator[SearchState]:
     """The fault that leads from a state to `explaining`, in other layers, if that gets further than `explaining`.
 

@@ -281,6 +281,12 @@ class Screening:
         entry = self.entries[place.point]
         return entry.at(self.backend.to_host(value), self.positions[: value.shape[-2]], place.row)
 
+    def has_numbers(self, place: RecordKey) -> bool:
+        """Whether a recorded element of a place is a number: not all of them are NaN or infinite."""
+        entry = self.entries[place.point]
+        here = entry.rows == place.row
+        return bool(np.isfinite(entry.values[here][entry.present[here]]).any())
+
     def check(self, state: SearchState, candidate: Candidate) -> SearchState | None:
         """The state with the candidate planted, on all rows and points; None if the model or the faults there do not allow it,
         or the time is up.
@@ -322,5 +328,5 @@ class Screening:
         return left * EXPLAINED <= before and left <= float(no_rounding(entry, self.coarse)[here].max())
 
     def make_anew(self, steps: Sequence[Step], rows: int) -> Replay:
-        """A replay of these steps that takes no values from another one."""
-        return self.make(steps, rows, None)
+        """A replay of these steps by themselves: of the right run it takes only what is before their first change, over as many rows."""
+        return self.make(steps, rows, self._whole if rows == self.rows else None)

@@ -179,7 +179,12 @@ class Search:
         return []
 
     def _several(self, state: SearchState, depth: int) -> list[SearchState]:
-        """States with two or three more faults at once, layer by layer, for a state from which no single one gets further."""
+        """States with two or three more faults at once, layer by layer, for a state from which no single one gets further.
+
+        None of them where the first place holds no number at all: one fault alone makes that, whatever the others do before it.
+        """
+        if state.first is not None and not self.screening.has_numbers(state.first):
+            return []
         scopes: list[Layers] = [(layer,) for layer in self.screening.suspects(state)]
         for layers in scopes or [None]:
             together = Together(self.screening, state, layers)

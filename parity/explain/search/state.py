@@ -12,7 +12,7 @@ from checkpoints.points import parse
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import POSITIONS, Step, sees_later
 from engine.replay.batched import by_rows
-from engine.replay.replay import same_start
+from engine.replay.right_values import same_start
 
 from ..records.records import Floats
 

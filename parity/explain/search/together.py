@@ -15,7 +15,8 @@ from engine.backend import Array
 from engine.faults import AT, SEEN, Planting
 from engine.graph import Step
 from engine.inapplicable import NotApplicable
-from engine.replay.replay import Replay, same_start
+from engine.replay.replay import Replay
+from engine.replay.right_values import same_start
 
 from ..records.records import Floats, Ints
 from .first_place import AtFirstPlace
