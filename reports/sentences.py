@@ -126,6 +126,7 @@ ARITHMETIC = {"": "lower", "f32": "float32", "tf32": "TF32", "f16": "F16", "bf16
 _KEPT = {
     "cache": 'the cache keeps keys and values in {named}, which nothing states ("kv_type": "{stated}" in the header does)',
     "vectors": "norms' weights and biases are kept in {named}, which nothing states",
+    "gains": "norms' weights are kept in {named} and their biases are not, which nothing states",
     "biases": "biases are kept in {named}, which nothing states",
     "angles": "RoPE's cosines and sines are kept in {named}, which nothing states",
 }
