@@ -55,6 +55,25 @@ def test_ten_thousand_steps_with_a_slow_writer_lose_nothing(ring: int, delay: fl
     assert tap.waits > 0 or ring == 256
 
 
+def test_a_long_slice_takes_room_for_few_passes() -> None:
+    """Slices of a million values, which hold whole rows, take a gigabyte for ten points of one position, not ten."""
+    sink, points = Sink(), [f"blk.{i}.l_out" for i in range(10)]
+    before = cupy.cuda.runtime.memGetInfo()[0]
+    with Capture(DeviceStage(sink, points, choose("cupy"), slice_size=1_000_000)) as tap:
+        tap.begin(one_pass(0, 1))
+        for layer, point in enumerate(points):
+            tap(point, cupy.full((1, 32), layer, np.float32))
+        assert before - cupy.cuda.runtime.memGetInfo()[0] < 1 << 30
+    assert [rows.values.tolist() for rows in sink.taken] == [[[layer] * 32] for layer in range(10)]
+
+
+def test_records_for_which_there_is_no_room_are_refused_in_one_line() -> None:
+    """More memory than the device has is an error of the request, which says how much it would take."""
+    stage = DeviceStage(Sink(), [f"blk.{i}.l_out" for i in range(1000)], choose("cupy"), slice_size=1_000_000)
+    with Capture(stage) as tap, pytest.raises(InputError, match=r"1,000,000 values of each, needs .* GiB of device memory"):
+        tap.begin(one_pass(0, 100))
+
+
 def test_a_dying_writer_stops_the_engine_also_where_the_ring_is_full() -> None:
     """What fails in the thread comes out in the engine's next calls and in close; nothing waits for ever."""
     tap = Capture(DeviceStage(Sink(fail_at=3), ["embd"], choose("cupy"), ring=4))

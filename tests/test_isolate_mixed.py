@@ -115,12 +115,13 @@ def test_operations_of_a_lower_arithmetic_among_those_of_float32(
         ("qwen3", "bf16 vectors", "blk.1.attn_norm"),
         ("qwen3", "f16 angles", "blk.1.q_rope"),
         ("stablelm", "f16 biases", "blk.1.attn_norm"),
+        ("stablelm", "bf16 gains", "blk.1.attn_norm"),
     ],
 )
 def test_vectors_or_angles_kept_in_a_lower_type(
     architecture: str, kind: str, moved: str, small_model: Callable[..., Path], reference: Reference, tmp_path: Path
 ) -> None:
-    """Norms' weights, or biases alone, or RoPE's cosines and sines, rounded in an engine that computes in float32: none is wrong or
+    """Norms' weights, those or biases alone, or RoPE's cosines and sines, rounded in an engine that computes in float32: none is wrong or
     proven; a product 0.2 % too large, another epsilon and a norm 1.5 times too large beside them are.
     """
     path, out = small_model(architecture, kind="f32"), tmp_path / "ours.jsonl"

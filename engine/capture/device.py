@@ -29,6 +29,7 @@ _LARGE_CHUNK = 8192  # … and where many rows fill the device anyway, larger ch
 _MANY_BLOCKS = 8192
 _LARGEST = 3  # how many of the largest passes the slab holds: one must be less than half of it, or the writer is hurried
 _RING = 256  # decode passes that the slab holds: as many batches as may wait in the host's stage
+_RING_BYTES = 1 << 28  # … and fewer of long slices: every point of 24 layers takes a ninth of this with slices of 16
 
 
 class DeviceStage:
@@ -77,17 +78,21 @@ class DeviceStage:
 
     def _allocate(self, records: int) -> None:
         """Allocate slab and staging buffer for passes of that many records; again only if a later pass is larger."""
-        capacity = max(_LARGEST * records, self._passes * self._step_places, 1)
+        waiting = min(self._passes * self._step_places, _RING_BYTES // self._record.itemsize)
+        capacity = max(_LARGEST * max(records, self._step_places), waiting, 1)
         if self._staging is not None and len(self._slab) >= capacity:
             return
         self._ring.drain()
         self._ring = Ring(capacity, self.writer.hurry)
         self.writer.limit = capacity * self._record.itemsize
+        size = capacity * self._record.itemsize
+        self._backend.require(
+            size, f"recording {max(records, self._step_places):,} rows a pass, {self.slice_size:,} values of each,"
+        )
         # Without cupyx, whose import takes as long as loading a model.
-        pinned = self._xp.cuda.alloc_pinned_memory(capacity * self._record.itemsize)
-        self._slab = np.frombuffer(pinned, self._record, capacity)
+        self._slab = np.frombuffer(self._xp.cuda.alloc_pinned_memory(size), self._record, capacity)
         self._xp.cuda.get_current_stream().synchronize()
-        self._staging = self._xp.empty(self._slab.nbytes, dtype=np.uint8)
+        self._staging = self._xp.empty(size, dtype=np.uint8)
 
     def _place(self, count: int) -> Array:
         """Where this pass's records are staged, from its next free place on; its first record takes `count` places of the ring."""

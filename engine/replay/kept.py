@@ -14,19 +14,21 @@ from ..graph import POSITIONS, History, Read, Step, View
 from ..lift.node import GgmlOperation
 from .precision import ROUNDINGS, each, multiplies
 
-CACHE, VECTORS, BIASES, ANGLES = "cache", "vectors", "biases", "angles"
+CACHE, VECTORS, GAINS, BIASES, ANGLES = "cache", "vectors", "gains", "biases", "angles"
 
 
 class Kept(Struct, frozen=True):
-    """The part that is kept in a lower type (CACHE: keys and values; VECTORS: norms' weights, biases and other weights that no product
-    takes as its matrix; BIASES: only the biases of these; ANGLES: RoPE's cosines and sines), and that type.
+    """The part that is kept in a lower type, and that type.
+
+    CACHE: keys and values. VECTORS: norms' weights, biases and other weights that no product takes as its matrix. GAINS: those of them that
+    multiply beside a bias. BIASES: those that are added. ANGLES: RoPE's cosines and sines.
     """
 
     part: str
     type: str
 
 
-KEPT = {f"{kind} {part}": Kept(part, kind) for part in (CACHE, VECTORS, BIASES, ANGLES) for kind in ("f16", "bf16")}
+KEPT = {f"{kind} {part}": Kept(part, kind) for part in (CACHE, VECTORS, GAINS, BIASES, ANGLES) for kind in ("f16", "bf16")}
 KEPT["q8 cache"] = Kept(CACHE, "q8")
 
 
@@ -89,7 +91,7 @@ def kept(steps: Sequence[Step], kind: str) -> list[Step]:
     what = KEPT[kind]
     if what.part == ANGLES:
         return [_by_kept_angles(step, what.type) for step in steps]
-    places_of = {CACHE: _histories, VECTORS: _vectors, BIASES: _biases}[what.part]
+    places_of = {CACHE: _histories, VECTORS: _vectors, GAINS: _gains, BIASES: _biases}[what.part]
     return [replace(step, op=_Inputs(step.op, what.type, places)) if (places := places_of(step)) else step for step in steps]
 
 
@@ -109,6 +111,12 @@ def _vectors(step: Step) -> tuple[int, ...]:
 def _biases(step: Step) -> tuple[int, ...]:
     first = len(step.reads)
     return tuple(place for place in _vectors(step) if str(step.weights[place - first]).endswith(".bias"))
+
+
+def _gains(step: Step) -> tuple[int, ...]:
+    """The vectors beside a bias that is not kept with them; where there is no bias, they are all vectors (`VECTORS`)."""
+    biases = _biases(step)
+    return tuple(place for place in _vectors(step) if place not in biases) if biases else ()
 
 
 def reads_cache(read: Read) -> bool:

@@ -148,7 +148,7 @@ def _mixed(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement | 
         return None
     again = judged_at(exact, _KINDS)
     reasons = _in_lower(judgement, again)
-    return _undecided_for(again, reasons) if reasons else None
+    return without_blame(again, reasons) if reasons else None
 
 
 def _by_cache(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement | None:
@@ -168,10 +168,10 @@ def _by_cache(judgement: Judgement, judged_at: Judge, exact: float) -> Judgement
     if not kinds:
         return None
     reasons = {name: f"right where {kept_in(CACHE, kind)}" for name, kind in kinds.items()}
-    return replace(_undecided_for(again, reasons), cache=next(iter(kinds.values())))
+    return replace(without_blame(again, reasons), cache=next(iter(kinds.values())))
 
 
-def _undecided_for(judgement: Judgement, reasons: Mapping[str, str]) -> Judgement:
+def without_blame(judgement: Judgement, reasons: Mapping[str, str]) -> Judgement:
     """The judgement with these operations not observable, each for its reason."""
     operations = [
         replace(operation, status=NOT_OBSERVABLE, reason=reasons[operation.name]) if operation.name in reasons else operation
@@ -235,6 +235,9 @@ def _rounding_of(operation: Operation, record: Record, multiplies: bool) -> str:
         return f"right as {ARITHMETIC[kind]} arithmetic rounds it, {_MIXED.format(kind)}"
     if record.lower and not record.wrong:
         return f"the right value rounded to {record.lower}, {_MIXED.format(_TYPES[record.lower])}"
+    if record.wrong and record.within:
+        named = ARITHMETIC[record.within]
+        return f"off by no more than {named} costs what was not recorded before it, {_MIXED.format(record.within)}"
     if multiplies and record.wrong and record.scattered and record.nmse <= _F16:
         return f"off by noise of the size that sums in F16 make, {_MIXED.format('f16')}"
     return ""

@@ -29,7 +29,7 @@ from .judged_layers import eliminated, graft, judged_layers
 from .remarks import ignored, named, not_checked, other_pairs
 from .request import LIMIT, LIMIT_SOURCE, IsolateRequest, started
 from .standards import foreign_standard
-from .suspicions import as_eight_bits, in_order, of_cache, of_stated_cache, proven_within
+from .suspicions import as_eight_bits, in_order, of_cache, of_open_cache, of_stated_cache, proven_within
 from .unrecorded import pass_over
 from .values import WholeValues
 
@@ -155,6 +155,8 @@ def _judged(request: IsolateRequest, values: WholeValues, running: Reference | N
         run = _Run(request, values, stack, running)
         tokens, generated = run.tokens
         judgement = in_its_arithmetic(run.judged_at, run.allowed, LIMIT, LIMIT_SOURCE, open_cache=not run.header.kv_type)
+        if not run.header.kv_type:
+            judgement = of_open_cache(judgement)
         bench = judgement.bench
         operations, layers = run.with_layers(judgement)
         build = run.reference.versions() if layers else {}

@@ -12,8 +12,13 @@ from ..diff.readings.layouts import is_rotated, pairs
 from ..diff.readings.readings import CLEAR
 from ..diff.readings.rounding import beyond_rounding
 from ..diff.verdict.scatter import spares_elements
-from .values import row_errors
+from .values import row_errors, seen_scores
 
+# How many times as far as its own rounding makes it a value may be from that of an arithmetic, if what was not recorded before it is
+# rounded at other places: flash attention rounds weights before they are divided by their sum, and may keep scores and sums in that
+# type. Right engines were up to 2.1 times as far with sums in float32, and up to 33 times with scores and sums in F16 or BF16
+# (benchmarks/kinds_of_kernel.py, apertus and phimoe): twice the latter, in round numbers.
+_OTHER_PLACES = 64.0
 # Of two definitions by which a value is wrong the later one is meant only if it is so many times nearer.
 _NEARER = 10.0
 
@@ -83,6 +88,7 @@ class Held(Struct, frozen=True):
     pairs: str = ""  # the order of RoPE's pairs in which the right value was recorded, if that is another one
     as_recorded: float = 0.0  # the worst error without that, by the records of its inputs
     in_mode: NDArray[np.float32] | None = None  # what the nearest definition of the mode's own arithmetic makes
+    within: str = ""  # the lower arithmetic whose rounding of what was not recorded may be the whole error
 
     def in_other_pairs(self, name: str, heads: int | None, limit: float) -> "Held | None":
         """The same if the recorded rows are the right ones with RoPE's pairs stored otherwise in each head; else None."""
@@ -99,6 +105,18 @@ class Held(Struct, frozen=True):
                 return replace(self, errors=errors, pairs=sentence, as_recorded=float(self.errors.max()))
         return None
 
+    def rounded_within(self, name: str, low: NDArray[np.float32], errors: NDArray[np.float64], limit: float) -> bool:
+        """Whether the rounding of what was not recorded may be the whole error, if a lower arithmetic does it at places of its own.
+
+        `errors` are the distances of rows from our own value in that arithmetic, `low`: none is more than `_OTHER_PLACES` times what
+        rounding changes there, and a row is that value where it is one rounding alone (a single key has all of the attention).
+        """
+        if self.in_mode is None or self.in_mode.size != low.size:
+            return False
+        cost = row_errors(name, self.in_mode, low.reshape(self.in_mode.shape), self.positions)
+        one = errors[cost > limit] <= limit
+        return bool(one.any() and (errors <= np.maximum(limit, _OTHER_PLACES * cost)).all())
+
     def agrees(self, limit: float) -> bool:
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""
         return bool(self.errors.max() <= limit) or bool(self.lower)
@@ -110,7 +128,7 @@ class Held(Struct, frozen=True):
         return spares_elements(np.where(known, dumped, 0.0) - np.where(known, right, 0.0), right, known)
 
     def wrong_rows(self, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The wrong rows of the recorded value, and the right ones: [R, n]; none of scores, which have no rows of one length."""
+        """The wrong rows of the recorded value, and the right ones: [R, n]; of scores those of positions up to the row's own."""
         dumped, right = self._rows(self.ours)
         off = self.errors > limit
         return (dumped[off], right[off]) if dumped.size else (dumped, right)
@@ -119,7 +137,7 @@ class Held(Struct, frozen=True):
         """A sentence if the wrong rows are the right ones of other positions, with the distance if it is the same for all; otherwise
         ""."""
         wrong, _ = self.wrong_rows(limit)
-        if not len(wrong) or len(self.positions) != len(self.dumped) or not np.isfinite(wrong).all():
+        if self.dumped.ndim != 2 or not len(wrong) or len(self.positions) != len(self.dumped) or not np.isfinite(wrong).all():
             return ""
         right = self.ours.reshape(self.dumped.shape).astype(np.float64)
         away = set[int]()
@@ -137,6 +155,10 @@ class Held(Struct, frozen=True):
         return f"position t holds the right value of position t {'−' if by > 0 else '+'} {abs(by)}"
 
     def _rows(self, right: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if right.shape == self.dumped.shape and right.ndim == 3 and right.shape[1] == len(self.positions):
+            seen = (seen_scores(scores, self.positions).transpose(1, 0, 2) for scores in (self.dumped, right))
+            both = [rows.reshape(len(rows), -1).astype(np.float64) for rows in seen]
+            return both[0], both[1]
         if right.size != self.dumped.size or self.dumped.ndim != 2:
             return np.zeros((0, 0)), np.zeros((0, 0))
         return self.dumped.astype(np.float64), right.reshape(self.dumped.shape).astype(np.float64)

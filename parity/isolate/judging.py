@@ -8,6 +8,10 @@ from msgspec import Struct, field
 
 from engine.graph import Step, WeightSource
 
+from ..diff.readings.rounding import is_rounding
+from ..diff.verdict.one_factor import shared_factor
+from ..diff.verdict.scatter import SIMILAR, is_scaled, is_scatter
+from .held import Held
 from .inputs import PassMemory, Program
 from .values import RecordedValue
 
@@ -52,6 +56,10 @@ class Record(Struct):
     arithmetics: dict[str, None] = field(default_factory=dict)
     scattered: bool = True
     scaled: bool = True
+    # Whether every row is wrong, by noise of about one size that has no factor of its own; the lower arithmetic whose rounding of what was
+    # not recorded may be all of it (None before any is wrong).
+    noisy: bool = True
+    within: str | None = None
     lower: str = ""  # the type to which the right value was rounded, where nothing else is wrong with what was recorded
     denied_by: dict[str, None] = field(default_factory=dict)  # operations that read the right value, not the recorded one
     read_by: dict[str, None] = field(default_factory=dict)  # operations that read the recorded value, and not the right one
@@ -60,6 +68,17 @@ class Record(Struct):
     reordered: dict[str, float] = field(
         default_factory=dict
     )  # choices that it read in another order; NMSE by the recorded order
+
+    def note_wrong(self, held: Held, limit: float) -> None:
+        """Add what a wrong value beside the right one looks like."""
+        rows, right = held.wrong_rows(limit)
+        self.wrong = True
+        self.within = held.within if self.within in (None, held.within) else ""
+        self.scattered &= is_scatter(rows, right) and not held.spares_elements()
+        # A scale of 1.00001 is lost in F16: that is one factor for all values, too.
+        self.scaled &= is_scaled(rows, right) and not is_rounding(rows, right)
+        alike = limit < held.errors.min() and held.errors.max() <= SIMILAR * held.errors.min()
+        self.noisy &= self.scattered and alike and shared_factor(rows - right, right) is None
 
 
 class Judging(Struct):

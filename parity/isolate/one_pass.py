@@ -13,10 +13,10 @@ from checkpoints.errors import ModelError
 from checkpoints.points import parse
 from engine import ops
 from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
+from engine.replay.precision import ROUNDINGS
 from engine.replay.proof import rounds_activations
 
-from ..diff.readings.rounding import is_rounding, type_of
-from ..diff.verdict.scatter import is_scaled, is_scatter
+from ..diff.readings.rounding import type_of
 from ..laws.heads import heads_of
 from .elements import least_energy, sampled_error
 from .epsilons import judge_epsilon
@@ -191,7 +191,7 @@ class JudgedPass:
         in_type: Held | None = None
         limit, least = self._limit(step), least_energy(first, inputs, positions, self._weights)
         stored = "" if routing is not None else type_of(dumped)
-        tried: list[list[Step]] = []
+        tried, within = list[list[Step]](), ""
         for program, definition_of in zip(self._programs, self._judging.definitions, strict=True):
             way = program.way(step.makes)  # definitions may also differ between the recorded values and the step
             if way in tried:
@@ -221,6 +221,8 @@ class JudgedPass:
                 in_mode = best.in_mode if best is not None and definition_of.arithmetic else ours
                 best = Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first, bool(unknown.any()))
                 best = replace(best, arithmetic=definition_of.arithmetic, in_mode=in_mode)
+            if not within and definition_of.arithmetic in ROUNDINGS and step.makes in self._judging.stretches:
+                within = definition_of.arithmetic if best.rounded_within(step.makes, ours, errors, limit) else ""
             if best.errors.max() <= limit:
                 return best
             if in_type is None and stored:
@@ -228,7 +230,7 @@ class JudgedPass:
                 if not (beyond[~unknown] > limit).any():
                     in_type = replace(best, ours=ours, errors=errors, lower=stored, arithmetic=definition_of.arithmetic)
         assert best is not None
-        return in_type or best
+        return in_type or replace(best, within=within)
 
     def _with_others(self, step: Step, others: Mapping[str, RecordedValue], error: float = np.inf) -> Held | None:
         """A step that does not follow from the records of its inputs, compared using other values of those; None if it is wrong even then.
@@ -306,11 +308,7 @@ class JudgedPass:
         if held.arithmetic:
             record.arithmetics[held.arithmetic] = None
         if nmse > limit and not held.lower:
-            record.wrong = True
-            rows, right = held.wrong_rows(limit)
-            record.scattered &= is_scatter(rows, right) and not held.spares_elements()
-            # A scale of 1.00001 is lost in F16: that is one factor for all values, too.
-            record.scaled &= is_scaled(rows, right) and not is_rounding(rows, right)
+            record.note_wrong(held, limit)
         if nmse <= record.nmse:
             return
         record.nmse = nmse

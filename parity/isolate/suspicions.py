@@ -10,6 +10,7 @@ from engine.graph import Step
 from engine.replay.kept import reads_cache
 
 from ..diff.limits import EXACT_FLOOR, family, limits
+from .arithmetic import Judgement, without_blame
 from .judged_layers import LAYER
 from .operation import Isolator
 
@@ -18,6 +19,10 @@ from .operation import Isolator
 _ALIKE = 100.0
 # NMSE with a cache of 4-bit numbers in blocks of 32, four small models: operations that read it 1.4e-2 at most, layers 2.8e-2; twice that.
 _FEW_BITS = 0.06
+_OPEN_CACHE = (
+    "off by noise of the size that a cache of 8 bits makes, which nothing states "
+    '("kv_type" in the header does): how this engine rounds to it is not known'
+)
 _REASON = "its error is noise of the size that 8-bit activations make, as in every product here: not declared? --compute q8 allows for it"
 
 
@@ -69,13 +74,7 @@ def of_stated_cache(operations: Sequence[Operation], isolators: Sequence[Isolato
     """
     if not kv_type or family(kv_type) != "quantised":
         return list(operations)
-    reading = {
-        step.makes
-        for isolator in isolators
-        for program in isolator.definitions[0].programs
-        for step in program.judged
-        if any(reads_cache(read) for way in program.way(step.makes) for read in way.reads)
-    }
+    reading = _readers_of_a_cache(isolators)
     if any(operation.status == PROVEN for operation in operations if operation.name in reading):
         return list(operations)
     most = of_cache(kv_type)
@@ -90,6 +89,34 @@ def of_stated_cache(operations: Sequence[Operation], isolators: Sequence[Isolato
         else operation
         for operation in operations
     ]
+
+
+def of_open_cache(judgement: Judgement) -> Judgement:
+    """The judgement of an engine that states no type of its cache: what reads the cache is not blamed if it is off by noise of the size
+    that a cache of 8 bits makes (FP8, by whichever scales), at every position and without a factor, unless some of it follows exactly.
+    """
+    reading = _readers_of_a_cache(judgement.bench.isolators)
+    judged = [operation for operation in judgement.operations if operation.name in reading and operation.nmse is not None]
+    most, records = of_cache("q8_0"), judgement.bench.records
+    noisy = {
+        operation.name
+        for operation in judged
+        if operation.status == WRONG and records[operation.name].noisy and records[operation.name].nmse <= most
+    }
+    if not noisy or any(operation.status == PROVEN for operation in judged):
+        return judgement
+    return without_blame(replace(judgement, cache="q8_0"), dict.fromkeys(noisy, _OPEN_CACHE))
+
+
+def _readers_of_a_cache(isolators: Sequence[Isolator]) -> set[str]:
+    """The points that are judged by what a cache keeps, directly or by way of what was not recorded."""
+    return {
+        step.makes
+        for isolator in isolators
+        for program in isolator.definitions[0].programs
+        for step in program.judged
+        if any(reads_cache(read) for way in program.way(step.makes) for read in way.reads)
+    }
 
 
 def in_order(operations: Sequence[Operation], steps: Sequence[Step]) -> list[Operation]:

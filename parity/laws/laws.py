@@ -147,8 +147,8 @@ def _by_a_vector(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
     """One vector at every position, added or as factors, or one factor for each position: of these the one that leaves least."""
     dumped, right = compared.dumped[:, some], compared.right[:, some]
     be, have = ("are", "have") if many else ("is", "has")
-    if len(dumped) < 2:
-        return
+    if len(np.unique(np.concatenate([dumped, right], axis=1), axis=0)) < 2:
+        return  # one row, as a cache's first one that is read at every position: any error of it is a vector
     laws: list[tuple[Floats, str]] = []
     vector = (dumped - right).mean(axis=0)
     if vector.any():

@@ -24,7 +24,7 @@ from .rounded_records import RoundedRecords
 from .routing import chosen_by, ids
 from .same_vector import alike
 from .shown import shown_by
-from .wrong_values import at_bounds, removed_by_a_norm, share_of_noise
+from .wrong_values import at_bounds, in_seen_head, removed_by_a_norm, share_of_noise
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -261,8 +261,7 @@ class _Consumers:
         return decided and (consumed or not (hidden or unclear))
 
     def _left_by_a_pass(self, name: str, record: int) -> bool:
-        """Whether a point is a state: it is recorded once in a pass, at its last position, and so has no counterpart for each record of
-        that pass."""
+        """Whether a point is a state, recorded once in a pass, at its last position: it has no counterpart of each of that pass's."""
         of_pass = self._measured.step[self._rows[self._place[name]]] == self._measured.step[record]
         return int(of_pass.sum()) == 1
 
@@ -296,9 +295,8 @@ class _Consumers:
         if self._known_whole(other) or self._model.mixes(name, child):
             return True
         seen = measures.nmse_slice[record] * _BELOW > self._held.limit[record]
-        if operations <= ELEMENTWISE and seen:
-            return True
-        if operations <= ELEMENTWISE | NORMS and seen:  # a norm scales all elements alike: wrong elements stay wrong
+        seen_head = (*self._row_of(name, record), *self._row_of(child, other), self._head_size)
+        if seen and (operations <= ELEMENTWISE | NORMS or in_seen_head(*seen_head)):  # a norm scales all elements alike
             return True
         # A later mix, by weights or attention's products, sees the whole row.
         return any(
@@ -307,10 +305,12 @@ class _Consumers:
             if MIXING & self._model.operations(self._model.path(child, further))
         )
 
+    def _row_of(self, name: str, record: int) -> tuple[Rows, int]:
+        return self._measured.pairs[self._place[name]].ours, int(self._measured.row[record])
+
     def _would_choose_others(self, name: str, child: str, record: int, other: int) -> bool:
         """Whether experts are chosen by a record's values themselves, and by these others would have been chosen."""
-        scores, chosen = (self._measured.pairs[self._place[point]].ours for point in (name, child))
-        above, below = int(self._measured.row[record]), int(self._measured.row[other])
+        (scores, above), (chosen, below) = self._row_of(name, record), self._row_of(child, other)
         if not self._model.operations(self._model.path(name, child)) <= CHOICES | {"VIEW"} or not scores.full()[above]:
             return False
         return not chosen_by(scores.values[above, : scores.counts[above]], ids(chosen, below))

@@ -8,6 +8,7 @@ import numpy as np
 from checkpoints.points import parse
 from checkpoints.record import Rows
 
+from ..measured.whole_rows import sizes
 from .readings import LAYOUT, LENGTH, TELLING, Allowed, Ints, Reading, agree, common_length, length, whole
 
 _SAME_STATISTIC = 1e-4  # relative: l2, min and max after an accumulation in float32 differ by less
@@ -18,7 +19,7 @@ _ROTATED = ("q", "k")  # begin the names of points whose elements RoPE pairs
 
 def reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) -> Reading | None:
     """The reading as rows of the same length whose elements are in another order."""
-    size = common_length(ours, ref)
+    size = common_length(ours, ref) or _first_of_cache(ours, ref)
     if size is None:
         return None
     buffered = _positions_last(ours, ref, allowed) or _heads_first(ours, ref, allowed, head_size)
@@ -28,6 +29,17 @@ def reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) ->
         if _fits(ours, ref, source, allowed):
             return Reading(LAYOUT, sentence, mapping.replace("POINT", ours.point), relation=sentence)
     return None
+
+
+def _first_of_cache(ours: Rows, ref: Rows) -> int | None:
+    """The length of one row of a cache, where records show all rows up to their position, if nothing beyond the first one was recorded of
+    ours; else None.
+    """
+    lengths = np.unique(np.concatenate([known[~np.isnan(known)] for known in map(sizes, (ours, ref))])).astype(int)
+    if not len(lengths) or ours.indices is not None:
+        return None
+    first = int(np.gcd.reduce(lengths))
+    return first if len(lengths) > 1 and ours.values.shape[1] <= first else None
 
 
 def is_rotated(point: str) -> bool:

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import of_scores
 from checkpoints.record import Rows
 
 from ..limits import LARGEST_ROUNDING, TABLE
@@ -150,3 +151,13 @@ def _of_leading(pair: Pair) -> Floats:
     whole = pair.ref.stats.get("l2", np.full(len(error), np.nan))
     times = sizes(pair.ref) / np.fmax(shown.sum(axis=1), 1)
     return np.asarray(error * np.where(np.isnan(whole) | np.isnan(times), 1.0, times))
+
+
+def in_seen_head(rows: Rows, row: int, scores: Rows, score_row: int, head_size: int | None) -> bool:
+    """Whether nothing of a record of queries or keys but its first head was recorded, and of attention's scores, made from it, all of that
+    head's up to their own position.
+    """
+    if head_size is None or rows.indices is not None or scores.indices is not None or not of_scores(scores.point):
+        return False
+    keys = scores.token_idx[score_row] + 1
+    return bool(rows.counts[row] <= head_size and scores.counts[score_row] >= keys)

@@ -1,0 +1,108 @@
+"""What kernels round inside: isolate calls no right operation wrong for it, and a fault beside it is found."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from planted import Faulty
+from test_isolate_mixed import judged
+
+from engine import ops
+from engine.graph import Step
+from engine.replay.kept import reads_cache
+from engine.replay.precision import ROUNDINGS, each
+from reference.client import Reference
+
+_INSIDE = ("kq", "kq_soft_max", "k_read", "v_read")
+
+
+def flash(steps: Sequence[Step], kind: str) -> list[Step]:
+    """Attention whose weights are rounded before they are divided by their sum, and whose values are rounded."""
+    low = ROUNDINGS[kind]
+
+    def mixed(weights: np.ndarray, values: np.ndarray, kv_heads: int) -> np.ndarray:
+        largest = weights.max(axis=-1, keepdims=True)
+        total = (weights / largest).sum(axis=-1, dtype=np.float32)
+        mix = ops.weighted_values(low(weights / largest), low(values), kv_heads=kv_heads)
+        return mix / np.repeat(total.T, mix.shape[1] // len(total), axis=1)
+
+    return [replace(step, op=mixed) if step.op is ops.weighted_values else step for step in steps]
+
+
+def in_fp8(x: np.ndarray) -> np.ndarray:
+    """Values with three bits behind the first (E4M3), by a scale for all of them."""
+    step = np.exp2(np.maximum(np.frexp(x * (448 / np.abs(x).max()))[1] - 1, -6) - 3) * (np.abs(x).max() / 448)
+    return (np.rint(x / step) * step).astype(np.float32)
+
+
+def in_fp8_cache(steps: Sequence[Step]) -> list[Step]:
+    """Keys and values read from a cache of FP8."""
+
+    def keeping(step: Step) -> Step:
+        places = {place for place, read in enumerate(step.reads) if reads_cache(read)}
+        if not places:
+            return step
+        return replace(
+            step,
+            op=lambda *given, op=step.op, **params: op(
+                *(each(in_fp8, x) if place in places else x for place, x in enumerate(given)), **params
+            ),
+        )
+
+    return [keeping(step) for step in steps]
+
+
+def times(steps: Sequence[Step], name: str, factor: float) -> list[Step]:
+    """The steps with one result too large."""
+    return [
+        replace(step, op=lambda *x, op=step.op, **params: op(*x, **params) * np.float32(factor)) if step.makes == name else step
+        for step in steps
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_flash_attention_in_a_lower_type(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, kind: str
+) -> None:
+    """Attention that rounds its weights and values to F16 or BF16, in an engine that states nothing: neither wrong nor proven; 1.001 times
+    its result, 1.2 times its scores, and noise in it are wrong.
+    """
+    engine, out = Faulty(path := small_model("qwen3", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
+    steps = flash(engine.right, kind)
+    wrong, open_ = judged(engine, reference, out, steps, _INSIDE)
+    assert not wrong
+    assert "blk.1.kqv_out" in open_
+    for name, factor in (("kqv_out", 1.001), ("kq", 1.2)):
+        assert "blk.1.kqv_out" in judged(engine, reference, out, times(steps, f"blk.1.{name}", factor), _INSIDE)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", [(), ("k_read", "v_read"), _INSIDE])
+def test_a_cache_in_fp8(small_model: Callable[..., Path], reference: Reference, tmp_path: Path, without: Sequence[str]) -> None:
+    """A cache in FP8, of which nothing says anything: what reads it is neither wrong nor proven, and nothing else is wrong; where the cache
+    itself is recorded, 1.01 times what is made of it is.
+    """
+    engine, out = Faulty(path := small_model("qwen3", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
+    steps = in_fp8_cache(engine.right)
+    wrong, open_ = judged(engine, reference, out, steps, without, "")
+    assert not wrong
+    assert ("blk.1.kqv_out" if "kq" in without else "blk.1.kq" if without else "blk.1.k_read") in open_
+    for name in () if without else ("kq", "kqv_out", "attn_out"):
+        assert judged(engine, reference, out, times(steps, f"blk.1.{name}", 1.01), without, "")[0] == {f"blk.1.{name}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["k_read", "v_read", "kqv_out"])
+def test_noise_of_that_size_in_one_layer_is_no_cache(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, name: str
+) -> None:
+    """Noise of FP8's size in what one layer reads of its cache, or makes of it, while the other layers read theirs exactly: wrong."""
+    engine, out = Faulty(path := small_model("qwen3", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
+    noisy = [
+        replace(step, op=lambda *x, op=step.op, **params: in_fp8(op(*x, **params))) if step.makes == f"blk.1.{name}" else step
+        for step in engine.right
+    ]
+    assert judged(engine, reference, out, noisy, (), "")[0] == {f"blk.1.{name}"}
