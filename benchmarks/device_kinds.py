@@ -224,6 +224,11 @@ def _in_layer(step: Step, layer: int) -> bool:
     return parse(step.makes).layer == layer and not step.inner
 
 
+def _transposed(weight: Array) -> Array:
+    """A matrix in the other order; one of a single row, which has only one, from its end."""
+    return weight.reshape(weight.shape[::-1]).T if len(weight) > 1 else weight[:, ::-1]
+
+
 def _leading_dimension(weight: Array) -> Array:
     """Rows that begin 8 elements early each, as by a leading dimension of other padding."""
     rows, columns = weight.shape
@@ -267,7 +272,7 @@ MISTAKES: dict[str, Mistake] = {
     "scale of half a head": _scale,
     "epsilon 1e-2": _epsilon,
     "leading dimension": _of_weight(_leading_dimension),
-    "transposed weight": _of_weight(lambda weight: weight.reshape(weight.shape[::-1]).T),
+    "transposed weight": _of_weight(_transposed),
     "last tile left out": _of_weight(_without_last_tile),
     "stale last row": _stale(slice(-1, None)),
 }

@@ -35,9 +35,11 @@ def headline(verdict: Verdict) -> str:
 
 
 def as_far_as_it_goes(verdict: Verdict) -> str:
-    """ " as far as it goes (…)", if nothing was compared after some point or at some positions, else ""."""
-    lacks = verdict.uncompared
-    return f" as far as it goes ({uncompared(lacks)})" if lacks.after or lacks.positions else ""
+    """ " as far as it goes (…)", if nothing was compared after some point or at some positions, or records cannot be judged, else ""."""
+    lacks, unjudged = verdict.uncompared, verdict.unjudged
+    parts = [uncompared(lacks)] if lacks.after or lacks.positions else []
+    parts += [f"{count(unjudged.records, 'record')} cannot be judged: even zeros would pass"] if unjudged else []
+    return f" as far as it goes ({'; '.join(parts)})" if parts else ""
 
 
 def no_verdict(points: Sequence[str]) -> str:
@@ -89,7 +91,7 @@ def answer(verdict: Verdict) -> str:
     if verdict.verdict == INCOMPLETE:
         return f"{headline(verdict)}: all {count(verdict.compared, 'record')} that came agree, {judged_by}"
     if verdict:
-        sentence = f"{verdict.compared - otherwise - verdict.unjudged.records:,} of {count(verdict.compared, 'record')} agree{open_records}"
+        sentence = f"{verdict.compared - otherwise - verdict.unjudged.records:,} of {count(verdict.compared, 'record')} agree"
         sentence += f", {otherwise:,} recorded otherwise" if otherwise else ""
         if verdict.uncompared.points and not verdict.uncompared.after:
             lacking, asked = len(verdict.uncompared.points), count(verdict.uncompared.requested, "known point")

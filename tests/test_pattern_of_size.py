@@ -134,6 +134,24 @@ def test_where_most_elements_are_right_no_matrix_is_transposed(right: Dump) -> N
     assert "some of its rows or blocks" in sentence
 
 
+def test_beside_an_outlier_the_other_elements_are_not_right_unseen(right: Dump) -> None:
+    """In BF16 an outlier makes the limit wider than all other elements: those of another matrix are neither right nor most of them."""
+    rows = right.points["logits"]
+    ref = np.random.default_rng(5).normal(0, 1, rows.values.shape).astype(np.float32)
+    ours = np.random.default_rng(6).normal(0, 1, rows.values.shape).astype(np.float32)
+    ref[:, 3], ours[:, 7] = 900, 900
+    found = compare(
+        *(
+            replace(right, points=right.points | {"logits": summarise("logits", values, rows.token_idx, slice_size=16)})
+            for values in (ours, ref)
+        ),
+        Options(compute="bf16"),
+    ).pattern
+    assert found is not None
+    assert "transposed" in found.sentence
+    assert "right" not in found.sentence
+
+
 def test_a_small_error_is_no_transposed_matrix(right: Dump) -> None:
     """Rows that are a few per cent off are not those of unrelated weights; rows in another order are."""
     rng = np.random.default_rng(5)

@@ -50,10 +50,12 @@ def test_a_result_that_zeros_would_pass_is_no_parity() -> None:
 
 
 def test_a_result_that_is_judged_stands_beside_points_that_are_not() -> None:
-    """Layers whose limit refuses nothing are counted apart, and the logits decide."""
+    """Layers whose limit refuses nothing are counted apart in the first words, and the logits decide."""
     verdict = judged(0.5, 7.0, DEFAULT[1:3])
     assert verdict.verdict == PARITY
-    assert "60 of 84 records agree, 24 cannot be judged" in answer(verdict)
+    assert headline(verdict) == "parity as far as it goes (24 records cannot be judged: even zeros would pass)"
+    assert answer(verdict).startswith(headline(verdict))
+    assert "60 of 84 records agree" in answer(verdict)
 
 
 def test_a_limit_below_the_error_of_zeros_judges() -> None:

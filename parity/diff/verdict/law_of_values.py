@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from checkpoints.record import Rows
 
-from ...laws.beside import ENOUGH, Beside, room
+from ...laws.beside import ENOUGH, LEFT, Beside, room
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
 from ..measured.records import Records
 from ..measured.slices import prepare
@@ -42,11 +42,14 @@ def _of_the_recorded(sentence: str) -> str:
 
 
 def most_are_right(records: Records, failing: Ints) -> bool:
-    """Whether more than half of the recorded elements of these records are right, each by its share of its record's limit."""
+    """Whether more than half of the recorded elements of these records are right, each by its share of its record's limit, and like the
+    right one: beside outliers a limit is wider than whole other elements.
+    """
     beside = _beside(records, failing)
     if beside is None:
         return False
     allowed = (records.limit[failing] * np.mean(beside.right**2, axis=1))[:, None]
+    allowed = np.minimum(allowed, LEFT * beside.right**2)
     return bool(2 * ((beside.dumped - beside.right) ** 2 <= allowed).mean() > 1)
 
 
@@ -68,11 +71,13 @@ def _beside(records: Records, failing: Ints) -> Beside | None:
         return None
     quantum = values.quantum
     printed = np.zeros(len(at)) if quantum is None else (quantum[at, :width] ** 2).sum(axis=1)
+    energy = right**2
+    others = energy.sum(axis=1) - energy.max(axis=1)  # of an outlier's energy the limit would be wider than all other elements
     return Beside(
         dumped=dumped,
         right=right,
         index=np.arange(width, dtype=np.int64),
-        room=room(records.limit[failing], (right**2).sum(axis=1), dumped, right) + printed,
+        room=np.fmin(room(records.limit[failing], energy.sum(axis=1), dumped, right), LEFT * others) + printed,
         printed=printed,
         rows=at,
         whole=_whole(pair.ref),
