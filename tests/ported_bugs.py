@@ -1,5 +1,6 @@
 """Bugs of engines that port a model, planted by hand as those of `public_bugs` are; nobody reported them in these words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,39 @@ def _unnormed(step: Step, _right: Steps) -> Step:
     return step if parse(step.makes).layer is not None else replace(step, op=lambda x, *_: x.copy(), weights=(), params={})
 
 
+def _stream_of(kind: str) -> Callable[[Step, Steps], Step]:
+    """The sum with another value of its layer in place of the stream; "" is what the layer reads."""
+
+    def other(step: Step, _right: Steps) -> Step:
+        layer = parse(step.makes).layer
+        if layer is None:
+            return step
+        before = f"blk.{layer - 1}.l_out" if layer else "embd"
+        return replace(step, reads=(step.reads[0], f"blk.{layer}.{kind}" if kind else before))
+
+    return other
+
+
+def _fused_sum(step: Step, _right: Steps) -> Step:
+    return replace(step, op=lambda branch, x: branch + x + x)
+
+
 PORTED = {
+    "second residual of the layer's input": Bug(
+        "strutive07/transformer-tensorflow2.0#14", "bert", {"add": _stream_of("")}, "residual-old-buffer"
+    ),
+    "residual before the norm": Bug("NVIDIA-NeMo/Speech#4350", "bert", {"add": _stream_of("ffn_inp")}, "residual-after-norm"),
+    "stream after one norm for two branches": Bug(
+        "Howuhh/faster-trajectory-transformer#3", "falcon", {"l_out": _stream_of("attn_norm")}, "residual-after-norm"
+    ),
+    "stream after attention's norm": Bug(
+        "Howuhh/faster-trajectory-transformer#3", "gptneox", {"ffn_out.add": _stream_of("attn_norm")}, "residual-after-norm"
+    ),
+    "stream after the norm of a scan": Bug(
+        "Howuhh/faster-trajectory-transformer#3", "mamba2", {"l_out": _stream_of("attn_norm")}, "residual-after-norm"
+    ),
+    "channel mix on the layer's input": Bug(_BY_HAND, "rwkv7", {"l_out": _stream_of("")}, "residual-old-buffer"),
+    "residual added again": Bug(_BY_HAND, "qwen3next", {"attn_residual": _fused_sum}, "residual-twice"),
     "std of n − 1 beside ε": Bug(
         "the Annotated Transformer", "gptneox", {"attn_norm ffn_norm output_norm": _deviation}, "norm-unbiased"
     ),

@@ -11,7 +11,7 @@ from ..backend import Array, module_of
 from ..graph import PASSES, Step, name_of
 from .base import AT, SEEN, Fault, Parameters, Steps, read_of, unchanged
 from .edits import copied
-from .flow import branch_and_stream
+from .residuals import branch_and_stream
 from .rotation import ROTATED, both_then_each, is_rotation, not_rotated
 
 

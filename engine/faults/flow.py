@@ -1,4 +1,4 @@
-"""Faults of the residual stream and of the order of layers."""
+"""Faults of the order of layers and of their branches, and of the scale of the embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,94 +8,14 @@ from msgspec.structs import replace
 
 from .. import ops
 from ..backend import Array
-from ..graph import Read, Step, name_of, read_as
+from ..graph import Step, name_of, read_as
 from ..inapplicable import NotApplicable
-from .base import AT, COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, sibling, subsets
-from .edits import copied
-
-_SUMS = ("ffn_inp", "l_out")
-
-
-def _only(step: Step, name: Any) -> Step:
-    return replace(step, op=copied, reads=(name,))
-
-
-def branch_and_stream(step: Step, right: Steps) -> tuple[Read, Read]:
-    """The branch that a residual addition adds to the stream, and the stream itself: llama.cpp's graphs have them in either order.
-
-    Raises:
-        NotApplicable: the step reads only one value.
-    """
-    return _summed(step, right)[:2]
-
-
-def _summed(step: Step, right: Steps) -> tuple[Read, Read, Read | None]:
-    """The branch and the stream of a residual addition, and a branch that the stream already contains; None if it contains none.
-
-    Where both branches of a layer read its input (Command R), one of them is added to it, and the other to that sum.
-    """
-    first, second = read_of(step, 0), read_of(step, 1)
-    prefix = f"blk.{layer_of(step)}."
-    source = ""
-    if kind_of(step) == "l_out" and f"{prefix}ffn_inp" in right:
-        source = f"{prefix}ffn_inp"
-    elif f"{prefix}attn_norm" in right:
-        source = layer_input(step, right)
-    for branch, stream in ((first, second), (second, first)):
-        name = name_of(stream).rstrip(COPY)
-        made = right.get(name)
-        if name == source:
-            return branch, stream, None
-        if made is not None and made.op is ops.add and source in made.names and not source.endswith("ffn_inp"):
-            return branch, stream, next(read for read in made.reads if name_of(read) != source)
-    return first, second, None
-
-
-def _beside_whole_stream(step: Step, right: Steps) -> Read:
-    """The branch of a residual addition whose other operand is the plain stream.
-
-    Raises:
-        NotApplicable: the other operand contains a branch.
-    """
-    branch, _, other = _summed(step, right)
-    if other is not None:
-        raise NotApplicable(f"{step.makes}: its branches are parallel")
-    return branch
-
-
-def _no_residual(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    branch, _, other = _summed(step, right)
-    return _only(step, branch) if other is None else replace(step, reads=(branch, other))
-
-
-def _branch_missing(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, branch_and_stream(step, right)[1])
-
-
-def _after_norm(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    norm = "attn_norm" if kind_of(step) == "ffn_inp" else "ffn_norm"
-    copy = COPY if step.makes.endswith(COPY) else ""
-    return replace(step, reads=(_beside_whole_stream(step, right), f"blk.{layer_of(step)}.{norm}{copy}"))
-
-
-def _twice(x: Array, y: Array) -> Array:
-    return x + y + y
-
-
-def _added_twice(step: Step, right: Steps, parameters: Parameters) -> Step:
-    branch, stream = branch_and_stream(step, right)
-    if parameters["added"] == "residual":
-        return replace(step, op=_twice, reads=(_beside_whole_stream(step, right), stream))
-    return replace(step, op=_twice, reads=(stream, branch))
-
-
-def _old_buffer(step: Step, right: Steps, parameters: Parameters) -> Step:
-    old = {"the layer's input": layer_input(step, right), "the embedding": "embd"}[parameters["buffer"]]
-    return replace(step, reads=(_beside_whole_stream(step, right), old))
+from .base import COPY, Fault, Parameters, Steps, kind_of, layer_input, layer_of, read_of, sibling
+from .edits import only
 
 
 def _skip(step: Step, right: Steps, _parameters: Parameters) -> Step:
-    return _only(step, layer_input(step, right))
+    return only(step, layer_input(step, right))
 
 
 def _run_twice(step: Step, right: Steps, _parameters: Parameters) -> Sequence[Step]:
@@ -157,74 +77,7 @@ def _scale(step: Step, _right: Steps, parameters: Parameters) -> Step:
     return replace(step, op=_scaled, params={"by": parameters["scaled"]})
 
 
-def _residual_sums(right: Steps) -> tuple[tuple[str, ...], ...]:
-    """The usual sums, then those that add to the layer's input under another name: all together with the usual ones, and each alone."""
-    others = tuple(dict.fromkeys(kind_of(step) for step in right.values() if _adds_to_input(step, right)))
-    return (*subsets(*_SUMS), *([(*_SUMS, *others), *((kind,) for kind in others)] if others else []))
-
-
-def _adds_to_input(step: Step, right: Steps) -> bool:
-    if step.op is not ops.add or step.inner or kind_of(step) in _SUMS or len(step.reads) != 2:
-        return False
-    try:
-        return layer_input(step, right) in step.names
-    except NotApplicable:
-        return False
-
-
-_EACH = {AT: subsets(*_SUMS)}
-
 FAULTS = (
-    Fault(
-        name="residual-missing",
-        kinds=(*_SUMS, "SUM"),
-        change=_no_residual,
-        what="the residual is not added at {at}",
-        symptom="wrong from layer 0, position 0 on; values shrink",
-        fix="ffn_inp = attention + input, l_out = feed-forward + ffn_inp",
-        seen="blocks rewritten as functions",
-        parameters={AT: _residual_sums},
-    ),
-    Fault(
-        name="branch-missing",
-        kinds=_SUMS,
-        change=_branch_missing,
-        what="a branch is not added to the residual stream at {at} (ffn_inp: attention; l_out: what is added last)",
-        symptom="wrong from layer 0 on; the stream changes too little",
-        fix="add the branch's output to the stream",
-        seen="an output written to a buffer that nothing reads",
-        parameters={AT: (("l_out",), ("ffn_inp",))},
-    ),
-    Fault(
-        name="residual-after-norm",
-        kinds=_SUMS,
-        change=_after_norm,
-        what="the residual is taken after the norm, at {at}",
-        symptom="wrong from layer 0, position 0 on",
-        fix="keep the stream as it was before the norm",
-        seen="norms that overwrite their input",
-        parameters=_EACH,
-    ),
-    Fault(
-        name="residual-twice",
-        kinds=_SUMS,
-        change=_added_twice,
-        what="the {added} is added twice at {at}",
-        symptom="values grow from layer to layer",
-        fix="add it once",
-        seen="fused kernels that add the residual, and an add beside them",
-        parameters={"added": ("residual", "branch"), AT: subsets(*_SUMS)},
-    ),
-    Fault(
-        name="residual-old-buffer",
-        kinds=_SUMS,
-        change=_old_buffer,
-        what="the residual comes from {buffer}, at {at}",
-        symptom="wrong from layer 0 or 1 on",
-        fix="the feed-forward's residual is ffn_inp, the attention's the layer's input",
-        seen="two buffers that swap",
-        parameters={"buffer": ("the layer's input", "the embedding"), AT: (("l_out",), ("ffn_inp",), _SUMS)},
-    ),
     Fault(
         name="parallel-branches",
         kinds=("ffn_norm",),
