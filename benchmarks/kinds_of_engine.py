@@ -37,6 +37,7 @@ class Kind:
         exact: whether it is float32 throughout.
         without: the kinds of points that such an engine does not have.
         open_cache: whether its dumps leave open in which type its cache keeps keys and values.
+        after: how many tokens are passes of their own behind the first pass, where the model can be cut into passes.
     """
 
     compute: str
@@ -44,6 +45,7 @@ class Kind:
     exact: bool = False
     without: frozenset[str] = frozenset()
     open_cache: bool = False
+    after: int = 0
 
 
 def multiplies(step: Step) -> bool:

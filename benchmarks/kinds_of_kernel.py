@@ -156,8 +156,28 @@ def _tensor_parallel(kind: str, parts: int) -> Arithmetic:
     )
 
 
+def _several_rows(kind: str) -> Arithmetic:
+    """Products of several rows in this type, and of a single one in float32, as cuBLAS multiplies where TF32 is allowed."""
+
+    def op(own: Callable[..., Array], lower: Callable[..., Array], axis: int) -> Callable[..., Array]:
+        def product(*inputs: Any, **params: Any) -> Array:
+            whole = own(*inputs, **params)
+            return whole if whole.shape[axis] == 1 else lower(*inputs, **params)
+
+        return product
+
+    return lambda steps: [
+        right if new is right or right.axis is None else replace(right, op=op(right.op, new.op, right.axis))
+        for new, right in zip(rounded(steps, kind, storage=False), steps, strict=True)
+    ]
+
+
 _HALVES = ("f16", "bf16")
 KERNELS = {
+    **{
+        f"several rows in {kind}, single ones in float32": Kind(kind, (_several_rows(kind),), after=2)
+        for kind in ("tf32", *_HALVES)
+    },
     **{
         f"flash attention in {kind}": Kind(
             kind,

@@ -48,6 +48,7 @@ from checkpoints.formats import load
 from checkpoints.points import layer_outputs, parse
 from checkpoints.record import Dump, End, Rows
 from engine import ops
+from engine.graph import in_one_pass
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options, compare
@@ -141,15 +142,19 @@ def model_of(seed: int, folder: Path, reference: Reference) -> Model:
     return Model(f"{name} {kind}", path, faulty, tokens, load(out))
 
 
-def computed(model: Model, arithmetic: Arithmetic) -> Dump:
-    """The whole dump of an engine in this arithmetic, its encoder's too if there is one."""
+def computed(model: Model, arithmetic: Arithmetic, after: int = 0) -> Dump:
+    """The whole dump of an engine in this arithmetic, its encoder's too if there is one; with `after`, of so many passes of one token."""
     transformer = model.faulty.transformer
     encoder = transformer.encoder
+    cut = after and encoder is None and transformer.single is None and not in_one_pass(model.faulty.right)
+    portions = (len(model.tokens) - after, *[1] * after) if cut else ()
     transformer.encoder = None if encoder is None else arithmetic(encoder)
     transformer.steps = arithmetic(model.faulty.right)
     out = model.path.with_name("ours.jsonl")
     try:
-        dump(transformer, OursJob(out=out, tokens=model.tokens, points="all", slice_size=1 << 20, binary=True))
+        dump(
+            transformer, OursJob(out=out, tokens=model.tokens, portions=portions, points="all", slice_size=1 << 20, binary=True)
+        )
     finally:
         transformer.steps, transformer.encoder = model.faulty.right, encoder
     return load(out)
@@ -268,7 +273,7 @@ def _engines_of(
         way_of_it = draw.choice(kind.ways)
         if way_of_it is HALF_SUMS and any(step.op is not ops.linear and multiplies(step) for step in model.faulty.right):
             way_of_it = kind.ways[0]  # experts would stay in float32: a mixture of arithmetics
-        whole = _shown(computed(model, way_of_it), kind)
+        whole = _shown(computed(model, way_of_it, kind.after), kind)
         for nth in range(EACH):
             way = Written.drawn(draw)
             if name in UNSTATED:

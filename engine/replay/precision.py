@@ -1,6 +1,6 @@
 """The right engine in a lower arithmetic: what precision alone costs on this model and prompt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,38 @@ def rounded(steps: Sequence[Step], kind: str, *, storage: bool, normed: bool = F
     return [
         replace(step, op=_Rounded(step.op, kind, storage, len(step.reads), normed))
         if every or (multiplies(step) and (kind != "q8" or step.op not in _ATTENTION)) or (normed and step.op in _NORMS)
+        else step
+        for step in steps
+    ]
+
+
+class _Sparing(Struct, frozen=True):
+    """An operation in a lower arithmetic, but for some rows of its result, which are those of float32; `total` rows along an axis."""
+
+    lower: _Rounded
+    axis: int
+    rows: tuple[int, ...]
+    total: int
+
+    def __call__(self, *inputs: Any, **params: Any) -> Array:
+        lower = self.lower(*inputs, **params)
+        if lower.ndim <= self.axis or lower.shape[self.axis] != self.total:
+            return lower
+        at = (*[slice(None)] * self.axis, list(self.rows))
+        value = lower.copy()
+        value[at] = self.lower.op(*inputs, **params)[at]
+        return value
+
+
+def sparing(steps: Sequence[Step], rows: Collection[int], total: int) -> list[Step]:
+    """The steps of which those that `rounded` changed leave some of all `total` rows in float32.
+
+    Libraries multiply the single row of a pass by another kernel than several, which need not round: cuBLAS's GEMV has no TF32.
+    """
+    here = tuple(row for row in rows if row < total)
+    return [
+        replace(step, op=_Sparing(step.op, step.axis, here, total))
+        if here and isinstance(step.op, _Rounded) and step.axis is not None
         else step
         for step in steps
     ]

@@ -17,6 +17,7 @@ from checkpoints.record import Dump, Header
 from engine.backend import Array
 from engine.graph import Step
 from engine.opened import open_plain
+from engine.replay.precision import sparing
 from engine.replay.replay import Replay
 from engine.replay.right_values import same_start
 from engine.replay.wide import Variant
@@ -99,6 +100,7 @@ class Case:
             )
         self.dump = first_sequence(dump)
         self._compute = options.compute or ""
+        self.spared: tuple[int, ...] = ()  # rows that the engine computes in float32, whatever its arithmetic
         self.transformer = half.transformer
         self.given = half.given
         self._truth = half.truth
@@ -211,7 +213,7 @@ class Case:
     ) -> Replay:
         """A replay over the first rows; it may take values from `longer`, a replay over more of them."""
         return Replay(
-            steps,
+            self.lowered(steps, rows),
             self.tokens[:rows],
             self.positions[:rows].tolist(),
             self.passes[:rows],
@@ -220,6 +222,16 @@ class Case:
             longer,
             {**self.given, **(given or {})},
         )
+
+    def lowered(self, steps: Sequence[Step], rows: int) -> Sequence[Step]:
+        """Steps in a lower arithmetic, which the rows that this engine computes in float32 keep (`sparing`)."""
+        return sparing(steps, self.spared, rows) if self.spared else steps
+
+    def sparing(self, rows: Collection[int]) -> "Case":
+        """The case of an engine in a lower arithmetic that computes these rows in float32."""
+        other = copy(self)
+        other.spared = tuple(rows)
+        return other
 
     def _replay_of(self, steps: Sequence[Step]) -> Replay:
         """A replay of all tokens; of the right engine's own steps the one whose values are known."""

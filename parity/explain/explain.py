@@ -43,6 +43,7 @@ from .rounding.own_inputs import contradicted
 from .rounding.own_rounding import standing_out
 from .rounding.precision import UPPER, PrecisionFloor, with_noise
 from .rounding.rounded_weights import type_of_rows, with_weights_rounded
+from .rounding.single_rows import with_single_rows
 from .search.scopes import as_far_as_shown
 from .search.search import Search
 from .search.state import SearchState
@@ -127,7 +128,7 @@ def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, S
         return search
 
     if not noise:
-        case, sharper = sharpened(case, search_in)
+        case, sharper = sharpened(case if case.states_f32 else with_single_rows(case), search_in)
         return case, sharper or search_in(case), None
     stated = floor_of(case, noise)
     case.entries = with_amplified(with_noise(stated, case.entries, most), stated, case.arbiter)

@@ -16,7 +16,6 @@ from reports.sentences import ARITHMETIC
 from ...diff.compare import Comparison, Options, comparison
 from ...diff.limits import EXACT_FLOOR
 from ...diff.measured.align import Pair
-from ...diff.measured.operations import MIXING
 from ...diff.readings.rounding import rounded_to
 from ...diff.readings.routing import in_order_of_experts
 from ...diff.verdict.beyond_noise import ONE_FACTOR
@@ -25,6 +24,7 @@ from ...diff.verdict.undecided import in_cache
 from ..case import Case
 from ..records.records import Expected, Floats
 from .amplified import compared_by_cost
+from .computed_before import computed_before
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
@@ -34,6 +34,7 @@ from .precision import (
     LOWER,
     OURS,
     REPRODUCED,
+    UPPER,
     PrecisionFloor,
     best,
     cosine,
@@ -60,7 +61,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return as_float32
     if exact.verdict.pattern is not None and exact.verdict.pattern.code == ONE_FACTOR:  # beside noise that float32 is allowed
         return as_float32
-    before = _computed_before(exact, first.checkpoint)
+    before = computed_before(exact, first.checkpoint)
     if known.case is None and not before:  # as though the model were not known
         assumed = comparison(ours, ref, replace(options, truth=None))
         return assumed if assumed.verdict.precision is None else _unless_no_rounding(assumed, as_float32, known, seconds)
@@ -70,17 +71,22 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
     if place is None:
         return as_float32
     pair = exact.records.pairs[exact.records.names.index(place)]
-    if (beside := _beside(known.case, pair)) is not None:
+    if not exact.records.failed[exact.records.point == exact.records.names.index(place)].all():
+        known = known.with_single_rows(ours, exact)
+    if (case := known.case) is None:
+        return as_float32
+    if (beside := _beside(case, pair)) is not None:
         entry, errors, recorded = beside
-        right = entry.taken(known.case.replay.on_host[pair.point], known.case.positions)
+        right = entry.taken(case.replay.on_host[pair.point], case.positions)
+        recorded = recorded & ~np.isin(entry.rows, case.spared)[:, None]
         # Rounding spares what a type holds exactly: many elements of an embedding of few bits, say.
         if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
-            return _in_part(as_float32, known.case, seconds, shown=False)
-    kinds = [kind for kind in KINDS if not before or _untouched(known.case, kind, before)]
+            return _in_part(as_float32, case, seconds, shown=False)
+    kinds = [kind for kind in KINDS if not before or _untouched(case, kind, before)]
     plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
     elsewhere = any(lower.alike < REPRODUCED for lower in plausible)
-    followed = _followed(known.case, pair, seconds) if elsewhere else ""
+    followed = _followed(case, pair, seconds) if elsewhere else ""
     fitting = {
         lower.kind: lower
         for lower in plausible
@@ -95,7 +101,7 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         return held(compared, ours, known, ranked[0])
     if doubtful := {lower.kind: mismatch(lower.errors) for lower in plausible if lower.kind not in fitting}:
         return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
-    return _in_part(as_float32, known.case, seconds, shown=bool(before))
+    return _in_part(as_float32, case, seconds, shown=bool(before))
 
 
 def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:
@@ -186,7 +192,8 @@ def _plausible(
     place = exact.records.names.index(first)
     error = float(np.mean(exact.records.measures.nmse[exact.records.point == place]))
     products = next(products for entry, products in zip(known.case.entries, cost.products, strict=True) if entry.point == first)
-    if not mean_cost(products) * LOWER <= error <= allowed.points[first] or _spared(exact, known.case, cost):
+    most = UPPER * mean_cost(products) if known.spared else allowed.points[first]  # that of the rows in float32
+    if not mean_cost(products) * LOWER <= error <= most or _spared(exact, known.case, cost):
         return None
     compared = compared_by_cost(ours, ref, replace(options, compute=kind, limits=allowed), known, kind)
     if not any(point.checkpoint == first and point.status == AGREES for point in compared.verdict.points):
@@ -290,25 +297,6 @@ def _errors(exact: Comparison, case: Case, cost: PrecisionFloor) -> list[tuple[f
     ]
 
 
-def _computed_before(compared: Comparison, first: str) -> str:
-    """A product with weights before the first difference that agrees as float32 does; "" if there is none.
-
-    Then the arithmetic is float32, or one in which this product is exact (`_untouched`).
-    """
-    model = compared.records.flow
-    for point in compared.verdict.points:
-        if point.checkpoint == first:
-            break
-        upstream = (
-            {point.checkpoint, *_above(compared, point.checkpoint)}
-            if point.checkpoint in model.whole.computations
-            else set[str]()
-        )
-        if point.status == AGREES and MIXING & model.operations(upstream):
-            return point.checkpoint
-    return ""
-
-
 def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
     """Whether all records of a point that this arithmetic must have moved are as right as in float32, or some records of any points."""
     records = exact.records
@@ -336,15 +324,3 @@ def _spared(exact: Comparison, case: Case, cost: PrecisionFloor) -> bool:
 def _places(rows: Rows) -> list[tuple[int, int]]:
     """The sequence and position of each record."""
     return list(zip(rows.seq.tolist(), rows.token_idx.tolist(), strict=True))
-
-
-def _above(compared: Comparison, name: str) -> set[str]:
-    """All nodes that a point is made from."""
-    makers = compared.records.flow.whole.computations
-    every, waiting = set[str](), [name]
-    while waiting:
-        for other in makers[waiting.pop()].reads:
-            if other not in every:
-                every.add(other)
-                waiting.append(other)
-    return every

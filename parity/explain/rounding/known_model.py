@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 class KnownModel(Struct, frozen=True, dict=True):
     """What a model file tells about the reference's dump, computed on demand; nothing if our engine cannot compute the model.
 
-    `opened` is our engine of it, if that is open.
+    `opened` is our engine of it, if that is open; `spared` are the rows that the side under test computes in float32 (`Case.sparing`).
     """
 
     ref: Dump
     path: Path
     opened: "Transformer | None" = None
+    spared: tuple[int, ...] = ()
 
     @cached_property
     def transformer(self) -> "Transformer | None":
@@ -66,7 +67,7 @@ class KnownModel(Struct, frozen=True, dict=True):
         if self.transformer is None:
             return None
         try:
-            return Case(self.ref, Half(self.transformer), ExplainOptions())
+            return Case(self.ref, Half(self.transformer), ExplainOptions()).sparing(self.spared)
         except ParityError:
             return None
 
@@ -80,9 +81,18 @@ class KnownModel(Struct, frozen=True, dict=True):
         if self.transformer is None or self.ref.header is None:
             return None
         try:
-            return Case(_as_named(ours, compared), Half(self.transformer), ExplainOptions(tokens=self.ref.header.tokens))
+            case = Case(_as_named(ours, compared), Half(self.transformer), ExplainOptions(tokens=self.ref.header.tokens))
         except ParityError:
             return None
+        return case.sparing(self.spared)
+
+    def with_single_rows(self, ours: Dump, compared: Comparison) -> "KnownModel":
+        """The model beside a side that computes single rows in float32, if its dump shows some (`in_float32`)."""
+        from .single_rows import in_float32
+
+        case = self.beside_ours(ours, compared)
+        rows = in_float32(case) if case is not None else ()
+        return replace(self, opened=self.transformer, spared=rows) if rows else self
 
     @cached_property
     def decoder(self) -> "Case | None":
@@ -163,7 +173,8 @@ class KnownModel(Struct, frozen=True, dict=True):
         if case is not None and kind not in self._floors:
             from .precision import floor
 
-            self._floors[kind] = floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions)
+            steps, right = case.transformer.steps, case.replay
+            self._floors[kind] = floor(kind, case.entries, steps, right, case.make, case.positions, spared=case.spared)
         return self._floors.get(kind)
 
     def limits(self, ours: Dump, kind: str, cost: "PrecisionFloor | None" = None) -> Limits | None:

@@ -59,7 +59,8 @@ def reproducing(case: Case, budget: Budget) -> Looks:
 
 def floor_of(case: Case, kind: str) -> PrecisionFloor:
     """The cost of an arithmetic at every record of the case."""
-    return floor(kind, case.entries, case.transformer.steps, case.replay, case.make, case.positions, case.rounded)
+    steps, right = case.transformer.steps, case.replay
+    return floor(kind, case.entries, steps, right, case.make, case.positions, case.rounded, case.spared)
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:

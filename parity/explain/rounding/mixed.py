@@ -278,7 +278,8 @@ def rounded_value(case: Case, places: Sequence[int], lower: Callable[[Sequence[S
     for number, step in zip(places, lower([steps[number] for number in places]), strict=True):
         steps[number] = step
     try:
-        value = case.replay.run(steps, lambda name, _: name != point, places[0] if places else 0).get(point)
+        lowered = case.lowered(steps, len(case.positions))
+        value = case.replay.run(lowered, lambda name, _: name != point, places[0] if places else 0).get(point)
     except NotApplicable:
         return None
     return None if value is None else case.transformer.backend.to_host(value)

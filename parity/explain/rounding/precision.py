@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from checkpoints.points import of_scores, parse
+from checkpoints.points import parse
 from engine.backend import Array
 from engine.graph import Step
 from engine.replay.precision import ROUNDINGS, rounded
@@ -16,6 +16,7 @@ from ...diff.limits import EXACT_FLOOR
 from ...diff.tolerances.few_numbers import share_of_usual
 from ..records.records import Expected, Floats, Ints, first_over
 from .spared import VISIBLE, spares_records
+from .uneven import as_uneven, by_element, in_one_direction, in_two_elements
 
 KINDS = tuple(ROUNDINGS)
 # How far a right engine's error may lie from the one that our own rounding makes, which is applied in other places of the
@@ -32,17 +33,12 @@ SINGLE = 100.0  # a single record against what its own activations cost when rou
 # eleven bits and differ by less than 0.1, and a right engine's sums in F16 lay 0.5 from either; BF16 and 8-bit activations lie 1.1 to 2.8
 # apart (`parity.explain.rounding.precision.mismatch`, three lifted and three random models, seven arithmetics).
 TOLD_APART, EQUAL = 1.0, 0.1
-# The part of the errors outside their common direction, if a single element of a layer is wrong: it adds one column of a matrix to the
-# layer's output at every position, so that float32's rounding leaves 3e-11. Rounding of all elements leaves 0.1 and more.
-_PARALLEL, _PARALLEL_ROWS = 1e-6, 3
-_OWN_DIRECTIONS = 1e-2  # the right rows must have at least this part outside theirs: rows of one repeated token have none
 # Mean cosine of the errors at the first point, above which an engine rounds as ours does: 1.00 with blocks of Q8_0, as in
 # llama.cpp. Eight bits cost so much that a fault may hide in it: an engine that rounds in another way is not acquitted.
 REPRODUCED = 0.5
 # Errors that are those of our own rounding: the cosine is 1.00 in right engines that round before products or activations as ours does.
 # Their size is the same, but where what is rounded next to a tie falls to its other side.
 OURS, _AS_LARGE = 0.98, 1.5
-_MANY = 10  # recorded elements of a row that suffice to see that two of them have all of the error
 
 
 class PrecisionFloor(Struct, frozen=True):
@@ -50,6 +46,7 @@ class PrecisionFloor(Struct, frozen=True):
 
     `alike`: the mean cosine of the dump's errors to those of our own rounding, at the first point that differs; 0 if none does.
     `concentrated`: points whose error is in two of many recorded elements, while our own rounding's is not.
+    `spared`: the rows that the engine computes in float32, of which each has limits of its own cost.
     """
 
     kind: str
@@ -57,6 +54,7 @@ class PrecisionFloor(Struct, frozen=True):
     storage: tuple[Floats, ...]
     alike: float = 0.0
     concentrated: tuple[str, ...] = ()
+    spared: tuple[int, ...] = ()
 
     def cost(self) -> Floats:
         """Mean NMSE of each point with every activation rounded: [P]."""
@@ -67,9 +65,16 @@ class PrecisionFloor(Struct, frozen=True):
         both = zip(entries, self.products, self.storage, strict=True)
         shares = [share_of_usual(entry.pair.ref.stats["l2"] ** 2) for entry in entries]  # of the right rows, not the dump's
         return [
-            np.fmax(*(_limit_of_each(cost, share, most) for cost in costs))
-            for share, (_, *costs) in zip(shares, both, strict=True)
+            np.fmax(*(self._limits(entry, cost, share, most) for cost in costs))
+            for share, (entry, *costs) in zip(shares, both, strict=True)
         ]
+
+    def _limits(self, entry: Expected, cost: Floats, share: Floats, most: float) -> Floats:
+        """The limits of a point's records, [R], of those in float32 and of the others by themselves."""
+        limit, single = np.zeros(len(cost)), np.isin(entry.rows, self.spared)
+        for some in (single, ~single):
+            limit[some] = _limit_of_each(cost[some], share[some], most)
+        return limit
 
 
 def mean_cost(cost: Floats) -> float:
@@ -129,13 +134,14 @@ def floor(
     make: Callable[..., Replay],
     positions: Ints,
     given: Callable[[str, bool], Mapping[str, Array]] = lambda _kind, _storage: {},
+    spared: tuple[int, ...] = (),
 ) -> PrecisionFloor:
     """Measure what an arithmetic costs at each record of the dump.
 
-    `given` are the values in that arithmetic that the steps read and none of them makes.
+    `given` are the values in that arithmetic that the steps read and none of them makes; `spared` the rows that `make` leaves in float32.
     """
     costs: list[tuple[Floats, ...]] = []
-    concentrated = {entry.point: two for entry in entries if (two := _concentrated(entry)) is not None}
+    concentrated = {entry.point: two for entry in entries if (two := in_two_elements(entry)) is not None}
     first = first_over(entries)
     alike = 0.0
     for storage in (False, True):
@@ -149,9 +155,9 @@ def floor(
         for entry in entries:
             if entry.point in concentrated:
                 rows = (entry.taken(values.on_host[entry.point], positions) for values in (other, right))
-                if _in_these_too(entry, concentrated[entry.point], _by_element(entry, *rows)):
+                if as_uneven(entry, concentrated[entry.point], by_element(entry, *rows)):
                     del concentrated[entry.point]
-    return PrecisionFloor(kind, costs[0], costs[1], alike, tuple(concentrated))
+    return PrecisionFloor(kind, costs[0], costs[1], alike, tuple(concentrated), spared)
 
 
 def alike_at(entry: Expected, rounded_rows: Floats, right: Floats) -> float:
@@ -186,7 +192,7 @@ def fits(measured: PrecisionFloor, entries: Sequence[Expected]) -> float | None:
     if not np.isfinite(base).all() or (base > SINGLE * np.maximum(storage, limit)).any():
         return None
     first = first_over(entries)
-    if measured.concentrated or (first is not None and _parallel(first)):
+    if measured.concentrated or (first is not None and in_one_direction(first)):
         return None
     if measured.alike >= OURS and any(is_beyond(entry, *cost) for entry, cost in zip(entries, costs, strict=True)):
         return None
@@ -244,53 +250,6 @@ def _as_ours(points: Sequence[tuple[float, float, float]]) -> bool:
     `_even` takes, may lie far above a right engine's own at a point that hangs on a hair (weights of experts that all but tie).
     """
     return any(_even([(point[0], point[way], point[way]) for point in points]) for way in (1, 2))
-
-
-def _concentrated(entry: Expected) -> Ints | None:
-    """The two of many recorded elements that have all but a tenth of a point's error, if there are such: rounding spreads it over all, but
-    where a row's own values are so uneven.
-    """
-    right = entry.pair.ref.values.astype(np.float64)
-    if right.shape != entry.values.shape or right.shape[1] < _MANY or of_scores(entry.point):
-        return None
-    columns = _by_element(entry, entry.values, right)
-    two = np.argsort(columns)[-2:]
-    over = bool(entry.over.any())
-    return two if over and columns[two].sum() > 0.9 * columns.sum() else None
-
-
-def _by_element(entry: Expected, rows: Floats, right: Floats) -> Floats:
-    """The error of a point's rows [R, k] in each recorded element: [k], in proportion to the rows' energy."""
-    known = entry.present & np.isfinite(rows) & np.isfinite(right)
-    with np.errstate(over="ignore", invalid="ignore"):  # of models whose own numbers overflow
-        errors = np.where(known, rows - right, 0.0)
-        return np.asarray((errors**2 / entry.energy[:, None]).sum(axis=0))
-
-
-def _in_these_too(entry: Expected, two: Ints, own: Floats) -> bool:
-    """Whether our own rounding's errors, [k], are as uneven as the dump's: two elements and the others off by one factor."""
-    dumped = _by_element(entry, entry.values, entry.pair.ref.values.astype(np.float64))
-    others = dumped.sum() - dumped[two].sum(), own.sum() - own[two].sum()
-    return bool(dumped[two].sum() * others[1] <= APART * own[two].sum() * others[0])
-
-
-def _parallel(entry: Expected) -> bool:
-    """Whether a point's errors are multiples of one vector at all positions, though the right rows are not: rounding does not do that."""
-    right = entry.pair.ref.values.astype(np.float64)
-    over = entry.over
-    if right.shape != entry.values.shape or over.sum() < _PARALLEL_ROWS or right.shape[1] < _PARALLEL_ROWS:
-        return False
-    errors = np.where(entry.present & np.isfinite(entry.values), entry.values - right, 0.0)[over]
-    return _in_no_direction(errors) <= _PARALLEL and _in_no_direction(right[over]) >= _OWN_DIRECTIONS
-
-
-def _in_no_direction(rows: Floats) -> float:
-    """The part of some rows, each scaled to length 1, that lies outside their main direction."""
-    sizes = np.linalg.norm(rows, axis=1)
-    units = rows[sizes > 0] / sizes[sizes > 0, None]
-    if len(units) < _PARALLEL_ROWS or not np.isfinite(units).all():
-        return 1.0
-    return float(1 - np.linalg.svd(units, compute_uv=False)[0] ** 2 / len(units))
 
 
 def mismatch(points: Sequence[tuple[float, float, float]]) -> float:
