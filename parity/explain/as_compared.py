@@ -27,6 +27,7 @@ from .rounding.looks_like import reproducing
 from .rounding.mixed import noise_in_words
 from .rounding.not_as_stated import CONTRADICTED
 from .rounding.precision import KINDS
+from .rounding.single_rows import with_single_rows
 from .search.state import SearchState
 
 _LAWS = (ONE_FACTOR, "own-rounding")  # codes of patterns that say how the recorded elements come from the right ones
@@ -51,7 +52,7 @@ def as_diff_says(case: Case, answer: Explanation, options: ExplainOptions) -> Ex
     first, pattern = compared.verdict.first_divergence, compared.verdict.pattern
     follows_a_law = pattern is not None and pattern.code in _LAWS
     # Our own run with what an engine rounds besides (its biases, say), which diff does not try, may have the dump's every record.
-    if first is None or (answer and not follows_a_law and reproducing(case, Budget(options.budget)).is_noise):
+    if first is None or (answer and not follows_a_law and reproducing(with_single_rows(case), Budget(options.budget)).is_noise):
         return answer
     if pattern is not None and pattern.code == "nonfinite":
         return answer  # F16 has no mask's -3e38: infinities that our own run in F16 makes, too, are excused

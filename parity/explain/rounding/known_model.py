@@ -71,8 +71,8 @@ class KnownModel(Struct, frozen=True, dict=True):
         except ParityError:
             return None
 
-    def beside_ours(self, ours: Dump, compared: Comparison) -> "Case | None":
-        """The right engine beside our dump, over the reference's tokens; None if the dump has records that do not fit these.
+    def beside_ours(self, ours: Dump, compared: Comparison, tokens: tuple[int, ...] = ()) -> "Case | None":
+        """The right engine beside our dump, over these or the reference's tokens; None if the dump has records that do not fit them.
 
         Without points whose records were `compared` and show something other than their names say.
         """
@@ -81,7 +81,9 @@ class KnownModel(Struct, frozen=True, dict=True):
         if self.transformer is None or self.ref.header is None:
             return None
         try:
-            case = Case(_as_named(ours, compared), Half(self.transformer), ExplainOptions(tokens=self.ref.header.tokens))
+            case = Case(
+                _as_named(ours, compared), Half(self.transformer), ExplainOptions(tokens=tokens or self.ref.header.tokens)
+            )
         except ParityError:
             return None
         return case.sparing(self.spared)
@@ -90,7 +92,7 @@ class KnownModel(Struct, frozen=True, dict=True):
         """The model beside a side that computes single rows in float32, if its dump shows some (`in_float32`)."""
         from .single_rows import in_float32
 
-        case = self.beside_ours(ours, compared)
+        case = None if self.case is None else self.beside_ours(ours, compared, tuple(self.case.tokens))
         rows = in_float32(case) if case is not None else ()
         return replace(self, opened=self.transformer, spared=rows) if rows else self
 
