@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from isolated_engine import Foreign
+from isolated_engine import TOKENS, Foreign
 from msgspec.structs import replace
 
 from checkpoints.formats import load
@@ -66,6 +66,17 @@ def test_numbers_without_a_law_have_none(synthetic: Callable[..., Path], tmp_pat
     assert said == {
         "blk.0.ffn_out": "every element is close: rounding of inputs, or a detail of the weight's format, not its layout"
     }
+
+
+def test_scores_have_no_law_of_rows(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """Scores of as many heads as positions are no rows of one length: those that are wrong are named, and no law is looked for."""
+    noise = np.random.default_rng(5)
+
+    def noisy(value: np.ndarray) -> np.ndarray:
+        return (value * (1 + 0.3 * noise.standard_normal(value.shape))).astype(np.float32)
+
+    model = synthetic(layers=2, width=96, heads=len(TOKENS))
+    assert set(_spoiled(Foreign(model, tmp_path), "blk.0.kq", noisy)) == {"blk.0.kq"}
 
 
 @pytest.mark.slow

@@ -202,3 +202,33 @@ def test_logits_alone_blame_no_single_operation(right: Dump) -> None:
         return np.concatenate([values[:1], values[1:, shuffled]])
 
     assert "Q, K, RoPE" in pattern(right, {"logits": later}, only=("logits",))
+
+
+def test_rows_that_grow_are_read_to_their_ends(right: Dump) -> None:
+    """Scores that are negated for the first key's elements alone are not -1 times the right ones, which the shortest row would say."""
+    names = ("blk.2.q_rope", "blk.2.k_read", "blk.2.kq")
+    points = {name: right.points[name] for name in names}
+    scores = points["blk.2.kq"]
+    first = np.arange(scores.values.shape[1]) < scores.counts[0]
+
+    def said(values: NDArray[np.float32]) -> str:
+        wrong = points | {"blk.2.kq": replace(scores, values=values, stats={}, sketch=None)}
+        found = compare(replace(right, points=wrong), replace(right, points=points), F32).pattern
+        return found.sentence if found is not None else ""
+
+    assert "times" not in said(np.where(first, -scores.values, scores.values))
+    assert "-2 times the reference's: captured before or after a scale" in said(-2 * scores.values)
+
+
+def test_wrong_positions_of_what_is_made_from_right_ones_are_no_embedding_rows(right: Dump) -> None:
+    """Attention's scores, wrong at five of seven positions, where all that they are made from was recorded and agrees."""
+    names = ("blk.2.q_rope", "blk.2.k_read", "blk.2.kq")
+    points = {name: right.points[name] for name in names}
+    scores = points["blk.2.kq"]
+    values = np.where(np.isin(scores.token_idx, (1, 2, 4, 5, 6))[:, None], scores.values[:, ::-1], scores.values)
+    values = np.where(np.isnan(scores.values), np.nan, np.nan_to_num(values, nan=3.0)).astype(np.float32)
+    wrong = points | {"blk.2.kq": replace(scores, values=values, stats={}, sketch=None)}
+    found = compare(replace(right, points=wrong), replace(right, points=points), F32).pattern
+    assert found is not None
+    assert "embedding" not in found.sentence
+    assert "what it is made from is right there" in found.sentence

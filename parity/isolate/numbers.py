@@ -40,7 +40,7 @@ def in_words(
 def law_of_numbers(step: Step, steps: Mapping[str, Step], held: Held, weights: WeightSource, limit: float) -> str:
     """The law that all wrong rows of a recorded value follow; "" if none does, or it has no rows of one length."""
     dumped, right = held.wrong_rows(limit)
-    if not dumped.size or held.ours.size > _LARGEST or len(held.errors) != len(held.dumped):
+    if held.dumped.ndim != 2 or not dumped.size or held.ours.size > _LARGEST or len(held.errors) != len(held.dumped):
         return ""
     rows = np.flatnonzero(held.errors > limit)
     width = dumped.shape[1]

@@ -14,7 +14,7 @@ NOT_RECORDED = "every recorded element is right: what differs was not recorded"
 ZERO = "every element is 0"
 _ALIKE = 1e-3  # rows that differ by no more than this share of the largest element are alike
 _SCALES = ": a norm's weight, or scales of channels"
-_BIAS = ": a bias missing, wrong or doubled"
+_BIAS = ", as by a bias that is missing, wrong or doubled"
 WITHOUT_BIAS, TIMES_BIAS = ", without the bias", " times the bias"
 OF_TWO = (WITHOUT_BIAS, TIMES_BIAS)  # how laws end that say two things of one operation
 OF_A_WEIGHT = (_SCALES, _BIAS)  # how laws end that a vector of weights explains
@@ -116,7 +116,12 @@ def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
         return
     if compared.bias is None:
         if (both := _line(right, np.ones_like(right), dumped)) is not None and holds(right * both[0] + both[1]):
-            yield f"{be} {both[0]:.6g} times the right one {_signed(f'{both[1]:.6g}')}"
+            alone = holds(np.full_like(right, both[1]))
+            yield (
+                f"{be} {both[1]:.6g}, whatever the right one is"
+                if alone
+                else f"{be} {both[0]:.6g} times the right one {_signed(f'{both[1]:.6g}')}"
+            )
     else:
         yield from _by_the_bias(dumped, right, compared.bias[some], be, left)
 

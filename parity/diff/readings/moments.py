@@ -24,6 +24,7 @@ from .readings import (
     agree,
     bare,
     common_length,
+    side_by_side,
     wide,
 )
 from .rounding import rounded_to
@@ -86,10 +87,11 @@ def _together(ours: Rows, rows: Rows) -> tuple[Floats, Floats] | None:
 
 def scaled(ours: Rows, ref: Rows, allowed: Allowed) -> Reading | None:
     """The reading as a multiple by a constant factor, or as the value after an activation."""
-    width = int(min(ours.counts.min(), ref.counts.min()))
-    a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
-    if width < TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
+    a, b = side_by_side(ours, ref)
+    if a.shape[1] < TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
+    if agree(a, b, allowed):
+        return None  # what differs is none of these values
     for name, function in _ACTIVATIONS.items():
         if agree(a, function(b), allowed):
             return Reading(MOMENT, f"it is {name} of the reference's: captured after the activation")

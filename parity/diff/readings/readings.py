@@ -78,6 +78,17 @@ def wide(values: NDArray[np.floating]) -> Floats:
         return values.astype(np.float64)
 
 
+def side_by_side(ours: Rows, ref: Rows) -> tuple[Floats, Floats]:
+    """Both sides' values [R, k] as far as every row has them. Of rows that grow with the position all that the longest one has, with zeros
+    behind the shorter ones, if both sides have as many of each: the shortest one says nothing of the others' ends.
+    """
+    grow = np.ptp(ref.counts) > 0 and np.array_equal(ours.counts, ref.counts)
+    width = int(ref.counts.max() if grow else min(ours.counts.min(), ref.counts.min()))
+    a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
+    behind = np.arange(width) >= ref.counts[:, None]
+    return (np.where(behind, 0.0, a), np.where(behind, 0.0, b)) if grow else (a, b)
+
+
 def agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) -> bool:
     """Whether rows [R, k] agree with the reference's `b`, all of them; never if a row of `b` is zero or too uniform to tell."""
     a, b = wide(a), wide(b)

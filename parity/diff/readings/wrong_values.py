@@ -13,7 +13,7 @@ from ..measured.slices import prepare
 from ..measured.whole_rows import joined, sizes
 from ..tolerances.against_limits import Held
 from ..tolerances.few_numbers import share_of_few
-from .readings import TELLING, Allowed, agree, wide
+from .readings import TELLING, Allowed, agree, side_by_side, wide
 
 Floats = NDArray[np.float64]
 
@@ -78,8 +78,7 @@ def at_bounds(pair: Pair, row: int, limit: float, made: Pair, made_row: int) -> 
 
 def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
     """A sentence on rows whose only difference is a factor of some neighbouring elements, such as a head; otherwise empty."""
-    width = int(min(ours.counts.min(), ref.counts.min()))
-    a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
+    a, b = side_by_side(ours, ref)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return ""
     differ = np.flatnonzero(np.square(a - b).sum(axis=0) > allowed.nmse.max() * np.square(b).sum(axis=0))
@@ -94,7 +93,7 @@ def scaled_part(ours: Rows, ref: Rows, allowed: Allowed) -> str:
     scaled[:, part] *= factor
     if not agree(a, scaled, allowed):
         return ""
-    if len(differ) == width:
+    if len(differ) == a.shape[1]:
         return f"it is {factor:.6g} times the reference's"
     return f"elements {part.start} to {part.stop - 1} are {factor:.6g} times the reference's, and the others equal"
 
@@ -103,7 +102,7 @@ def summand(ours: Rows, ref: Rows, allowed: Allowed) -> str:
     """A sentence on rows whose every recorded element is off by the same number; otherwise empty."""
     width = int(min(ours.counts.min(), ref.counts.min()))
     a, b = wide(ours.values[:, :width]), wide(ref.values[:, :width])
-    if width < TELLING or not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if width < TELLING or np.ptp(ref.counts) or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return ""
     off = float(np.mean(a - b))
     if not off or agree(a, b, allowed) or not agree(a - off, b, allowed):

@@ -3,9 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.points import of_scores
 from checkpoints.record import Rows
 
 from ...laws.beside import ENOUGH, LEFT, Beside, room
+from ...laws.keys import law_of_keys
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
 from ..measured.records import Records
 from ..measured.slices import prepare
@@ -17,6 +19,8 @@ Floats = NDArray[np.float64]
 
 def law_of_values(records: Records, failing: Ints) -> str:
     """The law of some records of one point, which are wrong; "" without one."""
+    if sentence := _of_keys(records, failing):
+        return sentence
     beside = _beside(records, failing)
     if beside is None or beside.dumped.size < ENOUGH:
         return ""
@@ -28,6 +32,28 @@ def law_of_values(records: Records, failing: Ints) -> str:
     if sentence == NOT_RECORDED or SAME_ERROR in sentence:
         return ""
     return sentence if _all_recorded(records, failing) else _of_the_recorded(sentence)
+
+
+def _of_keys(records: Records, failing: Ints) -> str:
+    """The law of attention's weights, if the point has such: rows with a weight for each key, of which later positions have more."""
+    if not len(failing):
+        return ""
+    pair, at = records.pairs[records.point[failing[0]]], records.row[failing]
+    values, of_all = prepare(pair), sizes(pair.ref)
+    if not of_scores(pair.point) or values.counts is None or values.index is not None or np.isnan(of_all).any():
+        return ""
+    known = np.arange(values.a.shape[1]) < values.counts[at, None]
+    dumped, right = (np.where(known, side[at], 0.0).astype(np.float64) for side in (values.a, values.b))
+    printed = np.zeros(len(at)) if values.quantum is None else np.where(known, values.quantum[at] ** 2, 0.0).sum(axis=1)
+    compared = Beside(
+        dumped=dumped,
+        right=right,
+        index=np.arange(dumped.shape[1]),
+        room=room(records.limit[failing], (right**2).sum(axis=1), dumped, right) + printed,
+        printed=printed,
+        rows=at,
+    )
+    return law_of_keys(compared, of_all[at].astype(np.int64), values.counts[at], of_all.astype(np.int64))
 
 
 def _all_recorded(records: Records, failing: Ints) -> bool:

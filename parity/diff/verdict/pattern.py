@@ -257,6 +257,8 @@ def _shape(seen: Evidence) -> Pattern | None:
         )
     if between := _between_positions(seen):
         return Pattern("single-positions", f"{where}: {between}")
+    if seen.settled and seen.stretch is not None and seen.stretch.inputs:
+        return Pattern("single-positions", f"{where}: what it is made from is right there{_or_experts(seen)}")
     if seen.embedded:
         sentence = "embd is right there: attention (Q, K, RoPE, mask) or another operation at these positions"
         return Pattern(

@@ -18,7 +18,7 @@ from ...laws.heads import heads_of
 from ...laws.laws import OF_A_WEIGHT, WRONG, ZERO, law
 from ...laws.moved import OTHER_ORDER
 from ..case import Case
-from ..records.beside import beside, few_positions
+from ..records.beside import beside, few_positions, of_keys
 from ..records.records import Expected, Floats, Ints
 from ..search.cone import of_ggml
 from ..search.fits import order_of_number
@@ -176,7 +176,7 @@ def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> s
     bias = bias.astype(np.float64) if bias is not None and bias.ndim == 1 else None
     errors = state.nmse[place]
     compared = beside(entry, errors, values, case.positions, bias, heads_of(state.planting.right, entry.point))
-    sentence = "" if compared is None else law(compared)
+    sentence = of_keys(entry, errors, values, case.positions) or ("" if compared is None else law(compared))
     if sentence == ZERO and "eps" in step.params:
         sentence += ": a norm of a row with an unrecorded infinity, or a kernel that did not run"
     if sentence and not sentence.endswith((*OF_A_WEIGHT, WRONG)) and not sentence.startswith(OTHER_ORDER):

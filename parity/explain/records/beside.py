@@ -4,10 +4,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from checkpoints.points import of_scores
 from engine.backend import Array
 from engine.faults import SEEN
 
+from ...diff.measured.whole_rows import sizes
 from ...laws.beside import Beside, room
+from ...laws.keys import law_of_keys
 from .records import Expected, Floats, Ints
 
 Values = Mapping[str, Array]
@@ -49,6 +52,28 @@ def beside(
         bias=bias[index] if fits and bias is not None else None,
         heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
     )
+
+
+def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) -> str:
+    """The law of attention's weights that a point's wrong records follow, by these errors [R]; "" if it has no such, or none holds."""
+    wrong = errors > entry.limit
+    if not of_scores(entry.point) or not wrong.any() or entry.index is not None:
+        return ""
+    dumped, right = entry.values[wrong], entry.taken(values[entry.point], positions)[wrong]
+    known = entry.present[wrong]
+    printed = np.where(known, entry.quantum[wrong] ** 2, 0.0).sum(axis=1)
+    compared = Beside(
+        dumped=dumped,
+        right=right,
+        index=np.arange(dumped.shape[1]),
+        room=room(entry.limit[wrong], entry.energy[wrong], np.where(known, dumped, 0.0), np.where(known, right, 0.0)) + printed,
+        printed=printed,
+        rows=entry.rows[wrong],
+    )
+    if np.isnan(sizes(entry.pair.ref)).any():
+        return ""
+    of_all = sizes(entry.pair.ref).astype(np.int64)
+    return law_of_keys(compared, of_all[wrong], known.sum(axis=1), of_all)
 
 
 def few_positions(entry: Expected, errors: Floats, positions: Ints) -> str:
