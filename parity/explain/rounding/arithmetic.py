@@ -71,13 +71,8 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         known = known.with_single_rows(ours, exact)
     if (case := known.case) is None:
         return as_float32
-    if (beside := _beside(case, pair)) is not None:
-        entry, errors, recorded = beside
-        right = entry.taken(case.replay.on_host[pair.point], case.positions)
-        recorded = recorded & ~np.isin(entry.rows, case.spared)[:, None]
-        # Rounding spares what a type holds exactly: many elements of an embedding of few bits, say.
-        if spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref):
-            return _in_part(as_float32, case, seconds, shown=False)
+    if _spares_elements(case, pair):
+        return _in_part(as_float32, case, seconds, shown=False)
     kinds = [kind for kind in KINDS if not before or _untouched(case, kind, before)]
     plausible = [lower for kind in kinds if (lower := _plausible(exact, ours, ref, options, known, kind, place)) is not None]
     # Whether the errors follow one number takes time to find: only where they are not those of our own rounding.
@@ -102,6 +97,18 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
             return _with(near.compared, near.kind, first.checkpoint)
         return replace(as_float32, verdict=of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, case, seconds, shown=bool(before))
+
+
+def _spares_elements(case: Case, pair: Pair) -> bool:
+    """Whether many elements of a point are exactly right, in the rows that an arithmetic rounds: it spares only what its type holds, many
+    elements of an embedding of few bits, say.
+    """
+    if (beside := _beside(case, pair)) is None:
+        return False
+    entry, errors, recorded = beside
+    right = entry.taken(case.replay.on_host[pair.point], case.positions)
+    recorded = recorded & ~np.isin(entry.rows, case.spared)[:, None]
+    return spares_elements(errors, right, recorded) and not rounded_to(pair.ours, pair.ref)
 
 
 def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: KnownModel, seconds: float) -> Comparison:
