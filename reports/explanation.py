@@ -101,9 +101,8 @@ def _cause(cause: Cause, number: int, explanation: Explanation, width: int) -> l
         ("fix", cause.fix),
         ("seen in", cause.seen),
     ]
-    same = [
-        *dict.fromkeys(_same(other, left_over=left_over) for other in cause.equivalent)
-    ]  # parameters may have the same words
+    # Two sets of parameters may have the same words.
+    same = list(dict.fromkeys(_same(other, left_over=left_over) for other in cause.equivalent))
     rows += [("same as", sentence) for sentence in same[:4]]
     if len(same) > 4:
         rows.append(("same as", f"and {len(same) - 4} more (--format json lists them)"))

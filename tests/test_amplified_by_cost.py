@@ -11,6 +11,7 @@ from checkpoints.formats import load
 from checkpoints.record import Dump
 from engine import ops
 from engine.graph import Step
+from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
 from parity.diff.compare import Options
@@ -75,3 +76,29 @@ def test_one_record_over_what_few_values_cost_is_judged_as_diff_judges_it(tmp_pa
     answer = explain(replace(ours, points=points), path, ExplainOptions(budget=20, compute="f16"))
     assert not answer.causes
     assert answer.precision_only == "f16"
+
+
+@pytest.mark.slow
+def test_a_row_twenty_times_as_sensitive_is_judged_by_what_its_point_costs(tmp_path: Path, reference: Reference) -> None:
+    """2 % at one position of a right arwkv7 in F16, which it states, are a divergence there: noise moves that row 20 times as far as usual
+    ones, and no right engine needed a limit of its own for that.
+    """
+    wrong, row = "blk.1.sum_rows", 6
+    path, _, ref = summed_in_f16("arwkv7", tmp_path, reference)
+    engine = Faulty(path, reference.graph(path))
+
+    def faulty(step: Step) -> Step:
+        def op(*inputs: np.ndarray, **params: object) -> np.ndarray:
+            value = np.array(step.op(*inputs, **params))
+            value[row] *= np.float32(1.021)
+            return value
+
+        return replace(step, op=op) if step.makes == wrong else step
+
+    steps = [faulty(step) for step in rounded(engine.right, "f16", storage=True)]
+    ours = engine.dump(Planted(()), tokens_of(path, *_TOKENS["arwkv7"]), points="all", size=1 << 20, bare=False, steps=steps)
+    assert ours.header is not None
+    ours = replace(ours, header=replace(ours.header, compute="f16", dataflow=None))
+    first = compared_on(ours, ref, Options(), path).verdict.first_divergence
+    assert first is not None
+    assert (first.checkpoint, first.token_idx) == (wrong, row)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from explaining import only, small_engine
 from msgspec.structs import replace
+from planted import Faulty
 from slow import slow_but
 
 from checkpoints.gguf_file import contents, header_bytes
@@ -325,3 +326,12 @@ def test_a_range_of_layers_may_have_a_hole(tmp_path: Path, layers: tuple[int, ..
     assert changed == {f"blk.{layer}.{kind}" for layer in wanted for kind in parameters["at"]}
     with pytest.raises(NotApplicable):
         planting.edits(fault, (1,), parameters)
+
+
+def test_no_entry_has_a_variant_twice(small_model: Callable[..., Path], reference: Reference) -> None:
+    """Falcon has one residual sum a layer: all of a model's sums and that one alone are one variant, tried once."""
+    model = small_model("falcon")
+    right = Planting(Faulty(model, reference.graph(model)).right).right
+    for fault in CATALOGUE.values():
+        variants = [sorted(chosen.items()) for chosen in fault.variants(right)]
+        assert [chosen for number, chosen in enumerate(variants) if chosen in variants[:number]] == [], fault.name

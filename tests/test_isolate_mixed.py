@@ -18,7 +18,7 @@ from engine.replay.precision import rounded
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import recipe
 from parity.diff.readings.rounding import is_rounding
-from parity.diff.verdict.scatter import is_scaled, is_scatter, one_is_scaled
+from parity.diff.verdict.scatter import is_scaled, is_scatter, one_is_scaled, recurs
 from parity.isolate.isolate import IsolateRequest, isolate
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
@@ -214,6 +214,18 @@ def test_a_factor_is_no_noise_and_noise_is_no_factor() -> None:
         assert not is_scaled(right * (1 + rng.choice([-1, 1], (8, 1)) * epsilon), right)
         assert not is_scaled(right[:3] * (1 + epsilon[:3]), right[:3])
     assert not is_scaled(np.zeros((0, 0)), np.zeros((0, 0)))
+
+
+def test_the_same_errors_in_rows_of_other_values_are_no_rounding() -> None:
+    """Rows of one expert that are all off by one vector recur; noise does not, nor do rows that are nearly the same by themselves."""
+    rng = np.random.default_rng(2)
+    for size in (10, 64):
+        right, noise = rng.standard_normal((2, 8, size))
+        assert not recurs(noise, right)
+        noise[5] = noise[1]
+        assert recurs(noise, right)
+        right[5] = 1.01 * right[1]
+        assert not recurs(noise, right)
 
 
 def test_a_scale_that_a_type_cannot_hold_is_lost_in_rounding() -> None:

@@ -180,7 +180,7 @@ def _where(kinds: tuple[str, ...]) -> Callable[[Steps], Values]:
         more = unlisted(right, kinds) if set(_HEADS) <= set(kinds) else ()
         if set(_BEHIND) <= set(kinds):
             more = (*more, *_unlisted_behind(right))
-        return (*known, *(subsets(*more) if more else ()))
+        return tuple(dict.fromkeys((*known, *(subsets(*more) if more else ()))))
 
     return places
 

@@ -301,10 +301,6 @@ def _reading_weight_of(other: Step, step: Step) -> Step:
     return replace(step, op=_WithOther(step.op), weights=other.weights)
 
 
-def _no_final(step: Step, _right: Steps, _parameters: Parameters) -> Step:
-    return replace(step, op=_skipped)
-
-
 FAULTS = (
     Fault(
         name="norm-epsilon",
@@ -341,7 +337,7 @@ FAULTS = (
     Fault(
         name="no-final-norm",
         kinds=("output_norm",),
-        change=_no_final,
+        change=lambda step, _right, _parameters: replace(step, op=_skipped),
         what="the final norm is missing",
         symptom="all layers right, logits of the wrong size",
         fix="normalise with output_norm.weight before the output matrix",

@@ -197,7 +197,7 @@ def _each_sum(right: Steps) -> tuple[tuple[str, ...], ...]:
 
 
 def _old_sums(right: Steps) -> tuple[tuple[str, ...], ...]:
-    return (*_each_sum(right), _usual(right))
+    return tuple(dict.fromkeys((*_each_sum(right), _usual(right))))
 
 
 _EVERYWHERE = (*_SUMS, "SUM")

@@ -168,7 +168,7 @@ def _compared(ours: Dump, ref: Dump, options: Options, known: KnownModel) -> Com
 def _unless_weights(compared: Comparison, ours: Dump, known: KnownModel) -> Comparison:
     """A divergence that follows no law, which blames no operation if weights kept in a lower type give every record."""
     from ..diff.verdict.beyond_noise import ONE_FACTOR
-    from .rounding.arithmetic import ONE_NUMBER
+    from .rounding.of_no_size import ONE_NUMBER
 
     verdict = compared.verdict
     follows_a_law = verdict.pattern is not None and verdict.pattern.code in (ONE_FACTOR, ONE_NUMBER)

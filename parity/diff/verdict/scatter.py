@@ -20,6 +20,9 @@ _FEWEST = 8.0  # elements of equal weight: of fewer, one decides
 # The share along the values of rows that are the right ones times a factor: what is left may be the rounding of the row. Factors that were
 # rounded themselves are off by half a step of F16 at most, to either side: as many to one side by chance once in 64 draws of seven.
 _SCALED, _ROUNDED, _MANY = 0.9, 2.0**-11, 7
+# Errors of two rows are the same, and their values are not. A choice: errors of a shift of what an expert reads had a cosine of 1 to six
+# digits (edits.py --from 195058); of ten normal numbers one pair in 3 × 10^8 reaches 0.99.
+_SAME, _UNLIKE, _FEWEST_ALIKE = 0.99, 0.9, 10
 _POSITIONS = 3  # fewer do not distinguish noise from a constant
 # Rounding of a product to one type costs about as much at each position, NMSE: of the products of three layers of a small qwen3, seven
 # tokens, F16, BF16 and sums in F16, at most 17 times as much with 16 values per row and 3.2 times with all; three times the former.
@@ -44,6 +47,21 @@ def is_scatter(ours: Floats, right: Floats) -> bool:
     if one_is_scaled(delta, right):
         return False
     return share_along(delta, right) <= _ALONG and (common <= _COMMON or len(delta) == 1)
+
+
+def recurs(delta: Floats, values: Floats) -> bool:
+    """Whether two rows of unlike values [R, k] have the same errors [R, k]: those of an expert, say, and no rounding of the values."""
+    if delta.shape[1] < _FEWEST_ALIKE:
+        return False
+    errors, right = (_cosines(rows) for rows in (delta, values))
+    return bool(((errors > _SAME) & (np.abs(right) < _UNLIKE)).any())
+
+
+def _cosines(rows: Floats) -> Floats:
+    """The cosine of each two of these rows [R, k]: [R, R]; 0 of a row of zeros."""
+    sizes = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, sizes, out=np.zeros_like(rows), where=sizes > 0)
+    return np.asarray(unit @ unit.T)
 
 
 def is_scaled(ours: Floats, right: Floats) -> bool:

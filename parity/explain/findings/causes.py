@@ -16,6 +16,7 @@ from ..search.fits import remarks as remarks_on_number
 from ..search.search import Search
 from ..search.state import Candidate, SearchState
 from .apart import apart
+from .known_to import known_to
 
 # An ε so many times as large is tried, to see whether the fitted one is only the largest of those that fit.
 _SMALLER = 1e-3
@@ -36,6 +37,8 @@ def causes_of(case: Case, search: Search, start: SearchState, best: SearchState)
         if _smaller_fits(search, state, candidate, after):
             others = [other for other in others if other.fault.name != candidate.fault.name]
             named = replace(named, sentence=f"{named.sentence}; smaller ones give the same numbers")
+        if precision := known_to(candidate, state, after, case.entries):
+            named = replace(named, sentence=f"{named.sentence}; {precision}")
         causes.append(
             Cause(
                 named=named,

@@ -22,6 +22,10 @@ from ..records.records import Expected, Floats
 from .known_model import KnownModel
 from .precision import PrecisionFloor
 
+# So many times as far as its point's usual row noise moves a row (NMSE) of which next to nothing is left: a tenth of its terms. A right
+# mamba2 needed it at 9,900 times (benchmarks/right_engines.py --from 220085); 1 % at one position passed where rows of 2 to 70 times, which
+# no right engine needed, were judged so.
+_AMPLIFIED = 100.0
 # A right engine's error at a point is up to 3.8 times what our own rounding costs there (measured beside `precision.UPPER`); twice that.
 _MOST = 8.0
 
@@ -83,6 +87,9 @@ def _same(rows: Rows, others: Rows) -> bool:
 
 
 def _limits(cost: Floats, spread: Floats) -> Floats:
-    """The limits of a point's records, [R]: what rounding costs there by the `spread` of noise, as it costs the point's usual rows."""
+    """The limits of a point's records, [R], where rounding is amplified (else 0): its cost by the `spread` of noise, as in usual rows."""
     known = (spread > 0) & (cost > 0) & np.isfinite(spread) & np.isfinite(cost)
-    return _MOST * spread * float(np.median(cost[known] / spread[known])) if known.any() else np.zeros(len(cost))
+    if not known.any():
+        return np.zeros(len(cost))
+    amplified = spread >= _AMPLIFIED * float(np.median(spread[known]))
+    return np.where(amplified, _MOST * spread * float(np.median(cost[known] / spread[known])), 0.0)

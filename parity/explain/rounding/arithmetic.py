@@ -1,17 +1,14 @@
 """Two dumps compared where nothing says in which arithmetic one of them was computed: the one that fits best is found."""
 
-from collections.abc import Mapping
-
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from checkpoints.answers.diff import AGREES, Pattern, Precision, Verdict
+from checkpoints.answers.diff import AGREES, Pattern, Precision
 from checkpoints.points import ENCODER
 from checkpoints.record import Dump, Rows
 from engine.replay.precision import is_normed, rounded
-from reports.sentences import ARITHMETIC
 
 from ...diff.compare import Comparison, Options, comparison
 from ...diff.limits import EXACT_FLOOR
@@ -28,6 +25,7 @@ from .amplified import compared_by_cost
 from .flipped import has_choices
 from .known_model import KnownModel
 from .mixed import as_large_as_rounding, in_words, noise_here, noise_in_words, rounded_here
+from .of_no_size import nearest, of_their_size
 from .own_rounding import beside_own_run, held_to_own_run
 from .precision import (
     KINDS,
@@ -44,8 +42,6 @@ from .precision import (
 )
 from .spared import spares_records
 from .systematic import SECONDS, systematic
-
-ONE_NUMBER = "one-number"  # a pattern's code
 
 
 def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownModel, seconds: float = SECONDS) -> Comparison:
@@ -94,7 +90,11 @@ def of_unknown_arithmetic(ours: Dump, ref: Dump, options: Options, known: KnownM
         held = held_to_own_run if found.alike >= OURS else beside_own_run
         return held(compared, ours, known, ranked[0])
     if doubtful := {lower.kind: mismatch(lower.errors) for lower in plausible if lower.kind not in fitting}:
-        return replace(as_float32, verdict=_of_their_size(as_float32.verdict, doubtful, followed or ""))
+        error = float(np.mean(exact.records.measures.nmse[exact.records.point == exact.records.names.index(place)]))
+        near = None if followed else nearest(ours, ref, options, known, place, error)
+        if near is not None and near.beyond_every:
+            return _with(near.compared, near.kind, first.checkpoint)
+        return replace(as_float32, verdict=of_their_size(as_float32.verdict, doubtful, followed or ""))
     return _in_part(as_float32, known.case, seconds, shown=bool(before))
 
 
@@ -123,7 +123,7 @@ def _unless_no_rounding(assumed: Comparison, as_float32: Comparison, known: Know
     if not followed and is_scatter(right[rows] + errors[rows], right[rows]):
         return assumed
     kinds = {assumed.verdict.precision.arithmetic: 0.0}
-    return replace(as_float32, verdict=_of_their_size(as_float32.verdict, kinds, followed or ""))
+    return replace(as_float32, verdict=of_their_size(as_float32.verdict, kinds, followed or ""))
 
 
 def _plain(pair: Pair) -> Pair:
@@ -198,22 +198,6 @@ def _plausible(
 def _followed(case: Case, pair: Pair, seconds: float) -> str | None:
     """The one number that the errors of a point follow; empty if there is none, None if the time did not suffice (`systematic`)."""
     return "" if (beside := _beside(case, pair)) is None else systematic(case, *beside, seconds)
-
-
-def _of_their_size(verdict: Verdict, kinds: Mapping[str, float], followed: str) -> Verdict:
-    """A divergence as large as lower arithmetics would make it, by their `mismatch`, whose errors are not those of our own rounding."""
-    named = " or ".join(ARITHMETIC[kind] for kind in kinds)
-    if followed:
-        sentence = (
-            f"as large as {named} arithmetic makes it, but no rounding, which is scattered: it follows one number as if {followed}: "
-            "a fault (`parity explain` and more points tell which)"
-        )
-        return replace(verdict, pattern=Pattern(ONE_NUMBER, sentence), operation="")
-    sentence = (
-        f"as large as {named} arithmetic makes it, but not where our own rounding puts it: a fault, or an arithmetic that rounds in "
-        f"another way (--compute {min(kinds, key=kinds.__getitem__)} allows for it; more points and values tell)"
-    )
-    return replace(verdict, pattern=Pattern("undecided", sentence), operation="")
 
 
 def _first_computed(exact: Comparison, case: Case, first: str) -> str | None:

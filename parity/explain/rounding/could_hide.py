@@ -10,9 +10,8 @@ from ..search.state import SearchState
 from .directions import CHANGE, Scaled
 
 _MOST = 64  # operations that are asked, the last ones first
-_NOTHING = (
-    1e-12  # NMSE of a change that is float32's rounding: a factor that a norm takes away is no fault (`limits.EXACT_FLOOR`)
-)
+# NMSE of a change that is float32's rounding (7e-13 measured: `limits.EXACT_FLOOR`): a factor that a norm takes away is no fault.
+_NOTHING = 1e-12
 _ALL = 1.0  # a factor that doubles a result: what leaves less is not in proportion any more
 
 

@@ -21,7 +21,7 @@ from reports.sentences import ARITHMETIC, kept_in
 
 from ...diff.limits import EXACT_FLOOR, limits
 from ...diff.verdict.one_factor import beside_cut_digits
-from ...diff.verdict.scatter import SIMILAR, is_scatter, spares_elements
+from ...diff.verdict.scatter import SIMILAR, is_scatter, recurs, spares_elements
 from ..case import Case
 from ..records.records import Expected, Floats
 from ..search.state import SearchState
@@ -91,7 +91,7 @@ def noise_here(case: Case, entry: Expected, errors: Floats, known: NDArray[np.bo
     """
     right = np.where(known, entry.taken(case.replay.on_host[entry.point], case.positions), 0.0)
     rows = known.any(axis=1)
-    if spares_elements(errors, right, known):
+    if spares_elements(errors, right, known) or recurs(errors[rows], right[rows]):
         return ""
     if not is_scatter(right[rows] + errors[rows], right[rows]):
         # Digits that are cut off make all values smaller, beside noise.
