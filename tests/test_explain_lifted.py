@@ -45,6 +45,19 @@ def test_the_truth_of_a_lifted_model_is_near_what_float32_gives(engine: Faulty) 
     assert max(float(np.nanmax(distance)) for distance in distances.values()) < (1e-4 if coarse else 1e-10)
 
 
+def test_what_f16_costs_an_engine_with_a_fault_is_no_second_fault(
+    reference: Reference, small_model: Callable[..., Path]
+) -> None:
+    """Norms applied twice amplify F16's rounding beyond what it costs the right engine: no other cause is given for that."""
+    path = small_model("arwkv7", kind="f32")
+    engine = Faulty(path, reference.graph(path))
+    twice = plant(list(engine.right), CATALOGUE["norm-twice"], None, at=("attn_norm", "ffn_norm", "output_norm"))
+    dump = engine.dump(Planted(()), tokens_of(path, 7, seed=2), size=1 << 20, steps=rounded(twice, "f16", storage=False))
+    explanation = explain(dump, path, replace(PATIENT, compute="f16"))
+    assert [cause.named.fault for cause in explanation.causes] == ["norm-twice"]
+    assert explanation.remaining is None
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

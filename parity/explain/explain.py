@@ -36,7 +36,7 @@ from .rounding.could_hide import could_hide
 from .rounding.flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .rounding.gelu import sharpened, without_table
 from .rounding.hidden import with_hidden
-from .rounding.looks_like import Looks, floor_of, looks, looks_like, reproducing
+from .rounding.looks_like import Looks, floor_of, limits_with, looks, looks_like, reproducing
 from .rounding.mixed import law_of_noise, law_of_rounding
 from .rounding.one_number import law_of_one_number, of_one_number
 from .rounding.own_inputs import contradicted
@@ -124,7 +124,9 @@ def _begun(case: Case, noise: str, most: float, budget: Budget) -> tuple[Case, S
     """The case with the limits that apply to it, a search in it, and what its arithmetic costs if that is stated (`noise`)."""
 
     def search_in(of_case: Case) -> Search:
-        search = Search(of_case.screening(of_case.entries, budget.part(_FIRST)), lambda state: _ends(of_case, search, state))
+        screening = of_case.screening(of_case.entries, budget.part(_FIRST))
+        screening.costs = (lambda steps: limits_with(of_case, noise, steps)) if noise else None
+        search = Search(screening, lambda state: _ends(of_case, search, state))
         return search
 
     if not noise:

@@ -105,6 +105,23 @@ def without_own_noise(
     return tuple(np.split(np.where(own, np.minimum(new, limit), new), ends))
 
 
+def without_cost(
+    entries: Sequence[Expected], base: Sequence[Floats], nmse: tuple[Floats, ...], costs: Callable[[], Sequence[Floats]]
+) -> tuple[Floats, ...]:
+    """As `without_own_noise`, where a lower arithmetic is stated: the remaining error is within what that costs the changed steps.
+
+    Args:
+        costs: measures the limits of the records, [R] a point, by that cost.
+    """
+    almost_right = [(new > entry.limit) & (new * EXPLAINED <= old) for entry, old, new in zip(entries, base, nmse, strict=True)]
+    if not any(some.any() for some in almost_right):
+        return nmse
+    return tuple(
+        np.where(some & (new <= limit), np.minimum(new, entry.limit), new)
+        for entry, some, new, limit in zip(entries, almost_right, nmse, costs(), strict=True)
+    )
+
+
 def _excused(entries: Sequence[Expected]) -> tuple[list[Expected], tuple[str, ...]]:
     """The limits without the arbiter: errors that are rare and do not jump count as noise (`parity.diff.tolerances.noise`)."""
     point, seq, token_idx = columns(entries)

@@ -1,15 +1,21 @@
 """Which lower arithmetics explain a dump's differences, taken together."""
 
+from collections.abc import Sequence
+
 from msgspec import Struct
+
+from engine.faults import as_recorded
+from engine.graph import Step
 
 from ...laws.laws import WRONG
 from ..budget import Budget
 from ..case import Case
 from ..findings.leads import law_at
+from ..records.records import Floats
 from ..search.search import Search
 from ..search.state import SearchState
 from .flipped import without_flipped
-from .precision import KINDS, PrecisionFloor, best, fits, floor, is_ours, is_proof, may_be_noise
+from .precision import KINDS, UPPER, PrecisionFloor, best, fits, floor, is_ours, is_proof, may_be_noise
 from .reproduced import is_reproduced
 from .scattered import scattered
 
@@ -61,6 +67,13 @@ def floor_of(case: Case, kind: str) -> PrecisionFloor:
     """The cost of an arithmetic at every record of the case."""
     steps, right = case.transformer.steps, case.replay
     return floor(kind, case.entries, steps, right, case.make, case.positions, case.rounded, case.spared)
+
+
+def limits_with(case: Case, kind: str, steps: Sequence[Step]) -> list[Floats]:
+    """The limits of the case's records, [R] a point, by what an arithmetic costs a run of changed steps (`PrecisionFloor.limits`)."""
+    plain = as_recorded(steps)
+    right = case.make(plain, len(case.positions))
+    return floor(kind, case.entries, plain, right, case.make, case.positions, case.rounded).limits(case.entries, UPPER)
 
 
 def _precision(case: Case, budget: Budget) -> tuple[str, ...]:

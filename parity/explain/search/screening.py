@@ -14,7 +14,7 @@ from engine.replay.replay import Replay
 
 from ...diff.tolerances.truth import Truth
 from ..budget import Budget
-from ..records.noise import EXPLAINED, no_rounding, without_own_noise
+from ..records.noise import EXPLAINED, no_rounding, without_cost, without_own_noise
 from ..records.records import Expected, Floats, Ints
 from .cone import Cone, behind, cone, mixes
 from .record_alone import agreeing_after
@@ -53,6 +53,8 @@ class Screening:
         self.backend = backend
         self.budget = budget
         self._truth_of = truth_of
+        # Limits of the records, [R] a point, by what a stated arithmetic costs a run of changed steps; None if none is stated.
+        self.costs: Callable[[Sequence[Step]], Sequence[Floats]] | None = None
         self.number = {entry.point: number for number, entry in enumerate(self.entries)}
         self._whole = right
         self._replays: dict[tuple[str, ...], Replay] = {}
@@ -314,6 +316,9 @@ class Screening:
             state.first is None or state.first < first or self.all_but_noise(state, nmse[state.first.point])
         ):
             nmse = without_own_noise(self.entries, state.nmse, nmse, steps, self.make_anew, self.positions, self._truth_of)
+            first = self._first(nmse)
+        if (costs := self.costs) is not None and first is not None and state.first is not None and state.first < first:
+            nmse = without_cost(self.entries, state.nmse, nmse, lambda: costs(steps))
             first = self._first(nmse)
         return SearchState((*state.faults, candidate), Planting(steps, self.number), nmse, first)
 
