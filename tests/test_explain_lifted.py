@@ -22,7 +22,8 @@ from engine.synth.recipes import RECIPES
 from parity.arbiter.arbiter import Arbiter
 from parity.explain.case import Case, ExplainOptions
 from parity.explain.explain import explain
-from parity.explain.rounding.precision import _concentrated, fits, floor
+from parity.explain.rounding.precision import fits, floor
+from parity.explain.rounding.uneven import in_two_elements
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
 from reference.jobs import DumpJob
@@ -188,7 +189,7 @@ def test_uneven_rows_have_uneven_rounding(reference: Reference, stories: Path, t
         dump = engine.dump(Planted(()), tokens, points="blk.*.ffn_swiglu", size=10, bare=False, steps=steps)
         case = Case(unstated(dump), model, ExplainOptions())
         measured = floor("f16", case.entries, case.transformer.steps, case.replay, case.make, case.positions)
-        assert any(_concentrated(entry) is not None for entry in case.entries)
+        assert any(in_two_elements(entry) is not None for entry in case.entries)
         assert (fits(measured, case.entries) is not None) == explained
 
 

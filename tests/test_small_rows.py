@@ -18,11 +18,9 @@ ROWS = np.array([1.0, 2.0, 1e-8, 1.5])  # energies
 def limits_for(cost: list[float], energy: np.ndarray[Any, Any] = ROWS) -> list[float]:
     """The limits of one point's records, whose arithmetic costs them that much."""
     costs = (np.array(cost),)
-    return (
-        PrecisionFloor("bf16", costs, costs)
-        .limits(cast(Any, [SimpleNamespace(pair=SimpleNamespace(ref=SimpleNamespace(stats={"l2": np.sqrt(energy)})))]), 30.0)[0]
-        .tolist()
-    )
+    ref = SimpleNamespace(stats={"l2": np.sqrt(energy)})
+    entry = cast(Any, SimpleNamespace(pair=SimpleNamespace(ref=ref), rows=np.arange(len(cost))))
+    return PrecisionFloor("bf16", costs, costs).limits([entry], 30.0)[0].tolist()
 
 
 def test_a_row_that_is_all_but_zero_gives_the_others_no_limit() -> None:
