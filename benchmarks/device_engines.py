@@ -35,7 +35,8 @@ from parity.run.ours import OursJob, dump
 
 if TYPE_CHECKING:
     from device_kinds import DeviceKind
-    from right_engines import Model, Written
+    from right_engines import Model
+    from written import Written
 
 ARCHITECTURES = {
     **{"llama": "f16", "qwen2": "q8_0", "qwen3": "bf16", "phi3": "f32", "gemma3": "f16", "gpt2": "f32", "cohere2": "bf16"},
@@ -114,7 +115,7 @@ def compute(folder: Path, out: Path, only: str) -> None:
 
 def ways_of(model: str, engine: str) -> "list[Written]":
     """How an engine's dumps are written."""
-    from right_engines import Written
+    from written import Written
 
     draw = random.Random(f"{model} {engine}")
     return [Written.drawn(draw) for _ in range(WAYS)]
@@ -181,7 +182,8 @@ def _model(there: Path) -> "Model":
 def _judged(model: "Model", path: Path) -> Iterator[dict[str, Any]]:
     """The answers to one engine's dumps; `odd` are those that are not right."""
     from device_kinds import KINDS
-    from right_engines import Kind, judged
+    from kind import Kind
+    from right_engines import judged
 
     name, _, mistake = path.stem.partition(" - ")
     arithmetic = KINDS[name]

@@ -2,17 +2,16 @@
 
 `ARITHMETIC` are engines in one arithmetic throughout. `ALGORITHMS` compute in float32 by other formulas, which are the same in real
 numbers, `CUTTING` in a lower type to which they cut digits off, and `MIXED` in float32 but for one part, of which a dump says nothing.
-A kind is a function from the right steps to the engine's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from explain_precision import half_sums, other_order
+from kind import Arithmetic, Kind
 from msgspec.structs import replace
 
 from checkpoints.points import parse
@@ -23,29 +22,6 @@ from engine.ggml_ops.soft_max import alibi_slopes
 from engine.graph import Altered, Step, WeightSource
 from engine.replay.kept import kept
 from engine.replay.precision import ROUNDINGS, rounded
-
-Arithmetic = Callable[[Sequence[Step]], Sequence[Step]]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of engine.
-
-    Attributes:
-        compute: the arithmetic of its products: "f32", "f16", ….
-        ways: in which engines compute it; one of them is drawn.
-        exact: whether it is float32 throughout.
-        without: the kinds of points that such an engine does not have.
-        open_cache: whether its dumps leave open in which type its cache keeps keys and values.
-        after: how many tokens are passes of their own behind the first pass, where the model can be cut into passes.
-    """
-
-    compute: str
-    ways: tuple[Arithmetic, ...]
-    exact: bool = False
-    without: frozenset[str] = frozenset()
-    open_cache: bool = False
-    after: int = 0
 
 
 def multiplies(step: Step) -> bool:

@@ -6,14 +6,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from kinds_of_engine import INSIDE, Arithmetic, Kind, instead, masked_scores, named, result
+from eight_bit_floats import eight_bit_cache
+from kind import Arithmetic, Kind
+from kinds_of_engine import INSIDE, instead, masked_scores, named, result
 from msgspec.structs import replace
 
 from engine import ops
 from engine.backend import Array
 from engine.graph import Step
-from engine.replay.kept import reads_cache
-from engine.replay.precision import ROUNDINGS, each, rounded
+from engine.replay.precision import ROUNDINGS, rounded
 
 _BLOCK = 2  # keys of one block: prompts here are short
 
@@ -73,31 +74,6 @@ def _before(change: Arithmetic, kind: str) -> Arithmetic:
         ]
 
     return both
-
-
-def eight_bit_floats(x: Array) -> Array:
-    """Values of FP8 (E4M3, 448 at most) and back, by one scale for all of them."""
-    largest = np.abs(x).max(initial=0.0)
-    if not largest:
-        return x
-    scaled = x.astype(np.float64) * (448.0 / largest)
-    step = np.exp2(np.maximum(np.frexp(scaled)[1] - 1, -6) - 3)
-    return (np.rint(scaled / step) * step * (largest / 448.0)).astype(np.float32)
-
-
-def _eight_bit_cache(steps: Sequence[Step]) -> list[Step]:
-    def keeping(step: Step) -> Step:
-        places = {place for place, read in enumerate(step.reads) if reads_cache(read)}
-        if not places:
-            return step
-        return replace(
-            step,
-            op=lambda *inputs, op=step.op, **params: op(
-                *(each(eight_bit_floats, x) if place in places else x for place, x in enumerate(inputs)), **params
-            ),
-        )
-
-    return [keeping(step) for step in steps]
 
 
 def by_token(x: Array) -> Array:
@@ -198,6 +174,6 @@ MIXED_KERNELS = {
     "flash attention in lower types": Kind(
         "f32", tuple(_flash(kind, running=running) for kind in _HALVES for running in ("f32", kind)), without=INSIDE
     ),
-    "cache in FP8": Kind("f32", (_eight_bit_cache,), open_cache=True),
+    "cache in FP8": Kind("f32", (eight_bit_cache,), open_cache=True),
     "Q, K and V": Kind("f32", tuple(result(named("q", "k", "v", "wqkv"), kind) for kind in _HALVES)),
 }

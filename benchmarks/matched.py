@@ -22,12 +22,14 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from kinds_of_engine import CUTTING, HALF_SUMS, Arithmetic, multiplies
+from kind import Arithmetic
+from kinds_of_engine import CUTTING, HALF_SUMS, multiplies
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 from numpy.typing import NDArray
 from planted import Faulty
-from right_engines import Model, Written, computed, model_of
+from right_engines import Model, computed, model_of
+from written import Written
 
 from checkpoints.errors import ParityError
 from checkpoints.points import parse

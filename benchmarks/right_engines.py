@@ -33,20 +33,21 @@ from time import process_time
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 from kept_runs import kept_runs
-from kinds_of_engine import ALGORITHMS, ARITHMETIC, CUTTING, HALF_SUMS, MIXED, Arithmetic, Kind, multiplies
+from kind import Arithmetic, Kind
+from kinds_of_engine import ALGORITHMS, ARITHMETIC, CUTTING, HALF_SUMS, MIXED, multiplies
 from kinds_of_kernel import KERNELS, MIXED_KERNELS
 from msgspec.structs import replace
 from planted import Faulty, tokens_of
+from written import Written
 
 from checkpoints.answers.isolate import WRONG
 from checkpoints.answers.lint import ERROR
 from checkpoints.columns import open_dump
 from checkpoints.errors import InputError, ParityError
 from checkpoints.formats import load
-from checkpoints.points import layer_outputs, parse
-from checkpoints.record import Dump, End, Rows
+from checkpoints.points import parse
+from checkpoints.record import Dump
 from engine import ops
 from engine.graph import in_one_pass
 from engine.synth.recipe import shape_of
@@ -67,7 +68,6 @@ from reference.client import Reference
 from reference.jobs import DumpJob
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k", "iq4_nl", "q3_k_m")
-SLICES = (10, 16, None)
 # Patterns of a divergence that blames no operation: rounding, or a question that only --model decides.
 UNDECIDED = ("eight-bits", "undecided", "precision", "drift", "rounded")
 # What `explain` says of an operation that is right as a lower arithmetic makes it (`parity.explain.rounding.mixed`).
@@ -79,39 +79,6 @@ _BUDGET = 20.0  # seconds of processor time that `explain` may search; for a rig
 PER_MODEL = EACH * len(ARITHMETIC)
 UNSTATED = {**MIXED, **MIXED_KERNELS}  # no dump of these says what they keep in a lower type
 FURTHER = {**ALGORITHMS, **CUTTING, **KERNELS, **UNSTATED}  # of which as many kinds are drawn for each model
-
-
-@dataclass(frozen=True)
-class Written:
-    """How an engine writes its dump."""
-
-    size: int | None
-    points: str
-    bare: bool
-    stated: bool
-
-    @staticmethod
-    def drawn(draw: random.Random) -> "Written":
-        """A random way."""
-        return Written(draw.choice(SLICES), draw.choice(["default", "all"]), draw.random() < 0.5, draw.random() < 0.3)
-
-    def of(self, whole: Dump, layers: int, compute: str) -> Dump:
-        """The part of a full dump that the engine writes."""
-        wanted = set(layer_outputs(range(layers))) if self.points == "default" else set(whole.points)
-        points = {name: self._rows(rows) for name, rows in whole.points.items() if name in wanted}
-        if self.bare:
-            return Dump("ours.jsonl", None, points)
-        assert whole.header is not None
-        size = whole.header.slice if self.size is None else self.size
-        header = replace(
-            whole.header, source="an engine", compute=compute if self.stated else "", dataflow=None, columns=None, slice=size
-        )
-        return replace(whole, header=header, points=points, end=End(sum(len(rows) for rows in points.values())))
-
-    def _rows(self, rows: Rows) -> Rows:
-        size = rows.values.shape[1] if self.size is None else min(self.size, rows.values.shape[1])
-        cut = replace(rows, values=rows.values[:, :size], counts=np.minimum(rows.counts, size))
-        return replace(cut, stats={}, sketch=None, shapes=((),) * len(rows)) if self.bare else cut
 
 
 @dataclass(frozen=True)

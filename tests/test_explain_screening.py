@@ -148,37 +148,6 @@ def test_what_is_unlikely_in_a_layer_is_screened_all_the_same(engine: Faulty, ev
     assert changing([*first, *last], 1e-3).items() <= changing(alone, 1e-4).items()
 
 
-def test_a_layer_that_no_point_stands_at_is_found_by_what_residuals_hand_on(engine: Faulty) -> None:
-    """The fault's own change is likely, one of another size and direction is not, and neither is one of a row that is right."""
-    case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
-    screening = case.screening(case.entries, Budget(60))
-    state = screening.start()
-    assert state.first is not None
-    rows, name = state.first.row + 1, "blk.2.l_out"
-    faulty = case.make(plant(case.transformer.steps, CATALOGUE["no-gate"], (2,)), rows).values[name]
-    right = case.make(case.transformer.steps, rows).values[name]
-    noise = right + case.replay.weights.array(np.random.default_rng(3).standard_normal(right.shape).astype(np.float32))
-    values = {0: faulty, 1: noise, 2: 2 * right - faulty}
-    assert Likely(screening, state).among(name, values, rows) == {0}
-
-
-def test_what_makes_nearly_all_of_the_error_is_tried_before_further_layers(engine: Faulty) -> None:
-    """The fault's own change does, and a tenth more of it; half of it, its opposite and rows before the first wrong one do not."""
-    case = Case(only(engine, ("no-gate", {}, (2,))), engine.model, ExplainOptions())
-    screening = case.screening(case.entries, Budget(60))
-    state = screening.start()
-    assert state.first is not None
-    rows, name = state.first.row + 1, "blk.2.l_out"
-    faulty = case.make(plant(case.transformer.steps, CATALOGUE["no-gate"], (2,)), rows).values[name]
-    right = case.make(case.transformer.steps, rows).values[name]
-    likely = Likely(screening, state)
-    assert likely.among(name, {0: faulty}, rows) == {0}
-    parts = {1.0: True, 1.1: True, 0.5: False, 0.0: False, -1.0: False}
-    nearly = {part: likely.nearly_makes_the_error(name, {0: right + part * (faulty - right)}) for part in parts}
-    assert nearly == parts
-    assert not likely.nearly_makes_the_error(name, {0: faulty[: state.first.row]})
-
-
 def test_what_gives_the_same_numbers_makes_the_same_of_its_layers_output(engine: Faulty) -> None:
     """Of all candidates in a layer those that give a fault's numbers are chosen by its layer's output, and few others."""
     case = Case(only(engine, ("gate-up-swapped", {}, (1,))), engine.model, ExplainOptions())

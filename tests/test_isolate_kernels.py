@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eight_bit_floats import eight_bit_cache, eight_bit_floats
 from msgspec.structs import replace
 from planted import Faulty
 from test_isolate_mixed import judged
 
 from engine import ops
 from engine.graph import Step
-from engine.replay.kept import reads_cache
-from engine.replay.precision import ROUNDINGS, each
+from engine.replay.precision import ROUNDINGS
 from reference.client import Reference
 
 _INSIDE = ("kq", "kq_soft_max", "k_read", "v_read")
@@ -29,29 +29,6 @@ def flash(steps: Sequence[Step], kind: str) -> list[Step]:
         return mix / np.repeat(total.T, mix.shape[1] // len(total), axis=1)
 
     return [replace(step, op=mixed) if step.op is ops.weighted_values else step for step in steps]
-
-
-def in_fp8(x: np.ndarray) -> np.ndarray:
-    """Values with three bits behind the first (E4M3), by a scale for all of them."""
-    step = np.exp2(np.maximum(np.frexp(x * (448 / np.abs(x).max()))[1] - 1, -6) - 3) * (np.abs(x).max() / 448)
-    return (np.rint(x / step) * step).astype(np.float32)
-
-
-def in_fp8_cache(steps: Sequence[Step]) -> list[Step]:
-    """Keys and values read from a cache of FP8."""
-
-    def keeping(step: Step) -> Step:
-        places = {place for place, read in enumerate(step.reads) if reads_cache(read)}
-        if not places:
-            return step
-        return replace(
-            step,
-            op=lambda *given, op=step.op, **params: op(
-                *(each(in_fp8, x) if place in places else x for place, x in enumerate(given)), **params
-            ),
-        )
-
-    return [keeping(step) for step in steps]
 
 
 def times(steps: Sequence[Step], name: str, factor: float) -> list[Step]:
@@ -86,7 +63,7 @@ def test_a_cache_in_fp8(small_model: Callable[..., Path], reference: Reference, 
     itself is recorded, 1.01 times what is made of it is.
     """
     engine, out = Faulty(path := small_model("qwen3", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
-    steps = in_fp8_cache(engine.right)
+    steps = eight_bit_cache(engine.right)
     wrong, open_ = judged(engine, reference, out, steps, without, "")
     assert not wrong
     assert ("blk.1.kqv_out" if "kq" in without else "blk.1.kq" if without else "blk.1.k_read") in open_
@@ -102,7 +79,9 @@ def test_noise_of_that_size_in_one_layer_is_no_cache(
     """Noise of FP8's size in what one layer reads of its cache, or makes of it, while the other layers read theirs exactly: wrong."""
     engine, out = Faulty(path := small_model("qwen3", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
     noisy = [
-        replace(step, op=lambda *x, op=step.op, **params: in_fp8(op(*x, **params))) if step.makes == f"blk.1.{name}" else step
+        replace(step, op=lambda *x, op=step.op, **params: eight_bit_floats(op(*x, **params)))
+        if step.makes == f"blk.1.{name}"
+        else step
         for step in engine.right
     ]
     assert judged(engine, reference, out, noisy, (), "")[0] == {f"blk.1.{name}"}

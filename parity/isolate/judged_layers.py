@@ -140,7 +140,7 @@ def _by_rounding(operations: Sequence[Operation], layer: Operation) -> str:
     if any(names_experts(operation.name) for operation in inside):
         return f"{right}, which may choose other experts"
     as_large = layer.nmse <= min(_EIGHT_BITS, SPREAD * max(sizes))  # what was not seen of an operation may be further off
-    return f"{right}, which 8-bit arithmetic makes as large" if as_large else ""
+    return f"{right}, and 8-bit activations make an error as large" if as_large else ""
 
 
 def _rest(operations: Sequence[Operation], layer: Operation) -> str:

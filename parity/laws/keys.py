@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from .beside import ENOUGH, LEFT_OF_MANY, Beside, Bools, Floats, Ints
 from .moved import LISTED
 
-_ONE = (
-    1e-5  # how far the sum of a right soft max's weights may be from 1, in float32: with a sink it is less, and no law is told
-)
+# How far the sum of a right soft max may be from 1: float32 rounds each weight in proportion to itself, together by some 1e-7,
+# and engines' exp differ by a few times that; ten times that in round numbers. With a sink it is far less than 1, and no law is told.
+_ONE = 1e-5
 _TOLD_APART = 3  # keys from which on the first, the own and the others are different things
 _Change = Callable[[Floats, Bools], Floats]  # right weights [H, t + 1] and True at one key of each head: the wrong ones
 
