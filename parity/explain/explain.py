@@ -26,8 +26,9 @@ from .case import Case, ExplainOptions, Half, open_model
 from .findings.answer import answer_of
 from .findings.leads import believed, law_at, leads, may_have_cause, placed
 from .findings.one_buffer import in_words, shown_instead
-from .findings.other_file import OTHER_FILE, table_of
+from .findings.other_file import OTHER_FILE
 from .findings.rows import garbage
+from .findings.table import table_of
 from .findings.unjudged import is_far, unjudged
 from .recorded_otherwise import recorded_otherwise
 from .records.records import right_rows
