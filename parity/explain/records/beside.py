@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoints.points import of_scores
+from checkpoints.summary import sketch
 from engine.backend import Array
 from engine.faults import SEEN
 
 from ...diff.measured.whole_rows import sizes
-from ...laws.beside import Beside, room
+from ...laws.beside import Beside, room, room_of_elements
 from ...laws.keys import law_of_keys
 from .records import Expected, Floats, Ints
 
@@ -45,13 +47,22 @@ def beside(
         dumped=dumped,
         right=right,
         index=index,
-        room=room(entry.limit[wrong], entry.energy[wrong], dumped, right) + printed,
+        room=room_of_elements(entry.limit[wrong], entry.energy[wrong], dumped, right) + printed,
         printed=printed,
         rows=entry.rows[wrong],
         whole=whole,
         bias=bias[index] if fits and bias is not None else None,
         heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
+        sketches=_sketches(entry, wrong, whole) if count < entry.width else None,
     )
+
+
+def _sketches(entry: Expected, wrong: NDArray[np.bool_], whole: Floats | None) -> tuple[Floats, Floats] | None:
+    """Both sides' sketches of a point's wrong records, if the dump has such."""
+    ours = entry.pair.ours.sketch
+    if ours is None or whole is None or not np.isfinite(whole).all():
+        return None
+    return ours[wrong].astype(np.float64), sketch(whole[entry.rows[wrong]])
 
 
 def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) -> str:
