@@ -9,7 +9,9 @@ from explaining import PROMPT, RIGHT, STEPS
 from msgspec.structs import replace
 from planted import Faulty
 
+from parity.explain.case import Case, Half
 from parity.explain.explain import explain
+from parity.explain.records.beside import few_positions
 from parity.laws.beside import Beside, room_of_elements
 from parity.laws.laws import law
 
@@ -59,3 +61,14 @@ def test_a_factor_of_whole_rows_is_said_of_them() -> None:
         (np.inf * sketches, "every element"),
     ):
         assert law(replace(known, sketches=(of_dump, sketches))).startswith(f"{times} is 1.7 times the right one")
+
+
+def test_under_wide_limits_other_positions_are_not_said_to_be_right(engine: Faulty) -> None:
+    """A record at position 2 alone is wrong, by float32's limits; by wide ones it is the only one over its limit, which says less."""
+    dump = engine.dump(RIGHT, PROMPT, points="*", size=16)
+    entry = next(entry for entry in Case(dump, Half(engine.transformer), STEPS).entries if entry.point == "blk.1.ffn_out")
+    errors = np.where(entry.rows == 2, 1.0, 0.0)
+    positions = np.arange(len(PROMPT))
+    assert few_positions(entry, errors, positions) == "at position 2 alone "
+    wide = replace(entry, limit=np.full(len(entry.rows), 1e-4))
+    assert few_positions(wide, errors, positions) == "at position 2, the only one over its limit, "

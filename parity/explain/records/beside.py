@@ -10,6 +10,7 @@ from checkpoints.summary import sketch
 from engine.backend import Array
 from engine.faults import SEEN
 
+from ...diff.limits import EXACT_FLOOR
 from ...diff.measured.whole_rows import sizes
 from ...laws.beside import Beside, room, room_of_elements
 from ...laws.keys import law_of_keys
@@ -88,8 +89,17 @@ def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) ->
 
 
 def few_positions(entry: Expected, errors: Floats, positions: Ints) -> str:
-    """The positions at which alone a point is wrong, by these errors [R], as the beginning of a sentence; "" if they are many, or all."""
+    """The positions at which alone a point is wrong, by these errors [R], as the beginning of a sentence; "" if they are many, or all.
+
+    Within a lower arithmetic's limits others may be wrong as well: it is said that these are over them.
+    """
     wrong = np.unique(entry.rows[errors > entry.limit])
     if len(wrong) > _FEW or len(wrong) >= len(np.unique(entry.rows)):
         return ""
-    return f"at position{'s' * (len(wrong) > 1)} {' and '.join(str(positions[row]) for row in wrong)} alone "
+    named = f"at position{'s' * (len(wrong) > 1)} {' and '.join(str(positions[row]) for row in wrong)}"
+    wide = bool((entry.limit > EXACT_FLOOR.logits).any())
+    return (
+        f"{named}, the only {'one over its limit' if len(wrong) == 1 else 'ones over their limits'}, "
+        if wide
+        else f"{named} alone "
+    )
