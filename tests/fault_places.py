@@ -17,6 +17,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, ...] | None, ...]]
     "norm-one-missing": ("gemma3", {}, BOTH),
     "bias-missing": ("starcoder2", {"at": ("ffn_up",)}, BOTH),
     "norm-not-centred": ("starcoder2", {}, BOTH),
+    "causal-mask-added": ("dream", {}, BOTH),
     "window-off-by-one": ("gemma3", {}, BOTH),
     "window-size": ("gemma3", {"size": 4}, BOTH),
     "window-ignored": ("gemma3", {}, BOTH),

@@ -22,12 +22,18 @@ _CHUNKS = (4, 8, 16, 32, 64, 128, 256, 512)
 _SCORES = "the scores before the soft max, in which a score of 0 has a weight"
 
 
+# A row of keys for each query that sees later positions, too: an encoder's.
+_BOTH_WAYS = ("all", "symmetric")
+
+
 def _within(chunk: int) -> Allowed:
-    return lambda t, s, _p, _q: (s <= t) & (s // chunk == t // chunk)
+    return lambda t, s, _p, _q: s // chunk == t // chunk
 
 
+_IN_CHUNKS: dict[str, Allowed] = {f"its own chunk of {n}": _within(n) for n in _CHUNKS}
 _MASKS: dict[str, Allowed] = {
     "none": lambda _t, _s, p, q: q <= p,  # keys of later passes are not in the cache yet
+    "earlier ones and itself": lambda t, s, _p, _q: s <= t,
     "the next one as well": lambda t, s, p, q: (s <= t + 1) & (q <= p),
     "earlier ones, not itself": lambda t, s, _p, _q: (s < t) | ((s == t) & (t == t.min())),
     "itself and later ones": lambda t, s, p, q: (s >= t) & (q <= p),
@@ -37,7 +43,7 @@ _MASKS: dict[str, Allowed] = {
     "without the cache's first row": lambda t, s, p, q: (s <= t) & ~((s == s.min()) & (q < p)),
     "own key missing": lambda t, s, p, _q: (s <= t) & ~((s == t) & (p > p.min())),
     "cache written to one row": lambda t, s, p, q: (s <= t) & ((q == q.min()) | (p == q)),
-    **{f"its own chunk of {n}": _within(n) for n in _CHUNKS},
+    **_IN_CHUNKS,
     "prompt only": lambda t, s, p, q: (s <= t) & ((q == q.min()) | (p == q.min())),
 }
 
@@ -55,12 +61,12 @@ def _masked(
     window: str = "causal",
     size: int = 0,
 ) -> Array:
-    """softmax with another mask than the causal one, which a layer's window still limits; a row that sees no key
+    """softmax with another mask than the model's, which a layer's window still limits; a row that sees no key
     is NaN, as in any engine.
     """
     allowed = _MASKS[mask](positions[:, None], key_positions[None, :], passes[:, None], key_passes[None, :])
-    if window != "causal":
-        later = key_positions[None, :] > positions[:, None]
+    if window != "causal" or mask in _IN_CHUNKS:
+        later = mask not in _IN_CHUNKS and key_positions[None, :] > positions[:, None]
         allowed = allowed & (later | visible(positions, key_positions, window=window, size=size))
     shifted = np.where(allowed, scores * np.float32(scale), np.float32(-np.inf))
     return _soft_max(shifted, sinks)
@@ -109,8 +115,7 @@ def _with_passes(step: Step, op: Any, params: Mapping[str, Any]) -> Step:
 
 
 def _product(step: Step, _right: Steps, parameters: Parameters) -> Step:
-    if step.params.get("window") in ("all", "symmetric"):
-        raise NotApplicable(f"{step.makes} sees later positions in a right engine, too")
+    _require_causal(step)
     return _with_passes(step, _by_product, {"masked": parameters["masked"]})
 
 
@@ -118,25 +123,54 @@ def _with_mask(step: Step, mask: str) -> Step:
     return _with_passes(step, _masked, {"mask": mask})
 
 
-def _mask(name: str | None = None) -> Any:
-    def change(step: Step, _right: Steps, parameters: Parameters) -> Step:
-        if name is not None and step.params.get("window") in ("all", "symmetric"):
-            raise NotApplicable(f"{step.makes} sees later positions in a right engine, too")
-        return _with_mask(step, name or parameters["mask"])
+def _require_causal(step: Step) -> None:
+    """
+    Raises:
+        NotApplicable: an encoder's attention, which has no cache and no causal mask.
+    """
+    if step.params.get("window") in _BOTH_WAYS:
+        raise NotApplicable(f"{step.makes} sees later positions in a right engine, too")
 
-    return change
+
+def _of_cache(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    _require_causal(step)
+    return _with_mask(step, parameters["mask"])
+
+
+def _unmasked(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    _require_causal(step)
+    return _with_mask(step, "none")
+
+
+def _made_causal(step: Step, _right: Steps, _parameters: Parameters) -> Step:
+    if step.params.get("window") not in _BOTH_WAYS:
+        raise NotApplicable(f"{step.makes} sees no later positions in a right engine")
+    return _with_mask(step, "earlier ones and itself")
+
+
+def _in_chunks(step: Step, _right: Steps, parameters: Parameters) -> Step:
+    return _with_mask(step, parameters["mask"])
 
 
 FAULTS = (
     Fault(
         name="no-causal-mask",
         kinds=_SOFT,
-        change=_mask("none"),
+        change=_unmasked,
         what="there is no causal mask",
         symptom="prefill wrong everywhere but at the last position; decode right",
         fix="mask scores of later positions with -inf before the softmax",
         seen="batched prefill added to a decode-only engine",
         whole=True,
+    ),
+    Fault(
+        name="causal-mask-added",
+        kinds=_SOFT,
+        change=_made_causal,
+        what="attention has a causal mask, where this model sees later positions as well",
+        symptom="wrong everywhere but at the last position of the first layer",
+        fix="no mask: every position sees the whole prompt (<architecture>.attention.causal is false)",
+        seen="decoder code that loads BERT, an embedding model or a diffusion model",
     ),
     Fault(
         name="mask-by-product",
@@ -152,7 +186,7 @@ FAULTS = (
     Fault(
         name="mask-shifted",
         kinds=_SOFT,
-        change=_mask(),
+        change=_of_cache,
         what="the causal mask is wrong: a position sees {mask}",
         symptom="off by one key: a small error from the second position on",
         fix="position t sees keys 0 to t, itself included",
@@ -163,7 +197,7 @@ FAULTS = (
     Fault(
         name="cache-not-read",
         kinds=_SOFT,
-        change=_mask(),
+        change=_of_cache,
         what="attention does not read the cache: a position sees {mask}",
         symptom="position 0 is right; each later one ignores those before it",
         fix="attend to rows 0 to t of the cache",
@@ -174,7 +208,7 @@ FAULTS = (
     Fault(
         name="cache-row-missing",
         kinds=_SOFT,
-        change=_mask(),
+        change=_of_cache,
         what="the cache is read without {mask}",
         symptom="prefill right, decode wrong",
         fix="write the row of position t to slot t before attention reads 0 to t",
@@ -189,7 +223,7 @@ FAULTS = (
     Fault(
         name="cache-stale",
         kinds=_SOFT,
-        change=_mask(),
+        change=_of_cache,
         what="the cache does not grow: {mask}",
         symptom="the first decode step is right, the next ones are wrong",
         fix="advance the write position by one each step",
@@ -203,7 +237,7 @@ FAULTS = (
     Fault(
         name="mask-in-chunks",
         kinds=_SOFT,
-        change=_mask(),
+        change=_in_chunks,
         what="a position sees the keys of {mask} only",
         symptom="right in the first chunk, wrong from a multiple of its length on",
         fix="a chunk of the prompt attends to all chunks before it as well",
