@@ -11,6 +11,7 @@ from msgspec import Struct, field
 from checkpoints.points import parse
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import POSITIONS, Step, sees_later
+from engine.lift.node import GgmlOperation
 from engine.replay.batched import by_rows
 from engine.replay.right_values import same_start
 
@@ -78,6 +79,16 @@ class SearchState(Struct, frozen=True, dict=True):
     def layers_begin(self) -> int:
         """The number of the first step in a layer; -1 if there is none."""
         return next((number for number, step in enumerate(self.steps) if parse(step.makes).layer is not None), -1)
+
+    @cached_property
+    def operations(self) -> Mapping[int, tuple[object, ...]]:
+        """The operations of each layer's steps, in order."""
+        by_layer: dict[int, list[object]] = {}
+        for step in self.steps:
+            layer = parse(step.makes).layer
+            if layer is not None:
+                by_layer.setdefault(layer, []).append(step.op.name if isinstance(step.op, GgmlOperation) else step.op)
+        return {layer: tuple(operations) for layer, operations in by_layer.items()}
 
     @cached_property
     def mixing(self) -> list[int]:
