@@ -9,6 +9,7 @@ from checkpoints.answers.explain import Explanation
 from engine.replay.kept import KEPT, kept
 from reports.sentences import ARITHMETIC, kept_in
 
+from ...laws.laws import NOT_RECORDED, WRONG
 from ..budget import Budget
 from ..case import Case
 from ..search.search import Search
@@ -85,15 +86,26 @@ def _beyond_arithmetic(case: Case, state: SearchState, kinds: Sequence[str], aga
                 answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
             if not answer.causes or answer.remaining is not None:
                 continue
-        if _says_more(answer):
+        if _says_more(case, answer):
             return (said,), (replace(answer, judged_as=judged_as), found)
     return (said,), None
 
 
-def _says_more(answer: Explanation) -> bool:
-    """Whether an answer by what an arithmetic costs leads to a fault, and not to another arithmetic, or to what cannot be judged."""
-    led = answer.causes or answer.placed is not None or answer.law or answer.suspects
-    return not (answer or answer.unjudged or answer.rounds or answer.left_open) and bool(led)
+def _says_more(case: Case, answer: Explanation) -> bool:
+    """Whether an answer by what an arithmetic costs leads to a fault, and not to another arithmetic, or to what cannot be judged.
+
+    Without a cause or a law, the place is further off than where BF16 is stated, the coarsest float type: a right engine may have two.
+    """
+    if answer or answer.unjudged or answer.rounds or answer.left_open or answer.first is None:
+        return False
+    if answer.causes or (answer.law and not answer.law.endswith((WRONG, NOT_RECORDED))):
+        return True
+    limits = floor_of(case, "bf16").limits(case.entries, UPPER)
+    return any(
+        bool((entry.base > limit).any())
+        for entry, limit in zip(case.entries, limits, strict=True)
+        if entry.point == answer.first.checkpoint
+    )
 
 
 def _beside_kept(case: Case, kind: str, again: Again) -> Beyond:
