@@ -87,12 +87,7 @@ def _without_reordered(case: Case, options: ExplainOptions, budget: Budget) -> t
     if not otherwise or not rest.entries:
         return _explained(case, options, budget)
     answer, state = _explained(rest, options, budget)
-    suspects = (*otherwise, *answer.suspects)
-    if answer.first is not None:
-        return replace(answer, suspects=suspects), state
-    search = Search(case.screening(case.entries, budget))
-    start = search.screening.start()
-    return replace(answer_of(case, search, start, start), suspects=suspects, next=""), start
+    return replace(answer, suspects=(*otherwise, *answer.suspects)), state
 
 
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
