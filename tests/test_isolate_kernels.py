@@ -40,20 +40,32 @@ def times(steps: Sequence[Step], name: str, factor: float) -> list[Step]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "neo-bert"])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_flash_attention_in_a_lower_type(
-    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, kind: str
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, kind: str, name: str
 ) -> None:
-    """Attention that rounds its weights and values to F16 or BF16, in an engine that states nothing: neither wrong nor proven; 1.001 times
-    its result, 1.2 times its scores, and noise in it are wrong.
+    """Attention that rounds its weights and values to F16 or BF16, causal or not, in an engine that states nothing: neither wrong nor
+    proven; 1.001 times its result (1.004 times in BF16 where no row has a single key), and 1.2 times its scores are wrong.
     """
-    engine, out = Faulty(path := small_model("qwen3", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
+    engine, out = Faulty(path := small_model(name, kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
     steps = flash(engine.right, kind)
     wrong, open_ = judged(engine, reference, out, steps, _INSIDE)
     assert not wrong
     assert "blk.1.kqv_out" in open_
-    for name, factor in (("kqv_out", 1.001), ("kq", 1.2)):
-        assert "blk.1.kqv_out" in judged(engine, reference, out, times(steps, f"blk.1.{name}", factor), _INSIDE)[0]
+    for changed, factor in (("kqv_out", 1.004 if (kind, name) == ("bf16", "neo-bert") else 1.001), ("kq", 1.2)):
+        assert "blk.1.kqv_out" in judged(engine, reference, out, times(steps, f"blk.1.{changed}", factor), _INSIDE)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "neo-bert"])
+def test_a_small_fault_is_no_rounding_of_attention(
+    small_model: Callable[..., Path], reference: Reference, tmp_path: Path, name: str
+) -> None:
+    """Errors of the size that a lower type makes, in float32: 1.0005 times attention's result and 1.003 times its scores are wrong."""
+    engine, out = Faulty(path := small_model(name, kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
+    for changed, factor in (("kqv_out", 1.0005), ("kq", 1.003)):
+        assert "blk.1.kqv_out" in judged(engine, reference, out, times(engine.right, f"blk.1.{changed}", factor), _INSIDE)[0]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """An operation's recorded value beside the one that follows from its inputs, by the nearest of several definitions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -12,6 +12,7 @@ from ..diff.readings.layouts import is_rotated, pairs
 from ..diff.readings.readings import CLEAR
 from ..diff.readings.rounding import beyond_rounding
 from ..diff.verdict.scatter import spares_elements
+from .operands import holds_rounding
 from .values import row_errors, seen_scores
 
 # How many times as far as its own rounding makes it a value may be from that of an arithmetic, if what was not recorded before it is
@@ -105,17 +106,29 @@ class Held(Struct, frozen=True):
                 return replace(self, errors=errors, pairs=sentence, as_recorded=float(self.errors.max()))
         return None
 
-    def rounded_within(self, name: str, low: NDArray[np.float32], errors: NDArray[np.float64], limit: float) -> bool:
+    def rounded_within(
+        self,
+        name: str,
+        low: NDArray[np.float32],
+        errors: NDArray[np.float64],
+        limit: float,
+        of_operands: Callable[[], NDArray[np.float32]],
+    ) -> bool:
         """Whether the rounding of what was not recorded may be the whole error, if a lower arithmetic does it at places of its own.
 
         `errors` are the distances of rows from our own value in that arithmetic, `low`: none is more than `_OTHER_PLACES` times what
-        rounding changes there, and a row is that value where it is one rounding alone (a single key has all of the attention).
+        rounding changes there. A row is that value where it is one rounding alone (a single key has all of the attention); where every
+        row has several keys, the errors hold what the rounding of recorded operands alone changes (`of_operands` gives that value).
         """
         if self.in_mode is None or self.in_mode.size != low.size:
             return False
         cost = row_errors(name, self.in_mode, low.reshape(self.in_mode.shape), self.positions)
+        if (errors > np.maximum(limit, _OTHER_PLACES * cost)).any():
+            return False
         one = errors[cost > limit] <= limit
-        return bool(one.any() and (errors <= np.maximum(limit, _OTHER_PLACES * cost)).all())
+        return bool(one.any()) or (
+            self.in_mode.size == self.dumped.size and holds_rounding(self.dumped, of_operands(), self.in_mode)
+        )
 
     def agrees(self, limit: float) -> bool:
         """Whether the recorded value is the right one, as it is or rounded to a lower type."""

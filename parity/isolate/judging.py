@@ -6,6 +6,7 @@ from functools import cached_property
 
 from msgspec import Struct, field
 
+from engine import ops
 from engine.graph import Step, WeightSource
 
 from ..diff.readings.rounding import is_rounding
@@ -15,6 +16,14 @@ from .held import Held
 from .inputs import PassMemory, Program
 from .values import RecordedValue
 
+# A norm is one scale per row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
+# known fault, makes only 1e-12 where activations are large.
+_NORM_LIMIT = 1e-12
+# How much larger the error of a stretch of operations may be than that of one: scores are rounded, and soft max amplifies it. Engines
+# that sum in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random
+# weights); scores of 100, rounded to float32, make it 4e-11.
+STRETCH = 3.0
+NORMS = (ops.rms_norm, ops.layer_norm)
 # Of an operation that read NaN at every position.
 NOT_FINITE = "its inputs are not finite"
 
@@ -101,3 +110,9 @@ class Judging(Struct):
     # Values that every pass reads and none makes: an encoder's output.
     given: dict[str, RecordedValue] = field(default_factory=dict)
     epsilons: set[float] = field(default_factory=set)  # the wrong epsilons that norms have shown
+
+    def limit_of(self, step: Step) -> float:
+        """The NMSE above which this operation is wrong."""
+        if step.makes in self.stretches:
+            return STRETCH * self.limit
+        return _NORM_LIMIT if step.op in NORMS and self.limit <= 1e-10 else self.limit

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from checkpoints.errors import ModelError
 from checkpoints.points import parse
-from engine import ops
-from engine.graph import POSITIONS, TOKENS, Step, compute, viewed
-from engine.replay.precision import ROUNDINGS
+from engine.graph import POSITIONS, TOKENS, Step, compute, name_of, viewed
+from engine.replay.precision import ROUNDINGS, each
 from engine.replay.proof import rounds_activations
 
 from ..diff.readings.rounding import type_of
@@ -22,21 +21,12 @@ from .elements import least_energy, sampled_error
 from .epsilons import judge_epsilon
 from .held import Held, errors_beside, errors_beyond, nearer, without_numbers
 from .inputs import Inputs, UnknownInput, as_subject, inputs_named, reads_rows_alone
-from .judging import NOT_FINITE, Judging
+from .judging import NORMS, NOT_FINITE, Judging
 from .looks import OF_THE_WEIGHT
 from .numbers import in_words
 from .own_rounding import within_own_rounding
 from .routing import choice_in_layer, other_order, routing_error
 from .values import CACHED, RecordedValue, rows_at
-
-# A norm is one scale per row, not a sum of many products: right ones measured 3e-14 at most, and another epsilon, the smallest
-# known fault, makes only 1e-12 where activations are large.
-_NORM_LIMIT = 1e-12
-# How much larger the error of a stretch of operations may be than that of one: scores are rounded, and soft max amplifies it. Engines
-# that sum in another order measured 1.4e-14 at most (qwen2, qwen3, gpt-oss, gemma2, gemma3, llama4, cohere2, deepseek2, random
-# weights); scores of 100, rounded to float32, make it 4e-11.
-STRETCH = 3.0
-_NORMS = (ops.rms_norm, ops.layer_norm)
 
 
 class JudgedPass:
@@ -124,11 +114,11 @@ class JudgedPass:
         record = self._judging.records[step.makes]
         record.passes += 1
         definitions = self._definitions(step)
-        if held.rounds and held.errors.max() <= self._limit(step):
+        if held.rounds and held.errors.max() <= self._judging.limit_of(step):
             record.unrounded = max(record.unrounded or 0.0, held.unrounded)
         self._note(step, definitions[-1], held)
-        if step.op in _NORMS and not held.pairs:
-            judge_epsilon(self._judging, step, held, self._limit(step))
+        if step.op in NORMS and not held.pairs:
+            judge_epsilon(self._judging, step, held, self._judging.limit_of(step))
         if self._judging.sample:
             sampled = [sampled_error(definition, held.inputs, held.dumped, self._weights) for definition in definitions]
             if measured := [error for error in sampled if error is not None]:
@@ -137,7 +127,7 @@ class JudgedPass:
     def _nearest(self, step: Step) -> Held:
         """A step's recorded value beside what follows from the records of its inputs or, if it does not, from their right values."""
         others = {name: self._right[name] for name in self._right if name in self._program.needs(step)}
-        limit = self._limit(step)
+        limit = self._judging.limit_of(step)
         try:
             held = self._held(step, self._inputs)
         except UnknownInput:
@@ -166,7 +156,7 @@ class JudgedPass:
             self._deny(step, paired)  # scores of queries and keys that are both in another order are the same
             return replace(either, as_recorded=0.0) if either.pairs else held
         instead = self._held_by(step, others) if others else None
-        if instead is None or not instead.agrees(self._limit(step)):
+        if instead is None or not instead.agrees(self._judging.limit_of(step)):
             for name in others:
                 records[name].read_by[step.makes] = None
             return held
@@ -189,7 +179,7 @@ class JudgedPass:
         routing = self._program.routing.get(step.makes)
         best: Held | None = None
         in_type: Held | None = None
-        limit, least = self._limit(step), least_energy(first, inputs, positions, self._weights)
+        limit, least = self._judging.limit_of(step), least_energy(first, inputs, positions, self._weights)
         stored = "" if routing is not None else type_of(dumped)
         tried, within = list[list[Step]](), ""
         for program, definition_of in zip(self._programs, self._judging.definitions, strict=True):
@@ -222,7 +212,9 @@ class JudgedPass:
                 best = Held(inputs, dumped, ours, positions, errors, reason, rounds, by_first, bool(unknown.any()))
                 best = replace(best, arithmetic=definition_of.arithmetic, in_mode=in_mode)
             if not within and definition_of.arithmetic in ROUNDINGS and step.makes in self._judging.stretches:
-                within = definition_of.arithmetic if best.rounded_within(step.makes, ours, errors, limit) else ""
+                kind = definition_of.arithmetic
+                operands = partial(self._with_rounded_operands, step, source, kind)
+                within = kind if best.rounded_within(step.makes, ours, errors, limit, operands) else ""
             if best.errors.max() <= limit:
                 return best
             if in_type is None and stored:
@@ -253,10 +245,10 @@ class JudgedPass:
         """A compared step if it agrees, as it was recorded or with RoPE's pairs in another order; else None."""
         if held is None or held.unknown:
             return None
-        return held if held.agrees(self._limit(step)) else self._in_other_pairs(step, held)
+        return held if held.agrees(self._judging.limit_of(step)) else self._in_other_pairs(step, held)
 
     def _in_other_pairs(self, step: Step, held: Held) -> Held | None:
-        return held.in_other_pairs(step.makes, heads_of(self._program.producers, step.makes), self._limit(step))
+        return held.in_other_pairs(step.makes, heads_of(self._program.producers, step.makes), self._judging.limit_of(step))
 
     def _deny(self, step: Step, others: Mapping[str, RecordedValue]) -> None:
         """Note that a step read these values, and not the recorded ones."""
@@ -292,12 +284,21 @@ class JudgedPass:
             raise ModelError(f"{step.makes} cannot be computed from {shapes}.", "Is the dump of this model?") from None
         return computed
 
+    def _with_rounded_operands(self, step: Step, source: Inputs, kind: str) -> NDArray[np.float32]:
+        """A step's value if it rounds those of its operands that do not follow from the operations judged together with it."""
+        first, unseen = self._program.producers[step.makes], set(self._judging.stretches[step.makes])
+        inputs = [
+            given if unseen & {before.makes for before in self._program.way(name_of(read))} else each(ROUNDINGS[kind], given)
+            for given, read in zip(self._aligned(first, source)[0], first.reads, strict=True)
+        ]
+        return self._computed(first, inputs)
+
     def _in_float64(self, step: Step, source: Inputs) -> NDArray[Any]:
         return self._computed(step, self._aligned(step, source.widened())[0])
 
     def _note(self, step: Step, definition: Step, held: Held) -> None:
         """Keep the worst row of all passes, and what a wrong one looks like."""
-        record, limit = self._judging.records[step.makes], self._limit(step)
+        record, limit = self._judging.records[step.makes], self._judging.limit_of(step)
         errors, positions = held.errors, held.positions
         worst = int(np.argmax(errors))
         nmse = float(errors[worst])
@@ -321,11 +322,6 @@ class JudgedPass:
             look = held.reason or moved or in_words(definition, self._program.producers, held, self._weights, limit)
             look = "its weight is right for the others" if where and look == OF_THE_WEIGHT else look
             record.reason = "; ".join(part for part in (where, look) if part)
-
-    def _limit(self, step: Step) -> float:
-        if step.makes in self._judging.stretches:
-            return STRETCH * self._judging.limit
-        return _NORM_LIMIT if step.op in _NORMS and self._judging.limit <= 1e-10 else self._judging.limit
 
     def _aligned(self, step: Step, source: Inputs) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.int64]]:
         """The step's inputs and output at the positions that all of them have.

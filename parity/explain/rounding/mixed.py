@@ -219,10 +219,13 @@ def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) ->
 
     `values` are those of the state's steps, on the host.
     """
-    if state.first is None:
-        return ""
-    kind = noise_here(case, *first_errors(case, state, values))
+    kind = kind_of_noise(case, state, values)
     return noise_in_words(kind) if kind else ""
+
+
+def kind_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
+    """The arithmetic that would make errors of a state's first place's size, if they are noise (`noise_here`); otherwise ""."""
+    return "" if state.first is None else noise_here(case, *first_errors(case, state, values))
 
 
 def first_errors(
