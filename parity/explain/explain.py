@@ -265,7 +265,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if not (rounding or case.states_f32) and lawless:
         rounding = law_of_noise(case, best, values)
     if rounding:
-        return replace(answer, law=rounding, rounds=True, next="")
+        return replace(answer, law=rounding, rounds=True, next="" if answer.complete else answer.next)
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")
