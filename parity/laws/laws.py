@@ -35,6 +35,9 @@ def law(compared: Beside) -> str:
     every = np.ones(len(compared.index), dtype=np.bool_)
     sentence = next(_by_a_number(compared, every, many=False), "")
     if sentence:
+        factor = _factor(compared.dumped, compared.right)
+        if factor is not None and compared.holds(compared.right * factor) and not compared.is_whole(factor):
+            return f"every recorded element {sentence}; the whole rows are not"
         return f"every element {sentence}"
     some = _differing(compared)
     if 0 < some.sum() < len(some) and _alone(compared, some):
