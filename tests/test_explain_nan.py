@@ -17,7 +17,7 @@ from engine.backend import Array
 from engine.replay.precision import rounded
 from parity.explain.explain import explain
 
-_LAW = "at position 3 alone element 5 alone is NaN"
+_LAW = "element 5 alone is NaN"
 _STATED = ("f16", "bf16")
 
 
@@ -55,7 +55,8 @@ def _answer(engine: Faulty, dump: Dump) -> Explanation:
 def test_nan_that_an_engine_computes_is_no_noise(engine: Faulty, kind: str) -> None:
     """NaN in one element of a layer's output was "noise in all elements, of the size that BF16 arithmetic makes there"."""
     answer = _answer(engine, _dump(engine, kind, "blk.*.l_out,logits", "blk.1.ffn_out"))
-    assert answer.law.startswith(_LAW)
+    assert answer.law.startswith("at position 3")
+    assert _LAW in answer.law
     assert not answer.rounds
 
 
@@ -69,7 +70,8 @@ def test_nan_in_one_record_alone_blames_no_operation(engine: Faulty, kind: str) 
     stats = {name: each for name, each in rows.stats.items() if name == "n"}
     dump = replace(dump, points={**dump.points, "blk.2.ffn_out": replace(rows, values=values, stats=stats, sketch=None)})
     answer = _answer(engine, dump)
-    assert answer.law.startswith(_LAW)
+    assert answer.law.startswith("at position 3")
+    assert _LAW in answer.law
     assert [suspect.checkpoint for suspect in answer.suspects] == ["blk.2.ffn_out"]
 
 
