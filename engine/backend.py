@@ -86,6 +86,8 @@ def module_of(*arrays: Array) -> Any:
     Raises:
         TypeError: arrays of both kinds are mixed.
     """
+    if all(type(array) is np.ndarray for array in arrays):
+        return np
     kinds = {type(array).__module__.split(".")[0] for array in arrays}
     if "cupy" in kinds:
         if len(kinds) > 1:

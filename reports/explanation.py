@@ -27,6 +27,8 @@ _OPERATIONS = 12  # operations in question that are listed
 
 def lines(explanation: Explanation, width: int) -> Iterator[Text]:
     """The verdict first: causes, or that there is no fault, or what is known if no cause was found."""
+    if explanation.judged_as:
+        yield from _lines([("assumed", explanation.judged_as)], width)
     for number, cause in enumerate(explanation.causes):
         yield from _cause(cause, number, explanation, width)
     if explanation.unjudged:
@@ -275,6 +277,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         "left_open": explanation.left_open or None,
         "precision_alike": list(explanation.precision_alike),
         "passes": {"rows": explanation.passes[0], "logits": explanation.passes[1]},
+        "judged_as": explanation.judged_as or None,
         "looks_like": explanation.looks_like or None,
         "f32_stated": explanation.f32_stated or None,
         "truth": None if explanation.truth is None else {"ours": explanation.truth.ours, "right": explanation.truth.right},

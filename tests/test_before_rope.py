@@ -1,6 +1,7 @@
 """Queries and keys that were recorded before RoPE, where no other point has them: pairs of the right lengths, at other angles."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,27 @@ def test_records_before_rope_hide_no_fault(
     dump = engine.dump(Planted((*besides, early)), TOKENS, points="all", size=16, bare=False)
     named = {cause.named.fault for cause in explain(dump, model, PATIENT).causes}
     assert named == {early[0], *(name for name, *_ in besides)}
+
+
+def test_a_model_without_rope_has_no_record_before_it(
+    reference: Reference, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """gpt2's graph has no rotation: keys whose pairs are turned are not said to be recorded before RoPE."""
+    model = small_model("gpt2")
+    engine = Faulty(model, reference.graph(model))
+
+    def turned(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
+        out = op(*inputs, **params)
+        angle = np.arange(len(out), dtype=np.float32)[:, None]
+        even, odd = out[:, ::2], out[:, 1::2]
+        turns = (even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle))
+        return np.stack(turns, axis=-1).reshape(out.shape).astype(np.float32)
+
+    steps = [replace(step, op=partial(turned, op=step.op)) if step.makes == "blk.1.attn_out" else step for step in engine.right]
+    ours = engine.dump(Planted(()), TOKENS, points="all", size=4096, bare=False, steps=steps)
+    reference.dump(DumpJob(model, tmp_path / "ref.jsonl", TOKENS, points="all", slice_size=4096))
+    verdict = compare(ours, read(tmp_path / "ref.jsonl"), F32)
+    assert verdict.first_divergence is not None
+    assert verdict.first_divergence.checkpoint == "blk.1.attn_out"
+    assert "RoPE" not in verdict.operation
+    assert verdict.pattern is None or "RoPE" not in verdict.pattern.sentence

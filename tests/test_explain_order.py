@@ -40,10 +40,10 @@ def test_a_router_is_judged_before_the_layer_that_it_feeds(reference: Reference,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("by", "most"), [(-12, 6000), (-1, 3000)])
+@pytest.mark.parametrize(("by", "most"), [(-12, 100), (-1, 3000)])
 def test_late_faults_of_all_layers_come_before_many_variants_of_single_ones(faulty: Faulty, by: int, most: int) -> None:
-    """Weights of the twelfth layer before show after the first twelve only: 3,011 variants are tried then (17,435 without that order), of
-    the layer before 1,382 (7,140).
+    """Weights of the twelfth layer before show after the first twelve only, with so large an error that whole layers are tried first: 25
+    variants (17,435 in the order of the catalogue), of the layer before 1,382 (7,140).
     """
     entry = CATALOGUE["layer-offset"]
     steps = {step.makes: step for step in faulty.right}

@@ -11,7 +11,7 @@ from slow import slow_but
 from checkpoints.errors import InputError
 from checkpoints.gguf_file import contents
 from engine.synth.recipe import parse_settings
-from engine.synth.recipes import RECIPES, names
+from engine.synth.recipes import OF_ANY_SHAPE, RECIPES, names, recipe
 from engine.weights.gguf_model import GgufModel
 from reference.client import Reference
 
@@ -24,6 +24,14 @@ def test_the_list_names_every_recipe(parity: Cli) -> None:
     assert ran.code == 0
     assert ran.out.split() == names()
     assert len({recipe.architecture for recipe in RECIPES.values()}) >= 60
+
+
+@pytest.mark.parametrize("name", OF_ANY_SHAPE)
+def test_what_is_made_without_a_recipe_says_so(name: str) -> None:
+    """qwen2 and llama, which the list names, have no recipe: the refusal says how they are made and does not offer them again."""
+    with pytest.raises(InputError, match=f"{name} has no recipe") as refusal:
+        recipe(name)
+    assert "Use one of" not in str(refusal.value)
 
 
 def test_options_are_found_in_the_file(parity: Cli) -> None:

@@ -118,6 +118,7 @@ class Explanation(Struct, frozen=True):
         left_open: a sentence on the first place, if a comparison leaves open whether it shows a fault or an arithmetic that rounds in
             another way; or "".
         precision_alike: other arithmetics that fit as well as `precision_only` or `looks_like`, so that they cannot be told apart.
+        judged_as: a sentence on an unstated arithmetic that shows where the dump first differs, if its cost was the limit; or "".
         next: points to record now, as a `--points` value; next_slice: with so many values per row, None if that does not matter.
         complete: False if the search ran out of time.
     """
@@ -139,6 +140,7 @@ class Explanation(Struct, frozen=True):
     placed: PossibleOperations | None = None
     suspects: tuple[SuspectRecord, ...] = ()
     precision_alike: tuple[str, ...] = ()
+    judged_as: str = ""
     looks_like: str = ""
     f32_stated: str = ""
     truth: TruthAt | None = None

@@ -84,7 +84,7 @@ def agrees_as_stated(case: Case, start: SearchState, options: ExplainOptions) ->
     """
     over = [int((nmse > entry.limit).sum()) for entry, nmse in zip(case.entries, start.nmse, strict=False)]
     single = all(number * FEW_POSITIONS <= len(entry.rows) for entry, number in zip(case.entries, over, strict=False))
-    if start.first is None or not single or case.given:
+    if start.first is None or not single or case.given or any(entry.lost.any() for entry in case.entries):
         return False
     verdict = beside_right(case, options).verdict
     return bool(verdict) and not verdict.unjudged

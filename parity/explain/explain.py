@@ -1,5 +1,6 @@
 """`parity explain`: which known fault of an engine reproduces the numbers of its dump."""
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -32,7 +33,7 @@ from .findings.unjudged import is_far, unjudged
 from .recorded_otherwise import recorded_otherwise
 from .records.records import right_rows
 from .rounding.amplified import with_amplified
-from .rounding.beyond import NOTHING, beyond
+from .rounding.beyond import NOTHING, Found, before_search, begins_with_noise, beyond
 from .rounding.could_hide import could_hide
 from .rounding.flipped import CHOSEN_OTHERWISE, chosen_otherwise
 from .rounding.gelu import sharpened, without_table
@@ -51,8 +52,8 @@ from .search.state import SearchState
 
 EXACT = EXACT_FLOOR.operations
 # Shares of the time: of the budget, for the search itself; of what is left then, for a search without the points of one kind. The
-# rest is for the search that continues from there.
-_FIRST, _OTHERS = 0.6, 0.7
+# rest is for the search that continues from there. Before them all, for a fault behind an arithmetic that the first place shows.
+_FIRST, _OTHERS, _BEYOND = 0.6, 0.7, 0.5
 __all__ = ["Case", "ExplainOptions", "explain"]
 
 
@@ -147,6 +148,9 @@ def _of_all_records(
         return replace(
             answer_of(case, search, start, start), unjudged=() if is_far(case.entries, start) else points, next=""
         ), start
+    earlier = NOTHING if noise else before_search(case, search, start, budget, partial(_again, options, budget.part(_BEYOND)))
+    if earlier[1] is not None:
+        return earlier[1]
     if stated is not None and most == UPPER and agrees_as_stated(case, start, options):
         best, found = start, Looks((noise,), is_noise=True)
     else:
@@ -165,11 +169,9 @@ def _of_all_records(
     truth = _truth(case, start, options.arbiter) if options.arbiter == ALL or not answer.causes else None
     settled = answer.causes or (answer.placed is not None and answer.placed.sure and len(answer.placed.operations) == 1)
     settled_by_cause = answer.causes and not type_of_rows(best)
-    said, further = (
-        NOTHING
-        if budget.late or settled_by_cause or answer.remaining is None or noise or is_noise or case.states_f32
-        else beyond(case, best, lambda other, kind, most: _of_all_records(other, replace(options, compute=kind), budget, most))
-    )
+    said, further = earlier
+    if not (said or budget.late or settled_by_cause or answer.remaining is None or noise or is_noise or case.states_f32):
+        said, further = beyond(case, best, partial(_again, options, budget))
     if further is not None:
         return further
     if said and type_of_rows(best):
@@ -197,6 +199,10 @@ def _of_all_records(
     return replace(answer, hides=could_hide(case, search, start) if answer.precision_assumed else ()), best
 
 
+def _again(options: ExplainOptions, budget: Budget, case: Case, kind: str | None, most: float) -> Found:
+    return _of_all_records(case, replace(options, compute=kind), budget, most)
+
+
 def _best(
     case: Case, search: Search, start: SearchState, noise: str, max_faults: int, budget: Budget
 ) -> tuple[SearchState, Looks]:
@@ -214,6 +220,8 @@ def _best(
         found = looks(case, search, start, budget)
     if begin.first is None or found.is_noise or not may_have_cause(case.entries, start):
         return begin, found
+    if not noise and begins_with_noise(case, begin):  # the rest of the time is for what is behind it
+        budget = search.screening.budget = budget.part(_BEYOND)
     best = _needed(search, _around(case, search, search.explain(begin, max_faults), max_faults, budget))
     best = believed(case.entries, search, start, best)
     return best if law_at(case, search, best) else as_far_as_shown(search.screening, best), found
@@ -252,7 +260,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if not (rounding or case.states_f32) and lawless:
         rounding = law_of_noise(case, best, values)
     if rounding:
-        return replace(answer, law=rounding, rounds=True, next="")
+        return replace(answer, law=rounding, rounds=True, next="" if answer.complete else answer.next)
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")

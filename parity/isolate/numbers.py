@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.graph import Step, WeightSource, viewed
 
-from ..laws.beside import Beside, room
+from ..laws.beside import Beside, room_of_elements
 from ..laws.heads import heads_of
 from ..laws.laws import WRONG, law
 from .held import Held
@@ -52,7 +52,7 @@ def law_of_numbers(step: Step, steps: Mapping[str, Step], held: Held, weights: W
         dumped=dumped,
         right=right,
         index=np.arange(width),
-        room=room(np.full(len(rows), limit), np.square(right).sum(axis=1), dumped, right),
+        room=room_of_elements(np.full(len(rows), limit), np.square(right).sum(axis=1), dumped, right),
         printed=np.zeros(len(rows)),
         rows=rows,
         whole=whole,

@@ -19,6 +19,10 @@ ENOUGH = 12  # recorded values: a number that is fitted to fewer may follow nois
 # n. Or so much of the limits, in float32 1e-12, as two right engines are apart. (1.005 in the place of 1.00504 left 190,000 times as much.)
 AS_WELL, AS_NOISE = 4.0, 1e-2
 
+# What a factor of whole rows may leave of their sketches' squared distance: exactly, the rounding of both; a factor of a quarter of a row
+# leaves three quarters. A choice between.
+_OF_SKETCHES = 0.5
+
 
 class Beside(Struct, frozen=True):
     """The wrong records of a place, with the right values.
@@ -31,6 +35,7 @@ class Beside(Struct, frozen=True):
         whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
         bias: [k], the vector that the operation adds last, if it has one.
         heads: how many heads a row consists of, if it does.
+        sketches: [R, 32] both, of the whole dumped and right rows, if those hold more than is recorded.
     """
 
     dumped: Floats
@@ -42,6 +47,17 @@ class Beside(Struct, frozen=True):
     whole: Floats | None = None
     bias: Floats | None = None
     heads: int | None = None
+    sketches: tuple[Floats, Floats] | None = None
+
+    def is_whole(self, factor: float) -> bool:
+        """Whether whole rows, by their sketches, are this many times the right ones, as the recorded elements are; True without sketches.
+
+        Sketches are sums of a row's elements: of such rows they are as many times the right one's.
+        """
+        if self.sketches is None or not np.isfinite(self.sketches).all():
+            return True
+        dumped, right = self.sketches
+        return bool(np.square(dumped - factor * right).sum() <= _OF_SKETCHES * np.square(dumped - right).sum())
 
     def holds(self, law: Floats, elements: Bools | None = None, share: float = LEFT) -> bool:
         """Whether values [R, k] equal the dump's up to rounding, at these elements, with at most this share of the error left."""
@@ -86,6 +102,15 @@ class Beside(Struct, frozen=True):
 def room(limit: Floats, energy: Floats, dumped: Floats, right: Floats) -> Floats:
     """The squared error of dumped rows [R, k] that counts as noise, [R], by a limit and an energy of each."""
     return ROOM * limit * energy * _smaller(dumped, right)
+
+
+def room_of_elements(limit: Floats, energy: Floats, dumped: Floats, right: Floats) -> Floats:
+    """As `room`, of rows whose elements are judged by themselves: of an outlier's energy a lower arithmetic's limit would be wider than all
+    other elements.
+    """
+    squares = np.square(right)
+    others = squares.sum(axis=1) - squares.max(axis=1, initial=0.0)
+    return np.fmin(room(limit, energy, dumped, right), np.where(others > 0, LEFT * others, np.inf))
 
 
 def _smaller(dumped: Floats, right: Floats) -> Floats:

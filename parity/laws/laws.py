@@ -35,6 +35,9 @@ def law(compared: Beside) -> str:
     every = np.ones(len(compared.index), dtype=np.bool_)
     sentence = next(_by_a_number(compared, every, many=False), "")
     if sentence:
+        factor = _factor(compared.dumped, compared.right)
+        if factor is not None and compared.holds(compared.right * factor) and not compared.is_whole(factor):
+            return f"every recorded element {sentence}; the whole rows are not"
         return f"every element {sentence}"
     some = _differing(compared)
     if 0 < some.sum() < len(some) and _alone(compared, some):
@@ -65,7 +68,8 @@ def _not_finite(compared: Beside) -> str:
     """Which elements are NaN or infinite, if all others are right; else ""."""
     nonfinite = ~np.isfinite(compared.dumped)
     columns = np.asarray(nonfinite.any(axis=0))
-    if not compared.holds(np.where(np.isfinite(compared.dumped), compared.right, 0.0), ~columns):
+    # The others are as right as their limit says: what is left of them is all of their error.
+    if not compared.holds(np.where(np.isfinite(compared.dumped), compared.right, 0.0), ~columns, share=np.inf):
         return ""
     values = compared.dumped[nonfinite]
     kinds = [

@@ -10,9 +10,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+OF_ANY_SHAPE = ("llama", "qwen2")  # made without a recipe (`engine.synth.dense`)
+
+
 def names() -> list[str]:
     """Everything that `--architecture` takes: qwen2, llama and the recipes, sorted."""
-    return sorted({"llama", "qwen2", *RECIPES})
+    return sorted({*OF_ANY_SHAPE, *RECIPES})
 
 
 def recipe(name: str) -> Recipe:
@@ -21,6 +24,12 @@ def recipe(name: str) -> Recipe:
     Raises:
         InputError: there is no recipe of that name.
     """
+    if name in OF_ANY_SHAPE:
+        raise InputError(
+            f"{name} has no recipe: a model of it is made from a shape.",
+            "Use engine.synth.shape_like, or parity.synth.synthetic.make with a shape.",
+            code="architecture",
+        )
     if name not in RECIPES:
         raise InputError(
             f"there is no recipe for a model of architecture {name!r}.",

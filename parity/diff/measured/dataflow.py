@@ -56,6 +56,11 @@ class Flow(Struct, frozen=True, dict=True):
         return self.unmasked or name.startswith(ENCODER)
 
     @cached_property
+    def may_rotate(self) -> bool:
+        """Whether the model may have RoPE: unless all its operations are known, and that is none of them."""
+        return not self.known or any(how.op == "ROPE" for how in self.whole.computations.values())
+
+    @cached_property
     def _compared(self) -> frozenset[str]:
         return frozenset(self.names)
 

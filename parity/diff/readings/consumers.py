@@ -72,7 +72,7 @@ class _Consumers:
         self._numbers = LostNumbers(model, measured)
         self._readings: dict[str, Reading | None] = {}
         self._rounded = RoundedRecords(model, self._wrong_records)
-        self._others = Others(ref.points)
+        self._others = Others(ref.points, rotated=model.may_rotate)
         self._right_elsewhere = dict(elsewhere)
         self._blind: set[str] = set()  # points whose own values are recorded nowhere, and not known to be right
         self._head_size = head_size_of(ref, ours)

@@ -100,10 +100,10 @@ def agree(a: NDArray[np.floating], b: NDArray[np.floating], allowed: Allowed) ->
 
 
 class Others:
-    """All records of the reference's points; `points` by name."""
+    """All records of the reference's points; `points` by name, `rotated` where the model may have RoPE."""
 
-    def __init__(self, points: Mapping[str, Rows]) -> None:
-        self.points = points
+    def __init__(self, points: Mapping[str, Rows], *, rotated: bool = True) -> None:
+        self.points, self.rotated = points, rotated
         self._beginnings: dict[tuple[int, int], tuple[list[str], Floats]] = {}
 
     def beginning_like(self, ours: Rows, allowed: Allowed) -> list[str]:

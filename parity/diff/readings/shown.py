@@ -34,7 +34,7 @@ def shown_by(ours: Rows, ref: Rows, allowed: Allowed, others: Others, head_size:
         or renamed(ours, allowed, others)
         or scaled(ours, ref, allowed)
         or (other_position(ours, allowed, same) if same is not None else None)
-        or (before_rope(ours, ref, allowed, same) if same is not None else None)
+        or (before_rope(ours, ref, allowed, same) if same is not None and others.rotated else None)
         or other_type(ours, ref, allowed)
         or (likelihoods(ours, ref, allowed) if ours.point == LOGITS else None)
     )

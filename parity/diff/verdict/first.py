@@ -261,7 +261,8 @@ def _of_values(
             f"(--compute {_COMPUTE[type_name.split(' ')[0]]})",
         )
     allowed = Allowed.of(records.limit[failing], records.measures.nmse[failing], ours, ref)
-    layout = shown_by(ours, ref, allowed, Others(records.ref.points), head_size_of(records.ref, records.ours))
+    others = Others(records.ref.points, rotated=records.flow.may_rotate)
+    layout = shown_by(ours, ref, allowed, others, head_size_of(records.ref, records.ours))
     after = " and ".join(child for child in records.flow.children[name] if _differs(records, child, failing))
     if layout is not None and layout.relation in _SHIFTED and stretch is not None and not stretch.inputs and after:
         sentence = f"{name}: position t holds the reference's {layout.relation}, and what follows is computed from that"

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from checkpoints.points import of_scores
 from checkpoints.record import Rows
 
-from ...laws.beside import ENOUGH, LEFT, Beside, room
+from ...laws.beside import ENOUGH, LEFT, Beside, room, room_of_elements
 from ...laws.keys import law_of_keys
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
 from ..measured.records import Records
@@ -97,13 +97,11 @@ def _beside(records: Records, failing: Ints) -> Beside | None:
         return None
     quantum = values.quantum
     printed = np.zeros(len(at)) if quantum is None else (quantum[at, :width] ** 2).sum(axis=1)
-    energy = right**2
-    others = energy.sum(axis=1) - energy.max(axis=1)  # of an outlier's energy the limit would be wider than all other elements
     return Beside(
         dumped=dumped,
         right=right,
         index=np.arange(width, dtype=np.int64),
-        room=np.fmin(room(records.limit[failing], energy.sum(axis=1), dumped, right), LEFT * others) + printed,
+        room=room_of_elements(records.limit[failing], (right**2).sum(axis=1), dumped, right) + printed,
         printed=printed,
         rows=at,
         whole=_whole(pair.ref),

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoints.points import of_scores
+from checkpoints.summary import sketch
 from engine.backend import Array
 from engine.faults import SEEN
 
+from ...diff.limits import EXACT_FLOOR
 from ...diff.measured.whole_rows import sizes
-from ...laws.beside import Beside, room
+from ...laws.beside import Beside, room, room_of_elements
 from ...laws.keys import law_of_keys
 from .records import Expected, Floats, Ints
 
@@ -45,13 +48,22 @@ def beside(
         dumped=dumped,
         right=right,
         index=index,
-        room=room(entry.limit[wrong], entry.energy[wrong], dumped, right) + printed,
+        room=room_of_elements(entry.limit[wrong], entry.energy[wrong], dumped, right) + printed,
         printed=printed,
         rows=entry.rows[wrong],
         whole=whole,
         bias=bias[index] if fits and bias is not None else None,
         heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
+        sketches=_sketches(entry, wrong, whole) if count < entry.width else None,
     )
+
+
+def _sketches(entry: Expected, wrong: NDArray[np.bool_], whole: Floats | None) -> tuple[Floats, Floats] | None:
+    """Both sides' sketches of a point's wrong records, if the dump has such."""
+    ours = entry.pair.ours.sketch
+    if ours is None or whole is None or not np.isfinite(whole).all():
+        return None
+    return ours[wrong].astype(np.float64), sketch(whole[entry.rows[wrong]])
 
 
 def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) -> str:
@@ -77,8 +89,17 @@ def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) ->
 
 
 def few_positions(entry: Expected, errors: Floats, positions: Ints) -> str:
-    """The positions at which alone a point is wrong, by these errors [R], as the beginning of a sentence; "" if they are many, or all."""
+    """The positions at which alone a point is wrong, by these errors [R], as the beginning of a sentence; "" if they are many, or all.
+
+    Within a lower arithmetic's limits others may be wrong as well: it is said that these are over them.
+    """
     wrong = np.unique(entry.rows[errors > entry.limit])
     if len(wrong) > _FEW or len(wrong) >= len(np.unique(entry.rows)):
         return ""
-    return f"at position{'s' * (len(wrong) > 1)} {' and '.join(str(positions[row]) for row in wrong)} alone "
+    named = f"at position{'s' * (len(wrong) > 1)} {' and '.join(str(positions[row]) for row in wrong)}"
+    wide = bool((entry.limit > EXACT_FLOOR.logits).any())
+    return (
+        f"{named}, the only {'one over its limit' if len(wrong) == 1 else 'ones over their limits'}, "
+        if wide
+        else f"{named} alone "
+    )

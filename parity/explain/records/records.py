@@ -58,6 +58,11 @@ class Expected(Struct, frozen=True):
         """Which records differ from the right engine's, [R]."""
         return np.asarray(self.base > self.limit)
 
+    @property
+    def lost(self) -> NDArray[np.bool_]:
+        """Which records have values that are not a number, [R]: no arithmetic makes these of numbers that it can hold."""
+        return np.asarray((self.present & np.isnan(self.values)).any(axis=1) & self.over)
+
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
 

@@ -1,6 +1,6 @@
 """If an arithmetic, or a part kept in a lower type, explains the first place but not everything after it: the search for the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -9,13 +9,15 @@ from checkpoints.answers.explain import Explanation
 from engine.replay.kept import KEPT, kept
 from reports.sentences import ARITHMETIC, kept_in
 
+from ..budget import Budget
 from ..case import Case
+from ..search.search import Search
 from ..search.state import SearchState
 from .flipped import has_choices
 from .looks_like import floor_of
-from .mixed import kinds_of_rounding
+from .mixed import kind_of_noise, kinds_of_rounding
 from .precision import TOGETHER, UPPER, is_beyond
-from .rounded_weights import type_of_rows
+from .rounded_weights import type_of_rows, with_weights_rounded
 
 # Explains a case whose arithmetic is given (None: as the dump says), up to so many times what that costs a point.
 Found = tuple[Explanation, SearchState]
@@ -24,31 +26,74 @@ Beyond = tuple[tuple[str, ...], Found | None]
 NOTHING: Beyond = ((), None)
 
 
+def before_search(case: Case, search: Search, start: SearchState, budget: Budget, again: Again) -> Beyond:
+    """As `beyond`, asked before any search, where the first place shows its own rounding to a lower type: no fault is there to be found.
+
+    Where weights of that type explain it, the operations may be in float32.
+    """
+    if case.states_f32 or start.first is None or budget.late:
+        return NOTHING
+    kinds = kinds_of_rounding(case, start)
+    if not kinds or kinds[0] in KEPT or with_weights_rounded(case, search, start, budget) is not start:
+        return NOTHING
+    return _beyond_arithmetic(case, start, kinds, again)
+
+
+def begins_with_noise(case: Case, state: SearchState) -> str:
+    """The arithmetic of whose size the noise at the first place is, if a later place is off by more than it costs; otherwise ""."""
+    kind = "" if case.states_f32 or state.faults else kind_of_noise(case, state, case.replay.on_host)
+    point = _further_off(case, kind) if kind and kind not in KEPT else ""
+    return kind if point and state.first is not None and point != case.entries[state.first.point].point else ""
+
+
 def beyond(case: Case, state: SearchState, again: Again) -> Beyond:
     """Look for what differs by more than is explained by the arithmetic or kept part at a state's first place.
 
     Returns:
-        A sentence on it, if there is anything, and what `again` finds: beyond an arithmetic only faults that reproduce everything,
-        beside a kept part anything that is not an arithmetic.
+        A sentence on it, if there is anything, and what `again` finds: beside a kept part anything that is not an arithmetic.
     """
     kinds = (kind,) if (kind := type_of_rows(state)) else kinds_of_rounding(case, state)
     if kinds and kinds[0] in KEPT:
         return _beside_kept(case, kinds[0], again)
-    kind = next((kind for kind in kinds if kind not in KEPT), "")
-    point = _further_off(case, kind) if kind else ""
-    if not point:
+    if not kinds and (noise := begins_with_noise(case, state)):
+        kinds = (noise,)
+    return _beyond_arithmetic(case, state, kinds, again)
+
+
+def _beyond_arithmetic(case: Case, state: SearchState, kinds: Sequence[str], again: Again) -> Beyond:
+    """As `beyond`, where an operation at the first place is rounded as these arithmetics round it (none: nothing is found).
+
+    A fault that reproduces everything beyond the arithmetic's usual cost, or else what is found where that arithmetic is stated.
+    """
+    kinds = [kind for kind in kinds if kind not in KEPT]
+    point = _further_off(case, kinds[0]) if kinds else ""
+    if not point or state.first is None:
         return NOTHING
+    kind, named = kinds[0], " or ".join(ARITHMETIC[each] for each in kinds)
     said = (
-        f"{point} is off by more than {ARITHMETIC[kind]} arithmetic costs there: a fault"
+        f"{point} is off by more than {ARITHMETIC[kind]} arithmetic costs there: a fault, or a lower arithmetic"
         f"{', or experts that it chooses otherwise' if has_choices(case) else ''} (--compute {kind} looks for a fault beyond it)"
     )
-    answer, found = again(case.with_steps(case.transformer.steps, case.entries), kind, TOGETHER)
-    if answer.causes and not answer.suspects and _is_noise(case, kind, found):
-        answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
-    if not answer.causes or answer.remaining is not None:
-        return (said,), None
-    note = f"arithmetic: {said}; the cause is looked for beyond that"
-    return (said,), (replace(answer, notes=(*answer.notes, note)), found)
+    judged_as = (
+        f"{named} arithmetic, which nothing states: {case.entries[state.first.point].point} is as it makes it, and {point} is off by more "
+        "than it costs there"
+    )
+    for most in (TOGETHER, UPPER):
+        answer, found = again(case.with_steps(case.transformer.steps, case.entries), kind, most)
+        if most == TOGETHER:
+            if answer.causes and not answer.suspects and _is_noise(case, kind, found):
+                answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
+            if not answer.causes or answer.remaining is not None:
+                continue
+        if _says_more(answer):
+            return (said,), (replace(answer, judged_as=judged_as), found)
+    return (said,), None
+
+
+def _says_more(answer: Explanation) -> bool:
+    """Whether an answer by what an arithmetic costs leads to a fault, and not to another arithmetic, or to what cannot be judged."""
+    led = answer.causes or answer.placed is not None or answer.law or answer.suspects
+    return not (answer or answer.unjudged or answer.rounds or answer.left_open) and bool(led)
 
 
 def _beside_kept(case: Case, kind: str, again: Again) -> Beyond:

@@ -194,7 +194,7 @@ def kinds_of_rounding(case: Case, state: SearchState, over: Callable[[], bool] =
 
     None if the time is `over` before all were tried.
     """
-    if state.first is None or state.faults or over():
+    if state.first is None or state.faults or case.entries[state.first.point].lost.any() or over():
         return ()
     return rounded_here(case, *first_errors(case, state, case.replay.on_host), over)
 
@@ -219,10 +219,15 @@ def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) ->
 
     `values` are those of the state's steps, on the host.
     """
-    if state.first is None:
-        return ""
-    kind = noise_here(case, *first_errors(case, state, values))
+    kind = kind_of_noise(case, state, values)
     return noise_in_words(kind) if kind else ""
+
+
+def kind_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
+    """The arithmetic that would make errors of a state's first place's size, if they are noise (`noise_here`); otherwise ""."""
+    if state.first is None or case.entries[state.first.point].lost.any():
+        return ""
+    return noise_here(case, *first_errors(case, state, values))
 
 
 def first_errors(

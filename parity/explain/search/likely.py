@@ -88,8 +88,8 @@ class Likely:
         return dict(zip(values, effects, strict=True))
 
     def likely_effects(self, effects: Mapping[int, Floats]) -> set[int]:
-        """The numbers of the effects that may be the error of the recorded elements."""
-        effects = {number: effect for number, effect in effects.items() if effect.any()}
+        """The numbers of the effects that may be the error of the recorded elements, which are numbers."""
+        effects = {number: effect for number, effect in effects.items() if effect.any() and np.isfinite(effect).all()}
         if not effects:
             return set()
         wanted = self._change(self._screening.replay(self._state, 1))[self._chosen]
@@ -133,9 +133,13 @@ class Likely:
             return bool((np.linalg.norm(left, axis=1) <= _NEARLY * np.linalg.norm(wanted)).any())
 
     def _answers(self) -> Mapping[str, Array]:
-        """The derivatives of recorded elements (of many, some) by the outputs of the layers in question; none where they are not known."""
+        """The derivatives of recorded elements (of many, some) by what the layers in question make; none where they are not known.
+
+        By what the first of them makes as well, if it can be computed from the output of the layer before.
+        """
         layers = self._screening.suspects(self._state)
-        steps = steps_between(self._state, layers[0], self._point) if layers else []
+        before = steps_between(self._state, layers[0] - 1, self._point) if layers and layers[0] > 0 else []
+        steps = before or (steps_between(self._state, layers[0], self._point) if layers else [])
         if not steps or sees_later(self._state.steps):
             return {}
         replay = self._screening.replay(self._state, self._screening.enough(self._row + 1))

@@ -6,7 +6,7 @@ from math import isclose
 import numpy as np
 from msgspec.structs import replace
 
-from engine.faults import FITTED_PARTS
+from engine.faults import AT, FITTED_PARTS
 from engine.graph import Step
 
 from ..records.records import Expected
@@ -14,9 +14,9 @@ from .alike import Alike
 from .batch import agreeing_first, beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
-from .scopes import STAGES, WEIGHTS, acts_after, acts_between, last_agreed, long, rescoped, stages, where_it_holds
+from .scopes import STAGES, acts_after, acts_between, last_agreed, long, rescoped, stages, where_it_holds, widest
 from .screening import Screening
-from .state import Candidate, Layers, Screened, SearchState, key, worst
+from .state import WEIGHTS, Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
 _FEW_LEFT = 4  # candidates up to which all are checked on all rows: to choose among them costs as much
@@ -116,21 +116,20 @@ class OneMore:
 
     def _late(self, state: SearchState) -> list[SearchState]:
         """States that get further by one fault with many variants in all layers that changes nothing before the last point that agrees,
-        such as weights of the twelfth layer before, which the first twelve do not have.
+        such as weights of the twelfth layer before, which the first twelve do not have. Those that concern whole layers come first.
         """
         agreed = last_agreed(self.screening, state)
         self._of_stage(state, 0)
         others = self._stages[key(state.faults)][-1]
-        many = long(others)
-        late = [
-            one
-            for one in others
-            if one.fault.name in many
-            and agreed is not None
-            and acts_after(state, one, agreed)
-            and acts_between(self.screening, state, one, agreed)
-        ]
-        return list(self._beyond(state, screened(self.screening, state, None, late))) if late else []
+        whole = widest(others, long(others))
+        late = [] if agreed is None else [one for one in others if one.fault.name in whole and acts_after(state, one, agreed)]
+        for turn in (True, False):
+            some = [one for one in late if (one.parameters.get(AT) == whole[one.fault.name]) is turn]
+            some = [one for one in some if agreed is not None and acts_between(self.screening, state, one, agreed)]
+            found = list(self._beyond(state, screened(self.screening, state, None, some))) if some else []
+            if all_explained(found):
+                return found
+        return []
 
     def _in_single_layers(self, state: SearchState) -> list[SearchState]:
         """States that get further by one fault in one layer; if several layers are in question, likely and cheap candidates come first.
@@ -231,7 +230,7 @@ class OneMore:
 
     def _by_cost(self, state: SearchState, layers: Sequence[int]) -> dict[Layers, list[list[Candidate]]]:
         """The candidates in each of some layers by cost: faults of the capture, formulas, those that need every row, those that rebuild
-        weights, and those of a fault with many variants. They are the same in all layers.
+        weights, and those of a fault with many variants. They are the same in all layers: the first one's stand for the others'.
         """
         *shown, others = stages(self.screening, state, (layers[0],)) if layers else ([],)
         many = long(others)
@@ -244,9 +243,7 @@ class OneMore:
         turns = sorted(each.values(), key=len)
         first, rest = [turn[:_IN_TURN] for turn in turns], [turn[_IN_TURN:] for turn in turns if turn[_IN_TURN:]]
         lists = [*shown, *cheap, *first, *rest]
-        return {
-            (layer,): [[Candidate(one.fault, one.parameters, (layer,)) for one in some] for some in lists] for layer in layers
-        }
+        return {(layer,): lists for layer in layers}
 
     def _in_all_layers(self, state: SearchState, better: Sequence[SearchState]) -> list[SearchState]:
         """The faults that explain everything in one layer, planted in all layers, if that explains everything as well."""

@@ -11,12 +11,15 @@ from msgspec import Struct, field
 from checkpoints.points import parse
 from engine.faults import SEEN, Fault, Planting
 from engine.graph import POSITIONS, Step, sees_later
+from engine.lift.node import GgmlOperation
 from engine.replay.batched import by_rows
 from engine.replay.right_values import same_start
 
 from ..records.records import Floats
 
 Layers = tuple[int, ...] | None
+# Groups of faults that rebuild a matrix, which costs more than its product with one row.
+WEIGHTS = ("weights", "dequantisation")
 
 
 class Candidate(Struct, frozen=True, gc=False):
@@ -78,6 +81,16 @@ class SearchState(Struct, frozen=True, dict=True):
     def layers_begin(self) -> int:
         """The number of the first step in a layer; -1 if there is none."""
         return next((number for number, step in enumerate(self.steps) if parse(step.makes).layer is not None), -1)
+
+    @cached_property
+    def operations(self) -> Mapping[int, tuple[object, ...]]:
+        """The operations of each layer's steps, in order."""
+        by_layer: dict[int, list[object]] = {}
+        for step in self.steps:
+            layer = parse(step.makes).layer
+            if layer is not None:
+                by_layer.setdefault(layer, []).append(step.op.name if isinstance(step.op, GgmlOperation) else step.op)
+        return {layer: tuple(operations) for layer, operations in by_layer.items()}
 
     @cached_property
     def mixing(self) -> list[int]:

@@ -11,9 +11,7 @@ from itertools import islice
 
 from msgspec import Struct
 
-from checkpoints.points import parse
 from engine.backend import Array, module_of
-from engine.lift.node import GgmlOperation
 from engine.replay.replay import Edits
 
 from ..records.records import Floats
@@ -23,11 +21,12 @@ from .carry import carry_together, distinct
 from .first_place import AtFirstPlace
 from .likely import Likely
 from .screening import Screening
-from .state import Candidate, Layers, RecordKey, Screened, SearchState
+from .state import WEIGHTS, Candidate, Layers, RecordKey, Screened, SearchState
 
 _COMPARED = 64  # versions compared with the dump at once: a bound on the memory, for logits
-# Steps of one candidate whose effects are added up: of 311 faults that change up to three steps of layer 12 or 18 of stories 297 have the
-# sum's direction, of 27 that change more, mostly large, all of a layer's matrices, 23 have; offsets of layers and unsigned quants do not.
+# Matrices that one candidate rebuilds whose effects are added up: of 311 faults that change up to three steps of layer 12 or 18 of stories
+# 297 have the sum's direction, of 178 that rebuild more in nine models 145. All 26 formulas that change four to seven steps, such as
+# all norms of a layer, have.
 _ADDED = 3
 _AT_ONCE = 8  # rows up to which a layer is computed at once: so few cost hardly more than one
 Results = dict[Layers, list[tuple[Candidate, Screened]]]
@@ -40,7 +39,7 @@ class _Scope(Struct):
 
     batch: BatchScreening
     candidates: Sequence[Candidate]
-    alone: Sequence[Candidate]
+    alone: list[Candidate]
     edits: dict[int, Edits]
     waiting: list[int]
     results: dict[int, Screened]
@@ -63,7 +62,9 @@ class Sweep(AtFirstPlace):
         single = len(scopes) > 1 and self._first.row < _AT_ONCE
         few = (*(() if single else (1, 2)), self._first.row + 1, self._first.row + 2)
         self._stages = sorted({screening.enough(rows) for rows in few})
-        kinds = {scope: _operations(state, scope) for scope in scopes} if len(scopes) > 1 else {}
+        kinds: dict[Layers, object] = (
+            {scope: state.operations.get(scope[0]) for scope in scopes if scope} if len(scopes) > 1 else {}
+        )
         firsts = {kind: scope for scope, kind in reversed(kinds.items())}
         #: The first of the scopes with the same operations, by scope.
         self._like = {scope: firsts[kind] for scope, kind in kinds.items()}
@@ -98,7 +99,7 @@ class Sweep(AtFirstPlace):
         self, candidates: Mapping[Layers, Sequence[Candidate]], likely: Likely | Alike | None
     ) -> Iterator[tuple[Layers, list[tuple[Candidate, Screened]]]]:
         """`screened` in parts, each of which ends with a scope in which something makes nearly all of the error, or with the last one."""
-        scopes = {layers: self._scope(layers, some) for layers, some in candidates.items()}
+        scopes = {layers: _Scope(self._batches[layers], some, [], {}, [], {}) for layers, some in candidates.items()}
         first = next(rows for rows in self._stages if rows > self._first.row)
         for rows in self._stages[: self._stages.index(first)]:
             now = {at: scope for at, scope in scopes.items() if likely is None or at not in self._alike}
@@ -131,18 +132,24 @@ class Sweep(AtFirstPlace):
                 scopes[layers].waiting.append(number)
 
     def _begin(self, layers: Layers, scope: _Scope, likely: Likely | Alike | None) -> None:
-        """Take up a scope's candidates, without those that do something else in another layer with the same operations."""
-        if likely is not None:
-            numbers = self._may_act(layers, scope, range(len(scope.candidates)))
-            scope.candidates = [scope.candidates[number] for number in numbers]
+        """Take up a scope's candidates, which may be those of another layer: without those that do something else in that one, if it has
+        the same operations.
+        """
+        some = scope.candidates if likely is None else self._may_act(layers, scope.candidates)
+        here = [each if each.layers == layers else Candidate(each.fault, each.parameters, layers) for each in some]
+        scope.candidates = []
+        for each in here:  # those that can be computed with others up to their layer's output, and carried on from there
+            plain = self._plain and each.fault.shows is None and not scope.batch.changes_later(each)
+            (scope.candidates if plain else scope.alone).append(each)
         scope.edits = scope.batch.edits(scope.candidates)
         scope.waiting = list(scope.edits)
 
-    def _may_act(self, layers: Layers, scope: _Scope, numbers: Sequence[int]) -> list[int]:
-        """The candidates of these numbers that may act as the dump shows, as far as other layers tell; the others are postponed."""
-        may = {number: self._acts.get(self._effect(layers, scope.candidates[number]), True) for number in numbers}
-        self.postponed[layers] += [scope.candidates[number] for number, acts in may.items() if not acts]
-        return [number for number, acts in may.items() if acts]
+    def _may_act(self, layers: Layers, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates that may act as the dump shows, as far as other layers tell; the others are postponed."""
+        like, acts = self._like.get(layers), self._acts
+        may = [acts.get((like, each.fault.name, id(each.parameters)), True) for each in candidates]
+        self.postponed[layers] += [each for each, now in zip(candidates, may, strict=True) if not now]
+        return [each for each, now in zip(candidates, may, strict=True) if now]
 
     def _outputs(self, layers: Layers, scope: _Scope, rows: int, likely: Likely | Alike | None) -> dict[int, Array]:
         """The first rows that each candidate changes; `waiting` keeps those that are right if they change nothing in these rows."""
@@ -179,7 +186,12 @@ class Sweep(AtFirstPlace):
     def _after_own_steps(self, layers: Layers, scope: _Scope, likely: Likely) -> list[int]:
         """The candidates that wait, without those whose changed steps alone tell that they change the first row otherwise than the dump."""
         edits = {number: scope.edits[number] for number in scope.waiting}
-        edits = {number: edit for number, edit in edits.items() if len(edit) <= _ADDED and scope.batch.separable(edit)}
+        few = {
+            number
+            for number, edit in edits.items()
+            if len(edit) <= _ADDED or scope.candidates[number].fault.group not in WEIGHTS
+        }
+        edits = {number: edits[number] for number in edits if number in few and scope.batch.separable(edits[number])}
         changing, unknown = set[int](), set[int]()
         effects: dict[int, Floats] = {}  # what several steps change adds up
         for name, values in scope.batch.own_steps(scope.candidates, edits, 1, likely.knows):
@@ -188,8 +200,9 @@ class Sweep(AtFirstPlace):
             of_step = likely.effects(name, changed)
             unknown |= changed.keys() - of_step.keys()
             effects.update({number: effects.get(number, 0) + effect for number, effect in of_step.items()})
-        for number in edits.keys() - changing:
-            if not scope.candidates[number].fault.whole:  # it changes the first row in no layer
+        reaching = unknown | {number for number, effect in effects.items() if effect.any()}
+        for number in edits.keys() - reaching:
+            if not scope.candidates[number].fault.whole:  # it changes nothing that the first row is made of, in no layer
                 self._acts[self._effect(layers, scope.candidates[number])] = False
         chosen = unknown | likely.likely_effects(effects)
         self.postponed[layers] += [scope.candidates[number] for number in sorted(changing - chosen)]
@@ -239,14 +252,6 @@ class Sweep(AtFirstPlace):
             for (layers, numbers), error in zip(owners[begin:], errors, strict=False):
                 yield from ((layers, number, error) for number in numbers)
 
-    def _scope(self, layers: Layers, candidates: Sequence[Candidate]) -> _Scope:
-        some: list[Candidate] = []
-        alone: list[Candidate] = []
-        for each in candidates:  # those that can be computed with others up to their layer's output, and carried on from there
-            plain = self._plain and each.fault.shows is None and not self._batches[layers].changes_later(each)
-            (some if plain else alone).append(each)
-        return _Scope(self._batches[layers], some, alone, {}, [], {})
-
     @staticmethod
     def _together(scope: _Scope) -> Iterator[tuple[Candidate, Screened]]:
         return ((scope.candidates[number], scope.results[number]) for number in sorted(scope.results))
@@ -263,12 +268,6 @@ class Sweep(AtFirstPlace):
     def _effect(self, layers: Layers, candidate: Candidate) -> tuple[object, ...]:
         """What is alike for a candidate in all layers with the same operations, whose candidates share their parameters."""
         return self._like.get(layers), candidate.fault.name, id(candidate.parameters)
-
-
-def _operations(state: SearchState, layers: Layers) -> tuple[object, ...]:
-    """The operations of the first of these layers."""
-    steps = (step for step in state.steps if layers and parse(step.makes).layer == layers[0])
-    return tuple(step.op.name if isinstance(step.op, GgmlOperation) else step.op for step in steps)
 
 
 def screened(
