@@ -19,6 +19,7 @@ from reports.explanation import lines
 
 pytestmark = pytest.mark.slow
 _CHAIN = ("q", "q_rope", "k", "k_rope")
+_CACHE = (*_CHAIN, "k_read")
 
 
 @pytest.fixture
@@ -37,12 +38,28 @@ def _dump(engine: Faulty, steps: list[Step] | None = None, faults: Planted | Non
     return engine.dump(faults or Planted(()), tokens, points="*", size=1 << 20, steps=steps)
 
 
-def _recorded(dump: Dump, change: Callable[[Array], Array]) -> Dump:
+def _recorded(dump: Dump, change: Callable[[Array], Array], chain: tuple[str, ...] = _CHAIN) -> Dump:
     kept = {
-        name: replace(rows, values=change(rows.values)) if parse(name).kind in _CHAIN else rows
+        name: replace(rows, values=change(rows.values)) if parse(name).kind in chain else rows
         for name, rows in dump.points.items()
     }
     return replace(dump, points=kept)
+
+
+def _few(dump: Dump) -> Dump:
+    """The dump with ten values of each row, and nothing that is known of the others."""
+    cut = {
+        name: replace(
+            rows,
+            values=rows.values[:, :10],
+            counts=np.minimum(rows.counts, 10),
+            stats={},
+            sketch=None,
+            shapes=((),) * len(rows),
+        )
+        for name, rows in dump.points.items()
+    }
+    return replace(dump, points=cut)
 
 
 def test_a_chain_of_records_in_another_order_blames_no_operation(engine: Faulty) -> None:
@@ -55,6 +72,24 @@ def test_a_chain_of_records_in_another_order_blames_no_operation(engine: Faulty)
     text = " ".join(line.plain for line in lines(answer, 1000))
     assert text.count("halves where llama.cpp has neighbours") == 1
     assert "operation is wrong" not in text
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_right_engine_with_halves_has_no_fault(engine: Faulty, few: bool) -> None:
+    """Q and K as halves, in the cache as well, whole rows or ten values of each: no fault, and one sentence says how they are recorded."""
+    dump = _recorded(_dump(engine), _halves(engine), _CACHE)
+    answer = explain(_few(dump) if few else dump, engine.model, STEPS)
+    assert answer
+    assert {parse(suspect.checkpoint).kind for suspect in answer.suspects} == set(_CACHE)
+    text = " ".join(line.plain for line in lines(answer, 1000))
+    assert text.count("halves where llama.cpp has neighbours") == 1
+
+
+def test_a_fault_beside_ten_values_of_halves_is_named(engine: Faulty) -> None:
+    """What a later layer does wrong is found beside ten values of each row, Q and K as halves among them."""
+    wrong = Planted((("branch-missing", {"at": ("l_out",)}, (2,)),))
+    answer = explain(_few(_recorded(_dump(engine, faults=wrong), _halves(engine), _CACHE)), engine.model, STEPS)
+    assert [cause.named.layers for cause in answer.causes] == [(2,)]
 
 
 def test_records_that_are_wrong_alone_in_several_layers_are_one_sentence(engine: Faulty) -> None:

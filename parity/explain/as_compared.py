@@ -15,6 +15,7 @@ from reports.sentences import ARITHMETIC
 
 from ..diff.compare import Comparison, Options
 from ..diff.limits import EXACT_FLOOR, NATIVE
+from ..diff.readings.layouts import is_rotated
 from ..diff.verdict.beyond_noise import ONE_FACTOR
 from ..diff.verdict.undecided import FEW_POSITIONS
 from ..laws.laws import NOT_RECORDED
@@ -83,7 +84,7 @@ def agrees_as_stated(case: Case, start: SearchState, options: ExplainOptions) ->
     """
     over = [int((nmse > entry.limit).sum()) for entry, nmse in zip(case.entries, start.nmse, strict=False)]
     single = all(number * FEW_POSITIONS <= len(entry.rows) for entry, number in zip(case.entries, over, strict=False))
-    if start.first is None or not single or case.given:
+    if start.first is None or not single or case.given or any(entry.lost.any() for entry in case.entries):
         return False
     verdict = beside_right(case, options).verdict
     return bool(verdict) and not verdict.unjudged
@@ -159,9 +160,10 @@ def _said(verdict: Verdict, point: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _right(case: Case, ours: Dump) -> Dump:
-    """The right engine's records of the points of a dump, as a dump."""
+    """The right engine's records of the points of a dump, as a dump; whole ones where another order of elements is usual."""
     header = case.header()
     header = header if header.tokens else replace(header, tokens=case.tokens[: len(case.tokens) - len(ours.tokens)])
     with suppress(ParityError):  # llama.cpp has none of this model: the points' own order is used then
         header = replace(header, dataflow=dataflow_of(case.transformer.model.path).to_json())
-    return Dump("our engine", header, right_rows(case.replay, case.positions, ours.points), tokens=ours.tokens)
+    whole = [name for name in ours.points if is_rotated(name)]
+    return Dump("our engine", header, right_rows(case.replay, case.positions, ours.points, whole), tokens=ours.tokens)

@@ -88,12 +88,7 @@ def _without_reordered(case: Case, options: ExplainOptions, budget: Budget) -> t
     if not otherwise or not rest.entries:
         return _explained(case, options, budget)
     answer, state = _explained(rest, options, budget)
-    suspects = (*otherwise, *answer.suspects)
-    if answer.first is not None:
-        return replace(answer, suspects=suspects), state
-    search = Search(case.screening(case.entries, budget))
-    start = search.screening.start()
-    return replace(answer_of(case, search, start, start), suspects=suspects, next=""), start
+    return replace(answer, suspects=(*otherwise, *answer.suspects)), state
 
 
 def _explained(case: Case, options: ExplainOptions, budget: Budget) -> tuple[Explanation, SearchState]:
@@ -265,7 +260,7 @@ def _left_over(case: Case, search: Search, best: SearchState, answer: Explanatio
     if not (rounding or case.states_f32) and lawless:
         rounding = law_of_noise(case, best, values)
     if rounding:
-        return replace(answer, law=rounding, rounds=True, next="")
+        return replace(answer, law=rounding, rounds=True, next="" if answer.complete else answer.next)
     rows = garbage(case.entries, best, values, case.positions, answer.differing) if lawless else None
     if rows is not None:
         return replace(answer, causes=(*answer.causes, rows), remaining=None, next="")

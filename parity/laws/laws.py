@@ -68,7 +68,8 @@ def _not_finite(compared: Beside) -> str:
     """Which elements are NaN or infinite, if all others are right; else ""."""
     nonfinite = ~np.isfinite(compared.dumped)
     columns = np.asarray(nonfinite.any(axis=0))
-    if not compared.holds(np.where(np.isfinite(compared.dumped), compared.right, 0.0), ~columns):
+    # The others are as right as their limit says: what is left of them is all of their error.
+    if not compared.holds(np.where(np.isfinite(compared.dumped), compared.right, 0.0), ~columns, share=np.inf):
         return ""
     values = compared.dumped[nonfinite]
     kinds = [

@@ -74,4 +74,5 @@ def _next(case: Case, search: Search, best: SearchState) -> str:
         return f"blk.{{{layers[0]}..{layers[-1]}}}.l_out"
     known = {entry.point for entry in case.entries}
     wanted = [name for kind in _NEXT if (name := in_layer(layers[0], kind)) in case.replay.values and name not in known]
-    return ",".join(wanted)
+    cone = search.screening.cone(best)
+    return ",".join(name for name in wanted if not cone.sure or name in cone.steps)

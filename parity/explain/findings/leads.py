@@ -29,6 +29,7 @@ from .changed_weight import changed_weight
 from .operands import other_operand
 from .other_file import of_other_file
 from .other_token import of_other_tokens
+from .rest_of_row import with_rest
 from .turned import other_positions
 from .wrong_positions import which
 
@@ -178,6 +179,7 @@ def _law_of_all(case: Case, search: Search, state: SearchState, place: int) -> s
     errors = state.nmse[place]
     compared = beside(entry, errors, values, case.positions, bias, heads_of(state.planting.right, entry.point))
     sentence = of_keys(entry, errors, values, case.positions) or ("" if compared is None else law(compared))
+    sentence = with_rest(entry, np.flatnonzero(errors > entry.limit), compared, sentence, case.positions)
     if sentence == ZERO and "eps" in step.params:
         sentence += ": a norm of a row with an unrecorded infinity, or a kernel that did not run"
     if sentence and not sentence.endswith((*OF_A_WEIGHT, WRONG)) and not sentence.startswith(OTHER_ORDER):

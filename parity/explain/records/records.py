@@ -1,6 +1,6 @@
 """A dump's records beside the values of the right engine, in a form with which many candidates are compared."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -57,6 +57,11 @@ class Expected(Struct, frozen=True):
     def over(self) -> NDArray[np.bool_]:
         """Which records differ from the right engine's, [R]."""
         return np.asarray(self.base > self.limit)
+
+    @property
+    def lost(self) -> NDArray[np.bool_]:
+        """Which records have values that are not a number, [R]: no arithmetic makes these of numbers that it can hold."""
+        return np.asarray((self.present & np.isnan(self.values)).any(axis=1) & self.over)
 
     def nmse(self, tensor: NDArray[np.float32], positions: Ints) -> Floats:
         """NMSE of a candidate's tensor, [R]; records beyond the candidate's rows are NaN.
@@ -247,15 +252,19 @@ def with_limits(entries: Sequence[Expected], limit: Floats) -> list[Expected]:
     return [replace(entry, limit=part) for entry, part in zip(entries, np.split(limit, ends), strict=True)]
 
 
-def right_rows(replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str]) -> dict[str, Rows]:
-    """The right engine's records at these points."""
-    return {name: _summary(name, replay.on_host[name], positions, points) for name in points}
+def right_rows(
+    replay: Replay, positions: Ints, points: Mapping[str, Rows] | Sequence[str], whole: Collection[str] = ()
+) -> dict[str, Rows]:
+    """The right engine's records at these points, as many values of each row as a dump's; of `whole` ones all."""
+    return {name: _summary(name, replay.on_host[name], positions, points, whole=name in whole) for name in points}
 
 
-def _summary(name: str, tensor: NDArray[np.float32], positions: Ints, like: Mapping[str, Rows] | Sequence[str]) -> Rows:
+def _summary(
+    name: str, tensor: NDArray[np.float32], positions: Ints, like: Mapping[str, Rows] | Sequence[str], *, whole: bool = False
+) -> Rows:
     width = int(like[name].values.shape[1]) if isinstance(like, Mapping) else 16
     rows = like[name] if isinstance(like, Mapping) else None
-    whole = rows is not None and rows.indices is not None
+    whole = whole or (rows is not None and rows.indices is not None)
     return summarise(
         name, np.ascontiguousarray(tensor), positions, slice_size=None if whole else width, first=int(positions[0])
     )

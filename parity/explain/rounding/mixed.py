@@ -194,7 +194,7 @@ def kinds_of_rounding(case: Case, state: SearchState, over: Callable[[], bool] =
 
     None if the time is `over` before all were tried.
     """
-    if state.first is None or state.faults or over():
+    if state.first is None or state.faults or case.entries[state.first.point].lost.any() or over():
         return ()
     return rounded_here(case, *first_errors(case, state, case.replay.on_host), over)
 
@@ -225,7 +225,9 @@ def law_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) ->
 
 def kind_of_noise(case: Case, state: SearchState, values: Mapping[str, Array]) -> str:
     """The arithmetic that would make errors of a state's first place's size, if they are noise (`noise_here`); otherwise ""."""
-    return "" if state.first is None else noise_here(case, *first_errors(case, state, values))
+    if state.first is None or case.entries[state.first.point].lost.any():
+        return ""
+    return noise_here(case, *first_errors(case, state, values))
 
 
 def first_errors(

@@ -259,7 +259,7 @@ def _first_other(case: Case, run: Replay, costs: Mapping[str, float], kind: str)
         if entry.point not in costs:
             continue
         same = np.full(len(entry.rows), max(THE_SAME * costs[entry.point], float(entry.limit.max())))
-        errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions))
+        errors = np.nan_to_num(entry.nmse(run.on_host[entry.point], case.positions), posinf=np.inf)
         positions = case.positions[entry.rows]
         if of_ids(entry):
             parted = min(parted, positions[errors > 0].min(initial=np.iinfo(positions.dtype).max))

@@ -14,9 +14,9 @@ from .alike import Alike
 from .batch import agreeing_first, beyond
 from .fits import fitted, order_of_number
 from .likely import Likely
-from .scopes import STAGES, WEIGHTS, acts_after, acts_between, last_agreed, long, rescoped, stages, where_it_holds, widest
+from .scopes import STAGES, acts_after, acts_between, last_agreed, long, rescoped, stages, where_it_holds, widest
 from .screening import Screening
-from .state import Candidate, Layers, Screened, SearchState, key, worst
+from .state import WEIGHTS, Candidate, Layers, Screened, SearchState, key, worst
 from .sweep import Sweep, screened
 
 _FEW_LEFT = 4  # candidates up to which all are checked on all rows: to choose among them costs as much

@@ -10,11 +10,9 @@ from engine.faults import AT
 from engine.faults.base import layer_near
 
 from .screening import Screening
-from .state import Candidate, Layers, SearchState
+from .state import WEIGHTS, Candidate, Layers, SearchState
 from .sweep import screened
 
-# Groups of faults that rebuild a matrix, which costs more than its product with one row.
-WEIGHTS = ("weights", "dequantisation")
 _MANY = 32  # variants of one fault in a layer: part-missing alone has 96 of 280
 STAGES = 3  # stages of candidates in all layers
 # The steps whose parameters differ between layers of one model: attention with a window or without, each with its own RoPE.

@@ -18,6 +18,8 @@ from engine.replay.right_values import same_start
 from ..records.records import Floats
 
 Layers = tuple[int, ...] | None
+# Groups of faults that rebuild a matrix, which costs more than its product with one row.
+WEIGHTS = ("weights", "dequantisation")
 
 
 class Candidate(Struct, frozen=True, gc=False):
