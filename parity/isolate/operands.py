@@ -34,6 +34,6 @@ def holds_rounding(
     held = abs(times - 1) <= _ONCE * spread and times >= _AT_ALL * spread
     if not held or shared_factor(error - change, wide) is not None:
         return False
-    parts = heads if heads and wide.shape[1] % heads == 0 else 1
+    parts = heads if heads and dumped.shape[-1] % heads == 0 else 1
     of_heads = zip(np.split(error - change, parts, axis=1), np.split(wide, parts, axis=1), strict=True)
     return all(shared_factor(left, values) is None for left, values in of_heads)
