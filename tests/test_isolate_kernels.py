@@ -1,6 +1,7 @@
 """What kernels round inside: isolate calls no right operation wrong for it, and a fault beside it is found."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,25 @@ def test_flash_attention_in_a_lower_type(
     assert "blk.1.kqv_out" in open_
     for changed, factor in (("kqv_out", 1.004 if (kind, name) == ("bf16", "neo-bert") else 1.001), ("kq", 1.2)):
         assert "blk.1.kqv_out" in judged(engine, reference, out, times(steps, f"blk.1.{changed}", factor), _INSIDE)[0]
+
+
+@pytest.mark.slow
+def test_one_head_too_large_in_flash_attention(small_model: Callable[..., Path], reference: Reference, tmp_path: Path) -> None:
+    """One head 1.01 times too large is wrong beside attention in BF16 that is not causal: rounding leaves no head a factor."""
+    engine, out = Faulty(path := small_model("neo-bert", kind="f32"), reference.graph(path)), tmp_path / "ours.jsonl"
+    scores, attended = (next(step for step in engine.right if step.makes == f"blk.1.{name}") for name in ("kq", "attn_out"))
+    width = engine.transformer.model.tensors[str(attended.weights[0])].shape[1]
+    one = np.ones((scores.params["heads"], width // scores.params["heads"]), dtype=np.float32)
+    one[1] = 1.01
+
+    def too_large(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
+        return op(*inputs, **params) * one.ravel()
+
+    steps = [
+        replace(step, op=partial(too_large, op=step.op)) if step.makes == "blk.1.kqv_out" else step
+        for step in flash(engine.right, "bf16")
+    ]
+    assert "blk.1.kqv_out" in judged(engine, reference, out, steps, _INSIDE)[0]
 
 
 @pytest.mark.slow

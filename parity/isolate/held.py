@@ -113,6 +113,7 @@ class Held(Struct, frozen=True):
         errors: NDArray[np.float64],
         limit: float,
         of_operands: Callable[[], NDArray[np.float32]],
+        heads: int | None = None,
     ) -> bool:
         """Whether the rounding of what was not recorded may be the whole error, if a lower arithmetic does it at places of its own.
 
@@ -127,7 +128,7 @@ class Held(Struct, frozen=True):
             return False
         one = errors[cost > limit] <= limit
         return bool(one.any()) or (
-            self.in_mode.size == self.dumped.size and holds_rounding(self.dumped, of_operands(), self.in_mode)
+            self.in_mode.size == self.dumped.size and holds_rounding(self.dumped, of_operands(), self.in_mode, heads)
         )
 
     def agrees(self, limit: float) -> bool:

@@ -214,7 +214,8 @@ class JudgedPass:
             if not within and definition_of.arithmetic in ROUNDINGS and step.makes in self._judging.stretches:
                 kind = definition_of.arithmetic
                 operands = partial(self._with_rounded_operands, step, source, kind)
-                within = kind if best.rounded_within(step.makes, ours, errors, limit, operands) else ""
+                heads = heads_of(self._program.producers, step.makes)
+                within = kind if best.rounded_within(step.makes, ours, errors, limit, operands, heads) else ""
             if best.errors.max() <= limit:
                 return best
             if in_type is None and stored:

@@ -13,12 +13,15 @@ from ..diff.verdict.one_factor import shared_factor
 _ONCE, _AT_ALL = 4.0, 3.5
 
 
-def holds_rounding(dumped: NDArray[np.float32], rounded: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
+def holds_rounding(
+    dumped: NDArray[np.float32], rounded: NDArray[np.float32], right: NDArray[np.float32], heads: int | None = None
+) -> bool:
     """Whether the error of a value holds once, within its standard error, what rounding of the operands changes, and no factor besides.
 
     Args:
         dumped: the recorded value, [R, n].
         rounded, right: what follows from rounded operands, and from them as they are.
+        heads: into how many a row divides, if it does: none may have a factor of its own.
     """
     wide = right.astype(np.float64).reshape(dumped.shape)
     change, error = rounded.reshape(dumped.shape) - wide, dumped - wide
@@ -29,4 +32,8 @@ def holds_rounding(dumped: NDArray[np.float32], rounded: NDArray[np.float32], ri
     # Rows that mix the same operands share their rounding: an element of all rows counts once.
     spread = float(np.linalg.norm((change * (error - times * change)).sum(axis=0))) / energy
     held = abs(times - 1) <= _ONCE * spread and times >= _AT_ALL * spread
-    return held and shared_factor(error - change, wide) is None
+    if not held or shared_factor(error - change, wide) is not None:
+        return False
+    parts = heads if heads and dumped.shape[-1] % heads == 0 else 1
+    of_heads = zip(np.split(error - change, parts, axis=1), np.split(wide, parts, axis=1), strict=True)
+    return all(shared_factor(left, values) is None for left, values in of_heads)
