@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.graph import Step, WeightSource, viewed
 
-from ..laws.beside import Beside, room_of_elements
+from ..laws.beside import Beside, room, room_of_others
 from ..laws.heads import heads_of
 from ..laws.laws import WRONG, law
 from .held import Held
@@ -48,11 +48,13 @@ def law_of_numbers(step: Step, steps: Mapping[str, Step], held: Held, weights: W
     name = step.weights[1] if len(step.weights) > 1 else None
     bias = weights.get(name).astype(np.float64) if isinstance(name, str) else np.zeros(0)
     heads = heads_of(steps, step.makes)
+    noise = room(np.full(len(rows), limit), np.square(right).sum(axis=1), dumped, right)
     every = Beside(
         dumped=dumped,
         right=right,
         index=np.arange(width),
-        room=room_of_elements(np.full(len(rows), limit), np.square(right).sum(axis=1), dumped, right),
+        room=noise,
+        others=room_of_others(noise, right),
         printed=np.zeros(len(rows)),
         rows=rows,
         whole=whole,

@@ -19,8 +19,8 @@ ENOUGH = 12  # recorded values: a number that is fitted to fewer may follow nois
 # n. Or so much of the limits, in float32 1e-12, as two right engines are apart. (1.005 in the place of 1.00504 left 190,000 times as much.)
 AS_WELL, AS_NOISE = 4.0, 1e-2
 
-# What a factor of whole rows may leave of their sketches' squared distance: exactly, the rounding of both; a factor of a quarter of a row
-# leaves three quarters. A choice between.
+# What a factor of whole rows may leave of the squared distance of the sketches of what was not recorded: exactly, the rounding of both;
+# where half of it has the factor, a half. A choice.
 _OF_SKETCHES = 0.5
 
 
@@ -32,10 +32,12 @@ class Beside(Struct, frozen=True):
         room: [R], the squared error that counts as noise. Of a dumped row that is smaller than the right one it is in proportion to its
             own energy: any law that leaves next to nothing of a row would hold for tiny numbers otherwise.
         printed: the part of it that comes from printed digits. rows: [R], the right run's rows.
+        others: [R], as `room`, in all elements but the row's largest right one, where that is an outlier; None if elements are not
+            judged by themselves.
         whole: float64 [T, n], the complete right rows; None if a row is not a plain vector.
         bias: [k], the vector that the operation adds last, if it has one.
         heads: how many heads a row consists of, if it does.
-        sketches: [R, 32] both, of the whole dumped and right rows, if those hold more than is recorded.
+        sketches: [R, 32] both, of what was not recorded of the dumped and right rows.
     """
 
     dumped: Floats
@@ -48,6 +50,25 @@ class Beside(Struct, frozen=True):
     bias: Floats | None = None
     heads: int | None = None
     sketches: tuple[Floats, Floats] | None = None
+    others: Floats | None = None
+
+    @property
+    def outliers(self) -> Bools:
+        """The elements [R, k] whose rounding may be larger than all others of their row."""
+        if self.others is None:
+            return np.zeros(self.right.shape, dtype=np.bool_)
+        return np.asarray(_largest(self.right) & np.isfinite(self.others)[:, None])
+
+    @property
+    def room_of_each(self) -> Floats:
+        """The squared error that counts as noise in each element, [R, k]."""
+        others = self.room if self.others is None else np.fmin(self.room, self.others)
+        return np.where(self.outliers, self.room[:, None], others[:, None])
+
+    @property
+    def noise_beside_outliers(self) -> Floats:
+        """The squared error [R] within the limit of what is beside an outlier; 0 of rows without one."""
+        return np.zeros(len(self.room)) if self.others is None else np.where(np.isfinite(self.others), self.others / ROOM, 0.0)
 
     def is_whole(self, factor: float) -> bool:
         """Whether whole rows, by their sketches, are this many times the right ones, as the recorded elements are; True without sketches.
@@ -72,10 +93,23 @@ class Beside(Struct, frozen=True):
         wrong = self.dumped - self.right if elements is None else (self.dumped - self.right)[:, elements]
         left, before = (np.einsum("ij,ij->i", part, part) for part in (delta, wrong))
         within = (left <= self.printed).all() or float(left.sum()) <= share * float(before.sum())
-        if not (within and (left <= self.room).all()):
+        if not (within and (left <= self.room).all() and self._others_hold(delta, wrong, elements, share)):
             return None
         some = self.room > 0
         return float((left[some] / self.room[some]).mean()) if some.any() else 0.0
+
+    def _others_hold(self, delta: Floats, wrong: Floats, elements: Bools | None, share: float) -> bool:
+        """Whether beside outliers, too, what a law leaves of `wrong`, `delta`, is noise, or so small a part of it."""
+        if self.others is None:
+            return True
+        outliers = self.outliers
+        some = outliers if elements is None else outliers[:, elements]
+        left, before = (np.where(some, 0.0, np.square(part)).sum(axis=1) for part in (delta, wrong))
+        if (left <= self.others).all():
+            return True
+        energy = np.where(outliers, 0.0, np.square(self.right)).sum(axis=1)
+        most = np.where(outliers.any(axis=1), np.maximum(LEFT * energy, self.printed), np.inf)
+        return bool((left <= most).all() and left.sum() <= share * before.sum())
 
     def first(self, count: int) -> "Beside":
         """The first of the wrong records alone."""
@@ -86,6 +120,7 @@ class Beside(Struct, frozen=True):
             room=self.room[:count],
             printed=self.printed[:count],
             rows=self.rows[:count],
+            others=None if self.others is None else self.others[:count],
         )
 
     def left_at(self, some: Bools, values: Floats, share: float = LEFT) -> float | None:
@@ -104,13 +139,21 @@ def room(limit: Floats, energy: Floats, dumped: Floats, right: Floats) -> Floats
     return ROOM * limit * energy * _smaller(dumped, right)
 
 
-def room_of_elements(limit: Floats, energy: Floats, dumped: Floats, right: Floats) -> Floats:
-    """As `room`, of rows whose elements are judged by themselves: of an outlier's energy a lower arithmetic's limit would be wider than all
-    other elements.
+def room_of_others(room: Floats, right: Floats) -> Floats:
+    """The part of this room of rows [R, k] that all elements but a row's largest have, by their energy; ∞ where no outlier hides them.
+
+    Of an outlier's energy a lower arithmetic's limit would be wider than all other elements, and of theirs narrower than its own rounding.
     """
     squares = np.square(right)
-    others = squares.sum(axis=1) - squares.max(axis=1, initial=0.0)
-    return np.fmin(room(limit, energy, dumped, right), np.where(others > 0, LEFT * others, np.inf))
+    others = np.where(_largest(right), 0.0, squares).sum(axis=1)
+    hidden = (others > 0) & (room > LEFT * others)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(hidden, room * others / squares.sum(axis=1), np.inf)
+
+
+def _largest(right: Floats) -> Bools:
+    """The largest element of each row [R, k]."""
+    return np.asarray(np.arange(right.shape[1]) == np.square(right).argmax(axis=1)[:, None])
 
 
 def _smaller(dumped: Floats, right: Floats) -> Floats:

@@ -30,7 +30,7 @@ def law(compared: Beside) -> str:
         return ""
     if not np.isfinite(compared.dumped).all():
         return _not_finite(compared)
-    if (((compared.dumped - compared.right) ** 2).sum(axis=1) <= compared.room / ROOM).all():
+    if _all_right(compared):
         return NOT_RECORDED
     every = np.ones(len(compared.index), dtype=np.bool_)
     sentence = next(_by_a_number(compared, every, many=False), "")
@@ -58,10 +58,19 @@ def law(compared: Beside) -> str:
     return f"every element {sentence}" if sentence else next(moved(compared), "") or next(of_rows(compared), "")
 
 
+def _all_right(compared: Beside) -> bool:
+    """Whether the recorded elements are within their records' limits."""
+    errors = (compared.dumped - compared.right) ** 2
+    if not (errors.sum(axis=1) <= compared.room / ROOM).all():
+        return False
+    hidden = np.where(compared.outliers, 0.0, errors).sum(axis=1)
+    return bool((hidden <= ROOM * compared.noise_beside_outliers)[compared.outliers.any(axis=1)].all())
+
+
 def _differing(compared: Beside) -> Bools:
     """The elements [k] whose error alone, in any record, exceeds what the whole record may have."""
     with np.errstate(over="ignore"):
-        return np.asarray(((compared.dumped - compared.right) ** 2 > compared.room[:, None]).any(axis=0))
+        return np.asarray(((compared.dumped - compared.right) ** 2 > compared.room_of_each).any(axis=0))
 
 
 def _not_finite(compared: Beside) -> str:
@@ -86,8 +95,11 @@ def _not_finite(compared: Beside) -> str:
 
 def _alone(compared: Beside, some: Bools) -> bool:
     """Whether the other elements are right, and not just below the limit of one element in a record slightly over its limit."""
-    errors = (compared.dumped - compared.right) ** 2
-    return bool(errors[:, ~some].sum() <= _OTHERS * errors[:, some].sum())
+    errors = np.where(
+        compared.outliers, 0.0, (compared.dumped - compared.right) ** 2
+    )  # an outlier's rounding outweighs all others
+    left = errors[:, ~some].sum(axis=1)
+    return bool(left.sum() <= _OTHERS * errors[:, some].sum() or (left <= compared.noise_beside_outliers).all())
 
 
 def _by_a_number(compared: Beside, some: Bools, many: bool) -> Iterator[str]:
@@ -243,7 +255,7 @@ def _match(compared: Beside, number: int, among: Ints) -> int | None:
     """Which of the elements `among` has the right values that this element holds in every record; None if none has."""
     for other in among.tolist():
         delta = compared.dumped[:, number] - compared.right[:, other]
-        if other != number and bool((delta * delta <= compared.room).all()):
+        if other != number and bool((delta * delta <= compared.room_of_each[:, number]).all()):
             return int(other)
     return None
 

@@ -23,7 +23,7 @@ def reordered(ours: Rows, ref: Rows, allowed: Allowed, head_size: int | None) ->
     if size is None:
         return None
     buffered = _positions_last(ours, ref, allowed) or _heads_first(ours, ref, allowed, head_size)
-    if buffered is not None or not _same_statistics(ours, ref):
+    if buffered is not None or not _same_statistics(ours, ref, allowed):
         return buffered
     for source, sentence, mapping in _orders(size, head_size, is_rotated(ours.point)):
         if _fits(ours, ref, source, allowed):
@@ -186,13 +186,16 @@ def _fits_length(ours: Rows, ref: Rows, order: Ints, allowed: Allowed) -> bool:
     return agree(ours.values[:, :width][:, seen], ref.values[:, source[seen]], allowed)
 
 
-def _same_statistics(ours: Rows, ref: Rows) -> bool:
-    """Whether a reordering is possible: whether all statistics that do not depend on the order agree."""
+def _same_statistics(ours: Rows, ref: Rows, allowed: Allowed) -> bool:
+    """Whether a reordering is possible: whether all statistics that do not depend on the order agree, as far as rows that are off by what
+    is allowed can: neither their l2 nor any element differs by more than the l2 of all differences.
+    """
     for name in ("l2", "min", "max"):
         a, b = ours.stats.get(name), ref.stats.get(name)
         if a is not None and b is not None:
             known = ~np.isnan(a) & ~np.isnan(b)
-            scale = np.maximum(np.abs(b), ref.stats.get("l2", np.abs(b)) * 1e-2)
-            if (np.abs(a - b)[known] > _SAME_STATISTIC * scale[known]).any():
+            norm = ref.stats.get("l2", np.abs(b))
+            near = np.maximum(_SAME_STATISTIC * np.maximum(np.abs(b), norm * 1e-2), np.sqrt(allowed.nmse) * norm)
+            if (np.abs(a - b)[known] > near[known]).any():
                 return False
     return True

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from checkpoints.points import of_scores
 from checkpoints.record import Rows
 
-from ...laws.beside import ENOUGH, LEFT, Beside, room, room_of_elements
+from ...laws.beside import ENOUGH, LEFT, Beside, room, room_of_others
 from ...laws.keys import law_of_keys
 from ...laws.laws import NOT_RECORDED, SAME_ERROR, WRONG, law
 from ..measured.records import Records
@@ -97,11 +97,13 @@ def _beside(records: Records, failing: Ints) -> Beside | None:
         return None
     quantum = values.quantum
     printed = np.zeros(len(at)) if quantum is None else (quantum[at, :width] ** 2).sum(axis=1)
+    noise = room(records.limit[failing], (right**2).sum(axis=1), dumped, right)
     return Beside(
         dumped=dumped,
         right=right,
         index=np.arange(width, dtype=np.int64),
-        room=room_of_elements(records.limit[failing], (right**2).sum(axis=1), dumped, right) + printed,
+        room=noise + printed,
+        others=room_of_others(noise, right) + printed,
         printed=printed,
         rows=at,
         whole=_whole(pair.ref),

@@ -12,12 +12,14 @@ from engine.faults import SEEN
 
 from ...diff.limits import EXACT_FLOOR
 from ...diff.measured.whole_rows import sizes
-from ...laws.beside import Beside, room, room_of_elements
+from ...laws.beside import Beside, room, room_of_others
 from ...laws.keys import law_of_keys
 from .records import Expected, Floats, Ints
 
 Values = Mapping[str, Array]
 
+# The least part of a row's length that its sketch, which is stored as float32 (6e-8), shows well enough to see a factor of 1.001 there.
+_TOLD = 1e-3
 _FEW = 2  # positions that a sentence names
 
 
@@ -44,26 +46,36 @@ def beside(
     fits = bias is not None and whole is not None and len(bias) == whole.shape[1]
     printed = (entry.quantum[wrong][:, :count] ** 2).sum(axis=1)
     dumped = entry.values[wrong][:, :count]
+    noise = room(entry.limit[wrong], entry.energy[wrong], dumped, right)
     return Beside(
         dumped=dumped,
         right=right,
         index=index,
-        room=room_of_elements(entry.limit[wrong], entry.energy[wrong], dumped, right) + printed,
+        room=noise + printed,
+        others=room_of_others(noise, right) + printed,
         printed=printed,
         rows=entry.rows[wrong],
         whole=whole,
         bias=bias[index] if fits and bias is not None else None,
         heads=heads if whole is not None and heads and whole.shape[1] % heads == 0 else None,
-        sketches=_sketches(entry, wrong, whole) if count < entry.width else None,
+        sketches=_sketches(entry, wrong, whole, dumped, index) if count < entry.width else None,
     )
 
 
-def _sketches(entry: Expected, wrong: NDArray[np.bool_], whole: Floats | None) -> tuple[Floats, Floats] | None:
-    """Both sides' sketches of a point's wrong records, if the dump has such."""
-    ours = entry.pair.ours.sketch
-    if ours is None or whole is None or not np.isfinite(whole).all():
+def _sketches(
+    entry: Expected, wrong: NDArray[np.bool_], whole: Floats | None, dumped: Floats, index: Ints
+) -> tuple[Floats, Floats] | None:
+    """Both sides' sketches of what was not recorded of a point's wrong records, if the dump has sketches that tell it: less the recorded
+    elements, which may outweigh all others.
+    """
+    stored = entry.pair.ours.sketch
+    if stored is None or whole is None or not (np.isfinite(whole).all() and np.isfinite(dumped).all()):
         return None
-    return ours[wrong].astype(np.float64), sketch(whole[entry.rows[wrong]])
+    ours, recorded, rest = stored[wrong].astype(np.float64), np.zeros((len(dumped), whole.shape[1])), whole[entry.rows[wrong]]
+    recorded[:, index], rest[:, index] = dumped, 0.0
+    left, right = ours - sketch(recorded), sketch(rest)
+    told = np.linalg.norm(right, axis=1) > _TOLD * np.linalg.norm(ours, axis=1)
+    return (left[told], right[told]) if told.any() else None
 
 
 def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) -> str:
