@@ -18,6 +18,7 @@ from engine.replay.precision import rounded
 from engine.replay.rounded_weights import with_rounded_weights
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
+from parity.explain.case import ExplainOptions
 from parity.explain.explain import explain
 from parity.synth.synthetic import make_by_recipe
 from reference.client import Reference
@@ -100,6 +101,22 @@ def test_a_right_engine_in_two_arithmetics_is_not_blamed_behind_the_first(engine
     assert not answer.causes
     assert answer.placed is None
     assert answer.rounds
+
+
+@pytest.mark.slow
+def test_experts_that_a_right_engine_chooses_otherwise_are_no_fault_behind_an_arithmetic(
+    reference: Reference, stories: Path, tmp_path: Path
+) -> None:
+    """A right gpt-oss with 8-bit activations and attention in BF16 chooses another expert at one position; any small fault in that layer
+    would too, and none is named.
+    """
+    model, chosen = tmp_path / "model.gguf", RECIPES["gpt-oss"]
+    make_by_recipe(model, chosen, shape_of(chosen), {}, kind="f32", seed=700003, tokenizer=stories, running=reference)
+    engine = Faulty(model, reference.graph(model))
+    eight, bf16 = rounded(engine.right, "q8", storage=False), rounded(engine.right, "bf16", storage=True)
+    steps = [b if parse(a.makes).kind.startswith(("q", "k", "v", "attn")) else a for a, b in zip(eight, bf16, strict=True)]
+    dump = engine.dump(Planted(()), tokens_of(model, 6, 700003), size=1 << 20, bare=False, steps=steps)
+    assert not explain(unstated(dump), model, ExplainOptions(budget=15.0)).causes
 
 
 @pytest.mark.slow

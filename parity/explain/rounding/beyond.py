@@ -14,7 +14,7 @@ from ..budget import Budget
 from ..case import Case
 from ..search.search import Search
 from ..search.state import SearchState
-from .flipped import has_choices
+from .flipped import has_choices, may_lead_to
 from .looks_like import floor_of
 from .mixed import kind_of_noise, kinds_of_rounding
 from .precision import TOGETHER, UPPER, is_beyond
@@ -25,6 +25,9 @@ Found = tuple[Explanation, SearchState]
 Again = Callable[[Case, str | None, float], Found]
 Beyond = tuple[tuple[str, ...], Found | None]
 NOTHING: Beyond = ((), None)
+# Cut off, digits cost four times what they do rounded: the mean square of an error that is even between 0 and a spacing, against that of
+# one between minus half of it and half. (An olmoe that cuts off to BF16 was 1.15 times over BF16's limit.)
+_CUT_OFF = 4.0
 
 
 def before_search(case: Case, search: Search, start: SearchState, budget: Budget, again: Again) -> Beyond:
@@ -86,7 +89,7 @@ def _beyond_arithmetic(case: Case, state: SearchState, kinds: Sequence[str], aga
                 answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
             if not answer.causes or answer.remaining is not None:
                 continue
-        if _says_more(case, answer):
+        if _says_more(case, answer) and not (most == UPPER and _is_of_choices(case, kind, answer)):
             return (said,), (replace(answer, judged_as=judged_as), found)
     return (said,), None
 
@@ -94,17 +97,31 @@ def _beyond_arithmetic(case: Case, state: SearchState, kinds: Sequence[str], aga
 def _says_more(case: Case, answer: Explanation) -> bool:
     """Whether an answer by what an arithmetic costs leads to a fault, and not to another arithmetic, or to what cannot be judged.
 
-    Without a cause or a law, the place is further off than where BF16 is stated, the coarsest float type: a right engine may have two.
+    Without a cause or a law, the place is further off than where BF16 is stated, the coarsest float type, even if digits are cut off: a
+    right engine may have two arithmetics.
     """
     if answer or answer.unjudged or answer.rounds or answer.left_open or answer.first is None:
         return False
     if answer.causes or (answer.law and not answer.law.endswith((WRONG, NOT_RECORDED))):
         return True
-    limits = floor_of(case, "bf16").limits(case.entries, UPPER)
+    limits = floor_of(case, "bf16").limits(case.entries, _CUT_OFF * UPPER)
     return any(
         bool((entry.base > limit).any())
         for entry, limit in zip(case.entries, limits, strict=True)
         if entry.point == answer.first.checkpoint
+    )
+
+
+def _is_of_choices(case: Case, kind: str, answer: Explanation) -> bool:
+    """Whether what is first over an arithmetic's limits may come of experts that it, or 8 bits beside it, chooses otherwise."""
+    if answer.first is None or not has_choices(case):
+        return False
+    limits = floor_of(case, kind).limits(case.entries, UPPER)
+    return any(
+        may_lead_to(case, each, entry, np.maximum(entry.limit, limit))
+        for entry, limit in zip(case.entries, limits, strict=True)
+        if entry.point == answer.first.checkpoint
+        for each in dict.fromkeys((kind, "bf16", "q8"))
     )
 
 

@@ -28,6 +28,7 @@ _REACH = 4.0
 _FARTHEST = 160.0
 # More of the records than this are not left out: what is left would prove nothing.
 _MOST = 0.5
+Flip = tuple[int, int, frozenset[str]]  # a choice: its layer, its row, and what is computed from it
 # Said where an arithmetic fits only without them: a large fault may be among them, so that the engine is not called right.
 CHOSEN_OTHERWISE = (
     "experts: records behind choices that this arithmetic may make otherwise differ by far more than it costs: it chose others there, or a "
@@ -58,6 +59,15 @@ def chosen_otherwise(case: Case, measured: PrecisionFloor) -> bool:
     return _few(case, over) and not any((some & ~here).any() for some, here in zip(over, led, strict=True))
 
 
+def may_lead_to(case: Case, kind: str, entry: Expected, limit: Floats) -> bool:
+    """Whether all records of a point over these limits, [R], depend on choices that an arithmetic may flip.
+
+    Unlike `led_to`, whatever the other errors are: where nothing states the arithmetic, it is not known whose rounding they should be.
+    """
+    over = np.asarray(entry.base > limit)
+    return bool(over.any()) and not (over & ~_behind(entry, _possible_flips(case, kind))).any()
+
+
 def _few(case: Case, some: Sequence[NDArray[np.bool_]]) -> bool:
     """Whether so few of the records may be left out."""
     return sum(int(here.sum()) for here in some) <= _MOST * sum(len(entry.rows) for entry in case.entries)
@@ -68,15 +78,17 @@ def led_to(case: Case, measured: PrecisionFloor) -> list[NDArray[np.bool_]]:
     none if the errors are not those of our rounding.
     """
     flips = _possible_flips(case, measured.kind) if measured.alike >= OURS else []
-    led = []
-    for entry in case.entries:
-        later, here = parse(entry.point).layer, np.zeros(len(entry.rows), dtype=np.bool_)
-        for layer, row, after in flips:
-            if entry.point in after:
-                here |= (entry.rows > row) if later is None or later > layer else np.zeros_like(here)
-                here |= entry.rows == row
-        led.append(here & ~(np.isfinite(entry.base) & (entry.base > _FARTHEST)))
-    return led
+    return [_behind(entry, flips) & ~(np.isfinite(entry.base) & (entry.base > _FARTHEST)) for entry in case.entries]
+
+
+def _behind(entry: Expected, flips: Sequence[Flip]) -> NDArray[np.bool_]:
+    """The records of a point, [R], that depend on one of these choices."""
+    later, here = parse(entry.point).layer, np.zeros(len(entry.rows), dtype=np.bool_)
+    for layer, row, after in flips:
+        if entry.point in after:
+            here |= (entry.rows > row) if later is None or later > layer else np.zeros_like(here)
+            here |= entry.rows == row
+    return here
 
 
 def has_choices(case: Case) -> bool:
@@ -90,8 +102,8 @@ def _choices(case: Case) -> dict[str, tuple[str, int]]:
     return {step.makes: chosen for step in case.transformer.steps if (chosen := scores_of(step, steps)) is not None}
 
 
-def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str]]]:
-    """Choices whose scores lie within reach of the arithmetic's rounding: layer, row, and what is computed from them."""
+def _possible_flips(case: Case, kind: str) -> list[Flip]:
+    """Choices whose scores lie within reach of the arithmetic's rounding."""
     if not (choices := _choices(case)):
         return []
     others = [
@@ -100,7 +112,7 @@ def _possible_flips(case: Case, kind: str) -> list[tuple[int, int, frozenset[str
         )
         for storage in (False, True)
     ]
-    flips = list[tuple[int, int, frozenset[str]]]()
+    flips = list[Flip]()
     for name, (scores, count) in choices.items():
         layer = parse(name).layer
         near = may_exchange(_rows(case.replay, scores), [_rows(other, scores) for other in others], count) & ~_as_ours(
