@@ -89,22 +89,23 @@ def _beyond_arithmetic(case: Case, state: SearchState, kinds: Sequence[str], aga
                 answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
             if not answer.causes or answer.remaining is not None:
                 continue
-        if _says_more(case, answer) and not (most == UPPER and _is_of_choices(case, kind, answer)):
+        if _says_more(case, kind, answer) and not (most == UPPER and _is_of_choices(case, kind, answer)):
             return (said,), (replace(answer, judged_as=judged_as), found)
     return (said,), None
 
 
-def _says_more(case: Case, answer: Explanation) -> bool:
+def _says_more(case: Case, kind: str, answer: Explanation) -> bool:
     """Whether an answer by what an arithmetic costs leads to a fault, and not to another arithmetic, or to what cannot be judged.
 
-    Without a cause or a law, the place is further off than where BF16 is stated, the coarsest float type, even if digits are cut off: a
-    right engine may have two arithmetics.
+    Without a cause, the place is further off than where that arithmetic is stated, even if digits are cut off. Without a law, too, further
+    than in BF16, the coarsest float type: a right engine may have two arithmetics.
     """
     if answer or answer.unjudged or answer.rounds or answer.left_open or answer.first is None:
         return False
-    if answer.causes or (answer.law and not answer.law.endswith((WRONG, NOT_RECORDED))):
+    if answer.causes:
         return True
-    limits = floor_of(case, "bf16").limits(case.entries, _CUT_OFF * UPPER)
+    has_law = answer.law and not answer.law.endswith((WRONG, NOT_RECORDED))
+    limits = floor_of(case, kind if has_law else "bf16").limits(case.entries, _CUT_OFF * UPPER)
     return any(
         bool((entry.base > limit).any())
         for entry, limit in zip(case.entries, limits, strict=True)
