@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from checkpoints.answers.explain import Explanation
 from checkpoints.points import parse
 from engine import ops
 from engine.graph import Step
-from engine.replay.precision import rounded
+from engine.replay.precision import ROUNDINGS, rounded
 from engine.replay.rounded_weights import with_rounded_weights
 from engine.synth.recipe import shape_of
 from engine.synth.recipes import RECIPES
@@ -109,3 +110,26 @@ def test_a_table_in_bf16_alone_is_no_arithmetic(engine: Faulty) -> None:
     answer = answer_to(engine, Planted((("rope-pairs", {}, (1,)),)).steps(steps))
     assert [cause.named.fault for cause in answer.causes] == ["weights-rounded", "rope-pairs"]
     assert not answer.judged_as
+
+
+def cut_off_to_bf16(x: np.ndarray) -> np.ndarray:
+    """Values whose digits beyond BF16's are cut off, not rounded."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def cutting(*inputs: np.ndarray, op: Callable[..., np.ndarray], **params: object) -> np.ndarray:
+    with patch.dict(ROUNDINGS, {"bf16": cut_off_to_bf16}):
+        return op(*inputs, **params)
+
+
+@pytest.mark.slow
+def test_a_right_engine_that_cuts_digits_off_is_not_blamed(reference: Reference, stories: Path, tmp_path: Path) -> None:
+    """Cut off, digits cost more than rounded and make rows smaller: no factor is said of them beyond BF16, and no operation is placed."""
+    model, chosen = tmp_path / "model.gguf", RECIPES["lfm2moe"]
+    make_by_recipe(model, chosen, shape_of(chosen), {}, kind="f16", seed=1, tokenizer=stories, running=reference)
+    engine = Faulty(model, reference.graph(model))
+    steps = [replace(step, op=partial(cutting, op=step.op)) for step in rounded(engine.right, "bf16", storage=True)]
+    answer = answer_to(engine, steps)
+    assert not answer.causes
+    assert answer.placed is None
+    assert answer.rounds
