@@ -98,17 +98,18 @@ def _says_more(case: Case, kind: str, answer: Explanation) -> bool:
     """Whether an answer by what an arithmetic costs leads to a fault, and not to another arithmetic, or to what cannot be judged.
 
     Without a cause, the place is further off than where that arithmetic is stated, even if digits are cut off. Without a law, too, further
-    than in BF16, the coarsest float type: a right engine may have two arithmetics.
+    than where BF16 is stated, the coarsest float type: a right engine may have two arithmetics.
     """
     if answer or answer.unjudged or answer.rounds or answer.left_open or answer.first is None:
         return False
     if answer.causes:
         return True
-    has_law = answer.law and not answer.law.endswith((WRONG, NOT_RECORDED))
-    limits = floor_of(case, kind if has_law else "bf16").limits(case.entries, _CUT_OFF * UPPER)
+    limits = [floor_of(case, kind).limits(case.entries, _CUT_OFF * UPPER)]
+    if not answer.law or answer.law.endswith((WRONG, NOT_RECORDED)):
+        limits.append(floor_of(case, "bf16").limits(case.entries, UPPER))
     return any(
-        bool((entry.base > limit).any())
-        for entry, limit in zip(case.entries, limits, strict=True)
+        bool((entry.base > np.maximum.reduce(most)).any())
+        for entry, *most in zip(case.entries, *limits, strict=True)
         if entry.point == answer.first.checkpoint
     )
 
