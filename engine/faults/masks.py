@@ -65,8 +65,10 @@ def _masked(
     is NaN, as in any engine.
     """
     allowed = _MASKS[mask](positions[:, None], key_positions[None, :], passes[:, None], key_passes[None, :])
-    if window != "causal" or mask in _IN_CHUNKS:
-        later = mask not in _IN_CHUNKS and key_positions[None, :] > positions[:, None]
+    if mask in _IN_CHUNKS:  # the model's own mask, within a chunk
+        allowed = allowed & visible(positions, key_positions, window=window, size=size)
+    elif window != "causal":
+        later = key_positions[None, :] > positions[:, None]
         allowed = allowed & (later | visible(positions, key_positions, window=window, size=size))
     shifted = np.where(allowed, scores * np.float32(scale), np.float32(-np.inf))
     return _soft_max(shifted, sinks)

@@ -95,9 +95,8 @@ def _not_finite(compared: Beside) -> str:
 
 def _alone(compared: Beside, some: Bools) -> bool:
     """Whether the other elements are right, and not just below the limit of one element in a record slightly over its limit."""
-    errors = np.where(
-        compared.outliers, 0.0, (compared.dumped - compared.right) ** 2
-    )  # an outlier's rounding outweighs all others
+    # An outlier's rounding outweighs the errors of all others.
+    errors = np.where(compared.outliers, 0.0, (compared.dumped - compared.right) ** 2)
     left = errors[:, ~some].sum(axis=1)
     return bool(left.sum() <= _OTHERS * errors[:, some].sum() or (left <= compared.noise_beside_outliers).all())
 

@@ -33,9 +33,10 @@ def of_other_tokens(case: Case, state: SearchState, entry: Expected, errors: Flo
 
 
 def _factor(case: Case, right: Array, weight: str) -> float:
-    """The number by which the model multiplies rows of the table."""
+    """The number by which the model multiplies rows of the table; 0 if those of the dump's tokens are all zeros, which show none."""
     table = case.transformer.model.load_rows(weight, np.asarray(case.tokens)).astype(np.float64)
-    return float((table * right).sum() / np.square(table).sum())
+    energy = float(np.square(table).sum())
+    return float((table * right).sum()) / energy if energy else 0.0
 
 
 def _nearest(case: Case, entry: Expected, wrong: Ints, weight: str, factor: float) -> Ints:

@@ -80,8 +80,8 @@ def _sketches(
 
 def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) -> str:
     """The law of attention's weights that a point's wrong records follow, by these errors [R]; "" if it has no such, or none holds."""
-    wrong = errors > entry.limit
-    if not of_scores(entry.point) or not wrong.any() or entry.index is not None:
+    wrong, of_all = errors > entry.limit, sizes(entry.pair.ref)
+    if not of_scores(entry.point) or not wrong.any() or entry.index is not None or np.isnan(of_all).any():
         return ""
     dumped, right = entry.values[wrong], entry.taken(values[entry.point], positions)[wrong]
     known = entry.present[wrong]
@@ -94,10 +94,7 @@ def of_keys(entry: Expected, errors: Floats, values: Values, positions: Ints) ->
         printed=printed,
         rows=entry.rows[wrong],
     )
-    if np.isnan(sizes(entry.pair.ref)).any():
-        return ""
-    of_all = sizes(entry.pair.ref).astype(np.int64)
-    return law_of_keys(compared, of_all[wrong], known.sum(axis=1), of_all)
+    return law_of_keys(compared, of_all[wrong].astype(np.int64), known.sum(axis=1), of_all.astype(np.int64))
 
 
 def few_positions(entry: Expected, errors: Floats, positions: Ints) -> str:

@@ -82,16 +82,14 @@ def _beyond_arithmetic(case: Case, state: SearchState, kinds: Sequence[str], aga
         f"{named} arithmetic, which nothing states: {case.entries[state.first.point].point} is as it makes it, and {point} is off by more "
         "than it costs there"
     )
-    for most in (TOGETHER, UPPER):
-        answer, found = again(case.with_steps(case.transformer.steps, case.entries), kind, most)
-        if most == TOGETHER:
-            if answer.causes and not answer.suspects and _is_noise(case, kind, found):
-                answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
-            if not answer.causes or answer.remaining is not None:
-                continue
-        if _says_more(case, kind, answer) and not (most == UPPER and _is_of_choices(case, kind, answer)):
-            return (said,), (replace(answer, judged_as=judged_as), found)
-    return (said,), None
+    answer, found = again(case.with_steps(case.transformer.steps, case.entries), kind, TOGETHER)
+    if answer.causes and not answer.suspects and _is_noise(case, kind, found):
+        answer = replace(answer, remaining=None, law="", rounds=False, placed=None, leads=(), next="")
+    if not (answer.causes and answer.remaining is None and _says_more(case, kind, answer)):
+        answer, found = again(case.with_steps(case.transformer.steps, case.entries), kind, UPPER)
+        if not _says_more(case, kind, answer) or _is_of_choices(case, kind, answer):
+            return (said,), None
+    return (said,), (replace(answer, judged_as=judged_as), found)
 
 
 def _says_more(case: Case, kind: str, answer: Explanation) -> bool:
